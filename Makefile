@@ -1,0 +1,33 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= digits
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch torchvision setuptools wheel numpy cmake ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m ovseg_kernels.info
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/ovseg demo --data $(DATA) --out runs/demo_$(DATA)
+
+test: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+bench: $(STAMP)
+	$(BIN)/ovseg bench
+
+clean:
+	rm -rf build dist *.egg-info ovseg_kernels/_C_*.so ovseg_kernels/build_info.json

@@ -1,0 +1,1 @@
+"""Benchmarks of the operators: a registry of op x shape x baseline, and a runner. Installed as ``ovseg_benchmarks``."""

@@ -1,0 +1,106 @@
+"""What is measured: for every operator its shapes, its inputs and the implementations to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import ovseg_kernels as ok
+from ovseg_kernels.reference import patch_text_similarity as similarity_reference
+from ovseg_kernels.reference import similarity_contrastive_loss as loss_reference
+
+FUSED = "ovseg"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape. ``limit_gib``: implementations that need more are not run there."""
+
+    op: str
+    name: str
+    shape: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = ()  # implementations to run; all if empty
+
+
+CASES = (
+    Case("patch_text_similarity", "pacl", {"B": 256, "T": 256, "N": 196, "D": 512}, {"pool": "vector", "temperature": 0.1}),
+    Case("patch_text_similarity", "score", {"B": 256, "T": 256, "N": 196, "D": 512}, {"pool": "score", "temperature": 0.1}),
+    Case("patch_text_similarity", "max", {"B": 256, "T": 256, "N": 196, "D": 512}, {"pool": "max"}),
+    Case("patch_text_similarity", "mean", {"B": 256, "T": 256, "N": 196, "D": 512}, {"pool": "mean"}),
+    Case("patch_text_similarity", "sigmoid", {"B": 256, "T": 256, "N": 196, "D": 512}, {"pool": "vector", "weight": "sigmoid"}),
+    Case("patch_text_similarity", "tiny", {"B": 64, "T": 64, "N": 144, "D": 64}, {"pool": "vector", "temperature": 0.1}),
+    Case("patch_text_similarity", "classes", {"B": 8, "T": 20, "N": 196, "D": 512}, {"pool": "vector", "temperature": 0.1}),
+    Case("patch_text_similarity", "large", {"B": 1024, "T": 1024, "N": 196, "D": 512}, {"pool": "vector", "temperature": 0.1},
+         only=(FUSED, "eager, one image at a time")),
+    Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}),
+    Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
+)
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tensors of a case, with gradients; never zeros, which run faster on some hardware."""
+    g = torch.Generator().manual_seed(seed)
+    s = case.shape
+    if case.op == "patch_text_similarity":
+        tensors = {"patches": (s["B"], s["N"], s["D"]), "texts": (s["T"], s["D"])}
+        return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in tensors.items()}
+    similarity = torch.rand(s["B"], s["T"], generator=g).mul(2).sub(1).to(dtype).requires_grad_()
+    return {"similarity": similarity, "logit_scale": torch.tensor(14.3).to(dtype).requires_grad_()}
+
+
+def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
+    """Name to function of the inputs; the first is ours. All give the same values, which the runner checks."""
+    if case.op == "similarity_contrastive_loss":
+        eager = loss_reference.similarity_contrastive_loss
+
+        def cross_entropy(similarity, logit_scale):
+            z, target = logit_scale * similarity, torch.arange(len(similarity))
+            return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
+
+        found = {FUSED: ok.similarity_contrastive_loss, "eager": eager, "F.cross_entropy twice": cross_entropy,
+                 "torch.compile": torch.compile(cross_entropy)}
+    else:
+        options = dict(case.options)
+        pool, weight = options.get("pool", "vector"), options.get("weight", "softmax")
+        scale, bias = (1 / options.get("temperature", 1.0), 0.0) if weight == "softmax" else (10.0, -2.5)
+
+        def eager(patches, texts):
+            return similarity_reference.patch_text_similarity(patches, texts, None, scale, bias, pool, weight)
+
+        def chunked(patches, texts, step=32):
+            return torch.cat([eager(patches, part) for part in texts.split(step)], dim=1)
+
+        def compiled_chunks(patches, texts, step=32, compiled=None):
+            return torch.cat([whole(patches, part) for part in texts.split(step)], dim=1)
+
+        def by_image(patches, texts):
+            return torch.cat([_gram(u, texts, scale, bias, weight) if pool == "vector" else eager(u[None], texts)
+                              for u in patches])
+
+        whole = torch.compile(eager)
+        found = {
+            FUSED: lambda patches, texts: ok.patch_text_similarity(patches, texts, **options),
+            "eager": eager,
+            "eager, chunks of 32 texts": chunked,
+            "eager, one image at a time": by_image,
+            "torch.compile": whole,
+            "torch.compile, chunks of 32 texts": compiled_chunks,
+        }
+    return {name: f for name, f in found.items() if not case.only or name in case.only}
+
+
+def _gram(u, texts, scale, bias, weight):
+    """One image by the Gram form, the best that plain torch does here; checkpointed so that it saves nothing either."""
+
+    def run(u, texts):
+        q, r = F.normalize(texts, dim=-1), u.norm(dim=-1)
+        s = q @ (u / r[:, None]).T
+        a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
+        return (a * s * r).sum(-1, keepdim=True).T / ((a @ (u @ u.T)) * a).sum(-1).sqrt()
+
+    return torch.utils.checkpoint.checkpoint(run, u, texts, use_reentrant=False)

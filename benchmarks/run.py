@@ -1,0 +1,156 @@
+"""The runner: values checked first, times alternating in one process, memory in a process of its own each.
+
+Time is forward + backward, the median of many with p20 and p80. Memory is the growth of the peak resident set over the
+inputs during one forward + backward, gradients of the inputs included; Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import registry
+from .registry import CASES, FUSED, Case
+
+_WRONG = 1e-3  # an implementation whose values differ by more is not timed
+
+
+def step(function, tensors: dict[str, torch.Tensor], grad: torch.Tensor | None = None):
+    """One forward and backward."""
+    out = function(**tensors)
+    return out, torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out) if grad is None else grad)
+
+
+def measure(case: Case, *, repeats: int = 7, seconds: float = 60.0) -> list[dict[str, Any]]:
+    """One row an implementation. Slow ones get fewer repeats: each case takes about ``seconds`` at most."""
+    tensors, functions = registry.inputs(case), registry.implementations(case)
+    rows: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {}
+    truth = None
+    for name, function in functions.items():
+        row = {"op": case.op, "case": case.name, "shape": case.shape, "options": case.options, "dtype": "float32",
+               "implementation": name, "backend": registry.ok.explain(case.op).backend if name == FUSED else "torch"}
+        rows[name] = row
+        try:
+            out, grads = step(function, tensors)  # warm-up; torch.compile compiles here
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        if truth is None:
+            truth = (out.detach(), grads)
+            row["max_error_against_eager"] = None
+        else:
+            errors = [float((out.detach() - truth[0]).abs().max())]
+            errors += [float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(grads, truth[1], strict=True)]
+            row["max_difference_from_ovseg"] = max(errors)
+            if max(errors) > _WRONG:
+                row["failed"] = f"values differ by {max(errors):.2g}"
+                continue
+        times[name] = []
+        del out, grads
+    began = time.perf_counter()
+    for turn in range(repeats):
+        for name in times:
+            start = time.perf_counter()
+            step(functions[name], tensors)
+            times[name].append(time.perf_counter() - start)
+        if turn >= 2 and time.perf_counter() - began > seconds:
+            break
+    for name, values in times.items():
+        ordered = sorted(values)
+        for key, share in (("ms_p20", 0.2), ("ms", 0.5), ("ms_p80", 0.8)):
+            rows[name][key] = round(1e3 * ordered[round(share * (len(ordered) - 1))], 2)
+        rows[name]["repeats"] = len(values)
+        rows[name]["extra_mib"] = _memory_in_subprocess(case, name)
+    for row in rows.values():
+        if "ms" in row and "ms" in rows[FUSED]:
+            row["time_over_ovseg"] = round(row["ms"] / rows[FUSED]["ms"], 3)
+    return list(rows.values())
+
+
+def _memory_in_subprocess(case: Case, name: str) -> float | None:
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    request = json.dumps({"case": CASES.index(case), "implementation": name, "threads": torch.get_num_threads()})
+    done = subprocess.run([sys.executable, "-m", __name__, "--memory", request], capture_output=True, text=True, check=False)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def memory(request: dict[str, Any]) -> float:
+    """MiB by which one forward + backward raises the peak resident set."""
+    torch.set_num_threads(request["threads"])
+    case = CASES[request["case"]]
+    function = registry.implementations(case)[request["implementation"]]
+    small = Case(case.op, "warm-up", {key: min(value, 8) for key, value in case.shape.items()}, case.options)
+    step(function, registry.inputs(small))  # libraries, thread pools, compiler
+    if "compile" in request["implementation"]:
+        step(function, registry.inputs(case))  # compiled for this shape before it is watched
+    tensors = registry.inputs(case)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    kept = step(function, tensors)
+    del kept
+    return round((_status("VmHWM") - before) / 1024, 1)
+
+
+def _status(key: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1])
+
+
+def environment() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+                            cwd=Path(__file__).parent).stdout.strip()
+    return {"device": cpu, "threads": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
+            "torch": torch.__version__, "ovseg_kernels": registry.ok.__version__, "commit": commit,
+            "date": time.strftime("%Y-%m-%d"), "blas": "mkl" if torch.backends.mkl.is_available() else "other"}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, losing rows included."""
+    lines = ["| op | case | implementation | ms (p20-p80) | time / ovseg | extra MiB |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        spread = f"{r['ms']:.1f} ({r['ms_p20']:.1f}-{r['ms_p80']:.1f})" if "ms" in r else r.get("failed", "")
+        lines.append(f"| {r['op']} | {r['case']} | {r['implementation']} | {spread} | {r.get('time_over_ovseg', '')} | {r.get('extra_mib', '')} |")
+    return "\n".join(lines)
+
+
+def run(ops: Sequence[str] = (), cases: Sequence[str] = (), *, repeats: int = 7, out: str | None = None) -> list[dict[str, Any]]:
+    """Measure the chosen cases, print the table, and write JSON if ``out`` is given."""
+    known = sorted({case.op for case in CASES})
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"op is {op!r}; expected one of {known}")
+    for name in cases:
+        if name not in {case.name for case in CASES}:
+            raise ValueError(f"case is {name!r}; expected one of {sorted({case.name for case in CASES})}")
+    facts, rows = environment(), []
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    for case in CASES:
+        if (ops and case.op not in ops) or (cases and case.name not in cases):
+            continue
+        print(f"measuring {case.op} {case.name} {case.shape}", file=sys.stderr, flush=True)
+        rows += measure(case, repeats=repeats)
+    print(table(rows))
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--memory", required=True)
+    print(memory(json.loads(arguments.parse_args().memory)))

@@ -1,0 +1,70 @@
+// What the bind files need of torch's stable ABI: checks, types, allocation, a parallel loop with one workspace a task.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace ovseg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), type);
+}
+
+inline bool is_floating(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Sums and outputs are double for double inputs and float for all others.
+inline ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename A>
+A* data(const Tensor& x) {
+  return static_cast<A*>(x.mutable_data_ptr());
+}
+
+// Python has checked already; this keeps a direct call of torch.ops.ovseg.* from reading out of bounds.
+inline void check_shape(const char* name, const Tensor& x, const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(shape.size()), name, " has ", x.dim(), " dimensions; expected ",
+                  shape.size());
+  for (size_t i = 0; i < shape.size(); ++i) {
+    STD_TORCH_CHECK(x.size(i) == shape[i], name, " has size ", x.size(i), " in dimension ", i, "; expected ", shape[i]);
+  }
+}
+
+inline void check_type(const char* name, const Tensor& x, ScalarType type) {
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " has another dtype than the kernel expects");
+}
+
+// work(begin, end, workspace) over [0, count), at most one range a thread, each with a workspace of its own. The ranges
+// depend on the number of threads: what work() computes for an item must not depend on its neighbours.
+template <typename A, typename Work>
+void parallel_with_workspace(const Tensor& like, int64_t count, int64_t workspace_size, ScalarType type, const Work& work) {
+  const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads()));
+  Tensor memory = new_tensor(like, {workers * workspace_size}, type);
+  A* base = data<A>(memory);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      work(count * worker / workers, count * (worker + 1) / workers, base + worker * workspace_size);
+    }
+  });
+}
+
+}  // namespace ovseg

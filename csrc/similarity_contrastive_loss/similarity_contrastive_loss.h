@@ -1,0 +1,43 @@
+// similarity_contrastive_loss: parameters and entry points. No torch and no device code here.
+// Formulas: ovseg_kernels/ops/similarity_contrastive_loss.py.
+#pragma once
+#include <cstdint>
+
+namespace ovseg {
+
+// A is the type of similarity and of all sums: float or double.
+template <typename A>
+struct SimilarityLossParams {
+  int64_t B, T;
+  const A* similarity;  // [B, T]
+  int64_t strides[2];
+  A scale;
+  const int64_t* image_ids;  // [B] and [T], or null: the positive of row i is column i + offset
+  const int64_t* text_ids;
+  const bool* pair_mask;  // [B, T] contiguous, or null; false leaves the pair out
+  int64_t offset;
+
+  A* rows;     // [3, B]: log-sum-exp, sum of positive logits, number of positives
+  A* columns;  // [3, T]: the same over the rows
+
+  // Backward only.
+  A grad;
+  const A* row_weight;     // [B]
+  const A* column_weight;  // [T]
+  A* grad_similarity;      // [B, T] contiguous
+  double* row_scale;       // [B] partial sums of d scale
+
+  bool positive(int64_t i, int64_t j) const {
+    return image_ids ? image_ids[i] == text_ids[j] : j == i + offset;
+  }
+  bool kept(int64_t i, int64_t j) const { return !pair_mask || pair_mask[i * T + j]; }
+};
+
+template <typename A>
+void similarity_loss_rows(const SimilarityLossParams<A>& p, int64_t begin, int64_t end);
+template <typename A>
+void similarity_loss_columns(const SimilarityLossParams<A>& p, int64_t begin, int64_t end);
+template <typename A>
+void similarity_loss_backward(const SimilarityLossParams<A>& p, int64_t begin, int64_t end);
+
+}  // namespace ovseg

@@ -1,0 +1,59 @@
+"""What a CLIP backbone offers to the systems: dense patch tokens, an image embedding, text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+Tokenizer = Callable[[str | Sequence[str]], torch.Tensor]
+TAPS = ("local", "pre_norm", "post_norm")
+
+
+class PatchTokens(NamedTuple):
+    """``tokens`` [B, N, D_v] in row-major order of ``grid`` (h, w); ``cls`` [B, D_v] or None."""
+
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    cls: torch.Tensor | None
+
+
+class ClipBackbone(nn.Module):
+    """Base class. ``token_dim`` is D_v, ``embed_dim`` the width D shared by images and texts."""
+
+    token_dim: int
+    embed_dim: int
+    patch_size: int
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    tokenizer: Tokenizer
+    logit_scale: nn.Parameter
+    taps: tuple[str, ...] = ("pre_norm", "post_norm")
+
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:
+        """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm."""
+        raise NotImplementedError
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Post-norm tokens [..., D_v] to the shared space [..., D], CLIP's own projection."""
+        raise NotImplementedError
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """CLIP's image embedding [B, D], not normalised."""
+        raise NotImplementedError
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Text embeddings [T, D], not normalised."""
+        raise NotImplementedError
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """RGB in 0..1, [B, 3, H, W], to what this backbone was trained on."""
+        mean = pixels.new_tensor(self.image_mean)[:, None, None]
+        return (pixels - mean) / pixels.new_tensor(self.image_std)[:, None, None]
+
+    def _check_tap(self, tap: str) -> None:
+        if tap not in self.taps:
+            raise ValueError(f"tap is {tap!r}; expected one of {list(self.taps)}")

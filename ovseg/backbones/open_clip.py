@@ -1,0 +1,119 @@
+"""Any CLIP ViT of open_clip as a backbone, with patch tokens taken by our own code.
+
+open_clip has moved its final norm before and after pooling between releases; code that asks it for tokens silently
+changes with the installed version. Here the blocks are walked one by one, so the tap means the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..layers.attention import attention
+from ..layers.positions import resize_positions
+from .base import ClipBackbone, PatchTokens
+
+
+def import_open_clip() -> ModuleType:
+    """open_clip, or an error that names the usual cause: a torchvision that does not match torch."""
+    try:
+        import open_clip
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"open_clip does not import ({error}). It needs open_clip_torch and a torchvision built for torch "
+            f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and torchvision of one release "
+            "(torchvision has no CPU wheel on PyPI; the CUDA build of torch runs without a GPU)"
+        ) from error
+    return open_clip
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair tokenizer as open_clip ships it; loaded on first use. ``[T, 77]`` int64."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+        self._tokenizer = None
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        if self._tokenizer is None:
+            self._tokenizer = import_open_clip().get_tokenizer(self.architecture)
+        return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
+
+
+class OpenClipBackbone(ClipBackbone):
+    """Args:
+        architecture: open_clip's name, such as ``ViT-B-16-quickgelu`` (OpenAI's weights want QuickGELU).
+        weights: open_clip tag (downloads), a local file, or None for random weights. Files are read without running code.
+        stride: step between patches in pixels; None is the patch size. A smaller step gives overlapping patches and a
+            finer grid (PACL's stride trick: 4 for patches of 16).
+        attention_backend: ``sdpa`` or ``xformers``.
+    """
+
+    def __init__(self, architecture: str, weights: str | None = None, stride: int | None = None,
+                 attention_backend: str = "sdpa"):
+        super().__init__()
+        open_clip = import_open_clip()
+        if architecture not in open_clip.list_models():
+            raise ValueError(f"architecture is {architecture!r}; expected one of open_clip.list_models()")
+        clip = open_clip.create_model(architecture, pretrained=weights, weights_only=True, pretrained_text=False)
+        visual = clip.visual
+        if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool is not None:
+            raise ValueError(f"architecture is {architecture!r}; expected a CLIP ViT without attention pooling")
+        if visual.pool_type != "tok":
+            raise ValueError(f"architecture {architecture!r} pools by {visual.pool_type!r}; expected a class token")
+        block = visual.transformer.resblocks[0]
+        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
+            raise ValueError(f"architecture {architecture!r} has blocks of type {type(block).__name__}; expected CLIP's")
+        self.clip = clip
+        self.architecture, self.attention_backend = architecture, attention_backend
+        self.patch_size = visual.patch_size[0]
+        self.stride = self.patch_size if stride is None else stride
+        if not 1 <= self.stride <= self.patch_size:
+            raise ValueError(f"stride is {stride}; expected 1 to {self.patch_size}, the patch size")
+        self.image_size = visual.image_size[0]
+        self.token_dim = visual.conv1.out_channels
+        self.embed_dim = visual.output_dim
+        self.image_mean = tuple(visual.preprocess_cfg["mean"]) if hasattr(visual, "preprocess_cfg") else open_clip.OPENAI_DATASET_MEAN
+        self.image_std = tuple(visual.preprocess_cfg["std"]) if hasattr(visual, "preprocess_cfg") else open_clip.OPENAI_DATASET_STD
+        self.tokenizer = ClipTokenizer(architecture)
+
+    @property
+    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+        return self.clip.logit_scale
+
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:
+        self._check_tap(tap)
+        visual = self.clip.visual
+        if images.shape[-1] < self.patch_size or images.shape[-2] < self.patch_size:
+            raise ValueError(f"images have size {tuple(images.shape[-2:])}; expected at least one patch of {self.patch_size}")
+        x = F.conv2d(images, visual.conv1.weight, visual.conv1.bias, stride=self.stride)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
+        positions = resize_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
+        x = visual.ln_pre(x)
+        for block in visual.transformer.resblocks:
+            x = x + block.ls_1(self._attend(block.attn, block.ln_1(x)))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        if tap == "post_norm":
+            x = visual.ln_post(x)
+        return PatchTokens(x[:, 1:], grid, x[:, 0])
+
+    def _attend(self, module: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+        B, L, D = x.shape
+        qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
+        q, k, v = qkv.view(B, L, 3, module.num_heads, D // module.num_heads).permute(2, 0, 3, 1, 4)
+        return module.out_proj(attention(q, k, v, backend=self.attention_backend).transpose(1, 2).reshape(B, L, D))
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if self.clip.visual.proj is None else tokens @ self.clip.visual.proj
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.project(self.encode_patches(images).cls)
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_text(token_ids)

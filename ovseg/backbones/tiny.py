@@ -1,0 +1,114 @@
+"""TinyClip: a trainable two-tower CLIP of 0.3 M parameters, the embedded default.
+
+The vision tower mixes locally first (a convolution stem to a grid of patch tokens, then depth-wise blocks) and
+globally last (transformer blocks with a class token). Without the local part a model of this size learns to retrieve
+captions and not where things are. It has no position embedding: any picture size works.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..data.tokenizers import END, PAD, WordTokenizer
+from ..layers.attention import attention
+from .base import ClipBackbone, PatchTokens
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, first: int | None = None) -> torch.Tensor:
+        """``first``: only so many of the leading positions are computed, for a last block read at its class token."""
+        B, L, D = x.shape
+        q, k, v = self.qkv(self.norm_1(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        x = x[:, :first]
+        x = x + self.out(attention(q[:, :, :first], k, v, mask=mask).transpose(1, 2).reshape(x.shape))
+        return x + self.mlp(self.norm_2(x))
+
+
+class _LocalBlock(nn.Module):
+    """Depth-wise 5x5 convolution and an MLP over channels, channels last."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, D, h, w]
+        return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class TinyClip(ClipBackbone):
+    """Args: ``width`` of both towers, ``embed_dim`` D, depth of the local, global and text parts."""
+
+    patch_size = 4
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.25, 0.25, 0.25)
+    taps = ("local", "pre_norm", "post_norm")
+
+    def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 1, text_depth: int = 2,
+                 heads: int = 4, image_size: int = 48, context_length: int = 16):
+        super().__init__()
+        self.token_dim, self.embed_dim, self.image_size = width, embed_dim, image_size
+        self.tokenizer = WordTokenizer(context_length=context_length)
+        self.stem = nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1), nn.GELU(), nn.Conv2d(width // 2, width, 3, 2, 1))
+        self.local = nn.Sequential(*(_LocalBlock(width) for _ in range(local_depth)))
+        self.cls = nn.Parameter(torch.randn(width) * 0.02)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.image_projection = nn.Linear(width, embed_dim, bias=False)
+        self.words = nn.Embedding(self.tokenizer.vocab_size, width)
+        self.word_positions = nn.Parameter(torch.randn(context_length, width) * 0.02)
+        self.text_blocks = nn.ModuleList(_Block(width, heads) for _ in range(text_depth))
+        self.text_norm = nn.LayerNorm(width)
+        self.text_projection = nn.Linear(width, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        nn.init.normal_(self.words.weight, std=0.1)
+
+    def _local_tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        # Channels last: the norm and the MLP of a local block then read the convolution in place.
+        grid = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
+        return grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3])
+
+    def _with_cls(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:
+        self._check_tap(tap)
+        x, size = self._local_tokens(images)
+        if tap == "local":
+            return PatchTokens(x, size, None)
+        x = self._with_cls(x)
+        for block in self.blocks:
+            x = block(x)
+        if tap == "post_norm":
+            x = self.norm(x)
+        return PatchTokens(x[:, 1:], size, x[:, 0])
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.image_projection(tokens)
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        x = self._with_cls(self._local_tokens(images)[0])
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.project(self.norm(self.blocks[-1](x, first=1)[:, 0]))
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        keep = token_ids != PAD
+        x = F.embedding(token_ids, self.words.weight) + self.word_positions[: token_ids.shape[1]]
+        for block in self.text_blocks:
+            x = block(x, mask=keep[:, None, None, :])
+        end = (token_ids == END).int().argmax(dim=1)
+        x = self.text_norm(x[torch.arange(len(x), device=x.device), end])
+        return self.text_projection(x)

@@ -1,0 +1,27 @@
+"""Say what is installed, what was built and which backend answers: the thing to paste into an issue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+
+_LIBRARIES = ("torchvision", "open_clip_torch", "timm", "transformers", "xformers", "torchmetrics", "omegaconf", "safetensors",
+              "pillow", "scikit-learn", "scikit-image", "matplotlib")
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(options: argparse.Namespace) -> int:
+    from ovseg_kernels.info import report
+
+    print(report())
+    print("libraries")
+    for name in _LIBRARIES:
+        try:
+            print(f"  {name:16} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {name:16} not installed")
+    return 0

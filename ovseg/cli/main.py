@@ -1,0 +1,44 @@
+"""ovseg: one verb a file. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with skipped inputs, 130/143 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+from ..errors import CheckpointError, ConfigError, DataError, InputError
+
+VERBS = ("segment", "train", "eval", "demo", "data", "bench", "models", "info")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="ovseg", description="Open-vocabulary semantic segmentation from text supervision.")
+    top.add_argument("--version", action="version", version=f"ovseg {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        module = import_module(f".{verb}", __package__)
+        sub = verbs.add_parser(verb, help=module.__doc__.strip().splitlines()[0], description=module.__doc__,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options) or 0
+    except (InputError, ConfigError) as error:
+        print(f"ovseg {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, DataError, ImportError, FloatingPointError, ValueError, OSError) as error:
+        print(f"ovseg {options.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

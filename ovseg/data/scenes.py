@@ -1,0 +1,183 @@
+"""Compositional scenes with captions and exact masks, made from a seed: the embedded data set.
+
+A scene is a textured background ("stuff") with one to three objects ("things"). A thing is a colour and a kind,
+``a red seven``; some combinations of colour and kind are *unseen*: they are never rendered for training, while their
+colour and their kind are, each in other combinations. Two forms share everything but the drawing:
+
+* ``shapes``: drawn shapes on drawn textures; numpy only.
+* ``digits``: real handwritten digits (scikit-learn's ``load_digits``) on tinted cards, lying on real photo textures
+  (scikit-image's ``brick``, ``grass``, ``gravel``). Training and validation use different handwriting and different
+  parts of the photographs.
+
+Each scene has several captions, as the pictures of COCO have; most name one entity. Captions name what they name and
+nothing else is known in training: no mask, no list of objects. Scene ``i`` of a split depends on ``(seed, split, i)``
+only, so any part of a data set can be made anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import scene_drawing as drawing
+
+SPLITS = ("train", "val")
+IMAGE_SIZE = 48
+CAPTIONS_PER_SCENE = 5
+
+ONE_ENTITY = ("{a}", "a photo of {a}", "there is {a}", "a picture of {a}")
+SEVERAL = ("{list}", "a photo of {list}", "{list} in a picture")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The classes of one form: every colour with every kind, then the stuff; ``unseen`` are held out of training."""
+
+    form: str
+    colours: tuple[str, ...]
+    kinds: tuple[str, ...]
+    stuff: tuple[str, ...]
+    unseen: tuple[tuple[str, str], ...]
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        return tuple(f"{c} {k}" for c in self.colours for k in self.kinds)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the mask's integers."""
+        return self.things + self.stuff
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The classes as a person would ask for them: 'a red seven', 'gravel'."""
+        return tuple(_article(name, self.stuff) for name in self.classes)
+
+    @property
+    def split_of_class(self) -> tuple[str, ...]:
+        """``seen``, ``unseen`` or ``stuff`` for every class."""
+        held_out = {f"{c} {k}" for c, k in self.unseen}
+        return tuple("unseen" if name in held_out else "seen" for name in self.things) + ("stuff",) * len(self.stuff)
+
+
+_SHAPE_COLOURS = ("red", "green", "blue", "orange", "purple", "white")
+_SHAPE_KINDS = ("circle", "square", "triangle", "cross")
+_DIGIT_COLOURS = ("red", "green", "blue", "yellow")
+_DIGIT_KINDS = ("zero", "one", "four", "six", "seven")
+
+# One unseen combination a colour, the kinds in rotation: every kind and every colour stays in the training set.
+VOCABULARIES = {
+    "shapes": Vocabulary(
+        "shapes",
+        _SHAPE_COLOURS,
+        _SHAPE_KINDS,
+        ("grass", "water", "sand", "night"),
+        tuple((c, _SHAPE_KINDS[i % 4]) for i, c in enumerate(_SHAPE_COLOURS)),
+    ),
+    "digits": Vocabulary(
+        "digits",
+        _DIGIT_COLOURS,
+        _DIGIT_KINDS,
+        ("brick", "grass", "gravel"),
+        tuple((c, _DIGIT_KINDS[(i + 1) % 5]) for i, c in enumerate(_DIGIT_COLOURS)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence and the entities it names, as noun phrases ('red seven', 'gravel')."""
+
+    text: str
+    entities: frozenset[str]
+
+
+@dataclass
+class Scene:
+    """One scene: ``image`` uint8 [H, W, 3], ``mask`` int16 [H, W] of class indices, captions, things drawn."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    captions: list[Caption]
+    things: list[str]
+    stuff: str
+    index: int = 0
+    split: str = field(default="train")
+
+
+class Scenes(Sequence[Scene]):
+    """A data set of ``length`` scenes.
+
+    Args:
+        form: ``shapes`` or ``digits``.
+        split: ``train`` (no unseen combination) or ``val`` (all combinations).
+        length: number of scenes.
+        seed: everything follows from it.
+        image_size: side of the square picture in pixels; objects scale with it.
+
+    Raises:
+        ValueError: for an unknown form or split, a negative length or an image_size below 24.
+    """
+
+    def __init__(self, form: str = "digits", split: str = "train", length: int = 6000, seed: int = 0,
+                 image_size: int = IMAGE_SIZE):
+        if form not in VOCABULARIES:
+            raise ValueError(f"form is {form!r}; expected one of {sorted(VOCABULARIES)}")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; expected one of {list(SPLITS)}")
+        if length < 0:
+            raise ValueError(f"length is {length}; expected 0 or more")
+        if image_size < 24:
+            raise ValueError(f"image_size is {image_size}; expected at least 24 pixels, objects vanish below")
+        self.vocabulary = VOCABULARIES[form]
+        self.form, self.split, self.length, self.seed, self.image_size = form, split, length, seed, image_size
+        held_out = set(self.vocabulary.unseen) if split == "train" else set()
+        self._pairs = [(c, k) for c in self.vocabulary.colours for k in self.vocabulary.kinds if (c, k) not in held_out]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(f"index is {index}; expected less than {self.length}")
+        index %= self.length
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        vocabulary = self.vocabulary
+        stuff = vocabulary.stuff[rng.integers(len(vocabulary.stuff))]
+        image = drawing.background(self.form, stuff, self.image_size, self.split, rng)
+        mask = np.full((self.image_size, self.image_size), vocabulary.classes.index(stuff), np.int16)
+        occupied = np.zeros(mask.shape, bool)
+        things: list[str] = []
+        for _ in range(rng.integers(1, drawing.MOST_OBJECTS[self.form] + 1)):
+            colour, kind = self._pairs[rng.integers(len(self._pairs))]
+            area = drawing.place(self.form, image, occupied, colour, kind, self.split, rng)
+            if area is None:  # no free place was found for this object
+                continue
+            name = f"{colour} {kind}"
+            mask[area] = vocabulary.classes.index(name)
+            things.append(name)
+        captions = [_caption(things, stuff, rng) for _ in range(CAPTIONS_PER_SCENE)]
+        return Scene(image, mask, captions, things, stuff, index, self.split)
+
+
+def _caption(things: list[str], stuff: str, rng: np.random.Generator) -> Caption:
+    """70 % name one entity, the rest list several: captions that always list everything teach no localisation."""
+    names = list(dict.fromkeys(things))
+    if rng.random() < 0.7 or not names:
+        pool = [*names, stuff]
+        entity = pool[rng.integers(len(pool))]
+        template = ONE_ENTITY[rng.integers(len(ONE_ENTITY))]
+        return Caption(template.format(a=_article(entity, (stuff,))), frozenset([entity]))
+    chosen = [names[i] for i in rng.permutation(len(names))[: rng.integers(1, len(names) + 1)]]
+    text = " and ".join(_article(name, (stuff,)) for name in chosen)
+    if rng.random() < 0.6:
+        text, chosen = f"{text} on {stuff}", [*chosen, stuff]
+    return Caption(SEVERAL[rng.integers(len(SEVERAL))].format(list=text), frozenset(chosen))
+
+
+def _article(entity: str, stuff: tuple[str, ...]) -> str:
+    return entity if entity in stuff else f"{'an' if entity[0] in 'aeiou' else 'a'} {entity}"

@@ -1,0 +1,49 @@
+"""Prompt templates: sets of format strings with one ``{}`` for the label. Text features are averaged over a set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "label": ("{}",),
+    "simple": ("a photo of a {}.",),
+    "scenes": ("{}", "a photo of {}", "there is {}"),  # labels bring their article: 'a red seven', 'gravel'
+    "pacl7": (  # the seven that PACL takes from CLIP's notebook on prompts
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+}
+NAMES = (*TEMPLATES, "clip80")
+
+
+def templates(which: str | Sequence[str]) -> tuple[str, ...]:
+    """A named set (``clip80`` is CLIP's 80 for ImageNet, read from open_clip) or the given format strings, checked.
+
+    Raises:
+        ValueError: for an unknown name, an empty list, or a template without exactly one ``{}``.
+    """
+    if isinstance(which, str):
+        if which == "clip80":
+            return _clip80()
+        if which not in TEMPLATES:
+            raise ValueError(f"templates is {which!r}; expected one of {list(NAMES)} or a list of format strings")
+        return TEMPLATES[which]
+    if not which:
+        raise ValueError("templates is empty; expected at least one format string such as 'a photo of a {}.'")
+    for template in which:
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r} holds {template.count('{}')} '{{}}'; expected exactly one")
+    return tuple(which)
+
+
+def _clip80() -> tuple[str, ...]:
+    try:
+        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"templates 'clip80' come from open_clip, which does not import: {error}") from error
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)

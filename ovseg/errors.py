@@ -1,0 +1,17 @@
+"""Errors a user meets. Each message says what is wrong, the value seen, what is accepted, what to do."""
+
+
+class InputError(ValueError):
+    """An image, a label list or another argument that cannot be used."""
+
+
+class DataError(RuntimeError):
+    """Data on disk that is missing or damaged."""
+
+
+class ConfigError(ValueError):
+    """A recipe with an unknown key or a value of the wrong kind."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged, incomplete or belongs to another model."""

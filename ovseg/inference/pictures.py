@@ -1,0 +1,101 @@
+"""Pictures of label maps: colours, overlay with legend, strips of image, truth and prediction. Pillow only."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_INK, _PAPER, _NONE = (25, 25, 25), (255, 255, 255), (0, 0, 0)
+
+
+def palette(count: int) -> np.ndarray:
+    """``count`` distinct colours, uint8 [count, 3]; the first ones do not depend on ``count``."""
+    rows = []
+    for i in range(count):
+        hue = (i * 0.618034 + 0.02) % 1.0  # golden ratio: neighbours in the list are far apart on the wheel
+        rows.append(colorsys.hsv_to_rgb(hue, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.80, 0.60)[i // 3 % 3]))
+    return (np.array(rows).reshape(count, 3) * 255).round().astype(np.uint8)
+
+
+def colour(labels: np.ndarray, count: int) -> np.ndarray:
+    """Label map [H, W] to uint8 [H, W, 3]; labels below 0 are black."""
+    table = np.concatenate([palette(count), np.array([_NONE], np.uint8)])
+    return table[np.where(labels < 0, count, labels)]
+
+
+def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alpha: float = 0.55,
+            legend: bool = True) -> Image.Image:
+    """The picture under its label map, and below it the names found with their share of the area.
+
+    Small pictures are enlarged to 384 pixels, by whole factors, so that the legend can be read.
+    """
+    factor = max(1, -(-384 // max(image.size)))
+    base = np.asarray(image.convert("RGB")).repeat(factor, 0).repeat(factor, 1)
+    large = labels.repeat(factor, 0).repeat(factor, 1)
+    paint = colour(large, len(names))
+    shown = np.where(large[..., None] < 0, base, (1 - alpha) * base + alpha * paint)
+    edge = np.zeros(large.shape, bool)
+    edge[:, 1:] |= large[:, 1:] != large[:, :-1]
+    edge[1:] |= large[1:] != large[:-1]
+    shown[edge] = _PAPER
+    picture = Image.fromarray(shown.round().astype(np.uint8))
+    if not legend:
+        return picture
+    shares = [(float((labels == i).mean()), i) for i in range(len(names))]
+    entries = [(tuple(palette(len(names))[i]), f"{names[i]} {100 * share:.0f} %") for share, i in sorted(shares, reverse=True) if share > 0]
+    none = float((labels < 0).mean())
+    if none > 0:
+        entries.append((_NONE, f"none {100 * none:.0f} %"))
+    return _stack([picture, legend_strip(entries, picture.width)])
+
+
+def legend_strip(entries: Sequence[tuple[tuple[int, ...], str]], width: int) -> Image.Image:
+    """Colour swatches with text, wrapped to ``width``."""
+    font, line, pad = ImageFont.load_default(14), 22, 8
+    x, y, placed = pad, 4, []
+    for colour_, text in entries:
+        needed = 20 + int(font.getlength(text)) + 14
+        if x + needed > width and x > pad:
+            x, y = pad, y + line
+        placed.append((x, y, colour_, text))
+        x += needed
+    strip = Image.new("RGB", (width, y + line + 2), _PAPER)
+    draw = ImageDraw.Draw(strip)
+    for x, y, colour_, text in placed:
+        draw.rectangle([x, y + 3, x + 13, y + 16], fill=colour_, outline=_INK)
+        draw.text((x + 19, y + 1), text, fill=_INK, font=font)
+    return strip
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], legend: Sequence[tuple[tuple[int, ...], str]] = (),
+                  scale: int = 2) -> Image.Image:
+    """Pictures in rows (one title a row, at the left), enlarged by ``scale``, with a legend below."""
+    font, margin = ImageFont.load_default(14), 6
+    left = margin * 2 + max((int(font.getlength(title)) for title in titles), default=0)
+    lines = []
+    for row, title in zip(rows, titles, strict=True):
+        pictures = [picture.repeat(scale, 0).repeat(scale, 1) for picture in row]
+        height = max(picture.shape[0] for picture in pictures)
+        width = left + sum(picture.shape[1] + margin for picture in pictures)
+        line = Image.new("RGB", (width, height + margin), _PAPER)
+        ImageDraw.Draw(line).text((margin, height // 2 - 8), title, fill=_INK, font=font)
+        x = left
+        for picture in pictures:
+            line.paste(Image.fromarray(picture), (x, 0))
+            x += picture.shape[1] + margin
+        lines.append(line)
+    sheet = _stack(lines)
+    return _stack([sheet, legend_strip(legend, sheet.width)]) if legend else sheet
+
+
+def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    width = max(picture.width for picture in pictures)
+    out = Image.new("RGB", (width, sum(picture.height for picture in pictures)), _PAPER)
+    y = 0
+    for picture in pictures:
+        out.paste(picture, (0, y))
+        y += picture.height
+    return out

@@ -1,0 +1,15 @@
+"""One file a system, the registry, the shared output type."""
+
+from .base import ImageFeatures, OVSegModel
+from .registry import create_model, from_pretrained, list_models, list_pretrained, register_model, save_pretrained
+
+__all__ = [
+    "ImageFeatures",
+    "OVSegModel",
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "list_pretrained",
+    "register_model",
+    "save_pretrained",
+]

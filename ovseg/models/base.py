@@ -1,0 +1,116 @@
+"""What every system is to its users: encode images, encode texts, compare them densely, a training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..backbones.base import ClipBackbone
+from ..data.templates import templates as resolve_templates
+from ..errors import InputError
+
+
+@dataclass
+class ImageFeatures:
+    """What ``encode_image`` returns.
+
+    Attributes:
+        embedding: [B, E], one vector an image.
+        tokens: [B, L, E], one vector a patch, row-major over ``grid``, in the space of the texts, not normalised.
+        grid: (h, w).
+        groups, index, soft: of grouping systems; None for the others.
+    """
+
+    embedding: torch.Tensor
+    tokens: torch.Tensor
+    grid: tuple[int, int]
+    groups: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    soft: torch.Tensor | None = None
+
+
+class OVSegModel(nn.Module):
+    """Base of the systems. A system defines ``encode_image``, ``training_loss`` and, if it differs, ``segment_logits``.
+
+    Attributes:
+        name: registry name, set by ``create_model``.
+        config: the arguments that built it, saved beside the weights.
+        templates: the prompt templates that ``encode_labels`` uses by default.
+    """
+
+    backbone: ClipBackbone
+    name: str = ""
+    config: dict[str, Any]
+    templates: str = "simple"
+
+    def encode_image(self, images: torch.Tensor) -> ImageFeatures:
+        """Features of ``images`` [B, 3, H, W], normalised by ``backbone.normalize``."""
+        raise NotImplementedError
+
+    def training_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named scalars with ``total``. Batch: ``images``, ``token_ids`` [T, L], optional ``pair_mask`` [B, T] and
+        ``image_ids`` [B] with ``text_ids`` [T]."""
+        raise NotImplementedError
+
+    def similarity(self, images: torch.Tensor | ImageFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """Image-level similarity [B, T] with text embeddings [T, E]; classifies without training."""
+        raise NotImplementedError
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Text embeddings [T, E], not normalised."""
+        return self.backbone.encode_text(token_ids)
+
+    def segment_logits(self, features: ImageFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """Cosine of every patch with every text: [B, C, h, w] at the resolution of the tokens."""
+        s = F.normalize(features.tokens, dim=-1) @ F.normalize(texts, dim=-1).T
+        return s.transpose(1, 2).unflatten(2, features.grid)
+
+    @torch.no_grad()
+    def encode_labels(self, labels: Sequence[str], templates: str | Sequence[str] | None = None) -> torch.Tensor:
+        """One unit vector a label [C, E]: the mean over templates of the unit text embeddings, normalised.
+
+        Raises:
+            InputError: for an empty list, a label that is not a string or blank, or the same label twice.
+        """
+        labels = check_labels(labels)
+        chosen = resolve_templates(templates or self.templates)
+        device = next(self.parameters()).device
+        rows = []
+        for label in labels:
+            ids = self.backbone.tokenizer([template.replace("{}", label) for template in chosen]).to(device)
+            rows.append(F.normalize(self.encode_text(ids), dim=-1).mean(0))
+        return F.normalize(torch.stack(rows), dim=-1)
+
+    @property
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+
+def check_labels(labels: Sequence[str] | str) -> list[str]:
+    """A list of distinct, non-blank labels. A single string is one label."""
+    labels = [labels] if isinstance(labels, str) else list(labels)
+    if not labels:
+        raise InputError('labels is empty; expected at least one name, e.g. labels=["cat"]')
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise InputError(f"labels[{i}] is a {type(label).__name__}; expected a string")
+        if not label.strip():
+            raise InputError(f"labels[{i}] is blank; expected a name")
+        key = " ".join(label.split())
+        if key in seen:
+            raise InputError(f"labels[{i}] and labels[{seen[key]}] are both {key!r}; expected distinct labels")
+        seen[key] = i
+    return list(seen)
+
+
+def check_images(images: torch.Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W]")
+    if not images.is_floating_point():
+        raise InputError(f"images has dtype {images.dtype}; expected floats from backbone.normalize")

@@ -1,0 +1,14 @@
+"""A progress bar on a terminal, silence in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def bar(items: Iterable, *, show: bool = True, **options: Any) -> tqdm:
+    """tqdm over ``items``, hidden if ``show`` is false or stderr is no terminal."""
+    return tqdm(items, disable=not show or not sys.stderr.isatty(), mininterval=0.5, **options)

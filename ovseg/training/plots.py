@@ -1,0 +1,46 @@
+"""Loss curves of runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"))
+
+
+def plot_loss(log: Path, out: Path, title: str = "") -> Path | None:
+    """Loss against step from ``log.jsonl``, raw and smoothed. None, with a note, where matplotlib is missing."""
+    return join_curves({title or "loss": log}, out)
+
+
+def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
+    """One panel a run, side by side."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no loss curve is drawn (pip install 'ovseg-kernels[plot]')")
+        return None
+    curves = {title: _points(log) for title, log in logs.items()}
+    curves = {title: points for title, points in curves.items() if points}
+    if not curves:
+        return None
+    figure = Figure(figsize=(5.5 * len(curves), 3.5), layout="constrained")
+    for axes, (title, points), (pale, strong) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(),
+                                                     _COLOURS * len(curves), strict=False):
+        steps, losses = zip(*points, strict=True)
+        smooth, running = [], losses[0]
+        for value in losses:
+            running = 0.9 * running + 0.1 * value
+            smooth.append(running)
+        axes.plot(steps, losses, color=pale, linewidth=0.8, label="loss")
+        axes.plot(steps, smooth, color=strong, linewidth=1.6, label="smoothed")
+        axes.set(xlabel="step", ylabel="contrastive loss", title=title)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def _points(log: Path) -> list[tuple[int, float]]:
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(entry["step"], entry["loss"]) for entry in entries if "skipped" not in entry]

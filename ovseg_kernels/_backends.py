@@ -1,0 +1,112 @@
+"""Which implementation answers a call, and why not a faster one.
+
+``OVSEG_BACKEND=cpu|cuda|triton|reference`` or ``with ovseg_kernels.backend("reference"):`` forces one; asking for one
+that cannot run is an error. Otherwise the best one is taken, and a fall back to the reference warns once per operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from . import _library as lib
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+_forced = os.environ.get("OVSEG_BACKEND", "auto")
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """``backend`` runs; ``refused`` holds the reason of every backend that does not."""
+
+    op: str
+    backend: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend}"]
+        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block.
+
+    Raises:
+        ValueError: for a name that is no backend. BackendError comes from the call that cannot be served.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; expected one of {list(BACKENDS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend with ``yes`` or the reason why it cannot run here."""
+    return {name: _unavailable(name) or "yes" for name in BACKENDS[1:]}
+
+
+def _unavailable(name: str) -> str:
+    if name == "cpu":
+        return "" if lib.CPU.loaded else lib.CPU.reason
+    return {"reference": "", "cuda": "no CUDA kernel is built", "triton": "no Triton kernel is written yet"}[name]
+
+
+def select(op: str, device: torch.device) -> Choice:
+    """The choice for tensors on ``device``. Raises BackendError if a backend was forced and cannot run."""
+    refused = {}
+    for name in ("cuda", "triton", "cpu"):
+        fits = (name == "cpu") == (device.type == "cpu")
+        refused[name] = _unavailable(name) if fits else f"the tensors are on {device.type}"
+    if _forced not in BACKENDS:
+        raise ValueError(f"OVSEG_BACKEND is {_forced!r}; expected one of {list(BACKENDS)}")
+    if _forced == "reference":
+        return Choice(op, "reference", {name: reason or "reference is forced" for name, reason in refused.items()})
+    if _forced != "auto":
+        if refused[_forced]:
+            raise lib.BackendError(f"{op}: backend {_forced!r} was asked for and cannot run: {refused[_forced]}")
+        return Choice(op, _forced, {n: r or f"{_forced} is forced" for n, r in refused.items() if n != _forced})
+    for name, reason in refused.items():
+        if not reason:
+            return Choice(op, name, {n: r for n, r in refused.items() if r})
+    return Choice(op, "reference", refused)
+
+
+def use_definition(op: str, device: torch.device) -> bool:
+    """True when the reference is forced: the caller then runs the differentiable definition itself."""
+    choice = select(op, device)
+    if choice.backend == "reference" and _forced == "auto" and not torch.compiler.is_compiling() and op not in _warned:
+        _warned.add(op)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
+        warnings.warn(
+            f"ovseg_kernels.{op} runs on the reference for {device.type} tensors ({reasons}). "
+            "See `python -m ovseg_kernels.info`.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return _forced == "reference"
+
+
+def explain(op: str, *args: object) -> Choice:
+    """Which backend would run ``op`` for these arguments, and why not the others.
+
+    Args:
+        op: name of a public operator.
+        args: its tensor arguments; the first tensor decides the device. None given: the CPU.
+    """
+    from . import OPERATORS
+
+    if op not in OPERATORS:
+        raise ValueError(f"op is {op!r}; expected one of {list(OPERATORS)}")
+    device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
+    return select(op, device)

@@ -1,0 +1,65 @@
+"""Argument checks of the operators. Messages name the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def tensor(name: str, x: object, rank: int, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> torch.Tensor:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {shape}")
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected {allowed}")
+    if x.dim() != rank:
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected {rank} dimensions, {shape}")
+    return x
+
+
+def same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
+    """Same device and, unless told otherwise, same dtype."""
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} is on {other.device}; expected one device")
+    if dtype and x.dtype != other.dtype:
+        raise TypeError(
+            f"{name} has dtype {str(x.dtype).removeprefix('torch.')} and {other_name} has "
+            f"{str(other.dtype).removeprefix('torch.')}; expected one dtype"
+        )
+
+
+def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {list(x.shape)}; expected {list(expected)}, {meaning}")
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {list(allowed)}")
+
+
+def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: torch.dtype, *, positive: bool = False) -> torch.Tensor:
+    """A 0-dim tensor on ``like``'s device. Values are checked where that costs no synchronisation with a GPU."""
+    wanted = "a positive finite number" if positive else "a finite number"
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected one element")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}; expected {like.device}, where the features are")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) in (torch.Tensor, torch.nn.Parameter):
+            _number(name, float(value.detach()), wanted, positive)
+        return value.to(dtype).reshape(())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected {wanted} or a tensor of one element")
+    _number(name, value, wanted, positive)
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def _number(name: str, value: float, wanted: str, positive: bool) -> None:
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} is {value}; expected {wanted}")

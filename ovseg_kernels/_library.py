@@ -1,0 +1,99 @@
+"""The torch library ``ovseg``: schemas, fallbacks, fakes, autograd, autocast, and loading of the native part.
+
+Schemas live in Python. The native library only implements them for the CPU; where it is missing, the reference's closed
+form answers under the same name, so ``torch.ops.ovseg.*`` always works.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY = torch.library.Library("ovseg", "DEF")
+SCHEMAS: dict[str, str] = {}
+FOLDER = Path(__file__).parent
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run."""
+
+
+class _Native:
+    """The outcome of loading one shared library, kept for ``explain`` and ``info``."""
+
+    def __init__(self, stem: str):
+        self.path = FOLDER / f"{stem}.so"
+        self.loaded, self.reason = False, ""
+        if not self.path.exists():
+            self.reason = f"not built ({self.path.name} is not in the package); reinstall with a C++ compiler and cmake"
+            return
+        try:
+            torch.ops.load_library(self.path)
+            self.loaded = True
+        except (OSError, RuntimeError) as error:
+            built = build_info().get("torch", "unknown")
+            self.reason = f"built against torch {built} and does not load under {torch.__version__}: {error}"
+            warnings.warn(f"ovseg_kernels: {self.path.name} {self.reason}", RuntimeWarning, stacklevel=2)
+
+
+def build_info() -> dict:
+    """What setup.py wrote when it built the native part; empty if it did not."""
+    path = FOLDER / "build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def define(schema: str) -> None:
+    name = schema.split("(", 1)[0]
+    SCHEMAS[name] = schema
+    LIBRARY.define(schema)
+
+
+def fallback(name: str, function: Callable) -> None:
+    """What answers on a device for which no kernel is registered."""
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+
+def fake(name: str) -> Callable:
+    """Shapes and dtypes of the outputs, for torch.compile, torch.export and meta tensors."""
+    return torch.library.register_fake(f"ovseg::{name}", lib=LIBRARY)
+
+
+def autograd(name: str, backward: Callable, setup: Callable) -> None:
+    torch.library.register_autograd(f"ovseg::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def no_second_derivative(name: str) -> None:
+    """Make a second derivative an error. Without this, torch would drop terms after one warning."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"ovseg::{name} has no second derivative. For double backward use the definition: "
+            "with ovseg_kernels.backend('reference'): ..."
+        )
+
+    torch.library.register_autograd(f"ovseg::{name}", backward, lib=LIBRARY)
+
+
+def autocast(name: str, features: tuple[int, ...]) -> None:
+    """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales alone.
+
+    ``torch.library.register_autocast`` would cast every floating argument, a temperature too.
+    """
+    op = getattr(torch.ops.ovseg, name).default
+    for device in ("cpu", "cuda"):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper() if device == 'cpu' else 'CUDA'}"))
+
+        def kernel(*args, device=device, keys=keys):
+            dtype = torch.get_autocast_dtype(device)
+            cast = [a.to(dtype) if i in features and a.dtype != torch.float64 else a for i, a in enumerate(args)]
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*cast)
+
+        LIBRARY.impl(name, kernel, "AutocastCPU" if device == "cpu" else "AutocastCUDA")
+
+
+CPU = _Native("_C_cpu")

@@ -1,0 +1,1 @@
+"""One file an operator: what it computes, its schema, fake, autograd and autocast."""

@@ -1,0 +1,116 @@
+"""Maps environment variables to CMake options, runs CMake, and writes build_info.json. CMakeLists.txt is the build.
+
+OVSEG_BUILD_NATIVE  1: a failing native build is an error; 0: no native build; unset: try, and go on without it
+FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
+TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"
+MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
+OVSEG_WERROR        1: warnings are errors
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def max_jobs() -> int:
+    if os.environ.get("MAX_JOBS"):
+        return int(os.environ["MAX_JOBS"])
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        memory = 4.0
+    return max(1, min(os.cpu_count() or 1, int(memory // 4)))
+
+
+def use_cuda() -> bool:
+    forced = os.environ.get("FORCE_CUDA")
+    return shutil.which("nvcc") is not None if forced in (None, "") else forced == "1"
+
+
+class CMakeBuild(build_ext):
+    """Builds the shared libraries into ovseg_kernels/. They hold no Python symbol and load by torch.ops.load_library."""
+
+    def run(self) -> None:
+        wanted = os.environ.get("OVSEG_BUILD_NATIVE", "")
+        if wanted == "0":
+            print("OVSEG_BUILD_NATIVE=0: no native library; the reference answers")
+            return
+        try:
+            self._build()
+        except Exception as error:
+            if wanted == "1":
+                raise
+            print(f"\novseg_kernels: the native build failed ({error}).\n"
+                  "Going on without it: every operator runs on its plain-torch reference.\n"
+                  "OVSEG_BUILD_NATIVE=1 makes this an error.\n", file=sys.stderr)
+
+    def _build(self) -> None:
+        import torch
+
+        began = time.time()
+        # Stale files of an editable install must not end in a wheel of another build.
+        out = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "ovseg_kernels"
+        work = Path(self.build_temp).resolve() / "cmake"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        torch_root = Path(torch.__file__).parent
+        cuda = use_cuda()
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "OVSEG_TORCH_INCLUDE": torch_root / "include",
+            "OVSEG_TORCH_LIB": torch_root / "lib",
+            "OVSEG_OUTPUT": out,
+            "OVSEG_CUDA": "ON" if cuda else "OFF",
+            "OVSEG_CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+            "OVSEG_WERROR": "ON" if os.environ.get("OVSEG_WERROR") == "1" else "OFF",
+        }
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        jobs = max_jobs()
+        subprocess.check_call(["cmake", str(ROOT), *generator, *(f"-D{k}={v}" for k, v in options.items())], cwd=work)
+        subprocess.check_call(["cmake", "--build", ".", "--parallel", str(jobs)], cwd=work)
+        info = {
+            "torch": torch.__version__,
+            "torch_floor": "2.10",
+            "compiler": subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True,
+                                       check=False).stdout.split("\n")[0],
+            "machine": platform.machine(),
+            "instruction_sets": ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"],
+            "cuda": "requested, but no operator has a CUDA kernel yet" if cuda else "off",
+            "jobs": jobs,
+            "seconds": round(time.time() - began, 1),
+        }
+        (out / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    def get_outputs(self):
+        folder = Path(self.build_lib) / "ovseg_kernels"
+        return [str(path) for path in folder.glob("_C_*.so")] + [str(path) for path in folder.glob("build_info.json")]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    """py3-none-<platform>: the libraries hold no CPython symbol, so one wheel serves every Python."""
+
+    def get_tag(self):
+        if os.environ.get("OVSEG_BUILD_NATIVE") == "0":
+            return "py3", "none", "any"
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[] if os.environ.get("OVSEG_BUILD_NATIVE") == "0" else [Extension("ovseg_kernels._C_cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)
