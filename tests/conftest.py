@@ -1,0 +1,20 @@
+"""Shared by all tests: a fixed seed, few threads, no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download fails at once
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    missing = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(missing)

@@ -1,0 +1,108 @@
+"""Every operator with arguments to call it by: what the contract tests run over. A new operator adds itself here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+import ovseg_kernels as ok
+
+
+@dataclass
+class Sample:
+    """``call(*tensors)`` is the public function; ``low`` are dispatcher calls for opcheck (name, arguments)."""
+
+    op: str
+    name: str
+    call: Callable
+    tensors: tuple[torch.Tensor, ...]
+    low: list[tuple[str, tuple]] = field(default_factory=list)
+    features: int = 1  # how many leading tensors autocast may cast
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def leaf(*shape: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def number(value: float, dtype=torch.float64) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, requires_grad=True)
+
+
+def mask_of(B: int, N: int) -> torch.Tensor:
+    """One image fully masked, one whole, the rest in part."""
+    mask = torch.rand(B, N) > 0.4
+    mask[0] = False
+    if B > 1:
+        mask[1] = True
+    return mask
+
+
+def patch_text(dtype=torch.float64, B=3, T=4, N=7, D=5) -> list[Sample]:
+    torch.manual_seed(1)
+    found = []
+    for pool in ("vector", "score", "max", "mean"):
+        for weight in ("softmax", "sigmoid"):
+            for mask in (None, mask_of(B, N)):
+                params = (number(0.37, dtype),) if weight == "softmax" else (number(3.0, dtype), number(-0.5, dtype))
+
+                def call(patches, texts, *params, pool=pool, weight=weight, mask=mask):
+                    names = ("temperature",) if weight == "softmax" else ("weight_scale", "weight_bias")
+                    return ok.patch_text_similarity(
+                        patches, texts, patch_mask=mask, pool=pool, weight=weight, **dict(zip(names, params, strict=True))
+                    )
+
+                patches, texts = leaf(B, N, D, dtype=dtype), leaf(T, D, dtype=dtype)
+                low = []
+                if pool != "mean":
+                    codes = ({"vector": 0, "score": 1, "max": 2}[pool], int(weight == "sigmoid"))
+                    scale, bias = number(2.0, dtype), number(-0.5, dtype)
+                    low.append(("patch_text_similarity", (patches, texts, mask, scale, bias, *codes)))
+                    plain = [x.detach() for x in (patches, texts, scale, bias)]
+                    saved = torch.ops.ovseg.patch_text_similarity(*plain[:2], mask, *plain[2:], *codes)
+                    for needs in ((True, True), (True, False), (False, True)):
+                        arguments = (torch.randn_like(saved[0]), *plain[:2], mask, *plain[2:], *saved, *codes, *needs)
+                        low.append(("patch_text_similarity_backward", arguments))
+                name = f"{pool}-{weight}-{'masked' if mask is not None else 'whole'}"
+                found.append(Sample("patch_text_similarity", name, call, (patches, texts, *params), low, features=2))
+    return found
+
+
+def contrastive(dtype=torch.float64, B=5, T=5) -> list[Sample]:
+    torch.manual_seed(2)
+    ids = torch.tensor([0, 1, 1, 2, 9]), torch.tensor([1, 0, 2, 2, 7])  # repeated, and without a partner
+    pairs = torch.rand(B, T) > 0.3
+    pairs.fill_diagonal_(True)
+    options = {
+        "diagonal": {},
+        "ids": {"image_ids": ids[0], "text_ids": ids[1]},
+        "pairs": {"pair_mask": pairs},
+        "ids-pairs": {"image_ids": ids[0], "text_ids": ids[1], "pair_mask": pairs},
+    }
+    found = []
+    for name, kwargs in options.items():
+
+        def call(similarity, scale, kwargs=kwargs):
+            return ok.similarity_contrastive_loss(similarity, scale, **kwargs)
+
+        similarity, scale = leaf(B, T, dtype=dtype), number(3.0, dtype)
+        optional = tuple(kwargs.get(key) for key in ("image_ids", "text_ids", "pair_mask"))
+        plain = (similarity.detach(), scale.detach())
+        rows, columns = torch.ops.ovseg.similarity_contrastive_stats(*plain, *optional, 0)
+        weights = [(part[2] > 0).to(dtype) / 8 for part in (rows, columns)]
+        low = [
+            ("similarity_contrastive_stats", (*plain, *optional, 0)),
+            ("similarity_contrastive_loss", (similarity, scale, *optional, rows, columns, *weights, 0)),
+            ("similarity_contrastive_loss_backward", (torch.ones((), dtype=dtype), *plain, *optional, rows, columns, *weights, 0)),
+        ]
+        found.append(Sample("similarity_contrastive_loss", name, call, (similarity, scale), low))
+    return found
+
+
+MAKERS = {"patch_text_similarity": patch_text, "similarity_contrastive_loss": contrastive}
+
+
+def all_samples(dtype=torch.float64) -> list[Sample]:
+    return [sample for make in MAKERS.values() for sample in make(dtype)]

@@ -1,0 +1,197 @@
+"""What every operator must do, run from the samples: gradients, opcheck, compile, export, autocast, determinism."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from samples import MAKERS, all_samples
+
+import ovseg_kernels as ok
+from ovseg_kernels import _library
+from ovseg_kernels.testing import assert_close_to_truth
+
+SAMPLES = all_samples()
+each = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+
+
+def test_every_operator_has_samples():
+    assert set(MAKERS) == set(ok.OPERATORS)
+    checked = {name for sample in SAMPLES for name, _ in sample.low}
+    assert checked == set(_library.SCHEMAS), "a schema that opcheck never sees"
+
+
+def test_native_library_is_loaded():
+    """The suite is about the compiled kernels; without them it would test the reference against itself."""
+    assert _library.CPU.loaded, _library.CPU.reason
+
+
+@each
+def test_gradcheck(sample):
+    assert torch.autograd.gradcheck(sample.call, sample.tensors, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@each
+def test_gradcheck_of_the_definition(sample):
+    with ok.backend("reference"):
+        assert torch.autograd.gradcheck(sample.call, sample.tensors, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@each
+def test_opcheck(sample):
+    for name, arguments in sample.low:
+        torch.library.opcheck(getattr(torch.ops.ovseg, name).default, arguments)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_error_rule(sample, dtype):
+    """Values and gradients against the definition in float64, for inputs rounded to ``dtype``."""
+    scalar = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def run(feature_dtype, scalar_dtype, backend):
+        tensors = [x.detach().to(dtype).to(feature_dtype) if i < sample.features else x.detach().to(scalar).to(scalar_dtype)
+                   for i, x in enumerate(sample.tensors)]
+        tensors = [x.requires_grad_() for x in tensors]
+        with ok.backend(backend):
+            out = sample.call(*tensors)
+        grads = torch.autograd.grad(out, tensors, torch.ones_like(out), allow_unused=True)
+        return [out, *(g for g in grads if g is not None)]
+
+    results, eager, truth = run(dtype, scalar, "auto"), run(dtype, scalar, "reference"), run(torch.float64, torch.float64, "reference")
+    # A parameter that the pool does not use has no gradient in the definition and may have a zero one in the kernel.
+    for i, (a, b, c) in enumerate(zip(results, eager, truth, strict=len(results) == len(truth))):
+        assert_close_to_truth(f"{sample} output {i}" if i == 0 else f"{sample} gradient {i}", a, b, c, dtype)
+
+
+@each
+def test_two_runs_and_two_threads_give_the_same_bits(sample):
+    def run():
+        out = sample.call(*sample.tensors)
+        return [out, *(g for g in torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True) if g is not None)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, again = run(), run()
+        torch.set_num_threads(2)
+        two = run()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, again, two, strict=True))
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if "mean" not in s.name], ids=str)
+def test_second_derivative_raises(sample):
+    out = sample.call(*sample.tensors).sum()
+    (first,) = torch.autograd.grad(out, sample.tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(first.sum(), sample.tensors[:1])
+
+
+def _similarity(size, scale):
+    return lambda p, t, s: ok.patch_text_similarity(p, t, temperature=s), (torch.randn(size, 7, 5), torch.randn(size + 1, 5), scale)
+
+
+def _loss(size, scale):
+    return ok.similarity_contrastive_loss, (torch.randn(size, size), scale)
+
+
+@pytest.mark.parametrize("make", [_similarity, _loss], ids=["patch_text_similarity", "similarity_contrastive_loss"])
+def test_compile_without_recompiling(make):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    call = make(3, None)[0]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    for size in (3, 6, 9):  # the first one shares no number with N = 7 and D = 5, which would be taken for one symbol
+        tensors = [x.requires_grad_() for x in make(size, torch.tensor(0.2 * size))[1]]
+        out, eager = compiled(*tensors), call(*tensors)
+        assert torch.equal(out, eager)
+        grads, expected = (torch.autograd.grad(x.sum(), tensors) for x in (out, eager))
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    assert counter.frame_count == 1, f"{counter.frame_count} compilations for three batch sizes"
+
+
+@pytest.mark.parametrize("sample", [s for s in all_samples(torch.float32) if s.name in ("vector-softmax-whole", "ids-pairs")], ids=str)
+def test_export(sample):
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return sample.call(*tensors)
+
+    tensors = tuple(x.detach() for x in sample.tensors)
+    program = torch.export.export(Module(), tensors)
+    assert torch.equal(program.module()(*tensors), sample.call(*tensors))
+    assert any("ovseg" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("sample", all_samples(torch.float32), ids=str)
+def test_autocast_table(sample):
+    """Features may be lowered; the scale stays float32, and so does the result."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sample.call(*sample.tensors)
+    assert out.dtype == torch.float32
+    grads = torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
+    assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, sample.tensors, strict=True))
+    lowered = [x.detach().bfloat16() if sample.features > 1 and i < sample.features else x.detach() for i, x in enumerate(sample.tensors)]
+    if "mean" in sample.name:
+        lowered = [x.detach() for x in sample.tensors]  # plain torch in float32
+    assert torch.equal(out, sample.call(*lowered))
+
+
+@each
+def test_meta_tensors(sample):
+    for name, arguments in sample.low:
+        meta = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+        real = getattr(torch.ops.ovseg, name)(*[x.detach() if isinstance(x, torch.Tensor) else x for x in arguments])
+        fake = getattr(torch.ops.ovseg, name)(*meta)
+        for a, b in zip(real if isinstance(real, tuple) else (real,), fake if isinstance(fake, tuple) else (fake,), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+@each
+def test_fallback_answers_like_the_kernel(sample):
+    """The closed form that serves devices without a kernel, called as the dispatcher would."""
+    fallbacks = {
+        "patch_text_similarity": "patch_text_similarity.forward",
+        "patch_text_similarity_backward": "patch_text_similarity.backward",
+        "similarity_contrastive_stats": "similarity_contrastive_loss.stats",
+        "similarity_contrastive_loss_backward": "similarity_contrastive_loss.backward",
+    }
+    for name, arguments in sample.low:
+        if name not in fallbacks:
+            continue
+        module, function = fallbacks[name].split(".")
+        reference = __import__(f"ovseg_kernels.reference.{module}", fromlist=[function])
+        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        for a, b in zip(getattr(reference, function)(*arguments), getattr(torch.ops.ovseg, name)(*arguments), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_explain_and_forced_backends():
+    patches, texts = torch.randn(1, 2, 3), torch.randn(1, 3)
+    choice = ok.explain("patch_text_similarity", patches, texts)
+    assert choice.backend == "cpu" and "tensors are on cpu" in choice.refused["cuda"]
+    with pytest.raises(ValueError, match="op is 'nothing'"):
+        ok.explain("nothing")
+    with pytest.raises(ValueError, match="backend is 'tpu'"), ok.backend("tpu"):
+        pass
+    with ok.backend("cuda"), pytest.raises(ok.BackendError, match="'cuda' was asked for and cannot run"):
+        ok.patch_text_similarity(patches, texts)
+    with ok.backend("cpu"):
+        ok.patch_text_similarity(patches, texts)
+
+
+def test_backend_from_the_environment():
+    code = "import torch, ovseg_kernels as ok; print(ok.explain('patch_text_similarity').backend)"
+    for value, expected in (("reference", "reference"), ("cpu", "cpu")):
+        done = subprocess.run([sys.executable, "-c", code], env={"OVSEG_BACKEND": value, "PATH": ""}, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], env={"OVSEG_BACKEND": "fast", "PATH": ""}, capture_output=True, text=True)
+    assert "OVSEG_BACKEND is 'fast'" in done.stderr
+
+
+def test_samples_survive_deepcopy():
+    tensors = copy.deepcopy(SAMPLES[0].tensors)
+    assert torch.equal(SAMPLES[0].call(*tensors), SAMPLES[0].call(*SAMPLES[0].tensors))

@@ -1,0 +1,229 @@
+"""What is special about patch_text_similarity: sizes, properties that need no reference, strides, bad input."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import ovseg_kernels as ok
+from ovseg_kernels.reference.patch_text_similarity import patch_text_similarity as definition
+from ovseg_kernels.testing import assert_close_to_truth
+
+POOLS = ("vector", "score", "max", "mean")
+SIZES = [(1, 1, 1, 1), (2, 3, 1, 4), (2, 5, 7, 16), (1, 65, 196, 64), (3, 2, 257, 24), (2, 130, 33, 8), (1, 1, 4097, 8)]
+
+
+def both(patches, texts, grad, **options):
+    """Values and gradients of the kernel."""
+    patches, texts = patches.detach().requires_grad_(), texts.detach().requires_grad_()
+    out = ok.patch_text_similarity(patches, texts, **options)
+    return out, *torch.autograd.grad(out, (patches, texts), grad.to(out.dtype))
+
+
+@pytest.mark.parametrize("B,T,N,D", SIZES)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sizes(B, T, N, D, pool, dtype):
+    """Tails of tiles, both forms of the pooled vector, one of everything."""
+    patches, texts, grad = torch.randn(B, N, D).to(dtype), torch.randn(T, D).to(dtype), torch.randn(B, T)
+    mask = torch.rand(B, N) > 0.3
+    mask[:, 0] = True
+    options = {"patch_mask": mask, "temperature": 0.2, "pool": pool}
+    results = both(patches, texts, grad, **options)
+    with ok.backend("reference"):
+        eager = both(patches, texts, grad, **options)
+        truth = both(patches.double(), texts.double(), grad, **options)
+    for name, a, b, c in zip(("similarity", "d patches", "d texts"), results, eager, truth, strict=True):
+        assert_close_to_truth(name, a, b, c, dtype)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(B=st.integers(0, 4), T=st.integers(0, 70), N=st.integers(1, 40), D=st.integers(1, 33), seed=st.integers(0, 2**31),
+       pool=st.sampled_from(POOLS), weight=st.sampled_from(["softmax", "sigmoid"]), exponent=st.integers(-3, 3),
+       magnitude=st.sampled_from([1e-4, 1.0, 1e4]), masked=st.booleans())
+def test_against_the_definition(B, T, N, D, seed, pool, weight, exponent, magnitude, masked):
+    g = torch.Generator().manual_seed(seed)
+    patches = magnitude * torch.randn(B, N, D, generator=g, dtype=torch.float64)
+    texts = torch.randn(T, D, generator=g, dtype=torch.float64)
+    options = {"pool": pool, "weight": weight, "patch_mask": torch.rand(B, N, generator=g) > 0.5 if masked else None}
+    options |= {"temperature": 10.0**exponent} if weight == "softmax" else {"weight_scale": 10.0**exponent}
+    grad = torch.randn(B, T, generator=g, dtype=torch.float64)
+    results = both(patches, texts, grad, **options)
+    with ok.backend("reference"):
+        truth = both(patches, texts, grad, **options)
+    for a, b, size in zip(results, truth, (1.0, 1 / magnitude, 1.0), strict=True):
+        # A steep softmax multiplies rounding by 1 / temperature.
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * size * max(1.0, 10.0 ** abs(exponent)))
+
+
+def test_order_of_patches_does_not_matter():
+    patches, texts, order = torch.randn(2, 9, 6), torch.randn(3, 6), torch.randperm(9)
+    for pool in POOLS:
+        a = both(patches, texts, torch.ones(2, 3), pool=pool)
+        b = both(patches[:, order], texts, torch.ones(2, 3), pool=pool)
+        torch.testing.assert_close(a[0], b[0])
+        torch.testing.assert_close(a[1][:, order], b[1])
+
+
+def test_length_of_texts_does_not_matter_and_gradients_are_tangent():
+    patches, texts = torch.randn(2, 9, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    for pool in POOLS:
+        out, _, d_texts = both(patches, texts, torch.randn(2, 3, dtype=torch.float64), pool=pool)
+        torch.testing.assert_close(out, ok.patch_text_similarity(patches, 7 * texts, pool=pool))
+        torch.testing.assert_close((d_texts * texts).sum(-1), torch.zeros(3, dtype=torch.float64))
+
+
+def test_limits_of_the_temperature():
+    patches, texts = torch.randn(2, 50, 16), torch.randn(3, 16)
+    for cold, hot in ((1e-3, 1e4),):
+        torch.testing.assert_close(ok.patch_text_similarity(patches, texts, pool="score", temperature=cold),
+                                   ok.patch_text_similarity(patches, texts, pool="max"), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(ok.patch_text_similarity(patches, texts, pool="score", temperature=hot),
+                                   ok.patch_text_similarity(patches, texts, pool="mean"), rtol=1e-3, atol=1e-4)
+
+
+def test_one_patch_is_a_cosine():
+    patches, texts = torch.randn(4, 1, 8), torch.randn(5, 8)
+    cosine = F.cosine_similarity(patches, texts[None], dim=-1)
+    for pool in POOLS:
+        torch.testing.assert_close(ok.patch_text_similarity(patches, texts, pool=pool), cosine)
+
+
+def test_splitting_the_batch_equals_concatenation():
+    patches, texts = torch.randn(5, 20, 8), torch.randn(70, 8)
+    whole = ok.patch_text_similarity(patches, texts)
+    assert torch.equal(whole, torch.cat([ok.patch_text_similarity(part, texts) for part in patches.split(2)]))
+
+
+def test_fully_masked_image_gives_zero_and_touches_nothing_else():
+    patches, texts = torch.randn(3, 6, 4), torch.randn(2, 4)
+    patches[1] = float("nan")  # whatever a masked patch holds
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1] = False
+    for pool in POOLS:
+        out, d_patches, d_texts = both(patches, texts, torch.ones(3, 2), pool=pool, patch_mask=mask)
+        rest = both(patches[[0, 2]], texts, torch.ones(2, 2), pool=pool)
+        assert torch.equal(out[1], torch.zeros(2)) and torch.equal(d_patches[1], torch.zeros(6, 4))
+        torch.testing.assert_close(out[[0, 2]], rest[0])
+        torch.testing.assert_close(d_texts, rest[2])
+
+
+def test_masked_patches_get_exactly_zero_gradient():
+    patches, texts, mask = torch.randn(2, 12, 4), torch.randn(3, 4), torch.rand(2, 12) > 0.5
+    mask[:, 0] = True
+    patches[~mask] = float("inf")
+    for pool in POOLS:
+        _, d_patches, d_texts = both(patches, texts, torch.ones(2, 3), pool=pool, patch_mask=mask)
+        assert torch.equal(d_patches[~mask], torch.zeros_like(d_patches[~mask])) and bool(d_texts.isfinite().all())
+
+
+def test_patches_that_cancel():
+    """u and -u: the Gram form would lose every digit of |v|; the kernel falls back to the vector itself."""
+    u = torch.randn(1, 1, 64)
+    patches = torch.cat([u, -u * (1 - 1e-3), 0.01 * torch.randn(1, 30, 64)], 1)
+    texts = torch.randn(100, 64)
+    results = both(patches, texts, torch.ones(1, 100), temperature=50.0)
+    with ok.backend("reference"):
+        eager, truth = both(patches, texts, torch.ones(1, 100), temperature=50.0), both(patches.double(), texts.double(), torch.ones(1, 100), temperature=50.0)
+    assert_close_to_truth("similarity", results[0], eager[0], truth[0], torch.float32)
+
+
+def test_nan_in_features_gives_nan():
+    patches, texts = torch.randn(2, 5, 4), torch.randn(3, 4)
+    patches[0, 2, 1] = float("nan")
+    for pool in POOLS:
+        out = ok.patch_text_similarity(patches, texts, pool=pool)
+        assert bool(out[0].isnan().all()) and bool(out[1].isfinite().all()), pool
+
+
+def test_strides():
+    base = torch.randn(8, 3, 10, 2)
+    patches = base[..., 0].transpose(0, 1)  # [3, 8, 10], no unit stride anywhere
+    texts = torch.randn(10, 5).T
+    mask = (torch.rand(8, 3) > 0.3).T
+    for x, y, m in ((patches, texts, mask), (torch.randn(1, 8, 10).expand(3, -1, -1), texts, None)):
+        a = both(x, y, torch.ones(3, 5), patch_mask=m)
+        b = both(x.contiguous(), y.contiguous(), torch.ones(3, 5), patch_mask=None if m is None else m.contiguous())
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 0, 3, 5), (0, 0, 1, 1)])
+def test_empty_batches(shape):
+    B, T, N, D = shape
+    for pool in POOLS:
+        out, d_patches, d_texts = both(torch.randn(B, N, D), torch.randn(T, D), torch.ones(B, T), pool=pool)
+        assert out.shape == (B, T)
+        assert torch.equal(d_patches, torch.zeros(B, N, D)) and torch.equal(d_texts, torch.zeros(T, D))
+
+
+def test_nothing_of_size_BTN_is_kept():
+    patches, texts = torch.randn(4, 20, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        ok.patch_text_similarity(patches, texts)
+    assert sum(kept) <= patches.numel() + texts.numel() + 3 * 4 * 6 + 4
+
+
+@pytest.mark.parametrize("learned", ["temperature", "weight_scale"])
+def test_learned_parameters_alone(learned):
+    """Gradient to a scale when neither patches nor texts need one."""
+    patches, texts = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    value = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    weight = "softmax" if learned == "temperature" else "sigmoid"
+    assert torch.autograd.gradcheck(lambda v: ok.patch_text_similarity(patches, texts, weight=weight, **{learned: v}), (value,))
+
+
+GOOD = {"patches": torch.randn(2, 5, 4), "texts": torch.randn(3, 4)}
+BAD = [
+    ({"patches": torch.randn(5, 4)}, ValueError, r"patches has shape \[5, 4\]; expected 3 dimensions, \[B, N, D\]"),
+    ({"texts": torch.randn(1, 3, 4)}, ValueError, r"texts has shape \[1, 3, 4\]; expected 2 dimensions"),
+    ({"texts": torch.randn(3, 7)}, ValueError, "texts has last dimension 7 and patches has 4"),
+    ({"texts": torch.randn(3, 4).double()}, TypeError, "texts has dtype float64 and patches has float32"),
+    ({"patches": torch.ones(2, 5, 4, dtype=torch.int64)}, TypeError, "patches has dtype int64; expected float32"),
+    ({"patches": [[1.0]]}, TypeError, "patches is a list; expected a tensor"),
+    ({"texts": torch.randn(3, 4, device="meta")}, ValueError, "texts is on meta and patches is on cpu"),
+    ({"patches": torch.randn(2, 0, 4)}, ValueError, r"patches has shape \[2, 0, 4\]; expected at least one patch"),
+    ({"patches": torch.randn(2, 5, 0), "texts": torch.randn(3, 0)}, ValueError, "at least one patch and one channel"),
+    ({"temperature": float("nan")}, ValueError, "temperature is nan; expected a positive finite number"),
+    ({"temperature": torch.tensor(float("nan"))}, ValueError, "temperature is nan; expected a positive finite number"),
+    ({"temperature": 0.0}, ValueError, "temperature is 0.0; expected a positive finite number"),
+    ({"temperature": torch.ones(2)}, ValueError, r"temperature has shape \[2\]; expected one element"),
+    ({"temperature": "warm"}, TypeError, "temperature is a str; expected a positive finite number"),
+    ({"weight": "sigmoid", "temperature": 0.1}, ValueError, "use weight_scale instead"),
+    ({"weight": "sigmoid", "weight_scale": float("inf")}, ValueError, "weight_scale is inf; expected a finite number"),
+    ({"pool": "median"}, ValueError, r"pool is 'median'; expected one of \['vector', 'score', 'max', 'mean'\]"),
+    ({"weight": "relu"}, ValueError, "weight is 'relu'; expected one of"),
+    ({"patch_mask": torch.ones(2, 6, dtype=torch.bool)}, ValueError, r"patch_mask has shape \[2, 6\]; expected \[2, 5\]"),
+    ({"patch_mask": torch.ones(2, 5)}, TypeError, "patch_mask has dtype float32; expected bool"),
+]
+
+
+@pytest.mark.parametrize("change,error,message", BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ok.patch_text_similarity(**{**GOOD, **change})
+
+
+def test_dispatcher_calls_are_checked_too():
+    """torch.ops.ovseg.* skips Python's checks: the native side must refuse, not read out of bounds."""
+    scale, bias = torch.tensor(1.0), torch.tensor(0.0)
+    with pytest.raises(RuntimeError, match="texts has size"):
+        torch.ops.ovseg.patch_text_similarity(torch.randn(2, 5, 4), torch.randn(3, 5), None, scale, bias, 0, 0)
+    with pytest.raises(RuntimeError, match="patch_mask has size"):
+        torch.ops.ovseg.patch_text_similarity(torch.randn(2, 5, 4), torch.randn(3, 4), torch.ones(2, 4, dtype=torch.bool), scale, bias, 0, 0)
+    with pytest.raises(RuntimeError, match="pool is 9"):
+        torch.ops.ovseg.patch_text_similarity(torch.randn(2, 5, 4), torch.randn(3, 4), None, scale, bias, 9, 0)
+
+
+def test_definition_matches_the_paper_line_by_line():
+    """Equation (4) written out with loops, no masks, no helpers."""
+    patches, texts, tau = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64), 0.5
+    for i in range(2):
+        for j in range(2):
+            q = texts[j] / texts[j].norm()
+            s = torch.stack([u @ q / u.norm() for u in patches[i]])
+            a = (s / tau).exp() / (s / tau).exp().sum()
+            v = sum(a[n] * patches[i, n] for n in range(3))
+            expected = v @ q / v.norm()
+            torch.testing.assert_close(definition(patches, texts, scale=1 / tau)[i, j], expected)

@@ -1,0 +1,189 @@
+"""What is special about similarity_contrastive_loss: plain InfoNCE, multi-positives, masks, ranks, bad input."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+import ovseg_kernels as ok
+
+
+def test_diagonal_is_symmetric_cross_entropy():
+    similarity, target = torch.randn(6, 6), torch.arange(6)
+    expected = (F.cross_entropy(5 * similarity, target) + F.cross_entropy(5 * similarity.T, target)) / 2
+    torch.testing.assert_close(ok.similarity_contrastive_loss(similarity, 5.0), expected)
+
+
+def test_equal_ids_are_positives():
+    """Two images of one text: the definition by soft targets."""
+    similarity = torch.randn(3, 2)
+    loss = ok.similarity_contrastive_loss(similarity, 2.0, image_ids=torch.tensor([4, 4, 8]), text_ids=torch.tensor([4, 8]))
+    rows = F.cross_entropy(2 * similarity, torch.tensor([0, 0, 1]))
+    columns = F.cross_entropy(2 * similarity.T, torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(loss, (rows + columns) / 2)
+
+
+def test_left_out_pairs_equal_minus_infinity():
+    similarity, keep = torch.randn(4, 4), torch.rand(4, 4) > 0.4
+    keep.fill_diagonal_(True)
+    z, target = (3 * similarity).masked_fill(~keep, float("-inf")), torch.arange(4)
+    expected = (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
+    torch.testing.assert_close(ok.similarity_contrastive_loss(similarity, 3.0, pair_mask=keep), expected)
+
+
+def test_no_positive_is_zero_loss_and_zero_gradient():
+    similarity = torch.randn(2, 3, requires_grad=True)
+    loss = ok.similarity_contrastive_loss(similarity, 1.0, image_ids=torch.tensor([0, 1]), text_ids=torch.tensor([5, 6, 7]))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(similarity.grad, torch.zeros(2, 3))
+
+
+def test_row_without_any_pair():
+    """An image whose every pair is left out takes part in nothing."""
+    keep = torch.eye(3, dtype=torch.bool) | (torch.rand(3, 3) > 0.2)
+    keep[1], keep[:, 1] = False, False
+    similarity = torch.randn(3, 3, requires_grad=True)
+    loss = ok.similarity_contrastive_loss(similarity, 2.0, pair_mask=keep)
+    loss.backward()
+    rest = ok.similarity_contrastive_loss(similarity.detach()[[0, 2]][:, [0, 2]], 2.0, pair_mask=keep[[0, 2]][:, [0, 2]])
+    torch.testing.assert_close(loss.detach(), rest)
+    assert bool(similarity.grad.isfinite().all()) and not bool(similarity.grad[1].any())
+
+
+def test_doubling_the_batch_adds_log_two():
+    similarity = torch.randn(4, 4, dtype=torch.float64)
+    once = ok.similarity_contrastive_loss(similarity, 3.0)
+    ids = torch.arange(4).repeat(2)
+    twice = ok.similarity_contrastive_loss(similarity.repeat(2, 2), 3.0, image_ids=ids, text_ids=ids)
+    torch.testing.assert_close(twice, once + math.log(2))
+
+
+def test_extreme_logits_stay_finite():
+    similarity = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
+    loss = ok.similarity_contrastive_loss(similarity, 100.0)
+    loss.backward()
+    assert loss.item() == 0 and bool(similarity.grad.isfinite().all())
+
+
+def test_nan_gives_nan():
+    similarity = torch.randn(3, 3)
+    similarity[0, 1] = float("nan")
+    assert ok.similarity_contrastive_loss(similarity, 1.0).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_is_computed_in_float32(dtype):
+    similarity = torch.randn(5, 5).to(dtype)
+    loss = ok.similarity_contrastive_loss(similarity, 10.0)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, ok.similarity_contrastive_loss(similarity.float(), 10.0))
+
+
+def test_strides():
+    base = torch.randn(6, 5)
+    a = ok.similarity_contrastive_loss(base.T[:, :5], 2.0)
+    assert torch.equal(a, ok.similarity_contrastive_loss(base.T[:, :5].contiguous(), 2.0))
+
+
+def test_empty():
+    similarity = torch.randn(0, 0, requires_grad=True)
+    loss = ok.similarity_contrastive_loss(similarity, 2.0)
+    loss.backward()
+    assert loss.item() == 0
+
+
+IDS = {"image_ids": torch.arange(2), "text_ids": torch.arange(3)}
+BAD = [
+    ({"similarity": torch.randn(2, 3)}, ValueError, r"similarity has shape \[2, 3\] and the batch has 2 images"),
+    ({"similarity": torch.randn(4)}, ValueError, r"similarity has shape \[4\]; expected 2 dimensions"),
+    ({"similarity": torch.ones(2, 2, dtype=torch.int32)}, TypeError, "similarity has dtype int32"),
+    ({"logit_scale": float("nan")}, ValueError, "logit_scale is nan; expected a finite number"),
+    ({"logit_scale": torch.ones(3)}, ValueError, r"logit_scale has shape \[3\]; expected one element"),
+    ({"logit_scale": torch.tensor(2)}, TypeError, "logit_scale has dtype torch.int64"),
+    ({"image_ids": torch.arange(2)}, ValueError, "image_ids and text_ids go together"),
+    ({**IDS}, ValueError, r"text_ids has shape \[3\]; expected \[2\]"),
+    ({"image_ids": torch.rand(2), "text_ids": torch.rand(2)}, TypeError, "image_ids has dtype float32; expected int64"),
+    ({"pair_mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"pair_mask has shape \[2, 3\]; expected \[2, 2\]"),
+    ({"pair_mask": torch.ones(2, 2)}, TypeError, "pair_mask has dtype float32; expected bool"),
+    ({"pair_mask": torch.ones(2, 2, dtype=torch.bool, device="meta")}, ValueError, "pair_mask is on meta"),
+]
+
+
+@pytest.mark.parametrize("change,error,message", BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ok.similarity_contrastive_loss(**{"similarity": torch.randn(2, 2), "logit_scale": 1.0, **change})
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of rows of unequal counts; backward sums what every rank has for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x, counts):
+        ctx.counts = counts
+        parts = [x.new_zeros(count, *x.shape[1:]) for count in counts]
+        for rank, part in enumerate(parts):
+            if rank == dist.get_rank():
+                part.copy_(x)
+            dist.broadcast(part, rank)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.split(ctx.counts)[dist.get_rank()], None
+
+
+def _one_rank(rank, counts, port, ids, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=len(counts))
+    torch.set_num_threads(1)
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    weight, images, texts = _problem(sum(counts))
+    weight, scale = weight.requires_grad_(), torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    gathered = _Gather.apply(texts[mine] @ weight, counts)
+    similarity = ok.patch_text_similarity(images[mine] @ weight, gathered)
+    options = {}
+    if ids:
+        labels = torch.arange(sum(counts)) // 2
+        options = {"image_ids": labels[mine], "text_ids": labels}
+    loss = ok.similarity_contrastive_loss(similarity, scale, group=dist.group.WORLD, **options)
+    loss.backward()
+    for grad in (weight.grad, scale.grad):  # DDP's mean
+        dist.all_reduce(grad)
+        grad /= len(counts)
+    if rank == 0:
+        torch.save((loss.detach(), weight.grad, scale.grad), out)
+    dist.destroy_process_group()
+
+
+def _problem(total):
+    g = torch.Generator().manual_seed(3)
+    return (torch.randn(6, 5, generator=g, dtype=torch.float64), torch.randn(total, 4, 6, generator=g, dtype=torch.float64),
+            torch.randn(total, 6, generator=g, dtype=torch.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts,ids", [([3, 3], False), ([2, 5], False), ([1, 4, 2], True)], ids=["2", "2-uneven", "3-uneven-ids"])
+def test_ranks_equal_one_process(counts, ids, tmp_path):
+    """Whole step, patch similarity included: loss and DDP-averaged gradients against one process, in float64."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_one_rank, (counts, port, ids, tmp_path / "out.pt"), nprocs=len(counts))
+    loss, d_weight, d_scale = torch.load(tmp_path / "out.pt", weights_only=True)
+    weight, images, texts = _problem(sum(counts))
+    weight, scale = weight.requires_grad_(), torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(sum(counts)) // 2
+    expected = ok.similarity_contrastive_loss(ok.patch_text_similarity(images @ weight, texts @ weight), scale,
+                                              **({"image_ids": labels, "text_ids": labels} if ids else {}))
+    expected.backward()
+    for a, b in ((loss, expected.detach()), (d_weight, weight.grad), (d_scale, scale.grad)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
