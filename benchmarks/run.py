@@ -123,7 +123,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| op | case | implementation | ms (p20-p80) | time / ovseg | extra MiB |", "|---|---|---|---|---|---|"]
     for r in rows:
         spread = f"{r['ms']:.1f} ({r['ms_p20']:.1f}-{r['ms_p80']:.1f})" if "ms" in r else r.get("failed", "")
-        lines.append(f"| {r['op']} | {r['case']} | {r['implementation']} | {spread} | {r.get('time_over_ovseg', '')} | {r.get('extra_mib', '')} |")
+        cells = (r["op"], r["case"], r["implementation"], spread, r.get("time_over_ovseg", ""), r.get("extra_mib", ""))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

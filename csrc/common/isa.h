@@ -12,7 +12,8 @@ inline Isa best_isa() {
         __builtin_cpu_supports("avx512vl")) {
       return Isa::avx512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Isa::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      return Isa::avx2;
     return Isa::baseline;
   }();
   return isa;

@@ -56,7 +56,8 @@ inline void check_type(const char* name, const Tensor& x, ScalarType type) {
 // work(begin, end, workspace) over [0, count), at most one range a thread, each with a workspace of its own. The ranges
 // depend on the number of threads: what work() computes for an item must not depend on its neighbours.
 template <typename A, typename Work>
-void parallel_with_workspace(const Tensor& like, int64_t count, int64_t workspace_size, ScalarType type, const Work& work) {
+void parallel_with_workspace(const Tensor& like, int64_t count, int64_t workspace_size, ScalarType type,
+                             const Work& work) {
   const int64_t workers = std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads()));
   Tensor memory = new_tensor(like, {workers * workspace_size}, type);
   A* base = data<A>(memory);

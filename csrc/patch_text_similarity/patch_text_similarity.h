@@ -29,10 +29,10 @@ struct PatchTextParams {
   A* norm;        // [B, T] length of the pooled vector; null unless pool == vector
 
   // Backward only.
-  const A* grad;  // [B, T]
-  void* grad_patches;  // [B, N, D] contiguous, or null
-  void* grad_texts;    // [T, D] contiguous, or null
-  A* slot_texts;       // [slots, T, D] partial sums, or null
+  const A* grad;         // [B, T]
+  void* grad_patches;    // [B, N, D] contiguous, or null
+  void* grad_texts;      // [T, D] contiguous, or null
+  A* slot_texts;         // [slots, T, D] partial sums, or null
   double* slot_scalars;  // [slots, 2] partial sums of d scale, d bias
   int64_t slots;
 

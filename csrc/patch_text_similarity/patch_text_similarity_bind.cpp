@@ -104,9 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const Tensor& sc
   p.unit_texts = data<A>(unit_texts), p.text_norms = data<A>(text_norms);
   const PatchTextTable<A>& run = table<A>();
   run.prepare_texts(p);
-  parallel_with_workspace<A>(in.patches, p.B, run.workspace_size(p), type, [&](int64_t begin, int64_t end, A* memory) {
-    run.forward_images(p, begin, end, memory);
-  });
+  parallel_with_workspace<A>(in.patches, p.B, run.workspace_size(p), type,
+                             [&](int64_t begin, int64_t end, A* memory) { run.forward_images(p, begin, end, memory); });
   return outputs;
 }
 
@@ -158,9 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const
   p.slot_scalars = data<double>(slot_scalars);
 
   run.prepare_texts(p);
-  parallel_with_workspace<A>(in.patches, p.slots, run.workspace_size(p), type, [&](int64_t begin, int64_t end, A* memory) {
-    run.backward_slots(p, begin, end, memory);
-  });
+  parallel_with_workspace<A>(in.patches, p.slots, run.workspace_size(p), type,
+                             [&](int64_t begin, int64_t end, A* memory) { run.backward_slots(p, begin, end, memory); });
   if (need_texts) {
     torch::stable::parallel_for(0, T, 16, [&](int64_t begin, int64_t end) { run.finish_texts(p, begin, end); });
   }
@@ -183,8 +181,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor patches,
   check_shape("similarity", similarity, {B, T});
   check_shape("lse", lse, {is_max ? 0 : B, T});
   check_shape("norm", norm, {is_vector ? B : 0, T});
-  for (const Tensor* x : {&grad, &similarity, &lse, &norm}) check_type("a [B, T] argument", *x, accumulation_type(patches));
-  for (const Tensor* x : {&similarity, &lse, &norm}) STD_TORCH_CHECK(x->is_contiguous(), "similarity, lse and norm must be contiguous");
+  for (const Tensor* x : {&grad, &similarity, &lse, &norm})
+    check_type("a [B, T] argument", *x, accumulation_type(patches));
+  for (const Tensor* x : {&similarity, &lse, &norm})
+    STD_TORCH_CHECK(x->is_contiguous(), "similarity, lse and norm must be contiguous");
   const Inputs in(patches, texts, patch_mask);
   return patches.scalar_type() == ScalarType::Double
              ? backward_as<double>(grad, in, scale, bias, similarity, lse, norm, pool, weight, need_patches, need_texts)

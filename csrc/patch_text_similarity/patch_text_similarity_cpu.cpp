@@ -14,7 +14,7 @@ namespace ovseg {
 namespace OVSEG_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;  // texts per tile
+constexpr int64_t kTile = 64;   // texts per tile
 constexpr double kEps = 1e-12;  // of norms, as in torch.nn.functional.normalize
 // Below this share of (sum a |u|)^2 the Gram form's |v|^2 has lost more digits to cancellation than v itself would.
 constexpr double kCancelled = 1e-3;
@@ -358,18 +358,18 @@ void backward_tile(const PatchTextParams<A>& p, int64_t b, int64_t t0, int64_t r
       const A by_s = gram ? inverse : A(0), by_ga = gram ? -back : A(1);
 #pragma omp simd reduction(+ : d_scale, d_bias)
       for (int64_t n = 0; n < N; ++n) {
-        const A e = w.r[n] * s[n] * by_s + ga[n] * by_ga;      // (6)
+        const A e = w.r[n] * s[n] * by_s + ga[n] * by_ga;  // (6)
         const A c = g * a[n] * slope[n] * e;
         d_scale += c * s[n];
         d_bias += c;
         colsum[n] += p.scale * c * s[n];
-        m[n] = p.scale * c * w.r_inv[n] + direct * a[n];       // (7)
+        m[n] = p.scale * c * w.r_inv[n] + direct * a[n];  // (7)
       }
     } else {
 #pragma omp simd reduction(+ : d_scale, d_bias)
       for (int64_t n = 0; n < N; ++n) {
         const A c = g * a[n] * slope[n] * (s[n] - phi[j]);
-        const A total = g * a[n] + p.scale * c;                // (5)
+        const A total = g * a[n] + p.scale * c;  // (5)
         d_scale += c * s[n];
         d_bias += c;
         colsum[n] += total * s[n];

@@ -27,9 +27,7 @@ struct SimilarityLossParams {
   A* grad_similarity;      // [B, T] contiguous
   double* row_scale;       // [B] partial sums of d scale
 
-  bool positive(int64_t i, int64_t j) const {
-    return image_ids ? image_ids[i] == text_ids[j] : j == i + offset;
-  }
+  bool positive(int64_t i, int64_t j) const { return image_ids ? image_ids[i] == text_ids[j] : j == i + offset; }
   bool kept(int64_t i, int64_t j) const { return !pair_mask || pair_mask[i * T + j]; }
 };
 

@@ -18,7 +18,9 @@ struct Inputs {
 
   Inputs(const Tensor& similarity_, const Tensor& scale, const Optional& image_ids_, const Optional& text_ids_,
          const Optional& pair_mask_, int64_t offset)
-      : similarity(similarity_), image_ids(contiguous(image_ids_)), text_ids(contiguous(text_ids_)),
+      : similarity(similarity_),
+        image_ids(contiguous(image_ids_)),
+        text_ids(contiguous(text_ids_)),
         pair_mask(contiguous(pair_mask_)) {
     STD_TORCH_CHECK(similarity.dim() == 2, "similarity has ", similarity.dim(), " dimensions; expected 2, [B, T]");
     p.B = similarity.size(0), p.T = similarity.size(1);
@@ -47,8 +49,10 @@ std::tuple<Tensor, Tensor> stats_as(Inputs<A> in) {
   Tensor rows = new_tensor(in.similarity, {3, in.p.B}, in.similarity.scalar_type());
   Tensor columns = new_tensor(in.similarity, {3, in.p.T}, in.similarity.scalar_type());
   in.p.rows = data<A>(rows), in.p.columns = data<A>(columns);
-  torch::stable::parallel_for(0, in.p.B, 16, [&](int64_t begin, int64_t end) { similarity_loss_rows(in.p, begin, end); });
-  torch::stable::parallel_for(0, in.p.T, 64, [&](int64_t begin, int64_t end) { similarity_loss_columns(in.p, begin, end); });
+  torch::stable::parallel_for(0, in.p.B, 16,
+                              [&](int64_t begin, int64_t end) { similarity_loss_rows(in.p, begin, end); });
+  torch::stable::parallel_for(0, in.p.T, 64,
+                              [&](int64_t begin, int64_t end) { similarity_loss_columns(in.p, begin, end); });
   return {rows, columns};
 }
 
@@ -74,7 +78,8 @@ std::tuple<Tensor, Tensor> backward_as(const Tensor& grad, Inputs<A> in, const T
   check_type("grad", grad, type);
   p.grad = *data<A>(grad), p.rows = data<A>(dense[0]), p.columns = data<A>(dense[1]);
   p.row_weight = data<A>(dense[2]), p.column_weight = data<A>(dense[3]);
-  Tensor grad_similarity = new_tensor(in.similarity, {p.B, p.T}, type), grad_scale = new_tensor(in.similarity, {}, type);
+  Tensor grad_similarity = new_tensor(in.similarity, {p.B, p.T}, type),
+         grad_scale = new_tensor(in.similarity, {}, type);
   Tensor partial = new_tensor(in.similarity, {p.B}, ScalarType::Double);
   p.grad_similarity = data<A>(grad_similarity), p.row_scale = data<double>(partial);
   torch::stable::parallel_for(0, p.B, 16, [&](int64_t begin, int64_t end) { similarity_loss_backward(p, begin, end); });

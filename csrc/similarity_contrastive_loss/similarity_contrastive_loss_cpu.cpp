@@ -1,9 +1,9 @@
 // similarity_contrastive_loss on the CPU. Rows and columns have one owner each: the bits do not depend on the threads.
-#include "similarity_contrastive_loss.h"
-
 #include <cmath>
 #include <limits>
 #include <vector>
+
+#include "similarity_contrastive_loss.h"
 
 namespace ovseg {
 namespace {

@@ -6,7 +6,7 @@ changes with the installed version. Here the blocks are walked one by one, so th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -36,7 +36,7 @@ class ClipTokenizer:
 
     def __init__(self, architecture: str):
         self.architecture = architecture
-        self._tokenizer = None
+        self._tokenizer: Callable | None = None
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         if self._tokenizer is None:
@@ -82,7 +82,7 @@ class OpenClipBackbone(ClipBackbone):
         self.tokenizer = ClipTokenizer(architecture)
 
     @property
-    def logit_scale(self) -> nn.Parameter:  # type: ignore[override]
+    def logit_scale(self) -> nn.Parameter:
         return self.clip.logit_scale
 
     def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:

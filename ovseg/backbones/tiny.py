@@ -2,7 +2,7 @@
 
 The vision tower mixes locally first (a convolution stem to a grid of patch tokens, then depth-wise blocks) and
 globally last (transformer blocks with a class token). Without the local part a model of this size learns to retrieve
-captions and not where things are. It has no position embedding: any picture size works.
+captions and not where things are. There is no position embedding: any picture size works.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TinyClip(ClipBackbone):
     image_std = (0.25, 0.25, 0.25)
     taps = ("local", "pre_norm", "post_norm")
 
-    def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 1, text_depth: int = 2,
+    def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 2, text_depth: int = 2,
                  heads: int = 4, image_size: int = 48, context_length: int = 16):
         super().__init__()
         self.token_dim, self.embed_dim, self.image_size = width, embed_dim, image_size

@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         module = import_module(f".{verb}", __package__)
-        sub = verbs.add_parser(verb, help=module.__doc__.strip().splitlines()[0], description=module.__doc__,
+        sub = verbs.add_parser(verb, help=(module.__doc__ or verb).strip().splitlines()[0], description=module.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
         module.arguments(sub)
         sub.set_defaults(run=module.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class FolderBatches:
         texts: list[str] = []
         order = iter(rng.permutation(len(self.pairs)))
         while len(images) < self.batch_size:
-            chosen = [self.pairs[i] for i, _ in zip(order, range(self.batch_size - len(images)), strict=False)]
+            chosen = [self.pairs[i] for i in islice(order, self.batch_size - len(images))]
             if not chosen:
                 raise DataError(f"only {len(images)} readable pairs are left for a batch of {self.batch_size}; "
                                 f"first bad one: {next(iter(self.bad.values()))}")

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-MOST_OBJECTS = {"shapes": 3, "digits": 2}
+MOST_OBJECTS = {"shapes": 2, "digits": 2}
 
 COLOURS = {
     "red": (205, 40, 40),
@@ -50,7 +50,7 @@ def place(form: str, image: np.ndarray, occupied: np.ndarray, colour: str, kind:
     """Draw one object into ``image`` where nothing is yet; returns its mask, or None when no place was free."""
     size = image.shape[0]
     for _ in range(30):
-        low, high = (0.17, 0.29) if form == "shapes" else (0.22, 0.30)
+        low, high = (0.20, 0.32) if form == "shapes" else (0.22, 0.30)
         radius = size * rng.uniform(low, high)
         cy, cx = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)
         angle = rng.uniform(-0.3, 0.3) if form == "digits" else rng.uniform(-0.45, 0.45)

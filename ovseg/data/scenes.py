@@ -1,6 +1,6 @@
 """Compositional scenes with captions and exact masks, made from a seed: the embedded data set.
 
-A scene is a textured background ("stuff") with one to three objects ("things"). A thing is a colour and a kind,
+A scene is a textured background ("stuff") with one or two objects ("things"). A thing is a colour and a kind,
 ``a red seven``; some combinations of colour and kind are *unseen*: they are never rendered for training, while their
 colour and their kind are, each in other combinations. Two forms share everything but the drawing:
 
@@ -139,7 +139,7 @@ class Scenes(Sequence[Scene]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):  # type: ignore[override]
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self.length))]
         if not -self.length <= index < self.length:
@@ -165,16 +165,19 @@ class Scenes(Sequence[Scene]):
 
 
 def _caption(things: list[str], stuff: str, rng: np.random.Generator) -> Caption:
-    """70 % name one entity, the rest list several: captions that always list everything teach no localisation."""
+    """70 % name one entity, the rest list several; objects are named more often than backgrounds, as people do.
+
+    Captions that always list everything teach no localisation, and a background that every caption names comes to
+    look like every patch of its pictures.
+    """
     names = list(dict.fromkeys(things))
     if rng.random() < 0.7 or not names:
-        pool = [*names, stuff]
-        entity = pool[rng.integers(len(pool))]
+        entity = stuff if not names or rng.random() < 0.2 else names[rng.integers(len(names))]
         template = ONE_ENTITY[rng.integers(len(ONE_ENTITY))]
         return Caption(template.format(a=_article(entity, (stuff,))), frozenset([entity]))
     chosen = [names[i] for i in rng.permutation(len(names))[: rng.integers(1, len(names) + 1)]]
     text = " and ".join(_article(name, (stuff,)) for name in chosen)
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         text, chosen = f"{text} on {stuff}", [*chosen, stuff]
     return Caption(SEVERAL[rng.integers(len(SEVERAL))].format(list=text), frozenset(chosen))
 

@@ -190,8 +190,8 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        for key, old in previous.items():
+            signal.signal(key, old)
 
 
 def _forget_after(log: Path, step: int) -> None:

@@ -94,8 +94,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if "=" not in override:
             raise ConfigError(f"override {override!r}; expected key=value, e.g. optim.lr=1e-3")
     try:
-        parts = [OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))]
-        plain: Any = OmegaConf.to_container(OmegaConf.merge(*parts))
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
+        plain: Any = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     except Exception as error:
@@ -127,7 +129,7 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: unknown key, {hint}")
         part = known[key].default_factory
         if is_dataclass(part):
-            _check_keys(value, part, f"{prefix}{key}.")  # type: ignore[arg-type]
+            _check_keys(value, part, f"{prefix}{key}.")
 
 
 def _check_values(recipe: Recipe) -> None:

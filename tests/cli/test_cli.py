@@ -1,0 +1,143 @@
+"""The command line: every verb, exit codes, messages on stderr and no traceback."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovseg.cli.main import VERBS, main
+from ovseg.data.scenes import Scenes
+
+SMALL = ["data.form=shapes", "data.train_size=30", "train.batch_size=8", "train.steps=2",
+         "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "clip"
+    assert main(["train", "clip_scenes", *SMALL, f"run={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "scene.png"
+    Image.fromarray(Scenes("digits", "val", 1)[0].image).save(path)
+    return path
+
+
+def test_bundled_model_segments_from_a_cold_start(picture, tmp_path):
+    """The promise of the README: an overlay with legend within 8 seconds."""
+    began = time.time()
+    command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel", "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.time() - began
+    assert done.returncode == 0, done.stderr
+    overlay = Image.open(tmp_path / "out" / "scene.overlay.png")
+    assert overlay.height > overlay.width == 384
+    assert seconds < 8, f"{seconds:.1f} s"
+    assert "knows their words only" in done.stderr
+
+
+def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for i in range(3):
+        Image.open(picture).save(tmp_path / "in" / "deep" / f"{i}.jpg")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff junk")
+    Image.open(picture).save(tmp_path / "in" / "0.png")  # the stem of another picture
+    out = tmp_path / "out"
+    options = ["-m", str(run), "-o", str(out), "--format", "overlay,mask,json"]
+    code = main(["segment", str(tmp_path / "in"), "--labels", "grass, sand", *options])
+    printed = capsys.readouterr()
+    assert code == 3 and "4 pictures" in printed.out and "1 skipped" in printed.out and "broken.jpg" in printed.err
+    assert len(list(out.glob("*.overlay.png"))) == len(list(out.glob("*.mask.png"))) == len(list(out.glob("*.json"))) == 4
+    found = json.loads(next(out.glob("*.json")).read_text())
+    assert found["labels"] == ["grass", "sand"] and sum(found["areas"].values()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("arguments,code,message", [
+    (["segment", "nowhere.png", "--labels", "cat"], 2, "image 'nowhere.png' does not exist"),
+    (["segment", "{picture}", "--labels", ""], 2, r"labels[0] is blank"),
+    (["segment", "{picture}", "--labels", "cat,cat"], 2, "are both 'cat'"),
+    (["segment", "{picture}"], 2, "no labels: give --labels"),
+    (["segment", "--labels", "cat"], 2, "no pictures"),
+    (["segment", "{picture}", "--labels-file", "nowhere.txt"], 2, "--labels-file 'nowhere.txt' does not exist"),
+    (["segment", "{picture}", "--labels", "cat", "--format", "gif"], 2, "--format holds 'gif'"),
+    (["segment", "{picture}", "--labels", "cat", "-m", "sam"], 1, "--model is 'sam'; expected a folder or one of"),
+    (["train", "clip_scenes"], 2, "run is missing"),
+    (["train", "nothing", "run=x"], 2, "recipe is 'nothing'"),
+    (["train", "clip_scenes", "optim.lrr=1", "run=x"], 2, "optim.lrr: unknown key, did you mean optim.lr?"),
+    (["bench", "nothing"], 1, "op is 'nothing'"),
+])
+def test_errors_are_one_line(arguments, code, message, picture, capsys, tmp_path):
+    assert main([argument.format(picture=picture) for argument in arguments]) == code
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+def test_unknown_words_are_named(picture, tmp_path, capsys):
+    assert main(["segment", str(picture), "--labels", "a zebra,gravel", "-o", str(tmp_path)]) == 0
+    assert "does not know: zebra" in capsys.readouterr().err
+
+
+def test_usage():
+    for arguments in ([], ["fly"], ["segment", "--wings"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+
+
+def test_demo_end_to_end(tmp_path, capsys):
+    out = tmp_path / "demo"
+    arguments = ["demo", "--data", "shapes", "--steps", "3", "2", "--scenes", "12", "--out", str(out), "--quiet"]
+    assert main(arguments) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert [row["model"] for row in results["rows"]] == ["clip_dense_tiny", "pacl_tiny"]
+    assert {"seen_miou", "unseen_miou", "stuff_miou", "hiou", "train_seconds"} <= set(results["rows"][0])
+    assert Image.open(out / "gallery.png").width > 600 and Image.open(out / "loss.png").width > 600
+    assert "| clip_dense_tiny |" in capsys.readouterr().out
+    assert main(arguments) == 2 and "holds the results of a demo already" in capsys.readouterr().err
+    assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
+    assert json.loads((out / "eval" / "results.json").read_text())["model"] == "pacl_tiny"
+
+
+def test_other_verbs(capsys, tmp_path):
+    assert main(["models", "*tiny"]) == 0 and "pacl_tiny" in capsys.readouterr().out
+    assert main(["info"]) == 0 and "patch_text_similarity: cpu" in capsys.readouterr().out
+    assert main(["train", "list"]) == 0 and "pacl_scenes" in capsys.readouterr().out
+    assert main(["train", "pacl_scenes", "--print"]) == 0 and "weight_decay: 0.02" in capsys.readouterr().out
+    assert main(["data", "browse", "--form", "digits", "--count", "14", "--out", str(tmp_path / "s.png")]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "s.png"))
+    assert sheet.shape[0] > 300 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 500
+
+
+def test_bench_writes_its_conditions(tmp_path, monkeypatch):
+    from ovseg_benchmarks import registry, run
+
+    case = registry.Case("patch_text_similarity", "pacl", {"B": 3, "T": 4, "N": 5, "D": 6}, {"temperature": 0.1},
+                         only=("ovseg", "eager", "eager, chunks of 32 texts", "eager, one image at a time"))
+    for module in (registry, run):
+        monkeypatch.setattr(module, "CASES", (case,))
+    monkeypatch.setattr(run, "_memory_in_subprocess", lambda case, name: None)
+    out = tmp_path / "out.json"
+    assert main(["bench", "patch_text_similarity", "--json", str(out), "--repeats", "3"]) == 0
+    found = json.loads(out.read_text())
+    assert found["environment"]["threads"] >= 1 and len(found["rows"]) == 4
+    assert all("failed" not in row and row["ms"] > 0 for row in found["rows"])
+
+
+def test_bench_memory_sees_a_large_allocation():
+    """The memory figure is what it says: eager keeps [B, T, N] and [B, T, D], ours does not."""
+    from ovseg_benchmarks import run
+
+    index = next(i for i, case in enumerate(run.CASES) if case.name == "tiny")
+    ours, eager = (run.memory({"case": index, "implementation": name, "threads": 2}) for name in ("ovseg", "eager"))
+    assert eager > 2 * max(ours, 1)

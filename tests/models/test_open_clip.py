@@ -1,0 +1,88 @@
+"""The open_clip backbone: our walk over its blocks against its own forward, taps, sizes, stride trick, templates."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ovseg
+from ovseg.backbones.open_clip import OpenClipBackbone
+from ovseg.data.templates import templates
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ovseg.create_model("pacl_vit_b16")
+
+
+@torch.no_grad()
+def test_image_embedding_is_open_clips(model):
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(model.backbone.encode_image(images), model.backbone.clip.encode_image(images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_are_open_clips_and_the_tap_is_ours(model):
+    """Post-norm tokens equal what open_clip returns with output_tokens, up to where its release norms them."""
+    visual, images = model.backbone.clip.visual, torch.randn(1, 3, 224, 224)
+    before, after = (model.backbone.encode_patches(images, tap=tap) for tap in ("pre_norm", "post_norm"))
+    torch.testing.assert_close(visual.ln_post(before.tokens), after.tokens)
+    visual.output_tokens = True
+    try:
+        _, theirs = visual(images)
+    finally:
+        visual.output_tokens = False
+    distance = [float((theirs - x.tokens).abs().max()) for x in (before, after)]
+    assert min(distance) < 1e-4
+    assert after.grid == (14, 14) and after.cls.shape == (1, 768)
+
+
+@torch.no_grad()
+def test_other_sizes_and_the_stride_trick(model):
+    assert model.encode_image(torch.randn(1, 3, 160, 256)).grid == (10, 16)
+    fine = ovseg.create_model("clip_dense_vit_b16", stride=8)
+    features = fine.encode_image(torch.randn(1, 3, 96, 128))
+    assert features.grid == ((96 - 16) // 8 + 1, (128 - 16) // 8 + 1)
+    assert features.tokens.shape == (1, 11 * 15, 512)
+
+
+def test_parameter_counts_are_the_papers(model):
+    assert sum(p.numel() for p in model.embedder.parameters()) == 1_050_112
+    assert model.backbone.token_dim == 768 and model.backbone.embed_dim == 512
+
+
+def test_a_training_step_reaches_the_embedder_only(model):
+    ids = model.backbone.tokenizer(["a photo of a cat", "a dog"])
+    loss = model.train().training_loss({"images": torch.randn(2, 3, 64, 64), "token_ids": ids})["total"]
+    loss.backward()
+    model.eval()
+    assert model.embedder.out.weight.grad is not None
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+@torch.no_grad()
+def test_labels_are_averaged_over_templates(model):
+    rows = model.encode_labels(["cat", "dog"], "clip80")
+    assert len(templates("clip80")) == 80 and len(templates("pacl7")) == 7
+    ids = model.backbone.tokenizer([t.replace("{}", "dog") for t in templates("clip80")])
+    expected = F.normalize(F.normalize(model.encode_text(ids), dim=-1).mean(0), dim=0)
+    torch.testing.assert_close(rows[1], expected)
+
+
+def test_unsupported_architectures_say_so():
+    with pytest.raises(ValueError, match="architecture is 'ViT-X'"):
+        OpenClipBackbone("ViT-X")
+    with pytest.raises(ValueError, match="expected a CLIP ViT"):
+        OpenClipBackbone("RN50")
+    with pytest.raises(ValueError, match="stride is 32; expected 1 to 16"):
+        OpenClipBackbone("ViT-B-16", stride=32)
+
+
+@pytest.mark.parametrize("value,message", [
+    ("imagenet", "templates is 'imagenet'; expected one of"),
+    ([], "templates is empty"),
+    (["a photo"], r"template 'a photo' holds 0 '\{\}'; expected exactly one"),
+])
+def test_bad_templates(value, message):
+    with pytest.raises(ValueError, match=message):
+        templates(value)

@@ -1,0 +1,107 @@
+"""What a user installs: sdist, wheel, an install without a compiler, the binary's ABI, cheap imports, short files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMOKE = (
+    "import torch, ovseg_kernels as ok; x = ok.patch_text_similarity(torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4));"
+    "x.sum().backward(); print(ok.__file__); print(ok.explain('patch_text_similarity').backend)"
+)
+
+
+def python(*arguments, **environment):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd="/", env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def smoke(target, **environment):
+    """Import from ``target`` alone, though the checkout is installed in this environment too."""
+    path, backend = python("-W", "ignore", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {SMOKE}", **environment).split()
+    assert Path(path).is_relative_to(target)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), str(ROOT))
+    return next(out.glob("*.tar.gz"))
+
+
+def install(sdist, out, **environment):
+    python("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(sdist), **environment)
+    wheel = next(out.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(out / "site")
+    return wheel, out / "site"
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist(sdist, tmp_path):
+    """A header that MANIFEST.in forgets shows here."""
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {"CMakeLists.txt", "LICENSE", "csrc/common/gemm.h", "constraints.txt"} <= names
+    assert not any(name.endswith((".so", "build_info.json")) for name in names)
+    wheel, site = install(sdist, tmp_path, OVSEG_BUILD_NATIVE="1", FORCE_CUDA="0")
+    assert "-py3-none-linux" in wheel.name or "-py3-none-macosx" in wheel.name
+    assert smoke(site) == "cpu"
+    assert json.loads((site / "ovseg_kernels" / "build_info.json").read_text())["torch_floor"] == "2.10"
+    assert (site / "ovseg" / "training" / "recipes" / "pacl_scenes.yaml").exists()
+    assert len(list((site / "ovseg" / "checkpoints" / "bundled").glob("*/model.safetensors"))) >= 2
+
+
+@pytest.mark.slow
+def test_install_without_any_compiler(sdist, tmp_path):
+    """No cmake, no compiler: the build goes on, and the reference answers with a warning."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("uname", "sh"):
+        if found := shutil.which(name):
+            (tools / name).symlink_to(found)
+    _, site = install(sdist, tmp_path, PATH=str(tools), OVSEG_BUILD_NATIVE="", CC="false", CXX="false")
+    assert not list((site / "ovseg_kernels").glob("*.so"))
+    assert smoke(site) == "reference"
+    info = python("-W", "ignore", "-c", f"import sys; sys.path.insert(0, {str(site)!r}); import ovseg_kernels.info as i; print(i.report())")
+    assert "not built (_C_cpu.so is not in the package)" in info and "no native library was built" in info
+
+
+@pytest.mark.slow
+def test_pure_python_wheel(sdist, tmp_path):
+    wheel, site = install(sdist, tmp_path, OVSEG_BUILD_NATIVE="0")
+    assert wheel.name.endswith("-py3-none-any.whl") and smoke(site) == "reference"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the ELF symbol table")
+def test_the_library_uses_the_stable_abi_only():
+    """No symbol of at:: or c10::, which change between torch releases, and none of Python."""
+    library = ROOT / "ovseg_kernels" / "_C_cpu.so"
+    symbols = subprocess.run(["nm", "-DC", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    used = [line.split(maxsplit=1)[-1] for line in symbols.splitlines()]
+    assert any("aoti_torch" in name for name in used), "nm found nothing of torch: the test looks at the wrong file"
+    assert not [name for name in used if name.startswith(("at::", "c10::", "torch::", "Py", "_Py"))]
+
+
+def test_imports_are_cheap():
+    loaded = python("-c", "import sys, ovseg_kernels; print(sorted(sys.modules))")
+    assert not any(f"'{name}'" in loaded for name in ("triton", "torchvision", "matplotlib", "open_clip", "PIL", "omegaconf", "ovseg"))
+    loaded = python("-c", "import sys, ovseg; print(sorted(sys.modules))")
+    assert not any(f"'{name}'" in loaded for name in ("torchvision", "matplotlib", "open_clip", "transformers", "sklearn", "skimage"))
+
+
+def test_files_are_short():
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    paths = files.stdout.split() if files.returncode == 0 else []
+    long = {p: n for p in paths if p.endswith((".py", ".cpp", ".h", ".cu")) and (ROOT / p).exists()
+            and (n := len((ROOT / p).read_text().splitlines())) > 500}
+    assert not long, f"over 500 lines: {long}"
