@@ -26,6 +26,8 @@ from . import scene_drawing as drawing
 SPLITS = ("train", "val")
 IMAGE_SIZE = 48
 CAPTIONS_PER_SCENE = 5
+# How often a caption of one entity names the background, and one of several names it too.
+STUFF_ALONE, STUFF_BESIDE = 0.2, 0.4
 
 ONE_ENTITY = ("{a}", "a photo of {a}", "there is {a}", "a picture of {a}")
 SEVERAL = ("{list}", "a photo of {list}", "{list} in a picture")
@@ -172,12 +174,12 @@ def _caption(things: list[str], stuff: str, rng: np.random.Generator) -> Caption
     """
     names = list(dict.fromkeys(things))
     if rng.random() < 0.7 or not names:
-        entity = stuff if not names or rng.random() < 0.2 else names[rng.integers(len(names))]
+        entity = stuff if not names or rng.random() < STUFF_ALONE else names[rng.integers(len(names))]
         template = ONE_ENTITY[rng.integers(len(ONE_ENTITY))]
         return Caption(template.format(a=_article(entity, (stuff,))), frozenset([entity]))
     chosen = [names[i] for i in rng.permutation(len(names))[: rng.integers(1, len(names) + 1)]]
     text = " and ".join(_article(name, (stuff,)) for name in chosen)
-    if rng.random() < 0.4:
+    if rng.random() < STUFF_BESIDE:
         text, chosen = f"{text} on {stuff}", [*chosen, stuff]
     return Caption(SEVERAL[rng.integers(len(SEVERAL))].format(list=text), frozenset(chosen))
 
