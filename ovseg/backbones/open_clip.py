@@ -109,6 +109,12 @@ class OpenClipBackbone(ClipBackbone):
         q, k, v = qkv.view(B, L, 3, module.num_heads, D // module.num_heads).permute(2, 0, 3, 1, 4)
         return module.out_proj(attention(q, k, v, backend=self.attention_backend).transpose(1, 2).reshape(B, L, D))
 
+    def vision_parameters(self, tap: str) -> list[nn.Parameter]:
+        self._check_tap(tap)
+        visual = self.clip.visual
+        modules = [visual.conv1, visual.ln_pre, visual.transformer] + ([visual.ln_post] if tap == "post_norm" else [])
+        return [visual.class_embedding, visual.positional_embedding, *(p for m in modules for p in m.parameters())]
+
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens if self.clip.visual.proj is None else tokens @ self.clip.visual.proj
 

@@ -36,11 +36,11 @@ class _Block(nn.Module):
 
 
 class _LocalBlock(nn.Module):
-    """Depth-wise 5x5 convolution and an MLP over channels, channels last."""
+    """Depth-wise 3x3 convolution and an MLP over channels. Three of them see 30 pixels, an object and little else."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.mix = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
@@ -94,6 +94,16 @@ class TinyClip(ClipBackbone):
         if tap == "post_norm":
             x = self.norm(x)
         return PatchTokens(x[:, 1:], size, x[:, 0])
+
+    def vision_parameters(self, tap: str) -> list[nn.Parameter]:
+        self._check_tap(tap)
+        parts: list[nn.Module] = [self.stem, self.local]
+        if tap != "local":
+            parts.append(self.blocks)
+        if tap == "post_norm":
+            parts.append(self.norm)
+        found = [p for part in parts for p in part.parameters()]
+        return found if tap == "local" else [*found, self.cls]
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.image_projection(tokens)

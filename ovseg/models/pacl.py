@@ -1,6 +1,6 @@
-"""PACL: patch-aligned contrastive learning on a frozen CLIP (Mukhoti et al., CVPR 2023).
+"""PACL: patch-aligned contrastive learning (Mukhoti et al., CVPR 2023).
 
-A residual embedder maps the patch tokens of a frozen CLIP to the space of its texts. Image and text are compared by the
+A residual embedder maps the patch tokens of a CLIP, frozen in the paper, to the space of its texts. Image and text are compared by the
 text's own weighted mean over the patches, for every pair of the batch (``ovseg_kernels.patch_text_similarity``).
 """
 
@@ -20,9 +20,12 @@ _MAX_SCALE = 100.0
 
 class PACL(OVSegModel):
     """Args:
-        backbone: the CLIP; frozen.
+        backbone: the CLIP.
         hidden_dim: of the embedder; the text width if None.
-        tap: patch tokens ``pre_norm`` or ``post_norm`` of the ViT's final norm. The paper does not say which.
+        tap: patch tokens ``pre_norm`` or ``post_norm`` of the ViT's final norm. The paper does not say which. TinyClip also
+            has ``local``, before its global part.
+        train_vision: also train the vision tower up to the tap. The paper's CLIP is frozen, which is the default; the
+            tiny recipe sets this, because a CLIP of four minutes has little in its patch tokens to align.
         temperature: of the softmax over patches. The paper shows none, which is 1; then pooling is close to a mean.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
         learn_logit_scale: the paper's is fixed; learning it is what later work reports as better.
@@ -30,24 +33,28 @@ class PACL(OVSegModel):
 
     def __init__(self, backbone: ClipBackbone, hidden_dim: int | None = None, tap: str = "pre_norm",
                  temperature: float = 1.0, logit_scale: float = 14.3, learn_logit_scale: bool = True,
-                 templates: str = "pacl7"):
+                 train_vision: bool = False, templates: str = "pacl7"):
         super().__init__()
         if tap not in backbone.taps:
             raise ValueError(f"tap is {tap!r}; expected one of {list(backbone.taps)}")
         self.backbone = backbone.requires_grad_(False)
+        self.train_vision = train_vision
+        if train_vision:
+            for parameter in backbone.vision_parameters(tap):
+                parameter.requires_grad_(True)
         self.embedder = VisionEmbedder(backbone.token_dim, backbone.embed_dim, hidden_dim)
         self.tap, self.temperature, self.templates = tap, temperature, templates
         self.log_scale = nn.Parameter(torch.tensor(float(logit_scale)).log(), requires_grad=learn_logit_scale)
 
     def train(self, mode: bool = True) -> PACL:
         super().train(mode)
-        self.backbone.eval()  # frozen: no dropout in it either
+        self.backbone.eval()  # no dropout in it
         return self
 
     def encode_image(self, images: torch.Tensor) -> ImageFeatures:
         """``embedding`` is the mean patch: PACL's image vector depends on the text, see ``similarity``."""
         check_images(images)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
             patches = self.backbone.encode_patches(images, tap=self.tap)
         tokens = self.embedder(patches.tokens)
         return ImageFeatures(tokens.mean(1), tokens, patches.grid)

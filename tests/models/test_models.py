@@ -205,3 +205,12 @@ def test_xformers_equals_sdpa():
     pytest.importorskip("xformers", reason="xformers is not installed")
     q, k, v = (torch.randn(2, 3, 16, 32, device="cuda") for _ in range(3))
     torch.testing.assert_close(attention(q, k, v, backend="xformers"), attention(q, k, v), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tap", ["local", "pre_norm", "post_norm"])
+def test_pacl_may_train_the_vision_tower_up_to_the_tap(tap):
+    model = ovseg.create_model("pacl_tiny", train_vision=True, tap=tap).train()
+    model.training_loss(batch())["total"].backward()
+    assert all(p.grad is not None for _, p in model.trainable)
+    assert not any("words" in name or "text" in name or "projection" in name for name, _ in model.trainable)
+    assert any(name.startswith("backbone.stem") for name, _ in model.trainable)

@@ -103,5 +103,5 @@ def test_files_are_short():
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
     paths = files.stdout.split() if files.returncode == 0 else []
     long = {p: n for p in paths if p.endswith((".py", ".cpp", ".h", ".cu")) and (ROOT / p).exists()
-            and (n := len((ROOT / p).read_text().splitlines())) > 500}
-    assert not long, f"over 500 lines: {long}"
+            and (n := len((ROOT / p).read_text().splitlines())) > (800 if p.startswith("csrc/") else 500)}
+    assert not long, f"over 500 lines, 800 for kernels: {long}"
