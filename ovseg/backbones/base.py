@@ -53,6 +53,10 @@ class ClipBackbone(nn.Module):
         """What ``encode_patches`` with this tap depends on."""
         raise NotImplementedError
 
+    def text_parameters(self) -> list[nn.Parameter]:
+        """What ``encode_text`` depends on."""
+        raise NotImplementedError
+
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """RGB in 0..1, [B, 3, H, W], to what this backbone was trained on."""
         mean = pixels.new_tensor(self.image_mean)[:, None, None]

@@ -115,6 +115,9 @@ class OpenClipBackbone(ClipBackbone):
         modules = [visual.conv1, visual.ln_pre, visual.transformer] + ([visual.ln_post] if tap == "post_norm" else [])
         return [visual.class_embedding, visual.positional_embedding, *(p for m in modules for p in m.parameters())]
 
+    def text_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.clip.named_parameters() if not name.startswith(("visual.", "logit_"))]
+
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens if self.clip.visual.proj is None else tokens @ self.clip.visual.proj
 

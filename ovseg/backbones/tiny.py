@@ -40,7 +40,7 @@ class _LocalBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width, padding_mode="replicate")
         self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
@@ -56,12 +56,17 @@ class TinyClip(ClipBackbone):
     image_std = (0.25, 0.25, 0.25)
     taps = ("local", "pre_norm", "post_norm")
 
-    def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 2, text_depth: int = 2,
+    def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 1, text_depth: int = 2,
                  heads: int = 4, image_size: int = 48, context_length: int = 16):
         super().__init__()
         self.token_dim, self.embed_dim, self.image_size = width, embed_dim, image_size
         self.tokenizer = WordTokenizer(context_length=context_length)
-        self.stem = nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1), nn.GELU(), nn.Conv2d(width // 2, width, 3, 2, 1))
+        # Replicated borders: zeros would be a texture of their own along the edge of every picture.
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width // 2, 3, 2, 1, padding_mode="replicate"),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, 2, 1, padding_mode="replicate"),
+        )
         self.local = nn.Sequential(*(_LocalBlock(width) for _ in range(local_depth)))
         self.cls = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
@@ -104,6 +109,10 @@ class TinyClip(ClipBackbone):
             parts.append(self.norm)
         found = [p for part in parts for p in part.parameters()]
         return found if tap == "local" else [*found, self.cls]
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        parts = (self.words, self.text_blocks, self.text_norm, self.text_projection)
+        return [self.word_positions, *(p for part in parts for p in part.parameters())]
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.image_projection(tokens)

@@ -27,7 +27,7 @@ SPLITS = ("train", "val")
 IMAGE_SIZE = 48
 CAPTIONS_PER_SCENE = 5
 # How often a caption of one entity names the background, and one of several names it too.
-STUFF_ALONE, STUFF_BESIDE = 0.2, 0.4
+STUFF_ALONE, STUFF_BESIDE = 0.25, 0.45
 
 ONE_ENTITY = ("{a}", "a photo of {a}", "there is {a}", "a picture of {a}")
 SEVERAL = ("{list}", "a photo of {list}", "{list} in a picture")
@@ -69,14 +69,14 @@ _SHAPE_KINDS = ("circle", "square", "triangle", "cross")
 _DIGIT_COLOURS = ("red", "green", "blue", "yellow")
 _DIGIT_KINDS = ("zero", "one", "four", "six", "seven")
 
-# One unseen combination a colour, the kinds in rotation: every kind and every colour stays in the training set.
+# Every kind and every colour of an unseen combination stays in the training set, in other combinations.
 VOCABULARIES = {
     "shapes": Vocabulary(
         "shapes",
         _SHAPE_COLOURS,
         _SHAPE_KINDS,
         ("grass", "water", "sand", "night"),
-        tuple((c, _SHAPE_KINDS[i % 4]) for i, c in enumerate(_SHAPE_COLOURS)),
+        (("red", "circle"), ("blue", "triangle"), ("purple", "cross")),
     ),
     "digits": Vocabulary(
         "digits",

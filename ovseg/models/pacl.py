@@ -16,6 +16,7 @@ from ..layers.embedder import VisionEmbedder
 from .base import ImageFeatures, OVSegModel, check_images
 
 _MAX_SCALE = 100.0
+TRAIN_CLIP = ("none", "vision", "all")
 
 
 class PACL(OVSegModel):
@@ -24,8 +25,8 @@ class PACL(OVSegModel):
         hidden_dim: of the embedder; the text width if None.
         tap: patch tokens ``pre_norm`` or ``post_norm`` of the ViT's final norm. The paper does not say which. TinyClip also
             has ``local``, before its global part.
-        train_vision: also train the vision tower up to the tap. The paper's CLIP is frozen, which is the default; the
-            tiny recipe sets this, because a CLIP of four minutes has little in its patch tokens to align.
+        train_clip: ``none`` is the paper's frozen CLIP. ``vision`` trains the vision tower up to the tap as well, ``all`` the
+            text tower too: for a tiny CLIP of a few minutes, which has little in its patch tokens to align.
         temperature: of the softmax over patches. The paper shows none, which is 1; then pooling is close to a mean.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
         learn_logit_scale: the paper's is fixed; learning it is what later work reports as better.
@@ -33,15 +34,18 @@ class PACL(OVSegModel):
 
     def __init__(self, backbone: ClipBackbone, hidden_dim: int | None = None, tap: str = "pre_norm",
                  temperature: float = 1.0, logit_scale: float = 14.3, learn_logit_scale: bool = True,
-                 train_vision: bool = False, templates: str = "pacl7"):
+                 train_clip: str = "none", templates: str = "pacl7"):
         super().__init__()
         if tap not in backbone.taps:
             raise ValueError(f"tap is {tap!r}; expected one of {list(backbone.taps)}")
         self.backbone = backbone.requires_grad_(False)
-        self.train_vision = train_vision
-        if train_vision:
-            for parameter in backbone.vision_parameters(tap):
-                parameter.requires_grad_(True)
+        if train_clip not in TRAIN_CLIP:
+            raise ValueError(f"train_clip is {train_clip!r}; expected one of {list(TRAIN_CLIP)}")
+        self.train_clip = train_clip
+        trained = backbone.vision_parameters(tap) if train_clip != "none" else []
+        trained += backbone.text_parameters() if train_clip == "all" else []
+        for parameter in trained:
+            parameter.requires_grad_(True)
         self.embedder = VisionEmbedder(backbone.token_dim, backbone.embed_dim, hidden_dim)
         self.tap, self.temperature, self.templates = tap, temperature, templates
         self.log_scale = nn.Parameter(torch.tensor(float(logit_scale)).log(), requires_grad=learn_logit_scale)
@@ -54,7 +58,7 @@ class PACL(OVSegModel):
     def encode_image(self, images: torch.Tensor) -> ImageFeatures:
         """``embedding`` is the mean patch: PACL's image vector depends on the text, see ``similarity``."""
         check_images(images)
-        with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.train_clip != "none" and torch.is_grad_enabled()):
             patches = self.backbone.encode_patches(images, tap=self.tap)
         tokens = self.embedder(patches.tokens)
         return ImageFeatures(tokens.mean(1), tokens, patches.grid)
@@ -64,7 +68,7 @@ class PACL(OVSegModel):
         return ok.patch_text_similarity(features.tokens, texts.to(features.tokens.dtype), temperature=self.temperature)
 
     def training_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.train_clip == "all"):
             texts = self.encode_text(batch["token_ids"])
         loss = ok.similarity_contrastive_loss(
             self.similarity(batch["images"], texts),

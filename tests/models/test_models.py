@@ -209,8 +209,17 @@ def test_xformers_equals_sdpa():
 
 @pytest.mark.parametrize("tap", ["local", "pre_norm", "post_norm"])
 def test_pacl_may_train_the_vision_tower_up_to_the_tap(tap):
-    model = ovseg.create_model("pacl_tiny", train_vision=True, tap=tap).train()
+    model = ovseg.create_model("pacl_tiny", train_clip="vision", tap=tap).train()
     model.training_loss(batch())["total"].backward()
     assert all(p.grad is not None for _, p in model.trainable)
     assert not any("words" in name or "text" in name or "projection" in name for name, _ in model.trainable)
     assert any(name.startswith("backbone.stem") for name, _ in model.trainable)
+
+
+def test_pacl_may_train_the_texts_too():
+    model = ovseg.create_model("pacl_tiny", train_clip="all", tap="local").train()
+    model.training_loss(batch())["total"].backward()
+    assert all(p.grad is not None for _, p in model.trainable)
+    assert {"backbone.words.weight", "backbone.text_projection.weight"} <= {name for name, _ in model.trainable}
+    with pytest.raises(ValueError, match="train_clip is 'some'"):
+        ovseg.create_model("pacl_tiny", train_clip="some")
