@@ -1,7 +1,7 @@
 """The runner: values checked first, times alternating in one process, memory in a process of its own each.
 
-Time is forward + backward, the median of many with p20 and p80. Memory is the growth of the peak resident set over the
-inputs during one forward + backward, gradients of the inputs included; Linux only.
+Time is forward + backward, the median of many with p20 and p80. Memory is the growth of the peak resident set during one
+forward + backward, less the gradients of the inputs, which every implementation must produce; Linux only.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _memory_in_subprocess(case: Case, name: str) -> float | None:
 
 
 def memory(request: dict[str, Any]) -> float:
-    """MiB by which one forward + backward raises the peak resident set."""
+    """MiB by which one forward + backward raises the peak resident set, beyond inputs and their gradients."""
     torch.set_num_threads(request["threads"])
     case = CASES[request["case"]]
     function = registry.implementations(case)[request["implementation"]]
@@ -99,8 +99,8 @@ def memory(request: dict[str, Any]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     kept = step(function, tensors)
-    del kept
-    return round((_status("VmHWM") - before) / 1024, 1)
+    gradients = sum(x.numel() * x.element_size() for x in kept[1]) / 2**20
+    return round((_status("VmHWM") - before) / 1024 - gradients, 1)
 
 
 def _status(key: str) -> int:
