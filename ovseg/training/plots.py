@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 _COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"))
@@ -28,10 +29,8 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
     for axes, (title, points), (pale, strong) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(),
                                                      _COLOURS * len(curves), strict=False):
         steps, losses = zip(*points, strict=True)
-        smooth, running = [], losses[0]
-        for value in losses:
-            running = 0.9 * running + 0.1 * value
-            smooth.append(running)
+        window = max(1, len(losses) // 20)  # a centred median: a running mean would trail the drop at the start
+        smooth = [statistics.median(losses[max(0, i - window) : i + window + 1]) for i in range(len(losses))]
         axes.plot(steps, losses, color=pale, linewidth=0.8, label="loss")
         axes.plot(steps, smooth, color=strong, linewidth=1.6, label="smoothed")
         axes.set(xlabel="step", ylabel="contrastive loss", title=title)
