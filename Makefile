@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= digits
+SEED ?= 0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -15,7 +16,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/ovseg demo --data $(DATA) --out runs/demo_$(DATA)
+	$(BIN)/ovseg demo --data $(DATA) --seed $(SEED) --out runs/demo_$(DATA)_$(SEED)
 
 test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest

@@ -26,7 +26,7 @@ class PACL(OVSegModel):
         tap: patch tokens ``pre_norm`` or ``post_norm`` of the ViT's final norm. The paper does not say which. TinyClip also
             has ``local``, before its global part.
         train_clip: ``none`` is the paper's frozen CLIP. ``vision`` trains the vision tower up to the tap as well, ``all`` the
-            text tower too: for a tiny CLIP of a few minutes, which has little in its patch tokens to align.
+            text tower too.
         temperature: of the softmax over patches. The paper shows none, which is 1; then pooling is close to a mean.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
         learn_logit_scale: the paper's is fixed; learning it is what later work reports as better.

@@ -6,7 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
-_COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"))
+_COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"), ("#a1d99b", "#00682a"))
 
 
 def plot_loss(log: Path, out: Path, title: str = "") -> Path | None:

@@ -99,13 +99,13 @@ def test_usage():
 
 def test_demo_end_to_end(tmp_path, capsys):
     out = tmp_path / "demo"
-    arguments = ["demo", "--data", "shapes", "--steps", "3", "2", "--scenes", "12", "--out", str(out), "--quiet"]
+    arguments = ["demo", "--data", "shapes", "--steps", "3", "2", "2", "--scenes", "12", "--out", str(out), "--quiet"]
     assert main(arguments) == 0
     results = json.loads((out / "results.json").read_text())
-    assert [row["model"] for row in results["rows"]] == ["clip_dense_tiny", "pacl_tiny"]
+    assert [row["model"] for row in results["rows"]] == ["CLIP, image level", "PACL, CLIP frozen", "PACL, nothing frozen"]
     assert {"seen_miou", "unseen_miou", "stuff_miou", "hiou", "train_seconds"} <= set(results["rows"][0])
     assert Image.open(out / "gallery.png").width > 600 and Image.open(out / "loss.png").width > 600
-    assert "| clip_dense_tiny |" in capsys.readouterr().out
+    assert "| PACL, CLIP frozen |" in capsys.readouterr().out
     assert main(arguments) == 2 and "holds the results of a demo already" in capsys.readouterr().err
     assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
     assert json.loads((out / "eval" / "results.json").read_text())["model"] == "pacl_tiny"

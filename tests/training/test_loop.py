@@ -43,8 +43,7 @@ def test_six_steps_equal_four_and_two(tmp_path):
 
 def test_pacl_takes_over_the_clip_and_keeps_it(tmp_path):
     clip = train(recipe(), tmp_path / "clip", quiet=True)
-    options = [f"model.clip_from={tmp_path / 'clip'}", "model.options.train_clip=none"]
-    pacl = train(recipe(*options, name="pacl_scenes"), tmp_path / "pacl", quiet=True)
+    pacl = train(recipe(f"model.clip_from={tmp_path / 'clip'}", name="pacl_scenes"), tmp_path / "pacl", quiet=True)
     for (name, a), b in zip(clip.backbone.state_dict().items(), pacl.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
