@@ -84,8 +84,8 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
     ``torch.library.register_autocast`` would cast every floating argument, a temperature too.
     """
     op = getattr(torch.ops.ovseg, name).default
-    for device in ("cpu", "cuda"):
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper() if device == 'cpu' else 'CUDA'}"))
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def kernel(*args, device=device, keys=keys):
             dtype = torch.get_autocast_dtype(device)
@@ -93,7 +93,7 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return op(*cast)
 
-        LIBRARY.impl(name, kernel, "AutocastCPU" if device == "cpu" else "AutocastCUDA")
+        LIBRARY.impl(name, kernel, key)
 
 
 CPU = _Native("_C_cpu")
