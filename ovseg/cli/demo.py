@@ -22,7 +22,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=int, nargs=3, metavar=("CLIP", "PACL", "FULL"), help="training steps of the three models")
     sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
-    sub.add_argument("--resume", action="store_true", help="go on with an interrupted demo")
     sub.add_argument("--quiet", action="store_true")
 
 
@@ -35,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from ..training.recipe import load_recipe
 
     out = Path(options.out or f"runs/demo_{options.data}")
-    if (out / "results.json").exists() and not options.resume:
+    if (out / "results.json").exists():
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
     common = [f"data.form={options.data}", f"train.seed={options.seed}"]
     on_clip = [*common, f"model.clip_from={out / 'clip'}"]
@@ -49,9 +48,12 @@ def run(options: argparse.Namespace) -> int:
     for i, (title, run_folder, recipe) in enumerate(stages):
         if options.steps:
             recipe.train.steps = options.steps[i]
+        saved = run_folder / "config.yaml"
+        if saved.exists() and load_recipe(saved) != recipe:  # another seed or data: going on would mix two runs
+            raise ConfigError(f"{run_folder} was begun with other settings; expected a new --out, or the same command again")
         try:
             started = time.time()
-            # A demo that was stopped goes on; a folder without results is not somebody else's finished run.
+            # A demo that was stopped goes on by the same command.
             model = train(recipe, run_folder, resume=True, quiet=options.quiet)
         except Interrupted as error:
             print(f"ovseg demo: {error}; the same command goes on")

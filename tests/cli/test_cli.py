@@ -107,6 +107,9 @@ def test_demo_end_to_end(tmp_path, capsys):
     assert Image.open(out / "gallery.png").width > 600 and Image.open(out / "loss.png").width > 600
     assert "| PACL, CLIP frozen |" in capsys.readouterr().out
     assert main(arguments) == 2 and "holds the results of a demo already" in capsys.readouterr().err
+    (out / "results.json").unlink()  # as if it had been stopped before the end
+    assert main([*arguments, "--seed", "5"]) == 2 and "was begun with other settings" in capsys.readouterr().err
+    assert main(arguments) == 0
     assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
     assert json.loads((out / "eval" / "results.json").read_text())["model"] == "pacl_tiny"
 
