@@ -2,11 +2,13 @@
 
 ``OVSEG_BACKEND=cpu|cuda|triton|reference`` or ``with ovseg_kernels.backend("reference"):`` forces one; asking for one
 that cannot run is an error. Otherwise the best one is taken, and a fall back to the reference warns once per operator.
+A backward runs on the backend that is in force when it runs: all of them read the same saved statistics.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import _library as lib
+from .triton import IMPLEMENTATIONS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 _forced = os.environ.get("OVSEG_BACKEND", "auto")
@@ -45,8 +48,10 @@ def backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; expected one of {list(BACKENDS)}")
     before, _forced = _forced, name
+    keys = triton_keys() if name == "triton" and not _unavailable("triton") else ()
     try:
-        yield
+        with lib.overriding(IMPLEMENTATIONS, keys) if keys else contextlib.nullcontext():
+            yield
     finally:
         _forced = before
 
@@ -56,18 +61,41 @@ def available_backends() -> dict[str, str]:
     return {name: _unavailable(name) or "yes" for name in BACKENDS[1:]}
 
 
+def interpreted() -> bool:
+    """Triton's interpreter was switched on before import: its kernels then run on CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_keys() -> tuple[str, ...]:
+    return ("CPU", "CUDA") if interpreted() else ("CUDA",)
+
+
 def _unavailable(name: str) -> str:
-    if name == "cpu":
-        return "" if lib.CPU.loaded else lib.CPU.reason
-    return {"reference": "", "cuda": "no CUDA kernel is built", "triton": "no Triton kernel is written yet"}[name]
+    if name == "reference":
+        return ""
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if interpreted() or (torch.version.cuda is not None and torch.cuda.is_available()):
+            return ""
+        return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    native = lib.CPU if name == "cpu" else lib.CUDA
+    return "" if native.loaded else native.reason
+
+
+def allow_tf32(x: torch.Tensor) -> bool:
+    """torch's own switch, for float32 products on CUDA."""
+    return x.device.type == "cuda" and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def select(op: str, device: torch.device) -> Choice:
     """The choice for tensors on ``device``. Raises BackendError if a backend was forced and cannot run."""
     refused = {}
     for name in ("cuda", "triton", "cpu"):
-        fits = (name == "cpu") == (device.type == "cpu")
+        fits = device.type in {"cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cpu": ("cpu",)}[name]
         refused[name] = _unavailable(name) if fits else f"the tensors are on {device.type}"
+    if _forced == "auto" and device.type == "cpu" and not refused["triton"]:
+        refused["triton"] = "the interpreter runs only when it is asked for"
     if _forced not in BACKENDS:
         raise ValueError(f"OVSEG_BACKEND is {_forced!r}; expected one of {list(BACKENDS)}")
     if _forced == "reference":
@@ -110,3 +138,11 @@ def explain(op: str, *args: object) -> Choice:
         raise ValueError(f"op is {op!r}; expected one of {list(OPERATORS)}")
     device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
     return select(op, device)
+
+
+# Standing registrations: Triton where torch has CUDA and the native CUDA library is not there, or where it is forced.
+_standing = contextlib.ExitStack()
+if _forced == "triton" and not _unavailable("triton"):
+    _standing.enter_context(lib.overriding(IMPLEMENTATIONS, triton_keys()))
+elif not lib.CUDA.loaded and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+    _standing.enter_context(lib.overriding(IMPLEMENTATIONS, ("CUDA",)))

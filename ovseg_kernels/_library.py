@@ -1,20 +1,22 @@
 """The torch library ``ovseg``: schemas, fallbacks, fakes, autograd, autocast, and loading of the native part.
 
-Schemas live in Python. The native library only implements them for the CPU; where it is missing, the reference's closed
+Schemas live in Python. The native libraries and Triton only implement them; where nothing does, the reference's closed
 form answers under the same name, so ``torch.ops.ovseg.*`` always works.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 LIBRARY = torch.library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
+FALLBACKS: dict[str, Callable] = {}
 FOLDER = Path(__file__).parent
 
 
@@ -25,11 +27,12 @@ class BackendError(RuntimeError):
 class _Native:
     """The outcome of loading one shared library, kept for ``explain`` and ``info``."""
 
-    def __init__(self, stem: str):
+    def __init__(self, stem: str, needs: str, unusable: str = ""):
         self.path = FOLDER / f"{stem}.so"
-        self.loaded, self.reason = False, ""
+        self.loaded, self.reason = False, unusable
         if not self.path.exists():
-            self.reason = f"not built ({self.path.name} is not in the package); reinstall with a C++ compiler and cmake"
+            self.reason = f"not built ({self.path.name} is not in the package); reinstall with {needs}"
+        if self.reason:
             return
         try:
             torch.ops.load_library(self.path)
@@ -54,6 +57,7 @@ def define(schema: str) -> None:
 
 def fallback(name: str, function: Callable) -> None:
     """What answers on a device for which no kernel is registered."""
+    FALLBACKS[name] = function
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
@@ -96,4 +100,20 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
         LIBRARY.impl(name, kernel, key)
 
 
-CPU = _Native("_C_cpu")
+@contextlib.contextmanager
+def overriding(implementations: dict[str, Callable], keys: tuple[str, ...]) -> Iterator[None]:
+    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again afterwards."""
+    library = torch.library.Library("ovseg", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Oo]verrid")  # that is the purpose
+            for name, function in implementations.items():
+                for key in keys:
+                    library.impl(name, function, key)
+        yield
+    finally:
+        library._destroy()
+
+
+CPU = _Native("_C_cpu", "a C++ compiler and cmake")
+CUDA = _Native("_C_cuda", "nvcc and FORCE_CUDA=1", "" if torch.version.cuda else "this torch has no CUDA")

@@ -9,12 +9,19 @@
 #include <optional>
 #include <vector>
 
+#ifdef OVSEG_EMULATED
+#include "emulated_tensors.h"
+#endif
+
 namespace ovseg {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, ScalarType type) {
+#ifdef OVSEG_EMULATED
+  return emulation::new_tensor(like, size, type);  // guarded, and full of NaN
+#endif
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), type);
 }
 

@@ -1,9 +1,6 @@
 // patch_text_similarity: from tensors to parameters, and registration for the CPU.
-#include <tuple>
-
 #include "../common/isa.h"
-#include "../common/tensors.h"
-#include "patch_text_similarity.h"
+#include "patch_text_similarity_bind.h"
 
 namespace ovseg {
 namespace {
@@ -15,19 +12,6 @@ const PatchTextTable<A>& table() {
   if (best_isa() == Isa::avx2) return avx2::patch_text_table<A>();
 #endif
   return baseline::patch_text_table<A>();
-}
-
-Type type_code(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return Type::float64;
-    case ScalarType::Half:
-      return Type::float16;
-    case ScalarType::BFloat16:
-      return Type::bfloat16;
-    default:
-      return Type::float32;
-  }
 }
 
 // Rows must be contiguous; the outer dimensions may have any stride.
@@ -42,22 +26,6 @@ struct Inputs {
   Inputs(const Tensor& patches_, const Tensor& texts_, const std::optional<Tensor>& mask_)
       : patches(with_unit_stride(patches_)), texts(with_unit_stride(texts_)), mask(mask_) {}
 };
-
-void check_inputs(const Tensor& patches, const Tensor& texts, const std::optional<Tensor>& mask, int64_t pool,
-                  int64_t weight) {
-  STD_TORCH_CHECK(patches.dim() == 3, "patches has ", patches.dim(), " dimensions; expected 3, [B, N, D]");
-  STD_TORCH_CHECK(is_floating(patches), "patches must be float32, float64, float16 or bfloat16");
-  STD_TORCH_CHECK(patches.size(1) > 0 && patches.size(2) > 0, "patches has no patch or no channel");
-  STD_TORCH_CHECK(texts.dim() == 2, "texts has ", texts.dim(), " dimensions; expected 2, [T, D]");
-  check_shape("texts", texts, {texts.size(0), patches.size(2)});
-  check_type("texts", texts, patches.scalar_type());
-  if (mask) {
-    check_shape("patch_mask", *mask, {patches.size(0), patches.size(1)});
-    check_type("patch_mask", *mask, ScalarType::Bool);
-  }
-  STD_TORCH_CHECK(pool >= 0 && pool <= 2, "pool is ", pool, "; expected 0, 1 or 2");
-  STD_TORCH_CHECK(weight >= 0 && weight <= 1, "weight is ", weight, "; expected 0 or 1");
-}
 
 template <typename A>
 A scalar(const char* name, const Tensor& x) {
@@ -83,14 +51,6 @@ PatchTextParams<A> params(const Inputs& in, const Tensor& scale, const Tensor& b
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> allocate_forward(const Tensor& patches, const Tensor& texts, int64_t pool) {
-  const ScalarType type = accumulation_type(patches);
-  const int64_t B = patches.size(0), T = texts.size(0);
-  const int64_t lse = pool == static_cast<int64_t>(Pool::max) ? 0 : B;
-  const int64_t norm = pool == static_cast<int64_t>(Pool::vector) ? B : 0;
-  return {new_tensor(patches, {B, T}, type), new_tensor(patches, {lse, T}, type), new_tensor(patches, {norm, T}, type)};
-}
-
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const Tensor& scale, const Tensor& bias, int64_t pool,
                                               int64_t weight) {
@@ -110,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const Tensor& sc
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor patches, Tensor texts, std::optional<Tensor> patch_mask, Tensor scale,
-                                           Tensor bias, int64_t pool, int64_t weight) {
+                                           Tensor bias, int64_t pool, int64_t weight,
+                                           bool /*tf32*/) {
   check_inputs(patches, texts, patch_mask, pool, weight);
   const Inputs in(patches, texts, patch_mask);
   return patches.scalar_type() == ScalarType::Double ? forward_as<double>(in, scale, bias, pool, weight)
@@ -173,18 +134,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor patches, Tensor texts,
                                                     std::optional<Tensor> patch_mask, Tensor scale, Tensor bias,
                                                     Tensor similarity, Tensor lse, Tensor norm, int64_t pool,
-                                                    int64_t weight, bool need_patches, bool need_texts) {
-  check_inputs(patches, texts, patch_mask, pool, weight);
-  const int64_t B = patches.size(0), T = texts.size(0);
-  const bool is_max = pool == static_cast<int64_t>(Pool::max), is_vector = pool == static_cast<int64_t>(Pool::vector);
-  check_shape("grad", grad, {B, T});
-  check_shape("similarity", similarity, {B, T});
-  check_shape("lse", lse, {is_max ? 0 : B, T});
-  check_shape("norm", norm, {is_vector ? B : 0, T});
-  for (const Tensor* x : {&grad, &similarity, &lse, &norm})
-    check_type("a [B, T] argument", *x, accumulation_type(patches));
-  for (const Tensor* x : {&similarity, &lse, &norm})
-    STD_TORCH_CHECK(x->is_contiguous(), "similarity, lse and norm must be contiguous");
+                                                    int64_t weight, bool /*tf32*/, bool need_patches,
+                                                    bool need_texts) {
+  check_backward(grad, patches, texts, patch_mask, similarity, lse, norm, pool, weight);
   const Inputs in(patches, texts, patch_mask);
   return patches.scalar_type() == ScalarType::Double
              ? backward_as<double>(grad, in, scale, bias, similarity, lse, norm, pool, weight, need_patches, need_texts)

@@ -20,6 +20,8 @@ Grad     with g = d loss / d phi and d_n = f'(s_n) / f(s_n) (sigma for softmax, 
   then dU_n -= (u_n / r_n^2) sum c_n s_n and dq likewise: projections onto the sphere.
 Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to B N^2 (2 D + 6 T) for "vector" in Gram
   form. Kept for backward: phi, log sum f and |v|, [B, T] each; nothing of size [B, T, N] or [B, T, D] exists.
+Precision  raw operands enter the products, sums are float32 and scaled by the norms. float32 products are exact unless
+  torch.backends.cuda.matmul.allow_tf32; that is read when the forward runs, and CUDA only.
 Masks    a masked patch has weight 0 and gradient 0, whatever it holds. A fully masked image has phi = 0, gradient 0.
 Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature that is not positive and finite (looked at
   on the CPU only: reading it from a GPU would stall); TypeError for dtypes. NaN in the features gives NaN.
@@ -40,12 +42,12 @@ _WEIGHT = {"softmax": 0, "sigmoid": 1}
 
 lib.define(
     "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, Tensor bias, "
-    "int pool, int weight) -> (Tensor similarity, Tensor lse, Tensor norm)"
+    "int pool, int weight, bool tf32) -> (Tensor similarity, Tensor lse, Tensor norm)"
 )
 lib.define(
     "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, "
-    "Tensor bias, Tensor similarity, Tensor lse, Tensor norm, int pool, int weight, bool need_patches, "
-    "bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor bias, Tensor similarity, Tensor lse, Tensor norm, int pool, int weight, bool tf32, "
+    "bool need_patches, bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 lib.fallback("patch_text_similarity", reference.forward)
 lib.fallback("patch_text_similarity_backward", reference.backward)
@@ -107,7 +109,8 @@ def patch_text_similarity(
         return reference.patch_text_similarity(patches, texts, patch_mask, scale, bias, pool, weight)
     if pool == "mean":
         return _mean(patches.to(dtype), texts.to(dtype), patch_mask)
-    return torch.ops.ovseg.patch_text_similarity(patches, texts, patch_mask, scale, bias, _POOL[pool], _WEIGHT[weight])[0]
+    codes = (_POOL[pool], _WEIGHT[weight], _backends.allow_tf32(patches))
+    return torch.ops.ovseg.patch_text_similarity(patches, texts, patch_mask, scale, bias, *codes)[0]
 
 
 def _mean(patches, texts, mask):
@@ -122,7 +125,7 @@ def _mean(patches, texts, mask):
 
 
 @lib.fake("patch_text_similarity")
-def _(patches, texts, patch_mask, scale, bias, pool, weight):
+def _(patches, texts, patch_mask, scale, bias, pool, weight, tf32):
     dtype = reference.accumulation_dtype(patches)
     B, T = patches.shape[0], texts.shape[0]
     shapes = ((B, T), (0 if pool == 2 else B, T), (B if pool == 0 else 0, T))
@@ -130,14 +133,14 @@ def _(patches, texts, patch_mask, scale, bias, pool, weight):
 
 
 @lib.fake("patch_text_similarity_backward")
-def _(grad, patches, texts, patch_mask, scale, bias, similarity, lse, norm, pool, weight, need_patches, need_texts):
+def _(grad, patches, texts, patch_mask, scale, bias, similarity, lse, norm, pool, weight, tf32, need_patches, need_texts):
     d_patches = patches.new_empty((patches.shape[0] if need_patches else 0, patches.shape[1], patches.shape[2]))
     d_texts = texts.new_empty((texts.shape[0] if need_texts else 0, texts.shape[1]))
     return d_patches, d_texts, grad.new_empty(()), grad.new_empty(())
 
 
 def _setup(ctx, inputs, output):
-    patches, texts, patch_mask, scale, bias, ctx.pool, ctx.weight = inputs
+    patches, texts, patch_mask, scale, bias, *ctx.options = inputs
     ctx.save_for_backward(patches, texts, patch_mask, scale, bias, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -145,10 +148,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     need_patches, need_texts, _, need_scale, need_bias, *_ = ctx.needs_input_grad
     d_patches, d_texts, d_scale, d_bias = torch.ops.ovseg.patch_text_similarity_backward(
-        grad, *ctx.saved_tensors, ctx.pool, ctx.weight, need_patches, need_texts
+        grad, *ctx.saved_tensors, *ctx.options, need_patches, need_texts
     )
     return (
         d_patches if need_patches else None,
@@ -156,8 +159,7 @@ def _backward(ctx, grad, *_):
         None,
         d_scale if need_scale else None,
         d_bias if need_bias else None,
-        None,
-        None,
+        *(None,) * 3,
     )
 
 

@@ -45,7 +45,7 @@ def _prepare(patches, texts, mask, scale, bias, weight):
     return u, r, q, rq, s, x.masked_fill(~keep[:, None], float("-inf")), keep
 
 
-def forward(patches, texts, mask, scale, bias, pool, weight):
+def forward(patches, texts, mask, scale, bias, pool, weight, tf32=False):
     """(similarity, lse, norm) as the kernels give them, one image at a time. ``pool`` 0 vector, 1 score, 2 max."""
     outputs: tuple[list, list, list] = ([], [], [])
     for b in range(patches.shape[0]):
@@ -68,7 +68,7 @@ def forward(patches, texts, mask, scale, bias, pool, weight):
     return tuple(torch.cat(part) if part else empty.clone() for part in outputs)
 
 
-def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, pool, weight, need_patches, need_texts):
+def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, pool, weight, tf32, need_patches, need_texts):
     """(d patches, d texts, d scale, d bias) by equations (5)-(9), one image at a time."""
     acc = accumulation_dtype(patches)
     d_patches = torch.zeros_like(patches if need_patches else patches[:0], memory_format=torch.contiguous_format)

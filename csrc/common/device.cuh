@@ -1,0 +1,89 @@
+// What device code needs from its compiler: launches, dynamic shared memory, 16-bit floats, warp sums.
+// Under nvcc this is CUDA; with OVSEG_EMULATED it is tests/cuda_emulation, and the same files run on a CPU.
+//
+// A launcher returns null or the text of an error, so that the bind file can raise it.
+#pragma once
+#include <cstdint>
+
+#ifdef OVSEG_EMULATED
+#include "cuda_emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+namespace ovseg {
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+__device__ inline float to_float(float x) { return x; }
+__device__ inline double to_float(double x) { return x; }
+__device__ inline float to_float(half x) { return __half2float(x); }
+__device__ inline float to_float(bfloat16 x) { return __bfloat162float(x); }
+template <typename T, typename F>
+__device__ inline T from_float(F x) {
+  if constexpr (std::is_same_v<T, half>) {
+    return __float2half_rn(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+template <typename... P, typename... A>
+const char* launch(const char*, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, void* stream, A... args) {
+  if (shared > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace ovseg
+
+#define OVSEG_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+// The kernel in parentheses where its template arguments hold commas.
+#define OVSEG_LAUNCH(kernel, grid, threads, shared, stream, ...) \
+  ::ovseg::launch(#kernel, kernel, grid, threads, shared, stream, __VA_ARGS__)
+#define OVSEG_TRY(call) \
+  if (const char* error = (call)) return error
+
+namespace ovseg {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+template <typename A>
+__device__ inline A warp_sum(A x) {
+  for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(kFullWarp, x, other);
+  return x;
+}
+
+// The larger one; a NaN on either side is kept.
+template <typename A>
+__device__ inline A larger(A x, A y) {
+  return x > y || x != x ? x : y;
+}
+
+template <typename A>
+__device__ inline A warp_max(A x) {
+  for (int other = 16; other > 0; other /= 2) x = larger(x, __shfl_xor_sync(kFullWarp, x, other));
+  return x;
+}
+
+template <typename A>
+__device__ inline A minus_infinity() {
+  return -static_cast<A>(INFINITY);
+}
+
+__host__ __device__ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+__host__ __device__ inline int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
+
+}  // namespace ovseg

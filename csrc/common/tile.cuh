@@ -1,0 +1,204 @@
+// One block's matrix product: C[64, 64] += A[64, K] B[64, K]^T by 128 threads, operands from global memory of any stride.
+//
+// A Product says how: Exact (fused multiply-add in float or double), Tf32 or Mma16 (tensor cores, float sums). Operands
+// whose k is contiguous, aligned and of the product's own type travel by cp.async; all others are converted on the way.
+#pragma once
+#include "mma.cuh"
+
+namespace ovseg {
+
+constexpr int kThreads = 128;
+constexpr int kTile = 64;          // rows and columns of a block's tile
+constexpr int kAccumulators = 32;  // of each thread
+
+template <typename A>
+struct Exact {
+  using Element = A;
+  using Sum = A;
+  static constexpr bool tensor = false;
+};
+struct Tf32 {
+  using Element = float;
+  using Sum = float;
+  static constexpr bool tensor = true;
+};
+template <typename T>
+struct Mma16 {
+  using Element = T;
+  using Sum = float;
+  static constexpr bool tensor = true;
+};
+
+// A step of k is 64 bytes; rows are 16 bytes apart from a multiple of it, so that fragments load without bank conflicts.
+template <typename P>
+constexpr int kStep = 64 / sizeof(typename P::Element);
+template <typename P>
+constexpr int kPitch = 80 / sizeof(typename P::Element);
+constexpr int kOperandBytes = kTile * 80;
+constexpr int kStageBytes = 4 * kOperandBytes;  // two operands, two stages
+
+// Element (row, k) is base[row * row_stride + k * k_stride], zero outside rows x depth and where keep is false.
+template <typename T, typename A>
+struct Operand {
+  const T* base;
+  int64_t row_stride, k_stride;
+  int64_t rows, depth;
+  const bool* keep = nullptr;  // masked patches read as zero, whatever they hold
+  int64_t keep_stride = 0;
+  bool keep_by_k = false;      // keep is indexed by k, not by row
+  const A* k_factor = nullptr;  // multiplies column k
+
+  __device__ bool kept(int64_t row, int64_t k) const {
+    return row < rows && k < depth && (!keep || keep[(keep_by_k ? k : row) * keep_stride]);
+  }
+};
+
+template <typename P, typename T>
+__device__ void fill(typename P::Element* shared, const Operand<T, typename P::Sum>& x, int64_t row0, int64_t k0) {
+  using Element = typename P::Element;
+  if constexpr (std::is_same_v<T, Element>) {
+    constexpr int kPart = 16 / sizeof(T);
+    if (x.k_stride == 1 && !x.k_factor && !x.keep_by_k && x.row_stride % kPart == 0 &&
+        reinterpret_cast<uintptr_t>(x.base) % 16 == 0) {
+      for (int i = threadIdx.x; i < kTile * 4; i += kThreads) {
+        const int row = i / 4, part = i % 4 * kPart;
+        const int64_t left = x.depth - (k0 + part);
+        const bool any = left > 0 && x.kept(row0 + row, k0 + part);
+        const int valid = any ? static_cast<int>(left < kPart ? left * sizeof(T) : 16) : 0;
+        copy_async(shared + row * kPitch<P> + part, any ? x.base + (row0 + row) * x.row_stride + k0 + part : x.base, valid);
+      }
+      return;
+    }
+  }
+  const bool along_k = x.k_stride == 1;  // neighbouring threads read neighbouring addresses
+  for (int i = threadIdx.x; i < kTile * kStep<P>; i += kThreads) {
+    const int row = along_k ? i / kStep<P> : i % kTile, k = along_k ? i % kStep<P> : i / kTile;
+    typename P::Sum value = 0;
+    if (x.kept(row0 + row, k0 + k)) {
+      value = to_float(x.base[(row0 + row) * x.row_stride + (k0 + k) * x.k_stride]);
+      if (x.k_factor) value *= x.k_factor[k0 + k];
+    }
+    shared[row * kPitch<P> + k] = from_float<Element>(value);
+  }
+}
+
+// Which element of the tile accumulator i of this thread is.
+template <typename P>
+__device__ inline int tile_row(int i) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  if constexpr (P::tensor) return warp / 2 * 32 + i / 16 * 16 + lane / 4 + i % 4 / 2 * 8;
+  return thread / 16 + i / 4 * 8;
+}
+template <typename P>
+__device__ inline int tile_column(int i) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  if constexpr (P::tensor) return warp % 2 * 32 + i % 16 / 4 * 8 + lane % 4 * 2 + i % 2;
+  return thread % 16 + i % 4 * 16;
+}
+
+template <typename T>
+__device__ inline uint32_t word(const T* at) {  // two 16-bit elements, or one float rounded for tf32
+  if constexpr (sizeof(T) == 2) {
+    return *reinterpret_cast<const uint32_t*>(at);
+  } else {
+    const float rounded = round_tf32(*at);
+    return *reinterpret_cast<const uint32_t*>(&rounded);
+  }
+}
+
+// One step of k from shared memory. Columns from `columns` on do not exist and cost nothing in units of 8.
+template <typename P>
+__device__ inline void multiply(const typename P::Element* a, int pitch_a, const typename P::Element* b, int64_t columns,
+                                typename P::Sum (&acc)[kAccumulators]) {
+  constexpr int pitch_b = kPitch<P>;
+  if constexpr (P::tensor) {
+    constexpr int kHalf = 16 / sizeof(typename P::Element);  // 8 halves or 4 floats: half the depth of one mma
+    constexpr int kPer = kHalf / 4;                          // elements of a 32-bit word
+    const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, in_group = threadIdx.x % 4 * kPer;
+    const int row = warp / 2 * 32 + group, column = warp % 2 * 32 + group;
+#pragma unroll
+    for (int k = 0; k < kStep<P>; k += 2 * kHalf) {
+      FragmentA fa[2];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const auto* at = a + (row + 16 * m) * pitch_a + k + in_group;
+        fa[m] = {{word(at), word(at + 8 * pitch_a), word(at + kHalf), word(at + 8 * pitch_a + kHalf)}};
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        if (warp % 2 * 32 + 8 * n >= columns) continue;
+        const auto* at = b + (column + 8 * n) * pitch_b + k + in_group;
+        const FragmentB fb = {{word(at), word(at + kHalf)}};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          mma<typename P::Element>(*reinterpret_cast<float(*)[4]>(acc + (m * 4 + n) * 4), fa[m], fb);
+        }
+      }
+    }
+  } else {
+    const int row = threadIdx.x / 16, column = threadIdx.x % 16;
+#pragma unroll
+    for (int k = 0; k < kStep<P>; ++k) {
+      typename P::Sum x[8], y[4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = a[(row + 8 * i) * pitch_a + k];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) y[j] = b[(column + 16 * j) * pitch_b + k];
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) acc[i] += x[i / 4] * y[i % 4];
+    }
+  }
+}
+
+template <typename P>
+__device__ inline void clear(typename P::Sum (&acc)[kAccumulators]) {
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
+}
+
+// acc += A[row_a .., :] B[row_b .., :]^T, double buffered. Ends with a barrier: the stages are free again.
+template <typename P, typename TA, typename TB>
+__device__ void product(const Operand<TA, typename P::Sum>& a, int64_t row_a, const Operand<TB, typename P::Sum>& b,
+                        int64_t row_b, unsigned char* stages, typename P::Sum (&acc)[kAccumulators]) {
+  using Element = typename P::Element;
+  auto stage = [&](int64_t step, int operand) {
+    return reinterpret_cast<Element*>(stages + (step % 2 * 2 + operand) * kOperandBytes);
+  };
+  const int64_t steps = ceil_div(a.depth, kStep<P>), columns = b.rows - row_b;
+  if (steps == 0) return;
+  auto load = [&](int64_t step) {
+    fill<P>(stage(step, 0), a, row_a, step * kStep<P>);
+    fill<P>(stage(step, 1), b, row_b, step * kStep<P>);
+  };
+  load(0);
+  commit_copies();
+  for (int64_t step = 0; step < steps; ++step) {
+    if (step + 1 < steps) load(step + 1);
+    commit_copies();
+    wait_copies<1>();
+    __syncthreads();
+    multiply<P>(stage(step, 0), kPitch<P>, stage(step, 1), columns, acc);
+    __syncthreads();
+  }
+}
+
+// The same with all of A in shared memory already, rows pitch_a apart, zero from column b.depth to a multiple of the step.
+template <typename P, typename TB>
+__device__ void product_resident(const typename P::Element* a, int pitch_a, const Operand<TB, typename P::Sum>& b,
+                                 int64_t row_b, unsigned char* stages, typename P::Sum (&acc)[kAccumulators]) {
+  using Element = typename P::Element;
+  auto stage = [&](int64_t step) { return reinterpret_cast<Element*>(stages + step % 2 * kOperandBytes); };
+  const int64_t steps = ceil_div(b.depth, kStep<P>), columns = b.rows - row_b;
+  fill<P>(stage(0), b, row_b, 0);
+  commit_copies();
+  for (int64_t step = 0; step < steps; ++step) {
+    if (step + 1 < steps) fill<P>(stage(step + 1), b, row_b, (step + 1) * kStep<P>);
+    commit_copies();
+    wait_copies<1>();
+    __syncthreads();
+    multiply<P>(a + step * kStep<P>, pitch_a, stage(step), columns, acc);
+    __syncthreads();
+  }
+}
+
+}  // namespace ovseg

@@ -1,0 +1,63 @@
+// similarity_contrastive_loss: what the bind files of all devices share.
+#pragma once
+#include <array>
+#include <tuple>
+
+#include "../common/tensors.h"
+#include "similarity_contrastive_loss.h"
+
+namespace ovseg {
+
+using Optional = std::optional<Tensor>;
+
+// Owns what the parameters point to; the inputs arrive as float32 or float64 (Python casts lower precision up).
+template <typename A>
+struct Inputs {
+  Tensor similarity;
+  Optional image_ids, text_ids, pair_mask;
+  SimilarityLossParams<A> p{};
+
+  Inputs(const Tensor& similarity_, const Tensor& scale, const Optional& image_ids_, const Optional& text_ids_,
+         const Optional& pair_mask_, int64_t offset)
+      : similarity(similarity_),
+        image_ids(contiguous(image_ids_)),
+        text_ids(contiguous(text_ids_)),
+        pair_mask(contiguous(pair_mask_)) {
+    STD_TORCH_CHECK(similarity.dim() == 2, "similarity has ", similarity.dim(), " dimensions; expected 2, [B, T]");
+    p.B = similarity.size(0), p.T = similarity.size(1);
+    for (int i = 0; i < 2; ++i) p.strides[i] = similarity.stride(i);
+    p.similarity = data<A>(similarity);
+    STD_TORCH_CHECK(scale.numel() == 1, "logit_scale has ", scale.numel(), " elements; expected 1");
+    check_type("logit_scale", scale, similarity.scalar_type());
+    STD_TORCH_CHECK(image_ids.has_value() == text_ids.has_value(), "image_ids and text_ids go together");
+    if (image_ids) {
+      check_shape("image_ids", *image_ids, {p.B}), check_shape("text_ids", *text_ids, {p.T});
+      check_type("image_ids", *image_ids, ScalarType::Long), check_type("text_ids", *text_ids, ScalarType::Long);
+      p.image_ids = data<int64_t>(*image_ids), p.text_ids = data<int64_t>(*text_ids);
+    }
+    if (pair_mask) {
+      check_shape("pair_mask", *pair_mask, {p.B, p.T}), check_type("pair_mask", *pair_mask, ScalarType::Bool);
+      p.pair_mask = data<bool>(*pair_mask);
+    }
+    p.offset = offset;
+  }
+  static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
+};
+
+// rows, columns and their weights, contiguous, checked and entered into the parameters.
+template <typename A>
+std::array<Tensor, 4> enter_saved(Inputs<A>& in, const Tensor& grad, const Tensor& rows, const Tensor& columns,
+                                  const Tensor& row_weight, const Tensor& column_weight) {
+  SimilarityLossParams<A>& p = in.p;
+  check_shape("grad", grad, {}), check_shape("rows", rows, {3, p.B}), check_shape("columns", columns, {3, p.T});
+  check_shape("row_weight", row_weight, {p.B}), check_shape("column_weight", column_weight, {p.T});
+  std::array<Tensor, 4> dense = {torch::stable::contiguous(rows), torch::stable::contiguous(columns),
+                                 torch::stable::contiguous(row_weight), torch::stable::contiguous(column_weight)};
+  for (const Tensor& x : dense) check_type("a saved argument", x, in.similarity.scalar_type());
+  check_type("grad", grad, in.similarity.scalar_type());
+  p.rows = data<A>(dense[0]), p.columns = data<A>(dense[1]);
+  p.row_weight = data<A>(dense[2]), p.column_weight = data<A>(dense[3]);
+  return dense;
+}
+
+}  // namespace ovseg

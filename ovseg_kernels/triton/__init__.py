@@ -1,0 +1,24 @@
+"""Triton kernels. Nothing here imports Triton before an operator is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+# Schema -> module and function. A table, so that what exists is known without importing Triton.
+KERNELS = {
+    "patch_text_similarity": ("patch_text_similarity", "forward"),
+    "patch_text_similarity_backward": ("patch_text_similarity", "backward"),
+    "similarity_contrastive_stats": ("similarity_contrastive_loss", "stats"),
+    "similarity_contrastive_loss_backward": ("similarity_contrastive_loss", "backward"),
+}
+
+
+def _late(module: str, function: str) -> Callable:
+    def call(*args):
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)(*args)
+
+    return call
+
+
+IMPLEMENTATIONS = {schema: _late(*place) for schema, place in KERNELS.items()}
