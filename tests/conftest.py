@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the first kernel is defined
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

@@ -170,6 +170,10 @@ __device__ void product(const Operand<TA, typename P::Sum>& a, int64_t row_a, co
     fill<P>(stage(step, 0), a, row_a, step * kStep<P>);
     fill<P>(stage(step, 1), b, row_b, step * kStep<P>);
   };
+  // Exact products sum 256 terms at a time: over thousands of patches one running sum would lose two digits.
+  constexpr int kFlush = P::tensor ? 0 : 256 / kStep<P>;
+  typename P::Sum part[kAccumulators];
+  if constexpr (kFlush) clear<P>(part);
   load(0);
   commit_copies();
   for (int64_t step = 0; step < steps; ++step) {
@@ -177,7 +181,16 @@ __device__ void product(const Operand<TA, typename P::Sum>& a, int64_t row_a, co
     commit_copies();
     wait_copies<1>();
     __syncthreads();
-    multiply<P>(stage(step, 0), kPitch<P>, stage(step, 1), columns, acc);
+    if constexpr (kFlush) {
+      multiply<P>(stage(step, 0), kPitch<P>, stage(step, 1), columns, part);
+      if ((step + 1) % kFlush == 0 || step + 1 == steps) {
+#pragma unroll
+        for (int i = 0; i < kAccumulators; ++i) acc[i] += part[i];
+        clear<P>(part);
+      }
+    } else {
+      multiply<P>(stage(step, 0), kPitch<P>, stage(step, 1), columns, acc);
+    }
     __syncthreads();
   }
 }

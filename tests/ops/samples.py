@@ -1,4 +1,7 @@
-"""Every operator with arguments to call it by: what the contract tests run over. A new operator adds itself here."""
+"""Every operator with arguments to call it by: what the contract tests run over. A new operator adds itself here.
+
+The numbers are drawn on the CPU, so that every device gets the same.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,30 +26,31 @@ class Sample:
         return f"{self.op}-{self.name}"
 
 
-def leaf(*shape: int, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
+def leaf(*shape: int, dtype=torch.float64, device="cpu") -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype).to(device).requires_grad_()
 
 
-def number(value: float, dtype=torch.float64) -> torch.Tensor:
-    return torch.tensor(value, dtype=dtype, requires_grad=True)
+def number(value: float, dtype=torch.float64, device="cpu") -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, device=device, requires_grad=True)
 
 
-def mask_of(B: int, N: int) -> torch.Tensor:
+def mask_of(B: int, N: int, device="cpu") -> torch.Tensor:
     """One image fully masked, one whole, the rest in part."""
     mask = torch.rand(B, N) > 0.4
     mask[0] = False
     if B > 1:
         mask[1] = True
-    return mask
+    return mask.to(device)
 
 
-def patch_text(dtype=torch.float64, B=3, T=4, N=7, D=5) -> list[Sample]:
+def patch_text(dtype=torch.float64, device="cpu", B=3, T=4, N=7, D=5) -> list[Sample]:
     torch.manual_seed(1)
     found = []
+    to = {"dtype": dtype, "device": device}
     for pool in ("vector", "score", "max", "mean"):
         for weight in ("softmax", "sigmoid"):
-            for mask in (None, mask_of(B, N)):
-                params = (number(0.37, dtype),) if weight == "softmax" else (number(3.0, dtype), number(-0.5, dtype))
+            for mask in (None, mask_of(B, N, device)):
+                params = (number(0.37, **to),) if weight == "softmax" else (number(3.0, **to), number(-0.5, **to))
 
                 def call(patches, texts, *params, pool=pool, weight=weight, mask=mask):
                     names = ("temperature",) if weight == "softmax" else ("weight_scale", "weight_bias")
@@ -54,11 +58,11 @@ def patch_text(dtype=torch.float64, B=3, T=4, N=7, D=5) -> list[Sample]:
                         patches, texts, patch_mask=mask, pool=pool, weight=weight, **dict(zip(names, params, strict=True))
                     )
 
-                patches, texts = leaf(B, N, D, dtype=dtype), leaf(T, D, dtype=dtype)
+                patches, texts = leaf(B, N, D, **to), leaf(T, D, **to)
                 low = []
                 if pool != "mean":
-                    codes = ({"vector": 0, "score": 1, "max": 2}[pool], int(weight == "sigmoid"))
-                    scale, bias = number(2.0, dtype), number(-0.5, dtype)
+                    codes = ({"vector": 0, "score": 1, "max": 2}[pool], int(weight == "sigmoid"), False)
+                    scale, bias = number(2.0, **to), number(-0.5, **to)
                     low.append(("patch_text_similarity", (patches, texts, mask, scale, bias, *codes)))
                     plain = [x.detach() for x in (patches, texts, scale, bias)]
                     saved = torch.ops.ovseg.patch_text_similarity(*plain[:2], mask, *plain[2:], *codes)
@@ -70,11 +74,12 @@ def patch_text(dtype=torch.float64, B=3, T=4, N=7, D=5) -> list[Sample]:
     return found
 
 
-def contrastive(dtype=torch.float64, B=5, T=5) -> list[Sample]:
+def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
     torch.manual_seed(2)
-    ids = torch.tensor([0, 1, 1, 2, 9]), torch.tensor([1, 0, 2, 2, 7])  # repeated, and without a partner
+    to = {"dtype": dtype, "device": device}
+    ids = torch.tensor([0, 1, 1, 2, 9], device=device), torch.tensor([1, 0, 2, 2, 7], device=device)  # repeated, and without a partner
     pairs = torch.rand(B, T) > 0.3
-    pairs.fill_diagonal_(True)
+    pairs = pairs.fill_diagonal_(True).to(device)
     options = {
         "diagonal": {},
         "ids": {"image_ids": ids[0], "text_ids": ids[1]},
@@ -87,7 +92,7 @@ def contrastive(dtype=torch.float64, B=5, T=5) -> list[Sample]:
         def call(similarity, scale, kwargs=kwargs):
             return ok.similarity_contrastive_loss(similarity, scale, **kwargs)
 
-        similarity, scale = leaf(B, T, dtype=dtype), number(3.0, dtype)
+        similarity, scale = leaf(B, T, **to), number(3.0, **to)
         optional = tuple(kwargs.get(key) for key in ("image_ids", "text_ids", "pair_mask"))
         plain = (similarity.detach(), scale.detach())
         rows, columns = torch.ops.ovseg.similarity_contrastive_stats(*plain, *optional, 0)
@@ -95,7 +100,7 @@ def contrastive(dtype=torch.float64, B=5, T=5) -> list[Sample]:
         low = [
             ("similarity_contrastive_stats", (*plain, *optional, 0)),
             ("similarity_contrastive_loss", (similarity, scale, *optional, rows, columns, *weights, 0)),
-            ("similarity_contrastive_loss_backward", (torch.ones((), dtype=dtype), *plain, *optional, rows, columns, *weights, 0)),
+            ("similarity_contrastive_loss_backward", (torch.ones((), **to), *plain, *optional, rows, columns, *weights, 0)),
         ]
         found.append(Sample("similarity_contrastive_loss", name, call, (similarity, scale), low))
     return found
@@ -104,5 +109,5 @@ def contrastive(dtype=torch.float64, B=5, T=5) -> list[Sample]:
 MAKERS = {"patch_text_similarity": patch_text, "similarity_contrastive_loss": contrastive}
 
 
-def all_samples(dtype=torch.float64) -> list[Sample]:
-    return [sample for make in MAKERS.values() for sample in make(dtype)]
+def all_samples(dtype=torch.float64, device="cpu") -> list[Sample]:
+    return [sample for make in MAKERS.values() for sample in make(dtype, device)]

@@ -1,0 +1,454 @@
+"""patch_text_similarity in Triton: the pooled-vector form, forward and recomputing backward.
+
+Same plan as csrc/patch_text_similarity: cosines of raw operands scaled by the norms, a chunk of images at a time, one
+owner for every output element and a fixed order for every sum. Equation numbers: ``ovseg_kernels/ops``. The Gram form is
+CUDA's alone: a product with a slice of registers is not expressible here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.patch_text_similarity import EPS, accumulation_dtype
+from ._launch import ACC, chunk_size, on_device, tiles
+
+CHUNK_BYTES = 64 << 20
+SLOTS = 16
+# (texts, patches, channels) of a tile and warps, by bytes of an element: fixed, so that two machines choose equally.
+CONFIGS = {2: (64, 64, 64, 4), 4: (64, 64, 32, 4), 8: (32, 32, 16, 4)}
+LENGTHS = ["T", "N", "D", "first", "images"]  # never a reason to compile again
+
+
+@triton.jit
+def _logit(s, scale, bias, SIGMOID: tl.constexpr):
+    """log f(s), equation (2)."""
+    if SIGMOID:
+        y = scale * s + bias
+        x = tl.minimum(y, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(y)))
+    else:
+        x = scale * s
+    return x
+
+
+@triton.jit
+def _larger(x, y):
+    """The larger one; a NaN on either side is kept."""
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@triton.jit
+def _tile(base, rows, columns, row_stride, column_stride, n_rows, n_columns):
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    at = base + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _kept(mask, image, n, N, mask_b, mask_n, MASKED: tl.constexpr):
+    keep = n < N
+    if MASKED:
+        keep = keep & (tl.load(mask + image * mask_b + n.to(tl.int64) * mask_n, mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
+             ACC: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr):
+    """(1) of one tile: raw operands into the product, norms onto its sums."""
+    s = tl.zeros((t.shape[0], n.shape[0]), ACC)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        q = _tile(texts, t, d, text_t, text_d, T, D)
+        at = patches + image * patch_b + n.to(tl.int64)[None, :] * patch_n + d.to(tl.int64)[:, None] * patch_d
+        u = tl.load(at, mask=keep[None, :] & (d < D)[:, None], other=0.0)
+        s = tl.dot(q, u, s, input_precision=PRECISION, out_dtype=ACC)
+    r = tl.load(norms + i * N + n, mask=n < N, other=1.0)
+    rq = tl.load(text_norms + t, mask=t < T, other=1.0)
+    eps = tl.full((), 1e-12, ACC)
+    return s / _larger(r, eps)[None, :] / _larger(rq, eps)[:, None]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_fwd_kernel(
+    patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, best, first, T, N, D,
+    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
+    MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Running maximum and sums over the patches: log-sum of the weights, and (3) for score and max."""
+    i = tl.program_id(1).to(tl.int64)
+    image = first + i
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    scale, bias = tl.load(scale_at), tl.load(bias_at)
+    top = tl.full((BT,), float("-inf"), ACC)
+    total, along = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC)
+    found = tl.full((BT,), -1, tl.int32)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
+        s = _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
+                     ACC, PRECISION, BD)  # fmt: skip
+        x = s if POOL == 2 else _logit(s, scale, bias, SIGMOID)
+        x = tl.where(keep[None, :], x, float("-inf"))
+        here = tl.max(x, 1)
+        here = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), here)
+        now = _larger(here, top)
+        if POOL == 2:
+            hit = keep[None, :] & ((x == now[:, None]) | (x != x))
+            place = tl.min(tl.where(hit, n[None, :], N), 1)
+            found = tl.where((place < N) & ((top != now) | (found < 0)), place, found)
+        else:
+            shift = tl.where(now == float("-inf"), 0.0, now)
+            e = tl.where(keep[None, :], tl.exp(x - shift[:, None]), 0.0)
+            factor = tl.where(top == now, 1.0, tl.exp(top - shift))
+            total = total * factor + tl.sum(e, 1)
+            along = along * factor + tl.sum(tl.where(keep[None, :], e * s, 0.0), 1)
+        top = now
+    out = image * T + t
+    inside = t < T
+    if POOL == 2:
+        tl.store(similarity + out, tl.where(found >= 0, top, 0.0), mask=inside)
+        tl.store(best + i * T + t, found, mask=inside)
+    else:
+        some = total != 0.0
+        tl.store(lse + out, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=inside)
+        if POOL == 1:
+            tl.store(similarity + out, tl.where(some, along / tl.where(some, total, 1.0), 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_weights_kernel(
+    patches, texts, mask, scale_at, bias_at, norms, text_norms, lse, weights, first, T, N, D,
+    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
+    MASKED: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Weights a of one tile with their log-sum known, equation (2)."""
+    i = tl.program_id(2).to(tl.int64)
+    image = first + i
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
+    s = _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
+                 ACC, PRECISION, BD)  # fmt: skip
+    known = tl.load(lse + image * T + t, mask=t < T, other=0.0)
+    x = _logit(s, tl.load(scale_at), tl.load(bias_at), SIGMOID)
+    a = tl.where(keep[None, :], tl.exp(tl.where(keep[None, :], x - known[:, None], 0.0)), 0.0)
+    at = weights + (i * T + t)[:, None] * N + n[None, :]
+    tl.store(at, a.to(weights.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _pooled(weights, patches, mask, image, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n,
+            MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
+    """v = sum_n a_n u_n of one tile of texts and channels."""
+    v = tl.zeros((t.shape[0], d.shape[0]), ACC)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
+        a = _tile(weights + i * T * N, t, n, N, 1, T, N)
+        at = patches + image * patch_b + n.to(tl.int64)[:, None] * patch_n + d.to(tl.int64)[None, :] * patch_d
+        u = tl.load(at, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.dot(a, u.to(a.dtype), v, input_precision=PRECISION, out_dtype=ACC)
+    return v
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_pooled_norms_kernel(
+    weights, patches, texts, mask, text_norms, similarity, norm, first, T, N, D,
+    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
+    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """|v| and (4); v never leaves the program."""
+    i = tl.program_id(1).to(tl.int64)
+    image = first + i
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    squared, dot = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        v = _pooled(weights, patches, mask, image, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n, MASKED, ACC,
+                    PRECISION, BN)  # fmt: skip
+        squared += tl.sum(v * v, 1)
+        dot += tl.sum(v * _tile(texts, t, d, text_t, text_d, T, D).to(ACC), 1)
+    length = tl.sqrt(squared)
+    eps = tl.full((), 1e-12, ACC)
+    rq = tl.load(text_norms + t, mask=t < T, other=1.0)
+    tl.store(norm + image * T + t, length, mask=t < T)
+    tl.store(similarity + image * T + t, dot / _larger(rq, eps) / _larger(length, eps), mask=t < T)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_vectors_kernel(
+    weights, patches, mask, vectors, first, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n,
+    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    v = _pooled(weights, patches, mask, first + i, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n, MASKED, ACC,
+                PRECISION, BN)  # fmt: skip
+    at = vectors + (i * T + t)[:, None] * D + d[None, :]
+    tl.store(at, v.to(vectors.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_bwd_coefficients_kernel(
+    patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, norm, best, grad, vectors,
+    coefficients, factors, along, scalars, first, T, N, D, patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
+    MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """From cosines to the coefficients m with dU = m^T q + .., dq = m U; equations (5)-(7)."""
+    i = tl.program_id(2).to(tl.int64)
+    image = first + i
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
+    s = _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
+                 ACC, PRECISION, BD)  # fmt: skip
+    scale, bias = tl.load(scale_at), tl.load(bias_at)
+    eps = tl.full((), 1e-12, ACC)
+    r = tl.load(norms + i * N + n, mask=n < N, other=1.0)
+    rq = tl.load(text_norms + t, mask=t < T, other=1.0)
+    g = tl.load(grad + image * T + t, mask=t < T, other=0.0)
+    phi = tl.load(similarity + image * T + t, mask=t < T, other=0.0)
+    inside = (t < T)[:, None] & keep[None, :]
+    if POOL == 2:
+        place = tl.load(best + i * T + t, mask=t < T, other=-1)
+        c = tl.zeros((BT, BN), ACC)
+        total = tl.where(inside & (place[:, None] == n[None, :]), g[:, None], 0.0)
+        m = total / _larger(r, eps)[None, :]
+        parallel = total * s
+    else:
+        known = tl.load(lse + image * T + t, mask=t < T, other=0.0)
+        x = _logit(s, scale, bias, SIGMOID)
+        a = tl.where(inside, tl.exp(tl.where(inside, x - known[:, None], 0.0)), 0.0)
+        slope = 1.0 / (1.0 + tl.exp(scale * s + bias)) if SIGMOID else 1.0
+        if POOL == 1:
+            c = g[:, None] * a * slope * (s - phi[:, None])  # (5)
+            total = g[:, None] * a + scale * c
+            m = total / _larger(r, eps)[None, :]
+            parallel = total * s
+        else:
+            length = tl.load(norm + image * T + t, mask=t < T, other=1.0)
+            rho = 1.0 / _larger(length, eps)
+            back = tl.where(length < eps, 0.0, phi * rho * rho)
+            uv = tl.zeros((BT, BN), ACC)
+            for d0 in range(0, D, BD):
+                d = d0 + tl.arange(0, BD)
+                v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
+                at = patches + image * patch_b + n.to(tl.int64)[None, :] * patch_n + d.to(tl.int64)[:, None] * patch_d
+                u = tl.load(at, mask=keep[None, :] & (d < D)[:, None], other=0.0)
+                uv = tl.dot(v, u.to(v.dtype), uv, input_precision=BACK, out_dtype=ACC)
+            c = g[:, None] * a * slope * (r[None, :] * s * rho[:, None] - back[:, None] * uv)  # (6)
+            m = scale * c / _larger(r, eps)[None, :] + g[:, None] * a * rho[:, None]  # (7)
+            parallel = scale * c * s
+            if tl.program_id(1) == 0:
+                tl.store(factors + i * T + t, -g * back, mask=t < T)
+    at = coefficients + (i * T + t)[:, None] * N + n[None, :]
+    m = tl.where(inside, m / _larger(rq, eps)[:, None], 0.0)
+    tl.store(at, m.to(coefficients.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+    tiles = tl.num_programs(0)
+    parallel = tl.where(inside, parallel, 0.0)
+    tl.store(along + (i * tiles + tl.program_id(0)) * N + n, tl.sum(parallel, 0), mask=n < N)
+    block = (i * tl.num_programs(1) + tl.program_id(1)) * tiles + tl.program_id(0)
+    c = tl.where(inside, c, 0.0)
+    tl.store(scalars + 2 * block, tl.sum(tl.sum(tl.where(inside, c * s, 0.0), 1).to(tl.float64), 0))
+    tl.store(scalars + 2 * block + 1, tl.sum(tl.sum(c, 1).to(tl.float64), 0))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_bwd_patches_kernel(
+    coefficients, texts, weights, vectors, factors, along, patches, mask, out, first, T, N, D,
+    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
+    MASKED: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dU = m^T q - sum_t h_t a_t v_t, minus the part along each patch."""
+    i = tl.program_id(2).to(tl.int64)
+    image = first + i
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    du = tl.zeros((BN, BD), ACC)
+    for t0 in range(0, T, BT):
+        t = t0 + tl.arange(0, BT)
+        m = _tile(coefficients + i * T * N, n, t, 1, N, N, T)
+        q = _tile(texts, t, d, text_t, text_d, T, D)
+        du = tl.dot(m, q.to(m.dtype), du, input_precision=PRECISION, out_dtype=ACC)
+        if POOL == 0:
+            h = tl.load(factors + i * T + t, mask=t < T, other=0.0)
+            a = _tile(weights + i * T * N, n, t, 1, N, N, T)
+            v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
+            du = tl.dot((a.to(ACC) * h[None, :]).to(a.dtype), v, du, input_precision=PRECISION, out_dtype=ACC)
+    keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
+    inside = keep[:, None] & (d < D)[None, :]
+    u = tl.load(patches + image * patch_b + n.to(tl.int64)[:, None] * patch_n + d.to(tl.int64)[None, :] * patch_d, mask=inside, other=0.0)
+    back = tl.load(along + i * N + n, mask=n < N, other=0.0)
+    du = tl.where(inside, du - back[:, None] * u.to(ACC), 0.0)
+    at = out + (image * N + n)[:, None] * D + d[None, :]
+    tl.store(at, du.to(out.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def patch_text_similarity_bwd_texts_kernel(
+    coefficients, patches, mask, out, first, images, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n,
+    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dq of one slot: its images of this chunk, in order, onto what earlier chunks left there."""
+    slot, slots = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    dq = tl.zeros((BT, BD), ACC)
+    for k in range(images * slot // slots, images * (slot + 1) // slots):
+        i = tl.cast(k, tl.int64)
+        dq += _pooled(coefficients, patches, mask, first + i, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n, MASKED,
+                      ACC, PRECISION, BN)  # fmt: skip
+    at = out + (slot * T + t)[:, None] * D + d[None, :]
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    if first > 0:
+        dq += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, dq, mask=inside)
+
+
+class _Call:
+    """The arguments that all kernels of one call share."""
+
+    def __init__(self, patches, texts, mask, scale, bias, pool, weight, tf32):
+        acc = accumulation_dtype(patches)
+        self.patches, self.texts, self.scale, self.bias, self.pool = patches, texts, scale, bias, pool
+        self.mask = patches if mask is None else mask.view(torch.uint8)
+        self.B, self.N, self.D = patches.shape
+        self.T = texts.shape[0]
+        self.dtype = acc
+        # Coefficients can be of any size: bfloat16 keeps its range; float16 is exact in tf32 and its products go through it.
+        self.between = patches.dtype if patches.dtype == torch.bfloat16 else acc
+        self.precision = "tf32" if tf32 else "ieee"
+        self.back = "tf32" if tf32 or patches.dtype == torch.float16 else "ieee"
+        self.text_norms = torch.linalg.vector_norm(texts, dim=-1, dtype=acc)
+        self.BT, self.BN, self.BD, self.warps = CONFIGS[patches.element_size()]
+        self.back_blocks = CONFIGS[torch.empty((), dtype=self.between).element_size()]
+        mask_strides = (0, 0) if mask is None else mask.stride()
+        self.patch_strides, self.text_strides, self.mask_strides = patches.stride(), texts.stride(), mask_strides
+        self.keep = mask
+        self.masked, self.sigmoid, self.acc = mask is not None, weight == 1, ACC[acc]
+
+    def norms(self, image: slice) -> torch.Tensor:
+        """[chunk, N]; a masked patch has none, whatever it holds."""
+        norms = torch.linalg.vector_norm(self.patches[image], dim=-1, dtype=self.dtype)
+        return norms if self.keep is None else norms.masked_fill_(~self.keep[image], 0)
+
+    def new(self, *shape, dtype=None):
+        return self.patches.new_empty(shape, dtype=dtype or self.dtype)
+
+    def chunks(self, bytes_per_image: int):
+        size = chunk_size(self.B, bytes_per_image, CHUNK_BYTES)
+        for first in range(0, self.B, size):
+            yield first, min(size, self.B - first)
+
+    def fwd(self, first, images, norms, similarity, lse, best):
+        patch_text_similarity_fwd_kernel[(tiles(self.T, self.BT), images)](
+            self.patches, self.texts, self.mask, self.scale, self.bias, norms, self.text_norms, similarity, lse, best, first,
+            self.T, self.N, self.D, *self.patch_strides, *self.text_strides, *self.mask_strides,
+            MASKED=self.masked, SIGMOID=self.sigmoid, POOL=self.pool, ACC=self.acc, PRECISION=self.precision,
+            BT=self.BT, BN=self.BN, BD=self.BD, num_warps=self.warps,
+        )  # fmt: skip
+
+    def weights(self, first, images, norms, lse):
+        out = self.new(images, self.T, self.N, dtype=self.between)
+        patch_text_similarity_weights_kernel[(tiles(self.T, self.BT), tiles(self.N, self.BN), images)](
+            self.patches, self.texts, self.mask, self.scale, self.bias, norms, self.text_norms, lse, out, first,
+            self.T, self.N, self.D, *self.patch_strides, *self.text_strides, *self.mask_strides,
+            MASKED=self.masked, SIGMOID=self.sigmoid, ACC=self.acc, PRECISION=self.precision,
+            BT=self.BT, BN=self.BN, BD=self.BD, num_warps=self.warps,
+        )  # fmt: skip
+        return out
+
+
+def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
+    """(similarity, lse, norm) as ``ovseg::patch_text_similarity`` returns them."""
+    x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
+    similarity = x.new(x.B, x.T)
+    lse, norm = x.new(0 if pool == 2 else x.B, x.T), x.new(x.B if pool == 0 else 0, x.T)
+    if similarity.numel() == 0:
+        return similarity, lse, norm
+    BT, BN, BD, warps = x.back_blocks
+    with on_device(patches):
+        for first, images in x.chunks(x.T * x.N * 4):
+            norms = x.norms(slice(first, first + images))
+            best = x.new(images if pool == 2 else 0, x.T, dtype=torch.int32)
+            x.fwd(first, images, norms, similarity, lse, best)
+            if pool != 0:
+                continue
+            weights = x.weights(first, images, norms, lse)
+            patch_text_similarity_pooled_norms_kernel[(tiles(x.T, BT), images)](
+                weights, patches, texts, x.mask, x.text_norms, similarity, norm, first, x.T, x.N, x.D,
+                *x.patch_strides, *x.text_strides, *x.mask_strides,
+                MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
+            )  # fmt: skip
+    return similarity, lse, norm
+
+
+def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, pool, weight, tf32, need_patches, need_texts):
+    """(d patches, d texts, d scale, d bias) as ``ovseg::patch_text_similarity_backward`` returns them."""
+    x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
+    d_patches = patches.new_empty(x.B if need_patches else 0, x.N, x.D)
+    d_texts = texts.new_empty(x.T if need_texts else 0, x.D)
+    d_scale, d_bias = grad.new_zeros(()), grad.new_zeros(())
+    if grad.numel() == 0:
+        return d_patches.zero_(), d_texts.zero_(), d_scale, d_bias
+    grad = grad.contiguous()
+    BT, BN, BD, warps = x.back_blocks
+    per_image = x.T * (2 * x.N + x.D) * x.new(0, dtype=x.between).element_size() + tiles(x.T, x.BT) * x.N * grad.element_size()
+    size = chunk_size(x.B, per_image, CHUNK_BYTES)
+    slots = min(SLOTS, size, tiles(256, tiles(x.T, BT) * tiles(x.D, BD)))
+    sums = x.new(slots if need_texts else 0, x.T, x.D)
+    d_scalars = torch.zeros(2, dtype=torch.float64, device=grad.device)
+    with on_device(patches):
+        for first, images in x.chunks(per_image):
+            norms = x.norms(slice(first, first + images))
+            best = x.new(images if pool == 2 else 0, x.T, dtype=torch.int32)
+            weights = vectors = x.new(0, dtype=x.between)
+            if pool == 2:  # which patch it was
+                x.fwd(first, images, norms, x.new(x.B, x.T), lse, best)
+            if pool == 0:
+                weights, vectors = x.weights(first, images, norms, lse), x.new(images, x.T, x.D, dtype=x.between)
+                patch_text_similarity_vectors_kernel[(tiles(x.T, BT), tiles(x.D, BD), images)](
+                    weights, patches, x.mask, vectors, first, x.T, x.N, x.D, *x.patch_strides, *x.mask_strides,
+                    MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
+                )  # fmt: skip
+            text_tiles, patch_tiles = tiles(x.T, x.BT), tiles(x.N, x.BN)
+            coefficients = x.new(images, x.T, x.N, dtype=x.between)
+            factors, along = x.new(images, x.T), x.new(images, text_tiles, x.N)
+            scalars = x.new(images * text_tiles * patch_tiles, 2, dtype=torch.float64)
+            patch_text_similarity_bwd_coefficients_kernel[(text_tiles, patch_tiles, images)](
+                patches, texts, x.mask, scale, bias, norms, x.text_norms, similarity, lse, norm, best, grad, vectors,
+                coefficients, factors, along, scalars, first, x.T, x.N, x.D,
+                *x.patch_strides, *x.text_strides, *x.mask_strides,
+                MASKED=x.masked, SIGMOID=x.sigmoid, POOL=pool, ACC=x.acc, PRECISION=x.precision, BACK=x.back,
+                BT=x.BT, BN=x.BN, BD=x.BD, num_warps=x.warps,
+            )  # fmt: skip
+            d_scalars += scalars.sum(0)
+            if need_patches:
+                # What the projection onto the sphere takes away; a norm clamped at EPS is a constant and has none.
+                back = (along.sum(1) / norms.square()).masked_fill_(norms < EPS, 0)
+                patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN), tiles(x.D, BD), images)](
+                    coefficients, texts, weights, vectors, factors, back, patches, x.mask, d_patches, first, x.T, x.N, x.D,
+                    *x.patch_strides, *x.text_strides, *x.mask_strides,
+                    MASKED=x.masked, POOL=pool, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
+                )  # fmt: skip
+            if need_texts:
+                patch_text_similarity_bwd_texts_kernel[(tiles(x.T, BT), tiles(x.D, BD), slots)](
+                    coefficients, patches, x.mask, sums, first, images, x.T, x.N, x.D, *x.patch_strides, *x.mask_strides,
+                    MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
+                )  # fmt: skip
+    if need_texts:
+        dq, rq = sums.sum(0), x.text_norms[:, None]
+        q = texts.to(x.dtype) / rq.clamp_min(EPS)
+        # The coefficients hold 1 / |q| already.
+        d_texts.copy_(dq - q * (dq * q).sum(-1, keepdim=True).masked_fill(rq < EPS, 0))
+    d_scale.copy_(d_scalars[0])
+    if weight == 1:
+        d_bias.copy_(d_scalars[1])
+    return d_patches, d_texts, d_scale, d_bias

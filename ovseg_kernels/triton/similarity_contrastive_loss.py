@@ -1,0 +1,138 @@
+"""similarity_contrastive_loss in Triton: sweeps over the matrix, every sum in a fixed order. Equation numbers: ``ovseg_kernels/ops``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import ACC, on_device, tiles
+
+ROWS, COLUMNS, WARPS = 16, 128, 4  # of a tile: the matrix is read once, in lines
+
+
+@triton.jit
+def _larger(x, y):
+    """The larger one; a NaN on either side is kept."""
+    return tl.where((x > y) | (x != x), x, y)
+
+
+@triton.jit
+def _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS: tl.constexpr, PAIRS: tl.constexpr):
+    """(kept, positive) of a tile; ``mine`` and ``others`` are the ids of its rows and columns."""
+    kept = inside
+    if PAIRS:
+        kept = kept & (tl.load(pairs + i.to(tl.int64)[:, None] * pair_i + j.to(tl.int64)[None, :] * pair_j, mask=inside, other=0) != 0)
+    same = mine[:, None] == others[None, :] if IDS else j[None, :] == i[:, None] + offset
+    return kept, kept & same
+
+
+@triton.jit(do_not_specialize=["B", "T", "offset"])
+def similarity_contrastive_loss_fwd_kernel(
+    similarity, scale_at, own_ids, other_ids, pairs, out, B, T, offset, stride_i, stride_j, pair_i, pair_j,
+    IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp, sum and number of positives of BI rows; called with the strides swapped, of columns."""
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    scale = tl.load(scale_at)
+    mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
+    top = tl.full((BI,), float("-inf"), ACC)
+    total, hits, count = tl.zeros((BI,), ACC), tl.zeros((BI,), ACC), tl.zeros((BI,), ACC)
+    for j0 in range(0, T, BJ):
+        j = j0 + tl.arange(0, BJ)
+        inside = (i < B)[:, None] & (j < T)[None, :]
+        others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
+        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS, PAIRS)
+        at = similarity + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
+        z = scale * tl.load(at, mask=inside, other=0.0)
+        x = tl.where(kept, z, float("-inf"))
+        here = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
+        now = _larger(here, top)
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        factor = tl.where(top == now, 1.0, tl.exp(top - shift))
+        total = total * factor + tl.sum(tl.exp(x - shift[:, None]), 1)
+        top = now
+        hits += tl.sum(tl.where(positive, z, 0.0), 1)
+        count += tl.sum(positive.to(ACC), 1)
+    some = total != 0.0
+    tl.store(out + i, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=i < B)
+    tl.store(out + B + i, hits, mask=i < B)
+    tl.store(out + 2 * B + i, count, mask=i < B)
+
+
+@triton.jit(do_not_specialize=["B", "T", "offset"])
+def similarity_contrastive_loss_bwd_kernel(
+    similarity, scale_at, grad_at, own_ids, other_ids, pairs, rows, columns, row_weight, column_weight, out, partial,
+    B, T, offset, stride_i, stride_j, pair_i, pair_j,
+    IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """Equation (4), and the rows' shares of d scale."""
+    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    scale, grad = tl.load(scale_at), tl.load(grad_at)
+    mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
+    lse_i = tl.load(rows + i, mask=i < B, other=0.0)
+    weight_i = tl.load(row_weight + i, mask=i < B, other=0.0)
+    share_i = weight_i / tl.maximum(tl.load(rows + 2 * B + i, mask=i < B, other=1.0), 1.0)
+    d_scale = tl.zeros((BI,), tl.float64)
+    for j0 in range(0, T, BJ):
+        j = j0 + tl.arange(0, BJ)
+        inside = (i < B)[:, None] & (j < T)[None, :]
+        others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
+        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS, PAIRS)
+        lse_j = tl.load(columns + j, mask=j < T, other=0.0)
+        weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
+        share_j = weight_j / tl.maximum(tl.load(columns + 2 * T + j, mask=j < T, other=1.0), 1.0)
+        at = similarity + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
+        phi = tl.load(at, mask=inside, other=0.0)
+        z = scale * phi
+        # A row or column of weight 0 has no positive and may have no finite log-sum-exp.
+        by_row, by_column = kept & (weight_i != 0.0)[:, None], kept & (weight_j != 0.0)[None, :]
+        dz = tl.where(by_row, weight_i[:, None] * tl.exp(tl.where(by_row, z - lse_i[:, None], 0.0)), 0.0)
+        dz += tl.where(by_column, weight_j[None, :] * tl.exp(tl.where(by_column, z - lse_j[None, :], 0.0)), 0.0)
+        dz -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
+        dz = tl.where(kept, dz * grad, 0.0)
+        tl.store(out + i.to(tl.int64)[:, None] * T + j[None, :], scale * dz, mask=inside)
+        d_scale += tl.sum(tl.where(kept, dz * phi, 0.0).to(tl.float64), 1)
+    tl.store(partial + i, d_scale, mask=i < B)
+
+
+def _options(similarity, image_ids, text_ids, pair_mask):
+    """Pointers of optional arguments (anything valid where absent) and their flags."""
+    ids = (similarity, similarity) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
+    pairs = similarity if pair_mask is None else pair_mask.view(torch.uint8)
+    flags = {"IDS": image_ids is not None, "PAIRS": pair_mask is not None, "ACC": ACC[similarity.dtype]}
+    return ids, pairs, (0, 0) if pair_mask is None else pair_mask.stride(), flags
+
+
+def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
+    """(rows [3, B], columns [3, T]) as ``ovseg::similarity_contrastive_stats`` returns them."""
+    (B, T), (si, sj) = similarity.shape, similarity.stride()
+    ids, pairs, (pi, pj), flags = _options(similarity, image_ids, text_ids, pair_mask)
+    rows, columns = similarity.new_empty(3, B), similarity.new_empty(3, T)
+    with on_device(similarity):
+        for out, size, other, own, its, start, strides in (
+            (rows, B, T, ids[0], ids[1], offset, (si, sj, pi, pj)),
+            (columns, T, B, ids[1], ids[0], -offset, (sj, si, pj, pi)),
+        ):
+            if size:
+                similarity_contrastive_loss_fwd_kernel[(tiles(size, ROWS),)](
+                    similarity, logit_scale, own, its, pairs, out, size, other, start, *strides,
+                    BI=ROWS, BJ=COLUMNS, num_warps=WARPS, **flags,
+                )  # fmt: skip
+    return rows, columns
+
+
+def backward(grad, similarity, logit_scale, image_ids, text_ids, pair_mask, rows, columns, row_weight, column_weight, offset):
+    """(d similarity, d logit_scale) as ``ovseg::similarity_contrastive_loss_backward`` returns them."""
+    B, T = similarity.shape
+    ids, pairs, pair_strides, flags = _options(similarity, image_ids, text_ids, pair_mask)
+    out = similarity.new_empty(B, T)
+    partial = torch.zeros(B, dtype=torch.float64, device=similarity.device)
+    if out.numel():
+        with on_device(similarity):
+            similarity_contrastive_loss_bwd_kernel[(tiles(B, ROWS),)](
+                similarity, logit_scale, grad, *ids, pairs, *(x.contiguous() for x in (rows, columns, row_weight, column_weight)),
+                out, partial, B, T, offset, *similarity.stride(), *pair_strides,
+                BI=ROWS, BJ=COLUMNS, num_warps=WARPS, **flags,
+            )  # fmt: skip
+    return out, partial.sum().to(similarity.dtype)

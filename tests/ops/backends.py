@@ -1,0 +1,51 @@
+"""Where the numeric tests run: every implementation, on the CPU by emulation or interpretation, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ovseg_kernels as ok
+from ovseg_kernels import _library
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
+
+GPU = ("cuda", "triton")
+BACKENDS = ("reference", "cpu", "cuda-emulated", "triton-interpreted", *GPU)
+# The interpreter's bfloat16 is wrong (it works on the bits as integers); on a GPU the same kernels are tested in it.
+NO_BFLOAT16 = ("triton-interpreted",)
+SLOW = ("triton-interpreted",)
+
+
+def parameters(names: tuple[str, ...] = BACKENDS):
+    return [pytest.param(name, marks=pytest.mark.gpu) if name in GPU else name for name in names]
+
+
+def device_of(name: str) -> str:
+    return "cuda" if name in GPU else "cpu"
+
+
+def dtypes(name: str) -> list[torch.dtype]:
+    found = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    return [d for d in found if d != torch.bfloat16 or name not in NO_BFLOAT16]
+
+
+@contextlib.contextmanager
+def running_on(name: str, seed: int = 0) -> Iterator[None]:
+    """The named implementation answers inside; ``reference`` is the closed form that answers where no kernel is built."""
+    if name == "reference":
+        with _library.overriding(_library.FALLBACKS, ("CPU",)):
+            yield
+    elif name == "cuda-emulated":
+        import emulation
+
+        with emulation.emulated_cuda(seed):
+            yield
+    else:
+        with ok.backend("triton" if name == "triton-interpreted" else name):
+            yield
