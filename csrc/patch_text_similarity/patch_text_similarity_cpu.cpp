@@ -199,14 +199,15 @@ A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a, const A*
   if (p.weight == Weight::softmax) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t n = 0; n < p.N; ++n) {
-      a[n] = keep[n] * exp_fast(scale * s[n] - shift);
+      const A e = exp_fast(scale * s[n] - shift);  // of a masked patch it may be infinite
+      a[n] = keep[n] != A(0) ? e : A(0);
       sum += a[n];
     }
   } else {
     for (int64_t n = 0; n < p.N; ++n) {
       const A x = scale * s[n] + bias;
       const A f = x > A(0) ? exp_fast(-shift) / (A(1) + exp_fast(-x)) : exp_fast(x - shift) / (A(1) + exp_fast(x));
-      a[n] = keep[n] * f;
+      a[n] = keep[n] != A(0) ? f : A(0);
       sum += a[n];
     }
   }

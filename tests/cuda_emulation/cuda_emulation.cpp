@@ -82,7 +82,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   std::unique_ptr<Guarded> shared;
-  std::vector<std::unique_ptr<Guarded>> memory;
+  std::vector<std::shared_ptr<Guarded>> memory;
   const std::function<void()>* body = nullptr;
   Fiber* current = nullptr;
   jmp_buf scheduler;
@@ -131,18 +131,14 @@ void on_fault(int, siginfo_t* info, void*) {
   }
   std::ostringstream out;
   const auto* at = static_cast<unsigned char*>(info->si_addr);
-  const char* what = "memory that does not belong to it";
-  long distance = 0;
+  std::string what = "memory that does not belong to it";
   auto look = [&](const Guarded& g, const char* name) {
-    if (at >= g.mapping && at < g.mapping + g.mapped) {
-      what = name;
-      distance = at >= g.begin ? at - (g.begin + g.bytes) : at - g.begin;
-    }
+    if (at < g.mapping || at >= g.mapping + g.mapped) return;
+    what = std::string(name) + ", byte " + std::to_string(at - g.begin) + " of " + std::to_string(g.bytes);
   };
   if (machine.shared) look(*machine.shared, "shared memory");
   for (const auto& g : machine.memory) look(*g, "a global buffer");
   out << where(*machine.current) << ": out-of-bounds access to " << what;
-  if (distance) out << ", " << std::labs(distance) << " bytes " << (distance < 0 ? "before its start" : "past its end");
   machine.error = out.str();
   to_scheduler();
 }
@@ -284,9 +280,9 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   return machine.error.empty() ? nullptr : machine.error.c_str();
 }
 
-void* allocate(size_t bytes) {
-  machine.memory.push_back(std::make_unique<Guarded>(bytes));
-  return machine.memory.back()->begin;
+std::shared_ptr<unsigned char> allocate(size_t bytes) {
+  machine.memory.push_back(std::make_shared<Guarded>(bytes));
+  return {machine.memory.back(), machine.memory.back()->begin};
 }
 
 std::string release_all() {

@@ -3,12 +3,14 @@
 // What it proves: indexing, masks, algebra, shared-memory hand-over (a missing barrier shows as a wrong result because
 // the scheduler visits threads in a seeded random order), divergent barriers, accesses past the end of a buffer, reads of
 // memory nobody wrote (all memory starts as NaN). What it cannot: timing, memory-model subtleties, occupancy.
+// Static __shared__ arrays are not guarded and keep what the block before left: kernels here use dynamic shared memory.
 // A warp's lanes meet only in warp operations; everything between two synchronisation points runs thread by thread.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 #include <type_traits>
 
@@ -52,8 +54,9 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
 void set_seed(uint64_t seed);  // of the order in which threads run
 
 // "Device memory": ends at a page that may not be touched, starts as NaN, and is checked for writes before its start.
-void* allocate(size_t bytes);
-std::string release_all();  // empty, or what was overwritten
+// The emulation looks after it until release_all, which says what was overwritten; a holder keeps it readable for longer.
+std::shared_ptr<unsigned char> allocate(size_t bytes);
+std::string release_all();
 
 template <typename T>
 T exchange(unsigned mask, T value, int source) {

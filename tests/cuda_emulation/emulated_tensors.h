@@ -1,4 +1,5 @@
-// Tensors of a bind file under the emulation: outputs and workspaces live in guarded memory that starts as NaN.
+// Tensors of a bind file under the emulation: outputs and workspaces live in guarded memory that starts as NaN. They are
+// gone after release_all: the caller copies what it keeps.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,7 +24,7 @@ inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, const
   if (type == ScalarType::Float || type == ScalarType::Int) element = 4;
   if (type == ScalarType::Half || type == ScalarType::BFloat16) element = 2;
   if (type == ScalarType::Byte || type == ScalarType::Bool) element = 1;
-  return torch::stable::from_blob(allocate(static_cast<size_t>(count * element)), {size.data(), size.size()},
+  return torch::stable::from_blob(allocate(static_cast<size_t>(count * element)).get(), {size.data(), size.size()},
                                   {strides.data(), strides.size()}, like.device(), type);
 }
 

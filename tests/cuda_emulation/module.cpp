@@ -29,11 +29,13 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("set_seed", &emulation::set_seed, "Seed of the order in which threads run.");
   m.def(
       "allocate",
-      [](size_t bytes) {  // the memory belongs to the emulation until release_all
-        auto* memory = static_cast<uint8_t*>(emulation::allocate(bytes));
-        return py::array_t<uint8_t>(static_cast<py::ssize_t>(bytes), memory, py::capsule(memory, [](void*) {}));
+      [](size_t bytes) {
+        using Holder = std::shared_ptr<unsigned char>;
+        auto* holder = new Holder(emulation::allocate(bytes));
+        const py::capsule owner(holder, [](void* at) { delete static_cast<Holder*>(at); });
+        return py::array_t<uint8_t>(static_cast<py::ssize_t>(bytes), holder->get(), owner);
       },
-      "Guarded memory, full of NaN, as a numpy array of bytes; gone after release_all.");
+      "Guarded memory, full of NaN, as a numpy array of bytes.");
   m.def("release_all", [] {
     const std::string found = emulation::release_all();
     if (!found.empty()) throw std::runtime_error(found);

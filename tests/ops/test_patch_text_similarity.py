@@ -149,6 +149,21 @@ def test_patches_that_cancel():
 
 
 @on
+@pytest.mark.parametrize("weight", ["softmax", "sigmoid"])
+def test_masked_patches_far_above_the_kept_ones(weight, backend):
+    """The weight of a masked patch, were it computed, would overflow."""
+    with torch.device(device_of(backend)), running_on(backend):
+        texts = torch.ones(1, 4)
+        patches = torch.stack([-texts[0], texts[0], torch.zeros(4)])[None]
+        mask = torch.tensor([[True, False, False]])
+        options = {"temperature": 1e-3} if weight == "softmax" else {"weight": weight, "weight_scale": 1e3}
+        for pool in POOLS:
+            out, d_patches, d_texts = both(patches, texts, torch.ones(1, 1), pool=pool, patch_mask=mask, **options)
+            torch.testing.assert_close(out, -torch.ones(1, 1))
+            assert bool(d_patches.isfinite().all()) and bool(d_texts.isfinite().all())
+
+
+@on
 def test_nan_in_features_gives_nan(backend):
     with torch.device(device_of(backend)), running_on(backend):
         patches, texts = torch.randn(2, 5, 4), torch.randn(3, 4)
