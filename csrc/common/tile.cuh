@@ -156,6 +156,15 @@ __device__ inline void clear(typename P::Sum (&acc)[kAccumulators]) {
   for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
 }
 
+// The tile in shared memory, rows kTilePitch apart: for sums over rows or columns, and for what one wants to do element by
+// element with coalesced addresses. A loop that indexed the accumulators by a variable would move them to local memory.
+constexpr int kTilePitch = kTile + 1;
+template <typename P>
+__device__ inline void store_tile(const typename P::Sum (&acc)[kAccumulators], typename P::Sum* shared) {
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) shared[tile_row<P>(i) * kTilePitch + tile_column<P>(i)] = acc[i];
+}
+
 // acc += A[row_a .., :] B[row_b .., :]^T, double buffered. Ends with a barrier: the stages are free again.
 template <typename P, typename TA, typename TB>
 __device__ void product(const Operand<TA, typename P::Sum>& a, int64_t row_a, const Operand<TB, typename P::Sum>& b,

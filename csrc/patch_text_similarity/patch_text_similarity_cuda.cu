@@ -35,7 +35,7 @@ constexpr int kWindow = sizeof(A) == 8 ? 64 : 256;  // patches whose cosines are
 template <typename A>
 constexpr int kScorePitch = kWindow<A> + 16 / sizeof(A);
 template <typename A>
-constexpr int kSumBytes = kTile * (kTile + 1) * sizeof(A);
+constexpr int kSumBytes = kTile * kTilePitch * sizeof(A);
 template <typename A>
 constexpr int kStages = kStageBytes > kSumBytes<A> ? kStageBytes : kSumBytes<A>;  // products, and tiles being summed
 template <typename A>
@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Ar
   clear<typename K::Cosine>(acc);
   product<typename K::Cosine>(u, n0, u, m0, memory, acc);
   const A longest = larger(p.longest[i], kEps<A>);
+#pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t n = n0 + tile_row<typename K::Cosine>(k), m = m0 + tile_column<typename K::Cosine>(k);
     if (n < p.N && m < p.N) {
@@ -209,19 +210,19 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
     for (int64_t n0 = w0; n0 < w0 + width; n0 += kTile) {
       clear<P>(acc);
       product<P>(texts, t0, patches, n0, memory, acc);
+#pragma unroll
       for (int k = 0; k < kAccumulators; ++k) {
-        const int row = tile_row<P>(k);
         const int64_t n = n0 + tile_column<P>(k);
-        if (n < p.N && t0 + row < p.T) {
-          scores[row * kScorePitch<A> + n - w0] = acc[k] * p.inverse_norm(i, n) * p.inverse_text(t0 + row);  // (1)
-        }
+        if (n < p.N) scores[tile_row<P>(k) * kScorePitch<A> + n - w0] = acc[k];
       }
     }
     __syncthreads();
     for (int row = warp; row < kTile && t0 + row < p.T; row += kThreads / 32) {
       A* s = scores + row * kScorePitch<A>;
+      const A q_inverse = p.inverse_text(t0 + row);
       A window_top = minus_infinity<A>();
       for (int64_t n = lane; n < width; n += 32) {
+        s[n] *= p.inverse_norm(i, w0 + n) * q_inverse;  // (1)
         if (!p.kept(b, w0 + n)) continue;
         window_top = larger(p.pool == Pool::max ? s[n] : p.logit(s[n]), window_top);
       }
@@ -284,16 +285,17 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
     for (int64_t n0 = 0; n0 < p.N; n0 += kTile) {
       clear<Q>(acc);
       product_resident<Q>(w, pitch, gram, n0, memory, acc);
+#pragma unroll
       for (int k = 0; k < kAccumulators; ++k) {
         const int row = tile_row<Q>(k), column = tile_column<Q>(k);
         const int64_t n = n0 + column;
         const A length = n < p.N ? p.norms[i * p.N + n] / longest : A(0);
-        sums[row * (kTile + 1) + column] =
+        sums[row * kTilePitch + column] =
             n < p.N && t0 + row < p.T ? to_float(w[row * pitch + n]) * length * acc[k] : A(0);
       }
       __syncthreads();
       if (threadIdx.x < kTile) {
-        for (int column = 0; column < kTile; ++column) quad[threadIdx.x] += sums[threadIdx.x * (kTile + 1) + column];
+        for (int column = 0; column < kTile; ++column) quad[threadIdx.x] += sums[threadIdx.x * kTilePitch + column];
       }
       __syncthreads();
     }
@@ -338,10 +340,13 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_weights_kernel
   A acc[kAccumulators];
   clear<P>(acc);
   product<P>(p.text_rows(), t0, p.patch_rows(i), n0, memory, acc);
-  for (int k = 0; k < kAccumulators; ++k) {
-    const int64_t t = t0 + tile_row<P>(k), n = n0 + tile_column<P>(k);
+  A* tile = reinterpret_cast<A*>(memory);
+  store_tile<P>(acc, tile);
+  __syncthreads();
+  for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+    const int64_t t = t0 + e / kTile, n = n0 + e % kTile;
     if (t >= p.T || n >= p.N) continue;
-    const A s = acc[k] * p.inverse_norm(i, n) * p.inverse_text(t);
+    const A s = tile[e / kTile * kTilePitch + e % kTile] * p.inverse_norm(i, n) * p.inverse_text(t);
     const A a = p.kept(b, n) ? exp(p.logit(s) - p.lse[b * p.T + t]) : A(0);  // (2)
     p.weights[(i * p.T + t) * p.pitch + n] = from_float<typename K::W>(a);
   }
@@ -365,11 +370,11 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
   for (int64_t d0 = 0; d0 < p.D; d0 += kTile) {
     clear<P>(acc);
     product<P>(weight_rows(p, i), t0, p.patch_columns(i), d0, memory, acc);
-    for (int k = 0; k < kAccumulators; ++k) sums[tile_row<P>(k) * (kTile + 1) + tile_column<P>(k)] = acc[k];
+    store_tile<P>(acc, sums);
     __syncthreads();
     if (threadIdx.x < kTile && t < p.T) {
       for (int64_t d = d0; d < p.D && d < d0 + kTile; ++d) {
-        const A v = sums[threadIdx.x * (kTile + 1) + d - d0];
+        const A v = sums[threadIdx.x * kTilePitch + d - d0];
         squared += v * v;
         dot += v * to_float(p.texts[t * p.text_t + d * p.text_d]);
       }
@@ -393,6 +398,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_vectors_kernel
   A acc[kAccumulators];
   clear<P>(acc);
   product<P>(weight_rows(p, i), t0, p.patch_columns(i), d0, memory, acc);
+#pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t t = t0 + tile_row<P>(k), d = d0 + tile_column<P>(k);
     if (t < p.T && d < p.D) p.vectors[(i * p.T + t) * p.pitch_d + d] = from_float<typename K::W>(acc[k]);
@@ -407,31 +413,33 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
   using P = typename K::Cosine;
   using Q = typename K::Back;
   OVSEG_DYNAMIC_SHARED(memory);
-  A* sums = reinterpret_cast<A*>(memory);
+  A *cosines = reinterpret_cast<A*>(memory + kStages<A>), *sums = reinterpret_cast<A*>(memory);  // [64][kTilePitch] each
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kTile, n0 = blockIdx.y * kTile, i = blockIdx.z, b = p.first + i;
-  A s_acc[kAccumulators], v_acc[kAccumulators];
-  clear<P>(s_acc);
-  product<P>(p.text_rows(), t0, p.patch_rows(i), n0, memory, s_acc);
-  clear<Q>(v_acc);
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(p.text_rows(), t0, p.patch_rows(i), n0, memory, acc);
+  store_tile<P>(acc, cosines);
   if (p.pool == Pool::vector) {  // <u_n, v>
+    clear<Q>(acc);
     if (p.gram) {
       const Operand<typename K::W, A> gram = {p.gram_back + i * p.N * p.pitch, p.pitch, 1, p.N, p.N};
-      product<Q>(weight_rows(p, i), t0, gram, n0, memory, v_acc);
+      product<Q>(weight_rows(p, i), t0, gram, n0, memory, acc);
     } else {
       const Operand<typename K::W, A> v = {p.vectors + i * p.T * p.pitch_d, p.pitch_d, 1, p.T, p.D};
-      product<Q>(v, t0, p.patch_rows(i), n0, memory, v_acc);
+      product<Q>(v, t0, p.patch_rows(i), n0, memory, acc);
     }
+    store_tile<Q>(acc, sums);
   }
-  static_assert(P::tensor == Q::tensor, "both products give an element of the tile to the same thread");
+  __syncthreads();
   const A scale = *p.scale, longest = larger(p.longest[i], kEps<A>);
   double d_scale = 0, d_bias = 0;
-  for (int k = 0; k < kAccumulators; ++k) {
-    const int row = tile_row<P>(k), column = tile_column<P>(k);
+  for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+    const int row = e / kTile, column = e % kTile, at = row * kTilePitch + column;
     const int64_t t = t0 + row, n = n0 + column;
     A parallel = 0;
     if (t < p.T && n < p.N) {
       const A q_inverse = p.inverse_text(t), r = p.norms[i * p.N + n], r_inverse = p.inverse_norm(i, n);
-      const A s = s_acc[k] * r_inverse * q_inverse, g = p.grad[b * p.T + t], phi = p.similarity[b * p.T + t];
+      const A s = cosines[at] * r_inverse * q_inverse, g = p.grad[b * p.T + t], phi = p.similarity[b * p.T + t];
       A m = 0;
       if (p.kept(b, n)) {
         if (p.pool == Pool::max) {
@@ -449,7 +457,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
             const A norm = p.norm[b * p.T + t];
             const A rho = A(1) / larger(norm, kEps<A>);
             const A back = norm < kEps<A> ? A(0) : phi * rho * rho;
-            const A uv = p.gram ? v_acc[k] * r * longest : v_acc[k];
+            const A uv = p.gram ? sums[at] * r * longest : sums[at];
             c = g * a * p.slope(s) * (r * s * rho - back * uv);  // (6)
             m = scale * c * r_inverse + g * a * rho;             // (7)
             parallel = scale * c * s;
@@ -464,12 +472,12 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
         p.factors[i * p.T + t] = norm < kEps<A> ? A(0) : -g * phi / (norm * norm);
       }
     }
-    sums[row * (kTile + 1) + column] = parallel;
+    sums[at] = parallel;
   }
   __syncthreads();
   if (threadIdx.x < kTile && n0 + threadIdx.x < p.N) {
     A sum = 0;
-    for (int row = 0; row < kTile; ++row) sum += sums[row * (kTile + 1) + threadIdx.x];
+    for (int row = 0; row < kTile; ++row) sum += sums[row * kTilePitch + threadIdx.x];
     p.along[(i * gridDim.x + blockIdx.x) * p.N + n0 + threadIdx.x] = sum;
   }
   __syncthreads();
@@ -501,6 +509,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_hessian_ke
   A acc[kAccumulators];
   clear<P>(acc);
   product<P>(weighted, n0, plain, m0, memory, acc);
+#pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t n = n0 + tile_row<P>(k), m = m0 + tile_column<P>(k);
     if (n < p.N && m < p.N) p.hessian[(i * p.N + n) * p.pitch + m] = from_float<typename K::W>(acc[k]);
@@ -538,6 +547,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_patches_ke
     along[threadIdx.x] = r < kEps<A> ? A(0) : sum / (r * r);  // a norm clamped at eps is a constant: no projection
   }
   __syncthreads();
+#pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int row = tile_row<P>(k);
     const int64_t n = n0 + row, d = d0 + tile_column<P>(k);
@@ -561,6 +571,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_texts_kern
     const Operand<typename K::W, A> m = {p.coefficients + i * p.T * p.pitch, p.pitch, 1, p.T, p.N};
     product<P>(m, t0, p.patch_columns(i), d0, memory, acc);
   }
+#pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t t = t0 + tile_row<P>(k), d = d0 + tile_column<P>(k);
     if (t >= p.T || d >= p.D) continue;
@@ -611,9 +622,8 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_scalars_ke
 }
 
 template <typename A>
-int64_t forward_shared() {
-  return kStages<A> + (kTile * kScorePitch<A> + 5 * kTile) * static_cast<int64_t>(sizeof(A)) + kTile * 4;
-}
+constexpr int kForwardShared = kStages<A> + (kTile * kScorePitch<A> + 5 * kTile) * static_cast<int>(sizeof(A)) + kTile * 4;
+static_assert(kForwardShared<float> <= 99 * 1024 && kForwardShared<double> <= 99 * 1024, "what a block of sm_86 to sm_120 has");
 
 template <typename K>
 Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
@@ -661,7 +671,7 @@ const char* prepare(Args<K>& x, const PatchTextCuda& p, int64_t images) {
 template <typename K>
 const char* weights(Args<K>& x, const PatchTextCuda& p, unsigned images) {
   const dim3 grid(tiles(p.T), tiles(p.N), images);
-  return OVSEG_LAUNCH(patch_text_similarity_weights_kernel<K>, grid, kThreads, kStageBytes, p.stream, x);
+  return OVSEG_LAUNCH(patch_text_similarity_weights_kernel<K>, grid, kThreads, kStages<typename K::A>, p.stream, x);
 }
 
 template <typename K>
@@ -678,7 +688,7 @@ const char* forward(const PatchTextCuda& p) {
                              x.gram_matrix));
     }
     const dim3 grid(tiles(p.T), 1, images);
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, forward_shared<A>(), p.stream, x));
+    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
     if (p.pool != Pool::vector || plan.gram) continue;
     OVSEG_TRY(weights(x, p, images));
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_pooled_norms_kernel<K>, grid, kThreads, kStages<A>, p.stream, x));
@@ -697,7 +707,7 @@ const char* backward(const PatchTextCuda& p) {
     OVSEG_TRY(prepare(x, p, images));
     if (p.pool == Pool::max) {  // which patch it was
       const dim3 grid(tiles(p.T), 1, images);
-      OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, forward_shared<A>(), p.stream, x));
+      OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
     }
     if (p.pool == Pool::vector) {
       OVSEG_TRY(weights(x, p, images));
@@ -709,7 +719,8 @@ const char* backward(const PatchTextCuda& p) {
         OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_vectors_kernel<K>, grid, kThreads, kStageBytes, p.stream, x));
       }
     }
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_coefficients_kernel<K>, cosines, kThreads, kStages<A>, p.stream, x));
+    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_coefficients_kernel<K>, cosines, kThreads, kStages<A> + kSumBytes<A>, p.stream,
+                           x));
     const int64_t blocks = static_cast<int64_t>(cosines.x) * cosines.y * images;
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_scalars_kernel<A>, 1, kThreads, kThreads * 8, p.stream, x.scalars, blocks,
                            x.first == 0, static_cast<A*>(p.grad_scale), static_cast<A*>(p.grad_bias)));
