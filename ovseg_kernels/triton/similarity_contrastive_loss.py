@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._launch import ACC, on_device, tiles
 
-ROWS, COLUMNS, WARPS = 16, 128, 4  # of a tile: the matrix is read once, in lines
+ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
 
 
 @triton.jit
