@@ -16,7 +16,9 @@ import torch
 
 LIBRARY = torch.library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
-FALLBACKS: dict[str, Callable] = {}
+OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
+FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
+COMPOSITES: set[str] = set()  # a handful of torch calls, the same on every device: no kernel is wanted
 FOLDER = Path(__file__).parent
 
 
@@ -49,15 +51,22 @@ def build_info() -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def define(schema: str) -> None:
+def define(op: str, schema: str) -> None:
+    """A schema of the public operator ``op``."""
     name = schema.split("(", 1)[0]
-    SCHEMAS[name] = schema
+    SCHEMAS[name], OPERATOR_OF[name] = schema, op
     LIBRARY.define(schema)
 
 
 def fallback(name: str, function: Callable) -> None:
     """What answers on a device for which no kernel is registered."""
     FALLBACKS[name] = function
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+
+
+def composite(name: str, function: Callable) -> None:
+    """The implementation for all devices."""
+    COMPOSITES.add(name)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 

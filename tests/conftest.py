@@ -1,7 +1,10 @@
 """Shared by all tests: a fixed seed, few threads, no network."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))  # emulation.py, for the tests of the operators
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download fails at once
 
 import pytest

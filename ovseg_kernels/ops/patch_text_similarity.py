@@ -41,13 +41,15 @@ _POOL = {"vector": 0, "score": 1, "max": 2}
 _WEIGHT = {"softmax": 0, "sigmoid": 1}
 
 lib.define(
+    "patch_text_similarity",
     "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, Tensor bias, "
-    "int pool, int weight, bool tf32) -> (Tensor similarity, Tensor lse, Tensor norm)"
+    "int pool, int weight, bool tf32) -> (Tensor similarity, Tensor lse, Tensor norm)",
 )
 lib.define(
+    "patch_text_similarity",
     "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, "
     "Tensor bias, Tensor similarity, Tensor lse, Tensor norm, int pool, int weight, bool tf32, "
-    "bool need_patches, bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool need_patches, bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("patch_text_similarity", reference.forward)
 lib.fallback("patch_text_similarity_backward", reference.backward)

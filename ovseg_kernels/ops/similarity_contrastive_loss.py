@@ -32,14 +32,19 @@ from ..reference import similarity_contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 
 _IDS = "Tensor? image_ids, Tensor? text_ids, Tensor? pair_mask"
-lib.define(f"similarity_contrastive_stats(Tensor similarity, Tensor logit_scale, {_IDS}, int offset) -> (Tensor, Tensor)")
 lib.define(
-    f"similarity_contrastive_loss(Tensor similarity, Tensor logit_scale, {_IDS}, Tensor rows, Tensor columns, "
-    "Tensor row_weight, Tensor column_weight, int offset) -> Tensor"
+    "similarity_contrastive_loss",
+    f"similarity_contrastive_stats(Tensor similarity, Tensor logit_scale, {_IDS}, int offset) -> (Tensor, Tensor)",
 )
 lib.define(
+    "similarity_contrastive_loss",
+    f"similarity_contrastive_loss(Tensor similarity, Tensor logit_scale, {_IDS}, Tensor rows, Tensor columns, "
+    "Tensor row_weight, Tensor column_weight, int offset) -> Tensor",
+)
+lib.define(
+    "similarity_contrastive_loss",
     f"similarity_contrastive_loss_backward(Tensor grad, Tensor similarity, Tensor logit_scale, {_IDS}, Tensor rows, "
-    "Tensor columns, Tensor row_weight, Tensor column_weight, int offset) -> (Tensor, Tensor)"
+    "Tensor columns, Tensor row_weight, Tensor column_weight, int offset) -> (Tensor, Tensor)",
 )
 lib.fallback("similarity_contrastive_stats", reference.stats)
 lib.fallback("similarity_contrastive_loss_backward", reference.backward)
@@ -154,7 +159,7 @@ def _loss(similarity, logit_scale, image_ids, text_ids, pair_mask, rows, columns
     return _terms(rows, row_weight) + _terms(columns, column_weight)
 
 
-lib.fallback("similarity_contrastive_loss", _loss)
+lib.composite("similarity_contrastive_loss", _loss)
 lib.fake("similarity_contrastive_loss")(lambda similarity, *_: similarity.new_empty(()))
 
 

@@ -5,36 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from native_build import ROOT, cmake
 
 from ovseg_kernels import _library
-
-ROOT = Path(__file__).parents[2]
-
-
-def cmake(build: Path, *options: str, targets: tuple[str, ...] = ()) -> str:
-    """Configure and build; returns what the compilers printed. Raises RuntimeError with the end of it."""
-    program = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
-    torch_root = Path(torch.__file__).parent
-    common = [f"-DOVSEG_TORCH_INCLUDE={torch_root / 'include'}", f"-DOVSEG_TORCH_LIB={torch_root / 'lib'}", f"-DOVSEG_OUTPUT={build / 'lib'}"]
-    generator = ["-G", "Ninja"] if shutil.which("ninja") or Path(sys.executable).with_name("ninja").exists() else []
-    if generator and not shutil.which("ninja"):
-        common.append(f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).with_name('ninja')}")
-    build.mkdir(parents=True, exist_ok=True)
-    for command in (
-        [program, "-S", str(ROOT), "-B", str(build), *generator, *common, *options],
-        [program, "--build", str(build), "--parallel", "2", *(f"--target={t}" for t in targets), *(["--verbose"] if targets else [])],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command[:4])} failed:\n{(done.stdout + done.stderr)[-6000:]}")
-    return done.stdout + done.stderr
 
 
 @functools.cache

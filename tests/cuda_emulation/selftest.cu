@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(Operand<T, typename P
   OVSEG_DYNAMIC_SHARED(memory);
   typename P::Sum acc[kAccumulators];
   clear<P>(acc);
-  product<P>(a, 0, b, 0, memory, acc);
+  ovseg::product<P>(a, 0, b, 0, memory, acc);
   for (int i = 0; i < kAccumulators; ++i) c[tile_row<P>(i) * kTile + tile_column<P>(i)] = acc[i];
 }
 

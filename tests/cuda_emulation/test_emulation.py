@@ -1,13 +1,8 @@
 """The emulation tested by itself: what it runs is right, and what it must catch it catches."""
 
-import sys
-from pathlib import Path
-
+import emulation
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import emulation
 
 
 @pytest.fixture

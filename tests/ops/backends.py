@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 import ovseg_kernels as ok
 from ovseg_kernels import _library
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
 
 GPU = ("cuda", "triton")
 BACKENDS = ("reference", "cpu", "cuda-emulated", "triton-interpreted", *GPU)

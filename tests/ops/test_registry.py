@@ -1,0 +1,78 @@
+"""Nothing is missing: every operator has all its parts, under the names that the layout promises."""
+
+import importlib
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from ovseg_benchmarks.registry import CASES
+from samples import MAKERS
+
+import ovseg_kernels as ok
+from ovseg_kernels import _library
+from ovseg_kernels.triton import KERNELS as TRITON
+
+ROOT = Path(__file__).parents[2]
+
+
+def has(schema: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg::{schema}", key)
+
+
+def missing(op: str) -> list[str]:
+    """What the operator lacks."""
+    found = []
+
+    def want(what: str, there: bool) -> None:
+        if not there:
+            found.append(what)
+
+    schemas = [name for name, owner in _library.OPERATOR_OF.items() if owner == op]
+    want("schema", bool(schemas))
+    want("a backward schema", any(name.endswith("_backward") for name in schemas))
+    emulation.load()
+    for name in schemas:
+        want(f"fake of {name}", torch._library.simple_registry.singleton.find(f"ovseg::{name}").fake_impl.kernel is not None)
+        want(f"autograd of {name}, be it one that refuses", has(name, "Autograd"))
+        if name in _library.COMPOSITES:
+            continue
+        want(f"closed form of {name}", name in _library.FALLBACKS)
+        want(f"CPU kernel of {name}", has(name, "CPU"))
+        want(f"CUDA kernel of {name}", emulation.has_kernel(name))
+        want(f"Triton kernel of {name}", name in TRITON)
+    for name, (module, function) in TRITON.items():
+        if name in schemas:
+            want(f"{function} in triton/{module}.py", hasattr(importlib.import_module(f"ovseg_kernels.triton.{module}"), function))
+    for part in ("ops", "reference", "triton"):
+        want(f"{part}/{op}.py", (ROOT / "ovseg_kernels" / part / f"{op}.py").exists())
+    want("a definition of its own name", hasattr(importlib.import_module(f"ovseg_kernels.reference.{op}"), op))
+    for suffix in (".h", "_cpu.cpp", "_cuda.cu", "_bind.cpp", "_bind_cuda.cpp"):
+        want(f"csrc/{op}/{op}{suffix}", (ROOT / "csrc" / op / f"{op}{suffix}").exists())
+    want("a public function", callable(getattr(ok, op, None)))
+    want("samples", op in MAKERS and bool(MAKERS[op]()))
+    want("a test of its own", (ROOT / "tests" / "ops" / f"test_{op}.py").exists())
+    page = ROOT / "docs" / "ops" / f"{op}.md"
+    want("a docs page with a cost section", page.exists() and "## Cost" in page.read_text())
+    want("a benchmark case", any(case.op == op for case in CASES))
+    doc = importlib.import_module(f"ovseg_kernels.ops.{op}").__doc__ or ""
+    for word in ("Shapes", "Dtypes", "Cost", "Errors", "Source"):
+        want(f"{word} in the docstring", f"\n{word}" in doc)
+    return found
+
+
+@pytest.mark.parametrize("op", ok.OPERATORS)
+def test_operator_is_complete(op):
+    assert missing(op) == []
+
+
+def test_every_schema_belongs_to_a_public_operator():
+    assert set(_library.OPERATOR_OF.values()) == set(ok.OPERATORS)
+
+
+def test_an_incomplete_operator_is_noticed(monkeypatch):
+    """The check itself can fail."""
+    monkeypatch.delitem(TRITON, "similarity_contrastive_stats")
+    monkeypatch.delitem(_library.FALLBACKS, "similarity_contrastive_stats")
+    assert missing("similarity_contrastive_loss") == ["closed form of similarity_contrastive_stats",
+                                                      "Triton kernel of similarity_contrastive_stats"]

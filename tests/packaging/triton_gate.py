@@ -1,0 +1,129 @@
+"""Compiles every Triton kernel, as the launchers call it, for real GPUs on a machine without one; prints JSON lines.
+
+A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they are defined. The
+launchers run on CPU tensors; in place of a launch, the kernel is compiled for each target with the types, the strides of
+one and the divisibility by 16 that Triton would find in these arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = [int(x) for x in sys.argv[1:]] or [80, 90]
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32",
+         torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+seen: set[str] = set()
+label = ""
+
+
+def source(kernel: JITFunction, args: tuple, kwargs: dict) -> ASTSource:
+    values = dict(zip([p.name for p in kernel.params], args, strict=False))
+    values.update({k: v for k, v in kwargs.items() if k not in ("num_warps", "num_stages")})
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            raise TypeError(f"{kernel.__name__}: {parameter.name} is {type(value).__name__}")
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def measure(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([BIN / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+def compile_instead(kernel, *args, grid, warmup, **kwargs):
+    src = source(kernel, args, kwargs)
+    key = f"{kernel.__name__} {src.signature} {src.constants} {src.attrs}"
+    if key in seen:
+        return
+    seen.add(key)
+    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
+    for arch in TARGETS:
+        compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+        ptx = compiled.asm["ptx"]
+        print(json.dumps({
+            "kernel": kernel.__name__, "case": label, "arch": arch, "shared": compiled.metadata.shared,
+            "tensor_core": "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "",
+            "tf32": "tf32" in ptx, "global_int64": "mul.wide" in ptx or "mul.lo.s64" in ptx or "mad.lo.s64" in ptx,
+            **measure(compiled.asm["cubin"]),
+        }), flush=True)  # fmt: skip
+
+
+def patch_text(dtype, pool, weight, masked, N=196):
+    from ovseg_kernels.triton import patch_text_similarity as op
+
+    B, T, D = 2, 128, 512
+    patches, texts = torch.randn(B, N, D).to(dtype), torch.randn(T, D).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    mask = torch.ones(B, N, dtype=torch.bool) if masked else None
+    shared = (patches, texts, mask, torch.ones((), dtype=acc), torch.ones((), dtype=acc))
+    saved = op.forward(*shared, pool, weight, False)
+    op.backward(torch.ones(B, T, dtype=acc), *shared, *saved, pool, weight, False, True, True)
+
+
+def contrastive(dtype, ids, pairs):
+    from ovseg_kernels.triton import similarity_contrastive_loss as op
+
+    B, T = 256, 512
+    similarity, scale = torch.randn(B, T, dtype=dtype), torch.ones((), dtype=dtype)
+    optional = (torch.arange(B) if ids else None, torch.arange(T) if ids else None, torch.ones(B, T, dtype=torch.bool) if pairs else None)
+    rows, columns = op.stats(similarity, scale, *optional, 0)
+    op.backward(scale, similarity, scale, *optional, rows, columns, torch.ones(B, dtype=dtype), torch.ones(T, dtype=dtype), 0)
+
+
+def philox():
+    from ovseg_kernels.triton.philox import philox_kernel
+
+    out = torch.empty(256, dtype=torch.int64), torch.empty(256), torch.empty(256)
+    philox_kernel[(2,)](torch.zeros(2, dtype=torch.int64), *out, 256, BLOCK=128)
+
+
+def main() -> None:
+    global label
+    JITFunction.run = compile_instead
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        for pool, weight, masked in ((0, 0, False), (0, 1, True), (1, 0, True), (1, 1, False), (2, 0, True)):
+            if dtype == torch.float64 and (pool, weight) != (0, 0):
+                continue  # float64 is for checking; one form of it proves that it compiles
+            label = f"{name} pool {pool} weight {weight}{' masked' if masked else ''}"
+            patch_text(dtype, pool, weight, masked)
+    for dtype in (torch.float32, torch.float64):
+        for ids, pairs in ((False, False), (True, True)):
+            label = f"{str(dtype).removeprefix('torch.')}{' ids pairs' if ids else ''}"
+            contrastive(dtype, ids, pairs)
+    label = "philox"
+    philox()
+
+
+if __name__ == "__main__":
+    main()
