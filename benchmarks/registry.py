@@ -45,8 +45,34 @@ CASES = (
 )
 
 
-def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+_PACL_GPU = {"pool": "vector", "temperature": 0.1}
+GPU_CASES = (
+    Case("patch_text_similarity", "pacl", _PACL, _PACL_GPU),
+    Case("patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}),
+    Case("patch_text_similarity", "pacl-576", {"B": 256, "T": 256, "N": 576, "D": 512}, _PACL_GPU),
+    Case("patch_text_similarity", "pacl-1024", {"B": 1024, "T": 1024, "N": 196, "D": 512}, _PACL_GPU),
+    Case("patch_text_similarity", "pacl-4096", {"B": 4096, "T": 4096, "N": 196, "D": 512}, _PACL_GPU, only=(FUSED,)),
+    Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
+)
+
+
+def useful_flops(case: Case) -> int:
+    """Of the products of one forward + backward in the cheaper form (docs/ops): what a rate in TFLOP/s is counted by."""
+    if case.op != "patch_text_similarity":
+        return 0
+    B, T, N, D = (case.shape[key] for key in "BTND")
+    if case.options.get("pool", "vector") != "vector":
+        return 8 * B * T * N * D
+    gram, pooled = 2 * N * (D + N) + 6 * N * D + 4 * N * N, 16 * N * D
+    return B * T * min(gram, pooled)
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Random tensors of a case, with gradients; never zeros, which run faster on some hardware."""
+    if device != "cpu":
+        with torch.no_grad():
+            drawn = inputs(case, dtype, seed)
+        return {name: x.detach().to(device).requires_grad_() for name, x in drawn.items()}
     g = torch.Generator().manual_seed(seed)
     s = case.shape
     if case.op == "patch_text_similarity":
@@ -62,7 +88,7 @@ def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
         eager = loss_reference.similarity_contrastive_loss
 
         def cross_entropy(similarity, logit_scale):
-            z, target = logit_scale * similarity, torch.arange(len(similarity))
+            z, target = logit_scale * similarity, torch.arange(len(similarity), device=similarity.device)
             return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
 
         found = {FUSED: ok.similarity_contrastive_loss, "eager": eager, "F.cross_entropy twice": cross_entropy,

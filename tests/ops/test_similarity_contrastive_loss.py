@@ -7,15 +7,52 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from backends import device_of, parameters, running_on
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
+from ovseg_kernels.testing import assert_close_to_truth
 
 
 def test_diagonal_is_symmetric_cross_entropy():
     similarity, target = torch.randn(6, 6), torch.arange(6)
     expected = (F.cross_entropy(5 * similarity, target) + F.cross_entropy(5 * similarity.T, target)) / 2
     torch.testing.assert_close(ok.similarity_contrastive_loss(similarity, 5.0), expected)
+
+
+@pytest.mark.parametrize("backend", parameters())
+@pytest.mark.parametrize("B,T", [(1, 1), (7, 7), (33, 65), (196, 257), (3, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sizes(B, T, dtype, backend):
+    """Tails of tiles, repeated ids, left-out pairs, rows without a positive, a transposed matrix."""
+    device = device_of(backend)
+    similarity, scale = torch.randn(T, B).to(device, dtype).T, torch.tensor(3.0, device=device)
+    options = {"image_ids": torch.randint(0, 9, (B,)).to(device), "text_ids": torch.randint(0, 9, (T,)).to(device)}
+    options["pair_mask"] = (torch.rand(B, T) > 0.2).to(device)
+    for kwargs in (options, {}) if B == T else (options,):
+
+        def run(similarity, scale, kwargs=kwargs):
+            tensors = similarity.detach().requires_grad_(), scale.detach().requires_grad_()
+            loss = ok.similarity_contrastive_loss(*tensors, **kwargs)
+            return loss, *torch.autograd.grad(loss, tensors)
+
+        with running_on(backend):
+            results = run(similarity, scale)
+        with ok.backend("reference"):
+            eager, truth = run(similarity, scale), run(similarity.double(), scale.double())
+        for name, a, b, c in zip(("loss", "d similarity", "d logit_scale"), results, eager, truth, strict=True):
+            assert_close_to_truth(name, a, b, c, dtype)
+
+
+@pytest.mark.parametrize("backend", parameters())
+def test_extremes(backend):
+    """Infinite and huge similarities, and a NaN that must stay one."""
+    with torch.device(device_of(backend)), running_on(backend):
+        similarity = torch.tensor([[5.0, float("-inf")], [1e4, 2.0]])
+        expected = (F.cross_entropy(similarity, torch.arange(2)) + F.cross_entropy(similarity.T, torch.arange(2))) / 2
+        torch.testing.assert_close(ok.similarity_contrastive_loss(similarity, 1.0), expected)
+        similarity[0, 1] = float("nan")
+        assert bool(ok.similarity_contrastive_loss(similarity, 1.0).isnan())
 
 
 def test_equal_ids_are_positives():

@@ -1,0 +1,25 @@
+"""Every operator on small shapes on the GPU, forward and backward: what compute-sanitizer watches."""
+
+import torch
+
+import ovseg_kernels as ok
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for B, T, N, D in ((2, 65, 70, 24), (1, 3, 257, 40)):
+            patches = torch.randn(B, N, D, device="cuda", dtype=dtype, requires_grad=True)
+            texts = torch.randn(T, D, device="cuda", dtype=dtype, requires_grad=True)
+            mask = torch.rand(B, N, device="cuda") > 0.3
+            for pool in ("vector", "score", "max"):
+                out = ok.patch_text_similarity(patches, texts, patch_mask=mask, temperature=0.2, pool=pool)
+                torch.autograd.grad(out.sum(), (patches, texts))
+    similarity = torch.randn(33, 33, device="cuda", requires_grad=True)
+    ok.similarity_contrastive_loss(similarity, 5.0).backward()
+    torch.cuda.synchronize()
+    print(ok.explain("patch_text_similarity", similarity))
+
+
+if __name__ == "__main__":
+    main()
