@@ -149,6 +149,21 @@ def test_patches_that_cancel():
 
 
 @on
+def test_offsets_beyond_32_bits(backend):
+    """Views whose elements lie more than 2^31 apart; of the memory between them no page is touched."""
+    device = device_of(backend)
+    storage = torch.empty(2**31 + 2**12, dtype=torch.float16, device=device)
+    patches = storage.as_strided((2, 3, 4), (2**31, 4, 1)).copy_(torch.randn(2, 3, 4))
+    texts = storage.as_strided((3, 4), (2**30, 1), 64).copy_(torch.randn(3, 4))
+    for pool in ("vector", "score", "max"):
+        with running_on(backend):
+            results = both(patches, texts, torch.ones(2, 3, device=device), pool=pool)
+            near = both(patches.contiguous(), texts.contiguous(), torch.ones(2, 3, device=device), pool=pool)
+        for a, b in zip(results, near, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@on
 @pytest.mark.parametrize("weight", ["softmax", "sigmoid"])
 def test_masked_patches_far_above_the_kept_ones(weight, backend):
     """The weight of a masked patch, were it computed, would overflow."""

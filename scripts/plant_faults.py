@@ -1,0 +1,130 @@
+"""Breaks the kernels on purpose, one fault at a time, and shows that the suite notices each.
+
+    python scripts/plant_faults.py             # all; a few minutes on two cores
+    python scripts/plant_faults.py mask norm   # those whose name holds one of the words
+
+Works on a copy of the tracked files. A fault that no test notices, or whose line is no longer in the source, makes the
+exit status 1. The list is part of docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CUDA = "csrc/patch_text_similarity/patch_text_similarity_cuda.cu"
+TILE = "csrc/common/tile.cuh"
+LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
+TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
+CPU = "csrc/patch_text_similarity/patch_text_similarity_cpu.cpp"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In ``file``, the first ``right`` after ``after`` becomes ``wrong``; tests that match ``tests`` must go red."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str = "emulated"
+    after: str = ""
+
+
+FAULTS = (
+    Fault("dropped mask", CUDA, "if (n < width && p.kept(b, w0 + n)) {", "if (n < width) {"),
+    Fault("missing rescale", CUDA, "total[row] = total[row] * factor + sum;", "total[row] = total[row] + sum;"),
+    Fault("swapped stride", CUDA, "patch_n, patch_d, N, D, mask", "patch_d, patch_n, N, D, mask"),
+    Fault("missing barrier", TILE, "    __syncthreads();\n    if constexpr (kFlush)", "    if constexpr (kFlush)"),
+    Fault("wrong tail", TILE, "return row < rows && k < depth &&", "return row < rows && k <= depth &&"),
+    Fault("wrong norm", CUDA, "norm = sqrt(squared) * unit / total[row];", "norm = squared * unit / total[row];"),
+    Fault("lost text tile", CUDA, "unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }",
+          "unsigned tiles(int64_t n) { return static_cast<unsigned>(n > kTile ? n / kTile : 1); }"),
+    Fault("int32 offset", CUDA, "return {patches + b * patch_b, patch_n", "return {patches + static_cast<int32_t>(b * patch_b), patch_n"),
+    Fault("wrong sign in one gradient term", CUDA, "A(0) : -g * phi / (norm * norm)", "A(0) : g * phi / (norm * norm)"),
+    Fault("uninitialised accumulator", CUDA, "*out = p.first == 0 ? acc[k] : *out + acc[k];", "*out = *out + acc[k];"),
+    # The same kinds of fault elsewhere.
+    Fault("stale asynchronous copy", TILE, "wait_copies<1>();", "wait_copies<2>();"),
+    Fault("race between columns and sums", LOSS, "  parts[threadIdx.x] = mine;\n  __syncthreads();", "  parts[threadIdx.x] = mine;",
+          after="columns_kernel"),
+    Fault("loss: lost column weight", LOSS, "dz += column_weight * exp(z - p.columns[j]);", "dz += exp(z - p.columns[j]);"),
+    Fault("Triton: dropped mask", TRITON, "keep = keep & (tl.load(mask", "keep = keep | (tl.load(mask", "interpreted"),
+    Fault("Triton: missing rescale", TRITON, "total = total * factor + tl.sum(e, 1)", "total = total + tl.sum(e, 1)", "interpreted"),
+    Fault("Triton: wrong sign", TRITON, "tl.store(factors + i * T + t, -g * back", "tl.store(factors + i * T + t, g * back", "interpreted"),
+    Fault("CPU: dropped mask", CPU, "a[n] = keep[n] != A(0) ? e : A(0);", "a[n] = e;", "cpu"),
+    Fault("CPU: wrong projection", CPU, "add_scaled(row, -w.colsum[n]", "add_scaled(row, w.colsum[n]", "cpu"),
+)
+
+
+def copy_tree(to: Path) -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).exists():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    for path in (ROOT / "ovseg_kernels").glob("_C_*.so"):
+        shutil.copy2(path, to / "ovseg_kernels" / path.name)
+
+
+def build_cpu(tree: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from native_build import cmake; from pathlib import Path\n"
+        "cmake(Path('build/cpu')); import shutil; shutil.copy2('build/cpu/lib/_C_cpu.so', 'ovseg_kernels/_C_cpu.so')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+
+
+def suite(tree: Path, tests: str) -> tuple[bool, str]:
+    """(green, the first failure) of the operators' tests in ``tree``."""
+    command = [sys.executable, "-m", "pytest", "tests/ops", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1) or (done.returncode == 1 and not failed):
+        raise RuntimeError(f"the suite did not run:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.returncode == 0, failed.group(1) if failed else ""
+
+
+def main(words: list[str]) -> int:
+    chosen = [f for f in FAULTS if not words or any(word.lower() in f.name.lower() for word in words)]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        for tests in sorted({f.tests for f in chosen}):
+            green, failed = suite(tree, tests)
+            if not green:
+                print(f"the suite is red before any fault is planted: {failed}")
+                return 1
+        for fault in chosen:
+            path, began = tree / fault.file, time.perf_counter()
+            source = path.read_text()
+            start = source.index(fault.after) if fault.after else 0
+            at = source.find(fault.right, start)
+            if at < 0:
+                print(f"{fault.name:34} NOT PLANTED: {fault.file} no longer holds {fault.right!r}")
+                missed += 1
+                continue
+            path.write_text(source[:at] + fault.wrong + source[at + len(fault.right):])
+            if fault.file == CPU:
+                build_cpu(tree)
+            green, failed = suite(tree, fault.tests)
+            print(f"{fault.name:34} {'MISSED' if green else 'caught by ' + failed} ({time.perf_counter() - began:.0f} s)", flush=True)
+            missed += green
+            path.write_text(source)
+            if fault.file == CPU:
+                build_cpu(tree)
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
