@@ -4,9 +4,11 @@ VENV ?= .venv
 DATA ?= digits
 SEED ?= 0
 BIN := $(VENV)/bin
+# The CUDA library takes minutes to compile; the tests build it themselves, for the architectures they look at.
+export FORCE_CUDA ?= 0
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu faults clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
@@ -25,10 +27,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(STAMP)
 	$(BIN)/ovseg bench
+
+gpu:
+	scripts/gpu_check.sh
+
+faults: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/plant_faults.py
 
 clean:
 	rm -rf build dist *.egg-info ovseg_kernels/_C_*.so ovseg_kernels/build_info.json

@@ -2,7 +2,7 @@
 
 OVSEG_BUILD_NATIVE  1: a failing native build is an error; 0: no native build; unset: try, and go on without it
 FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
-TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"
+TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset: 8.0;9.0;10.0;12.0+PTX
 MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
 OVSEG_WERROR        1: warnings are errors
 """
@@ -21,6 +21,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# sm_80 code serves 8.6 and 8.9 too; 9.0a would run on no other chip; +PTX serves chips to come.
+DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 
 
 def max_jobs() -> int:
@@ -38,6 +40,12 @@ def use_cuda() -> bool:
     return shutil.which("nvcc") is not None if forced in (None, "") else forced == "1"
 
 
+def first_line(*command: str, last: bool = False) -> str:
+    """What a compiler says of itself."""
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split("\n")
+    return lines[-1 if last else 0]
+
+
 class CMakeBuild(build_ext):
     """Builds the shared libraries into ovseg_kernels/. They hold no Python symbol and load by torch.ops.load_library."""
 
@@ -47,7 +55,14 @@ class CMakeBuild(build_ext):
             print("OVSEG_BUILD_NATIVE=0: no native library; the reference answers")
             return
         try:
-            self._build()
+            try:
+                self._build(use_cuda())
+            except subprocess.CalledProcessError as error:
+                if wanted == "1" or not use_cuda() or os.environ.get("FORCE_CUDA") == "1":
+                    raise
+                print(f"\novseg_kernels: the build with CUDA failed ({error}); building for the CPU only.\n"
+                      "FORCE_CUDA=1 makes this an error, FORCE_CUDA=0 does not try.\n", file=sys.stderr)
+                self._build(False)
         except Exception as error:
             if wanted == "1":
                 raise
@@ -55,7 +70,7 @@ class CMakeBuild(build_ext):
                   "Going on without it: every operator runs on its plain-torch reference.\n"
                   "OVSEG_BUILD_NATIVE=1 makes this an error.\n", file=sys.stderr)
 
-    def _build(self) -> None:
+    def _build(self, cuda: bool) -> None:
         import torch
 
         began = time.time()
@@ -66,14 +81,15 @@ class CMakeBuild(build_ext):
         work.mkdir(parents=True)
         out.mkdir(parents=True, exist_ok=True)
         torch_root = Path(torch.__file__).parent
-        cuda = use_cuda()
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        archs = [arch for arch in archs.replace(" ", ";").replace(",", ";").split(";") if arch]
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "OVSEG_TORCH_INCLUDE": torch_root / "include",
             "OVSEG_TORCH_LIB": torch_root / "lib",
             "OVSEG_OUTPUT": out,
             "OVSEG_CUDA": "ON" if cuda else "OFF",
-            "OVSEG_CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+            "OVSEG_CUDA_ARCHS": ";".join(archs),
             "OVSEG_WERROR": "ON" if os.environ.get("OVSEG_WERROR") == "1" else "OFF",
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
@@ -83,11 +99,11 @@ class CMakeBuild(build_ext):
         info = {
             "torch": torch.__version__,
             "torch_floor": "2.10",
-            "compiler": subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True,
-                                       check=False).stdout.split("\n")[0],
+            "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
             "machine": platform.machine(),
             "instruction_sets": ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"],
-            "cuda": "requested, but no operator has a CUDA kernel yet" if cuda else "off",
+            "cuda": first_line("nvcc", "--version", last=True) if cuda else "off",
+            "cuda_archs": [arch.replace(".", "") for arch in archs] if cuda else [],
             "jobs": jobs,
             "seconds": round(time.time() - began, 1),
         }

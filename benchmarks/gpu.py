@@ -23,6 +23,7 @@ from . import registry
 from .registry import FUSED, GPU_CASES, Case
 from .run import step
 
+DEVICE = "cuda"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOLERANCE = {"bfloat16": 3e-2, "float16": 1e-2, "float32": 1e-4}  # relative to the largest value, of values and gradients
 
@@ -37,12 +38,13 @@ def rooflines(seconds: float) -> list[dict[str, Any]]:
     """What this GPU reaches now: a large product of random numbers in each dtype, and a copy."""
     rows = []
     for name, dtype in DTYPES.items():
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+        a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=dtype) for _ in range(2))
         row = {"op": "roofline", "case": "product 8192", "dtype": name, "implementation": "torch.matmul",
                **milliseconds(lambda a=a, b=b: a @ b, seconds)}
         rows.append({**row, "tflops": round(2 * 8192**3 / row["ms"] / 1e9, 1)})
-    x, y = (torch.randn(2**28, device="cuda") for _ in range(2))
-    row = {"op": "roofline", "case": "copy 1 GiB", "dtype": "float32", "implementation": "Tensor.copy_", **milliseconds(lambda: y.copy_(x), seconds)}
+    x, y = (torch.randn(2**28, device=DEVICE) for _ in range(2))
+    row = {"op": "roofline", "case": "copy 1 GiB", "dtype": "float32", "implementation": "Tensor.copy_",
+           **milliseconds(lambda: y.copy_(x), seconds)}
     return [*rows, {**row, "gb_per_s": round(2 * x.numel() * 4 / row["ms"] / 1e6)}]
 
 
@@ -62,15 +64,16 @@ def ours(case: Case) -> dict[str, Callable]:
 
 def difference(found, expected) -> float:
     pairs = zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True)
-    return max(float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12)) for a, b in pairs)
+    return max(float(((a - b).float().abs().max() / b.float().abs().max().clamp_min(1e-12)).detach()) for a, b in pairs)
 
 
 def measure(case: Case, dtype: str, seconds: float) -> list[dict[str, Any]]:
-    tensors = registry.inputs(case, DTYPES[dtype], device="cuda")
+    tensors = registry.inputs(case, DTYPES[dtype], device=DEVICE)
     others = {name: (lambda f=f, **x: step(f, x)) for name, f in registry.implementations(case).items() if name != FUSED}
     truth, rows = None, []
     for name, call in {**({"eager": others.pop("eager")} if "eager" in others else {}), **ours(case), **others}.items():
-        row: dict[str, Any] = {"op": case.op, "case": case.name, "shape": case.shape, "options": case.options, "dtype": dtype, "implementation": name}
+        row: dict[str, Any] = {"op": case.op, "case": case.name, "shape": case.shape, "options": case.options, "dtype": dtype,
+                               "implementation": name}
         rows.append(row)
         try:
             torch.cuda.empty_cache()
@@ -99,12 +102,25 @@ def measure(case: Case, dtype: str, seconds: float) -> list[dict[str, Any]]:
 def environment() -> dict[str, Any]:
     import triton
 
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return {"op": "environment", "device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__, "driver": driver.stdout.strip(),
-            "ovseg_kernels": registry.ok.__version__, "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
-            "allow_tf32": torch.backends.cuda.matmul.allow_tf32}  # fmt: skip
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+        except FileNotFoundError:
+            return "unknown"
+
+    return {
+        "op": "environment",
+        "device": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "ovseg_kernels": registry.ok.__version__,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "date": time.strftime("%Y-%m-%d"),
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
 
 
 def run(out: str, seconds: float, budget: float) -> int:

@@ -79,8 +79,28 @@ def _unavailable(name: str) -> str:
         if interpreted() or (torch.version.cuda is not None and torch.cuda.is_available()):
             return ""
         return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    native = lib.CPU if name == "cpu" else lib.CUDA
-    return "" if native.loaded else native.reason
+    if name == "cpu":
+        return "" if lib.CPU.loaded else lib.CPU.reason
+    if not lib.CUDA.loaded:
+        return lib.CUDA.reason
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    return unsupported(lib.build_info().get("cuda_archs", []), torch.cuda.get_device_capability())
+
+
+def unsupported(archs: list[str], capability: tuple[int, int]) -> str:
+    """Why code for ``archs`` ("80", "90a", "120+PTX") does not run on a GPU of this capability; empty if it does."""
+    for arch in archs:
+        chip = arch.removesuffix("+PTX")
+        exact = chip[-1] in "af"  # such code runs on its own chip alone
+        major, minor = divmod(int(chip.rstrip("af")), 10)
+        if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
+            return ""
+        if arch.endswith("+PTX") and (major, minor) <= capability:
+            return ""
+    if not archs:  # built by hand: the launch itself will tell
+        return ""
+    return f"built for sm_{', sm_'.join(archs)}, and the GPU is sm_{capability[0]}{capability[1]}; set TORCH_CUDA_ARCH_LIST and reinstall"
 
 
 def allow_tf32(x: torch.Tensor) -> bool:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CUDA = "csrc/patch_text_similarity/patch_text_similarity_cuda.cu"
+FORWARD = "csrc/patch_text_similarity/patch_text_similarity_fwd.cuh"
+BACKWARD = "csrc/patch_text_similarity/patch_text_similarity_bwd.cuh"
 TILE = "csrc/common/tile.cuh"
 LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
@@ -40,17 +42,18 @@ class Fault:
 
 
 FAULTS = (
-    Fault("dropped mask", CUDA, "if (n < width && p.kept(b, w0 + n)) {", "if (n < width) {"),
-    Fault("missing rescale", CUDA, "total[row] = total[row] * factor + sum;", "total[row] = total[row] + sum;"),
-    Fault("swapped stride", CUDA, "patch_n, patch_d, N, D, mask", "patch_d, patch_n, N, D, mask"),
+    Fault("dropped mask", FORWARD, "if (n < width && p.kept(b, w0 + n)) {", "if (n < width) {"),
+    Fault("missing rescale", FORWARD, "total[row] = total[row] * factor + sum;", "total[row] = total[row] + sum;"),
+    Fault("swapped stride", FORWARD, "patch_n, patch_d, N, D, mask", "patch_d, patch_n, N, D, mask"),
     Fault("missing barrier", TILE, "    __syncthreads();\n    if constexpr (kFlush)", "    if constexpr (kFlush)"),
     Fault("wrong tail", TILE, "return row < rows && k < depth &&", "return row < rows && k <= depth &&"),
-    Fault("wrong norm", CUDA, "norm = sqrt(squared) * unit / total[row];", "norm = squared * unit / total[row];"),
+    Fault("wrong norm", FORWARD, "norm = sqrt(squared) * unit / total[row];", "norm = squared * unit / total[row];"),
     Fault("lost text tile", CUDA, "unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }",
           "unsigned tiles(int64_t n) { return static_cast<unsigned>(n > kTile ? n / kTile : 1); }"),
-    Fault("int32 offset", CUDA, "return {patches + b * patch_b, patch_n", "return {patches + static_cast<int32_t>(b * patch_b), patch_n"),
-    Fault("wrong sign in one gradient term", CUDA, "A(0) : -g * phi / (norm * norm)", "A(0) : g * phi / (norm * norm)"),
-    Fault("uninitialised accumulator", CUDA, "*out = p.first == 0 ? acc[k] : *out + acc[k];", "*out = *out + acc[k];"),
+    Fault("int32 offset", FORWARD, "return {patches + b * patch_b, patch_n",
+          "return {patches + static_cast<int32_t>(b * patch_b), patch_n"),
+    Fault("wrong sign in one gradient term", BACKWARD, "A(0) : -g * phi / (norm * norm)", "A(0) : g * phi / (norm * norm)"),
+    Fault("uninitialised accumulator", BACKWARD, "*out = p.first == 0 ? acc[k] : *out + acc[k];", "*out = *out + acc[k];"),
     # The same kinds of fault elsewhere.
     Fault("stale asynchronous copy", TILE, "wait_copies<1>();", "wait_copies<2>();"),
     Fault("race between columns and sums", LOSS, "  parts[threadIdx.x] = mine;\n  __syncthreads();", "  parts[threadIdx.x] = mine;",

@@ -16,7 +16,8 @@ def cmake(build: Path, *options: str) -> str:
     """Configure and build; returns what the compilers printed. Raises RuntimeError with the end of it."""
     program = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
     torch_root = Path(torch.__file__).parent
-    common = [f"-DOVSEG_TORCH_INCLUDE={torch_root / 'include'}", f"-DOVSEG_TORCH_LIB={torch_root / 'lib'}", f"-DOVSEG_OUTPUT={build / 'lib'}"]
+    common = [f"-DOVSEG_TORCH_INCLUDE={torch_root / 'include'}"]
+    common += [f"-DOVSEG_TORCH_LIB={torch_root / 'lib'}", f"-DOVSEG_OUTPUT={build / 'lib'}"]
     generator = ["-G", "Ninja"] if shutil.which("ninja") or Path(sys.executable).with_name("ninja").exists() else []
     if generator and not shutil.which("ninja"):
         common.append(f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).with_name('ninja')}")

@@ -32,9 +32,7 @@ class OnDevice {
 #endif
 };
 
-inline void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, op, ": ", error);
-}
+inline void check_launch(const char* op, const char* error) { STD_TORCH_CHECK(error == nullptr, op, ": ", error); }
 
 // One element on the tensor's device, read by the kernels themselves.
 inline const void* device_scalar(const char* name, const Tensor& x, ScalarType type) {

@@ -34,13 +34,14 @@ __device__ inline T from_float(F x) {
 }
 
 template <typename... P, typename... A>
-const char* launch(const char*, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, void* stream, A... args) {
+const char* launch(const char*, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, void* stream,
+                   A... args) {
   if (shared > 48 * 1024) {
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (status != cudaSuccess) return cudaGetErrorString(status);
   }
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)> > >(args...);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

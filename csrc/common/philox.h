@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011), the same on the CPU and in device
-// code. Contract of all operators (ovseg_kernels/philox.py): element `index` of the unpadded tensor, in contiguous order,
-// takes word index % 4 of the block with key = seed and counter = (offset + index / 4, 0).
+// Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011), the same on the CPU and in
+// device code. Contract of all operators (ovseg_kernels/philox.py): element `index` of the unpadded tensor, in
+// contiguous order, takes word index % 4 of the block with key = seed and counter = (offset + index / 4, 0).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -32,7 +32,8 @@ OVSEG_ANYWHERE Philox philox(uint64_t key, uint64_t low, uint64_t high = 0) {
 }
 
 OVSEG_ANYWHERE uint32_t philox_bits(int64_t seed, int64_t offset, int64_t index) {
-  return philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset) + static_cast<uint64_t>(index) / 4).x[index % 4];
+  return philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset) + static_cast<uint64_t>(index) / 4)
+      .x[index % 4];
 }
 
 // 23 bits and a half: exact in float, in [2^-24, 1 - 2^-24], so that no logarithm sees 0 or 1.

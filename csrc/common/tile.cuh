@@ -1,4 +1,5 @@
-// One block's matrix product: C[64, 64] += A[64, K] B[64, K]^T by 128 threads, operands from global memory of any stride.
+// One block's matrix product: C[64, 64] += A[64, K] B[64, K]^T by 128 threads, operands from global memory of any
+// stride.
 //
 // A Product says how: Exact (fused multiply-add in float or double), Tf32 or Mma16 (tensor cores, float sums). Operands
 // whose k is contiguous, aligned and of the product's own type travel by cp.async; all others are converted on the way.
@@ -29,7 +30,8 @@ struct Mma16 {
   static constexpr bool tensor = true;
 };
 
-// A step of k is 64 bytes; rows are 16 bytes apart from a multiple of it, so that fragments load without bank conflicts.
+// A step of k is 64 bytes; rows are 16 bytes apart from a multiple of it, so that fragments load without bank
+// conflicts.
 template <typename P>
 constexpr int kStep = 64 / sizeof(typename P::Element);
 template <typename P>
@@ -45,7 +47,7 @@ struct Operand {
   int64_t rows, depth;
   const bool* keep = nullptr;  // masked patches read as zero, whatever they hold
   int64_t keep_stride = 0;
-  bool keep_by_k = false;      // keep is indexed by k, not by row
+  bool keep_by_k = false;       // keep is indexed by k, not by row
   const A* k_factor = nullptr;  // multiplies column k
 
   __device__ bool kept(int64_t row, int64_t k) const {
@@ -65,7 +67,8 @@ __device__ void fill(typename P::Element* shared, const Operand<T, typename P::S
         const int64_t left = x.depth - (k0 + part);
         const bool any = left > 0 && x.kept(row0 + row, k0 + part);
         const int valid = any ? static_cast<int>(left < kPart ? left * sizeof(T) : 16) : 0;
-        copy_async(shared + row * kPitch<P> + part, any ? x.base + (row0 + row) * x.row_stride + k0 + part : x.base, valid);
+        copy_async(shared + row * kPitch<P> + part, any ? x.base + (row0 + row) * x.row_stride + k0 + part : x.base,
+                   valid);
       }
       return;
     }
@@ -108,8 +111,8 @@ __device__ inline uint32_t word(const T* at) {  // two 16-bit elements, or one f
 
 // One step of k from shared memory. Columns from `columns` on do not exist and cost nothing in units of 8.
 template <typename P>
-__device__ inline void multiply(const typename P::Element* a, int pitch_a, const typename P::Element* b, int64_t columns,
-                                typename P::Sum (&acc)[kAccumulators]) {
+__device__ inline void multiply(const typename P::Element* a, int pitch_a, const typename P::Element* b,
+                                int64_t columns, typename P::Sum (&acc)[kAccumulators]) {
   constexpr int pitch_b = kPitch<P>;
   if constexpr (P::tensor) {
     constexpr int kHalf = 16 / sizeof(typename P::Element);  // 8 halves or 4 floats: half the depth of one mma
@@ -131,7 +134,7 @@ __device__ inline void multiply(const typename P::Element* a, int pitch_a, const
         const FragmentB fb = {{word(at), word(at + kHalf)}};
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          mma<typename P::Element>(*reinterpret_cast<float(*)[4]>(acc + (m * 4 + n) * 4), fa[m], fb);
+          mma<typename P::Element>(*reinterpret_cast<float (*)[4]>(acc + (m * 4 + n) * 4), fa[m], fb);
         }
       }
     }
@@ -156,8 +159,9 @@ __device__ inline void clear(typename P::Sum (&acc)[kAccumulators]) {
   for (int i = 0; i < kAccumulators; ++i) acc[i] = 0;
 }
 
-// The tile in shared memory, rows kTilePitch apart: for sums over rows or columns, and for what one wants to do element by
-// element with coalesced addresses. A loop that indexed the accumulators by a variable would move them to local memory.
+// The tile in shared memory, rows kTilePitch apart: for sums over rows or columns, and for what one wants to do element
+// by element with coalesced addresses. A loop that indexed the accumulators by a variable would move them to local
+// memory.
 constexpr int kTilePitch = kTile + 1;
 template <typename P>
 __device__ inline void store_tile(const typename P::Sum (&acc)[kAccumulators], typename P::Sum* shared) {
@@ -204,7 +208,8 @@ __device__ void product(const Operand<TA, typename P::Sum>& a, int64_t row_a, co
   }
 }
 
-// The same with all of A in shared memory already, rows pitch_a apart, zero from column b.depth to a multiple of the step.
+// The same with all of A in shared memory already, rows pitch_a apart, zero from column b.depth to a multiple of the
+// step.
 template <typename P, typename TB>
 __device__ void product_resident(const typename P::Element* a, int pitch_a, const Operand<TB, typename P::Sum>& b,
                                  int64_t row_b, unsigned char* stages, typename P::Sum (&acc)[kAccumulators]) {

@@ -1,6 +1,7 @@
 // patch_text_similarity: from tensors to parameters, and registration for the CPU.
-#include "../common/isa.h"
 #include "patch_text_similarity_bind.h"
+
+#include "../common/isa.h"
 
 namespace ovseg {
 namespace {
@@ -70,8 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const Tensor& sc
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor patches, Tensor texts, std::optional<Tensor> patch_mask, Tensor scale,
-                                           Tensor bias, int64_t pool, int64_t weight,
-                                           bool /*tf32*/) {
+                                           Tensor bias, int64_t pool, int64_t weight, bool /*tf32*/) {
   check_inputs(patches, texts, patch_mask, pool, weight);
   const Inputs in(patches, texts, patch_mask);
   return patches.scalar_type() == ScalarType::Double ? forward_as<double>(in, scale, bias, pool, weight)
@@ -134,8 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor patches, Tensor texts,
                                                     std::optional<Tensor> patch_mask, Tensor scale, Tensor bias,
                                                     Tensor similarity, Tensor lse, Tensor norm, int64_t pool,
-                                                    int64_t weight, bool /*tf32*/, bool need_patches,
-                                                    bool need_texts) {
+                                                    int64_t weight, bool /*tf32*/, bool need_patches, bool need_texts) {
   check_backward(grad, patches, texts, patch_mask, similarity, lse, norm, pool, weight);
   const Inputs in(patches, texts, patch_mask);
   return patches.scalar_type() == ScalarType::Double

@@ -21,7 +21,7 @@ inline Type type_code(const Tensor& x) {
 }
 
 inline void check_inputs(const Tensor& patches, const Tensor& texts, const std::optional<Tensor>& mask, int64_t pool,
-                  int64_t weight) {
+                         int64_t weight) {
   STD_TORCH_CHECK(patches.dim() == 3, "patches has ", patches.dim(), " dimensions; expected 3, [B, N, D]");
   STD_TORCH_CHECK(is_floating(patches), "patches must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(patches.size(1) > 0 && patches.size(2) > 0, "patches has no patch or no channel");
@@ -44,8 +44,9 @@ inline std::tuple<Tensor, Tensor, Tensor> allocate_forward(const Tensor& patches
   return {new_tensor(patches, {B, T}, type), new_tensor(patches, {lse, T}, type), new_tensor(patches, {norm, T}, type)};
 }
 
-inline void check_backward(const Tensor& grad, const Tensor& patches, const Tensor& texts, const std::optional<Tensor>& patch_mask,
-                           const Tensor& similarity, const Tensor& lse, const Tensor& norm, int64_t pool, int64_t weight) {
+inline void check_backward(const Tensor& grad, const Tensor& patches, const Tensor& texts,
+                           const std::optional<Tensor>& patch_mask, const Tensor& similarity, const Tensor& lse,
+                           const Tensor& norm, int64_t pool, int64_t weight) {
   check_inputs(patches, texts, patch_mask, pool, weight);
   const int64_t B = patches.size(0), T = texts.size(0);
   const bool is_max = pool == static_cast<int64_t>(Pool::max), is_vector = pool == static_cast<int64_t>(Pool::vector);

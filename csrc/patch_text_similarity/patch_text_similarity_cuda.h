@@ -6,7 +6,8 @@
 
 namespace ovseg {
 
-// A is double for float64 inputs and float for all others. Strides are in elements; every dimension may have any stride.
+// A is double for float64 inputs and float for all others. Strides are in elements; every dimension may have any
+// stride.
 struct PatchTextCuda {
   int64_t B, T, N, D;
   Pool pool;
@@ -33,12 +34,13 @@ struct PatchTextCuda {
 
 // What lies where in the workspace. Images are worked off in chunks that keep it near 64 MiB.
 struct PatchTextPlan {
-  bool gram;         // Gram form, else the pooled vectors themselves
-  int64_t chunk;     // images at a time
-  int64_t slots;     // partial sums of the text gradient, a function of the shapes alone
-  int64_t pitch;     // of rows of N elements, a multiple of 16 bytes
-  int64_t pitch_d;   // of rows of D elements
-  size_t norms, longest, text_norms, gram_matrix, weights, vectors, coefficients, along, factors, hessian, best, scalars,
+  bool gram;        // Gram form, else the pooled vectors themselves
+  int64_t chunk;    // images at a time
+  int64_t slots;    // partial sums of the text gradient, a function of the shapes alone
+  int64_t pitch;    // of rows of N elements, a multiple of 16 bytes
+  int64_t pitch_d;  // of rows of D elements
+  size_t norms, longest, text_norms, gram_matrix, weights, vectors, coefficients, along, factors, hessian, best,
+      scalars,
       slot_texts;  // offsets in bytes
   size_t bytes;
 };

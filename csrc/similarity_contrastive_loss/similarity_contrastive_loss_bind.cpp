@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> stats(Tensor similarity, Tensor scale, Optional image
 }
 
 template <typename A>
-std::tuple<Tensor, Tensor> backward_as(const Tensor& grad, Inputs<A> in, const Tensor& scale, const Tensor& rows, const Tensor& columns,
-                                       const Tensor& row_weight, const Tensor& column_weight) {
+std::tuple<Tensor, Tensor> backward_as(const Tensor& grad, Inputs<A> in, const Tensor& scale, const Tensor& rows,
+                                       const Tensor& columns, const Tensor& row_weight, const Tensor& column_weight) {
   const auto saved = enter_saved(in, grad, rows, columns, row_weight, column_weight);
   SimilarityLossParams<A>& p = in.p;
   const ScalarType type = in.similarity.scalar_type();
@@ -48,12 +48,12 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor similarity, Tensor scale
                                     Optional pair_mask, Tensor rows, Tensor columns, Tensor row_weight,
                                     Tensor column_weight, int64_t offset) {
   if (similarity.scalar_type() == ScalarType::Double) {
-    return backward_as(grad, Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows, columns,
-                       row_weight, column_weight);
+    return backward_as(grad, Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows,
+                       columns, row_weight, column_weight);
   }
   check_type("similarity", similarity, ScalarType::Float);
-  return backward_as(grad, Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows, columns,
-                     row_weight, column_weight);
+  return backward_as(grad, Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows,
+                     columns, row_weight, column_weight);
 }
 
 }  // namespace

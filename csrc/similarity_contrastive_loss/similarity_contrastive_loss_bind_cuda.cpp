@@ -48,12 +48,12 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor similarity, Tensor scale
                                     Optional pair_mask, Tensor rows, Tensor columns, Tensor row_weight,
                                     Tensor column_weight, int64_t offset) {
   if (similarity.scalar_type() == ScalarType::Double) {
-    return backward_as(grad, Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows, columns,
-                       row_weight, column_weight);
+    return backward_as(grad, Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows,
+                       columns, row_weight, column_weight);
   }
   check_type("similarity", similarity, ScalarType::Float);
-  return backward_as(grad, Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows, columns,
-                     row_weight, column_weight);
+  return backward_as(grad, Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows,
+                     columns, row_weight, column_weight);
 }
 
 }  // namespace

@@ -27,7 +27,8 @@ struct Part {
   __device__ void merge(const Part& other) {
     const A now = larger(other.top, top);
     if (now != minus_infinity<A>()) {
-      sum = (top == now ? sum : sum * exp(top - now)) + (other.top == now ? other.sum : other.sum * exp(other.top - now));
+      sum =
+          (top == now ? sum : sum * exp(top - now)) + (other.top == now ? other.sum : other.sum * exp(other.top - now));
       top = now;
     }
     positive_sum += other.positive_sum, positives += other.positives;

@@ -1,6 +1,10 @@
 // The scheduler: fibers, barriers, guarded memory. One launch at a time, on one CPU thread.
 #include "cuda_emulation.h"
 
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
 #include <csetjmp>
 #include <csignal>
 #include <deque>
@@ -9,10 +13,6 @@
 #include <sstream>
 #include <stdexcept>
 #include <vector>
-
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
 
 namespace ovseg::emulation {
 namespace {
@@ -28,7 +28,8 @@ struct Copy {
   int bytes, valid;
 };
 
-// A fiber lives for many blocks: its first entry goes through a context of its own, all later switches through _longjmp.
+// A fiber lives for many blocks: its first entry goes through a context of its own, all later switches through
+// _longjmp.
 struct Fiber {
   Identity id;
   State state = State::done;
@@ -165,10 +166,11 @@ void run_block(dim3 at, dim3 grid, dim3 size) {
         Fiber& f = *machine.fibers[i];
         if (f.state == State::done) continue;
         machine.current = &f;
-        machine.error = where(f) + ": divergent " +
-                        (f.state == State::at_barrier ? "__syncthreads, line " + std::to_string(f.line) : "warp operation") +
-                        "; not all threads arrive (" + std::to_string(waiting) + " of " + std::to_string(count) +
-                        " wait at a block barrier, " + std::to_string(done) + " have ended)";
+        machine.error =
+            where(f) + ": divergent " +
+            (f.state == State::at_barrier ? "__syncthreads, line " + std::to_string(f.line) : "warp operation") +
+            "; not all threads arrive (" + std::to_string(waiting) + " of " + std::to_string(count) +
+            " wait at a block barrier, " + std::to_string(done) + " have ended)";
         return;
       }
     }
@@ -262,7 +264,7 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   machine.shared = shared_bytes ? std::make_unique<Guarded>(shared_bytes) : nullptr;
   machine.warps.resize((count + kWarp - 1) / kWarp);
   while (machine.fibers.size() < count) machine.fibers.push_back(std::make_unique<Fiber>());
-  struct sigaction action {}, before {};
+  struct sigaction action{}, before{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigaction(SIGSEGV, &action, &before);

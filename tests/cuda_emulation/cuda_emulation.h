@@ -1,10 +1,11 @@
-// A small SIMT emulation: .cu files compile as C++ and run one block at a time, its threads as fibers on one CPU thread.
+// A small SIMT emulation: .cu files compile as C++ and run one block at a time, its threads as fibers on one CPU
+// thread.
 //
 // What it proves: indexing, masks, algebra, shared-memory hand-over (a missing barrier shows as a wrong result because
-// the scheduler visits threads in a seeded random order), divergent barriers, accesses past the end of a buffer, reads of
-// memory nobody wrote (all memory starts as NaN). What it cannot: timing, memory-model subtleties, occupancy.
-// Static __shared__ arrays are not guarded and keep what the block before left: kernels here use dynamic shared memory.
-// A warp's lanes meet only in warp operations; everything between two synchronisation points runs thread by thread.
+// the scheduler visits threads in a seeded random order), divergent barriers, accesses past the end of a buffer, reads
+// of memory nobody wrote (all memory starts as NaN). What it cannot: timing, memory-model subtleties, occupancy. Static
+// __shared__ arrays are not guarded and keep what the block before left: kernels here use dynamic shared memory. A
+// warp's lanes meet only in warp operations; everything between two synchronisation points runs thread by thread.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -39,9 +40,9 @@ struct Identity {
 };
 const Identity& identity();
 
-void block_barrier(int line);                  // __syncthreads at this line of the source
-void warp_barrier(unsigned mask);              // all lanes of the mask meet
-unsigned char* warp_slot(int lane);            // kSlotBytes of the calling thread's warp
+void block_barrier(int line);        // __syncthreads at this line of the source
+void warp_barrier(unsigned mask);    // all lanes of the mask meet
+unsigned char* warp_slot(int lane);  // kSlotBytes of the calling thread's warp
 int lane();
 [[noreturn]] void fail(const std::string& message);  // ends the launch; reported with kernel, block and thread
 void copy_async(void* shared, const void* global, int bytes, int valid);
@@ -54,7 +55,8 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
 void set_seed(uint64_t seed);  // of the order in which threads run
 
 // "Device memory": ends at a page that may not be touched, starts as NaN, and is checked for writes before its start.
-// The emulation looks after it until release_all, which says what was overwritten; a holder keeps it readable for longer.
+// The emulation looks after it until release_all, which says what was overwritten; a holder keeps it readable for
+// longer.
 std::shared_ptr<unsigned char> allocate(size_t bytes);
 std::string release_all();
 
@@ -63,7 +65,8 @@ T exchange(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= kSlotBytes && std::is_trivially_copyable_v<T>);
   std::memcpy(warp_slot(lane()), &value, sizeof(T));
   warp_barrier(mask);
-  if (!(mask >> source & 1)) fail("a warp operation reads lane " + std::to_string(source) + ", which is not in its mask");
+  if (!(mask >> source & 1))
+    fail("a warp operation reads lane " + std::to_string(source) + ", which is not in its mask");
   T result;
   std::memcpy(&result, warp_slot(source), sizeof(T));
   warp_barrier(mask);
@@ -169,7 +172,8 @@ T from_float(F x) {
 }
 
 template <typename... P, typename... A>
-const char* launch(const char* name, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, void*, A... args) {
+const char* launch(const char* name, void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared, void*,
+                   A... args) {
   return emulation::launch(name, grid, dim3(threads), shared, [&] { kernel(args...); });
 }
 

@@ -1,5 +1,5 @@
-// Tensors of a bind file under the emulation: outputs and workspaces live in guarded memory that starts as NaN. They are
-// gone after release_all: the caller copies what it keeps.
+// Tensors of a bind file under the emulation: outputs and workspaces live in guarded memory that starts as NaN. They
+// are gone after release_all: the caller copies what it keeps.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

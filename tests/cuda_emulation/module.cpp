@@ -48,17 +48,18 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("warps", [](uintptr_t x, uintptr_t y, uintptr_t counts) {
     check(selftest::warps(at<float>(x), at<float>(y), at<float>(counts)));
   });
-  m.def("out_of_bounds", [](uintptr_t y, int64_t index, bool shared) {
-    check(selftest::out_of_bounds(at<float>(y), index, shared));
-  });
+  m.def("out_of_bounds",
+        [](uintptr_t y, int64_t index, bool shared) { check(selftest::out_of_bounds(at<float>(y), index, shared)); });
   m.def("divergent", [](int kind, uintptr_t y) { check(selftest::divergent(kind, at<float>(y))); });
   m.def("copies", [](uintptr_t x, uintptr_t y, int valid, bool early) {
     check(selftest::copies(at<float>(x), at<float>(y), valid, early));
   });
-  m.def("product", [](int kind, uintptr_t a, uintptr_t b, uintptr_t c, int64_t depth, bool a_by_k, bool b_by_k, int64_t pitch) {
-    check(selftest::product(kind, at<void>(a), at<void>(b), at<void>(c), depth, a_by_k, b_by_k, pitch));
-  });
-  m.def("philox_on_device", [](uintptr_t rng, int64_t first, int64_t count, uintptr_t low, uintptr_t high, uintptr_t gumbel) {
+  m.def("product",
+        [](int kind, uintptr_t a, uintptr_t b, uintptr_t c, int64_t depth, bool a_by_k, bool b_by_k, int64_t pitch) {
+          check(selftest::product(kind, at<void>(a), at<void>(b), at<void>(c), depth, a_by_k, b_by_k, pitch));
+        });
+  m.def("philox_on_device", [](uintptr_t rng, int64_t first, int64_t count, uintptr_t low, uintptr_t high,
+                               uintptr_t gumbel) {
     check(selftest::philox_numbers(at<int64_t>(rng), first, count, at<float>(low), at<float>(high), at<float>(gumbel)));
   });
 

@@ -1,8 +1,7 @@
 // Kernels that test the emulation itself, the mma and cp.async wrappers and Philox. nvcc compiles this file too.
-#include "selftest.h"
-
 #include "../../csrc/common/philox.h"
 #include "../../csrc/common/tile.cuh"
+#include "selftest.h"
 
 namespace ovseg::selftest {
 namespace {
@@ -67,8 +66,8 @@ __global__ void divergent_kernel(int kind, float* y) {
 
 // C [64, 64] = A [64, K] B [64, K]^T: the tile product, with operands of any strides.
 template <typename P, typename T>
-__global__ void __launch_bounds__(kThreads) product_kernel(Operand<T, typename P::Sum> a, Operand<T, typename P::Sum> b,
-                                                           typename P::Sum* c) {
+__global__ void __launch_bounds__(kThreads)
+    product_kernel(Operand<T, typename P::Sum> a, Operand<T, typename P::Sum> b, typename P::Sum* c) {
   OVSEG_DYNAMIC_SHARED(memory);
   typename P::Sum acc[kAccumulators];
   clear<P>(acc);
@@ -92,7 +91,8 @@ __global__ void copy_kernel(const float* x, float* y, int valid) {
   for (int i = 0; i < 4; ++i) y[4 * threadIdx.x + i] = line[4 * (31 - threadIdx.x) + i];
 }
 
-__global__ void philox_kernel(const int64_t* rng, int64_t first, int64_t count, float* bits_low, float* bits_high, float* gumbel) {
+__global__ void philox_kernel(const int64_t* rng, int64_t first, int64_t count, float* bits_low, float* bits_high,
+                              float* gumbel) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (i >= count) return;
   const uint32_t bits = philox_bits(rng[0], rng[1], first + i);
@@ -119,7 +119,9 @@ const char* tree(const float* x, float* y, bool race) {
   return race ? OVSEG_LAUNCH(tree_kernel<true>, 1, 128, 512, nullptr, x, y)
               : OVSEG_LAUNCH(tree_kernel<false>, 1, 128, 512, nullptr, x, y);
 }
-const char* warps(const float* x, float* y, float* counts) { return OVSEG_LAUNCH(warp_kernel, 1, 128, 0, nullptr, x, y, counts); }
+const char* warps(const float* x, float* y, float* counts) {
+  return OVSEG_LAUNCH(warp_kernel, 1, 128, 0, nullptr, x, y, counts);
+}
 const char* out_of_bounds(float* y, int64_t index, bool shared) {
   return OVSEG_LAUNCH(out_of_bounds_kernel, 2, 32, 256, nullptr, y, index, shared);
 }
@@ -128,7 +130,8 @@ const char* copies(const float* x, float* y, int valid, bool early) {
   return early ? OVSEG_LAUNCH(copy_kernel<true>, 1, 32, 512, nullptr, x, y, valid)
                : OVSEG_LAUNCH(copy_kernel<false>, 1, 32, 512, nullptr, x, y, valid);
 }
-const char* product(int kind, const void* a, const void* b, void* c, int64_t depth, bool a_by_k, bool b_by_k, int64_t pitch) {
+const char* product(int kind, const void* a, const void* b, void* c, int64_t depth, bool a_by_k, bool b_by_k,
+                    int64_t pitch) {
   switch (kind) {
     case 0:
       return run_product<Exact<float>, float>(a, b, c, depth, a_by_k, b_by_k, pitch);

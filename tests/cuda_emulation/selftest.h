@@ -10,7 +10,8 @@ const char* warps(const float* x, float* y, float* counts);
 const char* out_of_bounds(float* y, int64_t index, bool shared);
 const char* divergent(int kind, float* y);
 const char* copies(const float* x, float* y, int valid, bool early);
-const char* product(int kind, const void* a, const void* b, void* c, int64_t depth, bool a_by_k, bool b_by_k, int64_t pitch);
+const char* product(int kind, const void* a, const void* b, void* c, int64_t depth, bool a_by_k, bool b_by_k,
+                    int64_t pitch);
 const char* philox_numbers(const int64_t* rng, int64_t first, int64_t count, float* low, float* high, float* gumbel);
 
 }  // namespace ovseg::selftest

@@ -1,17 +1,18 @@
 """What every operator must do, run from the samples: gradients, opcheck, compile, export, autocast, determinism."""
 
 import copy
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch._dynamo.testing
-from backends import SLOW, device_of, dtypes, parameters, running_on
+from backends import NO_BFLOAT16, SLOW, device_of, dtypes, parameters, running_on
 from samples import MAKERS, all_samples
 
 import ovseg_kernels as ok
-from ovseg_kernels import _library
+from ovseg_kernels import _backends, _library
 from ovseg_kernels.testing import assert_close_to_truth
 
 SAMPLES = all_samples()
@@ -118,12 +119,17 @@ def test_gpu_kernels_give_the_same_bits_twice(place, backend):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if "mean" not in s.name], ids=str)
-def test_second_derivative_raises(sample):
-    out = sample.call(*sample.tensors).sum()
-    (first,) = torch.autograd.grad(out, sample.tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(first.sum(), sample.tensors[:1])
+@everywhere
+@places
+def test_second_derivative_raises(place, backend):
+    sample = sample_at(place, backend)
+    if "mean" in sample.name:
+        pytest.skip("plain torch, which has one")
+    with running_on(backend):
+        out = sample.call(*sample.tensors).sum()
+        (first,) = torch.autograd.grad(out, sample.tensors[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(first.sum(), sample.tensors[:1])
 
 
 def _similarity(size, scale):
@@ -134,52 +140,64 @@ def _loss(size, scale):
     return ok.similarity_contrastive_loss, (torch.randn(size, size), scale)
 
 
+@everywhere
 @pytest.mark.parametrize("make", [_similarity, _loss], ids=["patch_text_similarity", "similarity_contrastive_loss"])
-def test_compile_without_recompiling(make):
+def test_compile_without_recompiling(make, backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    call = make(3, None)[0]
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
-    for size in (3, 6, 9):  # the first one shares no number with N = 7 and D = 5, which would be taken for one symbol
-        tensors = [x.requires_grad_() for x in make(size, torch.tensor(0.2 * size))[1]]
-        out, eager = compiled(*tensors), call(*tensors)
-        assert torch.equal(out, eager)
-        grads, expected = (torch.autograd.grad(x.sum(), tensors) for x in (out, eager))
-        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    call, device = make(3, None)[0], device_of(backend)
+    with running_on(backend):
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+        for size in (3, 6, 9):  # the first one shares no number with N = 7 and D = 5, which would be taken for one symbol
+            tensors = [x.to(device).requires_grad_() for x in make(size, torch.tensor(0.2 * size))[1]]
+            out, eager = compiled(*tensors), call(*tensors)
+            assert torch.equal(out, eager)
+            grads, expected = (torch.autograd.grad(x.sum(), tensors) for x in (out, eager))
+            assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
     assert counter.frame_count == 1, f"{counter.frame_count} compilations for three batch sizes"
 
 
-@pytest.mark.parametrize("sample", [s for s in all_samples(torch.float32) if s.name in ("vector-softmax-whole", "ids-pairs")], ids=str)
-def test_export(sample):
+@everywhere
+@pytest.mark.parametrize("name", ["vector-softmax-whole", "ids-pairs"])
+def test_export(name, backend):
+    (sample,) = (s for s in all_samples(torch.float32, device_of(backend)) if s.name == name)
+
     class Module(torch.nn.Module):
         def forward(self, *tensors):
             return sample.call(*tensors)
 
     tensors = tuple(x.detach() for x in sample.tensors)
-    program = torch.export.export(Module(), tensors)
-    assert torch.equal(program.module()(*tensors), sample.call(*tensors))
+    with running_on(backend):
+        program = torch.export.export(Module(), tensors)
+        assert torch.equal(program.module()(*tensors), sample.call(*tensors))
     assert any("ovseg" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("sample", all_samples(torch.float32), ids=str)
-def test_autocast_table(sample):
+@everywhere
+@places
+def test_autocast_table(place, backend):
     """Features may be lowered; the scale stays float32, and so does the result."""
-    with torch.autocast("cpu", torch.bfloat16):
-        out = sample.call(*sample.tensors)
-    assert out.dtype == torch.float32
-    grads = torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
-    assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, sample.tensors, strict=True))
-    lowered = [x.detach().bfloat16() if sample.features > 1 and i < sample.features else x.detach() for i, x in enumerate(sample.tensors)]
-    if "mean" in sample.name:
-        lowered = [x.detach() for x in sample.tensors]  # plain torch in float32
-    assert torch.equal(out, sample.call(*lowered))
+    sample, low = sample_at(place, backend, torch.float32), torch.float16 if backend in NO_BFLOAT16 else torch.bfloat16
+    with running_on(backend):
+        with torch.autocast(device_of(backend), low):
+            out = sample.call(*sample.tensors)
+        assert out.dtype == torch.float32
+        grads = torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
+        assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, sample.tensors, strict=True))
+        lowered = [x.detach().to(low) if sample.features > 1 and i < sample.features else x.detach() for i, x in enumerate(sample.tensors)]
+        if "mean" in sample.name:
+            lowered = [x.detach() for x in sample.tensors]  # plain torch in float32
+        assert torch.equal(out, sample.call(*lowered))
 
 
-@each
-def test_meta_tensors(sample):
+@everywhere
+@places
+def test_meta_tensors(place, backend):
+    sample = sample_at(place, backend)
     for name, arguments in sample.low:
         meta = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
-        real = getattr(torch.ops.ovseg, name)(*[x.detach() if isinstance(x, torch.Tensor) else x for x in arguments])
+        with running_on(backend):
+            real = getattr(torch.ops.ovseg, name)(*[x.detach() if isinstance(x, torch.Tensor) else x for x in arguments])
         fake = getattr(torch.ops.ovseg, name)(*meta)
         for a, b in zip(real if isinstance(real, tuple) else (real,), fake if isinstance(fake, tuple) else (fake,), strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
@@ -202,11 +220,33 @@ def test_explain_and_forced_backends():
 
 def test_backend_from_the_environment():
     code = "import torch, ovseg_kernels as ok; print(ok.explain('patch_text_similarity').backend)"
-    for value, expected in (("reference", "reference"), ("cpu", "cpu")):
+    for value, expected in (("reference", "reference"), ("cpu", "cpu"), ("auto", "cpu")):
         done = subprocess.run([sys.executable, "-c", code], env={"OVSEG_BACKEND": value, "PATH": ""}, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
     done = subprocess.run([sys.executable, "-c", code], env={"OVSEG_BACKEND": "fast", "PATH": ""}, capture_output=True, text=True)
     assert "OVSEG_BACKEND is 'fast'" in done.stderr
+
+
+def test_triton_from_the_environment():
+    """OVSEG_BACKEND=triton with the interpreter: a kernel answers for CPU tensors; without a GPU and without it, an error says why."""
+    code = ("import torch, ovseg_kernels as ok; x = ok.patch_text_similarity(torch.randn(1, 2, 3), torch.randn(1, 3));"
+            "import sys; print(ok.explain('patch_text_similarity').backend, 'ovseg_kernels.triton.patch_text_similarity' in sys.modules)")
+    environment = {**os.environ, "OVSEG_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["triton", "True"], done.stderr
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, "-c", code], env={**environment, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+        assert "backend 'triton' was asked for and cannot run" in done.stderr
+
+
+@pytest.mark.parametrize("archs,capability,runs", [
+    (["80", "90a"], (8, 0), True), (["80", "90a"], (8, 6), True), (["86"], (8, 0), False), (["80", "90a"], (9, 0), True),
+    (["90a"], (10, 0), False), (["90"], (10, 0), False), (["90+PTX"], (10, 0), True), (["120"], (12, 1), True), ([], (9, 0), True),
+])
+def test_which_gpu_a_library_runs_on(archs, capability, runs):
+    assert (_backends.unsupported(archs, capability) == "") == runs
+    if not runs:
+        assert f"sm_{capability[0]}{capability[1]}" in _backends.unsupported(archs, capability)
 
 
 def test_samples_survive_deepcopy():

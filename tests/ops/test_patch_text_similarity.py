@@ -202,13 +202,15 @@ def test_strides(backend):
                 torch.testing.assert_close(p, q) if backend == "reference" else torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
+@on
 @pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 0, 3, 5), (0, 0, 1, 1)])
-def test_empty_batches(shape):
+def test_empty_batches(shape, backend):
     B, T, N, D = shape
-    for pool in POOLS:
-        out, d_patches, d_texts = both(torch.randn(B, N, D), torch.randn(T, D), torch.ones(B, T), pool=pool)
-        assert out.shape == (B, T)
-        assert torch.equal(d_patches, torch.zeros(B, N, D)) and torch.equal(d_texts, torch.zeros(T, D))
+    with torch.device(device_of(backend)), running_on(backend):
+        for pool in POOLS:
+            out, d_patches, d_texts = both(torch.randn(B, N, D), torch.randn(T, D), torch.ones(B, T), pool=pool)
+            assert out.shape == (B, T)
+            assert torch.equal(d_patches, torch.zeros(B, N, D)) and torch.equal(d_texts, torch.zeros(T, D))
 
 
 def test_nothing_of_size_BTN_is_kept():

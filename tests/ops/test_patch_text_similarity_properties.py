@@ -11,7 +11,6 @@ from test_patch_text_similarity import POOLS, both
 
 import ovseg_kernels as ok
 
-
 shapes = {"B": st.integers(0, 4), "T": st.integers(0, 70), "N": st.integers(1, 40), "D": st.integers(1, 33)}
 options = {"seed": st.integers(0, 2**31), "pool": st.sampled_from(POOLS), "weight": st.sampled_from(["softmax", "sigmoid"]),
            "exponent": st.integers(-3, 3), "magnitude": st.sampled_from([1e-4, 1.0, 1e4]), "masked": st.booleans()}  # fmt: skip

@@ -6,14 +6,13 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-
-CASES = pytest.importorskip("ovseg_benchmarks.registry").CASES  # the distribution is installed, or this is a bare GPU check
 from samples import MAKERS
 
 import ovseg_kernels as ok
 from ovseg_kernels import _library
 from ovseg_kernels.triton import KERNELS as TRITON
 
+CASES = pytest.importorskip("ovseg_benchmarks.registry").CASES  # the distribution is installed, or this is a bare GPU check
 ROOT = Path(__file__).parents[2]
 
 
