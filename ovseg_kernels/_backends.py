@@ -48,12 +48,13 @@ def backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; expected one of {list(BACKENDS)}")
     before, _forced = _forced, name
-    keys = triton_keys() if name == "triton" and not _unavailable("triton") else ()
+    available_backends()  # asked now, and not while a call is being compiled
     try:
-        with lib.overriding(IMPLEMENTATIONS, keys) if keys else contextlib.nullcontext():
-            yield
+        _let_triton_answer(_triton_keys())
+        yield
     finally:
         _forced = before
+        _let_triton_answer(_triton_keys())
 
 
 def available_backends() -> dict[str, str]:
@@ -66,23 +67,50 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def triton_keys() -> tuple[str, ...]:
-    return ("CPU", "CUDA") if interpreted() else ("CUDA",)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_registered = contextlib.ExitStack()  # Triton's kernels, while they answer
+_registered_keys: tuple[str, ...] = ()
+
+
+def _triton_keys() -> tuple[str, ...]:
+    """Where Triton should answer now: where it is forced, and on CUDA where no CUDA library is loaded."""
+    if _forced == "triton":
+        return () if _unavailable("triton") else ("CPU", "CUDA") if interpreted() else ("CUDA",)
+    stands_in = _forced == "auto" and _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
+    return ("CUDA",) if stands_in else ()
+
+
+def _let_triton_answer(keys: tuple[str, ...]) -> None:
+    global _registered_keys
+    if keys != _registered_keys:
+        _registered.close()
+        _registered_keys = keys
+        if keys:
+            _registered.enter_context(lib.overriding(IMPLEMENTATIONS, keys))
+
+
+_reasons: dict[str, str] = {}
 
 
 def _unavailable(name: str) -> str:
+    """Why a backend cannot run here, or nothing. Asked once: it looks at the GPU, which must not happen at every call."""
+    if name not in _reasons:
+        _reasons[name] = _find_reason(name)
+    return _reasons[name]
+
+
+def _find_reason(name: str) -> str:
     if name == "reference":
         return ""
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _TRITON_INSTALLED:
             return "triton is not installed"
         if interpreted() or (torch.version.cuda is not None and torch.cuda.is_available()):
             return ""
         return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    if name == "cpu":
-        return "" if lib.CPU.loaded else lib.CPU.reason
-    if not lib.CUDA.loaded:
-        return lib.CUDA.reason
+    native = lib.CPU if name == "cpu" else lib.CUDA
+    if not native.loaded or name == "cpu":
+        return native.reason
     if not torch.cuda.is_available():
         return "no GPU is visible to torch"
     return unsupported(lib.build_info().get("cuda_archs", []), torch.cuda.get_device_capability())
@@ -132,8 +160,12 @@ def select(op: str, device: torch.device) -> Choice:
 
 def use_definition(op: str, device: torch.device) -> bool:
     """True when the reference is forced: the caller then runs the differentiable definition itself."""
+    if _forced == "auto" and torch.compiler.is_compiling():
+        return False  # the first call outside of it says what there is to say
     choice = select(op, device)
-    if choice.backend == "reference" and _forced == "auto" and not torch.compiler.is_compiling() and op not in _warned:
+    if choice.backend == "triton" and _forced == "auto":
+        _let_triton_answer(("CUDA",))  # a CUDA library may be loaded, and not be for this GPU
+    if choice.backend == "reference" and _forced == "auto" and op not in _warned:
         _warned.add(op)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
         warnings.warn(
@@ -160,9 +192,4 @@ def explain(op: str, *args: object) -> Choice:
     return select(op, device)
 
 
-# Standing registrations: Triton where torch has CUDA and the native CUDA library is not there, or where it is forced.
-_standing = contextlib.ExitStack()
-if _forced == "triton" and not _unavailable("triton"):
-    _standing.enter_context(lib.overriding(IMPLEMENTATIONS, triton_keys()))
-elif not lib.CUDA.loaded and torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-    _standing.enter_context(lib.overriding(IMPLEMENTATIONS, ("CUDA",)))
+_let_triton_answer(_triton_keys())

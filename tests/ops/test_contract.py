@@ -252,3 +252,29 @@ def test_which_gpu_a_library_runs_on(archs, capability, runs):
 def test_samples_survive_deepcopy():
     tensors = copy.deepcopy(SAMPLES[0].tensors)
     assert torch.equal(SAMPLES[0].call(*tensors), SAMPLES[0].call(*SAMPLES[0].tensors))
+
+
+def test_backends_nest():
+    """The innermost one answers, and the outer one does again afterwards."""
+    patches, texts = torch.randn(1, 2, 3), torch.randn(1, 3)
+    calls = []
+
+    def spy(*args):
+        calls.append("triton")
+        return _library.FALLBACKS["patch_text_similarity"](*args)
+
+    before = _backends.IMPLEMENTATIONS["patch_text_similarity"]
+    if not _backends.interpreted():
+        pytest.skip("Triton answers for CPU tensors only in its interpreter")
+    try:
+        _backends.IMPLEMENTATIONS["patch_text_similarity"] = spy
+        with ok.backend("triton"):
+            ok.patch_text_similarity(patches, texts)
+            with ok.backend("cpu"):
+                ok.patch_text_similarity(patches, texts)
+            assert calls == ["triton"]
+            ok.patch_text_similarity(patches, texts)
+        ok.patch_text_similarity(patches, texts)
+        assert calls == ["triton", "triton"]
+    finally:
+        _backends.IMPLEMENTATIONS["patch_text_similarity"] = before
