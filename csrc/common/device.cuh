@@ -41,7 +41,9 @@ const char* launch(const char*, void (*kernel)(P...), dim3 grid, unsigned thread
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (status != cudaSuccess) return cudaGetErrorString(status);
   }
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)> > >(args...);
+  // clang-format off
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  // clang-format on
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

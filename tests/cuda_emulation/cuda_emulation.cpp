@@ -48,26 +48,28 @@ struct Warp {
 
 size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
-// [guard page][slack, bytes][guard page]: bytes end at the second guard page, up to 16-byte alignment of the start.
+// [guard][slack, bytes][guard]: bytes end where the second guard begins, up to 16-byte alignment of the start. The
+// guards are address space that may not be touched, wide enough for an index that is off by a row or a tile.
+constexpr size_t kGuard = size_t(16) << 20;
 struct Guarded {
   unsigned char *mapping = nullptr, *begin = nullptr;
   size_t mapped = 0, bytes = 0;
 
   explicit Guarded(size_t bytes_) : bytes(bytes_) {
     const size_t inner = (bytes + 16 + page() - 1) / page() * page();
-    mapped = inner + 2 * page();
-    void* at = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mapped = inner + 2 * kGuard;
+    void* at = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED) throw std::bad_alloc();
     mapping = static_cast<unsigned char*>(at);
-    mprotect(mapping, page(), PROT_NONE);
-    mprotect(mapping + page() + inner, page(), PROT_NONE);
-    begin = mapping + page() + inner - (bytes + 15) / 16 * 16;
-    std::memset(mapping + page(), kPoison, inner);
+    mprotect(mapping, kGuard, PROT_NONE);
+    mprotect(mapping + kGuard + inner, kGuard, PROT_NONE);
+    begin = mapping + kGuard + inner - (bytes + 15) / 16 * 16;
+    std::memset(mapping + kGuard, kPoison, inner);
   }
   Guarded(const Guarded&) = delete;
   ~Guarded() { munmap(mapping, mapped); }
   bool intact() const {
-    const unsigned char *first = mapping + page(), *last = mapping + mapped - page();
+    const unsigned char *first = mapping + kGuard, *last = mapping + mapped - kGuard;
     for (const unsigned char* at = first; at < begin; ++at) {
       if (*at != kPoison) return false;
     }
