@@ -1,12 +1,14 @@
 """Fused, differentiable operators for dense image-text learning."""
 
+from . import philox
 from ._backends import available_backends, backend, explain
 from ._library import BackendError
 from ._version import __version__
+from .ops.center_assignment import center_assignment
 from .ops.patch_text_similarity import patch_text_similarity
 from .ops.similarity_contrastive_loss import similarity_contrastive_loss
 
-OPERATORS = ("patch_text_similarity", "similarity_contrastive_loss")
+OPERATORS = ("patch_text_similarity", "similarity_contrastive_loss", "center_assignment")
 
 __all__ = [
     "OPERATORS",
@@ -14,7 +16,9 @@ __all__ = [
     "__version__",
     "available_backends",
     "backend",
+    "center_assignment",
     "explain",
     "patch_text_similarity",
+    "philox",
     "similarity_contrastive_loss",
 ]

@@ -24,6 +24,7 @@ CUDA = "csrc/patch_text_similarity/patch_text_similarity_cuda.cu"
 FORWARD = "csrc/patch_text_similarity/patch_text_similarity_fwd.cuh"
 BACKWARD = "csrc/patch_text_similarity/patch_text_similarity_bwd.cuh"
 TILE = "csrc/common/tile.cuh"
+ASSIGNMENT = "csrc/center_assignment/center_assignment_cuda.cu"
 LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
 CPU = "csrc/patch_text_similarity/patch_text_similarity_cpu.cpp"
@@ -55,6 +56,9 @@ FAULTS = (
     Fault("wrong sign in one gradient term", BACKWARD, "A(0) : -g * phi / (norm * norm)", "A(0) : g * phi / (norm * norm)"),
     Fault("uninitialised accumulator", BACKWARD, "*out = p.first == 0 ? acc[k] : *out + acc[k];", "*out = *out + acc[k];"),
     # The same kinds of fault elsewhere.
+    Fault("assignment: straight-through mean lost", ASSIGNMENT, "d[g] = z[g] * (d[g] - mean) / p.tau;", "d[g] = z[g] * d[g] / p.tau;"),
+    Fault("assignment: count off by one", ASSIGNMENT, "return count + A(1);", "return count + A(2);"),
+    Fault("assignment: noise of another element", ASSIGNMENT, "(b * p.L + l) * p.G + g", "(b * p.L + l) * p.G + g + 1"),
     Fault("stale asynchronous copy", TILE, "wait_copies<1>();", "wait_copies<2>();"),
     Fault("race between columns and sums", LOSS, "  parts[threadIdx.x] = mine;\n  __syncthreads();", "  parts[threadIdx.x] = mine;",
           after="columns_kernel"),

@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #if defined(__CUDACC__) && !defined(OVSEG_EMULATED)
-#define OVSEG_ANYWHERE __host__ __device__ inline
+#define OVSEG_ANYWHERE static __host__ __device__ inline
 #else
-#define OVSEG_ANYWHERE inline
+#define OVSEG_ANYWHERE static inline  // of each file: one of them may be compiled for AVX-512
 #endif
 
 namespace ovseg {

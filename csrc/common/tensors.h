@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "types.h"
+
 #ifdef OVSEG_EMULATED
 #include "emulated_tensors.h"
 #endif
@@ -34,6 +36,19 @@ inline bool is_floating(const Tensor& x) {
       return true;
     default:
       return false;
+  }
+}
+
+inline Type type_code(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return Type::float64;
+    case ScalarType::Half:
+      return Type::float16;
+    case ScalarType::BFloat16:
+      return Type::bfloat16;
+    default:
+      return Type::float32;
   }
 }
 

@@ -1,13 +1,12 @@
 // patch_text_similarity: parameters and entry points. No torch and no device code here.
 // Formulas: ovseg_kernels/ops/patch_text_similarity.py; the equation numbers in the kernels are of that docstring.
 #pragma once
-#include <cstdint>
+#include "../common/types.h"
 
 namespace ovseg {
 
 enum class Pool : int { vector = 0, score = 1, max = 2 };
 enum class Weight : int { softmax = 0, sigmoid = 1 };
-enum class Type : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
 
 // A is the accumulation type: double for float64 inputs, float for all others.
 template <typename A>

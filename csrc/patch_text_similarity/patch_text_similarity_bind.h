@@ -7,19 +7,6 @@
 
 namespace ovseg {
 
-inline Type type_code(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return Type::float64;
-    case ScalarType::Half:
-      return Type::float16;
-    case ScalarType::BFloat16:
-      return Type::bfloat16;
-    default:
-      return Type::float32;
-  }
-}
-
 inline void check_inputs(const Tensor& patches, const Tensor& texts, const std::optional<Tensor>& mask, int64_t pool,
                          int64_t weight) {
   STD_TORCH_CHECK(patches.dim() == 3, "patches has ", patches.dim(), " dimensions; expected 3, [B, N, D]");

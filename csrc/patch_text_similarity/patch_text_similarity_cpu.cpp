@@ -8,6 +8,7 @@
 //   Gram  |v|^2 = a^T G a with G = U U^T [N, N], never a vector of width D per text   (N small against D and T)
 //   PV    v itself, one tile at a time                                                (otherwise)
 #include "../common/gemm.h"
+#include "../common/rows.h"
 #include "patch_text_similarity.h"
 
 namespace ovseg {
@@ -68,82 +69,6 @@ struct Workspace {
   }
 };
 
-template <typename A>
-void load_row(const PatchTextParams<A>& p, const void* base, int64_t offset, A* out) {
-  switch (p.type) {
-    case Type::float32: {
-      const float* x = static_cast<const float*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) out[d] = static_cast<A>(x[d]);
-      break;
-    }
-    case Type::float64: {
-      const double* x = static_cast<const double*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) out[d] = static_cast<A>(x[d]);
-      break;
-    }
-    case Type::float16: {
-      const _Float16* x = static_cast<const _Float16*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) out[d] = static_cast<A>(static_cast<float>(x[d]));
-      break;
-    }
-    case Type::bfloat16: {
-      const uint16_t* x = static_cast<const uint16_t*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) {
-        const uint32_t bits = static_cast<uint32_t>(x[d]) << 16;
-        float value;
-        memcpy(&value, &bits, sizeof(value));
-        out[d] = static_cast<A>(value);
-      }
-      break;
-    }
-  }
-}
-
-template <typename A>
-void store_row(const PatchTextParams<A>& p, void* base, int64_t offset, const A* x) {
-  switch (p.type) {
-    case Type::float32: {
-      float* out = static_cast<float*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) out[d] = static_cast<float>(x[d]);
-      break;
-    }
-    case Type::float64: {
-      double* out = static_cast<double*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) out[d] = static_cast<double>(x[d]);
-      break;
-    }
-    case Type::float16: {
-      _Float16* out = static_cast<_Float16*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) out[d] = static_cast<_Float16>(static_cast<float>(x[d]));
-      break;
-    }
-    case Type::bfloat16: {
-      uint16_t* out = static_cast<uint16_t*>(base) + offset;
-      for (int64_t d = 0; d < p.D; ++d) {
-        const float value = static_cast<float>(x[d]);
-        uint32_t bits;
-        memcpy(&bits, &value, sizeof(bits));
-        if (value == value) bits += 0x7fff + ((bits >> 16) & 1);  // round to nearest even; a NaN stays one
-        out[d] = static_cast<uint16_t>(bits >> 16);
-      }
-      break;
-    }
-  }
-}
-
-template <typename A>
-A dot(const A* x, const A* y, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-template <typename A>
-void add_scaled(A* out, A factor, const A* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
-}
-
 // u, norms and keep of image b. A masked patch becomes a zero row, so that whatever it holds reaches nothing.
 // Returns the number of kept patches.
 template <typename A>
@@ -153,7 +78,7 @@ int64_t load_image(const PatchTextParams<A>& p, int64_t b, Workspace<A>& w) {
     A* row = w.u + n * p.D;
     const bool keep = p.mask == nullptr || p.mask[b * p.mask_strides[0] + n * p.mask_strides[1]];
     if (keep) {
-      load_row(p, p.patches, b * p.patch_strides[0] + n * p.patch_strides[1], row);
+      load_row(p.type, p.patches, b * p.patch_strides[0] + n * p.patch_strides[1], p.D, row);
       ++kept;
     } else {
       memset(row, 0, p.D * sizeof(A));
@@ -458,7 +383,7 @@ void backward_slots(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* 
         A* row = w.du + n * p.D;
         // The projection onto the sphere; a norm clamped at eps is a constant and has none.
         if (any && !(w.r[n] < A(kEps))) add_scaled(row, -w.colsum[n] * w.r_inv[n] * w.r_inv[n], w.u + n * p.D, p.D);
-        store_row(p, p.grad_patches, (b * p.N + n) * p.D, row);
+        store_row(p.type, p.grad_patches, (b * p.N + n) * p.D, p.D, row);
       }
     }
   }
@@ -468,7 +393,7 @@ template <typename A>
 void prepare_texts(const PatchTextParams<A>& p) {
   for (int64_t t = 0; t < p.T; ++t) {
     A* row = p.unit_texts + t * p.D;
-    load_row(p, p.texts, t * p.text_strides[0], row);
+    load_row(p.type, p.texts, t * p.text_strides[0], p.D, row);
     const A norm = sqrt_of(dot(row, row, p.D));
     p.text_norms[t] = norm;
     const A inverse = A(1) / (norm < A(kEps) ? A(kEps) : norm);
@@ -494,7 +419,7 @@ void finish_texts(const PatchTextParams<A>& p, int64_t begin, int64_t end) {
     const A inverse = A(1) / (clamped ? A(kEps) : p.text_norms[t]);
     if (!clamped) add_scaled(sum, -dot(sum, q, p.D), q, p.D);
     for (int64_t d = 0; d < p.D; ++d) sum[d] *= inverse;
-    store_row(p, p.grad_texts, t * p.D, sum);
+    store_row(p.type, p.grad_texts, t * p.D, p.D, sum);
   }
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 import ovseg_kernels as ok
+from ovseg_kernels import philox
 
 
 @dataclass
@@ -20,7 +21,10 @@ class Sample:
     call: Callable
     tensors: tuple[torch.Tensor, ...]
     low: list[tuple[str, tuple]] = field(default_factory=list)
-    features: int = 1  # how many leading tensors autocast may cast
+    features: int = 1  # how many leading tensors may be of 16 bits
+    lowered: int | None = None  # how many autocast casts; None: all features, if there are several
+    rounded: bool = False  # draws Philox noise, which is float32 whatever the dtype
+    smooth: bool = True  # False: straight-through, whose gradient is not that of the value
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
@@ -106,7 +110,43 @@ def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
     return found
 
 
-MAKERS = {"patch_text_similarity": patch_text, "similarity_contrastive_loss": contrastive}
+def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> list[Sample]:
+    torch.manual_seed(3)
+    to = {"dtype": dtype, "device": device}
+    noise = torch.randn(B, G, L, dtype=dtype).to(device)
+    rng = philox.make_rng(5, device=device)
+    cases = {
+        "plain": {},
+        "noise": {"noise": noise, "normalizer": "mean", "scale": 0.7, "tau": 0.9},
+        "rng-masked": {"rng": rng, "mask": mask_of(B, L, device), "normalizer": "mean"},
+        "soft-sum": {"hard": False, "normalizer": "sum", "noise": noise},
+        "soft-mean": {"hard": False, "normalizer": "mean", "rng": rng, "mask": mask_of(B, L, device)},
+        "map": {"return_soft": True, "scale": 0.5, "noise": noise},
+    }
+    found = []
+    for name, kwargs in cases.items():
+
+        def call(queries, keys, values, kwargs=kwargs):
+            # Straight through: what the finite difference of a hard assignment is not. The gradient of the soft part is.
+            pooled, _, soft = ok.center_assignment(queries, keys, values, **kwargs)
+            return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+
+        tensors = leaf(B, G, D, **to), leaf(B, L, D, **to), leaf(B, L, E, **to)
+        plain = tuple(x.detach() for x in tensors)
+        optional = tuple(kwargs.get(key) for key in ("mask", "noise", "rng"))
+        options = (kwargs.get("scale", 1.0), kwargs.get("tau", 1.0), kwargs.get("hard", True),
+                   {"mean": 0, "mean_plus_one": 1, "sum": 2}[kwargs.get("normalizer", "mean_plus_one")])
+        pooled, index, count, soft = torch.ops.ovseg.center_assignment(*plain, *optional, *options, True)
+        low = [("center_assignment", (*tensors, *optional, *options, "return_soft" in kwargs))]
+        for needs in ((True, True, True), (True, False, False), (False, True, True)):
+            upstream = (torch.randn_like(pooled), torch.randn_like(soft) if "return_soft" in kwargs else None)
+            low.append(("center_assignment_backward", (*upstream, *plain, *optional, pooled, index, count, *options, *needs)))
+        found.append(Sample("center_assignment", name, call, tensors, low, features=3, lowered=0, rounded="rng" in kwargs,
+                            smooth=not kwargs.get("hard", True)))
+    return found
+
+
+MAKERS = {"patch_text_similarity": patch_text, "similarity_contrastive_loss": contrastive, "center_assignment": assignment}
 
 
 def all_samples(dtype=torch.float64, device="cpu") -> list[Sample]:

@@ -53,12 +53,13 @@ def kind_of(rest: str) -> str:
     """The arithmetic of a kernel, from its mangled template arguments."""
     if "Mma16" in rest or "Tf32" in rest:
         return "tensor core"
-    return "double" if re.match(r"I(NS0_4KindI)?d", rest) else "float"
+    return "double" if re.match(r"I(NS0_(4Kind|10CenterKind)I)?d", rest) else "float"
 
 
 # Registers of 128 threads: 168 lets three blocks share an SM, 255 two. Stack is what spilled.
-BUDGET = {"tensor core": (168, 64), "float": (255, 96), "double": (255, 32)}
-SMALL = ("norms_kernel", "finish_kernel", "scalars_kernel", "rows_kernel", "columns_kernel", "loss_bwd_kernel", "scale_kernel")
+BUDGET = {"tensor core": (168, 96), "float": (255, 96), "double": (255, 128)}
+SMALL = ("norms_kernel", "finish_kernel", "scalars_kernel", "rows_kernel", "columns_kernel", "loss_bwd_kernel", "scale_kernel",
+         "prepare_kernel", "values_kernel", "pool_kernel")
 
 
 @needs_nvcc

@@ -100,6 +100,21 @@ def contrastive(dtype, ids, pairs):
     op.backward(scale, similarity, scale, *optional, rows, columns, torch.ones(B, dtype=dtype), torch.ones(T, dtype=dtype), 0)
 
 
+def assignment(dtype, hard, noise, masked):
+    from ovseg_kernels.triton import center_assignment as op
+
+    B, G, L, D = 2, 8, 196, 768
+    queries, keys, values = torch.randn(B, G, D).to(dtype), torch.randn(B, L, D).to(dtype), torch.randn(B, L, D).to(dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    optional = (torch.ones(B, L, dtype=torch.bool) if masked else None, torch.zeros(B, G, L, dtype=acc) if noise == "given" else None,
+                torch.zeros(2, dtype=torch.int64) if noise == "rng" else None)
+    soft = noise == "given"
+    saved = op.forward(queries, keys, values, *optional, 0.1, 0.9, hard, 0 if hard else 1, soft)
+    grad_soft = torch.zeros(B, G, L, dtype=acc) if soft else None
+    inputs = (torch.zeros(B, G, D, dtype=acc), grad_soft, queries, keys, values, *optional, *saved[:3])
+    op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, True)
+
+
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -121,6 +136,10 @@ def main() -> None:
         for ids, pairs in ((False, False), (True, True)):
             label = f"{str(dtype).removeprefix('torch.')}{' ids pairs' if ids else ''}"
             contrastive(dtype, ids, pairs)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for hard, noise, masked in ((True, "rng", False), (False, "given", True)):
+            label = f"{str(dtype).removeprefix('torch.')} assignment, noise {noise}{' masked' if masked else ''}"
+            assignment(dtype, hard, noise, masked)
     label = "philox"
     philox()
 

@@ -1,0 +1,96 @@
+// center_assignment: registration for the CPU.
+#include "center_assignment_bind.h"
+
+#include "../common/isa.h"
+
+namespace ovseg {
+namespace {
+
+template <typename A>
+const CenterTable<A>& table() {
+#ifdef OVSEG_X86
+  if (best_isa() == Isa::avx512) return avx512::center_table<A>();
+  if (best_isa() == Isa::avx2) return avx2::center_table<A>();
+#endif
+  return baseline::center_table<A>();
+}
+
+template <typename A>
+CenterOutputs forward_as(const Tensor& like, CenterParams<A> p, bool want_soft) {
+  CenterOutputs outputs = center_outputs(p, like, want_soft);
+  const ScalarType type = accumulation_type(like);
+  const CenterTable<A>& run = table<A>();
+  const int64_t tasks = p.B * center_slots(p.L);
+  Tensor memory = new_tensor(like, {tasks * p.G * (p.E + 1)}, type);
+  A* partial = data<A>(memory);
+  parallel_with_workspace<A>(like, tasks, run.workspace_size(p), type, [&](int64_t begin, int64_t end, A* workspace) {
+    run.forward_slots(p, begin, end, partial, workspace);
+  });
+  torch::stable::parallel_for(0, p.B, 1,
+                              [&](int64_t begin, int64_t end) { run.finish_forward(p, begin, end, partial); });
+  return outputs;
+}
+
+CenterOutputs forward(Tensor queries, Tensor keys, Tensor values, Optional mask, Optional noise, Optional rng,
+                      double scale, double tau, bool hard, int64_t normalizer, bool want_soft) {
+  if (queries.scalar_type() == ScalarType::Double) {
+    return forward_as(queries,
+                      center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
+                      want_soft);
+  }
+  return forward_as(
+      queries, center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer), want_soft);
+}
+
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& like, const CenterParams<A>& p,
+                                                std::tuple<Tensor, Tensor, Tensor> gradients) {
+  const CenterTable<A>& run = table<A>();
+  const ScalarType type = accumulation_type(like);
+  const int64_t slots = center_slots(p.L), tasks = p.B * slots;
+  if (p.L == 0) torch::stable::zero_(std::get<0>(gradients));
+  Tensor memory = new_tensor(like, {p.grad_queries ? tasks * p.G * p.D : 0}, type);
+  A* partial = data<A>(memory);
+  parallel_with_workspace<A>(like, tasks, run.workspace_size(p), type, [&](int64_t begin, int64_t end, A* workspace) {
+    run.backward_slots(p, begin, end, partial, workspace);
+  });
+  if (p.grad_queries && slots > 0) {
+    torch::stable::parallel_for(0, p.B, 1,
+                                [&](int64_t begin, int64_t end) { run.finish_backward(p, begin, end, partial); });
+  }
+  return gradients;
+}
+
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const Optional& grad_soft, const Tensor& queries,
+                                               const Tensor& keys, const Tensor& values, const Tensor& pooled,
+                                               const Tensor& index, const Tensor& count, CenterParams<A> p,
+                                               bool need_queries, bool need_keys, bool need_values) {
+  std::vector<Tensor> kept;
+  auto gradients = center_gradients(p, kept, grad, grad_soft, queries, keys, values, pooled, index, count, need_queries,
+                                    need_keys, need_values);
+  return run_backward(queries, p, gradients);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Optional grad_soft, Tensor queries, Tensor keys, Tensor values,
+                                            Optional mask, Optional noise, Optional rng, Tensor pooled, Tensor index,
+                                            Tensor count, double scale, double tau, bool hard, int64_t normalizer,
+                                            bool need_queries, bool need_keys, bool need_values) {
+  if (queries.scalar_type() == ScalarType::Double) {
+    return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count,
+                       center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
+                       need_queries, need_keys, need_values);
+  }
+  return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count,
+                     center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
+                     need_queries, need_keys, need_values);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ovseg, CPU, m) {
+  m.impl("center_assignment", TORCH_BOX(&forward));
+  m.impl("center_assignment_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace ovseg

@@ -1,0 +1,77 @@
+// center_assignment: registration for CUDA.
+#include "../common/cuda_tensors.h"
+#include "center_assignment_bind.h"
+#include "center_assignment_cuda.h"
+
+namespace ovseg {
+namespace {
+
+template <typename A>
+CenterCuda<A> with_workspace(const CenterParams<A>& p, const Tensor& like, bool backward, Tensor& memory,
+                             void* stream) {
+  memory = new_tensor(like, {static_cast<int64_t>(center_workspace(p, backward))}, ScalarType::Byte);
+  return {p, data<unsigned char>(memory), stream};
+}
+
+template <typename A>
+CenterOutputs forward_as(const Tensor& like, CenterParams<A> p, bool want_soft) {
+  const OnDevice device(like);
+  CenterOutputs outputs = center_outputs(p, like, want_soft);
+  if (p.B == 0) return outputs;
+  Tensor memory = new_tensor(like, {0}, ScalarType::Byte);
+  check_launch("center_assignment", center_forward(with_workspace(p, like, false, memory, device.stream())));
+  return outputs;
+}
+
+CenterOutputs forward(Tensor queries, Tensor keys, Tensor values, Optional mask, Optional noise, Optional rng,
+                      double scale, double tau, bool hard, int64_t normalizer, bool want_soft) {
+  if (queries.scalar_type() == ScalarType::Double) {
+    return forward_as(queries,
+                      center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
+                      want_soft);
+  }
+  return forward_as(
+      queries, center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer), want_soft);
+}
+
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const Optional& grad_soft, const Tensor& queries,
+                                               const Tensor& keys, const Tensor& values, const Tensor& pooled,
+                                               const Tensor& index, const Tensor& count, CenterParams<A> p,
+                                               bool need_queries, bool need_keys, bool need_values) {
+  const OnDevice device(queries);
+  std::vector<Tensor> kept;
+  auto gradients = center_gradients(p, kept, grad, grad_soft, queries, keys, values, pooled, index, count, need_queries,
+                                    need_keys, need_values);
+  if (p.B == 0 || p.L == 0) {
+    torch::stable::zero_(std::get<0>(gradients));
+    return gradients;
+  }
+  Tensor memory = new_tensor(queries, {0}, ScalarType::Byte);
+  check_launch("center_assignment_backward",
+               center_backward(with_workspace(p, queries, true, memory, device.stream())));
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Optional grad_soft, Tensor queries, Tensor keys, Tensor values,
+                                            Optional mask, Optional noise, Optional rng, Tensor pooled, Tensor index,
+                                            Tensor count, double scale, double tau, bool hard, int64_t normalizer,
+                                            bool need_queries, bool need_keys, bool need_values) {
+  if (queries.scalar_type() == ScalarType::Double) {
+    return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count,
+                       center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
+                       need_queries, need_keys, need_values);
+  }
+  return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count,
+                     center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
+                     need_queries, need_keys, need_values);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(OVSEG_LIBRARY, OVSEG_DEVICE_KEY, m) {
+  m.impl("center_assignment", TORCH_BOX(&forward));
+  m.impl("center_assignment_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace ovseg

@@ -1,0 +1,244 @@
+// center_assignment on the CPU. Compiled once per instruction set. One task owns a slot of consecutive tokens of one
+// image: keys and values are read once, partial sums of the slots are added in order, so the bits do not depend on the
+// threads.
+#include "../common/philox.h"
+#include "../common/rows.h"
+#include "center_assignment.h"
+
+namespace ovseg {
+namespace OVSEG_ISA {
+namespace {
+
+// Scratch of one thread.
+template <typename A>
+struct Workspace {
+  A *queries, *grad, *row, *out, *z, *y, *soft, *ds, *by_center, *rho;
+  int64_t size = 0;
+
+  A* take(A* base, int64_t count) {
+    A* at = base ? base + size : nullptr;
+    size += (count + 31) / 32 * 32;
+    return at;
+  }
+  Workspace(const CenterParams<A>& p, A* base) {
+    const int64_t widest = p.D > p.E ? p.D : p.E;
+    queries = take(base, p.G * p.D);
+    grad = take(base, p.G * p.E);
+    row = take(base, widest);
+    out = take(base, widest);
+    z = take(base, p.G);
+    y = take(base, p.G);
+    soft = take(base, p.G);
+    ds = take(base, p.G);
+    by_center = take(base, p.G);
+    rho = take(base, p.G);
+  }
+};
+
+// Rows whose elements are not neighbours are gathered through the same converter, one element at a time.
+template <typename A>
+void load_strided(Type type, const void* base, int64_t offset, int64_t stride, int64_t count, A* out) {
+  if (stride == 1) return load_row(type, base, offset, count, out);
+  for (int64_t i = 0; i < count; ++i) load_row(type, base, offset + i * stride, int64_t(1), out + i);
+}
+
+template <typename A>
+void load_queries(const CenterParams<A>& p, int64_t b, Workspace<A>& w) {
+  for (int64_t g = 0; g < p.G; ++g) {
+    load_strided(p.type, p.queries, b * p.query_strides[0] + g * p.query_strides[1], p.query_strides[2], p.D,
+                 w.queries + g * p.D);
+  }
+}
+
+// Scores z, with noise and temperature y, of one token: equations (1) and (2) before the softmax. Its key stays in
+// w.row.
+template <typename A>
+void score(const CenterParams<A>& p, int64_t b, int64_t l, Workspace<A>& w) {
+  load_strided(p.type, p.keys, b * p.key_strides[0] + l * p.key_strides[1], p.key_strides[2], p.D, w.row);
+  dots(w.row, w.queries, p.G, p.D, w.z);
+  const int64_t first = (b * p.L + l) * p.G;
+  for (int64_t g = 0; g < p.G; ++g) {
+    w.z[g] *= p.scale;
+    A noise = 0;
+    if (p.noise) noise = p.noise[b * p.noise_strides[0] + g * p.noise_strides[1] + l * p.noise_strides[2]];
+    if (p.rng) noise = static_cast<A>(gumbel_from_bits(philox_bits(p.rng[0], p.rng[1], first + g)));
+    w.y[g] = (w.z[g] + noise) / p.tau;
+  }
+}
+
+template <typename A>
+int64_t first_maximum(const A* y, int64_t G) {
+  int64_t best = 0;
+  for (int64_t g = 1; g < G; ++g) {
+    if (y[g] > y[best] || (y[g] != y[g] && y[best] == y[best])) best = g;
+  }
+  return best;
+}
+
+template <typename A>
+void softmax(const A* y, int64_t G, A* out) {
+  const A top = y[first_maximum(y, G)];
+  A sum = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    out[g] = exp_fast(y[g] - top);
+    sum += out[g];
+  }
+  for (int64_t g = 0; g < G; ++g) out[g] /= sum;
+}
+
+template <typename A>
+A divisor(const CenterParams<A>& p, A count) {  // (4)
+  if (p.normalizer == Normalizer::sum) return A(1);
+  if (p.normalizer == Normalizer::mean_plus_one) return count + A(1);
+  return count < A(1) ? A(1) : count;
+}
+
+template <typename A>
+bool kept(const CenterParams<A>& p, int64_t b, int64_t l) {
+  return !p.mask || p.mask[b * p.mask_strides[0] + l * p.mask_strides[1]];
+}
+
+template <typename A>
+void forward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial, A* memory) {
+  Workspace<A> w(p, memory);
+  const int64_t slots = center_slots(p.L), width = p.E + 1;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t b = t / slots, l0 = t % slots * kCenterSlot, l1 = l0 + kCenterSlot < p.L ? l0 + kCenterSlot : p.L;
+    A* sums = partial + t * p.G * width;
+    memset(sums, 0, p.G * width * sizeof(A));
+    load_queries(p, b, w);
+    for (int64_t l = l0; l < l1; ++l) {
+      const bool keep = kept(p, b, l);
+      if (keep) score(p, b, l, w);
+      const int64_t best = keep ? first_maximum(w.y, p.G) : -1;
+      p.index[b * p.L + l] = best;
+      if (p.soft) {  // (5)
+        if (keep) softmax(w.z, p.G, w.soft);
+        for (int64_t g = 0; g < p.G; ++g) p.soft[(b * p.G + g) * p.L + l] = keep ? w.soft[g] : A(0);
+      }
+      if (!keep) continue;
+      load_strided(p.type, p.values, b * p.value_strides[0] + l * p.value_strides[1], p.value_strides[2], p.E, w.row);
+      if (p.hard) {
+        add_scaled(sums + best * width, A(1), w.row, p.E);
+        sums[best * width + p.E] += A(1);
+      } else {
+        softmax(w.y, p.G, w.soft);
+        for (int64_t g = 0; g < p.G; ++g) {
+          add_scaled(sums + g * width, w.soft[g], w.row, p.E);
+          sums[g * width + p.E] += w.soft[g];
+        }
+      }
+    }
+  }
+}
+
+template <typename A>
+void finish_forward(const CenterParams<A>& p, int64_t begin, int64_t end, const A* partial) {
+  const int64_t slots = center_slots(p.L), width = p.E + 1;
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t g = 0; g < p.G; ++g) {
+      A* out = p.pooled + (b * p.G + g) * p.E;
+      memset(out, 0, p.E * sizeof(A));
+      A count = 0;
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        const A* sums = partial + ((b * slots + slot) * p.G + g) * width;
+        add_scaled(out, A(1), sums, p.E);
+        count += sums[p.E];
+      }
+      const A n = divisor(p, count);
+      for (int64_t e = 0; e < p.E; ++e) out[e] /= n;
+      p.count[b * p.G + g] = count;
+    }
+  }
+}
+
+template <typename A>
+void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial, A* memory) {
+  Workspace<A> w(p, memory);
+  const int64_t slots = center_slots(p.L);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t b = t / slots, l0 = t % slots * kCenterSlot, l1 = l0 + kCenterSlot < p.L ? l0 + kCenterSlot : p.L;
+    A* dq = p.grad_queries ? partial + t * p.G * p.D : nullptr;
+    if (dq) memset(dq, 0, p.G * p.D * sizeof(A));
+    load_queries(p, b, w);
+    for (int64_t g = 0; g < p.G; ++g) {  // p_g / n_g, and rho_g / n_g
+      const A* grad = p.grad + (b * p.G + g) * p.E;
+      const A count = p.count[b * p.G + g], inverse = A(1) / divisor(p, count);
+      for (int64_t e = 0; e < p.E; ++e) w.grad[g * p.E + e] = grad[e] * inverse;
+      const bool constant = p.normalizer == Normalizer::sum || (p.normalizer == Normalizer::mean && count < A(1));
+      w.rho[g] = constant ? A(0) : dot(p.pooled + (b * p.G + g) * p.E, w.grad + g * p.E, p.E);
+    }
+    for (int64_t l = l0; l < l1; ++l) {
+      const int64_t at = b * p.L + l;
+      if (!kept(p, b, l)) {
+        memset(w.out, 0, (p.D > p.E ? p.D : p.E) * sizeof(A));
+        if (p.grad_keys) store_row(p.type, p.grad_keys, at * p.D, p.D, w.out);
+        if (p.grad_values) store_row(p.type, p.grad_values, at * p.E, p.E, w.out);
+        continue;
+      }
+      load_strided(p.type, p.values, b * p.value_strides[0] + l * p.value_strides[1], p.value_strides[2], p.E, w.row);
+      dots(w.row, w.grad, p.G, p.E, w.ds);
+      score(p, b, l, w);  // the key is in w.row from here
+      softmax(w.y, p.G, w.soft);
+      A mean = 0;
+      for (int64_t g = 0; g < p.G; ++g) {
+        w.ds[g] -= w.rho[g];  // (6)
+        mean += w.soft[g] * w.ds[g];
+      }
+      if (p.grad_values) {  // (9)
+        if (p.hard) {
+          store_row(p.type, p.grad_values, at * p.E, p.E, w.grad + p.index[at] * p.E);
+        } else {
+          combine(w.soft, w.grad, p.G, p.E, w.out);
+          store_row(p.type, p.grad_values, at * p.E, p.E, w.out);
+        }
+      }
+      for (int64_t g = 0; g < p.G; ++g) w.ds[g] = w.soft[g] * (w.ds[g] - mean) / p.tau;  // (7)
+      if (p.grad_soft) {
+        softmax(w.z, p.G, w.soft);
+        A inner = 0;
+        for (int64_t g = 0; g < p.G; ++g) inner += w.soft[g] * p.grad_soft[(b * p.G + g) * p.L + l];
+        for (int64_t g = 0; g < p.G; ++g) w.ds[g] += w.soft[g] * (p.grad_soft[(b * p.G + g) * p.L + l] - inner);
+      }
+      for (int64_t g = 0; g < p.G; ++g) w.ds[g] *= p.scale;
+      if (p.grad_keys) {  // (8)
+        combine(w.ds, w.queries, p.G, p.D, w.out);
+        store_row(p.type, p.grad_keys, at * p.D, p.D, w.out);
+      }
+      if (dq) {
+        for (int64_t g = 0; g < p.G; ++g) add_scaled(dq + g * p.D, w.ds[g], w.row, p.D);
+      }
+    }
+  }
+}
+
+template <typename A>
+void finish_backward(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial) {
+  const int64_t slots = center_slots(p.L);
+  for (int64_t b = begin; b < end; ++b) {
+    A* sum = partial + b * slots * p.G * p.D;
+    for (int64_t slot = 1; slot < slots; ++slot) add_scaled(sum, A(1), sum + slot * p.G * p.D, p.G * p.D);
+    store_row(p.type, p.grad_queries, b * p.G * p.D, p.G * p.D, sum);
+  }
+}
+
+template <typename A>
+int64_t workspace_size(const CenterParams<A>& p) {
+  return Workspace<A>(p, nullptr).size;
+}
+
+template <typename A>
+constexpr CenterTable<A> kTable = {workspace_size<A>, forward_slots<A>, finish_forward<A>, backward_slots<A>,
+                                   finish_backward<A>};
+
+}  // namespace
+
+template <typename A>
+const CenterTable<A>& center_table() {
+  return kTable<A>;
+}
+template const CenterTable<float>& center_table<float>();
+template const CenterTable<double>& center_table<double>();
+
+}  // namespace OVSEG_ISA
+}  // namespace ovseg

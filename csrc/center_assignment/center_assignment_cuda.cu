@@ -1,0 +1,390 @@
+// center_assignment on CUDA, sm_80 and newer: tokens on the rows of a tile, centers on its columns.
+//
+// Scores of 64 tokens with all centers meet in shared memory, where one thread a token draws the noise, finds the
+// winner and the softmax. Pooling walks the tokens in order, one thread a channel, so that every sum has a fixed order
+// and keys and values are read once. Scores, noise, softmax and counts are float whatever the inputs: products of
+// 16-bit operands are exact in float sums. Equation numbers: ovseg_kernels/ops/center_assignment.py.
+#include "../common/philox.h"
+#include "../common/tile.cuh"
+#include "center_assignment_cuda.h"
+
+namespace ovseg {
+namespace {
+
+// Products of scores (Score) and those with d scores, which can be of any size (Back): see
+// patch_text_similarity_fwd.cuh.
+template <typename T_, typename Score_, typename Back_>
+struct CenterKind {
+  using T = T_;
+  using Score = Score_;
+  using Back = Back_;
+  using A = typename Score_::Sum;
+};
+using CenterFloat64 = CenterKind<double, Exact<double>, Exact<double>>;
+using CenterFloat32 = CenterKind<float, Exact<float>, Exact<float>>;
+using CenterFloat16 = CenterKind<half, Mma16<half>, Tf32>;
+using CenterBFloat16 = CenterKind<bfloat16, Mma16<bfloat16>, Tf32>;
+
+template <typename K>
+struct CenterArgs {
+  using A = typename K::A;
+  using T = typename K::T;
+  CenterParams<A> p;
+  A *weights, *d_scores;  // [B, L, G]
+  A *scaled, *rho;        // [B, G, E] d pooled / n, and [B, G] rho / n
+
+  __device__ bool kept(int64_t b, int64_t l) const {
+    return !p.mask || p.mask[b * p.mask_strides[0] + l * p.mask_strides[1]];
+  }
+  __device__ const bool* keep_of(int64_t b) const { return p.mask ? p.mask + b * p.mask_strides[0] : nullptr; }
+  __device__ const T* key(int64_t b) const { return static_cast<const T*>(p.keys) + b * p.key_strides[0]; }
+  __device__ const T* value(int64_t b) const { return static_cast<const T*>(p.values) + b * p.value_strides[0]; }
+  __device__ const T* query(int64_t b) const { return static_cast<const T*>(p.queries) + b * p.query_strides[0]; }
+  __device__ Operand<T, A> key_rows(int64_t b) const {  // row l, depth D
+    return {key(b), p.key_strides[1], p.key_strides[2], p.L, p.D, keep_of(b), p.mask_strides[1], false};
+  }
+  __device__ Operand<T, A> key_columns(int64_t b) const {  // row d, depth L
+    return {key(b), p.key_strides[2], p.key_strides[1], p.D, p.L, keep_of(b), p.mask_strides[1], true};
+  }
+  __device__ Operand<T, A> value_rows(int64_t b) const {  // row l, depth E
+    return {value(b), p.value_strides[1], p.value_strides[2], p.L, p.E, keep_of(b), p.mask_strides[1], false};
+  }
+  __device__ Operand<T, A> query_rows(int64_t b) const {  // row g, depth D
+    return {query(b), p.query_strides[1], p.query_strides[2], p.G, p.D};
+  }
+  __device__ A noise(int64_t b, int64_t g, int64_t l) const {
+    if (p.noise) return p.noise[b * p.noise_strides[0] + g * p.noise_strides[1] + l * p.noise_strides[2]];
+    if (p.rng) return static_cast<A>(gumbel_from_bits(philox_bits(p.rng[0], p.rng[1], (b * p.L + l) * p.G + g)));
+    return A(0);
+  }
+  __device__ A divisor(A count) const {  // (4)
+    if (p.normalizer == Normalizer::sum) return A(1);
+    if (p.normalizer == Normalizer::mean_plus_one) return count + A(1);
+    return count < A(1) ? A(1) : count;
+  }
+};
+
+__host__ __device__ inline int center_pitch(int64_t G) { return static_cast<int>(G) + 1; }
+
+// A [64, G] B [64, E or D]^T of 64 tokens and all centers into shared memory, rows center_pitch(G) apart.
+template <typename P, typename TA, typename TB>
+__device__ void all_centers(const Operand<TA, typename P::Sum>& tokens, int64_t l0,
+                            const Operand<TB, typename P::Sum>& centers, unsigned char* stages, typename P::Sum* out) {
+  typename P::Sum acc[kAccumulators];
+  for (int64_t g0 = 0; g0 < centers.rows; g0 += kTile) {
+    clear<P>(acc);
+    product<P>(tokens, l0, centers, g0, stages, acc);
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) {
+      const int64_t g = g0 + tile_column<P>(i);
+      if (g < centers.rows) out[tile_row<P>(i) * center_pitch(centers.rows) + g] = acc[i];
+    }
+  }
+  __syncthreads();
+}
+
+// Softmax of y over the centers in place; returns the first center that is largest.
+template <typename A>
+__device__ int softmax(A* y, int64_t G) {
+  int best = 0;
+  for (int g = 1; g < G; ++g) {
+    if (y[g] > y[best] || (y[g] != y[g] && y[best] == y[best])) best = g;
+  }
+  const A top = y[best];
+  A sum = 0;
+  for (int g = 0; g < G; ++g) {
+    y[g] = exp(y[g] - top);
+    sum += y[g];
+  }
+  for (int g = 0; g < G; ++g) y[g] /= sum;
+  return best;
+}
+
+// Scores, winner and, where they are wanted, the softmax without noise (5) and the soft weights (2) of 64 tokens.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  OVSEG_DYNAMIC_SHARED(memory);
+  A* scores = reinterpret_cast<A*>(memory + kStageBytes);
+  const CenterParams<A>& p = x.p;
+  const int64_t l0 = static_cast<int64_t>(blockIdx.x) * kTile, b = blockIdx.y, l = l0 + threadIdx.x;
+  all_centers<typename K::Score>(x.key_rows(b), l0, x.query_rows(b), memory, scores);
+  if (threadIdx.x >= kTile || l >= p.L) return;
+  A* z = scores + threadIdx.x * center_pitch(p.G);
+  const bool keep = x.kept(b, l);
+  if (p.soft) {
+    // The same row serves twice: the scores wait in the output.
+    for (int g = 0; g < p.G; ++g) p.soft[(b * p.G + g) * p.L + l] = z[g];
+    for (int g = 0; g < p.G; ++g) z[g] *= p.scale;
+    softmax(z, p.G);
+    for (int g = 0; g < p.G; ++g) {
+      A* out = p.soft + (b * p.G + g) * p.L + l;
+      const A raw = *out;
+      *out = keep ? z[g] : A(0);
+      z[g] = raw;
+    }
+  }
+  for (int g = 0; g < p.G; ++g) z[g] = (z[g] * p.scale + x.noise(b, g, l)) / p.tau;
+  const int best = softmax(z, p.G);
+  p.index[b * p.L + l] = keep ? best : -1;
+  if (!p.hard) {
+    for (int g = 0; g < p.G; ++g) x.weights[(b * p.L + l) * p.G + g] = keep ? z[g] : A(0);
+  }
+}
+
+// pooled and counts: one thread a channel, tokens in order. Channel E is the count.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_fwd_pool_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  OVSEG_DYNAMIC_SHARED(memory);
+  A* sums = reinterpret_cast<A*>(memory);  // [G, kThreads], then the counts [G]
+  const CenterParams<A>& p = x.p;
+  A* counts = sums + p.G * kThreads;
+  const int64_t b = blockIdx.y, e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int g = 0; g < p.G; ++g) sums[g * kThreads + threadIdx.x] = 0;
+  for (int64_t l = 0; l < p.L; ++l) {
+    const int64_t index = p.index[b * p.L + l];
+    if (index < 0 || e >= p.E) continue;
+    const A v = to_float(x.value(b)[l * p.value_strides[1] + e * p.value_strides[2]]);
+    if (p.hard) {
+      sums[index * kThreads + threadIdx.x] += v;
+    } else {
+      for (int g = 0; g < p.G; ++g) sums[g * kThreads + threadIdx.x] += x.weights[(b * p.L + l) * p.G + g] * v;
+    }
+  }
+  for (int g = threadIdx.x; g < p.G; g += kThreads) {
+    A count = 0;
+    for (int64_t l = 0; l < p.L; ++l) {
+      count += p.hard ? A(p.index[b * p.L + l] == g ? 1 : 0) : x.weights[(b * p.L + l) * p.G + g];
+    }
+    counts[g] = count;
+    if (blockIdx.x == 0) p.count[b * p.G + g] = count;
+  }
+  __syncthreads();
+  if (e >= p.E) return;
+  for (int g = 0; g < p.G; ++g)
+    p.pooled[(b * p.G + g) * p.E + e] = sums[g * kThreads + threadIdx.x] / x.divisor(counts[g]);
+}
+
+// d pooled / n and rho / n: one warp a center.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_bwd_prepare_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  const CenterParams<A>& p = x.p;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (i >= p.B * p.G) return;
+  const A count = p.count[i], inverse = A(1) / x.divisor(count);
+  A rho = 0;
+  for (int64_t e = threadIdx.x % 32; e < p.E; e += 32) {
+    const A scaled = p.grad[i * p.E + e] * inverse;
+    x.scaled[i * p.E + e] = scaled;
+    rho += p.pooled[i * p.E + e] * scaled;
+  }
+  rho = warp_sum(rho);
+  const bool constant = p.normalizer == Normalizer::sum || (p.normalizer == Normalizer::mean && count < A(1));
+  if (threadIdx.x % 32 == 0) x.rho[i] = constant ? A(0) : rho;
+}
+
+// From scores and <p_g, v_l> to d scores, equations (6) and (7), of 64 tokens; the soft weights for (9) beside them.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_bwd_scores_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  OVSEG_DYNAMIC_SHARED(memory);
+  const CenterParams<A>& p = x.p;
+  const int pitch = center_pitch(p.G);
+  A *scores = reinterpret_cast<A*>(memory + kStageBytes), *ds = scores + kTile * pitch;
+  const int64_t l0 = static_cast<int64_t>(blockIdx.x) * kTile, b = blockIdx.y, l = l0 + threadIdx.x;
+  all_centers<typename K::Score>(x.key_rows(b), l0, x.query_rows(b), memory, scores);
+  const Operand<A, A> scaled = {x.scaled + b * p.G * p.E, p.E, 1, p.G, p.E};
+  all_centers<typename K::Back>(x.value_rows(b), l0, scaled, memory, ds);
+  if (threadIdx.x >= kTile || l >= p.L) return;
+  A *z = scores + threadIdx.x * pitch, *d = ds + threadIdx.x * pitch;
+  A *out = x.d_scores + (b * p.L + l) * p.G, *weight = x.weights + (b * p.L + l) * p.G;
+  const bool keep = x.kept(b, l);
+  for (int g = 0; g < p.G; ++g) {
+    out[g] = z[g] * p.scale;
+    z[g] = (out[g] + x.noise(b, g, l)) / p.tau;
+  }
+  softmax(z, p.G);
+  A mean = 0;
+  for (int g = 0; g < p.G; ++g) {
+    d[g] -= x.rho[b * p.G + g];  // (6)
+    mean += z[g] * d[g];
+  }
+  for (int g = 0; g < p.G; ++g) {
+    weight[g] = keep ? z[g] : A(0);
+    d[g] = z[g] * (d[g] - mean) / p.tau;  // (7)
+    z[g] = out[g];
+  }
+  if (p.grad_soft) {
+    softmax(z, p.G);
+    A inner = 0;
+    for (int g = 0; g < p.G; ++g) inner += z[g] * p.grad_soft[(b * p.G + g) * p.L + l];
+    for (int g = 0; g < p.G; ++g) d[g] += z[g] * (p.grad_soft[(b * p.G + g) * p.L + l] - inner);
+  }
+  for (int g = 0; g < p.G; ++g) out[g] = keep ? d[g] * p.scale : A(0);
+}
+
+// d k = d scores q, (8).
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_bwd_keys_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  using P = typename K::Back;
+  OVSEG_DYNAMIC_SHARED(memory);
+  const CenterParams<A>& p = x.p;
+  const int64_t l0 = static_cast<int64_t>(blockIdx.x) * kTile, d0 = blockIdx.y * kTile, b = blockIdx.z;
+  const Operand<A, A> dz = {x.d_scores + b * p.L * p.G, p.G, 1, p.L, p.G};
+  const Operand<typename K::T, A> q = {x.query(b), p.query_strides[2], p.query_strides[1], p.D, p.G};
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(dz, l0, q, d0, memory, acc);
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) {
+    const int64_t l = l0 + tile_row<P>(i), d = d0 + tile_column<P>(i);
+    if (l < p.L && d < p.D) {
+      static_cast<typename K::T*>(p.grad_keys)[(b * p.L + l) * p.D + d] = from_float<typename K::T>(acc[i]);
+    }
+  }
+}
+
+// d q = d scores^T k, (8).
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_bwd_queries_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  using P = typename K::Back;
+  OVSEG_DYNAMIC_SHARED(memory);
+  const CenterParams<A>& p = x.p;
+  const int64_t g0 = static_cast<int64_t>(blockIdx.x) * kTile, d0 = blockIdx.y * kTile, b = blockIdx.z;
+  const Operand<A, A> dz = {x.d_scores + b * p.L * p.G, 1, p.G, p.G, p.L};
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(dz, g0, x.key_columns(b), d0, memory, acc);
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) {
+    const int64_t g = g0 + tile_row<P>(i), d = d0 + tile_column<P>(i);
+    if (g < p.G && d < p.D) {
+      static_cast<typename K::T*>(p.grad_queries)[(b * p.G + g) * p.D + d] = from_float<typename K::T>(acc[i]);
+    }
+  }
+}
+
+// d v = sum_g a_g p_g / n_g, (9): one thread a channel.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_bwd_values_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  const CenterParams<A>& p = x.p;
+  const int64_t l = blockIdx.x, b = blockIdx.y, index = p.index[b * p.L + l];
+  for (int64_t e = threadIdx.x; e < p.E; e += kThreads) {
+    A value = 0;
+    if (index >= 0 && p.hard) value = x.scaled[(b * p.G + index) * p.E + e];
+    for (int g = 0; index >= 0 && !p.hard && g < p.G; ++g) {
+      value += x.weights[(b * p.L + l) * p.G + g] * x.scaled[(b * p.G + g) * p.E + e];
+    }
+    static_cast<typename K::T*>(p.grad_values)[(b * p.L + l) * p.E + e] = from_float<typename K::T>(value);
+  }
+}
+
+template <typename K>
+CenterArgs<K> arguments(const CenterCuda<typename K::A>& x, bool backward) {
+  using A = typename K::A;
+  CenterArgs<K> args{};
+  args.p = x.p;
+  A* at = reinterpret_cast<A*>(x.workspace);
+  const int64_t scores = round_up(x.p.B * x.p.L * x.p.G, 64);
+  args.weights = at;
+  if (!backward) return args;
+  args.d_scores = at + scores;
+  args.scaled = at + 2 * scores;
+  args.rho = args.scaled + round_up(x.p.B * x.p.G * x.p.E, 64);
+  return args;
+}
+
+template <typename A>
+size_t score_bytes(const CenterParams<A>& p) {
+  return kTile * center_pitch(p.G) * sizeof(A);
+}
+
+const char* too_many() {
+  return "more than 128 centers (64 in float64), or a grid that CUDA cannot launch; use OVSEG_BACKEND=triton or "
+         "reference";
+}
+
+template <typename A>
+bool fits(const CenterParams<A>& p) {
+  return p.G * static_cast<int64_t>(sizeof(A)) <= kMaxCenters * 4 && p.B <= 65535;
+}
+
+template <typename K>
+const char* forward(const CenterCuda<typename K::A>& x) {
+  using A = typename K::A;
+  const CenterParams<A>& p = x.p;
+  if (!fits(p)) return too_many();
+  const CenterArgs<K> args = arguments<K>(x, false);
+  const unsigned B = static_cast<unsigned>(p.B);
+  if (p.L > 0) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.L, kTile)), B);
+    OVSEG_TRY(OVSEG_LAUNCH(center_assignment_fwd_scores_kernel<K>, grid, kThreads, kStageBytes + score_bytes(p),
+                           x.stream, args));
+  }
+  // One block at least: the counts are its work too.
+  const dim3 grid(static_cast<unsigned>(p.E > 0 ? ceil_div(p.E, kThreads) : 1), B);
+  const size_t shared = (p.G * kThreads + p.G) * sizeof(A);
+  return OVSEG_LAUNCH(center_assignment_fwd_pool_kernel<K>, grid, kThreads, shared, x.stream, args);
+}
+
+template <typename K>
+const char* backward(const CenterCuda<typename K::A>& x) {
+  using A = typename K::A;
+  const CenterParams<A>& p = x.p;
+  if (!fits(p)) return too_many();
+  const CenterArgs<K> args = arguments<K>(x, true);
+  const unsigned B = static_cast<unsigned>(p.B), tokens = static_cast<unsigned>(ceil_div(p.L, kTile));
+  const unsigned centers = static_cast<unsigned>(ceil_div(p.B * p.G, kThreads / 32));
+  const unsigned channels = static_cast<unsigned>(ceil_div(p.D, kTile));
+  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_prepare_kernel<K>, centers, kThreads, 0, x.stream, args));
+  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_scores_kernel<K>, dim3(tokens, B), kThreads,
+                         kStageBytes + 2 * score_bytes(p), x.stream, args));
+  if (p.grad_keys) {
+    OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_keys_kernel<K>, dim3(tokens, channels, B), kThreads, kStageBytes,
+                           x.stream, args));
+  }
+  if (p.grad_queries) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.G, kTile)), channels, B);
+    OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_queries_kernel<K>, grid, kThreads, kStageBytes, x.stream, args));
+  }
+  if (!p.grad_values || p.E == 0) return nullptr;
+  const dim3 grid(static_cast<unsigned>(p.L), B);
+  return OVSEG_LAUNCH(center_assignment_bwd_values_kernel<K>, grid, kThreads, 0, x.stream, args);
+}
+
+}  // namespace
+
+template <typename A>
+size_t center_workspace(const CenterParams<A>& p, bool backward) {
+  const int64_t scores = round_up(p.B * p.L * p.G, 64);
+  if (!backward) return p.hard ? 0 : scores * sizeof(A);
+  return (2 * scores + round_up(p.B * p.G * p.E, 64) + p.B * p.G) * sizeof(A);
+}
+
+template <>
+const char* center_forward(const CenterCuda<double>& x) {
+  return forward<CenterFloat64>(x);
+}
+template <>
+const char* center_backward(const CenterCuda<double>& x) {
+  return backward<CenterFloat64>(x);
+}
+template <>
+const char* center_forward(const CenterCuda<float>& x) {
+  if (x.p.type == Type::float16) return forward<CenterFloat16>(x);
+  return x.p.type == Type::bfloat16 ? forward<CenterBFloat16>(x) : forward<CenterFloat32>(x);
+}
+template <>
+const char* center_backward(const CenterCuda<float>& x) {
+  if (x.p.type == Type::float16) return backward<CenterFloat16>(x);
+  return x.p.type == Type::bfloat16 ? backward<CenterBFloat16>(x) : backward<CenterFloat32>(x);
+}
+template size_t center_workspace(const CenterParams<float>&, bool);
+template size_t center_workspace(const CenterParams<double>&, bool);
+
+}  // namespace ovseg

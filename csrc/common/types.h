@@ -1,0 +1,9 @@
+// The dtypes of features, as plain numbers for parameter structs.
+#pragma once
+#include <cstdint>
+
+namespace ovseg {
+
+enum class Type : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+}  // namespace ovseg

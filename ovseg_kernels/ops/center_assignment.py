@@ -1,0 +1,176 @@
+"""center_assignment: every token goes to one of G centers by Gumbel-softmax, and every center pools its tokens.
+
+    z_gl = scale q_g . k_l                                                                                      (1)
+    s_gl = softmax_g((z_gl + u_gl) / tau)            u: Gumbel noise, or none; over the centers, for each token (2)
+    a_gl = 1 for g = argmax_g s_gl, else 0           hard: with the gradient of s (straight-through); else a = s (3)
+    n_g  = max(c_g, 1)  |  c_g + 1  |  1             c_g = sum_l a_gl; "mean" | "mean_plus_one" | "sum"         (4)
+    pooled_g = sum_l a_gl v_l / n_g                  soft_gl = softmax_g(z_gl), without noise                   (5)
+
+Shapes   queries [B, G, D]; keys [B, L, D]; values [B, L, E]; mask [B, L] bool, True = keep; noise [B, G, L]; rng int64 [2];
+  returns pooled [B, G, E], index [B, L] int64 (-1 where masked), soft [B, G, L] or None.
+Dtypes   float32, float64, float16, bfloat16, mixed ones are promoted; scores, noise, softmax and counts in float32 (float64
+  for float64) whatever the inputs, and autocast lowers nothing: low precision flips assignments. pooled in the dtype of
+  values; soft in float32 or float64.
+Noise    with ``rng``, element (b, g, l) takes Philox number (b L + l) G + g (ovseg_kernels/philox.py), recomputed in backward.
+Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and for "mean" where c_g < 1):
+    ds_gl = (p_g . v_l - rho_g) / n_g                                                                           (6)
+    dz_gl = s_gl (ds_gl - sum_h s_hl ds_hl) / tau    plus the same with soft and its own gradient, without tau  (7)
+    dq_g = scale sum_l dz_gl k_l                     dk_l = scale sum_g dz_gl q_g                               (8)
+    dv_l = sum_g a_gl p_g / n_g                                                                                 (9)
+Cost     4 B G L (D + E) / 2 flops forward, twice that backward; one read of keys and values forward, two backward and one
+  write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L], no one-hot.
+Masks    a masked token has weight 0 everywhere and gradient 0, whatever it holds.
+Errors   ValueError for ranks, sizes, devices, a tau or scale that is not positive or finite, noise together with rng;
+  TypeError for dtypes. NaN in a token makes its scores NaN: it goes to some center and makes that pooled value NaN.
+Source   Xu et al., GroupViT, CVPR 2022 (mean_plus_one); Luo et al., SegCLIP, ICML 2023 (mean); straight-through: Jang et al.,
+  Categorical Reparameterization with Gumbel-Softmax, ICLR 2017. Closed form of the gradient: ours, checked by gradcheck.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .. import _backends, _check, philox
+from .. import _library as lib
+from ..reference import center_assignment as reference
+from ..reference.patch_text_similarity import accumulation_dtype
+
+_NORMALIZER = {"mean": 0, "mean_plus_one": 1, "sum": 2}
+
+lib.define(
+    "center_assignment",
+    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? mask, Tensor? noise, Tensor? rng, float scale, "
+    "float tau, bool hard, int normalizer, bool want_soft) -> (Tensor pooled, Tensor index, Tensor count, Tensor soft)",
+)
+lib.define(
+    "center_assignment",
+    "center_assignment_backward(Tensor grad, Tensor? grad_soft, Tensor queries, Tensor keys, Tensor values, Tensor? mask, "
+    "Tensor? noise, Tensor? rng, Tensor pooled, Tensor index, Tensor count, float scale, float tau, bool hard, "
+    "int normalizer, bool need_queries, bool need_keys, bool need_values) -> (Tensor, Tensor, Tensor)",
+)
+lib.fallback("center_assignment", reference.forward)
+lib.fallback("center_assignment_backward", reference.backward)
+
+
+def center_assignment(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    tau: float = 1.0,
+    rng: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    hard: bool = True,
+    normalizer: str = "mean_plus_one",
+    mask: torch.Tensor | None = None,
+    return_soft: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Assign tokens to centers and pool them, equations (1)-(5) of this file.
+
+    Args:
+        queries: [B, G, D], the centers.
+        keys: [B, L, D]. values: [B, L, E].
+        scale: multiplies the scores. tau: divides scores and noise in the softmax.
+        rng: int64 [seed, offset] (``philox.make_rng``): Gumbel noise, the same on every device.
+        noise: [B, G, L] Gumbel noise in place of ``rng``; it gets no gradient. Neither: no noise, as in evaluation.
+        hard: one center a token, with the gradient of the softmax; otherwise the softmax itself.
+        normalizer: ``mean_plus_one`` (GroupViT, OVSegmentor), ``mean`` (SegCLIP) or ``sum``.
+        mask: [B, L] bool, True = keep.
+        return_soft: also return the softmax without noise, with its gradient.
+
+    Returns:
+        (pooled [B, G, E], index [B, L], soft [B, G, L] or None).
+
+    Example:
+        >>> pooled, index, _ = center_assignment(torch.randn(2, 8, 16), torch.randn(2, 49, 16), torch.randn(2, 49, 32))
+        >>> pooled.shape, index.shape
+        (torch.Size([2, 8, 32]), torch.Size([2, 49]))
+    """
+    _check.tensor("queries", queries, 3, "[B, G, D]")
+    _check.tensor("keys", keys, 3, "[B, L, D]")
+    _check.tensor("values", values, 3, "[B, L, E]")
+    B, G, D = queries.shape
+    L = keys.shape[1]
+    if G == 0 or D == 0:
+        raise ValueError(f"queries has shape {list(queries.shape)}; expected at least one center and one channel")
+    _check.shape("keys", keys, (B, L, D), "the B and D of queries")
+    _check.shape("values", values, (B, L, values.shape[2]), "the B and L of keys")
+    for name, x in (("keys", keys), ("values", values)):
+        _check.same(name, x, "queries", queries, dtype=False)
+    if mask is not None:
+        _check.tensor("mask", mask, 2, "[B, L]", (torch.bool,))
+        _check.shape("mask", mask, (B, L), "the [B, L] of keys")
+        _check.same("mask", mask, "keys", keys, dtype=False)
+    if noise is not None and rng is not None:
+        raise ValueError("noise and rng were both given; expected one of them, or neither for no noise")
+    if noise is not None:
+        _check.tensor("noise", noise, 3, "[B, G, L]")
+        _check.shape("noise", noise, (B, G, L), "one number for each center and token")
+        _check.same("noise", noise, "keys", keys, dtype=False)
+        noise = noise.detach()
+    if rng is not None:
+        philox.check(rng)
+        _check.same("rng", rng, "keys", keys, dtype=False)
+    for name, number, positive in (("scale", scale, False), ("tau", tau, True)):
+        if not isinstance(number, (int, float)):
+            raise TypeError(f"{name} is a {type(number).__name__}; expected a number")
+        if not math.isfinite(number) or (positive and number <= 0):
+            raise ValueError(f"{name} is {number}; expected a {'positive ' if positive else ''}finite number")
+    _check.one_of("normalizer", normalizer, reference.NORMALIZERS)
+    result_dtype = values.dtype
+    common = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), values.dtype)
+    queries, keys, values = (x.to(common) for x in (queries, keys, values))
+    if noise is not None:
+        noise = noise.to(accumulation_dtype(queries))
+    if _backends.use_definition("center_assignment", queries.device):
+        with torch.autocast(queries.device.type, enabled=False):
+            noise = reference.gumbel(queries, keys, noise, rng)
+            pooled, index, soft = reference.center_assignment(queries, keys, values, scale, tau, noise, hard, normalizer, mask)
+    else:
+        pooled, index, _, soft = torch.ops.ovseg.center_assignment(
+            queries, keys, values, mask, noise, rng, float(scale), float(tau), hard, _NORMALIZER[normalizer], return_soft
+        )
+    return pooled.to(result_dtype), index, soft if return_soft else None
+
+
+@lib.fake("center_assignment")
+def _(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
+    acc, (B, G, _), L = accumulation_dtype(queries), queries.shape, keys.shape[1]
+    return (
+        queries.new_empty((B, G, values.shape[2]), dtype=acc),
+        queries.new_empty((B, L), dtype=torch.int64),
+        queries.new_empty((B, G), dtype=acc),
+        queries.new_empty((B if want_soft else 0, G, L), dtype=acc),
+    )
+
+
+@lib.fake("center_assignment_backward")
+def _(grad, grad_soft, queries, keys, values, *rest):
+    return tuple(x.new_empty((x.shape[0] if need else 0, *x.shape[1:])) for x, need in zip((queries, keys, values), rest[-3:], strict=True))
+
+
+def _setup(ctx, inputs, output):
+    queries, keys, values, mask, noise, rng, *ctx.options, ctx.want_soft = inputs
+    pooled, index, count, _ = output
+    ctx.save_for_backward(queries, keys, values, mask, noise, rng, pooled, index, count)
+    ctx.mark_non_differentiable(index, count)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _index, _count, grad_soft):
+    if grad is None and grad_soft is None:
+        return (None,) * 11
+    saved = ctx.saved_tensors
+    grad = torch.zeros_like(saved[6]) if grad is None else grad
+    needs = ctx.needs_input_grad[:3]
+    found = torch.ops.ovseg.center_assignment_backward(grad, grad_soft if ctx.want_soft else None, *saved, *ctx.options, *needs)
+    return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 8
+
+
+lib.autograd("center_assignment", _backward, _setup)
+lib.no_second_derivative("center_assignment_backward")
+lib.autocast("center_assignment", features=())  # nothing is lowered, not even inside the closed form
+lib.autocast("center_assignment_backward", features=())

@@ -1,0 +1,85 @@
+"""center_assignment in plain torch: the definition, and its closed form for where no kernel is built."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import philox
+from .patch_text_similarity import accumulation_dtype
+
+NORMALIZERS = ("mean", "mean_plus_one", "sum")
+
+
+def gumbel(queries, keys, noise, rng):
+    """[B, G, L] in the accumulation dtype, or None: explicit noise, or Philox over the elements of [B, L, G]."""
+    if noise is not None:
+        return noise.to(accumulation_dtype(queries))
+    if rng is None:
+        return None
+    B, G, L = queries.shape[0], queries.shape[1], keys.shape[1]
+    return philox.gumbel(rng, (B, L, G)).transpose(1, 2).to(accumulation_dtype(queries))
+
+
+def _scores(queries, keys, mask, scale):
+    """z [B, G, L] and keep [B, 1, L]; what a masked token holds reaches nothing."""
+    acc = accumulation_dtype(queries)
+    keep = torch.ones_like(keys[..., 0], dtype=torch.bool) if mask is None else mask
+    k = keys.to(acc).masked_fill(~keep[..., None], 0)
+    return scale * queries.to(acc) @ k.transpose(1, 2), keep[:, None], k                                       # (1)
+
+
+def center_assignment(queries, keys, values, scale=1.0, tau=1.0, noise=None, hard=True, normalizer="mean_plus_one", mask=None):
+    """The definition; equations (1)-(5) of ``ovseg_kernels.ops.center_assignment``: (pooled, index, soft)."""
+    z, keep, _ = _scores(queries, keys, mask, scale)
+    v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
+    y = (z if noise is None else z + noise) / tau
+    s = y.softmax(1).masked_fill(~keep, 0)                                                                     # (2)
+    index = y.argmax(1)
+    a = s
+    if hard:                                                                                                   # (3)
+        one_hot = torch.zeros_like(s).scatter_(1, index[:, None], 1.0).masked_fill(~keep, 0)
+        a = one_hot + (s - s.detach())  # in this order exactly 0 or 1
+    count = a.sum(-1, keepdim=True)
+    # Not clamp: at one token its gradient is 0 in newer releases of torch and 1 in older ones. Here it is 1.
+    n = {"mean": torch.where(count < 1, 1, count), "mean_plus_one": count + 1, "sum": torch.ones_like(count)}[normalizer]     # (4)
+    return a @ v / n, index.masked_fill(~keep[:, 0], -1), z.softmax(1).masked_fill(~keep, 0)                   # (5)
+
+
+def forward(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
+    """(pooled, index, count, soft) as the kernels give them. ``normalizer`` 0 mean, 1 mean_plus_one, 2 sum."""
+    z, keep, _ = _scores(queries, keys, mask, scale)
+    v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
+    g = gumbel(queries, keys, noise, rng)
+    y = (z if g is None else z + g) / tau
+    index = y.argmax(1)
+    a = torch.zeros_like(z).scatter_(1, index[:, None], 1.0) if hard else y.softmax(1)
+    a = a.masked_fill(~keep, 0)
+    count = a.sum(-1)
+    n = (count.clamp(min=1), count + 1, torch.ones_like(count))[normalizer]
+    soft = z.softmax(1).masked_fill(~keep, 0) if want_soft else z.new_empty(0, *z.shape[1:])
+    return (a @ v) / n[..., None], index.masked_fill(~keep[:, 0], -1), count, soft
+
+
+def backward(grad, grad_soft, queries, keys, values, mask, noise, rng, pooled, index, count, scale, tau, hard, normalizer,
+             need_queries, need_keys, need_values):  # fmt: skip
+    """(d queries, d keys, d values) by equations (6)-(9)."""
+    z, keep, k = _scores(queries, keys, mask, scale)
+    v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
+    g = gumbel(queries, keys, noise, rng)
+    s = ((z if g is None else z + g) / tau).softmax(1).masked_fill(~keep, 0)
+    n = (count.clamp(min=1), count + 1, torch.ones_like(count))[normalizer][..., None]
+    rho = (pooled * grad).sum(-1, keepdim=True)
+    if normalizer == 0:
+        rho = torch.where(count[..., None] >= 1, rho, 0)
+    ds = (grad @ v.transpose(1, 2) - (0 if normalizer == 2 else rho)) / n                                      # (6)
+    dz = s * (ds - (s * ds).sum(1, keepdim=True)) / tau                                                        # (7)
+    if grad_soft is not None:
+        soft = z.softmax(1).masked_fill(~keep, 0)
+        dz = dz + soft * (grad_soft - (soft * grad_soft).sum(1, keepdim=True))
+    a = torch.zeros_like(s).scatter_(1, index.clamp(min=0)[:, None], 1.0).masked_fill(~keep, 0) if hard else s
+    dq, dk, dv = scale * dz @ k, scale * dz.transpose(1, 2) @ queries.to(z.dtype), (a / n).transpose(1, 2) @ grad  # (8), (9)
+
+    def give(x, like, needed):
+        return x.to(like.dtype).contiguous() if needed else like.new_empty(0, *like.shape[1:])
+
+    return give(dq, queries, need_queries), give(dk, keys, need_keys), give(dv, values, need_values)

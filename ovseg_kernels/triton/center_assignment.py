@@ -1,0 +1,282 @@
+"""center_assignment in Triton: tokens on rows, all centers on the columns of one block. Equation numbers: ``ovseg_kernels/ops``.
+
+Scores, noise, softmax and counts are float32 (float64 for float64) whatever the inputs. Sums have one owner and a fixed order.
+scale and tau are constants of a model and of a compilation: as arguments they would be float32, float64 inputs or not.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.patch_text_similarity import accumulation_dtype
+from ._launch import ACC, on_device, tiles
+from .philox import gumbel_from_bits, philox_bits
+
+TOKENS = 32  # of a tile
+CHANNELS = {2: 64, 4: 32, 8: 16}  # of a step, by bytes of an element
+WARPS = 4
+
+
+@triton.jit
+def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """sums + a b. float64 without tl.dot: Triton 3.8 cannot lower some of its float64 products for sm_80."""
+    if tl.float64 == ACC:
+        sums += tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
+    return sums
+
+
+@triton.jit
+def _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC: tl.constexpr, BD: tl.constexpr):
+    """q . k of a tile [tokens, centers], without the scale; 16-bit operands are exact in the float32 sums."""
+    z = tl.zeros((l.shape[0], g.shape[0]), ACC)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        k = tl.load(keys + b * k_b + l.to(tl.int64)[:, None] * k_l + d.to(tl.int64)[None, :] * k_d,
+                    mask=keep[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        q = tl.load(queries + b * q_b + g.to(tl.int64)[None, :] * q_g + d.to(tl.int64)[:, None] * q_d,
+                    mask=(g < G)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
+        z = _dot(k, q, z, "ieee", ACC)
+    return z
+
+
+@triton.jit
+def _noise(noise, rng, b, g, l, G, L, n_b, n_g, n_l, NOISE: tl.constexpr, ACC: tl.constexpr):
+    """Gumbel noise [tokens, centers]: given, from Philox, or none."""
+    inside = (l < L)[:, None] & (g < G)[None, :]
+    if NOISE == 1:
+        u = tl.load(noise + b * n_b + g.to(tl.int64)[None, :] * n_g + l.to(tl.int64)[:, None] * n_l, mask=inside, other=0.0).to(ACC)
+    elif NOISE == 2:
+        index = (b * L + l.to(tl.int64)[:, None]) * G + g.to(tl.int64)[None, :]
+        u = gumbel_from_bits(philox_bits(tl.load(rng), tl.load(rng + 1), index)).to(ACC)
+    else:
+        u = tl.zeros((l.shape[0], g.shape[0]), ACC)
+    return u
+
+
+@triton.jit
+def _softmax(y, g, G):
+    """Over the centers; a row with a NaN becomes NaN."""
+    y = tl.where((g < G)[None, :], y, float("-inf"))
+    e = tl.exp(y - tl.max(y, 1)[:, None])
+    return tl.where((g < G)[None, :], e / tl.sum(e, 1)[:, None], 0.0)
+
+
+@triton.jit
+def _keep(mask, b, l, L, m_b, m_l, MASKED: tl.constexpr):
+    keep = l < L
+    if MASKED:
+        keep = keep & (tl.load(mask + b * m_b + l.to(tl.int64) * m_l, mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit(do_not_specialize=["L"])
+def center_assignment_fwd_scores_kernel(
+    queries, keys, mask, noise, rng, index, weights, soft, G, L, D, scale: tl.constexpr, tau: tl.constexpr,
+    q_b, q_g, q_d, k_b, k_l, k_d, m_b, m_l, n_b, n_g, n_l,
+    MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
+    BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Winner (3), and where they are wanted the soft weights (2) and the softmax without noise (5)."""
+    b = tl.program_id(1).to(tl.int64)
+    l, g = tl.program_id(0) * BL + tl.arange(0, BL), tl.arange(0, BG)
+    keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
+    z = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD) * tl.full((), scale, ACC)
+    if SOFT:
+        at = soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None]
+        tl.store(at, tl.where(keep[:, None], _softmax(z, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
+    y = (z + _noise(noise, rng, b, g, l, G, L, n_b, n_g, n_l, NOISE, ACC)) / tl.full((), tau, ACC)
+    y = tl.where((g < G)[None, :], y, float("-inf"))
+    top = tl.max(y, 1)[:, None]
+    best = tl.min(tl.where((y == top) | (y != y), g[None, :], G - 1), 1)
+    tl.store(index + b * L + l, tl.where(keep, best, -1).to(tl.int64), mask=l < L)
+    if not HARD:
+        at = weights + (b * L + l.to(tl.int64)[:, None]) * G + g[None, :]
+        tl.store(at, tl.where(keep[:, None], _softmax(y, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
+
+
+@triton.jit(do_not_specialize=["L"])
+def center_assignment_fwd_pool_kernel(
+    values, mask, index, weights, pooled, count, G, L, E, v_b, v_l, v_e, m_b, m_l,
+    MASKED: tl.constexpr, HARD: tl.constexpr, NORMALIZER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BL: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """pooled and counts, (4) and (5): tokens in order; a one-hot exists in registers only."""
+    b = tl.program_id(1).to(tl.int64)
+    e, g = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, BG)
+    sums, held = tl.zeros((BG, BE), ACC), tl.zeros((BG, BL), ACC)
+    for l0 in range(0, L, BL):
+        l = l0 + tl.arange(0, BL)
+        keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
+        v = tl.load(values + b * v_b + l.to(tl.int64)[:, None] * v_l + e.to(tl.int64)[None, :] * v_e,
+                    mask=keep[:, None] & (e < E)[None, :], other=0.0)  # fmt: skip
+        if HARD:
+            winner = tl.load(index + b * L + l, mask=l < L, other=-1)
+            a = ((winner[None, :] == g[:, None]) & keep[None, :]).to(ACC)
+            sums = _dot(a.to(v.dtype), v, sums, PRECISION, ACC)
+        else:
+            at = weights + (b * L + l.to(tl.int64)[None, :]) * G + g[:, None]
+            a = tl.load(at, mask=keep[None, :] & (g < G)[:, None], other=0.0)
+            sums = _dot(a, v.to(ACC), sums, PRECISION, ACC)
+        held += a  # summed once at the end: a sum in this loop breaks a pass of Triton 3.8
+    total = tl.sum(held, 1)
+    if NORMALIZER == 0:
+        n = tl.where(total < 1.0, 1.0, total)
+    elif NORMALIZER == 1:
+        n = total + 1.0
+    else:
+        n = tl.full((BG,), 1.0, ACC)
+    row = b * G + g.to(tl.int64)
+    tl.store(pooled + row[:, None] * E + e[None, :], sums / n[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(count + row, total, mask=g < G)
+
+
+@triton.jit(do_not_specialize=["L"])
+def center_assignment_bwd_tokens_kernel(
+    queries, keys, values, mask, noise, rng, index, scaled, rho, grad_soft, d_scores, d_keys, d_values, G, L, D, E,
+    scale: tl.constexpr, tau: tl.constexpr,
+    q_b, q_g, q_d, k_b, k_l, k_d, v_b, v_l, v_e, m_b, m_l, n_b, n_g, n_l,
+    MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr, NEED_KEYS: tl.constexpr,
+    NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
+    b = tl.program_id(1).to(tl.int64)
+    l, g = tl.program_id(0) * BL + tl.arange(0, BL), tl.arange(0, BG)
+    keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
+    z = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD) * tl.full((), scale, ACC)
+    ds = tl.zeros((BL, BG), ACC)
+    for e0 in range(0, E, BD):
+        e = e0 + tl.arange(0, BD)
+        v = tl.load(values + b * v_b + l.to(tl.int64)[:, None] * v_l + e.to(tl.int64)[None, :] * v_e,
+                    mask=keep[:, None] & (e < E)[None, :], other=0.0)  # fmt: skip
+        p = tl.load(scaled + (b * G + g.to(tl.int64)[None, :]) * E + e[:, None], mask=(g < G)[None, :] & (e < E)[:, None], other=0.0)
+        ds = _dot(v.to(ACC), p, ds, PRECISION, ACC)
+    t = tl.full((), tau, ACC)
+    s = _softmax((z + _noise(noise, rng, b, g, l, G, L, n_b, n_g, n_l, NOISE, ACC)) / t, g, G)
+    s = tl.where(keep[:, None], s, 0.0)
+    ds -= tl.load(rho + b * G + g, mask=g < G, other=0.0)[None, :]
+    dz = s * (ds - tl.sum(s * ds, 1)[:, None]) / t
+    inside = keep[:, None] & (g < G)[None, :]
+    if SOFT:
+        plain = tl.where(inside, _softmax(z, g, G), 0.0)
+        upstream = tl.load(grad_soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None], mask=inside, other=0.0)
+        dz += plain * (upstream - tl.sum(plain * upstream, 1)[:, None])
+    dz = tl.where(inside, dz * tl.full((), scale, ACC), 0.0)
+    tl.store(d_scores + (b * L + l.to(tl.int64)[:, None]) * G + g[None, :], dz, mask=(l < L)[:, None] & (g < G)[None, :])
+    if NEED_KEYS:
+        for d0 in range(0, D, BD):
+            d = d0 + tl.arange(0, BD)
+            q = tl.load(queries + b * q_b + g.to(tl.int64)[:, None] * q_g + d.to(tl.int64)[None, :] * q_d,
+                        mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+            dk = _dot(dz, q.to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            at = d_keys + (b * L + l.to(tl.int64)[:, None]) * D + d[None, :]
+            tl.store(at, dk.to(d_keys.dtype.element_ty), mask=(l < L)[:, None] & (d < D)[None, :])
+    if NEED_VALUES:
+        if HARD:
+            winner = tl.load(index + b * L + l, mask=l < L, other=-1)
+            s = ((winner[:, None] == g[None, :]) & inside).to(ACC)
+        for e0 in range(0, E, BD):
+            e = e0 + tl.arange(0, BD)
+            p = tl.load(scaled + (b * G + g.to(tl.int64)[:, None]) * E + e[None, :], mask=(g < G)[:, None] & (e < E)[None, :], other=0.0)
+            dv = _dot(s, p, tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            at = d_values + (b * L + l.to(tl.int64)[:, None]) * E + e[None, :]
+            tl.store(at, dv.to(d_values.dtype.element_ty), mask=(l < L)[:, None] & (e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["L"])
+def center_assignment_bwd_queries_kernel(
+    keys, mask, d_scores, d_queries, G, L, D, k_b, k_l, k_d, m_b, m_l,
+    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """d q = sum_l d scores k, (8): tokens in order."""
+    b = tl.program_id(1).to(tl.int64)
+    d, g = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BG)
+    dq = tl.zeros((BG, BD), ACC)
+    for l0 in range(0, L, BL):
+        l = l0 + tl.arange(0, BL)
+        keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
+        dz = tl.load(d_scores + (b * L + l.to(tl.int64)[None, :]) * G + g[:, None], mask=(l < L)[None, :] & (g < G)[:, None], other=0.0)
+        k = tl.load(keys + b * k_b + l.to(tl.int64)[:, None] * k_l + d.to(tl.int64)[None, :] * k_d,
+                    mask=keep[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        dq = _dot(dz, k.to(ACC), dq, PRECISION, ACC)
+    at = d_queries + (b * G + g.to(tl.int64)[:, None]) * D + d[None, :]
+    tl.store(at, dq.to(d_queries.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
+
+
+class _Call:
+    """What forward and backward share. Absent tensors are stood in for by one that is there, and never read."""
+
+    def __init__(self, queries, keys, values, mask, noise, rng, hard):
+        self.B, self.G, self.D = queries.shape
+        self.L, self.E = keys.shape[1], values.shape[2]
+        acc = accumulation_dtype(queries)
+        self.mask = queries if mask is None else mask.view(torch.uint8)
+        self.noise, self.rng = queries if noise is None else noise, queries if rng is None else rng
+        self.m_strides = (0, 0) if mask is None else mask.stride()
+        self.n_strides = (0, 0, 0) if noise is None else noise.stride()
+        step = CHANNELS[queries.element_size()]
+        self.step = {"BL": TOKENS, "BG": max(16, triton.next_power_of_2(self.G)), "num_warps": WARPS}
+        self.BD, self.wide = step, CHANNELS[torch.empty((), dtype=acc).element_size()]
+        self.options = {"MASKED": mask is not None, "ACC": ACC[acc]}
+        self.kind = {"NOISE": 1 if noise is not None else 2 if rng is not None else 0, "HARD": hard}
+        # Products with d scores, which can be of any size: 16-bit operands are exact in tf32, and so is a one-hot.
+        self.precision = "tf32" if queries.element_size() == 2 else "ieee"
+        self.dtype = acc
+
+
+def forward(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
+    """(pooled, index, count, soft) as ``ovseg::center_assignment`` returns them."""
+    x = _Call(queries, keys, values, mask, noise, rng, hard)
+    pooled, count = (queries.new_empty(shape, dtype=x.dtype) for shape in ((x.B, x.G, x.E), (x.B, x.G)))
+    index = queries.new_empty((x.B, x.L), dtype=torch.int64)
+    soft = queries.new_empty((x.B if want_soft else 0, x.G, x.L), dtype=x.dtype)
+    weights = queries.new_empty((0 if hard else x.B, x.L, x.G), dtype=x.dtype)
+    if x.B == 0:
+        return pooled, index, count, soft
+    with on_device(queries):
+        if x.L:
+            center_assignment_fwd_scores_kernel[(tiles(x.L, TOKENS), x.B)](
+                queries, keys, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D, scale, tau,
+                *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides, SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind,
+            )  # fmt: skip
+        center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)), x.B)](
+            values, x.mask, index, weights, pooled, count, x.G, x.L, x.E, *values.stride(), *x.m_strides,
+            HARD=hard, NORMALIZER=normalizer, PRECISION=x.precision, BE=x.BD, **x.step, **x.options,
+        )  # fmt: skip
+    return pooled, index, count, soft
+
+
+def backward(grad, grad_soft, queries, keys, values, mask, noise, rng, pooled, index, count, scale, tau, hard, normalizer,
+             need_queries, need_keys, need_values):  # fmt: skip
+    """(d queries, d keys, d values) as ``ovseg::center_assignment_backward`` returns them."""
+    x = _Call(queries, keys, values, mask, noise, rng, hard)
+    d_queries, d_keys, d_values = (
+        like.new_empty((like.shape[0] if need else 0, *like.shape[1:]))
+        for like, need in ((queries, need_queries), (keys, need_keys), (values, need_values))
+    )
+    if x.B == 0 or x.L == 0:
+        return d_queries.zero_(), d_keys, d_values
+    n = (torch.where(count < 1, 1, count), count + 1, torch.ones_like(count))[normalizer]
+    scaled = (grad / n[..., None]).contiguous()
+    rho = (pooled * scaled).sum(-1)
+    if normalizer != 1:  # constant divisors
+        rho = torch.where((count >= 1) & (normalizer == 0), rho, 0)
+    d_scores = queries.new_empty((x.B, x.L, x.G), dtype=x.dtype)
+    soft = queries if grad_soft is None else grad_soft.contiguous()
+    with on_device(queries):
+        center_assignment_bwd_tokens_kernel[(tiles(x.L, TOKENS), x.B)](
+            queries, keys, values, x.mask, x.noise, x.rng, index, scaled, rho, soft, d_scores, d_keys, d_values,
+            x.G, x.L, x.D, x.E, scale, tau, *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,
+            SOFT=grad_soft is not None, NEED_KEYS=need_keys, NEED_VALUES=need_values, PRECISION=x.precision, BD=x.wide,
+            **x.step, **x.options, **x.kind,
+        )  # fmt: skip
+        if need_queries:
+            center_assignment_bwd_queries_kernel[(tiles(x.D, x.wide), x.B)](
+                keys, x.mask, d_scores, d_queries, x.G, x.L, x.D, *keys.stride(), *x.m_strides,
+                PRECISION=x.precision, BD=x.wide, **x.step, **x.options,
+            )  # fmt: skip
+    return d_queries, d_keys, d_values

@@ -1,0 +1,194 @@
+"""What is special about center_assignment: golden tensors, flips, noise, normalizers, masks, sizes, bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from backends import device_of, dtypes, parameters, running_on
+from torch.nn import functional as F
+
+import ovseg_kernels as ok
+from ovseg_kernels import philox
+from ovseg_kernels.testing import assert_close_to_truth
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "groupvit_assign.npz"
+on = pytest.mark.parametrize("backend", parameters())
+
+
+def run(queries, keys, values, grad, **options):
+    """Value, index and gradients."""
+    tensors = [x.detach().requires_grad_() for x in (queries, keys, values)]
+    pooled, index, _ = ok.center_assignment(*tensors, **options)
+    return pooled, index, *torch.autograd.grad(pooled, tensors, grad.to(pooled.dtype))
+
+
+@on
+@pytest.mark.parametrize("case", ["g8", "g64"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_golden_tensors_of_the_official_module(case, mode, backend):
+    """agg, dq, dk, dv of the assignment step, and which center every token goes to; see tests/golden/README.md."""
+    device = device_of(backend)
+    with np.load(GOLDEN) as file:
+        def get(name):
+            return torch.from_numpy(file[f"{case}/{name}"].astype(np.float32)).to(device)
+
+        q, k, v = (get(f"out/assign/{name}") for name in "qkv")
+        noise = get("in/noise")[:, 0] if mode == "train" else None
+        with running_on(backend):
+            pooled, index, *grads = run(q, k, v, get("in/d_agg"), scale=48**-0.5, noise=noise)
+        assert torch.equal(index, get(f"out/{mode}/hard_idx").long())
+        counts = F.one_hot(index, q.shape[1]).sum(1)
+        assert torch.equal(counts, get(f"out/{mode}/counts").long())
+        for name, found in zip(("agg", "dq", "dk", "dv"), (pooled, *grads), strict=True):
+            expected = get(f"out/assign_{mode}/{name}")
+            assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max()), name
+        assert json.loads(str(file["meta/config"]))[case]["groups"] == q.shape[1]
+
+
+@on
+@pytest.mark.parametrize("B,G,L,D,E", [(1, 1, 1, 1, 1), (2, 8, 7, 16, 24), (1, 8, 196, 72, 40), (2, 3, 257, 24, 5), (1, 70, 65, 20, 33)])
+def test_sizes(B, G, L, D, E, backend):
+    """Tails of tiles, one of everything, more centers than a tile; a flipped token is allowed only within rounding of a tie."""
+    device = device_of(backend)
+    mask = (torch.rand(B, L) > 0.2).to(device)
+    mask[:, 0] = True
+    noise, grad = (torch.randn(B, G, L)).to(device), torch.randn(B, G, E, device=device)
+    inputs = torch.randn(B, G, D), torch.randn(B, L, D), torch.randn(B, L, E)
+    for dtype in dtypes(backend)[1:]:
+        q, k, v = (x.to(device, dtype) for x in inputs)
+        for hard, normalizer in ((True, "mean"), (False, "mean_plus_one")):
+            options = {"mask": mask, "noise": noise, "scale": D**-0.5, "tau": 0.8, "hard": hard, "normalizer": normalizer}
+            with running_on(backend):
+                results = run(q, k, v, grad, **options)
+            with ok.backend("reference"):
+                eager = run(q, k, v, grad, **options)
+                truth = run(q.double(), k.double(), v.double(), grad, **{**options, "noise": noise.double()})
+            assert torch.equal(results[1], truth[1]), "with these seeds no token is within rounding of a tie"
+            for name, i in (("pooled", 0), ("d queries", 2), ("d keys", 3), ("d values", 4)):
+                assert_close_to_truth(name, results[i], eager[i], truth[i], dtype)
+
+
+@on
+def test_noise_from_rng_is_the_noise_of_philox(backend):
+    device = device_of(backend)
+    q, k, v = torch.randn(2, 5, 8, device=device), torch.randn(2, 33, 8, device=device), torch.randn(2, 33, 4, device=device)
+    rng = philox.make_rng(11, 7, device=device)
+    noise = philox.gumbel(rng, (2, 33, 5)).transpose(1, 2)
+    with running_on(backend):
+        drawn, given = (run(q, k, v, torch.ones(2, 5, 4, device=device), **kw) for kw in ({"rng": rng}, {"noise": noise}))
+        other = ok.center_assignment(q, k, v, rng=philox.advance(rng, noise.numel()))[1]
+    assert torch.equal(drawn[1], given[1]) and not torch.equal(drawn[1], other)
+    for a, b in zip(drawn, given, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on
+def test_hard_pooling_is_a_segmented_mean(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        q, k, v = torch.randn(1, 3, 4), torch.randn(1, 20, 4), torch.randn(1, 20, 6)
+        q[0, 2] = -10 * k.mean(1)  # a center that may stay empty
+        for normalizer in ("mean", "mean_plus_one", "sum"):
+            pooled, index, _ = ok.center_assignment(q, k, v, normalizer=normalizer)
+            for g in range(3):
+                mine = v[0, index[0] == g]
+                n = {"mean": max(len(mine), 1), "mean_plus_one": len(mine) + 1, "sum": 1}[normalizer]
+                torch.testing.assert_close(pooled[0, g], mine.sum(0) / n)
+
+
+@on
+def test_ties_go_to_the_first_center(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        q, k = torch.ones(1, 4, 3), torch.randn(1, 9, 3)
+        pooled, index, soft = ok.center_assignment(q, k, torch.ones(1, 9, 2), return_soft=True)
+        assert torch.equal(index, torch.zeros(1, 9, dtype=torch.int64))
+        torch.testing.assert_close(soft, torch.full((1, 4, 9), 0.25))
+        torch.testing.assert_close(pooled[0, :, 0], torch.tensor([0.9, 0.0, 0.0, 0.0]))
+
+
+@on
+def test_masked_tokens_reach_nothing(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 12, 4), torch.randn(2, 12, 5)
+        mask = torch.rand(2, 12) > 0.4
+        mask[1] = False
+        k[~mask], v[~mask] = float("nan"), float("inf")
+        for hard in (True, False):
+            tensors = [x.detach().requires_grad_() for x in (q, k, v)]
+            pooled, index, soft = ok.center_assignment(*tensors, mask=mask, hard=hard, return_soft=True)
+            grads = torch.autograd.grad(pooled.sum() + soft.square().sum(), tensors)
+            assert bool((index[~mask] == -1).all()) and bool((index[mask] >= 0).all())
+            assert torch.equal(pooled[1], torch.zeros(3, 5)) and bool((soft.transpose(1, 2)[~mask] == 0).all())
+            for x, g in zip((q, k, v), grads, strict=True):
+                assert bool(g.isfinite().all())
+                if x is not q:
+                    assert torch.equal(g[~mask], torch.zeros_like(g[~mask]))
+
+
+@on
+def test_strides_and_mixed_dtypes(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        base = torch.randn(9, 2, 6, 2)
+        k, v = base[..., 0].transpose(0, 1), base[..., 1].transpose(0, 1)  # [2, 9, 6], no unit stride
+        q = torch.randn(6, 4).T.expand(2, -1, -1)
+        dense, grad = [x.contiguous() for x in (q, k, v)], torch.ones(2, 4, 6)
+        for a, b in zip(run(q, k, v, grad), run(*dense, grad), strict=True):
+            torch.testing.assert_close(a, b)
+        pooled, *_ = ok.center_assignment(q, k.half(), v.half())
+        assert pooled.dtype == torch.float16  # of the values; scores in float32 from promoted operands
+
+
+@on
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2, 2), (2, 3, 0, 2, 2), (2, 3, 4, 2, 0)])
+def test_empty(shape, backend):
+    B, G, L, D, E = shape
+    with torch.device(device_of(backend)), running_on(backend):
+        found = run(torch.randn(B, G, D), torch.randn(B, L, D), torch.randn(B, L, E), torch.ones(B, G, E))
+        assert found[0].shape == (B, G, E) and torch.equal(found[0], torch.zeros(B, G, E)) and found[1].shape == (B, L)
+        assert all(bool((g == 0).all()) for g in found[2:]) or L > 0
+
+
+def test_nothing_of_size_BGL_is_kept():
+    q, k, v = torch.randn(2, 8, 4, requires_grad=True), torch.randn(2, 50, 4, requires_grad=True), torch.randn(2, 50, 4, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        ok.center_assignment(q, k, v, rng=philox.make_rng(0))
+    assert sum(kept) <= q.numel() + 2 * k.numel() + 2 * 8 * 4 + 2 * 50 + 2 * 8 + 2
+
+
+GOOD = {"queries": torch.randn(2, 3, 4), "keys": torch.randn(2, 5, 4), "values": torch.randn(2, 5, 6)}
+BAD = [
+    ({"queries": torch.randn(3, 4)}, ValueError, r"queries has shape \[3, 4\]; expected 3 dimensions, \[B, G, D\]"),
+    ({"queries": torch.randn(2, 0, 4)}, ValueError, "expected at least one center and one channel"),
+    ({"keys": torch.randn(2, 5, 7)}, ValueError, r"keys has shape \[2, 5, 7\]; expected \[2, 5, 4\]"),
+    ({"values": torch.randn(2, 6, 6)}, ValueError, r"values has shape \[2, 6, 6\]; expected \[2, 5, 6\]"),
+    ({"values": torch.randn(2, 5, 6, device="meta")}, ValueError, "values is on meta and queries is on cpu"),
+    ({"keys": torch.ones(2, 5, 4, dtype=torch.int32)}, TypeError, "keys has dtype int32; expected float32"),
+    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[2, 4\]; expected \[2, 5\]"),
+    ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype float32; expected bool"),
+    ({"noise": torch.randn(2, 5, 3)}, ValueError, r"noise has shape \[2, 5, 3\]; expected \[2, 3, 5\]"),
+    ({"noise": torch.randn(2, 3, 5), "rng": philox.make_rng(0)}, ValueError, "noise and rng were both given"),
+    ({"rng": 3}, TypeError, "rng is int; expected an int64 tensor"),
+    ({"tau": 0.0}, ValueError, "tau is 0.0; expected a positive finite number"),
+    ({"tau": float("nan")}, ValueError, "tau is nan; expected a positive finite number"),
+    ({"scale": float("inf")}, ValueError, "scale is inf; expected a finite number"),
+    ({"scale": "big"}, TypeError, "scale is a str; expected a number"),
+    ({"normalizer": "median"}, ValueError, r"normalizer is 'median'; expected one of \['mean', 'mean_plus_one', 'sum'\]"),
+]
+
+
+@pytest.mark.parametrize("change,error,message", BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        ok.center_assignment(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("backend", parameters(("cpu", "cuda-emulated", "cuda")))
+def test_dispatcher_calls_are_checked_too(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+        with pytest.raises(RuntimeError, match="values has size"):
+            torch.ops.ovseg.center_assignment(q, k, torch.randn(2, 6, 4), None, None, None, 1.0, 1.0, True, 0, False)
+        with pytest.raises(RuntimeError, match="normalizer is 7"):
+            torch.ops.ovseg.center_assignment(q, k, k, None, None, None, 1.0, 1.0, True, 7, False)
