@@ -149,16 +149,17 @@ def _assignments(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
     """Training step: the same Gumbel noise for all, drawn inside by ours and given to the others."""
     scale, tau, normalizer = (case.options.get(key, default) for key, default in
                               (("scale", 1.0), ("tau", 1.0), ("normalizer", "mean_plus_one")))
-    noises: dict[str, torch.Tensor] = {}
+    noises: dict[tuple, torch.Tensor] = {}
 
     def rng(x):
         return ok.philox.make_rng(7, device=x.device)
 
     def noise(queries, keys):
-        if str(queries.device) not in noises:
-            shape = (queries.shape[0], keys.shape[1], queries.shape[1])
-            noises[str(queries.device)] = ok.philox.gumbel(rng(queries), shape).transpose(1, 2).contiguous()
-        return noises[str(queries.device)]
+        shape = (queries.shape[0], keys.shape[1], queries.shape[1])
+        key = (str(queries.device), shape)
+        if key not in noises:
+            noises[key] = ok.philox.gumbel(rng(queries), shape).transpose(1, 2).contiguous()
+        return noises[key]
 
     def eager(queries, keys, values):
         given = noise(queries, keys)
