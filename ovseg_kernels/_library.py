@@ -7,6 +7,7 @@ form answers under the same name, so ``torch.ops.ovseg.*`` always works.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -113,12 +114,14 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
 def overriding(implementations: dict[str, Callable], keys: tuple[str, ...]) -> Iterator[None]:
     """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again afterwards."""
     library = torch.library.Library("ovseg", "IMPL")
+    # Newer releases of torch let Python override Python by default, older ones want to be told, the oldest do not know.
+    options = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Oo]verrid")  # that is the purpose
             for name, function in implementations.items():
                 for key in keys:
-                    library.impl(name, function, key)
+                    library.impl(name, function, key, **options)
         yield
     finally:
         library._destroy()

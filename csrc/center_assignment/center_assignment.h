@@ -42,7 +42,7 @@ struct CenterParams {
 template <typename A>
 struct CenterTable {
   int64_t (*workspace_size)(const CenterParams<A>&);  // elements of A for one thread
-  // Partial sums of slot t: [G, E + 1] forward (values, then the count), [G, D] backward.
+  // Partial sums of a slot: [G, E] and the counts [G] forward, [G, D] backward.
   void (*forward_slots)(const CenterParams<A>&, int64_t begin, int64_t end, A* partial, A* workspace);
   void (*finish_forward)(const CenterParams<A>&, int64_t begin, int64_t end, const A* partial);  // images
   void (*backward_slots)(const CenterParams<A>&, int64_t begin, int64_t end, A* partial, A* workspace);

@@ -9,10 +9,12 @@ namespace ovseg {
 namespace OVSEG_ISA {
 namespace {
 
+constexpr int kBlock = 4;  // tokens walked together, so that a center is read once for all of them
+
 // Scratch of one thread.
 template <typename A>
 struct Workspace {
-  A *queries, *grad, *row, *out, *z, *y, *soft, *ds, *by_center, *rho;
+  A *queries, *grad, *keys, *values, *out, *z, *y, *ds, *soft, *rho;
   int64_t size = 0;
 
   A* take(A* base, int64_t count) {
@@ -21,16 +23,15 @@ struct Workspace {
     return at;
   }
   Workspace(const CenterParams<A>& p, A* base) {
-    const int64_t widest = p.D > p.E ? p.D : p.E;
     queries = take(base, p.G * p.D);
     grad = take(base, p.G * p.E);
-    row = take(base, widest);
-    out = take(base, widest);
-    z = take(base, p.G);
-    y = take(base, p.G);
+    keys = take(base, kBlock * p.D);
+    values = take(base, kBlock * p.E);
+    out = take(base, p.D > p.E ? p.D : p.E);
+    z = take(base, kBlock * p.G);
+    y = take(base, kBlock * p.G);
+    ds = take(base, kBlock * p.G);
     soft = take(base, p.G);
-    ds = take(base, p.G);
-    by_center = take(base, p.G);
     rho = take(base, p.G);
   }
 };
@@ -43,6 +44,33 @@ void load_strided(Type type, const void* base, int64_t offset, int64_t stride, i
 }
 
 template <typename A>
+bool kept(const CenterParams<A>& p, int64_t b, int64_t l) {
+  return !p.mask || p.mask[b * p.mask_strides[0] + l * p.mask_strides[1]];
+}
+
+template <typename A>
+constexpr Type kOwnType = sizeof(A) == 8 ? Type::float64 : Type::float32;
+
+// Four rows from l on, in place where they can be read as they are; masked and missing ones are zero.
+template <typename A>
+void load_block(const CenterParams<A>& p, const void* base, const int64_t (&strides)[3], int64_t b, int64_t l,
+                int64_t end, int64_t width, A* buffer, const A* (&rows)[kBlock], bool (&keep)[kBlock]) {
+  for (int i = 0; i < kBlock; ++i) {
+    A* copy = buffer + i * width;
+    rows[i] = copy;
+    keep[i] = l + i < end && kept(p, b, l + i);
+    const int64_t offset = b * strides[0] + (l + i) * strides[1];
+    if (!keep[i]) {
+      memset(copy, 0, width * sizeof(A));
+    } else if (strides[2] == 1 && p.type == kOwnType<A>) {
+      rows[i] = static_cast<const A*>(base) + offset;
+    } else {
+      load_strided(p.type, base, offset, strides[2], width, copy);
+    }
+  }
+}
+
+template <typename A>
 void load_queries(const CenterParams<A>& p, int64_t b, Workspace<A>& w) {
   for (int64_t g = 0; g < p.G; ++g) {
     load_strided(p.type, p.queries, b * p.query_strides[0] + g * p.query_strides[1], p.query_strides[2], p.D,
@@ -50,19 +78,22 @@ void load_queries(const CenterParams<A>& p, int64_t b, Workspace<A>& w) {
   }
 }
 
-// Scores z, with noise and temperature y, of one token: equations (1) and (2) before the softmax. Its key stays in
-// w.row.
+// Scores z, with noise and temperature y, of four tokens: equations (1) and (2) before the softmax.
 template <typename A>
-void score(const CenterParams<A>& p, int64_t b, int64_t l, Workspace<A>& w) {
-  load_strided(p.type, p.keys, b * p.key_strides[0] + l * p.key_strides[1], p.key_strides[2], p.D, w.row);
-  dots(w.row, w.queries, p.G, p.D, w.z);
-  const int64_t first = (b * p.L + l) * p.G;
-  for (int64_t g = 0; g < p.G; ++g) {
-    w.z[g] *= p.scale;
-    A noise = 0;
-    if (p.noise) noise = p.noise[b * p.noise_strides[0] + g * p.noise_strides[1] + l * p.noise_strides[2]];
-    if (p.rng) noise = static_cast<A>(gumbel_from_bits(philox_bits(p.rng[0], p.rng[1], first + g)));
-    w.y[g] = (w.z[g] + noise) / p.tau;
+void score(const CenterParams<A>& p, int64_t b, int64_t l, const A* const (&keys)[kBlock], const bool (&keep)[kBlock],
+           Workspace<A>& w) {
+  dots4(keys, w.queries, p.G, p.D, w.z);
+  for (int i = 0; i < kBlock; ++i) {
+    if (!keep[i]) continue;
+    A *z = w.z + i * p.G, *y = w.y + i * p.G;
+    const int64_t first = (b * p.L + l + i) * p.G;
+    for (int64_t g = 0; g < p.G; ++g) {
+      z[g] *= p.scale;
+      A noise = 0;
+      if (p.noise) noise = p.noise[b * p.noise_strides[0] + g * p.noise_strides[1] + (l + i) * p.noise_strides[2]];
+      if (p.rng) noise = static_cast<A>(gumbel_from_bits(philox_bits(p.rng[0], p.rng[1], first + g)));
+      y[g] = (z[g] + noise) / p.tau;
+    }
   }
 }
 
@@ -94,56 +125,54 @@ A divisor(const CenterParams<A>& p, A count) {  // (4)
 }
 
 template <typename A>
-bool kept(const CenterParams<A>& p, int64_t b, int64_t l) {
-  return !p.mask || p.mask[b * p.mask_strides[0] + l * p.mask_strides[1]];
-}
-
-template <typename A>
 void forward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial, A* memory) {
   Workspace<A> w(p, memory);
-  const int64_t slots = center_slots(p.L), width = p.E + 1;
+  const int64_t slots = center_slots(p.L), size = p.G * (p.E + 1);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t b = t / slots, l0 = t % slots * kCenterSlot, l1 = l0 + kCenterSlot < p.L ? l0 + kCenterSlot : p.L;
-    A* sums = partial + t * p.G * width;
-    memset(sums, 0, p.G * width * sizeof(A));
+    A *sums = partial + t * size, *counts = sums + p.G * p.E;
+    memset(sums, 0, size * sizeof(A));
     load_queries(p, b, w);
-    for (int64_t l = l0; l < l1; ++l) {
-      const bool keep = kept(p, b, l);
-      if (keep) score(p, b, l, w);
-      const int64_t best = keep ? first_maximum(w.y, p.G) : -1;
-      p.index[b * p.L + l] = best;
-      if (p.soft) {  // (5)
-        if (keep) softmax(w.z, p.G, w.soft);
-        for (int64_t g = 0; g < p.G; ++g) p.soft[(b * p.G + g) * p.L + l] = keep ? w.soft[g] : A(0);
-      }
-      if (!keep) continue;
-      load_strided(p.type, p.values, b * p.value_strides[0] + l * p.value_strides[1], p.value_strides[2], p.E, w.row);
-      if (p.hard) {
-        add_scaled(sums + best * width, A(1), w.row, p.E);
-        sums[best * width + p.E] += A(1);
-      } else {
-        softmax(w.y, p.G, w.soft);
-        for (int64_t g = 0; g < p.G; ++g) {
-          add_scaled(sums + g * width, w.soft[g], w.row, p.E);
-          sums[g * width + p.E] += w.soft[g];
+    const A *keys[kBlock], *values[kBlock];
+    bool keep[kBlock];
+    for (int64_t l = l0; l < l1; l += kBlock) {
+      load_block(p, p.keys, p.key_strides, b, l, l1, p.D, w.keys, keys, keep);
+      load_block(p, p.values, p.value_strides, b, l, l1, p.E, w.values, values, keep);
+      score(p, b, l, keys, keep, w);
+      memset(w.ds, 0, kBlock * p.G * sizeof(A));  // the weights a
+      for (int i = 0; i < kBlock && l + i < l1; ++i) {
+        const int64_t best = keep[i] ? first_maximum(w.y + i * p.G, p.G) : -1;
+        p.index[b * p.L + l + i] = best;
+        if (p.soft) {  // (5)
+          if (keep[i]) softmax(w.z + i * p.G, p.G, w.soft);
+          for (int64_t g = 0; g < p.G; ++g) p.soft[(b * p.G + g) * p.L + l + i] = keep[i] ? w.soft[g] : A(0);
+        }
+        if (!keep[i]) continue;
+        if (p.hard) {
+          add_scaled(sums + best * p.E, A(1), values[i], p.E);
+          counts[best] += A(1);
+        } else {
+          softmax(w.y + i * p.G, p.G, w.ds + i * p.G);
+          for (int64_t g = 0; g < p.G; ++g) counts[g] += w.ds[i * p.G + g];
         }
       }
+      if (!p.hard) add_outer4(values, w.ds, p.G, p.E, sums);
     }
   }
 }
 
 template <typename A>
 void finish_forward(const CenterParams<A>& p, int64_t begin, int64_t end, const A* partial) {
-  const int64_t slots = center_slots(p.L), width = p.E + 1;
+  const int64_t slots = center_slots(p.L), size = p.G * (p.E + 1);
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t g = 0; g < p.G; ++g) {
       A* out = p.pooled + (b * p.G + g) * p.E;
       memset(out, 0, p.E * sizeof(A));
       A count = 0;
       for (int64_t slot = 0; slot < slots; ++slot) {
-        const A* sums = partial + ((b * slots + slot) * p.G + g) * width;
-        add_scaled(out, A(1), sums, p.E);
-        count += sums[p.E];
+        const A* sums = partial + (b * slots + slot) * size;
+        add_scaled(out, A(1), sums + g * p.E, p.E);
+        count += sums[p.G * p.E + g];
       }
       const A n = divisor(p, count);
       for (int64_t e = 0; e < p.E; ++e) out[e] /= n;
@@ -168,46 +197,54 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
       const bool constant = p.normalizer == Normalizer::sum || (p.normalizer == Normalizer::mean && count < A(1));
       w.rho[g] = constant ? A(0) : dot(p.pooled + (b * p.G + g) * p.E, w.grad + g * p.E, p.E);
     }
-    for (int64_t l = l0; l < l1; ++l) {
-      const int64_t at = b * p.L + l;
-      if (!kept(p, b, l)) {
-        memset(w.out, 0, (p.D > p.E ? p.D : p.E) * sizeof(A));
-        if (p.grad_keys) store_row(p.type, p.grad_keys, at * p.D, p.D, w.out);
-        if (p.grad_values) store_row(p.type, p.grad_values, at * p.E, p.E, w.out);
-        continue;
-      }
-      load_strided(p.type, p.values, b * p.value_strides[0] + l * p.value_strides[1], p.value_strides[2], p.E, w.row);
-      dots(w.row, w.grad, p.G, p.E, w.ds);
-      score(p, b, l, w);  // the key is in w.row from here
-      softmax(w.y, p.G, w.soft);
-      A mean = 0;
-      for (int64_t g = 0; g < p.G; ++g) {
-        w.ds[g] -= w.rho[g];  // (6)
-        mean += w.soft[g] * w.ds[g];
-      }
-      if (p.grad_values) {  // (9)
-        if (p.hard) {
-          store_row(p.type, p.grad_values, at * p.E, p.E, w.grad + p.index[at] * p.E);
-        } else {
-          combine(w.soft, w.grad, p.G, p.E, w.out);
-          store_row(p.type, p.grad_values, at * p.E, p.E, w.out);
+    const A *keys[kBlock], *values[kBlock];
+    bool keep[kBlock];
+    for (int64_t l = l0; l < l1; l += kBlock) {
+      load_block(p, p.keys, p.key_strides, b, l, l1, p.D, w.keys, keys, keep);
+      load_block(p, p.values, p.value_strides, b, l, l1, p.E, w.values, values, keep);
+      dots4(values, w.grad, p.G, p.E, w.ds);
+      score(p, b, l, keys, keep, w);
+      for (int i = 0; i < kBlock && l + i < l1; ++i) {
+        const int64_t at = b * p.L + l + i;
+        A *ds = w.ds + i * p.G, *soft = w.y + i * p.G;
+        const A* combined = w.out;
+        if (!keep[i]) {
+          memset(w.out, 0, (p.D > p.E ? p.D : p.E) * sizeof(A));
+          if (p.grad_keys) store_row(p.type, p.grad_keys, at * p.D, p.D, combined);
+          if (p.grad_values) store_row(p.type, p.grad_values, at * p.E, p.E, combined);
+          continue;
+        }
+        softmax(soft, p.G, soft);
+        A mean = 0;
+        for (int64_t g = 0; g < p.G; ++g) {
+          ds[g] -= w.rho[g];  // (6)
+          mean += soft[g] * ds[g];
+        }
+        if (p.grad_values) {  // (9)
+          if (p.hard) {
+            combined = w.grad + p.index[at] * p.E;
+          } else {
+            combine(soft, w.grad, p.G, p.E, w.out);
+          }
+          store_row(p.type, p.grad_values, at * p.E, p.E, combined);
+        }
+        for (int64_t g = 0; g < p.G; ++g) ds[g] = soft[g] * (ds[g] - mean) / p.tau;  // (7)
+        if (p.grad_soft) {
+          softmax(w.z + i * p.G, p.G, w.soft);
+          A inner = 0;
+          for (int64_t g = 0; g < p.G; ++g) inner += w.soft[g] * p.grad_soft[(b * p.G + g) * p.L + l + i];
+          for (int64_t g = 0; g < p.G; ++g) ds[g] += w.soft[g] * (p.grad_soft[(b * p.G + g) * p.L + l + i] - inner);
+        }
+        for (int64_t g = 0; g < p.G; ++g) ds[g] *= p.scale;
+        if (p.grad_keys) {  // (8)
+          combine(ds, w.queries, p.G, p.D, w.out);
+          store_row(p.type, p.grad_keys, at * p.D, p.D, static_cast<const A*>(w.out));
         }
       }
-      for (int64_t g = 0; g < p.G; ++g) w.ds[g] = w.soft[g] * (w.ds[g] - mean) / p.tau;  // (7)
-      if (p.grad_soft) {
-        softmax(w.z, p.G, w.soft);
-        A inner = 0;
-        for (int64_t g = 0; g < p.G; ++g) inner += w.soft[g] * p.grad_soft[(b * p.G + g) * p.L + l];
-        for (int64_t g = 0; g < p.G; ++g) w.ds[g] += w.soft[g] * (p.grad_soft[(b * p.G + g) * p.L + l] - inner);
+      for (int i = 0; i < kBlock; ++i) {
+        if (!keep[i]) memset(w.ds + i * p.G, 0, p.G * sizeof(A));
       }
-      for (int64_t g = 0; g < p.G; ++g) w.ds[g] *= p.scale;
-      if (p.grad_keys) {  // (8)
-        combine(w.ds, w.queries, p.G, p.D, w.out);
-        store_row(p.type, p.grad_keys, at * p.D, p.D, w.out);
-      }
-      if (dq) {
-        for (int64_t g = 0; g < p.G; ++g) add_scaled(dq + g * p.D, w.ds[g], w.row, p.D);
-      }
+      if (dq) add_outer4(keys, w.ds, p.G, p.D, dq);
     }
   }
 }

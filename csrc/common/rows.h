@@ -82,20 +82,36 @@ inline void add_scaled(A* out, A factor, const A* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * x[i];
 }
 
-// out_g = x . rows_g for G rows of D elements: x is read once for four of them.
+// out[i][g] = x_i . rows_g for four rows x_i and G rows of D elements; out rows are G apart. Two rows_g at a time:
+// eight sums in flight hide the latency of the additions.
 template <typename A>
-inline void dots(const A* x, const A* rows, int64_t G, int64_t D, A* out) {
+inline void dots4(const A* const (&x)[4], const A* rows, int64_t G, int64_t D, A* out) {
+  const A *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
   int64_t g = 0;
-  for (; g + 4 <= G; g += 4) {
-    const A *r0 = rows + g * D, *r1 = r0 + D, *r2 = r1 + D, *r3 = r2 + D;
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (; g + 2 <= G; g += 2) {
+    const A *r = rows + g * D, *t = r + D;
+    A r0 = 0, r1 = 0, r2 = 0, r3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+#pragma omp simd reduction(+ : r0, r1, r2, r3, t0, t1, t2, t3)
     for (int64_t d = 0; d < D; ++d) {
-      s0 += x[d] * r0[d], s1 += x[d] * r1[d], s2 += x[d] * r2[d], s3 += x[d] * r3[d];
+      r0 += x0[d] * r[d], r1 += x1[d] * r[d], r2 += x2[d] * r[d], r3 += x3[d] * r[d];
+      t0 += x0[d] * t[d], t1 += x1[d] * t[d], t2 += x2[d] * t[d], t3 += x3[d] * t[d];
     }
-    out[g] = s0, out[g + 1] = s1, out[g + 2] = s2, out[g + 3] = s3;
+    out[g] = r0, out[G + g] = r1, out[2 * G + g] = r2, out[3 * G + g] = r3;
+    out[g + 1] = t0, out[G + g + 1] = t1, out[2 * G + g + 1] = t2, out[3 * G + g + 1] = t3;
   }
-  for (; g < G; ++g) out[g] = dot(x, rows + g * D, D);
+  for (; g < G; ++g) {
+    for (int i = 0; i < 4; ++i) out[i * G + g] = dot(x[i], rows + g * D, D);
+  }
+}
+
+// rows_g += sum_i c[i][g] x_i for four rows x_i; c rows are G apart.
+template <typename A>
+inline void add_outer4(const A* const (&x)[4], const A* c, int64_t G, int64_t D, A* rows) {
+  for (int64_t g = 0; g < G; ++g) {
+    A* out = rows + g * D;
+    const A c0 = c[g], c1 = c[G + g], c2 = c[2 * G + g], c3 = c[3 * G + g];
+    for (int64_t d = 0; d < D; ++d) out[d] += c0 * x[0][d] + c1 * x[1][d] + c2 * x[2][d] + c3 * x[3][d];
+  }
 }
 
 // out = sum_g c_g rows_g.
