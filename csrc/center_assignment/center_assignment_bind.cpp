@@ -33,13 +33,8 @@ CenterOutputs forward_as(const Tensor& like, CenterParams<A> p, bool want_soft) 
 
 CenterOutputs forward(Tensor queries, Tensor keys, Tensor values, Optional mask, Optional noise, Optional rng,
                       double scale, double tau, bool hard, int64_t normalizer, bool want_soft) {
-  if (queries.scalar_type() == ScalarType::Double) {
-    return forward_as(queries,
-                      center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
-                      want_soft);
-  }
-  return forward_as(
-      queries, center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer), want_soft);
+  return with_center_params(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer,
+                            [&](const auto& p) { return forward_as(queries, p, want_soft); });
 }
 
 template <typename A>
@@ -76,14 +71,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Optional grad_soft, Ten
                                             Optional mask, Optional noise, Optional rng, Tensor pooled, Tensor index,
                                             Tensor count, double scale, double tau, bool hard, int64_t normalizer,
                                             bool need_queries, bool need_keys, bool need_values) {
-  if (queries.scalar_type() == ScalarType::Double) {
-    return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count,
-                       center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
-                       need_queries, need_keys, need_values);
-  }
-  return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count,
-                     center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer),
-                     need_queries, need_keys, need_values);
+  return with_center_params(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer, [&](const auto& p) {
+    return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count, p, need_queries, need_keys,
+                       need_values);
+  });
 }
 
 }  // namespace

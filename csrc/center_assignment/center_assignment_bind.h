@@ -50,6 +50,17 @@ CenterParams<A> center_params(const Tensor& queries, const Tensor& keys, const T
   return p;
 }
 
+// run(parameters) with the accumulation type of the inputs.
+template <typename Run>
+auto with_center_params(const Tensor& queries, const Tensor& keys, const Tensor& values, const Optional& mask,
+                        const Optional& noise, const Optional& rng, double scale, double tau, bool hard,
+                        int64_t normalizer, const Run& run) {
+  if (queries.scalar_type() == ScalarType::Double) {
+    return run(center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer));
+  }
+  return run(center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer));
+}
+
 template <typename A>
 CenterOutputs center_outputs(CenterParams<A>& p, const Tensor& like, bool want_soft) {
   const ScalarType type = accumulation_type(like);

@@ -7,14 +7,9 @@ import triton
 import triton.language as tl
 
 from ._launch import ACC, on_device, tiles
+from .patch_text_similarity import _larger
 
 ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
-
-
-@triton.jit
-def _larger(x, y):
-    """The larger one; a NaN on either side is kept."""
-    return tl.where((x > y) | (x != x), x, y)
 
 
 @triton.jit

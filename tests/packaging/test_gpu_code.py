@@ -1,5 +1,6 @@
 """GPU code on a machine without a GPU: it compiles for real chips, fits their limits, and the libraries keep their promises."""
 
+import importlib.util
 import json
 import os
 import re
@@ -195,3 +196,16 @@ def test_triton_products_are_what_they_should_be(triton_rows):
         if row["case"].startswith("float32"):
             assert row["tensor_core"] == "" and not row["tf32"], row
         assert row["global_int64"], row
+
+
+def test_planted_faults_can_still_be_planted():
+    """The list of docs/testing.md against the source as it is; whether each is caught, `make faults` shows."""
+    spec = importlib.util.spec_from_file_location("plant_faults", ROOT / "scripts" / "plant_faults.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plant_faults"] = module
+    spec.loader.exec_module(module)
+    assert len(module.FAULTS) >= 10
+    for fault in module.FAULTS:
+        source = (ROOT / fault.file).read_text()
+        assert fault.after in source and fault.right in source[source.index(fault.after) :], fault.name
+        assert fault.right != fault.wrong
