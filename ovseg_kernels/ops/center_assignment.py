@@ -17,7 +17,7 @@ Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and
     dz_gl = s_gl (ds_gl - sum_h s_hl ds_hl) / tau    plus the same with soft and its own gradient, without tau  (7)
     dq_g = scale sum_l dz_gl k_l                     dk_l = scale sum_g dz_gl q_g                               (8)
     dv_l = sum_g a_gl p_g / n_g                                                                                 (9)
-Cost     4 B G L (D + E) / 2 flops forward, twice that backward; one read of keys and values forward, two backward and one
+Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values forward, two backward and one
   write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L], no one-hot.
 Masks    a masked token has weight 0 everywhere and gradient 0, whatever it holds.
 Errors   ValueError for ranks, sizes, devices, a tau or scale that is not positive or finite, noise together with rng;
@@ -117,7 +117,8 @@ def center_assignment(
     for name, number, positive in (("scale", scale, False), ("tau", tau, True)):
         if not isinstance(number, (int, float)):
             raise TypeError(f"{name} is a {type(number).__name__}; expected a number")
-        if not math.isfinite(number) or (positive and number <= 0):
+        # Not math.isfinite: torch.compile takes it for an operation of the graph. A NaN compares false.
+        if not abs(number) < math.inf or (positive and number <= 0):
             raise ValueError(f"{name} is {number}; expected a {'positive ' if positive else ''}finite number")
     _check.one_of("normalizer", normalizer, reference.NORMALIZERS)
     result_dtype = values.dtype

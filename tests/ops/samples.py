@@ -149,5 +149,20 @@ def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> li
 MAKERS = {"patch_text_similarity": patch_text, "similarity_contrastive_loss": contrastive, "center_assignment": assignment}
 
 
+# Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
+# no number with the other dimensions, which would be taken for one symbol. Whatever may change from step to step is a tensor.
+RESIZED = {
+    "patch_text_similarity": lambda size: (
+        lambda patches, texts, t: ok.patch_text_similarity(patches, texts, temperature=t),
+        (torch.randn(size, 7, 5), torch.randn(size + 1, 5), torch.tensor(0.2 * size)),
+    ),
+    "similarity_contrastive_loss": lambda size: (ok.similarity_contrastive_loss, (torch.randn(size, size), torch.tensor(0.2 * size))),
+    "center_assignment": lambda size: (
+        lambda queries, keys, values, rng: ok.center_assignment(queries, keys, values, rng=rng)[0],
+        (torch.randn(size, 4, 5), torch.randn(size, 7, 5), torch.randn(size, 7, 8), philox.make_rng(size)),
+    ),
+}
+
+
 def all_samples(dtype=torch.float64, device="cpu") -> list[Sample]:
     return [sample for make in MAKERS.values() for sample in make(dtype, device)]
