@@ -15,6 +15,12 @@ def main() -> None:
             for pool in ("vector", "score", "max"):
                 out = ok.patch_text_similarity(patches, texts, patch_mask=mask, temperature=0.2, pool=pool)
                 torch.autograd.grad(out.sum(), (patches, texts))
+        for B, G, L, D in ((2, 8, 70, 24), (1, 65, 130, 40)):
+            queries, keys, values = (torch.randn(B, n, D, device="cuda", dtype=dtype, requires_grad=True) for n in (G, L, L))
+            mask, rng = torch.rand(B, L, device="cuda") > 0.3, ok.philox.make_rng(1, device="cuda")
+            for hard in (True, False):
+                out = ok.center_assignment(queries, keys, values, mask=mask, rng=rng, hard=hard)[0]
+                torch.autograd.grad(out.sum(), (queries, keys, values))
     similarity = torch.randn(33, 33, device="cuda", requires_grad=True)
     ok.similarity_contrastive_loss(similarity, 5.0).backward()
     torch.cuda.synchronize()

@@ -15,7 +15,7 @@ template <typename K>
 Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
   using A = typename K::A;
   Args<K> x{};
-  x.B = p.B, x.T = p.T, x.N = p.N, x.D = p.D, x.pitch = plan.pitch, x.pitch_d = plan.pitch_d;
+  x.T = p.T, x.N = p.N, x.D = p.D, x.pitch = plan.pitch, x.pitch_d = plan.pitch_d;
   x.pool = p.pool, x.weight = p.weight, x.gram = plan.gram, x.slots = plan.slots;
   x.patches = static_cast<const typename K::T*>(p.patches), x.texts = static_cast<const typename K::T*>(p.texts);
   x.patch_b = p.patch_strides[0], x.patch_n = p.patch_strides[1], x.patch_d = p.patch_strides[2];
@@ -147,7 +147,7 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const int64_t along_size = backward ? text_tiles * p.N * a : 0;
   const int64_t scalar_size = backward ? 16 * text_tiles * patch_tiles : 0;
   const int64_t per_image = 2 * gram_size + weight_size + vector_size + coefficient_size + along_size + scalar_size + 1;
-  const int64_t limit = (int64_t(64) << 20) / per_image;
+  const int64_t limit = patch_text_limit / per_image;
   plan.chunk = limit < 1 ? 1 : limit > 65535 ? 65535 : limit;
   if (plan.chunk > p.B) plan.chunk = p.B < 1 ? 1 : p.B;
   // Enough blocks for a large GPU where texts and channels alone do not give them.

@@ -45,6 +45,13 @@ struct PatchTextPlan {
   size_t bytes;
 };
 
+// Bytes a chunk of images aims at.
+#ifdef OVSEG_EMULATED
+inline int64_t patch_text_limit = int64_t(64) << 20;  // a test lowers it, so that a small batch takes several chunks
+#else
+constexpr int64_t patch_text_limit = int64_t(64) << 20;
+#endif
+
 PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward);
 const char* patch_text_forward(const PatchTextCuda& p);  // null, or the text of an error
 const char* patch_text_backward(const PatchTextCuda& p);

@@ -40,7 +40,7 @@ constexpr A kEps = A(1e-12);  // of norms, as in torch.nn.functional.normalize
 template <typename K>
 struct Args {
   using A = typename K::A;
-  int64_t B, T, N, D, first, pitch, pitch_d;  // first image of the chunk
+  int64_t T, N, D, first, pitch, pitch_d;  // first image of the chunk
   Pool pool;
   Weight weight;
   bool gram;
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
         continue;
       }
       A sum = 0, with_s = 0, squares = 0;
-      A kept_s[kWindow<A> / 32];  // in place: cosines become the operand of the Gram form
+      A exponentials[kWindow<A> / 32];  // in place: cosines become the operand of the Gram form
 #pragma unroll
       for (int k = 0; k < kWindow<A> / 32; ++k) {
         const int n = lane + 32 * k;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
           with_s += e * length * s[n];
           squares += e * length * e * length;
         }
-        kept_s[k] = e;
+        exponentials[k] = e;
       }
       sum = warp_sum(sum), with_s = warp_sum(with_s), squares = warp_sum(squares);
       if (in_gram) {
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
         auto* w = reinterpret_cast<typename K::G*>(s);
         // G holds longest once and |u_m| in its columns: the operand is the weight itself.
 #pragma unroll
-        for (int k = 0; k < kWindow<A> / 32; ++k) w[lane + 32 * k] = from_float<typename K::G>(kept_s[k]);
+        for (int k = 0; k < kWindow<A> / 32; ++k) w[lane + 32 * k] = from_float<typename K::G>(exponentials[k]);
       }
       if (lane == 0) {
         const A factor = before == now ? A(1) : exp(before - now);

@@ -70,6 +70,7 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("philox_bits", &ovseg::philox_bits);
   m.def("uniform_from_bits", &ovseg::uniform_from_bits);
   m.def("gumbel_from_bits", &ovseg::gumbel_from_bits);
+  m.def("set_patch_text_limit", [](int64_t bytes) { ovseg::patch_text_limit = bytes; });
   m.def("patch_text_plan", [](int64_t B, int64_t T, int64_t N, int64_t D, int pool, int type, bool backward) {
     ovseg::PatchTextCuda p{};
     p.B = B, p.T = T, p.N = N, p.D = D;

@@ -12,7 +12,8 @@ import ovseg_kernels as ok
 from ovseg_kernels import _library
 from ovseg_kernels.triton import KERNELS as TRITON
 
-CASES = pytest.importorskip("ovseg_benchmarks.registry").CASES  # the distribution is installed, or this is a bare GPU check
+BENCHMARKS = pytest.importorskip("ovseg_benchmarks.registry")  # the distribution is installed, or this is a bare GPU check
+CASES, GPU_CASES = BENCHMARKS.CASES, BENCHMARKS.GPU_CASES
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,6 +65,12 @@ def missing(op: str) -> list[str]:
 @pytest.mark.parametrize("op", ok.OPERATORS)
 def test_operator_is_complete(op):
     assert missing(op) == []
+
+
+@pytest.mark.parametrize("op", ok.OPERATORS)
+def test_scripts_and_benchmarks_for_a_gpu_know_the_operator(op):
+    assert f"ok.{op}(" in (ROOT / "scripts" / "gpu_small.py").read_text(), "compute-sanitizer never sees it"
+    assert any(case.op == op for case in GPU_CASES)
 
 
 def test_every_schema_belongs_to_a_public_operator():

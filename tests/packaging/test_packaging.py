@@ -75,6 +75,20 @@ def test_wheel_with_cuda(sdist, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_failing_cuda_build_leaves_the_cpu(sdist, tmp_path):
+    """An nvcc on PATH that cannot compile: CPU kernels all the same, unless CUDA was asked for."""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    _, site = install(sdist, tmp_path, PATH=path, CUDACXX=str(tmp_path / "nvcc"), OVSEG_BUILD_NATIVE="", FORCE_CUDA="")
+    assert smoke(site) == "cpu" and not (site / "ovseg_kernels" / "_C_cuda.so").exists()
+    assert json.loads((site / "ovseg_kernels" / "build_info.json").read_text())["cuda"] == "off"
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "no"), str(sdist)]
+    asked = {**os.environ, "PATH": path, "CUDACXX": str(tmp_path / "nvcc"), "OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1"}
+    assert subprocess.run(command, capture_output=True, env=asked, check=False).returncode != 0
+
+
+@pytest.mark.slow
 def test_install_without_any_compiler(sdist, tmp_path):
     """No cmake, no compiler: the build goes on, and the reference answers with a warning."""
     tools = tmp_path / "bin"
