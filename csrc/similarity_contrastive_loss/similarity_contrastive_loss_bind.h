@@ -44,6 +44,17 @@ struct Inputs {
   static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
 };
 
+// run(inputs) in the type of the similarities.
+template <typename Run>
+auto with_inputs(const Tensor& similarity, const Tensor& scale, const Optional& image_ids, const Optional& text_ids,
+                 const Optional& pair_mask, int64_t offset, const Run& run) {
+  if (similarity.scalar_type() == ScalarType::Double) {
+    return run(Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset));
+  }
+  check_type("similarity", similarity, ScalarType::Float);
+  return run(Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset));
+}
+
 // rows, columns and their weights, contiguous, checked and entered into the parameters.
 template <typename A>
 std::array<Tensor, 4> enter_saved(Inputs<A>& in, const Tensor& grad, const Tensor& rows, const Tensor& columns,

@@ -20,11 +20,8 @@ std::tuple<Tensor, Tensor> stats_as(Inputs<A> in, const Tensor& scale) {
 
 std::tuple<Tensor, Tensor> stats(Tensor similarity, Tensor scale, Optional image_ids, Optional text_ids,
                                  Optional pair_mask, int64_t offset) {
-  if (similarity.scalar_type() == ScalarType::Double) {
-    return stats_as(Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale);
-  }
-  check_type("similarity", similarity, ScalarType::Float);
-  return stats_as(Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale);
+  return with_inputs(similarity, scale, image_ids, text_ids, pair_mask, offset,
+                     [&](const auto& in) { return stats_as(in, scale); });
 }
 
 template <typename A>
@@ -47,13 +44,9 @@ std::tuple<Tensor, Tensor> backward_as(const Tensor& grad, Inputs<A> in, const T
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor similarity, Tensor scale, Optional image_ids, Optional text_ids,
                                     Optional pair_mask, Tensor rows, Tensor columns, Tensor row_weight,
                                     Tensor column_weight, int64_t offset) {
-  if (similarity.scalar_type() == ScalarType::Double) {
-    return backward_as(grad, Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows,
-                       columns, row_weight, column_weight);
-  }
-  check_type("similarity", similarity, ScalarType::Float);
-  return backward_as(grad, Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset), scale, rows,
-                     columns, row_weight, column_weight);
+  return with_inputs(similarity, scale, image_ids, text_ids, pair_mask, offset, [&](const auto& in) {
+    return backward_as(grad, in, scale, rows, columns, row_weight, column_weight);
+  });
 }
 
 }  // namespace
