@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ovseg_kernels as ok
-from ovseg_kernels.reference import center_assignment as assignment_reference
 from ovseg_kernels.reference import patch_text_similarity as similarity_reference
 from ovseg_kernels.reference import similarity_contrastive_loss as loss_reference
 
-FUSED = "ovseg"
+from . import baselines
+from .baselines import FUSED
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ CASES = (
     Case("center_assignment", "groupvit", {"B": 32, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
     Case("center_assignment", "segclip", {"B": 32, "L": 196, "G": 8, "D": 768}, {"tau": 0.9, "normalizer": "mean"}),
     Case("center_assignment", "many", {"B": 8, "L": 1024, "G": 64, "D": 384}, {"scale": 384**-0.5}),
+    Case("folded_center_assignment", "ovsegmentor", {"B": 32, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
+    Case("folded_center_assignment", "groupvit", {"B": 32, "L": 196, "G": 64, "D": 384}, {"scale": 384**-0.5}),
+    Case("segclip_center_assignment", "window", {"B": 32, "L": 784, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
+    Case("segclip_center_assignment", "training", {"B": 96, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
     Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
@@ -57,6 +61,8 @@ GPU_CASES = (
     Case("patch_text_similarity", "pacl-1024", {"B": 1024, "T": 1024, "N": 196, "D": 512}, _PACL_GPU),
     Case("patch_text_similarity", "pacl-4096", {"B": 4096, "T": 4096, "N": 196, "D": 512}, _PACL_GPU, only=(FUSED,)),
     Case("center_assignment", "segclip", {"B": 768, "L": 196, "G": 8, "D": 768}, {"tau": 0.9, "normalizer": "mean"}),
+    Case("folded_center_assignment", "ovsegmentor", {"B": 128, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
+    Case("segclip_center_assignment", "training", {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
 
@@ -86,6 +92,13 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
     if case.op == "center_assignment":
         tensors = {"queries": (s["B"], s["G"], s["D"]), "keys": (s["B"], s["L"], s["D"]), "values": (s["B"], s["L"], s["D"])}
         return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in tensors.items()}
+    if case.op in ("folded_center_assignment", "segclip_center_assignment"):
+        D, rows = s["D"], s["D"] if case.op.startswith("folded") else s["D"] // s["groups"]
+        tensors = {"queries": (s["B"], s["G"], D), "tokens": (s["B"], s["L"], D), "key_weight": (D, rows), "value_weight": (D, rows)}
+        names = ("key_bias", "value_bias") if rows == D else ("norm_weight", "norm_bias", "key_norm_weight", "key_norm_bias")
+        found = {name: torch.randn(shape, generator=g) / (rows**0.5 if "weight" in name else 1) for name, shape in tensors.items()}
+        found |= {name: ("norm_weight" in name) + 0.1 * torch.randn(D, generator=g) for name in names}
+        return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
     similarity = torch.rand(s["B"], s["T"], generator=g).mul(2).sub(1).to(dtype).requires_grad_()
     return {"similarity": similarity, "logit_scale": torch.tensor(14.3).to(dtype).requires_grad_()}
 
@@ -93,7 +106,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
 def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
     """Name to function of the inputs; the first is ours. All give the same values, which the runner checks."""
     if case.op == "center_assignment":
-        found = _assignments(case)
+        found = baselines.assignment(case)
+    elif case.op == "folded_center_assignment":
+        found = baselines.folded_assignment(case)
+    elif case.op == "segclip_center_assignment":
+        found = baselines.segclip_assignment(case)
     elif case.op == "similarity_contrastive_loss":
         eager = loss_reference.similarity_contrastive_loss
 
@@ -143,35 +160,6 @@ def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
             "torch.compile, chunks of 32 texts": in_chunks(torch.compile(part_of)),
         }
     return {name: f for name, f in found.items() if not case.only or name in case.only}
-
-
-def _assignments(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
-    """Training step: the same Gumbel noise for all, drawn inside by ours and given to the others."""
-    scale, tau, normalizer = (case.options.get(key, default) for key, default in
-                              (("scale", 1.0), ("tau", 1.0), ("normalizer", "mean_plus_one")))
-    noises: dict[tuple, torch.Tensor] = {}
-
-    def rng(x):
-        return ok.philox.make_rng(7, device=x.device)
-
-    def noise(queries, keys):
-        shape = (queries.shape[0], keys.shape[1], queries.shape[1])
-        key = (str(queries.device), shape)
-        if key not in noises:
-            noises[key] = ok.philox.gumbel(rng(queries), shape).transpose(1, 2).contiguous()
-        return noises[key]
-
-    def eager(queries, keys, values):
-        given = noise(queries, keys)
-        return assignment_reference.center_assignment(queries, keys, values, scale, tau, given, True, normalizer)[0]
-
-    compiled = torch.compile(assignment_reference.center_assignment)
-    options = (True, normalizer)
-    return {
-        FUSED: lambda queries, keys, values: ok.center_assignment(queries, keys, values, rng=rng(queries), **case.options)[0],
-        "eager": eager,
-        "torch.compile": lambda queries, keys, values: compiled(queries, keys, values, scale, tau, noise(queries, keys), *options)[0],
-    }
 
 
 def _gram(u, texts, scale, bias, weight):

@@ -5,10 +5,18 @@ from ._backends import available_backends, backend, explain
 from ._library import BackendError
 from ._version import __version__
 from .ops.center_assignment import center_assignment
+from .ops.folded_center_assignment import folded_center_assignment
 from .ops.patch_text_similarity import patch_text_similarity
+from .ops.segclip_center_assignment import segclip_center_assignment
 from .ops.similarity_contrastive_loss import similarity_contrastive_loss
 
-OPERATORS = ("patch_text_similarity", "similarity_contrastive_loss", "center_assignment")
+OPERATORS = (
+    "patch_text_similarity",
+    "similarity_contrastive_loss",
+    "center_assignment",
+    "folded_center_assignment",
+    "segclip_center_assignment",
+)
 
 __all__ = [
     "OPERATORS",
@@ -18,7 +26,9 @@ __all__ = [
     "backend",
     "center_assignment",
     "explain",
+    "folded_center_assignment",
     "patch_text_similarity",
     "philox",
+    "segclip_center_assignment",
     "similarity_contrastive_loss",
 ]

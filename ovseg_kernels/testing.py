@@ -11,7 +11,8 @@ import torch
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
+def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype,
+                          terms: int = 1) -> None:  # fmt: skip
     """The error rule, for the largest error (relative to the truth's largest value, if above 1) and the Frobenius norm.
 
     Args:
@@ -20,6 +21,8 @@ def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, 
         eager: of the plain formula in the same dtype.
         truth: of the plain formula in float64.
         dtype: of the inputs; chooses the floor.
+        terms: how many independently rounded terms of order one a scalar sums, as the gradient of a temperature does over all
+            pairs: the floor grows by the square root.
 
     Raises:
         AssertionError: with both errors, if the rule is broken; so do NaN in ``result`` that ``truth`` does not have.
@@ -37,6 +40,6 @@ def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, 
     if norm > 1e-6:
         measures["relative Frobenius error"] = lambda x: float((x - truth).nan_to_num().norm()) / norm
     for kind, measure in measures.items():
-        found, allowed = measure(result), 2 * measure(eager) + FLOORS[dtype]
+        found, allowed = measure(result), 2 * measure(eager) + FLOORS[dtype] * terms**0.5
         if not found <= allowed:
             raise AssertionError(f"{name}: {kind} {found:.3g} exceeds {allowed:.3g} = 2 x {measure(eager):.3g} of eager + floor")

@@ -18,7 +18,10 @@ struct CenterParams {
   int64_t key_strides[3];
   const void* values;
   int64_t value_strides[3];
-  const bool* mask;  // [B, L] with mask_strides, or null
+  const A* center_bias;  // [B, G] contiguous, or null
+  const A* key_scale;    // [B, L] contiguous, or null
+  bool biased, scaled;   // whether they were given: one without elements has no address
+  const bool* mask;      // [B, L] with mask_strides, or null
   int64_t mask_strides[2];
   const A* noise;  // [B, G, L] with noise_strides, or null
   int64_t noise_strides[3];
@@ -33,16 +36,18 @@ struct CenterParams {
   A* soft;         // [B, G, L] or null, forward only
 
   // Backward only. Null for a gradient that is not wanted.
-  const A* grad;       // [B, G, E]
-  const A* grad_soft;  // [B, G, L] or null
+  const A* grad;        // [B, G, E]
+  const A* grad_count;  // [B, G] or null
+  const A* grad_soft;   // [B, G, L] or null
   void *grad_queries, *grad_keys, *grad_values;
+  A *grad_bias, *grad_scale;  // [B, G] and [B, L], of center_bias and key_scale
 };
 
 // One table per instruction set. Work is split into slots of consecutive tokens of one image, a function of L alone.
 template <typename A>
 struct CenterTable {
   int64_t (*workspace_size)(const CenterParams<A>&);  // elements of A for one thread
-  // Partial sums of a slot: [G, E] and the counts [G] forward, [G, D] backward.
+  // Partial sums of a slot: [G, E] and the counts [G] forward, [G, D] and the bias [G] backward.
   void (*forward_slots)(const CenterParams<A>&, int64_t begin, int64_t end, A* partial, A* workspace);
   void (*finish_forward)(const CenterParams<A>&, int64_t begin, int64_t end, const A* partial);  // images
   void (*backward_slots)(const CenterParams<A>&, int64_t begin, int64_t end, A* partial, A* workspace);

@@ -9,9 +9,11 @@ namespace ovseg {
 
 using Optional = std::optional<Tensor>;
 using CenterOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using CenterGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename A>
-CenterParams<A> center_params(const Tensor& queries, const Tensor& keys, const Tensor& values, const Optional& mask,
+CenterParams<A> center_params(const Tensor& queries, const Tensor& keys, const Tensor& values,
+                              const Optional& center_bias, const Optional& key_scale, const Optional& mask,
                               const Optional& noise, const Optional& rng, double scale, double tau, bool hard,
                               int64_t normalizer) {
   STD_TORCH_CHECK(queries.dim() == 3, "queries has ", queries.dim(), " dimensions; expected 3, [B, G, D]");
@@ -27,6 +29,18 @@ CenterParams<A> center_params(const Tensor& queries, const Tensor& keys, const T
   p.queries = queries.const_data_ptr(), p.keys = keys.const_data_ptr(), p.values = values.const_data_ptr();
   for (int i = 0; i < 3; ++i) {
     p.query_strides[i] = queries.stride(i), p.key_strides[i] = keys.stride(i), p.value_strides[i] = values.stride(i);
+  }
+  if (center_bias) {
+    check_shape("center_bias", *center_bias, {p.B, p.G});
+    check_type("center_bias", *center_bias, accumulation_type(queries));
+    STD_TORCH_CHECK(center_bias->is_contiguous(), "center_bias must be contiguous");
+    p.center_bias = data<A>(*center_bias), p.biased = true;
+  }
+  if (key_scale) {
+    check_shape("key_scale", *key_scale, {p.B, p.L});
+    check_type("key_scale", *key_scale, accumulation_type(queries));
+    STD_TORCH_CHECK(key_scale->is_contiguous(), "key_scale must be contiguous");
+    p.key_scale = data<A>(*key_scale), p.scaled = true;
   }
   if (mask) {
     check_shape("mask", *mask, {p.B, p.L}), check_type("mask", *mask, ScalarType::Bool);
@@ -52,13 +66,15 @@ CenterParams<A> center_params(const Tensor& queries, const Tensor& keys, const T
 
 // run(parameters) with the accumulation type of the inputs.
 template <typename Run>
-auto with_center_params(const Tensor& queries, const Tensor& keys, const Tensor& values, const Optional& mask,
-                        const Optional& noise, const Optional& rng, double scale, double tau, bool hard,
-                        int64_t normalizer, const Run& run) {
+auto with_center_params(const Tensor& queries, const Tensor& keys, const Tensor& values, const Optional& center_bias,
+                        const Optional& key_scale, const Optional& mask, const Optional& noise, const Optional& rng,
+                        double scale, double tau, bool hard, int64_t normalizer, const Run& run) {
   if (queries.scalar_type() == ScalarType::Double) {
-    return run(center_params<double>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer));
+    return run(center_params<double>(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard,
+                                     normalizer));
   }
-  return run(center_params<float>(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer));
+  return run(center_params<float>(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard,
+                                  normalizer));
 }
 
 template <typename A>
@@ -73,11 +89,10 @@ CenterOutputs center_outputs(CenterParams<A>& p, const Tensor& like, bool want_s
 
 // What the backward reads, contiguous, and the gradients it writes; `kept` keeps the former alive.
 template <typename A>
-std::tuple<Tensor, Tensor, Tensor> center_gradients(CenterParams<A>& p, std::vector<Tensor>& kept, const Tensor& grad,
-                                                    const Optional& grad_soft, const Tensor& queries,
-                                                    const Tensor& keys, const Tensor& values, const Tensor& pooled,
-                                                    const Tensor& index, const Tensor& count, bool need_queries,
-                                                    bool need_keys, bool need_values) {
+CenterGradients center_gradients(CenterParams<A>& p, std::vector<Tensor>& kept, const Tensor& grad,
+                                 const Optional& grad_count, const Optional& grad_soft, const Tensor& queries,
+                                 const Tensor& keys, const Tensor& values, const Tensor& pooled, const Tensor& index,
+                                 const Tensor& count, bool need_queries, bool need_keys, bool need_values) {
   const ScalarType type = accumulation_type(queries), input_type = queries.scalar_type();
   check_shape("grad", grad, {p.B, p.G, p.E}), check_type("grad", grad, type);
   check_shape("pooled", pooled, {p.B, p.G, p.E}), check_type("pooled", pooled, type);
@@ -88,7 +103,12 @@ std::tuple<Tensor, Tensor, Tensor> center_gradients(CenterParams<A>& p, std::vec
   if (grad_soft) {
     check_shape("grad_soft", *grad_soft, {p.B, p.G, p.L}), check_type("grad_soft", *grad_soft, type);
     kept.push_back(torch::stable::contiguous(*grad_soft));
-    p.grad_soft = data<A>(kept[4]);
+    p.grad_soft = data<A>(kept.back());
+  }
+  if (grad_count) {
+    check_shape("grad_count", *grad_count, {p.B, p.G}), check_type("grad_count", *grad_count, type);
+    kept.push_back(torch::stable::contiguous(*grad_count));
+    p.grad_count = data<A>(kept.back());
   }
   Tensor d_queries = new_tensor(queries, {need_queries ? p.B : 0, p.G, p.D}, input_type);
   Tensor d_keys = new_tensor(keys, {need_keys ? p.B : 0, p.L, p.D}, input_type);
@@ -96,7 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> center_gradients(CenterParams<A>& p, std::vec
   p.grad_queries = need_queries ? d_queries.mutable_data_ptr() : nullptr;
   p.grad_keys = need_keys ? d_keys.mutable_data_ptr() : nullptr;
   p.grad_values = need_values ? d_values.mutable_data_ptr() : nullptr;
-  return {d_queries, d_keys, d_values};
+  Tensor d_bias = new_tensor(queries, {p.biased ? p.B : 0, p.G}, type);
+  Tensor d_scale = new_tensor(queries, {p.scaled ? p.B : 0, p.L}, type);
+  p.grad_bias = p.biased ? data<A>(d_bias) : nullptr;
+  p.grad_scale = p.scaled ? data<A>(d_scale) : nullptr;
+  return {d_queries, d_keys, d_values, d_bias, d_scale};
 }
 
 }  // namespace ovseg

@@ -23,23 +23,24 @@ CenterOutputs forward_as(const Tensor& like, CenterParams<A> p, bool want_soft) 
   return outputs;
 }
 
-CenterOutputs forward(Tensor queries, Tensor keys, Tensor values, Optional mask, Optional noise, Optional rng,
-                      double scale, double tau, bool hard, int64_t normalizer, bool want_soft) {
-  return with_center_params(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer,
-                            [&](const auto& p) { return forward_as(queries, p, want_soft); });
+CenterOutputs forward(Tensor queries, Tensor keys, Tensor values, Optional center_bias, Optional key_scale,
+                      Optional mask, Optional noise, Optional rng, double scale, double tau, bool hard,
+                      int64_t normalizer, bool want_soft) {
+  return with_center_params(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard,
+                            normalizer, [&](const auto& p) { return forward_as(queries, p, want_soft); });
 }
 
 template <typename A>
-std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const Optional& grad_soft, const Tensor& queries,
-                                               const Tensor& keys, const Tensor& values, const Tensor& pooled,
-                                               const Tensor& index, const Tensor& count, CenterParams<A> p,
-                                               bool need_queries, bool need_keys, bool need_values) {
+CenterGradients backward_as(const Tensor& grad, const Optional& grad_count, const Optional& grad_soft,
+                            const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& pooled,
+                            const Tensor& index, const Tensor& count, CenterParams<A> p, bool need_queries,
+                            bool need_keys, bool need_values) {
   const OnDevice device(queries);
   std::vector<Tensor> kept;
-  auto gradients = center_gradients(p, kept, grad, grad_soft, queries, keys, values, pooled, index, count, need_queries,
-                                    need_keys, need_values);
+  auto gradients = center_gradients(p, kept, grad, grad_count, grad_soft, queries, keys, values, pooled, index, count,
+                                    need_queries, need_keys, need_values);
   if (p.B == 0 || p.L == 0) {
-    torch::stable::zero_(std::get<0>(gradients));
+    torch::stable::zero_(std::get<0>(gradients)), torch::stable::zero_(std::get<3>(gradients));
     return gradients;
   }
   Tensor memory = new_tensor(queries, {0}, ScalarType::Byte);
@@ -48,14 +49,15 @@ std::tuple<Tensor, Tensor, Tensor> backward_as(const Tensor& grad, const Optiona
   return gradients;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Optional grad_soft, Tensor queries, Tensor keys, Tensor values,
-                                            Optional mask, Optional noise, Optional rng, Tensor pooled, Tensor index,
-                                            Tensor count, double scale, double tau, bool hard, int64_t normalizer,
-                                            bool need_queries, bool need_keys, bool need_values) {
-  return with_center_params(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer, [&](const auto& p) {
-    return backward_as(grad, grad_soft, queries, keys, values, pooled, index, count, p, need_queries, need_keys,
-                       need_values);
-  });
+CenterGradients backward(Tensor grad, Optional grad_count, Optional grad_soft, Tensor queries, Tensor keys,
+                         Tensor values, Optional center_bias, Optional key_scale, Optional mask, Optional noise,
+                         Optional rng, Tensor pooled, Tensor index, Tensor count, double scale, double tau, bool hard,
+                         int64_t normalizer, bool need_queries, bool need_keys, bool need_values) {
+  return with_center_params(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard,
+                            normalizer, [&](const auto& p) {
+                              return backward_as(grad, grad_count, grad_soft, queries, keys, values, pooled, index,
+                                                 count, p, need_queries, need_keys, need_values);
+                            });
 }
 
 }  // namespace

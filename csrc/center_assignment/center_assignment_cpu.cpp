@@ -14,7 +14,7 @@ constexpr int kBlock = 4;  // tokens walked together, so that a center is read o
 // Scratch of one thread.
 template <typename A>
 struct Workspace {
-  A *queries, *grad, *keys, *values, *out, *z, *y, *ds, *soft, *rho;
+  A *queries, *grad, *keys, *values, *out, *raw, *z, *y, *ds, *soft, *rho;
   int64_t size = 0;
 
   A* take(A* base, int64_t count) {
@@ -28,6 +28,7 @@ struct Workspace {
     keys = take(base, kBlock * p.D);
     values = take(base, kBlock * p.E);
     out = take(base, p.D > p.E ? p.D : p.E);
+    raw = take(base, kBlock * p.G);
     z = take(base, kBlock * p.G);
     y = take(base, kBlock * p.G);
     ds = take(base, kBlock * p.G);
@@ -78,17 +79,24 @@ void load_queries(const CenterParams<A>& p, int64_t b, Workspace<A>& w) {
   }
 }
 
+template <typename A>
+A score_factor(const CenterParams<A>& p, int64_t b, int64_t l) {
+  return p.key_scale ? p.scale * p.key_scale[b * p.L + l] : p.scale;
+}
+
 // Scores z, with noise and temperature y, of four tokens: equations (1) and (2) before the softmax.
 template <typename A>
 void score(const CenterParams<A>& p, int64_t b, int64_t l, const A* const (&keys)[kBlock], const bool (&keep)[kBlock],
            Workspace<A>& w) {
-  dots4(keys, w.queries, p.G, p.D, w.z);
+  dots4(keys, w.queries, p.G, p.D, w.raw);
   for (int i = 0; i < kBlock; ++i) {
     if (!keep[i]) continue;
+    const A* raw = w.raw + i * p.G;
     A *z = w.z + i * p.G, *y = w.y + i * p.G;
+    const A factor = score_factor(p, b, l + i);
     const int64_t first = (b * p.L + l + i) * p.G;
     for (int64_t g = 0; g < p.G; ++g) {
-      z[g] *= p.scale;
+      z[g] = factor * raw[g] + (p.center_bias ? p.center_bias[b * p.G + g] : A(0));
       A noise = 0;
       if (p.noise) noise = p.noise[b * p.noise_strides[0] + g * p.noise_strides[1] + (l + i) * p.noise_strides[2]];
       if (p.rng) noise = static_cast<A>(gumbel_from_bits(philox_bits(p.rng[0], p.rng[1], first + g)));
@@ -184,11 +192,13 @@ void finish_forward(const CenterParams<A>& p, int64_t begin, int64_t end, const 
 template <typename A>
 void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial, A* memory) {
   Workspace<A> w(p, memory);
-  const int64_t slots = center_slots(p.L);
+  const int64_t slots = center_slots(p.L), size = p.G * (p.D + 1);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t b = t / slots, l0 = t % slots * kCenterSlot, l1 = l0 + kCenterSlot < p.L ? l0 + kCenterSlot : p.L;
-    A* dq = p.grad_queries ? partial + t * p.G * p.D : nullptr;
+    A* dq = p.grad_queries ? partial + t * size : nullptr;
+    A* d_bias = p.grad_bias ? partial + t * size + p.G * p.D : nullptr;
     if (dq) memset(dq, 0, p.G * p.D * sizeof(A));
+    if (d_bias) memset(d_bias, 0, p.G * sizeof(A));
     load_queries(p, b, w);
     for (int64_t g = 0; g < p.G; ++g) {  // p_g / n_g, and rho_g / n_g
       const A* grad = p.grad + (b * p.G + g) * p.E;
@@ -196,6 +206,7 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
       for (int64_t e = 0; e < p.E; ++e) w.grad[g * p.E + e] = grad[e] * inverse;
       const bool constant = p.normalizer == Normalizer::sum || (p.normalizer == Normalizer::mean && count < A(1));
       w.rho[g] = constant ? A(0) : dot(p.pooled + (b * p.G + g) * p.E, w.grad + g * p.E, p.E);
+      if (p.grad_count) w.rho[g] -= p.grad_count[b * p.G + g];
     }
     const A *keys[kBlock], *values[kBlock];
     bool keep[kBlock];
@@ -212,6 +223,7 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
           memset(w.out, 0, (p.D > p.E ? p.D : p.E) * sizeof(A));
           if (p.grad_keys) store_row(p.type, p.grad_keys, at * p.D, p.D, combined);
           if (p.grad_values) store_row(p.type, p.grad_values, at * p.E, p.E, combined);
+          if (p.grad_scale) p.grad_scale[at] = 0;
           continue;
         }
         softmax(soft, p.G, soft);
@@ -235,7 +247,10 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
           for (int64_t g = 0; g < p.G; ++g) inner += w.soft[g] * p.grad_soft[(b * p.G + g) * p.L + l + i];
           for (int64_t g = 0; g < p.G; ++g) ds[g] += w.soft[g] * (p.grad_soft[(b * p.G + g) * p.L + l + i] - inner);
         }
-        for (int64_t g = 0; g < p.G; ++g) ds[g] *= p.scale;
+        for (int64_t g = 0; d_bias && g < p.G; ++g) d_bias[g] += ds[g];
+        if (p.grad_scale) p.grad_scale[at] = p.scale * dot(static_cast<const A*>(ds), w.raw + i * p.G, p.G);  // (10)
+        const A factor = score_factor(p, b, l + i);
+        for (int64_t g = 0; g < p.G; ++g) ds[g] *= factor;
         if (p.grad_keys) {  // (8)
           combine(ds, w.queries, p.G, p.D, w.out);
           store_row(p.type, p.grad_keys, at * p.D, p.D, static_cast<const A*>(w.out));
@@ -252,10 +267,15 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
 template <typename A>
 void finish_backward(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial) {
   const int64_t slots = center_slots(p.L);
+  const int64_t wide = p.G * p.D, size = wide + p.G;
   for (int64_t b = begin; b < end; ++b) {
-    A* sum = partial + b * slots * p.G * p.D;
-    for (int64_t slot = 1; slot < slots; ++slot) add_scaled(sum, A(1), sum + slot * p.G * p.D, p.G * p.D);
-    store_row(p.type, p.grad_queries, b * p.G * p.D, p.G * p.D, sum);
+    A* sum = partial + b * slots * size;
+    for (int64_t slot = 1; slot < slots; ++slot) {
+      if (p.grad_queries) add_scaled(sum, A(1), sum + slot * size, wide);
+      if (p.grad_bias) add_scaled(sum + wide, A(1), sum + slot * size + wide, p.G);
+    }
+    if (p.grad_queries) store_row(p.type, p.grad_queries, b * wide, wide, static_cast<const A*>(sum));
+    for (int64_t g = 0; p.grad_bias && g < p.G; ++g) p.grad_bias[b * p.G + g] = sum[wide + g];  // (10)
   }
 }
 

@@ -30,7 +30,7 @@ struct CenterArgs {
   using A = typename K::A;
   using T = typename K::T;
   CenterParams<A> p;
-  A *weights, *d_scores;  // [B, L, G]
+  A *weights, *d_scores;  // [B, L, G]; d z of (7)
   A *scaled, *rho;        // [B, G, E] d pooled / n, and [B, G] rho / n
 
   __device__ bool kept(int64_t b, int64_t l) const {
@@ -44,7 +44,15 @@ struct CenterArgs {
     return {key(b), p.key_strides[1], p.key_strides[2], p.L, p.D, keep_of(b), p.mask_strides[1], false};
   }
   __device__ Operand<T, A> key_columns(int64_t b) const {  // row d, depth L
-    return {key(b), p.key_strides[2], p.key_strides[1], p.D, p.L, keep_of(b), p.mask_strides[1], true};
+    return {key(b),
+            p.key_strides[2],
+            p.key_strides[1],
+            p.D,
+            p.L,
+            keep_of(b),
+            p.mask_strides[1],
+            true,
+            p.key_scale ? p.key_scale + b * p.L : nullptr};
   }
   __device__ Operand<T, A> value_rows(int64_t b) const {  // row l, depth E
     return {value(b), p.value_strides[1], p.value_strides[2], p.L, p.E, keep_of(b), p.mask_strides[1], false};
@@ -56,6 +64,10 @@ struct CenterArgs {
     if (p.noise) return p.noise[b * p.noise_strides[0] + g * p.noise_strides[1] + l * p.noise_strides[2]];
     if (p.rng) return static_cast<A>(gumbel_from_bits(philox_bits(p.rng[0], p.rng[1], (b * p.L + l) * p.G + g)));
     return A(0);
+  }
+  __device__ A score(int64_t b, int64_t g, int64_t l, A raw) const {  // (1)
+    const A factor = p.key_scale ? p.scale * p.key_scale[b * p.L + l] : p.scale;
+    return factor * raw + (p.center_bias ? p.center_bias[b * p.G + g] : A(0));
   }
   __device__ A divisor(A count) const {  // (4)
     if (p.normalizer == Normalizer::sum) return A(1);
@@ -115,7 +127,7 @@ __global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(
   if (p.soft) {
     // The same row serves twice: the scores wait in the output.
     for (int g = 0; g < p.G; ++g) p.soft[(b * p.G + g) * p.L + l] = z[g];
-    for (int g = 0; g < p.G; ++g) z[g] *= p.scale;
+    for (int g = 0; g < p.G; ++g) z[g] = x.score(b, g, l, z[g]);
     softmax(z, p.G);
     for (int g = 0; g < p.G; ++g) {
       A* out = p.soft + (b * p.G + g) * p.L + l;
@@ -124,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(
       z[g] = raw;
     }
   }
-  for (int g = 0; g < p.G; ++g) z[g] = (z[g] * p.scale + x.noise(b, g, l)) / p.tau;
+  for (int g = 0; g < p.G; ++g) z[g] = (x.score(b, g, l, z[g]) + x.noise(b, g, l)) / p.tau;
   const int best = softmax(z, p.G);
   p.index[b * p.L + l] = keep ? best : -1;
   if (!p.hard) {
@@ -182,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_prepare_kernel
   }
   rho = warp_sum(rho);
   const bool constant = p.normalizer == Normalizer::sum || (p.normalizer == Normalizer::mean && count < A(1));
-  if (threadIdx.x % 32 == 0) x.rho[i] = constant ? A(0) : rho;
+  if (threadIdx.x % 32 == 0) x.rho[i] = (constant ? A(0) : rho) - (p.grad_count ? p.grad_count[i] : A(0));
 }
 
 // From scores and <p_g, v_l> to d scores, equations (6) and (7), of 64 tokens; the soft weights for (9) beside them.
@@ -202,8 +214,8 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_scores_kernel(
   A *out = x.d_scores + (b * p.L + l) * p.G, *weight = x.weights + (b * p.L + l) * p.G;
   const bool keep = x.kept(b, l);
   for (int g = 0; g < p.G; ++g) {
-    out[g] = z[g] * p.scale;
-    z[g] = (out[g] + x.noise(b, g, l)) / p.tau;
+    out[g] = z[g];  // raw scores wait in the output
+    z[g] = (x.score(b, g, l, z[g]) + x.noise(b, g, l)) / p.tau;
   }
   softmax(z, p.G);
   A mean = 0;
@@ -214,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_scores_kernel(
   for (int g = 0; g < p.G; ++g) {
     weight[g] = keep ? z[g] : A(0);
     d[g] = z[g] * (d[g] - mean) / p.tau;  // (7)
-    z[g] = out[g];
+    z[g] = x.score(b, g, l, out[g]);
   }
   if (p.grad_soft) {
     softmax(z, p.G);
@@ -222,7 +234,12 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_scores_kernel(
     for (int g = 0; g < p.G; ++g) inner += z[g] * p.grad_soft[(b * p.G + g) * p.L + l];
     for (int g = 0; g < p.G; ++g) d[g] += z[g] * (p.grad_soft[(b * p.G + g) * p.L + l] - inner);
   }
-  for (int g = 0; g < p.G; ++g) out[g] = keep ? d[g] * p.scale : A(0);
+  A with_raw = 0;
+  for (int g = 0; g < p.G; ++g) {
+    with_raw += d[g] * out[g];
+    out[g] = keep ? d[g] : A(0);
+  }
+  if (p.grad_scale) p.grad_scale[b * p.L + l] = keep ? p.scale * with_raw : A(0);  // (10)
 }
 
 // d k = d scores q, (8).
@@ -242,7 +259,8 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_keys_kernel(Ce
   for (int i = 0; i < kAccumulators; ++i) {
     const int64_t l = l0 + tile_row<P>(i), d = d0 + tile_column<P>(i);
     if (l < p.L && d < p.D) {
-      static_cast<typename K::T*>(p.grad_keys)[(b * p.L + l) * p.D + d] = from_float<typename K::T>(acc[i]);
+      const A factor = p.key_scale ? p.scale * p.key_scale[b * p.L + l] : p.scale;
+      static_cast<typename K::T*>(p.grad_keys)[(b * p.L + l) * p.D + d] = from_float<typename K::T>(factor * acc[i]);
     }
   }
 }
@@ -263,9 +281,24 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_queries_kernel
   for (int i = 0; i < kAccumulators; ++i) {
     const int64_t g = g0 + tile_row<P>(i), d = d0 + tile_column<P>(i);
     if (g < p.G && d < p.D) {
-      static_cast<typename K::T*>(p.grad_queries)[(b * p.G + g) * p.D + d] = from_float<typename K::T>(acc[i]);
+      static_cast<typename K::T*>(p.grad_queries)[(b * p.G + g) * p.D + d] =
+          from_float<typename K::T>(p.scale * acc[i]);
     }
   }
+}
+
+// d center_bias, (10): one warp a center.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_bwd_bias_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  const CenterParams<A>& p = x.p;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (i >= p.B * p.G) return;
+  const int64_t b = i / p.G, g = i % p.G;
+  A sum = 0;
+  for (int64_t l = threadIdx.x % 32; l < p.L; l += 32) sum += x.d_scores[(b * p.L + l) * p.G + g];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) p.grad_bias[i] = sum;
 }
 
 // d v = sum_g a_g p_g / n_g, (9): one thread a channel.
@@ -351,6 +384,9 @@ const char* backward(const CenterCuda<typename K::A>& x) {
   if (p.grad_queries) {
     const dim3 grid(static_cast<unsigned>(ceil_div(p.G, kTile)), channels, B);
     OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_queries_kernel<K>, grid, kThreads, kStageBytes, x.stream, args));
+  }
+  if (p.grad_bias) {
+    OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_bias_kernel<K>, centers, kThreads, 0, x.stream, args));
   }
   if (!p.grad_values || p.E == 0) return nullptr;
   const dim3 grid(static_cast<unsigned>(p.L), B);

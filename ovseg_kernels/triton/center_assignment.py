@@ -31,7 +31,7 @@ def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC: tl.constexpr, BD: tl.constexpr):
-    """q . k of a tile [tokens, centers], without the scale; 16-bit operands are exact in the float32 sums."""
+    """q . k of a tile [tokens, centers], without scale and bias; 16-bit operands are exact in the float32 sums."""
     z = tl.zeros((l.shape[0], g.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -40,6 +40,22 @@ def _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, AC
         q = tl.load(queries + b * q_b + g.to(tl.int64)[None, :] * q_g + d.to(tl.int64)[:, None] * q_d,
                     mask=(g < G)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
         z = _dot(k, q, z, "ieee", ACC)
+    return z
+
+
+@triton.jit
+def _factor(key_scale, b, l, L, scale: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr):
+    """What a token's scores are multiplied by, [tokens]."""
+    factor = tl.full((l.shape[0],), scale, ACC)
+    if SCALED:
+        factor *= tl.load(key_scale + b * L + l, mask=l < L, other=0.0)
+    return factor
+
+
+@triton.jit
+def _biased(z, center_bias, b, g, G, BIASED: tl.constexpr):
+    if BIASED:
+        z += tl.load(center_bias + b * G + g, mask=g < G, other=0.0)[None, :]
     return z
 
 
@@ -75,16 +91,17 @@ def _keep(mask, b, l, L, m_b, m_l, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L"])
 def center_assignment_fwd_scores_kernel(
-    queries, keys, mask, noise, rng, index, weights, soft, G, L, D, scale: tl.constexpr, tau: tl.constexpr,
+    queries, keys, center_bias, key_scale, mask, noise, rng, index, weights, soft, G, L, D, scale: tl.constexpr, tau: tl.constexpr,
     q_b, q_g, q_d, k_b, k_l, k_d, m_b, m_l, n_b, n_g, n_l,
-    MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr, ACC: tl.constexpr,
-    BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
+    ACC: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Winner (3), and where they are wanted the soft weights (2) and the softmax without noise (5)."""
     b = tl.program_id(1).to(tl.int64)
     l, g = tl.program_id(0) * BL + tl.arange(0, BL), tl.arange(0, BG)
     keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
-    z = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD) * tl.full((), scale, ACC)
+    z = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD)
+    z = _biased(z * _factor(key_scale, b, l, L, scale, SCALED, ACC)[:, None], center_bias, b, g, G, BIASED)
     if SOFT:
         at = soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None]
         tl.store(at, tl.where(keep[:, None], _softmax(z, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
@@ -137,17 +154,19 @@ def center_assignment_fwd_pool_kernel(
 
 @triton.jit(do_not_specialize=["L"])
 def center_assignment_bwd_tokens_kernel(
-    queries, keys, values, mask, noise, rng, index, scaled, rho, grad_soft, d_scores, d_keys, d_values, G, L, D, E,
-    scale: tl.constexpr, tau: tl.constexpr,
+    queries, keys, values, center_bias, key_scale, mask, noise, rng, index, scaled, rho, grad_soft,
+    d_scores, d_scale, d_keys, d_values, G, L, D, E, scale: tl.constexpr, tau: tl.constexpr,
     q_b, q_g, q_d, k_b, k_l, k_d, v_b, v_l, v_e, m_b, m_l, n_b, n_g, n_l,
-    MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr, NEED_KEYS: tl.constexpr,
-    NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
+    NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
     b = tl.program_id(1).to(tl.int64)
     l, g = tl.program_id(0) * BL + tl.arange(0, BL), tl.arange(0, BG)
     keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
-    z = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD) * tl.full((), scale, ACC)
+    raw = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD)
+    factor = _factor(key_scale, b, l, L, scale, SCALED, ACC)[:, None]
+    z = _biased(raw * factor, center_bias, b, g, G, BIASED)
     ds = tl.zeros((BL, BG), ACC)
     for e0 in range(0, E, BD):
         e = e0 + tl.arange(0, BD)
@@ -165,14 +184,17 @@ def center_assignment_bwd_tokens_kernel(
         plain = tl.where(inside, _softmax(z, g, G), 0.0)
         upstream = tl.load(grad_soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None], mask=inside, other=0.0)
         dz += plain * (upstream - tl.sum(plain * upstream, 1)[:, None])
-    dz = tl.where(inside, dz * tl.full((), scale, ACC), 0.0)
+    dz = tl.where(inside, dz, 0.0)
     tl.store(d_scores + (b * L + l.to(tl.int64)[:, None]) * G + g[None, :], dz, mask=(l < L)[:, None] & (g < G)[None, :])
+    if SCALED:
+        tl.store(d_scale + b * L + l, tl.sum(dz * raw, 1) * tl.full((), scale, ACC), mask=l < L)  # (10)
     if NEED_KEYS:
+        dk_scores = dz * factor
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             q = tl.load(queries + b * q_b + g.to(tl.int64)[:, None] * q_g + d.to(tl.int64)[None, :] * q_d,
                         mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-            dk = _dot(dz, q.to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            dk = _dot(dk_scores, q.to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
             at = d_keys + (b * L + l.to(tl.int64)[:, None]) * D + d[None, :]
             tl.store(at, dk.to(d_keys.dtype.element_ty), mask=(l < L)[:, None] & (d < D)[None, :])
     if NEED_VALUES:
@@ -189,8 +211,8 @@ def center_assignment_bwd_tokens_kernel(
 
 @triton.jit(do_not_specialize=["L"])
 def center_assignment_bwd_queries_kernel(
-    keys, mask, d_scores, d_queries, G, L, D, k_b, k_l, k_d, m_b, m_l,
-    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    keys, key_scale, mask, d_scores, d_queries, G, L, D, scale: tl.constexpr, k_b, k_l, k_d, m_b, m_l,
+    SCALED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d q = sum_l d scores k, (8): tokens in order."""
     b = tl.program_id(1).to(tl.int64)
@@ -202,6 +224,7 @@ def center_assignment_bwd_queries_kernel(
         dz = tl.load(d_scores + (b * L + l.to(tl.int64)[None, :]) * G + g[:, None], mask=(l < L)[None, :] & (g < G)[:, None], other=0.0)
         k = tl.load(keys + b * k_b + l.to(tl.int64)[:, None] * k_l + d.to(tl.int64)[None, :] * k_d,
                     mask=keep[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        dz *= _factor(key_scale, b, l, L, scale, SCALED, ACC)[None, :]
         dq = _dot(dz, k.to(ACC), dq, PRECISION, ACC)
     at = d_queries + (b * G + g.to(tl.int64)[:, None]) * D + d[None, :]
     tl.store(at, dq.to(d_queries.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :])
@@ -210,10 +233,12 @@ def center_assignment_bwd_queries_kernel(
 class _Call:
     """What forward and backward share. Absent tensors are stood in for by one that is there, and never read."""
 
-    def __init__(self, queries, keys, values, mask, noise, rng, hard):
+    def __init__(self, queries, keys, values, center_bias, key_scale, mask, noise, rng, hard):
         self.B, self.G, self.D = queries.shape
         self.L, self.E = keys.shape[1], values.shape[2]
         acc = accumulation_dtype(queries)
+        self.center_bias = queries if center_bias is None else center_bias
+        self.key_scale = queries if key_scale is None else key_scale
         self.mask = queries if mask is None else mask.view(torch.uint8)
         self.noise, self.rng = queries if noise is None else noise, queries if rng is None else rng
         self.m_strides = (0, 0) if mask is None else mask.stride()
@@ -222,15 +247,16 @@ class _Call:
         self.step = {"BL": TOKENS, "BG": max(16, triton.next_power_of_2(self.G)), "num_warps": WARPS}
         self.BD, self.wide = step, CHANNELS[torch.empty((), dtype=acc).element_size()]
         self.options = {"MASKED": mask is not None, "ACC": ACC[acc]}
+        self.extras = {"BIASED": center_bias is not None, "SCALED": key_scale is not None}
         self.kind = {"NOISE": 1 if noise is not None else 2 if rng is not None else 0, "HARD": hard}
         # Products with d scores, which can be of any size: 16-bit operands are exact in tf32, and so is a one-hot.
         self.precision = "tf32" if queries.element_size() == 2 else "ieee"
         self.dtype = acc
 
 
-def forward(queries, keys, values, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
+def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
     """(pooled, index, count, soft) as ``ovseg::center_assignment`` returns them."""
-    x = _Call(queries, keys, values, mask, noise, rng, hard)
+    x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard)
     pooled, count = (queries.new_empty(shape, dtype=x.dtype) for shape in ((x.B, x.G, x.E), (x.B, x.G)))
     index = queries.new_empty((x.B, x.L), dtype=torch.int64)
     soft = queries.new_empty((x.B if want_soft else 0, x.G, x.L), dtype=x.dtype)
@@ -240,8 +266,8 @@ def forward(queries, keys, values, mask, noise, rng, scale, tau, hard, normalize
     with on_device(queries):
         if x.L:
             center_assignment_fwd_scores_kernel[(tiles(x.L, TOKENS), x.B)](
-                queries, keys, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D, scale, tau,
-                *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides, SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind,
+                queries, keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D, scale, tau,
+                *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides, SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
             )  # fmt: skip
         center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)), x.B)](
             values, x.mask, index, weights, pooled, count, x.G, x.L, x.E, *values.stride(), *x.m_strides,
@@ -250,33 +276,39 @@ def forward(queries, keys, values, mask, noise, rng, scale, tau, hard, normalize
     return pooled, index, count, soft
 
 
-def backward(grad, grad_soft, queries, keys, values, mask, noise, rng, pooled, index, count, scale, tau, hard, normalizer,
-             need_queries, need_keys, need_values):  # fmt: skip
-    """(d queries, d keys, d values) as ``ovseg::center_assignment_backward`` returns them."""
-    x = _Call(queries, keys, values, mask, noise, rng, hard)
+def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
+             scale, tau, hard, normalizer, need_queries, need_keys, need_values):  # fmt: skip
+    """(d queries, d keys, d values, d center_bias, d key_scale) as ``ovseg::center_assignment_backward`` returns them."""
+    x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard)
     d_queries, d_keys, d_values = (
         like.new_empty((like.shape[0] if need else 0, *like.shape[1:]))
         for like, need in ((queries, need_queries), (keys, need_keys), (values, need_values))
     )
+    d_bias = queries.new_zeros((0 if center_bias is None else x.B, x.G), dtype=x.dtype)
+    d_scale = queries.new_empty((0 if key_scale is None else x.B, x.L), dtype=x.dtype)
     if x.B == 0 or x.L == 0:
-        return d_queries.zero_(), d_keys, d_values
+        return d_queries.zero_(), d_keys, d_values, d_bias, d_scale
     n = (torch.where(count < 1, 1, count), count + 1, torch.ones_like(count))[normalizer]
     scaled = (grad / n[..., None]).contiguous()
     rho = (pooled * scaled).sum(-1)
     if normalizer != 1:  # constant divisors
         rho = torch.where((count >= 1) & (normalizer == 0), rho, 0)
+    if grad_count is not None:
+        rho = rho - grad_count
     d_scores = queries.new_empty((x.B, x.L, x.G), dtype=x.dtype)
     soft = queries if grad_soft is None else grad_soft.contiguous()
     with on_device(queries):
         center_assignment_bwd_tokens_kernel[(tiles(x.L, TOKENS), x.B)](
-            queries, keys, values, x.mask, x.noise, x.rng, index, scaled, rho, soft, d_scores, d_keys, d_values,
-            x.G, x.L, x.D, x.E, scale, tau, *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,
+            queries, keys, values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
+            d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E, scale, tau, *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,
             SOFT=grad_soft is not None, NEED_KEYS=need_keys, NEED_VALUES=need_values, PRECISION=x.precision, BD=x.wide,
-            **x.step, **x.options, **x.kind,
+            **x.step, **x.options, **x.kind, **x.extras,
         )  # fmt: skip
         if need_queries:
             center_assignment_bwd_queries_kernel[(tiles(x.D, x.wide), x.B)](
-                keys, x.mask, d_scores, d_queries, x.G, x.L, x.D, *keys.stride(), *x.m_strides,
-                PRECISION=x.precision, BD=x.wide, **x.step, **x.options,
+                keys, x.key_scale, x.mask, d_scores, d_queries, x.G, x.L, x.D, scale, *keys.stride(), *x.m_strides,
+                SCALED=key_scale is not None, PRECISION=x.precision, BD=x.wide, **x.step, **x.options,
             )  # fmt: skip
-    return d_queries, d_keys, d_values
+    if center_bias is not None:
+        d_bias = d_scores.sum(1)  # (10)
+    return d_queries, d_keys, d_values, d_bias, d_scale

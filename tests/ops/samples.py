@@ -24,6 +24,8 @@ class Sample:
     features: int = 1  # how many leading tensors may be of 16 bits
     lowered: int | None = None  # how many autocast casts; None: all features, if there are several
     rounded: bool = False  # draws Philox noise, which is float32 whatever the dtype
+    plain: bool = False  # torch alone, with a second derivative
+    mixed: bool = False  # torch's norms and products take part, whose bits may depend on the number of threads
     smooth: bool = True  # False: straight-through, whose gradient is not that of the value
 
     def __str__(self) -> str:
@@ -74,7 +76,7 @@ def patch_text(dtype=torch.float64, device="cpu", B=3, T=4, N=7, D=5) -> list[Sa
                         arguments = (torch.randn_like(saved[0]), *plain[:2], mask, *plain[2:], *saved, *codes, *needs)
                         low.append(("patch_text_similarity_backward", arguments))
                 name = f"{pool}-{weight}-{'masked' if mask is not None else 'whole'}"
-                found.append(Sample("patch_text_similarity", name, call, (patches, texts, *params), low, features=2))
+                found.append(Sample("patch_text_similarity", name, call, (patches, texts, *params), low, features=2, plain=pool == "mean"))
     return found
 
 
@@ -122,31 +124,96 @@ def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> li
         "soft-sum": {"hard": False, "normalizer": "sum", "noise": noise},
         "soft-mean": {"hard": False, "normalizer": "mean", "rng": rng, "mask": mask_of(B, L, device)},
         "map": {"return_soft": True, "scale": 0.5, "noise": noise},
+        "bias-scale": {"noise": noise, "scale": 0.5, "mask": mask_of(B, L, device), "extra": True},
+        "soft-bias-scale": {"hard": False, "tau": 0.7, "rng": rng, "extra": True, "return_soft": True},
     }
     found = []
     for name, kwargs in cases.items():
 
-        def call(queries, keys, values, kwargs=kwargs):
+        extra = kwargs.pop("extra", False)
+
+        def call(queries, keys, values, *extras, kwargs=kwargs):
             # Straight through: what the finite difference of a hard assignment is not. The gradient of the soft part is.
-            pooled, _, soft = ok.center_assignment(queries, keys, values, **kwargs)
+            extras = dict(zip(("center_bias", "key_scale"), extras, strict=False))
+            pooled, _, soft = ok.center_assignment(queries, keys, values, **extras, **kwargs)
             return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
 
         tensors = leaf(B, G, D, **to), leaf(B, L, D, **to), leaf(B, L, E, **to)
-        plain = tuple(x.detach() for x in tensors)
+        if extra:
+            tensors += leaf(B, G, **to), leaf(B, L, **to)
+        plain = tuple(x.detach() for x in tensors) + (() if extra else (None, None))
+        given = tensors + (() if extra else (None, None))
         optional = tuple(kwargs.get(key) for key in ("mask", "noise", "rng"))
         options = (kwargs.get("scale", 1.0), kwargs.get("tau", 1.0), kwargs.get("hard", True),
                    {"mean": 0, "mean_plus_one": 1, "sum": 2}[kwargs.get("normalizer", "mean_plus_one")])
         pooled, index, count, soft = torch.ops.ovseg.center_assignment(*plain, *optional, *options, True)
-        low = [("center_assignment", (*tensors, *optional, *options, "return_soft" in kwargs))]
+        low = [("center_assignment", (*given, *optional, *options, "return_soft" in kwargs))]
         for needs in ((True, True, True), (True, False, False), (False, True, True)):
-            upstream = (torch.randn_like(pooled), torch.randn_like(soft) if "return_soft" in kwargs else None)
+            upstream = (torch.randn_like(pooled), torch.randn_like(count) if extra else None,
+                        torch.randn_like(soft) if "return_soft" in kwargs else None)
             low.append(("center_assignment_backward", (*upstream, *plain, *optional, pooled, index, count, *options, *needs)))
         found.append(Sample("center_assignment", name, call, tensors, low, features=3, lowered=0, rounded="rng" in kwargs,
                             smooth=not kwargs.get("hard", True)))
     return found
 
 
-MAKERS = {"patch_text_similarity": patch_text, "similarity_contrastive_loss": contrastive, "center_assignment": assignment}
+def folded_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, C=6, D=5, E=4) -> list[Sample]:
+    torch.manual_seed(4)
+    to = {"dtype": dtype, "device": device}
+    cases = {
+        "bias": (True, {"rng": philox.make_rng(5, device=device), "scale": 0.5}),
+        "masked": (True, {"noise": torch.randn(B, G, L, dtype=dtype).to(device), "mask": mask_of(B, L, device), "normalizer": "mean"}),
+        "no-bias": (False, {"scale": 0.5, "return_soft": True}),
+        "soft": (True, {"hard": False, "tau": 0.8, "noise": torch.randn(B, G, L, dtype=dtype).to(device)}),
+        "soft-sum": (True, {"hard": False, "normalizer": "sum", "mask": mask_of(B, L, device), "return_soft": True}),
+    }
+    found = []
+    for name, (bias, kwargs) in cases.items():
+
+        def call(*tensors, kwargs=kwargs):
+            pooled, _, soft = ok.folded_center_assignment(*tensors, **kwargs)
+            return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+
+        tensors = leaf(B, G, D, **to), leaf(B, L, C, **to), leaf(D, C, **to), leaf(E, C, **to)
+        tensors += (leaf(D, **to), leaf(E, **to)) if bias else ()
+        found.append(Sample("folded_center_assignment", name, call, tensors, features=2, lowered=0, rounded="rng" in kwargs,
+                            mixed=True, smooth=not kwargs.get("hard", True)))
+    return found
+
+
+def segclip_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=6) -> list[Sample]:
+    torch.manual_seed(5)
+    to = {"dtype": dtype, "device": device}
+    cases = {
+        "training": {"rng": philox.make_rng(6, device=device), "tau": 0.9},
+        "masked": {"noise": torch.randn(B, G, L, dtype=dtype).to(device), "mask": mask_of(B, L, device), "return_soft": True},
+        "soft": {"hard": False, "tau": 2.0, "scale": 0.3, "normalizer": "mean_plus_one"},
+    }
+    found = []
+    for name, kwargs in cases.items():
+
+        def call(*tensors, kwargs=kwargs):
+            pooled, _, soft = ok.segclip_center_assignment(*tensors, **kwargs)
+            return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+
+        tensors = leaf(B, G, D, **to), leaf(B, L, D, **to), leaf(D, D // 2, **to), leaf(D, D // 2, **to)
+        tensors += tuple(leaf(D, **to) for _ in range(4))
+        plain = tensors[1].detach(), tensors[2].detach()
+        inverse = torch.ops.ovseg.grouped_inverse_std(*plain, 1e-5)
+        low = [("grouped_inverse_std", (tensors[1], tensors[2], 1e-5)),
+               ("grouped_inverse_std_backward", (torch.randn_like(inverse), *plain, inverse))]
+        found.append(Sample("segclip_center_assignment", name, call, tensors, low, features=2, lowered=0, rounded="rng" in kwargs,
+                            mixed=True, smooth=not kwargs.get("hard", True)))
+    return found
+
+
+MAKERS = {
+    "patch_text_similarity": patch_text,
+    "similarity_contrastive_loss": contrastive,
+    "center_assignment": assignment,
+    "folded_center_assignment": folded_assignment,
+    "segclip_center_assignment": segclip_assignment,
+}
 
 
 # Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
@@ -160,6 +227,16 @@ RESIZED = {
     "center_assignment": lambda size: (
         lambda queries, keys, values, rng: ok.center_assignment(queries, keys, values, rng=rng)[0],
         (torch.randn(size, 4, 5), torch.randn(size, 7, 5), torch.randn(size, 7, 8), philox.make_rng(size)),
+    ),
+    "folded_center_assignment": lambda size: (
+        lambda queries, tokens, *weights: ok.folded_center_assignment(queries, tokens, *weights[:-1], rng=weights[-1])[0],
+        (torch.randn(size, 4, 5), torch.randn(size, 7, 8), torch.randn(5, 8), torch.randn(10, 8), torch.randn(5), torch.randn(10),
+         philox.make_rng(size)),
+    ),
+    "segclip_center_assignment": lambda size: (
+        lambda queries, tokens, *weights: ok.segclip_center_assignment(queries, tokens, *weights[:-1], rng=weights[-1])[0],
+        (torch.randn(size, 4, 8), torch.randn(size, 7, 8), torch.randn(8, 2), torch.randn(8, 2), *torch.randn(4, 8).unbind(),
+         philox.make_rng(size)),
     ),
 }
 

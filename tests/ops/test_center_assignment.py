@@ -170,6 +170,8 @@ BAD = [
     ({"noise": torch.randn(2, 5, 3)}, ValueError, r"noise has shape \[2, 5, 3\]; expected \[2, 3, 5\]"),
     ({"noise": torch.randn(2, 3, 5), "rng": philox.make_rng(0)}, ValueError, "noise and rng were both given"),
     ({"rng": 3}, TypeError, "rng is int; expected an int64 tensor"),
+    ({"center_bias": torch.randn(2, 5)}, ValueError, r"center_bias has shape \[2, 5\]; expected \[2, 3\], one number for each center"),
+    ({"key_scale": torch.randn(2, 5, 1)}, ValueError, r"key_scale has shape \[2, 5, 1\]; expected 2 dimensions, \[B, L\]"),
     ({"tau": 0.0}, ValueError, "tau is 0.0; expected a positive finite number"),
     ({"tau": float("nan")}, ValueError, "tau is nan; expected a positive finite number"),
     ({"scale": float("inf")}, ValueError, "scale is inf; expected a finite number"),
@@ -189,6 +191,6 @@ def test_dispatcher_calls_are_checked_too(backend):
     with torch.device(device_of(backend)), running_on(backend):
         q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
         with pytest.raises(RuntimeError, match="values has size"):
-            torch.ops.ovseg.center_assignment(q, k, torch.randn(2, 6, 4), None, None, None, 1.0, 1.0, True, 0, False)
+            torch.ops.ovseg.center_assignment(q, k, torch.randn(2, 6, 4), *(None,) * 5, 1.0, 1.0, True, 0, False)
         with pytest.raises(RuntimeError, match="normalizer is 7"):
-            torch.ops.ovseg.center_assignment(q, k, k, None, None, None, 1.0, 1.0, True, 7, False)
+            torch.ops.ovseg.center_assignment(q, k, k, *(None,) * 5, 1.0, 1.0, True, 7, False)

@@ -89,7 +89,8 @@ def test_error_rule(place, backend):
                        for i, x in enumerate(sample.tensors)]
             tensors = [x.requires_grad_() for x in tensors]
             out = sample.call(*tensors)
-            grads = torch.autograd.grad(out, tensors, torch.ones_like(out), allow_unused=True)
+            upstream = (1 + 0.5 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).to(out)
+            grads = torch.autograd.grad(out, tensors, upstream, allow_unused=True)
             return [out, *(g for g in grads if g is not None)]
 
         with running_on(backend):
@@ -97,9 +98,10 @@ def test_error_rule(place, backend):
         with ok.backend("reference"):
             eager, truth = run(dtype, scalar), run(torch.float64, torch.float64)
         # A parameter that the pool does not use has no gradient in the definition and may have a zero one in the kernel.
+        floor = torch.float32 if sample.rounded and dtype == torch.float64 else dtype
         for i, (a, b, c) in enumerate(zip(results, eager, truth, strict=len(results) == len(truth))):
-            assert_close_to_truth(f"{sample} {'gradient' if i else 'output'} {i}", a, b, c,
-                                   torch.float32 if sample.rounded and dtype == torch.float64 else dtype)
+            terms = truth[0].numel() if c.dim() == 0 else 1
+            assert_close_to_truth(f"{sample} {'gradient' if i else 'output'} {i}", a, b, c, floor, terms)
 
 
 @each
@@ -116,7 +118,9 @@ def test_two_runs_and_two_threads_give_the_same_bits(sample):
         two = run()
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, again, two, strict=True))
+    for a, b, c in zip(one, again, two, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c) or (sample.mixed and torch.allclose(a, c, rtol=1e-12, atol=1e-12))
 
 
 @pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda", "triton")))
@@ -141,7 +145,7 @@ def test_second_derivative_raises(place, backend):
     with running_on(backend):
         out = sample.call(*sample.tensors).square().sum()
         (first,) = torch.autograd.grad(out, sample.tensors[:1], create_graph=True)
-        if not sample.low:  # plain torch, which has one
+        if sample.plain:  # which has one
             assert bool(torch.autograd.grad(first.sum(), sample.tensors[:1])[0].any())
             return
         with pytest.raises(RuntimeError, match="second derivative"):
@@ -170,7 +174,7 @@ def test_compile_without_recompiling(op, backend):
 
 
 @everywhere
-@pytest.mark.parametrize("place", [i for i, s in enumerate(SAMPLES) if s.low], ids=lambda i: str(SAMPLES[i]))
+@pytest.mark.parametrize("place", [i for i, s in enumerate(SAMPLES) if not s.plain], ids=lambda i: str(SAMPLES[i]))
 def test_export(place, backend):
     sample = sample_at(place, backend, torch.float32)
 
@@ -182,7 +186,8 @@ def test_export(place, backend):
     with running_on(backend):
         program = torch.export.export(Module(), tensors)
         assert torch.equal(program.module()(*tensors), sample.call(*tensors))
-    assert any("ovseg" in str(node.target) for node in program.graph.nodes)
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    assert any("ovseg" in str(node.target) for graph in graphs for node in graph.nodes)  # some lie in a block without autocast
 
 
 @everywhere
@@ -198,8 +203,8 @@ def test_autocast_table(place, backend):
         assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, sample.tensors, strict=True))
         cast = sample.lowered if sample.lowered is not None else sample.features if sample.features > 1 else 0
         lowered = [x.detach().to(low) if i < cast else x.detach() for i, x in enumerate(sample.tensors)]
-        if "mean" in sample.name:
-            lowered = [x.detach() for x in sample.tensors]  # plain torch in float32
+        if sample.plain:
+            lowered = [x.detach() for x in sample.tensors]  # in float32
         assert torch.equal(out, sample.call(*lowered))
 
 

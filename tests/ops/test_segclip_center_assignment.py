@@ -1,0 +1,117 @@
+"""What is special about segclip_center_assignment: it equals the chain of torch modules, at real widths; bad input."""
+
+import pytest
+import torch
+from backends import device_of, dtypes, parameters, running_on
+from torch import nn
+
+import ovseg_kernels as ok
+from ovseg_kernels import philox
+from ovseg_kernels.testing import assert_close_to_truth
+
+on = pytest.mark.parametrize("backend", parameters())
+
+
+def weights(D, size):
+    spread = [torch.randn(D) * 0.2 for _ in range(4)]
+    return [torch.randn(D, size) / size**0.5, torch.randn(D, size) / size**0.5, 1 + spread[0], spread[1], 1 + spread[2], spread[3]]
+
+
+def run(tensors, upstream, **options):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    pooled, index, _ = ok.segclip_center_assignment(*tensors, **options)
+    return index, pooled, *torch.autograd.grad(pooled, tensors, upstream.to(pooled.dtype))
+
+
+@on
+@pytest.mark.parametrize("B,G,L,D,size", [(1, 1, 1, 2, 1), (2, 8, 70, 48, 16), (3, 3, 65, 24, 24)])
+def test_sizes(B, G, L, D, size, backend):
+    device = device_of(backend)
+    inputs = [torch.randn(B, G, D), torch.randn(B, L, D), *weights(D, size)]
+    upstream, noise = torch.randn(B, G, D, device=device), torch.randn(B, G, L, device=device)
+    options = {"scale": D**-0.5, "hard": False, "tau": 0.9, "noise": noise}
+    for dtype in dtypes(backend)[1:]:
+        tensors = [x.to(device, dtype if i < 2 else torch.float32) for i, x in enumerate(inputs)]
+        with running_on(backend):
+            found = run(tensors, upstream, **options)
+        with ok.backend("reference"):
+            eager = run(tensors, upstream, **options)
+            truth = run([x.double() for x in tensors], upstream, **{**options, "noise": noise.double()})
+        for i, (a, b, c) in enumerate(zip(found[1:], eager[1:], truth[1:], strict=True)):
+            assert_close_to_truth(f"tensor {i}", a, b, c, dtype)
+
+
+@on
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_the_chain_of_modules(training, backend):
+    """LayerNorm, grouped Conv1d and the definition of the mapping, written with torch's modules: values, indices, gradients."""
+    B, G, L, D, groups = 2, 4, 30, 24, 3
+    device, options = device_of(backend), {"dtype": torch.float64}
+    torch.set_default_dtype(torch.float64)
+    try:
+        norm, key_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        key, value = (nn.Conv1d(D, D, 1, groups=groups, bias=False) for _ in range(2))
+        for parameter in (*norm.parameters(), *key_norm.parameters()):
+            nn.init.normal_(parameter)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    modules = nn.ModuleList([norm, key_norm, key, value]).to(device)
+    q, x = torch.randn(B, G, D, **options).to(device).requires_grad_(), torch.randn(B, L, D, **options).to(device).requires_grad_()
+    rng = philox.make_rng(9, device=device)
+    noise = philox.gumbel(rng, (B, L, G)).transpose(1, 2) if training else torch.zeros(B, G, L, device=device)
+    tau = 0.9 if training else 1.0
+
+    normed = norm(x).transpose(1, 2)
+    k, v = key_norm(key(normed).transpose(1, 2)), value(normed).transpose(1, 2)
+    y = ((q @ k.transpose(1, 2) + noise) / tau).softmax(1)
+    hard = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1) - y.detach() + y
+    expected = hard @ v / hard.sum(-1, keepdim=True).clamp(min=1)
+
+    arguments = (q, x, key.weight[..., 0], value.weight[..., 0], norm.weight, norm.bias, key_norm.weight, key_norm.bias)
+    with running_on(backend):
+        found, index, _ = ok.segclip_center_assignment(*arguments, tau=tau, rng=rng if training else None)
+        assert torch.equal(index, y.argmax(1))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # Philox noise is float32
+        leaves, upstream = [q, x, *modules.parameters()], torch.randn_like(found)
+        one = (index[..., None] == torch.arange(G, device=device)).sum(1) == 1
+        upstream[one] = 0  # at one token the official clamp passes a gradient in some releases of torch and none in others
+        for a, b in zip(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@on
+def test_masked_tokens_reach_nothing(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        tensors = [torch.randn(2, 3, 8), torch.randn(2, 12, 8), *weights(8, 4)]
+        mask = torch.rand(2, 12) > 0.4
+        mask[1] = False
+        tensors[1][~mask] = float("nan")
+        _, pooled, *grads = run([x.to(mask.device) for x in tensors], torch.ones(2, 3, 8), mask=mask)
+        assert torch.equal(pooled[1], torch.zeros(3, 8)) and all(bool(g.isfinite().all()) for g in (pooled, *grads))
+        assert torch.equal(grads[1][~mask], torch.zeros_like(grads[1][~mask]))
+
+
+def test_empty():
+    for B, L in ((0, 4), (2, 0)):
+        index, pooled, *grads = run([torch.randn(B, 3, 8), torch.randn(B, L, 8), *weights(8, 4)], torch.ones(B, 3, 8))
+        assert index.shape == (B, L) and torch.equal(pooled, torch.zeros(B, 3, 8)) and all(bool((g == 0).all()) for g in grads)
+
+
+GOOD = dict(zip(("queries", "tokens", "key_weight", "value_weight", "norm_weight", "norm_bias", "key_norm_weight", "key_norm_bias"),
+                [torch.randn(2, 3, 8), torch.randn(2, 5, 8), *weights(8, 4)], strict=True))
+BAD = [
+    ({"queries": torch.randn(2, 3, 4)}, ValueError, r"queries has shape \[2, 3, 4\]; expected \[2, 3, 8\], the B and D of tokens"),
+    ({"key_weight": torch.randn(8, 3)}, ValueError, r"key_weight has shape \[8, 3\]; expected \[8, 8 / groups\]"),
+    ({"value_weight": torch.randn(8, 4, 1)}, ValueError, r"value_weight has shape \[8, 4, 1\]; expected 2 dimensions"),
+    ({"norm_bias": torch.randn(4)}, ValueError, r"norm_bias has shape \[4\]; expected \[8\], one number for each channel"),
+    ({"key_norm_weight": torch.ones(8, dtype=torch.int64)}, TypeError, "key_norm_weight has dtype int64; expected float32"),
+    ({"eps": 0.0}, ValueError, "eps is 0.0; expected a positive number"),
+    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[2, 4\]; expected \[2, 5\]"),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("change,error,message", BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(change, error, message, backend):
+    with ok.backend(backend), pytest.raises(error, match=message):
+        ok.segclip_center_assignment(**{**GOOD, **change})
