@@ -22,19 +22,23 @@ Functions = dict[str, Callable[..., torch.Tensor]]
 
 def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]) -> Functions:
     """A training step of the assignment: the same Gumbel noise for all, drawn inside by ours and given to the others."""
-    noises: dict[str, torch.Tensor] = {}
-    shape = (case.shape["B"], case.shape["L"], case.shape["G"])
+    noises: dict[tuple, torch.Tensor] = {}
 
     def rng(x):
         return ok.philox.make_rng(7, device=x.device)
 
-    def noise(x):
-        if str(x.device) not in noises:
-            noises[str(x.device)] = ok.philox.gumbel(rng(x), shape).transpose(1, 2).contiguous()
-        return noises[str(x.device)]
+    def noise(x, tokens):
+        shape = (x.shape[0], tokens.shape[1], x.shape[1])
+        if (x.device, shape) not in noises:
+            noises[x.device, shape] = ok.philox.gumbel(rng(x), shape).transpose(1, 2).contiguous()
+        return noises[x.device, shape]
 
     def given(function):
-        return lambda queries, **others: function(queries, **others, noise=noise(queries), **case.options)[0]
+        def call(queries, **others):
+            tokens = others["tokens"] if "tokens" in others else others["keys"]
+            return function(queries, **others, noise=noise(queries, tokens), **case.options)[0]
+
+        return call
 
     return {
         FUSED: lambda queries, **others: operator(queries, **others, rng=rng(queries), **case.options)[0],

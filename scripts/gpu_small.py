@@ -21,6 +21,12 @@ def main() -> None:
             for hard in (True, False):
                 out = ok.center_assignment(queries, keys, values, mask=mask, rng=rng, hard=hard)[0]
                 torch.autograd.grad(out.sum(), (queries, keys, values))
+            weight, vector = torch.randn(D, D, device="cuda", requires_grad=True), torch.randn(D, device="cuda", requires_grad=True)
+            out = ok.folded_center_assignment(queries, keys, weight, weight, vector, vector, mask=mask, rng=rng)[0]
+            torch.autograd.grad(out.sum(), (queries, keys, weight, vector))
+            grouped = weight[:, : D // 4]
+            out = ok.segclip_center_assignment(queries, keys, grouped, grouped, *(vector,) * 4, mask=mask, rng=rng)[0]
+            torch.autograd.grad(out.sum(), (queries, keys, weight, vector))
     similarity = torch.randn(33, 33, device="cuda", requires_grad=True)
     ok.similarity_contrastive_loss(similarity, 5.0).backward()
     torch.cuda.synchronize()

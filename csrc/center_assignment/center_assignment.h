@@ -39,6 +39,7 @@ struct CenterParams {
   const A* grad;        // [B, G, E]
   const A* grad_count;  // [B, G] or null
   const A* grad_soft;   // [B, G, L] or null
+  bool shared;          // the values are the keys, and grad_keys takes both gradients
   void *grad_queries, *grad_keys, *grad_values;
   A *grad_bias, *grad_scale;  // [B, G] and [B, L], of center_bias and key_scale
 };

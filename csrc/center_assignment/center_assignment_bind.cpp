@@ -61,21 +61,21 @@ template <typename A>
 CenterGradients backward_as(const Tensor& grad, const Optional& grad_count, const Optional& grad_soft,
                             const Tensor& queries, const Tensor& keys, const Tensor& values, const Tensor& pooled,
                             const Tensor& index, const Tensor& count, CenterParams<A> p, bool need_queries,
-                            bool need_keys, bool need_values) {
+                            bool need_keys, bool need_values, bool shared) {
   std::vector<Tensor> kept;
   auto gradients = center_gradients(p, kept, grad, grad_count, grad_soft, queries, keys, values, pooled, index, count,
-                                    need_queries, need_keys, need_values);
+                                    need_queries, need_keys, need_values, shared);
   return run_backward(queries, p, gradients);
 }
 
 CenterGradients backward(Tensor grad, Optional grad_count, Optional grad_soft, Tensor queries, Tensor keys,
                          Tensor values, Optional center_bias, Optional key_scale, Optional mask, Optional noise,
                          Optional rng, Tensor pooled, Tensor index, Tensor count, double scale, double tau, bool hard,
-                         int64_t normalizer, bool need_queries, bool need_keys, bool need_values) {
+                         int64_t normalizer, bool need_queries, bool need_keys, bool need_values, bool shared) {
   return with_center_params(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard,
                             normalizer, [&](const auto& p) {
                               return backward_as(grad, grad_count, grad_soft, queries, keys, values, pooled, index,
-                                                 count, p, need_queries, need_keys, need_values);
+                                                 count, p, need_queries, need_keys, need_values, shared);
                             });
 }
 

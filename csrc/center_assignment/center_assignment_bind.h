@@ -92,7 +92,8 @@ template <typename A>
 CenterGradients center_gradients(CenterParams<A>& p, std::vector<Tensor>& kept, const Tensor& grad,
                                  const Optional& grad_count, const Optional& grad_soft, const Tensor& queries,
                                  const Tensor& keys, const Tensor& values, const Tensor& pooled, const Tensor& index,
-                                 const Tensor& count, bool need_queries, bool need_keys, bool need_values) {
+                                 const Tensor& count, bool need_queries, bool need_keys, bool need_values,
+                                 bool shared) {
   const ScalarType type = accumulation_type(queries), input_type = queries.scalar_type();
   check_shape("grad", grad, {p.B, p.G, p.E}), check_type("grad", grad, type);
   check_shape("pooled", pooled, {p.B, p.G, p.E}), check_type("pooled", pooled, type);
@@ -115,6 +116,9 @@ CenterGradients center_gradients(CenterParams<A>& p, std::vector<Tensor>& kept, 
   Tensor d_values = new_tensor(values, {need_values ? p.B : 0, p.L, p.E}, input_type);
   p.grad_queries = need_queries ? d_queries.mutable_data_ptr() : nullptr;
   p.grad_keys = need_keys ? d_keys.mutable_data_ptr() : nullptr;
+  STD_TORCH_CHECK(!shared || (p.D == p.E && !need_values),
+                  "shared needs values that are the keys, and no gradient of their own");
+  p.shared = shared;
   p.grad_values = need_values ? d_values.mutable_data_ptr() : nullptr;
   Tensor d_bias = new_tensor(queries, {p.biased ? p.B : 0, p.G}, type);
   Tensor d_scale = new_tensor(queries, {p.scaled ? p.B : 0, p.L}, type);

@@ -14,7 +14,7 @@ constexpr int kBlock = 4;  // tokens walked together, so that a center is read o
 // Scratch of one thread.
 template <typename A>
 struct Workspace {
-  A *queries, *grad, *keys, *values, *out, *raw, *z, *y, *ds, *soft, *rho;
+  A *queries, *grad, *keys, *values, *out, *raw, *weights, *z, *y, *ds, *soft, *rho;
   int64_t size = 0;
 
   A* take(A* base, int64_t count) {
@@ -29,6 +29,7 @@ struct Workspace {
     values = take(base, kBlock * p.E);
     out = take(base, p.D > p.E ? p.D : p.E);
     raw = take(base, kBlock * p.G);
+    weights = take(base, kBlock * p.G);
     z = take(base, kBlock * p.G);
     y = take(base, kBlock * p.G);
     ds = take(base, kBlock * p.G);
@@ -189,6 +190,13 @@ void finish_forward(const CenterParams<A>& p, int64_t begin, int64_t end, const 
   }
 }
 
+// (9) onto w.out.
+template <typename A>
+void add_value_gradient(const CenterParams<A>& p, int64_t token, const A* weights, Workspace<A>& w) {
+  if (p.hard) return add_scaled(w.out, A(1), w.grad + p.index[token] * p.E, p.E);
+  for (int64_t g = 0; g < p.G; ++g) add_scaled(w.out, weights[g], w.grad + g * p.E, p.E);
+}
+
 template <typename A>
 void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial, A* memory) {
   Workspace<A> w(p, memory);
@@ -232,6 +240,7 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
           ds[g] -= w.rho[g];  // (6)
           mean += soft[g] * ds[g];
         }
+        if (p.shared && !p.hard) memcpy(w.weights + i * p.G, soft, p.G * sizeof(A));
         if (p.grad_values) {  // (9)
           if (p.hard) {
             combined = w.grad + p.index[at] * p.E;
@@ -253,6 +262,7 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
         for (int64_t g = 0; g < p.G; ++g) ds[g] *= factor;
         if (p.grad_keys) {  // (8)
           combine(ds, w.queries, p.G, p.D, w.out);
+          if (p.shared) add_value_gradient(p, at, static_cast<const A*>(w.weights + i * p.G), w);
           store_row(p.type, p.grad_keys, at * p.D, p.D, static_cast<const A*>(w.out));
         }
       }

@@ -242,7 +242,19 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_scores_kernel(
   if (p.grad_scale) p.grad_scale[b * p.L + l] = keep ? p.scale * with_raw : A(0);  // (10)
 }
 
-// d k = d scores q, (8).
+// d v_l at channel e, (9).
+template <typename K>
+__device__ inline typename K::A value_gradient(const CenterArgs<K>& x, int64_t b, int64_t l, int64_t e) {
+  const auto& p = x.p;
+  const int64_t index = p.index[b * p.L + l];
+  if (index < 0) return 0;
+  if (p.hard) return x.scaled[(b * p.G + index) * p.E + e];
+  typename K::A value = 0;
+  for (int g = 0; g < p.G; ++g) value += x.weights[(b * p.L + l) * p.G + g] * x.scaled[(b * p.G + g) * p.E + e];
+  return value;
+}
+
+// d k = d scores q, (8), and d v too where the values are the keys.
 template <typename K>
 __global__ void __launch_bounds__(kThreads) center_assignment_bwd_keys_kernel(CenterArgs<K> x) {
   using A = typename K::A;
@@ -260,7 +272,8 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_keys_kernel(Ce
     const int64_t l = l0 + tile_row<P>(i), d = d0 + tile_column<P>(i);
     if (l < p.L && d < p.D) {
       const A factor = p.key_scale ? p.scale * p.key_scale[b * p.L + l] : p.scale;
-      static_cast<typename K::T*>(p.grad_keys)[(b * p.L + l) * p.D + d] = from_float<typename K::T>(factor * acc[i]);
+      const A sum = factor * acc[i] + (p.shared ? value_gradient(x, b, l, d) : A(0));
+      static_cast<typename K::T*>(p.grad_keys)[(b * p.L + l) * p.D + d] = from_float<typename K::T>(sum);
     }
   }
 }
@@ -301,19 +314,15 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_bias_kernel(Ce
   if (threadIdx.x % 32 == 0) p.grad_bias[i] = sum;
 }
 
-// d v = sum_g a_g p_g / n_g, (9): one thread a channel.
+// d v: one thread a channel.
 template <typename K>
 __global__ void __launch_bounds__(kThreads) center_assignment_bwd_values_kernel(CenterArgs<K> x) {
   using A = typename K::A;
   const CenterParams<A>& p = x.p;
-  const int64_t l = blockIdx.x, b = blockIdx.y, index = p.index[b * p.L + l];
+  const int64_t l = blockIdx.x, b = blockIdx.y;
   for (int64_t e = threadIdx.x; e < p.E; e += kThreads) {
-    A value = 0;
-    if (index >= 0 && p.hard) value = x.scaled[(b * p.G + index) * p.E + e];
-    for (int g = 0; index >= 0 && !p.hard && g < p.G; ++g) {
-      value += x.weights[(b * p.L + l) * p.G + g] * x.scaled[(b * p.G + g) * p.E + e];
-    }
-    static_cast<typename K::T*>(p.grad_values)[(b * p.L + l) * p.E + e] = from_float<typename K::T>(value);
+    static_cast<typename K::T*>(p.grad_values)[(b * p.L + l) * p.E + e] =
+        from_float<typename K::T>(value_gradient(x, b, l, e));
   }
 }
 

@@ -53,7 +53,7 @@ lib.define(
     "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, Tensor queries, Tensor keys, "
     "Tensor values, Tensor? center_bias, Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? rng, Tensor pooled, "
     "Tensor index, Tensor count, float scale, float tau, bool hard, int normalizer, bool need_queries, bool need_keys, "
-    "bool need_values) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool need_values, bool shared) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("center_assignment", reference.forward)
 lib.fallback("center_assignment_backward", reference.backward)
@@ -97,7 +97,8 @@ def center_assignment(
         >>> pooled.shape, index.shape
         (torch.Size([2, 8, 32]), torch.Size([2, 49]))
     """
-    pooled, index, _, soft = assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask, center_bias, key_scale, return_soft)
+    options = (scale, tau, rng, noise, hard, normalizer, mask, center_bias, key_scale, return_soft)
+    pooled, index, _, soft = assign(queries, keys, values, *options)
     return pooled.to(values.dtype), index, soft
 
 
@@ -179,13 +180,14 @@ def _(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, ta
 def _(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, *rest):
     (B, G, _), L = queries.shape, keys.shape[1]
     return (
-        *(x.new_empty((B if need else 0, *x.shape[1:])) for x, need in zip((queries, keys, values), rest[-3:], strict=True)),
+        *(x.new_empty((B if need else 0, *x.shape[1:])) for x, need in zip((queries, keys, values), rest[-4:-1], strict=True)),
         grad.new_empty((0 if center_bias is None else B, G)),
         grad.new_empty((0 if key_scale is None else B, L)),
     )
 
 
 def _setup(ctx, inputs, output):
+    ctx.shared = inputs[1] is inputs[2]  # values that are the keys: one gradient takes both
     *tensors, ctx.scale, ctx.tau, ctx.hard, ctx.normalizer, ctx.want_soft = inputs
     pooled, index, count, _ = output
     ctx.save_for_backward(*tensors, pooled, index, count)
@@ -200,8 +202,10 @@ def _backward(ctx, grad, _index, grad_count, grad_soft):
     grad = torch.zeros_like(saved[-3]) if grad is None else grad
     upstream = (grad, grad_count, grad_soft if ctx.want_soft else None)
     options = (ctx.scale, ctx.tau, ctx.hard, ctx.normalizer)
-    found = torch.ops.ovseg.center_assignment_backward(*upstream, *saved, *options, *ctx.needs_input_grad[:3])
-    return *(x if need else None for x, need in zip(found, ctx.needs_input_grad, strict=False)), *(None,) * 8
+    needs = list(ctx.needs_input_grad)
+    needs[2] &= not ctx.shared
+    found = torch.ops.ovseg.center_assignment_backward(*upstream, *saved, *options, *needs[:3], ctx.shared)
+    return *(x if need else None for x, need in zip(found, needs, strict=False)), *(None,) * 8
 
 
 lib.autograd("center_assignment", _backward, _setup)

@@ -69,7 +69,7 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
 
 
 def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
-             scale, tau, hard, normalizer, need_queries, need_keys, need_values):  # fmt: skip
+             scale, tau, hard, normalizer, need_queries, need_keys, need_values, shared):  # fmt: skip
     """(d queries, d keys, d values, d center_bias, d key_scale) by equations (6)-(10)."""
     z, raw, keep, k = _scores(queries, keys, center_bias, key_scale, mask, scale)
     v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
@@ -91,6 +91,8 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     d_scale = dz.new_empty(0, dz.shape[2]) if key_scale is None else scale * (dz * raw).sum(1)
     dz = scale * (dz if key_scale is None else dz * key_scale.masked_fill(~keep[:, 0], 0)[:, None])
     dq, dk, dv = dz @ k, dz.transpose(1, 2) @ queries.to(z.dtype), (a / n).transpose(1, 2) @ grad              # (8), (9)
+    if shared:
+        dk = dk + dv
 
     def give(x, like, needed):
         return x.to(like.dtype).contiguous() if needed else like.new_empty(0, *like.shape[1:])

@@ -158,7 +158,8 @@ def center_assignment_bwd_tokens_kernel(
     d_scores, d_scale, d_keys, d_values, G, L, D, E, scale: tl.constexpr, tau: tl.constexpr,
     q_b, q_g, q_d, k_b, k_l, k_d, v_b, v_l, v_e, m_b, m_l, n_b, n_g, n_l,
     BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
-    NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    SHARED: tl.constexpr, NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
     b = tl.program_id(1).to(tl.int64)
@@ -188,6 +189,9 @@ def center_assignment_bwd_tokens_kernel(
     tl.store(d_scores + (b * L + l.to(tl.int64)[:, None]) * G + g[None, :], dz, mask=(l < L)[:, None] & (g < G)[None, :])
     if SCALED:
         tl.store(d_scale + b * L + l, tl.sum(dz * raw, 1) * tl.full((), scale, ACC), mask=l < L)  # (10)
+    if HARD:  # from here on s are the weights of (9)
+        winner = tl.load(index + b * L + l, mask=l < L, other=-1)
+        s = ((winner[:, None] == g[None, :]) & inside).to(ACC)
     if NEED_KEYS:
         dk_scores = dz * factor
         for d0 in range(0, D, BD):
@@ -195,12 +199,13 @@ def center_assignment_bwd_tokens_kernel(
             q = tl.load(queries + b * q_b + g.to(tl.int64)[:, None] * q_g + d.to(tl.int64)[None, :] * q_d,
                         mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
             dk = _dot(dk_scores, q.to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            if SHARED:
+                p = tl.load(scaled + (b * G + g.to(tl.int64)[:, None]) * D + d[None, :],
+                            mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+                dk = _dot(s, p, dk, PRECISION, ACC)
             at = d_keys + (b * L + l.to(tl.int64)[:, None]) * D + d[None, :]
             tl.store(at, dk.to(d_keys.dtype.element_ty), mask=(l < L)[:, None] & (d < D)[None, :])
     if NEED_VALUES:
-        if HARD:
-            winner = tl.load(index + b * L + l, mask=l < L, other=-1)
-            s = ((winner[:, None] == g[None, :]) & inside).to(ACC)
         for e0 in range(0, E, BD):
             e = e0 + tl.arange(0, BD)
             p = tl.load(scaled + (b * G + g.to(tl.int64)[:, None]) * E + e[None, :], mask=(g < G)[:, None] & (e < E)[None, :], other=0.0)
@@ -212,7 +217,8 @@ def center_assignment_bwd_tokens_kernel(
 @triton.jit(do_not_specialize=["L"])
 def center_assignment_bwd_queries_kernel(
     keys, key_scale, mask, d_scores, d_queries, G, L, D, scale: tl.constexpr, k_b, k_l, k_d, m_b, m_l,
-    SCALED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d q = sum_l d scores k, (8): tokens in order."""
     b = tl.program_id(1).to(tl.int64)
@@ -267,7 +273,8 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
         if x.L:
             center_assignment_fwd_scores_kernel[(tiles(x.L, TOKENS), x.B)](
                 queries, keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D, scale, tau,
-                *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides, SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
+                *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides,
+                SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
             )  # fmt: skip
         center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)), x.B)](
             values, x.mask, index, weights, pooled, count, x.G, x.L, x.E, *values.stride(), *x.m_strides,
@@ -277,7 +284,7 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
 
 
 def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
-             scale, tau, hard, normalizer, need_queries, need_keys, need_values):  # fmt: skip
+             scale, tau, hard, normalizer, need_queries, need_keys, need_values, shared):  # fmt: skip
     """(d queries, d keys, d values, d center_bias, d key_scale) as ``ovseg::center_assignment_backward`` returns them."""
     x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard)
     d_queries, d_keys, d_values = (
@@ -300,8 +307,9 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     with on_device(queries):
         center_assignment_bwd_tokens_kernel[(tiles(x.L, TOKENS), x.B)](
             queries, keys, values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
-            d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E, scale, tau, *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,
-            SOFT=grad_soft is not None, NEED_KEYS=need_keys, NEED_VALUES=need_values, PRECISION=x.precision, BD=x.wide,
+            d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E, scale, tau,
+            *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,
+            SOFT=grad_soft is not None, SHARED=shared, NEED_KEYS=need_keys, NEED_VALUES=need_values, PRECISION=x.precision, BD=x.wide,
             **x.step, **x.options, **x.kind, **x.extras,
         )  # fmt: skip
         if need_queries:

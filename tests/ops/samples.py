@@ -125,24 +125,27 @@ def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> li
         "soft-mean": {"hard": False, "normalizer": "mean", "rng": rng, "mask": mask_of(B, L, device)},
         "map": {"return_soft": True, "scale": 0.5, "noise": noise},
         "bias-scale": {"noise": noise, "scale": 0.5, "mask": mask_of(B, L, device), "extra": True},
+        "shared": {"noise": noise, "scale": 0.5, "mask": mask_of(B, L, device), "shared": True},
+        "shared-soft": {"hard": False, "tau": 0.7, "normalizer": "mean", "shared": True, "extra": True},
         "soft-bias-scale": {"hard": False, "tau": 0.7, "rng": rng, "extra": True, "return_soft": True},
     }
     found = []
     for name, kwargs in cases.items():
 
-        extra = kwargs.pop("extra", False)
+        extra, shared = kwargs.pop("extra", False), kwargs.pop("shared", False)
 
-        def call(queries, keys, values, *extras, kwargs=kwargs):
+        def call(queries, keys, *others, kwargs=kwargs, shared=shared):
             # Straight through: what the finite difference of a hard assignment is not. The gradient of the soft part is.
+            values, *extras = (keys, *others) if shared else others
             extras = dict(zip(("center_bias", "key_scale"), extras, strict=False))
             pooled, _, soft = ok.center_assignment(queries, keys, values, **extras, **kwargs)
             return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
 
-        tensors = leaf(B, G, D, **to), leaf(B, L, D, **to), leaf(B, L, E, **to)
-        if extra:
-            tensors += leaf(B, G, **to), leaf(B, L, **to)
-        plain = tuple(x.detach() for x in tensors) + (() if extra else (None, None))
-        given = tensors + (() if extra else (None, None))
+        features = (leaf(B, G, D, **to), leaf(B, L, D, **to)) + (() if shared else (leaf(B, L, E, **to),))
+        extras = (leaf(B, G, **to), leaf(B, L, **to)) if extra else ()
+        tensors = (*features, *extras)
+        given = (*features[:2], features[-1], *(extras or (None, None)))
+        plain = tuple(None if x is None else x.detach() for x in given)
         optional = tuple(kwargs.get(key) for key in ("mask", "noise", "rng"))
         options = (kwargs.get("scale", 1.0), kwargs.get("tau", 1.0), kwargs.get("hard", True),
                    {"mean": 0, "mean_plus_one": 1, "sum": 2}[kwargs.get("normalizer", "mean_plus_one")])
@@ -151,8 +154,12 @@ def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> li
         for needs in ((True, True, True), (True, False, False), (False, True, True)):
             upstream = (torch.randn_like(pooled), torch.randn_like(count) if extra else None,
                         torch.randn_like(soft) if "return_soft" in kwargs else None)
-            low.append(("center_assignment_backward", (*upstream, *plain, *optional, pooled, index, count, *options, *needs)))
-        found.append(Sample("center_assignment", name, call, tensors, low, features=3, lowered=0, rounded="rng" in kwargs,
+            low.append(("center_assignment_backward", (*upstream, *plain, *optional, pooled, index, count, *options, *needs, False)))
+        if shared:
+            plain = (*plain[:2], plain[1], *plain[3:])
+            low.append(("center_assignment_backward",
+                        (*upstream, *plain, *optional, pooled, index, count, *options, True, True, False, True)))
+        found.append(Sample("center_assignment", name, call, tensors, low, features=len(features), lowered=0, rounded="rng" in kwargs,
                             smooth=not kwargs.get("hard", True)))
     return found
 

@@ -182,7 +182,7 @@ def test_every_triton_kernel_compiles_in_budget(triton_rows):
         assert {row["kernel"] for row in triton_rows if row["arch"] == arch} == written
     for row in triton_rows:
         assert row["shared"] <= 99 * 1024, row  # what sm_86 to sm_120 have
-        assert row["stack"] <= 128, row
+        assert row["stack"] <= (256 if row["case"].startswith("float64") else 128), row  # float64 is for checking
 
 
 @pytest.mark.slow

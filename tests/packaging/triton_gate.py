@@ -107,13 +107,16 @@ def assignment(dtype, hard, noise, masked):
     queries, keys, values = torch.randn(B, G, D).to(dtype), torch.randn(B, L, D).to(dtype), torch.randn(B, L, D).to(dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     extras = (torch.zeros(B, G, dtype=acc), torch.ones(B, L, dtype=acc)) if masked else (None, None)
-    optional = (*extras, torch.ones(B, L, dtype=torch.bool) if masked else None, torch.zeros(B, G, L, dtype=acc) if noise == "given" else None,
+    optional = (*extras, torch.ones(B, L, dtype=torch.bool) if masked else None,
+                torch.zeros(B, G, L, dtype=acc) if noise == "given" else None,
                 torch.zeros(2, dtype=torch.int64) if noise == "rng" else None)
     soft = noise == "given"
     saved = op.forward(queries, keys, values, *optional, 0.1, 0.9, hard, 0 if hard else 1, soft)
     grad_soft = torch.zeros(B, G, L, dtype=acc) if soft else None
-    inputs = (torch.zeros(B, G, D, dtype=acc), torch.zeros(B, G, dtype=acc) if masked else None, grad_soft, queries, keys, values, *optional, *saved[:3])
-    op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, True)
+    upstream = (torch.zeros(B, G, D, dtype=acc), torch.zeros(B, G, dtype=acc) if masked else None, grad_soft)
+    inputs = (*upstream, queries, keys, values, *optional, *saved[:3])
+    op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, True, False)
+    op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
 def philox():
