@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import ovseg_kernels as ok
 from ovseg_kernels.reference.center_assignment import center_assignment
@@ -72,3 +73,72 @@ def segclip_assignment(case: Case) -> Functions:
         return center_assignment(queries, F.layer_norm(keys, D, key_norm_weight, key_norm_bias), values, **options)
 
     return _training(case, ok.segclip_center_assignment, ("eager", segclip_center_assignment), ("eager, Conv1d", convolutions))
+
+
+def contrastive(case: Case) -> Functions:
+    """InfoNCE of unit features, as CLIP trains."""
+
+    def eager(image, text, logit_scale):
+        z, target = logit_scale * image @ text.T, torch.arange(len(image), device=image.device)
+        return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
+
+    def half(image, text, logit_scale, target):
+        return F.cross_entropy(logit_scale * image @ text.T, target, reduction="sum")
+
+    def in_blocks(image, text, logit_scale, step=512):
+        """Each side in blocks of rows, checkpointed: the usual way to save the matrix."""
+        target, total = torch.arange(len(image), device=image.device), 0.0
+        for own, other in ((image, text), (text, image)):
+            for rows, places in zip(own.split(step), target.split(step), strict=True):
+                total = total + checkpoint(half, rows, other, logit_scale, places, use_reentrant=False)
+        return total / (2 * len(image))
+
+    def by_hand(image, text, logit_scale):
+        return _RowBlocks.apply(image, text, logit_scale)
+
+    def open_clip(image, text, logit_scale):
+        from open_clip.loss import ClipLoss
+
+        return ClipLoss()(image, text, logit_scale)
+
+    return {
+        FUSED: lambda image, text, logit_scale: ok.contrastive_loss(image, text, logit_scale, normalize=False),
+        "eager": eager,
+        "open_clip ClipLoss": open_clip,
+        "eager, blocks of 512 rows": in_blocks,
+        "eager, closed form in row blocks": by_hand,
+        "torch.compile": torch.compile(eager),
+    }
+
+
+class _RowBlocks(torch.autograd.Function):
+    """Our way in plain torch: statistics in one pass over blocks of rows, the gradient in another."""
+
+    STEP = 256
+
+    @staticmethod
+    def forward(ctx, image, text, scale):
+        rows, columns, hits = [], torch.full_like(text[:, 0], -torch.inf), 0.0
+        for first in range(0, len(image), _RowBlocks.STEP):
+            z = scale * image[first : first + _RowBlocks.STEP] @ text.T
+            rows.append(z.logsumexp(1))
+            columns = torch.logaddexp(columns, z.logsumexp(0))
+            hits = hits + z.diagonal(first).sum()
+        rows = torch.cat(rows)
+        ctx.save_for_backward(image, text, scale, rows, columns)
+        return ((rows.sum() + columns.sum()) / 2 - hits) / len(image)
+
+    @staticmethod
+    def backward(ctx, grad):
+        image, text, scale, rows, columns = ctx.saved_tensors
+        d_image, d_text, d_scale = torch.empty_like(image), torch.zeros_like(text), 0.0
+        for first in range(0, len(image), _RowBlocks.STEP):
+            part = slice(first, first + _RowBlocks.STEP)
+            s = image[part] @ text.T
+            z = scale * s
+            dz = (z - rows[part, None]).exp_().add_((z - columns).exp_()).div_(2 * len(image))
+            dz.diagonal(first).sub_(1 / len(image))
+            d_scale = d_scale + (dz * s).sum()
+            d_image[part] = scale * (dz @ text)
+            d_text.addmm_(dz.T, image[part] * scale)
+        return grad * d_image, grad * d_text, grad * d_scale

@@ -48,6 +48,8 @@ CASES = (
     Case("folded_center_assignment", "groupvit", {"B": 32, "L": 196, "G": 64, "D": 384}, {"scale": 384**-0.5}),
     Case("segclip_center_assignment", "window", {"B": 32, "L": 784, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
     Case("segclip_center_assignment", "training", {"B": 96, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
+    Case("contrastive_loss", "clip", {"B": 8192, "D": 512}),
+    Case("contrastive_loss", "small", {"B": 1024, "D": 512}),
     Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
@@ -63,12 +65,15 @@ GPU_CASES = (
     Case("center_assignment", "segclip", {"B": 768, "L": 196, "G": 8, "D": 768}, {"tau": 0.9, "normalizer": "mean"}),
     Case("folded_center_assignment", "ovsegmentor", {"B": 128, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
     Case("segclip_center_assignment", "training", {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
+    Case("contrastive_loss", "clip", {"B": 32768, "D": 512}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
 
 
 def useful_flops(case: Case) -> int:
     """Of the products of one forward + backward in the cheaper form (docs/ops): what a rate in TFLOP/s is counted by."""
+    if case.op == "contrastive_loss":
+        return 8 * case.shape["B"] ** 2 * case.shape["D"]
     if case.op != "patch_text_similarity":
         return 0
     B, T, N, D = (case.shape[key] for key in "BTND")
@@ -99,6 +104,9 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
         found = {name: torch.randn(shape, generator=g) / (rows**0.5 if "weight" in name else 1) for name, shape in tensors.items()}
         found |= {name: ("norm_weight" in name) + 0.1 * torch.randn(D, generator=g) for name in names}
         return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
+    if case.op == "contrastive_loss":
+        found = {name: F.normalize(torch.randn(s["B"], s["D"], generator=g), dim=-1) for name in ("image", "text")}
+        return {name: x.to(dtype).requires_grad_() for name, x in {**found, "logit_scale": torch.tensor(14.3)}.items()}
     similarity = torch.rand(s["B"], s["T"], generator=g).mul(2).sub(1).to(dtype).requires_grad_()
     return {"similarity": similarity, "logit_scale": torch.tensor(14.3).to(dtype).requires_grad_()}
 
@@ -107,6 +115,8 @@ def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
     """Name to function of the inputs; the first is ours. All give the same values, which the runner checks."""
     if case.op == "center_assignment":
         found = baselines.assignment(case)
+    elif case.op == "contrastive_loss":
+        found = baselines.contrastive(case)
     elif case.op == "folded_center_assignment":
         found = baselines.folded_assignment(case)
     elif case.op == "segclip_center_assignment":

@@ -5,6 +5,7 @@ from ._backends import available_backends, backend, explain
 from ._library import BackendError
 from ._version import __version__
 from .ops.center_assignment import center_assignment
+from .ops.contrastive_loss import contrastive_loss
 from .ops.folded_center_assignment import folded_center_assignment
 from .ops.patch_text_similarity import patch_text_similarity
 from .ops.segclip_center_assignment import segclip_center_assignment
@@ -16,6 +17,7 @@ OPERATORS = (
     "center_assignment",
     "folded_center_assignment",
     "segclip_center_assignment",
+    "contrastive_loss",
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "available_backends",
     "backend",
     "center_assignment",
+    "contrastive_loss",
     "explain",
     "folded_center_assignment",
     "patch_text_similarity",

@@ -61,5 +61,6 @@ def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: to
 
 
 def _number(name: str, value: float, wanted: str, positive: bool) -> None:
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Not math.isfinite: torch.compile takes it for an operation of the graph. A NaN compares false.
+    if not abs(value) < math.inf or (positive and value <= 0):
         raise ValueError(f"{name} is {value}; expected {wanted}")

@@ -37,7 +37,8 @@ def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, 
     scale = max(1.0, float(truth.nan_to_num().abs().max()))
     measures = {"max error": lambda x: float((x - truth).nan_to_num().abs().max()) / scale}
     norm = float(truth.nan_to_num().norm())
-    if norm > 1e-6:
+    # A scalar gradient in 16 bits may be a difference of large sums: its relative error says little.
+    if norm > 1e-6 and not (truth.dim() == 0 and dtype.itemsize == 2):
         measures["relative Frobenius error"] = lambda x: float((x - truth).nan_to_num().norm()) / norm
     for kind, measure in measures.items():
         found, allowed = measure(result), 2 * measure(eager) + FLOORS[dtype] * terms**0.5

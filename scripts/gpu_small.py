@@ -27,6 +27,9 @@ def main() -> None:
             grouped = weight[:, : D // 4]
             out = ok.segclip_center_assignment(queries, keys, grouped, grouped, *(vector,) * 4, mask=mask, rng=rng)[0]
             torch.autograd.grad(out.sum(), (queries, keys, weight, vector))
+        for kind in ("softmax", "sigmoid"):
+            image, text = (torch.randn(70, 24, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+            torch.autograd.grad(ok.contrastive_loss(image, text, 5.0, kind=kind), (image, text))
     similarity = torch.randn(33, 33, device="cuda", requires_grad=True)
     ok.similarity_contrastive_loss(similarity, 5.0).backward()
     torch.cuda.synchronize()

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .. import _backends, _check
+from .. import _backends, _check, _distributed
 from .. import _library as lib
 from ..reference import similarity_contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
@@ -87,7 +87,10 @@ def similarity_contrastive_loss(
         _check.same("pair_mask", pair_mask, "similarity", similarity, dtype=False)
     offset = 0
     if image_ids is None:
-        offset, total = _my_rows(similarity, group)
+        offset, total = 0, similarity.shape[0]
+        if group is not None:
+            sizes = [size for (size,) in _distributed.sizes_of_ranks((total,), group, similarity.device)]
+            offset, total = sum(sizes[: dist.get_rank(group)]), sum(sizes)
         if total != similarity.shape[1]:
             raise ValueError(
                 f"similarity has shape {list(similarity.shape)} and the batch has {total} images; without ids expected as "
@@ -99,54 +102,14 @@ def similarity_contrastive_loss(
     ids = (image_ids, text_ids, pair_mask)
     rows, columns = torch.ops.ovseg.similarity_contrastive_stats(similarity.detach(), scale.detach(), *ids, offset)
     if group is not None:
-        columns = _merge_columns(columns, group)
-    row_weight, column_weight = _weights(rows, group), _weights(columns, None)
+        columns = _distributed.merge_columns(columns, group)
+    row_weight, column_weight = _distributed.weights(rows, group), _distributed.weights(columns, None)
     loss = torch.ops.ovseg.similarity_contrastive_loss(
         similarity, scale, *ids, rows, columns, row_weight, column_weight, offset
     )
     if group is None:
         return loss
-    row_part = _terms(rows, row_weight)
-    whole = row_part.clone()
-    dist.all_reduce(whole, group=group)
-    # The value of the whole batch with world_size times this rank's share of its gradient: see "Ranks" above.
-    share = dist.get_world_size(group) * loss
-    return share + (loss + whole - row_part - share).detach()
-
-
-def _my_rows(similarity: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """The position of this rank's first image in the batch, and the size of the batch."""
-    if group is None:
-        return 0, similarity.shape[0]
-    world = dist.get_world_size(group)
-    mine = torch.tensor([similarity.shape[0]], device=similarity.device)
-    sizes = [torch.zeros_like(mine) for _ in range(world)]
-    dist.all_gather(sizes, mine, group=group)
-    counts = [int(size) for size in sizes]
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
-
-
-def _merge_columns(columns: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Columns [3, T] over all ranks: log-sum-exp by maximum and sum, the rest by sum."""
-    top = columns[0].clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    finite = torch.where(top.isfinite(), top, 0)
-    merged = torch.stack([(columns[0] - finite).exp(), columns[1], columns[2]])
-    dist.all_reduce(merged, group=group)
-    return torch.stack([merged[0].log() + finite, merged[1], merged[2]])
-
-
-def _weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    some = (part[2] > 0).to(part.dtype)
-    count = some.sum()
-    if group is not None:
-        dist.all_reduce(count, group=group)
-    return some / (2 * count.clamp(min=1))
-
-
-def _terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """sum of weight * (2); rows without a positive have weight 0 and may have no finite log-sum-exp."""
-    return (weight * torch.where(weight > 0, part[0] - part[1] / part[2].clamp(min=1), 0)).sum()
+    return _distributed.of_the_whole_batch(loss, _distributed.terms(rows, row_weight), group)
 
 
 @lib.fake("similarity_contrastive_stats")
@@ -156,7 +119,7 @@ def _(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
 
 def _loss(similarity, logit_scale, image_ids, text_ids, pair_mask, rows, columns, row_weight, column_weight, offset):
     """(3) from the statistics: a handful of additions, the same on every device."""
-    return _terms(rows, row_weight) + _terms(columns, column_weight)
+    return _distributed.terms(rows, row_weight) + _distributed.terms(columns, column_weight)
 
 
 lib.composite("similarity_contrastive_loss", _loss)

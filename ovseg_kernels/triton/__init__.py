@@ -11,6 +11,8 @@ KERNELS = {
     "patch_text_similarity_backward": ("patch_text_similarity", "backward"),
     "similarity_contrastive_stats": ("similarity_contrastive_loss", "stats"),
     "similarity_contrastive_loss_backward": ("similarity_contrastive_loss", "backward"),
+    "contrastive_stats": ("contrastive_loss", "stats"),
+    "contrastive_loss_backward": ("contrastive_loss", "backward"),
     "center_assignment": ("center_assignment", "forward"),
     "center_assignment_backward": ("center_assignment", "backward"),
 }

@@ -214,7 +214,41 @@ def segclip_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=6) ->
     return found
 
 
+def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
+    torch.manual_seed(6)
+    to = {"dtype": dtype, "device": device}
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    ids = torch.tensor([0, 1, 1, 2, 9], device=device), torch.tensor([1, 0, 2, 2, 7, 1, 5], device=device)
+    cases = {
+        "diagonal": {},
+        "ids": {"image_ids": ids[0], "text_ids": ids[1]},
+        "unit": {"normalize": False},
+        "sigmoid": {"kind": "sigmoid"},
+        "sigmoid-ids": {"kind": "sigmoid", "image_ids": ids[0], "text_ids": ids[1]},
+    }
+    found = []
+    for name, kwargs in cases.items():
+        T, sigmoid = 7 if "image_ids" in kwargs else B, "kind" in kwargs
+
+        def call(image, text, scale, *bias, kwargs=kwargs):
+            return ok.contrastive_loss(image, text, scale, **({"logit_bias": bias[0]} if bias else {}), **kwargs)
+
+        tensors = leaf(B, D, **to), leaf(T, D, **to), number(3.0, **to), *((number(-1.5, **to),) if sigmoid else ())
+        bias = number(-1.5 if sigmoid else 0.0, wide, device).detach()
+        plain = (*(x.detach().to(wide) for x in tensors[:3]), bias, kwargs.get("image_ids"), kwargs.get("text_ids"))
+        options = (0, sigmoid, False)
+        rows, columns = torch.ops.ovseg.contrastive_stats(*plain, *options)
+        saved = (rows, columns, torch.full_like(rows[0], 0.1), torch.full_like(columns[0], 0.0 if sigmoid else 0.2))
+        leaves = tuple(x.clone().requires_grad_() for x in plain[:4]) + plain[4:]
+        low = [("contrastive_stats", (*plain, *options)), ("contrastive_loss", (*leaves, *saved, *options))]
+        for needs in ((True, True), (True, False), (False, True)):
+            low.append(("contrastive_loss_backward", (torch.ones((), dtype=wide, device=device), *plain, *saved, *options, *needs)))
+        found.append(Sample("contrastive_loss", name, call, tensors, low, features=2, lowered=0))
+    return found
+
+
 MAKERS = {
+    "contrastive_loss": features_loss,
     "patch_text_similarity": patch_text,
     "similarity_contrastive_loss": contrastive,
     "center_assignment": assignment,
@@ -226,6 +260,7 @@ MAKERS = {
 # Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
 # no number with the other dimensions, which would be taken for one symbol. Whatever may change from step to step is a tensor.
 RESIZED = {
+    "contrastive_loss": lambda size: (ok.contrastive_loss, (torch.randn(size, 7), torch.randn(size, 7), torch.tensor(0.2 * size))),
     "patch_text_similarity": lambda size: (
         lambda patches, texts, t: ok.patch_text_similarity(patches, texts, temperature=t),
         (torch.randn(size, 7, 5), torch.randn(size + 1, 5), torch.tensor(0.2 * size)),

@@ -119,6 +119,17 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
+def features_loss(dtype, sigmoid, ids):
+    from ovseg_kernels.triton import contrastive_loss as op
+
+    B, D, one = 256, 512, torch.ones((), dtype=dtype)
+    for tf32 in (False, True) if dtype == torch.float32 else (False,):
+        inputs = (torch.randn(B, D, dtype=dtype), torch.randn(B, D, dtype=dtype), one, one)
+        inputs += (torch.arange(B), torch.arange(B)) if ids else (None, None)
+        rows, columns = op.stats(*inputs, 0, sigmoid, tf32)
+        op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
+
+
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -144,6 +155,10 @@ def main() -> None:
         for hard, noise, masked in ((True, "rng", False), (False, "given", True)):
             label = f"{str(dtype).removeprefix('torch.')} assignment, noise {noise}{' masked' if masked else ''}"
             assignment(dtype, hard, noise, masked)
+    for dtype in (torch.float32, torch.float64):
+        for sigmoid in (False, True):
+            label = f"{str(dtype).removeprefix('torch.')} contrastive{' sigmoid ids' if sigmoid else ''}"
+            features_loss(dtype, sigmoid, sigmoid)
     label = "philox"
     philox()
 

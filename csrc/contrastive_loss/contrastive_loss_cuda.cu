@@ -1,0 +1,330 @@
+// contrastive_loss on CUDA, sm_80 and newer. Forward: a block owns 64 rows and walks the columns, once with images on
+// the rows and once with texts; logits live in shared memory. Backward: d logits of a chunk of images, then two
+// products. Every output element has one owner and every sum a fixed order. Equation numbers:
+// ovseg_kernels/ops/contrastive_loss.py.
+#include "../common/tile.cuh"
+#include "contrastive_loss_cuda.h"
+
+namespace ovseg {
+namespace {
+
+// Statistics of one row. In the sigmoid loss `sum` is the row's loss.
+template <typename A>
+struct Part {
+  A top, sum, hits, positives;
+
+  __device__ void clear() {
+    top = minus_infinity<A>();
+    sum = hits = positives = 0;
+  }
+  __device__ void add(A z, bool positive, bool sigmoid) {
+    if (sigmoid) {  // (4)
+      const A x = positive ? -z : z;
+      sum += (x > A(0) ? x : A(0)) + log1p(exp(x > A(0) ? -x : x));
+      return;
+    }
+    const A now = larger(z, top);
+    sum = (top == now ? sum : sum * exp(top - now)) + (z == now ? A(1) : exp(z - now));
+    top = now;
+    if (positive) hits += z, positives += 1;
+  }
+  __device__ void merge(const Part& other, bool sigmoid) {
+    if (sigmoid) {
+      sum += other.sum;
+      return;
+    }
+    const A now = larger(other.top, top);
+    if (now != minus_infinity<A>()) {
+      sum =
+          (top == now ? sum : sum * exp(top - now)) + (other.top == now ? other.sum : other.sum * exp(other.top - now));
+      top = now;
+    }
+    hits += other.hits, positives += other.positives;
+  }
+};
+
+// One side: own features on the rows, those of the other side on the columns.
+template <typename A>
+struct Side {
+  const A *own, *other;
+  const int64_t *own_ids, *other_ids;
+  int64_t rows, columns, D, offset, splits;
+  bool sigmoid;
+  const A *scale, *bias;
+  Part<A>* parts;  // [splits, rows]
+  A* out;          // [3, rows]
+
+  __device__ bool positive(int64_t i, int64_t j) const {
+    return own_ids ? own_ids[i] == other_ids[j] : j == i + offset;
+  }
+};
+
+template <typename P>
+__global__ void __launch_bounds__(kThreads) contrastive_loss_fwd_stats_kernel(Side<typename P::Sum> x) {
+  using A = typename P::Sum;
+  OVSEG_DYNAMIC_SHARED(memory);
+  A* tile = reinterpret_cast<A*>(memory + kStageBytes);
+  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kTile, i = r0 + threadIdx.x;
+  const int64_t tiles = ceil_div(x.columns, kTile), each = ceil_div(tiles, x.splits);
+  const int64_t begin = blockIdx.y * each, end = begin + each < tiles ? begin + each : tiles;
+  const Operand<A, A> rows = {x.own, x.D, 1, x.rows, x.D}, columns = {x.other, x.D, 1, x.columns, x.D};
+  const A scale = *x.scale, bias = *x.bias;
+  Part<A> part;
+  part.clear();
+  for (int64_t t = begin; t < end; ++t) {
+    A acc[kAccumulators];
+    clear<P>(acc);
+    product<P>(rows, r0, columns, t * kTile, memory, acc);
+    store_tile<P>(acc, tile);
+    __syncthreads();
+    if (threadIdx.x < kTile && i < x.rows) {
+      for (int c = 0; c < kTile && t * kTile + c < x.columns; ++c) {
+        part.add(scale * tile[threadIdx.x * kTilePitch + c] + bias, x.positive(i, t * kTile + c), x.sigmoid);
+      }
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x < kTile && i < x.rows) x.parts[blockIdx.y * x.rows + i] = part;
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kThreads) contrastive_loss_fwd_finish_kernel(Side<A> x) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= x.rows) return;
+  Part<A> all = x.parts[i];
+  for (int64_t split = 1; split < x.splits; ++split) all.merge(x.parts[split * x.rows + i], x.sigmoid);
+  x.out[i] = x.sigmoid ? all.sum : all.sum == A(0) ? minus_infinity<A>() : all.top + log(all.sum);
+  x.out[x.rows + i] = all.hits;
+  x.out[2 * x.rows + i] = x.sigmoid ? A(1) : all.positives;
+}
+
+// A chunk of images in the backward.
+template <typename A>
+struct Chunk {
+  ContrastiveCuda<A> x;
+  int64_t first, count;
+  A* d_logits;      // [count, T], with the scale
+  double* partial;  // [blocks, 2] of d scale and d bias
+  double* sums;     // [2]
+};
+
+// (5) or (6) of one pair.
+template <typename A>
+__device__ A d_logit(const ContrastiveCuda<A>& x, int64_t i, int64_t j, A z, A grad) {
+  const ContrastiveParams<A>& p = x.p;
+  const A row_weight = p.row_weight[i], column_weight = p.column_weight[j];
+  const bool positive = p.image_ids ? p.image_ids[i] == p.text_ids[j] : j == i + p.offset;
+  if (p.sigmoid) {
+    const A e = exp(z > A(0) ? -z : z);
+    return grad * row_weight * ((z > A(0) ? A(1) : e) / (A(1) + e) - (positive ? A(1) : A(0)));
+  }
+  A dz = 0;  // a row or column of weight 0 has no positive
+  if (row_weight != A(0)) dz += row_weight * exp(z - p.rows[i]);
+  if (column_weight != A(0)) dz += column_weight * exp(z - p.columns[j]);
+  if (positive) {
+    if (row_weight != A(0)) dz -= row_weight / p.rows[2 * p.B + i];
+    if (column_weight != A(0)) dz -= column_weight / p.columns[2 * p.T + j];
+  }
+  return grad * dz;
+}
+
+template <typename P>
+__global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_logits_kernel(Chunk<typename P::Sum> c) {
+  using A = typename P::Sum;
+  OVSEG_DYNAMIC_SHARED(memory);
+  const ContrastiveParams<A>& p = c.x.p;
+  const int64_t j0 = static_cast<int64_t>(blockIdx.x) * kTile, i0 = c.first + static_cast<int64_t>(blockIdx.y) * kTile;
+  const Operand<A, A> images = {p.image, p.D, 1, c.first + c.count, p.D}, texts = {p.text, p.D, 1, p.T, p.D};
+  const A scale = *c.x.scale, bias = *c.x.bias, grad = *c.x.grad;
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(images, i0, texts, j0, memory, acc);
+  double d_scale = 0, d_bias = 0;
+#pragma unroll
+  for (int k = 0; k < kAccumulators; ++k) {
+    const int64_t i = i0 + tile_row<P>(k), j = j0 + tile_column<P>(k);
+    if (i >= c.first + c.count || j >= p.T) continue;
+    const A dz = d_logit(c.x, i, j, scale * acc[k] + bias, grad);
+    c.d_logits[(i - c.first) * p.T + j] = scale * dz;
+    d_scale += static_cast<double>(dz) * static_cast<double>(acc[k]), d_bias += static_cast<double>(dz);
+  }
+  double* shared = reinterpret_cast<double*>(memory);
+  d_scale = warp_sum(d_scale), d_bias = warp_sum(d_bias);
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) shared[2 * warp] = d_scale, shared[2 * warp + 1] = d_bias;
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    double sum = 0;
+    for (int w = 0; w < kThreads / 32; ++w) sum += shared[2 * w + threadIdx.x];
+    c.partial[(static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * 2 + threadIdx.x] = sum;
+  }
+}
+
+// The chunk's partial sums onto the running ones, and these to the outputs.
+template <typename A>
+__global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_scalars_kernel(Chunk<A> c, int64_t blocks) {
+  OVSEG_DYNAMIC_SHARED(memory);
+  double* shared = reinterpret_cast<double*>(memory);
+  double d_scale = 0, d_bias = 0;
+  for (int64_t b = threadIdx.x; b < blocks; b += kThreads) d_scale += c.partial[2 * b], d_bias += c.partial[2 * b + 1];
+  d_scale = warp_sum(d_scale), d_bias = warp_sum(d_bias);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * 2] = d_scale, shared[threadIdx.x / 32 * 2 + 1] = d_bias;
+  __syncthreads();
+  if (threadIdx.x >= 2) return;
+  double sum = c.first > 0 ? c.sums[threadIdx.x] : 0;
+  for (int w = 0; w < kThreads / 32; ++w) sum += shared[2 * w + threadIdx.x];
+  c.sums[threadIdx.x] = sum;
+  *(threadIdx.x == 0 ? c.x.grad_scale : c.x.grad_bias) = static_cast<A>(sum);
+}
+
+// acc to out [rows, D], added to what is there or not.
+template <typename P>
+__device__ void store_gradient(const typename P::Sum (&acc)[kAccumulators], typename P::Sum* out, int64_t r0,
+                               int64_t d0, int64_t rows, int64_t D, bool add) {
+#pragma unroll
+  for (int k = 0; k < kAccumulators; ++k) {
+    const int64_t r = r0 + tile_row<P>(k), d = d0 + tile_column<P>(k);
+    if (r < rows && d < D) out[r * D + d] = add ? out[r * D + d] + acc[k] : acc[k];
+  }
+}
+
+// d image = d logits text, (7).
+template <typename P>
+__global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_image_kernel(Chunk<typename P::Sum> c) {
+  using A = typename P::Sum;
+  OVSEG_DYNAMIC_SHARED(memory);
+  const ContrastiveParams<A>& p = c.x.p;
+  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kTile, d0 = static_cast<int64_t>(blockIdx.y) * kTile;
+  const Operand<A, A> dz = {c.d_logits, p.T, 1, c.count, p.T}, texts = {p.text, 1, p.D, p.D, p.T};
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(dz, r0, texts, d0, memory, acc);
+  store_gradient<P>(acc, p.grad_image + c.first * p.D, r0, d0, c.count, p.D, false);
+}
+
+// d text += d logits^T image of the chunk, (7).
+template <typename P>
+__global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_text_kernel(Chunk<typename P::Sum> c) {
+  using A = typename P::Sum;
+  OVSEG_DYNAMIC_SHARED(memory);
+  const ContrastiveParams<A>& p = c.x.p;
+  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kTile, d0 = static_cast<int64_t>(blockIdx.y) * kTile;
+  const Operand<A, A> dz = {c.d_logits, 1, p.T, p.T, c.count};
+  const Operand<A, A> images = {p.image + c.first * p.D, 1, p.D, p.D, c.count};
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(dz, r0, images, d0, memory, acc);
+  store_gradient<P>(acc, p.grad_text, r0, d0, p.T, p.D, c.first > 0);
+}
+
+unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }
+
+// Enough blocks for a large GPU where the rows alone do not give them.
+int64_t splits(int64_t rows, int64_t columns) {
+  if (rows == 0) return 1;
+  const int64_t wanted = ceil_div(256, ceil_div(rows, kTile)), most = ceil_div(columns, kTile);
+  return wanted < most ? wanted : most < 1 ? 1 : most;
+}
+
+template <typename A>
+int64_t chunk_rows(const ContrastiveParams<A>& p) {
+  const int64_t rows = contrastive_limit / (p.T * static_cast<int64_t>(sizeof(A)) + 1) / kTile * kTile;
+  const int64_t fits = rows < kTile ? kTile : rows > 65535 * kTile ? 65535 * kTile : rows;
+  return fits < p.B ? fits : p.B;
+}
+
+template <typename P>
+const char* one_side(const ContrastiveCuda<typename P::Sum>& x, bool of_texts) {
+  using A = typename P::Sum;
+  const ContrastiveParams<A>& p = x.p;
+  Side<A> side = {p.image,
+                  p.text,
+                  p.image_ids,
+                  p.text_ids,
+                  p.B,
+                  p.T,
+                  p.D,
+                  p.offset,
+                  0,
+                  p.sigmoid,
+                  x.scale,
+                  x.bias,
+                  reinterpret_cast<Part<A>*>(x.workspace),
+                  p.rows};
+  if (of_texts) {
+    side.own = p.text, side.other = p.image, side.own_ids = p.text_ids, side.other_ids = p.image_ids;
+    side.rows = p.T, side.columns = p.B, side.offset = -p.offset, side.out = p.columns;
+  }
+  if (side.rows == 0) return nullptr;
+  side.splits = splits(side.rows, side.columns);
+  const dim3 grid(tiles(side.rows), static_cast<unsigned>(side.splits));
+  const size_t shared = kStageBytes + kTile * kTilePitch * sizeof(A);
+  OVSEG_TRY(OVSEG_LAUNCH(contrastive_loss_fwd_stats_kernel<P>, grid, kThreads, shared, x.stream, side));
+  const unsigned blocks = static_cast<unsigned>(ceil_div(side.rows, kThreads));
+  return OVSEG_LAUNCH(contrastive_loss_fwd_finish_kernel<A>, blocks, kThreads, 0, x.stream, side);
+}
+
+template <typename P>
+const char* statistics(const ContrastiveCuda<typename P::Sum>& x) {
+  OVSEG_TRY(one_side<P>(x, false));
+  return x.p.sigmoid ? nullptr : one_side<P>(x, true);
+}
+
+template <typename P>
+const char* gradient(const ContrastiveCuda<typename P::Sum>& x) {
+  using A = typename P::Sum;
+  const ContrastiveParams<A>& p = x.p;
+  const int64_t rows = chunk_rows(p);
+  Chunk<A> c = {x, 0, 0, nullptr, nullptr, reinterpret_cast<double*>(x.workspace)};
+  c.partial = c.sums + 2;
+  c.d_logits = reinterpret_cast<A*>(c.partial + 2 * tiles(rows) * static_cast<int64_t>(tiles(p.T)));
+  for (c.first = 0; c.first < p.B; c.first += rows) {
+    c.count = p.B - c.first < rows ? p.B - c.first : rows;
+    const dim3 pairs(tiles(p.T), tiles(c.count));
+    OVSEG_TRY(OVSEG_LAUNCH(contrastive_loss_bwd_logits_kernel<P>, pairs, kThreads, kStageBytes, x.stream, c));
+    const int64_t blocks = static_cast<int64_t>(pairs.x) * pairs.y;
+    OVSEG_TRY(OVSEG_LAUNCH(contrastive_loss_bwd_scalars_kernel<A>, 1, kThreads, 64, x.stream, c, blocks));
+    if (p.grad_image) {
+      const dim3 grid(tiles(c.count), tiles(p.D));
+      OVSEG_TRY(OVSEG_LAUNCH(contrastive_loss_bwd_image_kernel<P>, grid, kThreads, kStageBytes, x.stream, c));
+    }
+    if (p.grad_text) {
+      const dim3 grid(tiles(p.T), tiles(p.D));
+      OVSEG_TRY(OVSEG_LAUNCH(contrastive_loss_bwd_text_kernel<P>, grid, kThreads, kStageBytes, x.stream, c));
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+template <typename A>
+size_t contrastive_workspace(const ContrastiveParams<A>& p, bool backward) {
+  if (!backward) {
+    const size_t images = splits(p.B, p.T) * p.B, texts = splits(p.T, p.B) * p.T;
+    return (images > texts ? images : texts) * sizeof(Part<A>);
+  }
+  const int64_t rows = chunk_rows(p);
+  return 16 + 16 * static_cast<size_t>(tiles(rows)) * tiles(p.T) + static_cast<size_t>(rows) * p.T * sizeof(A);
+}
+
+template size_t contrastive_workspace(const ContrastiveParams<float>&, bool);
+template size_t contrastive_workspace(const ContrastiveParams<double>&, bool);
+template <>
+const char* contrastive_statistics(const ContrastiveCuda<float>& x) {
+  return x.tf32 ? statistics<Tf32>(x) : statistics<Exact<float>>(x);
+}
+template <>
+const char* contrastive_statistics(const ContrastiveCuda<double>& x) {
+  return statistics<Exact<double>>(x);
+}
+template <>
+const char* contrastive_gradient(const ContrastiveCuda<float>& x) {
+  return x.tf32 ? gradient<Tf32>(x) : gradient<Exact<float>>(x);
+}
+template <>
+const char* contrastive_gradient(const ContrastiveCuda<double>& x) {
+  return gradient<Exact<double>>(x);
+}
+
+}  // namespace ovseg
