@@ -142,3 +142,55 @@ class _RowBlocks(torch.autograd.Function):
             d_image[part] = scale * (dz @ text)
             d_text.addmm_(dz.T, image[part] * scale)
         return grad * d_image, grad * d_text, grad * d_scale
+
+
+def dense(case: Case) -> Functions:
+    """Top-k positives and hard negatives, mean of log, both directions."""
+    k_pos, k_neg, t = case.options["k_pos"], case.options["k_neg"], case.options["temperature"]
+
+    def loss(z_p, z_n, logits):
+        text_to_pixel = (torch.logaddexp(z_p, z_n.logsumexp(1, keepdim=True)) - z_p).mean()
+        target = torch.arange(len(z_p), device=z_p.device).repeat_interleave(k_pos)
+        return text_to_pixel + F.cross_entropy(logits, target)
+
+    def similarities(pixels, texts):
+        p, q = F.normalize(pixels, dim=-1).flatten(0, 1), F.normalize(texts, dim=-1)
+        return p, q, (q @ p.T).unflatten(1, pixels.shape[:2])
+
+    def eager(pixels, texts):
+        """All similarities, torch.topk, autograd."""
+        p, q, s = similarities(pixels, texts)
+        mine = torch.arange(len(q), device=s.device)
+        s_p, index = s[mine, mine].topk(k_pos, dim=1)
+        eye = torch.eye(len(q), dtype=torch.bool, device=s.device)[..., None]
+        s_n = s.masked_fill(eye, -torch.inf).flatten(1).topk(k_neg, dim=1)[0]
+        chosen = p[(index + mine[:, None] * pixels.shape[1]).flatten()]
+        return loss(s_p / t, s_n / t, chosen @ q.T / t)
+
+    def sparse(pixels, texts):
+        """Selection image by image without a graph, then autograd through the selected pixels alone."""
+        with torch.no_grad():
+            q, best, where = F.normalize(texts, dim=-1), None, None
+            own = []
+            for i, image in enumerate(pixels):
+                s = q @ F.normalize(image, dim=-1).T
+                own.append(s[i].topk(k_pos)[1] + i * len(image))
+                s[i] = -torch.inf
+                values, at = s.topk(min(k_neg, s.shape[1]), dim=1)
+                at = at + i * len(image)
+                if best is not None:
+                    values, at = torch.cat([best, values], 1), torch.cat([where, at], 1)
+                best, order = values.topk(min(k_neg, values.shape[1]), dim=1)
+                where = at.gather(1, order)
+            index = torch.cat([torch.stack(own), where], 1)
+        q = F.normalize(texts, dim=-1)
+        chosen = F.normalize(pixels.flatten(0, 1).index_select(0, index.flatten()), dim=-1).unflatten(0, index.shape)
+        z = torch.einsum("tkd,td->tk", chosen, q) / t
+        return loss(z[:, :k_pos], z[:, k_pos:], chosen[:, :k_pos].flatten(0, 1) @ q.T / t)
+
+    return {
+        FUSED: lambda pixels, texts: ok.dense_contrastive_loss(pixels, texts, **case.options),
+        "eager": eager,
+        "eager, streaming top-k, sparse backward": sparse,
+        "torch.compile": torch.compile(eager),
+    }

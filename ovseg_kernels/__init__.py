@@ -6,6 +6,7 @@ from ._library import BackendError
 from ._version import __version__
 from .ops.center_assignment import center_assignment
 from .ops.contrastive_loss import contrastive_loss
+from .ops.dense_contrastive_loss import dense_contrastive_loss, select_pixels
 from .ops.folded_center_assignment import folded_center_assignment
 from .ops.patch_text_similarity import patch_text_similarity
 from .ops.segclip_center_assignment import segclip_center_assignment
@@ -18,6 +19,7 @@ OPERATORS = (
     "folded_center_assignment",
     "segclip_center_assignment",
     "contrastive_loss",
+    "dense_contrastive_loss",
 )
 
 __all__ = [
@@ -28,10 +30,12 @@ __all__ = [
     "backend",
     "center_assignment",
     "contrastive_loss",
+    "dense_contrastive_loss",
     "explain",
     "folded_center_assignment",
     "patch_text_similarity",
     "philox",
     "segclip_center_assignment",
+    "select_pixels",
     "similarity_contrastive_loss",
 ]

@@ -144,14 +144,19 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
 def rows_only(image, text, logit_scale, offset):
     """Mean over the images of (3)'s first half, the positive of row i being text i + ``offset``: unit features, one process."""
     dtype = accumulation_dtype(image)
-    low = image.dtype.itemsize == 2
+    tf32 = dtype == torch.float32 and (image.dtype.itemsize == 2 or _backends.allow_tf32(image))
     image, text = image.to(dtype), text.to(dtype)
-    scale = _check.scalar("logit_scale", logit_scale, image, dtype)
-    inputs = (scale, torch.zeros_like(scale), None, None)
-    options = (offset, False, dtype == torch.float32 and (low or _backends.allow_tf32(image)))
+    weight = torch.full_like(image[:, 0], 1 / max(1, len(image))).detach()
+    return one_sided(image, text, _check.scalar("logit_scale", logit_scale, image, dtype), None, None, weight, offset, tf32)
+
+
+def one_sided(image, text, scale, image_ids, text_ids, row_weight, offset, tf32):
+    """sum_i row_weight_i (lse_j z_ij - mean_{j in P_i} z_ij) of unit features: the operators built on these kernels share it."""
+    inputs = (scale, torch.zeros_like(scale), image_ids, text_ids)
+    options = (offset, False, tf32)
     plain = (x.detach() for x in (image, text, *inputs[:2]))
-    rows, columns = torch.ops.ovseg.contrastive_stats(*plain, None, None, *options)
-    weights = torch.full_like(rows[0], 1 / max(1, len(image))), torch.zeros_like(columns[0])
+    rows, columns = torch.ops.ovseg.contrastive_stats(*plain, image_ids, text_ids, *options)
+    weights = row_weight.to(rows.dtype), torch.zeros_like(columns[0])
     return torch.ops.ovseg.contrastive_loss(image, text, *inputs, rows, columns, *weights, *options)
 
 

@@ -1,0 +1,66 @@
+// dense_contrastive_loss: registration for CUDA.
+#include "../common/cuda_tensors.h"
+#include "dense_contrastive_loss_bind.h"
+#include "dense_contrastive_loss_cuda.h"
+
+namespace ovseg {
+namespace {
+
+// The kernels walk all pixels with one stride.
+Tensor even_rows(const Tensor& pixels) {
+  const bool even = pixels.dim() != 3 || pixels.size(0) < 2 || pixels.stride(0) == pixels.size(1) * pixels.stride(1);
+  return even ? pixels : torch::stable::contiguous(pixels);
+}
+
+template <typename A>
+DenseCuda<A> on_device(const DenseInputs<A>& in, size_t bytes, Tensor& memory, void* stream) {
+  memory = new_tensor(in.pixels, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return {in.p, data<unsigned char>(memory), stream};
+}
+
+DensePair select(Tensor pixels, Tensor texts, Optional image_ids, Optional text_ids, Optional rng, int64_t k_pos,
+                 int64_t k_neg, int64_t skip, int64_t sampling, double temperature, double margin) {
+  return with_dense_inputs(even_rows(pixels), texts, [&](auto in) {
+    const OnDevice device(in.pixels);
+    in.enter_selection(image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin);
+    DensePair found = in.selected();
+    Tensor memory = in.pixels;
+    const auto x = on_device(in, dense_select_workspace(in.p), memory, device.stream());
+    check_launch("dense_contrastive_select", dense_select(x));
+    return found;
+  });
+}
+
+DensePair gather(Tensor pixels, Tensor texts, Tensor index, int64_t rows) {
+  return with_dense_inputs(even_rows(pixels), texts, [&](auto in) {
+    const OnDevice device(in.pixels);
+    in.enter_index(index, rows);
+    DensePair found = in.gathered();
+    Tensor memory = in.pixels;
+    check_launch("dense_contrastive_gather", dense_gather(on_device(in, 0, memory, device.stream())));
+    return found;
+  });
+}
+
+DensePair backward(Optional grad_similarity, Optional grad_unit, Tensor pixels, Tensor texts, Tensor index,
+                   Tensor order, int64_t rows, bool need_pixels, bool need_texts) {
+  return with_dense_inputs(even_rows(pixels), texts, [&](auto in) {
+    const OnDevice device(in.pixels);
+    in.enter_index(index, rows), in.enter_gradients(grad_similarity, grad_unit, order);
+    DensePair found = in.gradients(need_pixels, need_texts);
+    Tensor memory = in.pixels;
+    const auto x = on_device(in, dense_backward_workspace(in.p), memory, device.stream());
+    check_launch("dense_contrastive_gather_backward", dense_backward(x));
+    return found;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(OVSEG_LIBRARY, OVSEG_DEVICE_KEY, m) {
+  m.impl("dense_contrastive_select", TORCH_BOX(&select));
+  m.impl("dense_contrastive_gather", TORCH_BOX(&gather));
+  m.impl("dense_contrastive_gather_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace ovseg

@@ -1,0 +1,28 @@
+// dense_contrastive_loss on CUDA: parameters and entry points. No torch and no device code here.
+#pragma once
+#include <cstddef>
+
+#include "dense_contrastive_loss.h"
+
+namespace ovseg {
+
+// The rows of pixels are equally spaced: strides[0] = N strides[1].
+template <typename A>
+struct DenseCuda {
+  DenseParams<A> p;
+  unsigned char* workspace;
+  void* stream;
+};
+
+template <typename A>
+size_t dense_select_workspace(const DenseParams<A>& p);
+template <typename A>
+size_t dense_backward_workspace(const DenseParams<A>& p);
+template <typename A>
+const char* dense_select(const DenseCuda<A>& x);  // null, or the text of an error
+template <typename A>
+const char* dense_gather(const DenseCuda<A>& x);
+template <typename A>
+const char* dense_backward(const DenseCuda<A>& x);
+
+}  // namespace ovseg
