@@ -146,11 +146,15 @@ class _RowBlocks(torch.autograd.Function):
 
 def dense(case: Case) -> Functions:
     """Top-k positives and hard negatives, mean of log, both directions."""
-    k_pos, k_neg, t = case.options["k_pos"], case.options["k_neg"], case.options["temperature"]
+    t = case.options["temperature"]
+
+    def counts(pixels):
+        B, N, _ = pixels.shape
+        return min(case.options["k_pos"], N), min(case.options["k_neg"], (B - 1) * N)
 
     def loss(z_p, z_n, logits):
         text_to_pixel = (torch.logaddexp(z_p, z_n.logsumexp(1, keepdim=True)) - z_p).mean()
-        target = torch.arange(len(z_p), device=z_p.device).repeat_interleave(k_pos)
+        target = torch.arange(len(z_p), device=z_p.device).repeat_interleave(z_p.shape[1])
         return text_to_pixel + F.cross_entropy(logits, target)
 
     def similarities(pixels, texts):
@@ -159,6 +163,7 @@ def dense(case: Case) -> Functions:
 
     def eager(pixels, texts):
         """All similarities, torch.topk, autograd."""
+        k_pos, k_neg = counts(pixels)
         p, q, s = similarities(pixels, texts)
         mine = torch.arange(len(q), device=s.device)
         s_p, index = s[mine, mine].topk(k_pos, dim=1)
@@ -169,6 +174,7 @@ def dense(case: Case) -> Functions:
 
     def sparse(pixels, texts):
         """Selection image by image without a graph, then autograd through the selected pixels alone."""
+        k_pos, k_neg = counts(pixels)
         with torch.no_grad():
             q, best, where = F.normalize(texts, dim=-1), None, None
             own = []

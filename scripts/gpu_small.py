@@ -27,6 +27,10 @@ def main() -> None:
             grouped = weight[:, : D // 4]
             out = ok.segclip_center_assignment(queries, keys, grouped, grouped, *(vector,) * 4, mask=mask, rng=rng)[0]
             torch.autograd.grad(out.sum(), (queries, keys, weight, vector))
+        for sampling in ("topk", "gumbel"):
+            pixels, texts = (torch.randn(*s, device="cuda", dtype=dtype, requires_grad=True) for s in ((3, 70, 24), (3, 24)))
+            rng = ok.philox.make_rng(1, device="cuda") if sampling == "gumbel" else None
+            torch.autograd.grad(ok.dense_contrastive_loss(pixels, texts, k_pos=5, k_neg=9, sampling=sampling, rng=rng), (pixels, texts))
         for kind in ("softmax", "sigmoid"):
             image, text = (torch.randn(70, 24, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
             torch.autograd.grad(ok.contrastive_loss(image, text, 5.0, kind=kind), (image, text))

@@ -126,7 +126,10 @@ def dense_contrastive_loss(
         if terms != "text_to_pixel":
             of_row = (there * (weight / count.clamp(min=1))[:, None]).flatten()
             image = positive.clamp(min=0).flatten() // max(1, pixels.shape[1])
-            ids = (image, torch.arange(len(q), device=q.device)) if image_ids is None else (image_ids[image], text_ids)
+            if image_ids is None:
+                ids = image, torch.arange(len(q), device=q.device)
+            else:
+                ids = image_ids[image] if len(image_ids) else image, text_ids
             low = pixels.dtype.itemsize == 2 or _backends.allow_tf32(pixels)
             loss = loss + one_sided(unit.flatten(0, 1), q, 1 / temperature, *ids, of_row, 0, low and acc == torch.float32)
     return loss
@@ -193,7 +196,8 @@ def select_pixels(
         )
     noisy = sampling in ("gumbel", "random")
     if noisy != (rng is not None):
-        raise ValueError(f"sampling is {sampling!r} and rng is {'missing' if noisy else 'given'}; expected rng with gumbel and random alone")
+        came = "missing" if noisy else "given"
+        raise ValueError(f"sampling is {sampling!r} and rng is {came}; expected rng with gumbel and random alone")
     if rng is not None:
         philox.check(rng)
         _check.same("rng", rng, "pixels", pixels, dtype=False)

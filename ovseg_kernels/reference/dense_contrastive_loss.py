@@ -45,12 +45,16 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
     return positive, best(keys.masked_fill(mine, -torch.inf), k_neg, skip)                                     # (3)
 
 
+def _chosen(pixels, texts, index):
+    flat = pixels.reshape(-1, pixels.shape[2]).to(texts.dtype)
+    return flat[index.clamp(min=0)] if len(flat) else texts.new_zeros(*index.shape, pixels.shape[2])
+
+
 def gather(pixels, texts, index, rows):
     """(similarity [T, K], unit [T, rows, D]) of selected pixels; zero where there is none."""
-    D = pixels.shape[2]
-    chosen = pixels.reshape(-1, D)[index.clamp(min=0)].to(texts.dtype) if index.numel() else pixels.new_zeros(*index.shape, D, dtype=texts.dtype)
+    chosen = _chosen(pixels, texts, index)
     unit = F.normalize(chosen, dim=-1).masked_fill((index < 0)[..., None], 0)
-    return torch.einsum("tkd,td->tk", unit, texts), unit[:, :rows].contiguous()
+    return torch.einsum("tkd,td->tk", unit, texts), unit[:, :rows].clone(memory_format=torch.contiguous_format)
 
 
 def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, rows, need_pixels, need_texts):
@@ -58,7 +62,7 @@ def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, row
     D, acc = pixels.shape[2], texts.dtype
     d_pixels, d_texts = torch.zeros(pixels.shape, dtype=acc, device=pixels.device), torch.zeros_like(texts)
     there = index >= 0
-    chosen = pixels.reshape(-1, D)[index.clamp(min=0)].to(acc) if index.numel() else texts.new_zeros(*index.shape, D)
+    chosen = _chosen(pixels, texts, index)
     norm = chosen.norm(dim=-1, keepdim=True)
     unit = chosen / norm.clamp(min=1e-12)
     v = torch.zeros_like(unit)

@@ -13,6 +13,9 @@ KERNELS = {
     "similarity_contrastive_loss_backward": ("similarity_contrastive_loss", "backward"),
     "contrastive_stats": ("contrastive_loss", "stats"),
     "contrastive_loss_backward": ("contrastive_loss", "backward"),
+    "dense_contrastive_select": ("dense_contrastive_loss", "select"),
+    "dense_contrastive_gather": ("dense_contrastive_loss", "gather"),
+    "dense_contrastive_gather_backward": ("dense_contrastive_loss", "backward"),
     "center_assignment": ("center_assignment", "forward"),
     "center_assignment_backward": ("center_assignment", "backward"),
 }

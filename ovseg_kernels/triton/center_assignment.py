@@ -14,7 +14,7 @@ from ..reference.patch_text_similarity import accumulation_dtype
 from ._launch import ACC, on_device, tiles
 from .philox import gumbel_from_bits, philox_bits
 
-TOKENS = 32  # of a tile
+TOKENS = {2: 32, 4: 32, 8: 16}  # of a tile, by bytes of an accumulator
 CHANNELS = {2: 64, 4: 32, 8: 16}  # of a step, by bytes of an element
 WARPS = 4
 
@@ -250,7 +250,8 @@ class _Call:
         self.m_strides = (0, 0) if mask is None else mask.stride()
         self.n_strides = (0, 0, 0) if noise is None else noise.stride()
         step = CHANNELS[queries.element_size()]
-        self.step = {"BL": TOKENS, "BG": max(16, triton.next_power_of_2(self.G)), "num_warps": WARPS}
+        self.tokens = TOKENS[acc.itemsize]
+        self.step = {"BL": self.tokens, "BG": max(16, triton.next_power_of_2(self.G)), "num_warps": WARPS}
         self.BD, self.wide = step, CHANNELS[torch.empty((), dtype=acc).element_size()]
         self.options = {"MASKED": mask is not None, "ACC": ACC[acc]}
         self.extras = {"BIASED": center_bias is not None, "SCALED": key_scale is not None}
@@ -271,7 +272,7 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
         return pooled, index, count, soft
     with on_device(queries):
         if x.L:
-            center_assignment_fwd_scores_kernel[(tiles(x.L, TOKENS), x.B)](
+            center_assignment_fwd_scores_kernel[(tiles(x.L, x.tokens), x.B)](
                 queries, keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D, scale, tau,
                 *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides,
                 SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
@@ -305,7 +306,7 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     d_scores = queries.new_empty((x.B, x.L, x.G), dtype=x.dtype)
     soft = queries if grad_soft is None else grad_soft.contiguous()
     with on_device(queries):
-        center_assignment_bwd_tokens_kernel[(tiles(x.L, TOKENS), x.B)](
+        center_assignment_bwd_tokens_kernel[(tiles(x.L, x.tokens), x.B)](
             queries, keys, values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
             d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E, scale, tau,
             *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,

@@ -247,8 +247,50 @@ def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
     return found
 
 
+def dense_loss(dtype=torch.float64, device="cpu", B=3, N=7, D=5) -> list[Sample]:
+    torch.manual_seed(7)
+    to = {"dtype": dtype, "device": device}
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    rng = philox.make_rng(8, device=device)
+    ids = {"image_ids": torch.tensor([0, 1, 1], device=device), "text_ids": torch.tensor([1, 0, 5, 1], device=device)}
+    cases = {
+        "topk": {"k_pos": 2, "k_neg": 3},
+        "log-of-sum-ids": {"k_pos": 3, "k_neg": 4, "reduction": "log_of_sum", **ids},
+        "semi-more-than-there-are": {"k_pos": 9, "k_neg": 40, "sampling": "semi", "margin": 0.8},
+        "gumbel-window-ids": {"k_pos": 2, "k_neg": 3, "sampling": "gumbel", "rng": rng, "skip": 1, "sampling_temperature": 0.3, **ids},
+        "random-text-to-pixel": {"k_pos": 2, "k_neg": 5, "sampling": "random", "rng": rng, "terms": "text_to_pixel"},
+        "pixel-to-text": {"k_pos": 2, "k_neg": 1, "terms": "pixel_to_text"},
+    }
+    found = []
+    for name, kwargs in cases.items():
+
+        def call(pixels, texts, temperature, kwargs=kwargs):
+            return ok.dense_contrastive_loss(pixels, texts, temperature=temperature, **kwargs)
+
+        T = 4 if "image_ids" in kwargs else B
+        tensors = leaf(B, N, D, **to), leaf(T, D, **to), number(0.4, wide, device)
+        pixels, unit = tensors[0].detach(), torch.nn.functional.normalize(tensors[1].detach().to(wide), dim=-1)
+        optional = tuple(kwargs.get(key) for key in ("image_ids", "text_ids", "rng"))
+        code = ("topk", "semi", "gumbel", "random").index(kwargs.get("sampling", "topk"))
+        options = (kwargs["k_pos"], kwargs["k_neg"], kwargs.get("skip", 0), code, 0.3, 0.8)
+        index = torch.cat(torch.ops.ovseg.dense_contrastive_select(pixels, unit, *optional, *options), 1)
+        rows = 0 if kwargs.get("terms") == "text_to_pixel" else kwargs["k_pos"]
+        order = index.flatten().argsort(stable=True)
+        grads = torch.randn(index.shape).to(unit), torch.randn(T, rows, D).to(unit)
+        low = [
+            ("dense_contrastive_select", (pixels, unit, *optional, *options)),
+            ("dense_contrastive_gather", (tensors[0], unit.clone().requires_grad_(), index, rows)),
+            ("dense_contrastive_gather_backward", (*grads, pixels, unit, index, order, rows, True, True)),
+            ("dense_contrastive_gather_backward", (None, grads[1], pixels, unit, index, order, rows, True, False)),
+            ("dense_contrastive_gather_backward", (grads[0], None, pixels, unit, index, order, rows, False, True)),
+        ]
+        found.append(Sample("dense_contrastive_loss", name, call, tensors, low, features=2, lowered=0))
+    return found
+
+
 MAKERS = {
     "contrastive_loss": features_loss,
+    "dense_contrastive_loss": dense_loss,
     "patch_text_similarity": patch_text,
     "similarity_contrastive_loss": contrastive,
     "center_assignment": assignment,
@@ -260,6 +302,10 @@ MAKERS = {
 # Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
 # no number with the other dimensions, which would be taken for one symbol. Whatever may change from step to step is a tensor.
 RESIZED = {
+    "dense_contrastive_loss": lambda size: (
+        lambda pixels, texts, t, rng: ok.dense_contrastive_loss(pixels, texts, temperature=t, k_pos=2, k_neg=4, sampling="gumbel", rng=rng),
+        (torch.randn(size, 7, 5), torch.randn(size, 5), torch.tensor(0.2 * size), philox.make_rng(size)),
+    ),
     "contrastive_loss": lambda size: (ok.contrastive_loss, (torch.randn(size, 7), torch.randn(size, 7), torch.tensor(0.2 * size))),
     "patch_text_similarity": lambda size: (
         lambda patches, texts, t: ok.patch_text_similarity(patches, texts, temperature=t),

@@ -130,6 +130,19 @@ def features_loss(dtype, sigmoid, ids):
         op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
 
 
+def dense(dtype, sampling, ids):
+    from ovseg_kernels.triton import dense_contrastive_loss as op
+
+    B, N, D = 32, 784, 512
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    pixels, texts = torch.randn(B, N, D).to(dtype), torch.randn(B, D, dtype=acc)
+    optional = (torch.arange(B), torch.arange(B)) if ids else (None, None)
+    op.select(pixels, texts, *optional, torch.zeros(2, dtype=torch.int64), 32, 64, 0, sampling, 0.1, 0.1)
+    index = torch.zeros(B, 96, dtype=torch.int64)
+    similarity, unit = op.gather(pixels, texts, index, 32)
+    op.backward(similarity, unit, pixels, texts, index, index.flatten(), 32, True, True)
+
+
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -159,6 +172,10 @@ def main() -> None:
         for sigmoid in (False, True):
             label = f"{str(dtype).removeprefix('torch.')} contrastive{' sigmoid ids' if sigmoid else ''}"
             features_loss(dtype, sigmoid, sigmoid)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for sampling, ids in ((0, False), (1, True), (2, False), (3, False)):
+            label = f"{str(dtype).removeprefix('torch.')} dense, sampling {sampling}{' ids' if ids else ''}"
+            dense(dtype, sampling, ids)
     label = "philox"
     philox()
 
