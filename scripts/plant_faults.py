@@ -25,6 +25,8 @@ FORWARD = "csrc/patch_text_similarity/patch_text_similarity_fwd.cuh"
 BACKWARD = "csrc/patch_text_similarity/patch_text_similarity_bwd.cuh"
 TILE = "csrc/common/tile.cuh"
 ASSIGNMENT = "csrc/center_assignment/center_assignment_cuda.cu"
+CONTRASTIVE = "csrc/contrastive_loss/contrastive_loss_{}"
+DENSE = "csrc/dense_contrastive_loss/dense_contrastive_loss_{}"
 LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
 CPU = "csrc/patch_text_similarity/patch_text_similarity_cpu.cpp"
@@ -68,6 +70,17 @@ FAULTS = (
     Fault("Triton: wrong sign", TRITON, "tl.store(factors + i * T + t, -g * back", "tl.store(factors + i * T + t, g * back", "interpreted"),
     Fault("CPU: dropped mask", CPU, "a[n] = keep[n] != A(0) ? e : A(0);", "a[n] = e;", "cpu"),
     Fault("CPU: wrong projection", CPU, "add_scaled(row, -w.colsum[n]", "add_scaled(row, w.colsum[n]", "cpu"),
+    Fault("assignment: bias without gradient", ASSIGNMENT, "p.grad_bias[i] = sum;", "p.grad_bias[i] = 0;"),
+    Fault("contrastive: first chunk of texts alone", CONTRASTIVE.format("cuda.cu"), "p.T, p.D, c.first > 0);", "p.T, p.D, false);"),
+    Fault("contrastive: lost share of columns", CONTRASTIVE.format("cuda.cu"), "all.merge(x.parts[split",
+          "if (split > 1) all.merge(x.parts[split"),
+    Fault("contrastive, Triton: first chunk alone", "ovseg_kernels/triton/contrastive_loss.py", "ADD=first > 0", "ADD=False",
+          "interpreted"),
+    Fault("contrastive, CPU: missing rescale", CONTRASTIVE.format("cpu.cpp"), "sum[j] * exp_fast(top[j] - now);", "sum[j];", "cpu"),
+    Fault("dense: tie to the larger index", DENSE.format("cuda.cu"), "list[at - 1].key < key", "list[at - 1].key <= key"),
+    Fault("dense: own images as negatives", DENSE.format("cpu.cpp"), "if (!p.own(i, j)) continue;  // (3)", "continue;  // (3)", "cpu"),
+    Fault("dense, Triton: noise of another pixel", "ovseg_kernels/triton/dense_contrastive_loss.py", "* pixels_in_all + x",
+          "* pixels_in_all + x + 1", "interpreted"),
 )
 
 
@@ -121,13 +134,13 @@ def main(words: list[str]) -> int:
                 missed += 1
                 continue
             path.write_text(source[:at] + fault.wrong + source[at + len(fault.right):])
-            if fault.file == CPU:
+            if fault.file.endswith("_cpu.cpp"):
                 build_cpu(tree)
             green, failed = suite(tree, fault.tests)
             print(f"{fault.name:34} {'MISSED' if green else 'caught by ' + failed} ({time.perf_counter() - began:.0f} s)", flush=True)
             missed += green
             path.write_text(source)
-            if fault.file == CPU:
+            if fault.file.endswith("_cpu.cpp"):
                 build_cpu(tree)
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     return int(missed > 0)

@@ -137,3 +137,21 @@ def test_bad_settings(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch sees no GPU"):
             train(recipe("train.device=cuda"), tmp_path / "c", quiet=True)
+
+
+@pytest.mark.slow
+def test_fused_losses_train_to_the_same_curve(tmp_path):
+    """pacl_tiny in two processes, kernels in one and the definitions in the other: far closer than two seeds are."""
+    curves = {}
+    for backend, seed in (("cpu", 0), ("reference", 0), ("cpu", 1)):
+        run = tmp_path / f"{backend}-{seed}"
+        small = ["data.form=shapes", "data.train_size=120", "train.batch_size=12", "train.steps=30", "checkpoint.every_steps=30",
+                 "log.every_steps=1", f"train.seed={seed}", "train.device=cpu"]
+        command = [sys.executable, "-m", "ovseg", "train", "pacl_full_scenes", *small, f"run={run}"]
+        environment = {**os.environ, "OVSEG_BACKEND": backend, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        curves[backend, seed] = torch.tensor([json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()])
+    fused, plain, other = curves.values()
+    assert len(fused) == 30 and float(fused[-1]) < float(fused[0])
+    assert float((fused - plain).abs().max()) < 0.05 * float((fused - other).abs().median())
