@@ -128,12 +128,13 @@ def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask
     if _backends.use_definition("center_assignment", queries.device):
         with torch.autocast(queries.device.type, enabled=False):
             noise = reference.gumbel(queries, keys, noise, rng)
-            options = (scale, tau, noise, hard, normalizer, mask, center_bias, key_scale)
-            pooled, index, count, soft = reference.center_assignment(queries, keys, values, *options)
+            pooled, index, count, soft = reference.center_assignment(
+                queries, keys, values, scale, tau, noise, hard, normalizer, mask, center_bias, key_scale
+            )
     else:
-        options = (float(scale), float(tau), hard, _NORMALIZER[normalizer], return_soft)
+        numbers = (float(scale), float(tau), hard, _NORMALIZER[normalizer], return_soft)
         pooled, index, count, soft = torch.ops.ovseg.center_assignment(
-            queries, keys, values, center_bias, key_scale, mask, noise, rng, *options
+            queries, keys, values, center_bias, key_scale, mask, noise, rng, *numbers
         )
     return pooled, index, count, soft if return_soft else None
 

@@ -100,7 +100,8 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
             _check.tensor(name, ids, 1, "[B]" if name == "image_ids" else "[T]", (torch.int64,))
             _check.shape(name, ids, (like.shape[0],), "one id for each row of the features")
             _check.same(name, ids, "image", image, dtype=False)
-    sizes, rank = [(image.shape[0], text.shape[0])], 0
+    sizes: list[tuple[int, ...]] = [(image.shape[0], text.shape[0])]
+    rank = 0
     if group is not None:
         sizes, rank = _distributed.sizes_of_ranks(sizes[0], group, image.device), dist.get_rank(group)
     if image_ids is None and any(b != t for b, t in sizes):

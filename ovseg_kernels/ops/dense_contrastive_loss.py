@@ -126,12 +126,10 @@ def dense_contrastive_loss(
         if terms != "text_to_pixel":
             of_row = (there * (weight / count.clamp(min=1))[:, None]).flatten()
             image = positive.clamp(min=0).flatten() // max(1, pixels.shape[1])
-            if image_ids is None:
-                ids = image, torch.arange(len(q), device=q.device)
-            else:
-                ids = image_ids[image] if len(image_ids) else image, text_ids
-            low = pixels.dtype.itemsize == 2 or _backends.allow_tf32(pixels)
-            loss = loss + one_sided(unit.flatten(0, 1), q, 1 / temperature, *ids, of_row, 0, low and acc == torch.float32)
+            row_ids = image if image_ids is None or len(image_ids) == 0 else image_ids[image]
+            column_ids = torch.arange(len(q), device=q.device) if text_ids is None else text_ids
+            tf32 = acc == torch.float32 and (pixels.dtype.itemsize == 2 or _backends.allow_tf32(pixels))
+            loss = loss + one_sided(unit.flatten(0, 1), q, 1 / temperature, row_ids, column_ids, of_row, 0, tf32)
     return loss
 
 

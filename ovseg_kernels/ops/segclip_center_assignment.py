@@ -96,10 +96,11 @@ def segclip_center_assignment(
     check_options(queries, tokens, scale, tau, rng, noise, normalizer, mask)
     options = {"scale": scale, "tau": tau, "hard": hard, "normalizer": normalizer, "mask": mask}
     with torch.autocast(tokens.device.type, enabled=False):
-        weights = (key_weight, value_weight, *norms.values())
         if _backends.use_definition("segclip_center_assignment", tokens.device):
             options["noise"] = gumbel(queries, tokens, noise, rng)
-            pooled, index, soft = reference.segclip_center_assignment(queries, tokens, *weights, eps, **options)
+            pooled, index, soft = reference.segclip_center_assignment(
+                queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias, eps, **options
+            )
             return pooled.to(tokens.dtype), index, soft if return_soft else None
         acc, dtype = accumulation_dtype(tokens), tokens.dtype
         key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)

@@ -26,8 +26,8 @@ def _blocks(image, text, logit_scale, logit_bias, image_ids, text_ids, offset):
     for first in range(0, image.shape[0], _ROWS):
         rows = slice(first, first + _ROWS)
         s = image[rows] @ text.T
-        ids = (None, None) if image_ids is None else (image_ids[rows], text_ids)
-        yield rows, s, logit_scale * s + logit_bias, on_matrix.positives(s, *ids, offset=offset + first)
+        own_ids = None if image_ids is None else image_ids[rows]
+        yield rows, s, logit_scale * s + logit_bias, on_matrix.positives(s, own_ids, text_ids, offset=offset + first)
 
 
 def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sigmoid, tf32):
