@@ -41,6 +41,18 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {list(allowed)}")
 
 
+def pair_ids(image_ids, images: int, text_ids, texts: int, like_name: str, like: torch.Tensor) -> None:
+    """Both or neither; int64, one for each image and text."""
+    if (image_ids is None) != (text_ids is None):
+        raise ValueError("image_ids and text_ids go together; one was given and the other is None")
+    if image_ids is None:
+        return
+    for name, ids, size, letter in (("image_ids", image_ids, images, "B"), ("text_ids", text_ids, texts, "T")):
+        tensor(name, ids, 1, f"[{letter}]", (torch.int64,))
+        shape(name, ids, (size,), "one id for each image or text")
+        same(name, ids, like_name, like, dtype=False)
+
+
 def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: torch.dtype, *, positive: bool = False) -> torch.Tensor:
     """A 0-dim tensor on ``like``'s device. Values are checked where that costs no synchronisation with a GPU."""
     wanted = "a positive finite number" if positive else "a finite number"

@@ -58,17 +58,6 @@ struct CenterTable {
 constexpr int64_t kCenterSlot = 128;  // tokens
 constexpr int64_t center_slots(int64_t L) { return (L + kCenterSlot - 1) / kCenterSlot; }
 
-namespace baseline {
-template <typename A>
-const CenterTable<A>& center_table();
-}
-namespace avx2 {
-template <typename A>
-const CenterTable<A>& center_table();
-}
-namespace avx512 {
-template <typename A>
-const CenterTable<A>& center_table();
-}
+OVSEG_PER_ISA(template <typename A> const CenterTable<A>& center_table();)
 
 }  // namespace ovseg

@@ -8,11 +8,7 @@ namespace {
 
 template <typename A>
 const CenterTable<A>& table() {
-#ifdef OVSEG_X86
-  if (best_isa() == Isa::avx512) return avx512::center_table<A>();
-  if (best_isa() == Isa::avx2) return avx2::center_table<A>();
-#endif
-  return baseline::center_table<A>();
+  return OVSEG_BEST_ISA(center_table<A>());
 }
 
 template <typename A>

@@ -23,3 +23,13 @@ inline Isa best_isa() {
 }
 
 }  // namespace ovseg
+
+// What `call` gives in the namespace of the best instruction set.
+#ifdef OVSEG_X86
+#define OVSEG_BEST_ISA(call)                                  \
+  (::ovseg::best_isa() == ::ovseg::Isa::avx512 ? avx512::call \
+   : ::ovseg::best_isa() == ::ovseg::Isa::avx2 ? avx2::call   \
+                                               : baseline::call)
+#else
+#define OVSEG_BEST_ISA(call) baseline::call
+#endif

@@ -1,7 +1,7 @@
 // contrastive_loss: parameters and entry points. No torch and no device code here.
 // Formulas: ovseg_kernels/ops/contrastive_loss.py; the equation numbers in the kernels are of that docstring.
 #pragma once
-#include <cstdint>
+#include "../common/types.h"
 
 namespace ovseg {
 
@@ -68,17 +68,6 @@ struct ContrastiveTable {
                const A* d_logits, A* workspace);  // tasks
 };
 
-namespace baseline {
-template <typename A>
-const ContrastiveTable<A>& contrastive_table();
-}
-namespace avx2 {
-template <typename A>
-const ContrastiveTable<A>& contrastive_table();
-}
-namespace avx512 {
-template <typename A>
-const ContrastiveTable<A>& contrastive_table();
-}
+OVSEG_PER_ISA(template <typename A> const ContrastiveTable<A>& contrastive_table();)
 
 }  // namespace ovseg

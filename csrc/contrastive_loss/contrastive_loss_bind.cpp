@@ -8,11 +8,7 @@ namespace {
 
 template <typename A>
 const ContrastiveTable<A>& table() {
-#ifdef OVSEG_X86
-  if (best_isa() == Isa::avx512) return avx512::contrastive_table<A>();
-  if (best_isa() == Isa::avx2) return avx2::contrastive_table<A>();
-#endif
-  return baseline::contrastive_table<A>();
+  return OVSEG_BEST_ISA(contrastive_table<A>());
 }
 
 template <typename A>

@@ -2,6 +2,7 @@
 // the rows and once with texts; logits live in shared memory. Backward: d logits of a chunk of images, then two
 // products. Every output element has one owner and every sum a fixed order. Equation numbers:
 // ovseg_kernels/ops/contrastive_loss.py.
+#include "../common/row_statistics.cuh"
 #include "../common/tile.cuh"
 #include "contrastive_loss_cuda.h"
 
@@ -10,38 +11,20 @@ namespace {
 
 // Statistics of one row. In the sigmoid loss `sum` is the row's loss.
 template <typename A>
-struct Part {
-  A top, sum, hits, positives;
+using Part = RowStatistics<A>;
 
-  __device__ void clear() {
-    top = minus_infinity<A>();
-    sum = hits = positives = 0;
-  }
-  __device__ void add(A z, bool positive, bool sigmoid) {
-    if (sigmoid) {  // (4)
-      const A x = positive ? -z : z;
-      sum += (x > A(0) ? x : A(0)) + log1p(exp(x > A(0) ? -x : x));
-      return;
-    }
-    const A now = larger(z, top);
-    sum = (top == now ? sum : sum * exp(top - now)) + (z == now ? A(1) : exp(z - now));
-    top = now;
-    if (positive) hits += z, positives += 1;
-  }
-  __device__ void merge(const Part& other, bool sigmoid) {
-    if (sigmoid) {
-      sum += other.sum;
-      return;
-    }
-    const A now = larger(other.top, top);
-    if (now != minus_infinity<A>()) {
-      sum =
-          (top == now ? sum : sum * exp(top - now)) + (other.top == now ? other.sum : other.sum * exp(other.top - now));
-      top = now;
-    }
-    hits += other.hits, positives += other.positives;
-  }
-};
+template <typename A>
+__device__ void add(Part<A>& part, A z, bool positive, bool sigmoid) {
+  if (!sigmoid) return part.add(z, positive);
+  const A x = positive ? -z : z;  // (4)
+  part.sum += (x > A(0) ? x : A(0)) + log1p(exp(x > A(0) ? -x : x));
+}
+
+template <typename A>
+__device__ void merge(Part<A>& part, const Part<A>& other, bool sigmoid) {
+  if (!sigmoid) return part.merge(other);
+  part.sum += other.sum;
+}
 
 // One side: own features on the rows, those of the other side on the columns.
 template <typename A>
@@ -79,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) contrastive_loss_fwd_stats_kernel(Si
     __syncthreads();
     if (threadIdx.x < kTile && i < x.rows) {
       for (int c = 0; c < kTile && t * kTile + c < x.columns; ++c) {
-        part.add(scale * tile[threadIdx.x * kTilePitch + c] + bias, x.positive(i, t * kTile + c), x.sigmoid);
+        add(part, scale * tile[threadIdx.x * kTilePitch + c] + bias, x.positive(i, t * kTile + c), x.sigmoid);
       }
     }
     __syncthreads();
@@ -92,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) contrastive_loss_fwd_finish_kernel(S
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= x.rows) return;
   Part<A> all = x.parts[i];
-  for (int64_t split = 1; split < x.splits; ++split) all.merge(x.parts[split * x.rows + i], x.sigmoid);
-  x.out[i] = x.sigmoid ? all.sum : all.sum == A(0) ? minus_infinity<A>() : all.top + log(all.sum);
+  for (int64_t split = 1; split < x.splits; ++split) merge(all, x.parts[split * x.rows + i], x.sigmoid);
+  x.out[i] = x.sigmoid ? all.sum : all.log_sum_exp();
   x.out[x.rows + i] = all.hits;
   x.out[2 * x.rows + i] = x.sigmoid ? A(1) : all.positives;
 }

@@ -69,17 +69,6 @@ struct DenseTable {
   void (*pixels)(const DenseParams<A>&, int64_t begin, int64_t end, A* workspace);  // gradient; entries of `order`
 };
 
-namespace baseline {
-template <typename A>
-const DenseTable<A>& dense_table();
-}
-namespace avx2 {
-template <typename A>
-const DenseTable<A>& dense_table();
-}
-namespace avx512 {
-template <typename A>
-const DenseTable<A>& dense_table();
-}
+OVSEG_PER_ISA(template <typename A> const DenseTable<A>& dense_table();)
 
 }  // namespace ovseg

@@ -8,11 +8,7 @@ namespace {
 
 template <typename A>
 const DenseTable<A>& table() {
-#ifdef OVSEG_X86
-  if (best_isa() == Isa::avx512) return avx512::dense_table<A>();
-  if (best_isa() == Isa::avx2) return avx2::dense_table<A>();
-#endif
-  return baseline::dense_table<A>();
+  return OVSEG_BEST_ISA(dense_table<A>());
 }
 
 template <typename A>

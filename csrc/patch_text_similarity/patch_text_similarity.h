@@ -53,17 +53,6 @@ struct PatchTextTable {
   void (*finish_texts)(const PatchTextParams<A>&, int64_t begin, int64_t end);  // rows of grad_texts
 };
 
-namespace baseline {
-template <typename A>
-const PatchTextTable<A>& patch_text_table();
-}
-namespace avx2 {
-template <typename A>
-const PatchTextTable<A>& patch_text_table();
-}
-namespace avx512 {
-template <typename A>
-const PatchTextTable<A>& patch_text_table();
-}
+OVSEG_PER_ISA(template <typename A> const PatchTextTable<A>& patch_text_table();)
 
 }  // namespace ovseg

@@ -8,11 +8,7 @@ namespace {
 
 template <typename A>
 const PatchTextTable<A>& table() {
-#ifdef OVSEG_X86
-  if (best_isa() == Isa::avx512) return avx512::patch_text_table<A>();
-  if (best_isa() == Isa::avx2) return avx2::patch_text_table<A>();
-#endif
-  return baseline::patch_text_table<A>();
+  return OVSEG_BEST_ISA(patch_text_table<A>());
 }
 
 // Rows must be contiguous; the outer dimensions may have any stride.

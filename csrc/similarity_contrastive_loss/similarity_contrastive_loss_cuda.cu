@@ -1,6 +1,6 @@
 // similarity_contrastive_loss on CUDA: memory-bound sweeps over the matrix. Every sum has a fixed order.
 // Equation numbers: ovseg_kernels/ops/similarity_contrastive_loss.py.
-#include "../common/device.cuh"
+#include "../common/row_statistics.cuh"
 #include "similarity_contrastive_loss_cuda.h"
 
 namespace ovseg {
@@ -9,36 +9,15 @@ namespace {
 constexpr unsigned kThreads = 256;
 constexpr unsigned kColumns = 32;  // of one block of the column sweep; its 8 rows of threads share them
 
-// log sum exp with a running maximum; keeps NaN. Two of them merge in a fixed order.
 template <typename A>
-struct Part {
-  A top, sum, positive_sum, positives;
+using Part = RowStatistics<A>;
 
-  __device__ void clear() {
-    top = minus_infinity<A>();
-    sum = positive_sum = positives = 0;
-  }
-  __device__ void add(A z, bool positive) {
-    const A now = larger(z, top);
-    sum = (top == now ? sum : sum * exp(top - now)) + (z == now ? A(1) : exp(z - now));
-    top = now;
-    if (positive) positive_sum += z, positives += 1;
-  }
-  __device__ void merge(const Part& other) {
-    const A now = larger(other.top, top);
-    if (now != minus_infinity<A>()) {
-      sum =
-          (top == now ? sum : sum * exp(top - now)) + (other.top == now ? other.sum : other.sum * exp(other.top - now));
-      top = now;
-    }
-    positive_sum += other.positive_sum, positives += other.positives;
-  }
-  __device__ void store(A* out, int64_t index, int64_t stride) const {
-    out[index] = sum == A(0) ? minus_infinity<A>() : top + log(sum);
-    out[index + stride] = positive_sum;
-    out[index + 2 * stride] = positives;
-  }
-};
+template <typename A>
+__device__ void store(const Part<A>& part, A* out, int64_t index, int64_t stride) {
+  out[index] = part.log_sum_exp();
+  out[index + stride] = part.hits;
+  out[index + 2 * stride] = part.positives;
+}
 
 template <typename A>
 __device__ inline void add(Part<A>& part, const SimilarityLossParams<A>& p, A scale, int64_t i, int64_t j) {
@@ -62,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) similarity_contrastive_loss_rows_ker
     if (threadIdx.x < half) parts[threadIdx.x].merge(parts[threadIdx.x + half]);
     __syncthreads();
   }
-  if (threadIdx.x == 0) parts[0].store(x.p.rows, i, x.p.B);
+  if (threadIdx.x == 0) store(parts[0], x.p.rows, i, x.p.B);
 }
 
 template <typename A>
@@ -80,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) similarity_contrastive_loss_columns_
     if (group < half) parts[threadIdx.x].merge(parts[threadIdx.x + half * kColumns]);
     __syncthreads();
   }
-  if (group == 0 && j < x.p.T) parts[column].store(x.p.columns, j, x.p.T);
+  if (group == 0 && j < x.p.T) store(parts[column], x.p.columns, j, x.p.T);
 }
 
 // Equation (4) of one row: d similarity = scale dz, and the row's share of d scale = sum dz similarity.

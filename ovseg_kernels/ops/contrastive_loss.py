@@ -93,13 +93,7 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
     bias = _check.scalar("logit_bias", logit_bias, image, dtype)
     if kind == "softmax" and (isinstance(logit_bias, torch.Tensor) or logit_bias != 0):
         raise ValueError("logit_bias was given with kind='softmax', which it cannot change; expected kind='sigmoid'")
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("image_ids and text_ids go together; one was given and the other is None")
-    if image_ids is not None and text_ids is not None:
-        for name, ids, like in (("image_ids", image_ids, image), ("text_ids", text_ids, text)):
-            _check.tensor(name, ids, 1, "[B]" if name == "image_ids" else "[T]", (torch.int64,))
-            _check.shape(name, ids, (like.shape[0],), "one id for each row of the features")
-            _check.same(name, ids, "image", image, dtype=False)
+    _check.pair_ids(image_ids, image.shape[0], text_ids, text.shape[0], "image", image)
     sizes: list[tuple[int, ...]] = [(image.shape[0], text.shape[0])]
     rank = 0
     if group is not None:

@@ -180,14 +180,8 @@ def select_pixels(
     for name, number in (("sampling_temperature", sampling_temperature), ("margin", margin)):
         if not 0 < number < float("inf"):
             raise ValueError(f"{name} is {number}; expected a positive finite number")
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("image_ids and text_ids go together; one was given and the other is None")
-    if image_ids is not None and text_ids is not None:
-        for name, ids, size in (("image_ids", image_ids, pixels.shape[0]), ("text_ids", text_ids, texts.shape[0])):
-            _check.tensor(name, ids, 1, "[B]" if name == "image_ids" else "[T]", (torch.int64,))
-            _check.shape(name, ids, (size,), "one id for each image or text")
-            _check.same(name, ids, "pixels", pixels, dtype=False)
-    elif pixels.shape[0] != texts.shape[0]:
+    _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
+    if image_ids is None and pixels.shape[0] != texts.shape[0]:
         raise ValueError(
             f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; without ids expected as many texts as images: "
             "pass image_ids and text_ids"

@@ -74,13 +74,7 @@ def similarity_contrastive_loss(
     _check.tensor("similarity", similarity, 2, "[B, T]")
     dtype = accumulation_dtype(similarity)
     scale = _check.scalar("logit_scale", logit_scale, similarity, dtype)
-    if (image_ids is None) != (text_ids is None):
-        raise ValueError("image_ids and text_ids go together; one was given and the other is None")
-    if image_ids is not None and text_ids is not None:
-        for name, ids, size in (("image_ids", image_ids, similarity.shape[0]), ("text_ids", text_ids, similarity.shape[1])):
-            _check.tensor(name, ids, 1, "[B]" if name == "image_ids" else "[T]", (torch.int64,))
-            _check.shape(name, ids, (size,), "one id for each row or column of similarity")
-            _check.same(name, ids, "similarity", similarity, dtype=False)
+    _check.pair_ids(image_ids, similarity.shape[0], text_ids, similarity.shape[1], "similarity", similarity)
     if pair_mask is not None:
         _check.tensor("pair_mask", pair_mask, 2, "[B, T]", (torch.bool,))
         _check.shape("pair_mask", pair_mask, tuple(similarity.shape), "that of similarity")

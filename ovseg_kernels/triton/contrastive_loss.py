@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._launch import ACC, chunk_size, on_device, tiles
 from .center_assignment import _dot
-from .patch_text_similarity import _larger
+from .similarity_contrastive_loss import add_to_lse, lse_of
 
 CHUNK_BYTES = 64 << 20
 TILE = {torch.float32: (64, 32), torch.float64: (16, 16)}  # rows and columns, and a step of depth
@@ -62,19 +62,13 @@ def contrastive_loss_fwd_kernel(
             total += tl.sum(tl.where(inside, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p, 0.0), 1)
         else:
             x = tl.where(inside, z, float("-inf"))
-            here = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
-            now = _larger(here, top)
-            shift = tl.where(now == float("-inf"), 0.0, now)
-            factor = tl.where(top == now, 1.0, tl.exp(top - shift))
-            total = total * factor + tl.sum(tl.exp(x - shift[:, None]), 1)
-            top = now
+            top, total = add_to_lse(top, total, x)
             hits += tl.sum(tl.where(positive, z, 0.0), 1)
             count += tl.sum(positive.to(ACC), 1)
     if SIGMOID:
         count += 1.0
     else:
-        some = total != 0.0
-        total = tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+        total = lse_of(top, total)
     tl.store(out + i, total, mask=i < B)
     tl.store(out + B + i, hits, mask=i < B)
     tl.store(out + 2 * B + i, count, mask=i < B)

@@ -13,6 +13,22 @@ ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
 
 
 @triton.jit
+def add_to_lse(top, total, x):
+    """Running maximum and sum of exponentials of rows, with the columns of ``x``; a NaN stays one."""
+    here = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
+    now = _larger(here, top)
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    factor = tl.where(top == now, 1.0, tl.exp(top - shift))
+    return now, total * factor + tl.sum(tl.exp(x - shift[:, None]), 1)
+
+
+@triton.jit
+def lse_of(top, total):
+    some = total != 0.0
+    return tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
+
+
+@triton.jit
 def _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS: tl.constexpr, PAIRS: tl.constexpr):
     """(kept, positive) of a tile; ``mine`` and ``others`` are the ids of its rows and columns."""
     kept = inside
@@ -41,16 +57,10 @@ def similarity_contrastive_loss_fwd_kernel(
         at = similarity + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
         z = scale * tl.load(at, mask=inside, other=0.0)
         x = tl.where(kept, z, float("-inf"))
-        here = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
-        now = _larger(here, top)
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        factor = tl.where(top == now, 1.0, tl.exp(top - shift))
-        total = total * factor + tl.sum(tl.exp(x - shift[:, None]), 1)
-        top = now
+        top, total = add_to_lse(top, total, x)
         hits += tl.sum(tl.where(positive, z, 0.0), 1)
         count += tl.sum(positive.to(ACC), 1)
-    some = total != 0.0
-    tl.store(out + i, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=i < B)
+    tl.store(out + i, lse_of(top, total), mask=i < B)
     tl.store(out + B + i, hits, mask=i < B)
     tl.store(out + 2 * B + i, count, mask=i < B)
 
