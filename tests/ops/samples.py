@@ -24,6 +24,8 @@ class Sample:
     features: int = 1  # how many leading tensors may be of 16 bits
     lowered: int | None = None  # how many autocast casts; None: all features, if there are several
     rounded: bool = False  # draws Philox noise, which is float32 whatever the dtype
+    mask: torch.Tensor | None = None  # of the leading dimensions of the tensors ``masked``
+    masked: tuple[int, ...] = ()
     plain: bool = False  # torch alone, with a second derivative
     mixed: bool = False  # torch's norms and products take part, whose bits may depend on the number of threads
     smooth: bool = True  # False: straight-through, whose gradient is not that of the value
@@ -76,7 +78,8 @@ def patch_text(dtype=torch.float64, device="cpu", B=3, T=4, N=7, D=5) -> list[Sa
                         arguments = (torch.randn_like(saved[0]), *plain[:2], mask, *plain[2:], *saved, *codes, *needs)
                         low.append(("patch_text_similarity_backward", arguments))
                 name = f"{pool}-{weight}-{'masked' if mask is not None else 'whole'}"
-                found.append(Sample("patch_text_similarity", name, call, (patches, texts, *params), low, features=2, plain=pool == "mean"))
+                found.append(Sample("patch_text_similarity", name, call, (patches, texts, *params), low, features=2, plain=pool == "mean",
+                                    mask=mask, masked=(0,)))
     return found
 
 
@@ -108,7 +111,7 @@ def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
             ("similarity_contrastive_loss", (similarity, scale, *optional, rows, columns, *weights, 0)),
             ("similarity_contrastive_loss_backward", (torch.ones((), **to), *plain, *optional, rows, columns, *weights, 0)),
         ]
-        found.append(Sample("similarity_contrastive_loss", name, call, (similarity, scale), low))
+        found.append(Sample("similarity_contrastive_loss", name, call, (similarity, scale), low, mask=kwargs.get("pair_mask"), masked=(0,)))
     return found
 
 
@@ -159,7 +162,8 @@ def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> li
             plain = (*plain[:2], plain[1], *plain[3:])
             low.append(("center_assignment_backward",
                         (*upstream, *plain, *optional, pooled, index, count, *options, True, True, False, True)))
-        found.append(Sample("center_assignment", name, call, tensors, low, features=len(features), lowered=0, rounded="rng" in kwargs,
+        found.append(Sample("center_assignment", name, call, tensors, low, features=len(features), mask=kwargs.get("mask"),
+                            masked=tuple(range(1, len(features))), lowered=0, rounded="rng" in kwargs,
                             smooth=not kwargs.get("hard", True)))
     return found
 
@@ -184,6 +188,7 @@ def folded_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, C=6, D=5
         tensors = leaf(B, G, D, **to), leaf(B, L, C, **to), leaf(D, C, **to), leaf(E, C, **to)
         tensors += (leaf(D, **to), leaf(E, **to)) if bias else ()
         found.append(Sample("folded_center_assignment", name, call, tensors, features=2, lowered=0, rounded="rng" in kwargs,
+                            mask=kwargs.get("mask"), masked=(1,),
                             mixed=True, smooth=not kwargs.get("hard", True)))
     return found
 
@@ -210,6 +215,7 @@ def segclip_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=6) ->
         low = [("grouped_inverse_std", (tensors[1], tensors[2], 1e-5)),
                ("grouped_inverse_std_backward", (torch.randn_like(inverse), *plain, inverse))]
         found.append(Sample("segclip_center_assignment", name, call, tensors, low, features=2, lowered=0, rounded="rng" in kwargs,
+                            mask=kwargs.get("mask"), masked=(1,),
                             mixed=True, smooth=not kwargs.get("hard", True)))
     return found
 

@@ -157,35 +157,6 @@ def test_nothing_of_size_BGL_is_kept():
     assert sum(kept) <= q.numel() + 2 * k.numel() + 2 * 8 * 4 + 2 * 50 + 2 * 8 + 2
 
 
-GOOD = {"queries": torch.randn(2, 3, 4), "keys": torch.randn(2, 5, 4), "values": torch.randn(2, 5, 6)}
-BAD = [
-    ({"queries": torch.randn(3, 4)}, ValueError, r"queries has shape \[3, 4\]; expected 3 dimensions, \[B, G, D\]"),
-    ({"queries": torch.randn(2, 0, 4)}, ValueError, "expected at least one center and one channel"),
-    ({"keys": torch.randn(2, 5, 7)}, ValueError, r"keys has shape \[2, 5, 7\]; expected \[2, 5, 4\]"),
-    ({"values": torch.randn(2, 6, 6)}, ValueError, r"values has shape \[2, 6, 6\]; expected \[2, 5, 6\]"),
-    ({"values": torch.randn(2, 5, 6, device="meta")}, ValueError, "values is on meta and queries is on cpu"),
-    ({"keys": torch.ones(2, 5, 4, dtype=torch.int32)}, TypeError, "keys has dtype int32; expected float32"),
-    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[2, 4\]; expected \[2, 5\]"),
-    ({"mask": torch.ones(2, 5)}, TypeError, "mask has dtype float32; expected bool"),
-    ({"noise": torch.randn(2, 5, 3)}, ValueError, r"noise has shape \[2, 5, 3\]; expected \[2, 3, 5\]"),
-    ({"noise": torch.randn(2, 3, 5), "rng": philox.make_rng(0)}, ValueError, "noise and rng were both given"),
-    ({"rng": 3}, TypeError, "rng is int; expected an int64 tensor"),
-    ({"center_bias": torch.randn(2, 5)}, ValueError, r"center_bias has shape \[2, 5\]; expected \[2, 3\], one number for each center"),
-    ({"key_scale": torch.randn(2, 5, 1)}, ValueError, r"key_scale has shape \[2, 5, 1\]; expected 2 dimensions, \[B, L\]"),
-    ({"tau": 0.0}, ValueError, "tau is 0.0; expected a positive finite number"),
-    ({"tau": float("nan")}, ValueError, "tau is nan; expected a positive finite number"),
-    ({"scale": float("inf")}, ValueError, "scale is inf; expected a finite number"),
-    ({"scale": "big"}, TypeError, "scale is a str; expected a number"),
-    ({"normalizer": "median"}, ValueError, r"normalizer is 'median'; expected one of \['mean', 'mean_plus_one', 'sum'\]"),
-]
-
-
-@pytest.mark.parametrize("change,error,message", BAD, ids=[m for _, _, m in BAD])
-def test_bad_input(change, error, message):
-    with pytest.raises(error, match=message):
-        ok.center_assignment(**{**GOOD, **change})
-
-
 @pytest.mark.parametrize("backend", parameters(("cpu", "cuda-emulated", "cuda")))
 def test_dispatcher_calls_are_checked_too(backend):
     with torch.device(device_of(backend)), running_on(backend):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from backends import NO_BFLOAT16, SLOW, device_of, dtypes, parameters, running_on
+from bad_input import BAD_INPUT
 from samples import MAKERS, RESIZED, all_samples
 
 import ovseg_kernels as ok
@@ -27,7 +28,7 @@ def sample_at(place, backend, dtype=torch.float64):
 
 
 def test_every_operator_has_samples():
-    assert set(MAKERS) == set(RESIZED) == set(ok.OPERATORS)
+    assert set(MAKERS) == set(RESIZED) == set(BAD_INPUT) == set(ok.OPERATORS)
     checked = {name for sample in SAMPLES for name, _ in sample.low}
     assert checked == set(_library.SCHEMAS), "a schema that opcheck never sees"
 
@@ -188,6 +189,37 @@ def test_export(place, backend):
         assert torch.equal(program.module()(*tensors), sample.call(*tensors))
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     assert any("ovseg" in str(node.target) for graph in graphs for node in graph.nodes)  # some lie in a block without autocast
+
+
+REFUSED = [(op, *row) for op, (_, rows) in BAD_INPUT.items() for row in rows]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op,change,error,message", REFUSED, ids=[f"{op}: {message}" for op, *_, message in REFUSED])
+def test_bad_input(op, change, error, message, backend):
+    with ok.backend(backend), pytest.raises(error, match=message):
+        getattr(ok, op)(**{**BAD_INPUT[op][0], **change})
+
+
+@everywhere
+@pytest.mark.parametrize("place", [i for i, s in enumerate(SAMPLES) if s.mask is not None], ids=lambda i: str(SAMPLES[i]))
+def test_masked_elements_reach_nothing(place, backend):
+    """NaN in what a mask leaves out changes no bit of the result, and its gradient is exactly zero."""
+    sample = sample_at(place, backend)
+    with running_on(backend):
+        out = sample.call(*sample.tensors)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        grads = torch.autograd.grad(out, sample.tensors, upstream, materialize_grads=True)
+        poisoned = [x.detach().clone() for x in sample.tensors]
+        for i in sample.masked:
+            poisoned[i][~sample.mask] = float("nan")
+        poisoned = [x.requires_grad_() for x in poisoned]
+        again = sample.call(*poisoned)
+        assert torch.equal(out, again)
+        for i, (a, b) in enumerate(zip(grads, torch.autograd.grad(again, poisoned, upstream, materialize_grads=True), strict=True)):
+            assert torch.equal(a, b)
+            if i in sample.masked:
+                assert bool((b[~sample.mask] == 0).all())
 
 
 @everywhere

@@ -95,23 +95,3 @@ def test_empty():
     for B, L in ((0, 4), (2, 0)):
         index, pooled, *grads = run([torch.randn(B, 3, 8), torch.randn(B, L, 8), *weights(8, 4)], torch.ones(B, 3, 8))
         assert index.shape == (B, L) and torch.equal(pooled, torch.zeros(B, 3, 8)) and all(bool((g == 0).all()) for g in grads)
-
-
-GOOD = dict(zip(("queries", "tokens", "key_weight", "value_weight", "norm_weight", "norm_bias", "key_norm_weight", "key_norm_bias"),
-                [torch.randn(2, 3, 8), torch.randn(2, 5, 8), *weights(8, 4)], strict=True))
-BAD = [
-    ({"queries": torch.randn(2, 3, 4)}, ValueError, r"queries has shape \[2, 3, 4\]; expected \[2, 3, 8\], the B and D of tokens"),
-    ({"key_weight": torch.randn(8, 3)}, ValueError, r"key_weight has shape \[8, 3\]; expected \[8, 8 / groups\]"),
-    ({"value_weight": torch.randn(8, 4, 1)}, ValueError, r"value_weight has shape \[8, 4, 1\]; expected 2 dimensions"),
-    ({"norm_bias": torch.randn(4)}, ValueError, r"norm_bias has shape \[4\]; expected \[8\], one number for each channel"),
-    ({"key_norm_weight": torch.ones(8, dtype=torch.int64)}, TypeError, "key_norm_weight has dtype int64; expected float32"),
-    ({"eps": 0.0}, ValueError, "eps is 0.0; expected a positive number"),
-    ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[2, 4\]; expected \[2, 5\]"),
-]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("change,error,message", BAD, ids=[m for _, _, m in BAD])
-def test_bad_input(change, error, message, backend):
-    with ok.backend(backend), pytest.raises(error, match=message):
-        ok.segclip_center_assignment(**{**GOOD, **change})
