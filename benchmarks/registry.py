@@ -52,6 +52,8 @@ CASES = (
     Case("contrastive_loss", "small", {"B": 1024, "D": 512}),
     Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}),
     Case("dense_contrastive_loss", "small", {"B": 32, "N": 196, "D": 512}, {"temperature": 0.07, "k_pos": 8, "k_neg": 32}),
+    Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
+    Case("upsample_argmax", "noise", {"C": 150, "h": 32, "H": 1024}),
     Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
@@ -69,6 +71,7 @@ GPU_CASES = (
     Case("segclip_center_assignment", "training", {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
     Case("contrastive_loss", "clip", {"B": 32768, "D": 512}),
     Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}),
+    Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
 
@@ -107,6 +110,12 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
         found = {name: torch.randn(shape, generator=g) / (rows**0.5 if "weight" in name else 1) for name, shape in tensors.items()}
         found |= {name: ("norm_weight" in name) + 0.1 * torch.randn(D, generator=g) for name in names}
         return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
+    if case.op == "upsample_argmax":
+        C, h = s["C"], s["h"]
+        logits = torch.randn(1, C, h, h, generator=g)
+        if case.name == "structured":  # smooth, as a network's, with a little noise
+            logits = F.interpolate(6 * torch.randn(1, C, 5, 5, generator=g), (h, h), mode="bicubic") + 0.3 * logits
+        return {"logits": logits.to(dtype)}
     if case.op == "dense_contrastive_loss":
         shapes = {"pixels": (s["B"], s["N"], s["D"]), "texts": (s["B"], s["D"])}
         return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in shapes.items()}
@@ -125,6 +134,8 @@ def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
         found = baselines.contrastive(case)
     elif case.op == "dense_contrastive_loss":
         found = baselines.dense(case)
+    elif case.op == "upsample_argmax":
+        found = baselines.upsampling(case)
     elif case.op == "folded_center_assignment":
         found = baselines.folded_assignment(case)
     elif case.op == "segclip_center_assignment":

@@ -26,8 +26,10 @@ _WRONG = 1e-3  # an implementation whose values differ by more is not timed
 
 
 def step(function, tensors: dict[str, torch.Tensor], grad: torch.Tensor | None = None):
-    """One forward and backward."""
+    """One forward and, where there is a gradient, backward."""
     out = function(**tensors)
+    if not out.requires_grad:
+        return out, []
     return out, torch.autograd.grad(out, list(tensors.values()), torch.ones_like(out) if grad is None else grad)
 
 

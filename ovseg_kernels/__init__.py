@@ -11,6 +11,7 @@ from .ops.folded_center_assignment import folded_center_assignment
 from .ops.patch_text_similarity import patch_text_similarity
 from .ops.segclip_center_assignment import segclip_center_assignment
 from .ops.similarity_contrastive_loss import similarity_contrastive_loss
+from .ops.upsample_argmax import upsample_argmax
 
 OPERATORS = (
     "patch_text_similarity",
@@ -20,6 +21,7 @@ OPERATORS = (
     "segclip_center_assignment",
     "contrastive_loss",
     "dense_contrastive_loss",
+    "upsample_argmax",
 )
 
 __all__ = [
@@ -38,4 +40,5 @@ __all__ = [
     "segclip_center_assignment",
     "select_pixels",
     "similarity_contrastive_loss",
+    "upsample_argmax",
 ]

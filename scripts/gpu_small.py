@@ -34,6 +34,9 @@ def main() -> None:
         for kind in ("softmax", "sigmoid"):
             image, text = (torch.randn(70, 24, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
             torch.autograd.grad(ok.contrastive_loss(image, text, 5.0, kind=kind), (image, text))
+    for dtype in (torch.float32, torch.float16):
+        logits = torch.randn(2, 20, 5, 7, device="cuda", dtype=dtype)
+        ok.upsample_argmax(logits, (33, 40), threshold=0.1, bias=torch.zeros(20, device="cuda"), return_value=True)
     similarity = torch.randn(33, 33, device="cuda", requires_grad=True)
     ok.similarity_contrastive_loss(similarity, 5.0).backward()
     torch.cuda.synchronize()

@@ -16,6 +16,7 @@ KERNELS = {
     "dense_contrastive_select": ("dense_contrastive_loss", "select"),
     "dense_contrastive_gather": ("dense_contrastive_loss", "gather"),
     "dense_contrastive_gather_backward": ("dense_contrastive_loss", "backward"),
+    "upsample_argmax": ("upsample_argmax", "forward"),
     "center_assignment": ("center_assignment", "forward"),
     "center_assignment_backward": ("center_assignment", "backward"),
 }

@@ -128,8 +128,28 @@ DENSE_CONTRASTIVE_LOSS_REFUSED = [
     ({"image_ids": torch.arange(2), "text_ids": torch.arange(3)}, ValueError, r"image_ids has shape \[2\]; expected \[3\]"),
 ]
 
+UPSAMPLE_ARGMAX = {"logits": torch.randn(1, 3, 4, 4), "size": (8, 8)}
+UPSAMPLE_ARGMAX_REFUSED = [
+    ({"logits": torch.randn(3, 4, 4)}, ValueError, r"logits has shape \[3, 4, 4\]; expected 4 dimensions, \[B, C, h, w\]"),
+    ({"logits": torch.randn(1, 0, 4, 4)}, ValueError, r"logits has shape \[1, 0, 4, 4\]; expected at least one class and one sample"),
+    ({"logits": torch.ones(1, 3, 4, 4, dtype=torch.int32)}, TypeError, "logits has dtype int32; expected float32"),
+    ({"logits": torch.full((1, 3, 4, 4), float("nan"))}, ValueError, "logits or bias holds NaN; expected numbers"),
+    ({"size": (0, 8)}, ValueError, r"size is \(0, 8\); expected two positive integers"),
+    ({"size": (8.0, 8)}, ValueError, r"size is \(8.0, 8\); expected two positive integers"),
+    ({"size": (8,)}, ValueError, r"size is \(8,\); expected two positive integers"),
+    ({"bias": torch.randn(4)}, ValueError, r"bias has shape \[4\]; expected \[3\], one number for each class"),
+    ({"class_labels": torch.arange(4)}, ValueError, r"class_labels has shape \[4\]; expected \[3\], one label for each class"),
+    ({"class_labels": torch.ones(3)}, TypeError, "class_labels has dtype float32; expected int64"),
+    ({"class_labels": torch.tensor([0, 1, 300]), "label_type": torch.uint8}, ValueError, "the largest label is 300; torch.uint8 holds 255"),
+    ({"class_labels": torch.tensor([0, -1, 3]), "label_type": torch.uint8}, ValueError, "class_labels holds -1; expected 0 to 255"),
+    ({"logits": torch.randn(1, 257, 2, 2), "label_type": torch.uint8}, ValueError, "the largest label is 256; torch.uint8 holds 255"),
+    ({"threshold": 0.5, "label_type": torch.uint8}, ValueError, "background is -1; expected 0 to 255, what torch.uint8 holds"),
+    ({"threshold": float("nan")}, ValueError, "threshold is nan; expected a finite number"),
+    ({"label_type": torch.int32}, TypeError, "label_type is torch.int32; expected one of"),
+]
 
 BAD_INPUT = {
+    "upsample_argmax": (UPSAMPLE_ARGMAX, UPSAMPLE_ARGMAX_REFUSED),
     "patch_text_similarity": (PATCH_TEXT_SIMILARITY, PATCH_TEXT_SIMILARITY_REFUSED),
     "similarity_contrastive_loss": (SIMILARITY_CONTRASTIVE_LOSS, SIMILARITY_CONTRASTIVE_LOSS_REFUSED),
     "center_assignment": (CENTER_ASSIGNMENT, CENTER_ASSIGNMENT_REFUSED),

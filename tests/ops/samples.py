@@ -26,6 +26,7 @@ class Sample:
     rounded: bool = False  # draws Philox noise, which is float32 whatever the dtype
     mask: torch.Tensor | None = None  # of the leading dimensions of the tensors ``masked``
     masked: tuple[int, ...] = ()
+    discrete: bool = False  # labels, without a gradient
     plain: bool = False  # torch alone, with a second derivative
     mixed: bool = False  # torch's norms and products take part, whose bits may depend on the number of threads
     smooth: bool = True  # False: straight-through, whose gradient is not that of the value
@@ -294,7 +295,31 @@ def dense_loss(dtype=torch.float64, device="cpu", B=3, N=7, D=5) -> list[Sample]
     return found
 
 
+def upsampling(dtype=torch.float64, device="cpu", B=2, C=4, h=3, w=5) -> list[Sample]:
+    torch.manual_seed(9)
+    logits, bias = torch.randn(B, C, h, w, dtype=dtype).to(device), torch.randn(C, dtype=dtype).to(device)
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    table = torch.tensor([3, 0, 3, 1], device=device)
+    cases = {
+        "up": ((13, 12), {}),
+        "down-value": ((2, 3), {"bias": bias, "return_value": True}),
+        "threshold-labels": ((9, 9), {"threshold": 0.4, "background": 7, "class_labels": table, "label_type": torch.uint8}),
+    }
+    found = []
+    for name, (size, kwargs) in cases.items():
+
+        def call(logits, size=size, kwargs=kwargs):
+            found = ok.upsample_argmax(logits, size, **kwargs)
+            return found[0] if isinstance(found, tuple) else found
+
+        given = (logits.to(wide), None if "bias" not in kwargs else bias.to(wide), kwargs.get("class_labels"))
+        options = (*size, kwargs.get("threshold"), 7, 2 if "label_type" in kwargs else 0, "return_value" in kwargs)
+        found.append(Sample("upsample_argmax", name, call, (logits,), [("upsample_argmax", (*given, *options))], discrete=True))
+    return found
+
+
 MAKERS = {
+    "upsample_argmax": upsampling,
     "contrastive_loss": features_loss,
     "dense_contrastive_loss": dense_loss,
     "patch_text_similarity": patch_text,
@@ -308,6 +333,7 @@ MAKERS = {
 # Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
 # no number with the other dimensions, which would be taken for one symbol. Whatever may change from step to step is a tensor.
 RESIZED = {
+    "upsample_argmax": lambda size: (lambda logits: ok.upsample_argmax(logits, (11, 13)), (torch.randn(size, 5, 4, 7),)),
     "dense_contrastive_loss": lambda size: (
         lambda pixels, texts, t, rng: ok.dense_contrastive_loss(pixels, texts, temperature=t, k_pos=2, k_neg=4, sampling="gumbel", rng=rng),
         (torch.randn(size, 7, 5), torch.randn(size, 5), torch.tensor(0.2 * size), philox.make_rng(size)),

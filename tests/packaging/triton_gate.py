@@ -143,6 +143,14 @@ def dense(dtype, sampling, ids):
     op.backward(similarity, unit, pixels, texts, index, index.flatten(), 32, True, True)
 
 
+def upsampling(dtype, whole):
+    from ovseg_kernels.triton import upsample_argmax as op
+
+    logits, table = torch.randn(1, 150, 32, 32, dtype=dtype), torch.arange(150)
+    bias = logits[0, :, 0, 0].contiguous()
+    op.forward(logits, *((bias, table, 512, 512, 0.5, 255, 2, True) if whole else (None, None, 512, 512, None, 255, 0, False)))
+
+
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -176,6 +184,10 @@ def main() -> None:
         for sampling, ids in ((0, False), (1, True), (2, False), (3, False)):
             label = f"{str(dtype).removeprefix('torch.')} dense, sampling {sampling}{' ids' if ids else ''}"
             dense(dtype, sampling, ids)
+    for dtype in (torch.float32, torch.float64):
+        for whole in (False, True):
+            label = f"{str(dtype).removeprefix('torch.')} upsampling{' with all options' if whole else ''}"
+            upsampling(dtype, whole)
     label = "philox"
     philox()
 

@@ -1,0 +1,23 @@
+// upsample_argmax: registration for CUDA.
+#include "../common/cuda_tensors.h"
+#include "upsample_argmax_bind.h"
+#include "upsample_argmax_cuda.h"
+
+namespace ovseg {
+namespace {
+
+UpsampleOutputs run(Tensor logits, Optional bias, Optional labels, int64_t H, int64_t W,
+                    std::optional<double> threshold, int64_t background, int64_t type, bool want_value) {
+  return with_upsample_inputs(logits, bias, labels, H, W, threshold, background, [&](auto in) {
+    const OnDevice device(in.logits);
+    UpsampleOutputs found = in.outputs(type, want_value);
+    check_launch("upsample_argmax", upsample_argmax_on_device(in.p, device.stream()));
+    return found;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(OVSEG_LIBRARY, OVSEG_DEVICE_KEY, m) { m.impl("upsample_argmax", TORCH_BOX(&run)); }
+
+}  // namespace ovseg

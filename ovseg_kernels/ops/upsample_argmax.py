@@ -1,0 +1,122 @@
+"""upsample_argmax: labels of bilinearly upsampled class maps, without upsampling a map.
+
+    s = max((X + 1/2) w / W - 1/2, 0), x = floor(s), f = s - x          for every output column; rows likewise  (1)
+    z_c(Y, X) = sum of the four samples around, weights (1-g)(1-f), (1-g) f, g (1-f), g f, plus bias_c          (2)
+    label = class_label(argmax_c z_c)            the smaller class of equals; ``background`` if max_c z_c < threshold (3)
+
+Between four samples z_c is a mean of class c's four corners, so it lies between their least and their largest. A class can win in
+a cell only if
+
+    largest corner of c  >=  max over all classes k of the least corner of k                                    (4)
+
+because the class that attains the right side is nowhere in the cell below it, and c nowhere above the left side. Only the classes
+that satisfy (4), mostly one to three, are interpolated: the result is that of ``F.interpolate(mode="bilinear",
+align_corners=False).argmax(1)``, except where the two best values tie within rounding.
+
+Shapes   logits [B, C, h, w]; size (H, W), larger or smaller; bias [C]; class_labels [C] int64; labels [B, H, W].
+Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in float32 or float64. No gradient.
+Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
+  thread. Nothing of size C H W.
+Errors   ValueError for ranks, sizes, devices, NaN logits (looked for wherever the call is not being compiled), labels or a background
+  that the label type cannot hold; TypeError for dtypes. Infinite logits are fine: a sample of weight zero does not count.
+Source   The pruning rule and its proof are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _backends, _check
+from .. import _library as lib
+from ..reference import upsample_argmax as reference
+from ..reference.patch_text_similarity import accumulation_dtype
+
+LABEL_TYPES = reference.LABEL_TYPES
+
+lib.define(
+    "upsample_argmax",
+    "upsample_argmax(Tensor logits, Tensor? bias, Tensor? class_labels, int height, int width, float? threshold, int background, "
+    "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
+)
+lib.fallback("upsample_argmax", reference.upsample_argmax)
+
+
+def upsample_argmax(
+    logits: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    bias: torch.Tensor | None = None,
+    threshold: float | None = None,
+    background: int = -1,
+    class_labels: torch.Tensor | None = None,
+    label_type: torch.dtype = torch.int64,
+    return_value: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of ``logits`` upsampled to ``size``, equation (3) of this file.
+
+    Args:
+        logits: [B, C, h, w], scores or probabilities.
+        size: (H, W) of the labels.
+        bias: [C], added to the classes.
+        threshold: where the winning value lies below it, the label is ``background``.
+        class_labels: [C] int64, the label of every class: synonyms share one, and the best of them counts.
+        label_type: torch.int64, torch.int16 or torch.uint8.
+        return_value: also return the winning value.
+
+    Returns:
+        labels [B, H, W], or (labels, value [B, H, W]).
+
+    Example:
+        >>> upsample_argmax(torch.randn(1, 21, 14, 14), (224, 224)).shape
+        torch.Size([1, 224, 224])
+    """
+    _check.tensor("logits", logits, 4, "[B, C, h, w]")
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
+    if len(size) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in size):
+        raise ValueError(f"size is {size!r}; expected two positive integers, (H, W)")
+    dtype = accumulation_dtype(logits)
+    if bias is not None:
+        _check.tensor("bias", bias, 1, "[C]")
+        _check.shape("bias", bias, (logits.shape[1],), "one number for each class")
+        _check.same("bias", bias, "logits", logits, dtype=False)
+        bias = bias.detach().to(dtype)
+    if label_type not in LABEL_TYPES:
+        raise TypeError(f"label_type is {label_type}; expected one of {list(LABEL_TYPES)}")
+    limits = torch.iinfo(label_type)
+    if threshold is not None and not limits.min <= background <= limits.max:
+        raise ValueError(f"background is {background}; expected {limits.min} to {limits.max}, what {label_type} holds")
+    if threshold is not None and not abs(threshold) < float("inf"):
+        raise ValueError(f"threshold is {threshold}; expected a finite number")
+    largest = logits.shape[1] - 1
+    if class_labels is not None:
+        _check.tensor("class_labels", class_labels, 1, "[C]", (torch.int64,))
+        _check.shape("class_labels", class_labels, (logits.shape[1],), "one label for each class")
+        _check.same("class_labels", class_labels, "logits", logits, dtype=False)
+    if not torch.compiler.is_compiling() and logits.device.type != "meta":
+        if bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any())):
+            raise ValueError("logits or bias holds NaN; expected numbers")
+        if class_labels is not None:
+            largest = int(class_labels.max())
+            if int(class_labels.min()) < limits.min:
+                raise ValueError(f"class_labels holds {int(class_labels.min())}; expected {limits.min} to {limits.max}")
+    if largest > limits.max:
+        raise ValueError(f"the largest label is {largest}; {label_type} holds {limits.max} at most")
+    logits = logits.detach().to(dtype)
+    options = (size[0], size[1], None if threshold is None else float(threshold), background, LABEL_TYPES.index(label_type), return_value)
+    with torch.autocast(logits.device.type, enabled=False):
+        if _backends.use_definition("upsample_argmax", logits.device):
+            labels, value = reference.upsample_argmax(logits, bias, class_labels, *options)
+        else:
+            labels, value = torch.ops.ovseg.upsample_argmax(logits, bias, class_labels, *options)
+    return (labels, value) if return_value else labels
+
+
+@lib.fake("upsample_argmax")
+def _(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
+    B = logits.shape[0]
+    labels = logits.new_empty((B, height, width), dtype=LABEL_TYPES[label_type])
+    return labels, logits.new_empty((B if want_value else 0, height, width))
+
+
+lib.no_second_derivative("upsample_argmax")

@@ -1,0 +1,38 @@
+"""upsample_argmax in plain torch: upsample every class, then argmax. The definition."""
+
+from __future__ import annotations
+
+import torch
+
+LABEL_TYPES = (torch.int64, torch.int16, torch.uint8)
+
+
+def between(samples, outputs, dtype, device):
+    """(lower sample, upper sample, weight of the upper) of every output, (1)."""
+    scale = torch.tensor(samples, dtype=dtype) / torch.tensor(outputs, dtype=dtype)
+    source = ((torch.arange(outputs, dtype=dtype) + 0.5) * scale - 0.5).clamp(min=0).to(device)
+    low = source.to(torch.int64).clamp(max=samples - 1)
+    return low, (low + 1).clamp(max=samples - 1), source - low
+
+
+def upsample(logits, size):
+    """Bilinear, align_corners False, (2), with one difference to F.interpolate: a sample of weight zero does not count, be it infinite."""
+
+    def weighted(weight, x):
+        return torch.where(weight == 0, 0, weight * x)
+
+    low, high, part = between(logits.shape[2], size[0], logits.dtype, logits.device)
+    rows = weighted(1 - part[:, None], logits[:, :, low]) + weighted(part[:, None], logits[:, :, high])
+    low, high, part = between(logits.shape[3], size[1], logits.dtype, logits.device)
+    return weighted(1 - part, rows[..., low]) + weighted(part, rows[..., high])
+
+
+def upsample_argmax(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
+    """(labels [B, H, W], value of the winner [B, H, W] or empty), (3) and (4)."""
+    z = upsample(logits, (height, width))
+    z = z if bias is None else z + bias[:, None, None]
+    value, labels = z.max(1)
+    labels = labels if class_labels is None else class_labels[labels]
+    if threshold is not None:
+        labels = torch.where(value < threshold, background, labels)
+    return labels.to(LABEL_TYPES[label_type]), value if want_value else value[:0]

@@ -1,0 +1,129 @@
+"""What is special about upsample_argmax: equal to interpolate and argmax outside ties, any size, infinities, thresholds, bad input."""
+
+import pytest
+import torch
+from backends import SLOW, device_of, parameters, running_on
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import ovseg_kernels as ok
+
+on = pytest.mark.parametrize("backend", parameters())
+
+
+def eager(logits, size, bias=None):
+    maps = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    return maps if bias is None else maps + bias[:, None, None]
+
+
+def assert_same_outside_ties(labels, maps):
+    """Where the label differs from argmax, its value must equal the best one within rounding."""
+    best = maps.max(1)
+    wrong = labels != best.indices
+    chosen = maps.gather(1, labels[:, None].long())[:, 0]
+    slack = 4 * torch.finfo(maps.dtype).eps * maps.abs().amax(1).clamp(min=1)
+    assert bool((best.values - chosen <= slack)[wrong].all()), f"{int(wrong.sum())} pixels differ"
+
+
+SIZES = [((1, 1, 1, 1), (1, 1)), ((2, 5, 7, 9), (33, 50)), ((1, 30, 13, 17), (13, 17)), ((1, 4, 20, 30), (7, 11)),
+         ((1, 150, 5, 4), (61, 70)), ((3, 2, 1, 6), (9, 2)), ((1, 7, 6, 1), (5, 300))]
+
+
+@on
+@pytest.mark.parametrize("shape,size", SIZES)
+def test_sizes(shape, size, backend):
+    """Up and down, one sample, one class, tails of tiles, with and without a bias; the values too."""
+    device = device_of(backend)
+    if backend in SLOW:
+        shape, size = (shape[0], min(shape[1], 9), *shape[2:]), tuple(min(n, 20) for n in size)
+    for dtype in (torch.float32, torch.float64):
+        logits, bias = torch.randn(shape, dtype=dtype).to(device), torch.randn(shape[1], dtype=dtype).to(device)
+        with running_on(backend):
+            labels, value = ok.upsample_argmax(logits, size, bias=bias, return_value=True)
+            plain = ok.upsample_argmax(logits, size)
+        assert labels.shape == (shape[0], *size) and labels.dtype == torch.int64
+        assert_same_outside_ties(labels, eager(logits, size, bias))
+        assert_same_outside_ties(plain, eager(logits, size))
+        torch.testing.assert_close(value, eager(logits, size, bias).amax(1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(*(st.integers(1, n) for n in (12, 12, 40, 40, 60)), st.integers(0, 2**31), st.booleans())
+def test_any_size_and_ties(h, w, H, W, C, seed, coarse):
+    """Thousands of pixels each; with few distinct logits, most corners tie."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 3, (1, C, h, w), generator=g).float() if coarse else torch.randn(1, C, h, w, generator=g) * 3
+    assert_same_outside_ties(ok.upsample_argmax(logits, (H, W)), eager(logits, (H, W)))
+
+
+@pytest.mark.parametrize("classes", [1, 1000])
+def test_many_classes_and_smooth_maps(classes):
+    logits = F.interpolate(4 * torch.randn(2, classes, 4, 4), (16, 20), mode="bicubic") + 0.1 * torch.randn(2, classes, 16, 20)
+    assert_same_outside_ties(ok.upsample_argmax(logits, (100, 131)), eager(logits, (100, 131)))
+
+
+@on
+def test_equal_values_go_to_the_smaller_class(backend):
+    with torch.device(device_of(backend)), running_on(backend):
+        assert torch.equal(ok.upsample_argmax(torch.ones(1, 5, 3, 3), (7, 8)), torch.zeros(1, 7, 8, dtype=torch.int64))
+
+
+@on
+def test_infinities(backend):
+    """Classes switched off by -infinity never win, though torch's own interpolation makes NaN of them; +infinity always wins."""
+    device = device_of(backend)
+    logits = torch.randn(1, 6, 4, 5).to(device)
+    off, forced = logits.clone(), logits.clone()
+    off[:, [0, 3]] = -torch.inf
+    off[0, 1, :2] = -torch.inf
+    forced[0, 2, 1, 1] = torch.inf
+    with running_on(backend):
+        found, value = ok.upsample_argmax(off, (19, 23), return_value=True)
+        alone = ok.upsample_argmax(torch.full((1, 3, 2, 2), -torch.inf, device=device), (5, 5))
+        peak = ok.upsample_argmax(forced, (4, 5))
+    kept = [1, 2, 4, 5]
+    finite = off.clone()
+    finite[finite == -torch.inf] = -1e30
+    assert torch.equal(found, eager(finite, (19, 23)).argmax(1)) and bool(torch.isin(found, torch.tensor(kept, device=device)).all())
+    assert bool(value.isfinite().all()) and torch.equal(alone, torch.zeros_like(alone)) and int(peak[0, 1, 1]) == 2
+
+
+@on
+def test_threshold_class_labels_and_types(backend):
+    device = device_of(backend)
+    logits = torch.randn(2, 6, 5, 7).to(device)
+    table = torch.tensor([4, 0, 4, 2, 9, 0]).to(device)
+    maps = eager(logits, (31, 40))
+    expected = torch.where(maps.amax(1) < 0.8, 200, table[maps.argmax(1)])
+    for label_type in (torch.int64, torch.int16, torch.uint8):
+        with running_on(backend):
+            found = ok.upsample_argmax(logits, (31, 40), threshold=0.8, background=200, class_labels=table, label_type=label_type)
+        assert found.dtype == label_type and torch.equal(found.long(), expected)
+    with running_on(backend):
+        below = ok.upsample_argmax(logits, (31, 40), threshold=0.8) == -1
+    assert torch.equal(below, maps.amax(1) < 0.8) and 0.05 < float(below.float().mean()) < 0.95
+
+
+@on
+def test_16_bits_and_strides(backend):
+    device = device_of(backend)
+    base = torch.randn(6, 7, 2, 5).to(device)
+    view = base.permute(2, 3, 0, 1)
+    with running_on(backend):
+        assert torch.equal(ok.upsample_argmax(view, (20, 20)), ok.upsample_argmax(view.contiguous(), (20, 20)))
+        low = view.to(torch.float16 if backend in SLOW else torch.bfloat16)
+        assert torch.equal(ok.upsample_argmax(low, (20, 20)), ok.upsample_argmax(low.float(), (20, 20)))
+
+
+def test_one_thread_and_two():
+    logits, threads = torch.randn(1, 40, 16, 16), torch.get_num_threads()
+    try:
+        found = [(torch.set_num_threads(n), ok.upsample_argmax(logits, (200, 200), return_value=True))[1] for n in (1, 2)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_no_images():
+    assert ok.upsample_argmax(torch.randn(0, 3, 4, 4), (8, 9)).shape == (0, 8, 9)
