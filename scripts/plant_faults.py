@@ -83,6 +83,10 @@ FAULTS = (
           "emulated and contrastive"),
     Fault("dense, CPU: own images as negatives", DENSE.format("cpu.cpp"), "if (!p.own(i, j)) continue;  // (3)", "continue;  // (3)",
           "cpu and contrastive"),
+    Fault("upsampling: a class that ties is lost", "csrc/upsample_argmax/upsample_argmax_cuda.cu", ">= floor;", "> floor;",
+          "emulated and upsample"),
+    Fault("upsampling, CPU: wrong lower row", "csrc/upsample_argmax/upsample_argmax_cpu.cpp", "weighted(y.to_high, bottom[at + cell])",
+          "weighted(y.to_high, top[at + cell])", "cpu and upsample"),
     Fault("dense, Triton: noise of another pixel", "ovseg_kernels/triton/dense_contrastive_loss.py", "* pixels_in_all + x",
           "* pixels_in_all + x + 1", "interpreted and contrastive"),
 )
