@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import library as torch_library
 
-LIBRARY = torch.library.Library("ovseg", "DEF")
+LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
@@ -73,11 +74,11 @@ def composite(name: str, function: Callable) -> None:
 
 def fake(name: str) -> Callable:
     """Shapes and dtypes of the outputs, for torch.compile, torch.export and meta tensors."""
-    return torch.library.register_fake(f"ovseg::{name}", lib=LIBRARY)
+    return torch_library.register_fake(f"ovseg::{name}", lib=LIBRARY)
 
 
 def autograd(name: str, backward: Callable, setup: Callable) -> None:
-    torch.library.register_autograd(f"ovseg::{name}", backward, setup_context=setup, lib=LIBRARY)
+    torch_library.register_autograd(f"ovseg::{name}", backward, setup_context=setup, lib=LIBRARY)
 
 
 def no_second_derivative(name: str) -> None:
@@ -89,13 +90,13 @@ def no_second_derivative(name: str) -> None:
             "with ovseg_kernels.backend('reference'): ..."
         )
 
-    torch.library.register_autograd(f"ovseg::{name}", backward, lib=LIBRARY)
+    torch_library.register_autograd(f"ovseg::{name}", backward, lib=LIBRARY)
 
 
 def autocast(name: str, features: tuple[int, ...]) -> None:
     """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales alone.
 
-    ``torch.library.register_autocast`` would cast every floating argument, a temperature too.
+    torch's own ``register_autocast`` would cast every floating argument, a temperature too.
     """
     op = getattr(torch.ops.ovseg, name).default
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -113,7 +114,7 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
 @contextlib.contextmanager
 def overriding(implementations: dict[str, Callable], keys: tuple[str, ...]) -> Iterator[None]:
     """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again afterwards."""
-    library = torch.library.Library("ovseg", "IMPL")
+    library = torch_library.Library("ovseg", "IMPL")
     # Newer releases of torch let Python override Python by default, older ones want to be told, the oldest do not know.
     options = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
     try:

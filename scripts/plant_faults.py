@@ -81,7 +81,7 @@ FAULTS = (
           "cpu and contrastive"),
     Fault("dense: tie to the larger index", DENSE.format("cuda.cu"), "list[at - 1].key < key", "list[at - 1].key <= key",
           "emulated and contrastive"),
-    Fault("dense, CPU: own images as negatives", DENSE.format("cpu.cpp"), "if (!p.own(i, j)) continue;  // (3)", "continue;  // (3)",
+    Fault("dense, CPU: own images as negatives", DENSE.format("cpu.cpp"), "if (!own(p, i, j)) continue;  // (3)", "continue;  // (3)",
           "cpu and contrastive"),
     Fault("upsampling: a class that ties is lost", "csrc/upsample_argmax/upsample_argmax_cuda.cu", ">= floor;", "> floor;",
           "emulated and upsample"),

@@ -3,13 +3,8 @@
 // contiguous order, takes word index % 4 of the block with key = seed and counter = (offset + index / 4, 0).
 #pragma once
 #include <cmath>
-#include <cstdint>
 
-#if defined(__CUDACC__) && !defined(OVSEG_EMULATED)
-#define OVSEG_ANYWHERE static __host__ __device__ inline
-#else
-#define OVSEG_ANYWHERE static inline  // of each file: one of them may be compiled for AVX-512
-#endif
+#include "types.h"
 
 namespace ovseg {
 

@@ -1,6 +1,12 @@
-// The dtypes of features, as plain numbers for parameter structs.
+// What parameter structs need: dtypes as plain numbers, and functions that hosts, devices and instruction sets share.
 #pragma once
 #include <cstdint>
+
+#if defined(__CUDACC__) && !defined(OVSEG_EMULATED)
+#define OVSEG_ANYWHERE static __host__ __device__ inline
+#else
+#define OVSEG_ANYWHERE static inline  // of each file: one of them may be compiled for AVX-512
+#endif
 
 namespace ovseg {
 

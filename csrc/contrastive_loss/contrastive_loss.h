@@ -32,7 +32,7 @@ struct ContrastivePlan {
   int64_t rows, width, tasks, slices;  // slices: of 64 channels, tasks of the image gradient
 };
 constexpr int64_t kContrastiveChunk = 512;  // depth of one step of the image gradient's product
-inline ContrastivePlan contrastive_plan(int64_t B, int64_t T, int64_t D) {
+OVSEG_ANYWHERE ContrastivePlan contrastive_plan(int64_t B, int64_t T, int64_t D) {
   ContrastivePlan plan{};
   const int64_t fits = (int64_t(2) << 20) / (T < 1 ? 1 : T) / 12 * 12;  // the block of d logits stays near 2 M elements
   plan.rows = fits < 48 ? 48 : fits > 240 ? 240 : fits;

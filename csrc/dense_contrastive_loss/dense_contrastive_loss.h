@@ -37,14 +37,13 @@ struct DenseParams {
   const int64_t* order;      // [T K] entries by pixel, then by entry; missing ones first
   void* grad_pixels;         // [B, N, D] or null
   A* grad_texts;             // [T, D] or null
-
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      bool own(int64_t image, int64_t text) const {
-    return image_ids ? image_ids[image] == text_ids[text] : image == text;
-  }
 };
+
+// Whether an image is the text's own.
+template <typename A>
+OVSEG_ANYWHERE bool own(const DenseParams<A>& p, int64_t image, int64_t text) {
+  return p.image_ids ? p.image_ids[image] == p.text_ids[text] : image == text;
+}
 
 template <typename A>
 struct Selected {

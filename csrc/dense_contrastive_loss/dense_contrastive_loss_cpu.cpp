@@ -109,7 +109,7 @@ void positives(const DenseParams<A>& p, int64_t begin, int64_t end, Selected<A>*
     Selected<A>* heap = lists + j * p.k_pos;
     int64_t length = 0;
     for (int64_t i = 0; i < p.B; ++i) {
-      if (!p.own(i, j)) continue;
+      if (!own(p, i, j)) continue;
       for (int64_t n = 0; n < p.N; ++n) {
         const A* u = pixel(p, i * p.N + n, workspace);
         const A s = dot(u, p.texts + j * p.D, p.D) * inverse_norm(u, p.D);
@@ -154,7 +154,7 @@ void negatives(const DenseParams<A>& p, int64_t begin, int64_t end, const A* pac
       for (int64_t r = 0; r < count; ++r) inverse[r] = inverse_norm(block + r * pitch, p.D);
       gemm(count, p.T, p.D, block, pitch, int64_t(1), packed, s, p.T, false, panel);
       for (int64_t j = 0; j < p.T; ++j) {
-        if (!p.own(i, j)) continue;  // (3): never the text's own images
+        if (!own(p, i, j)) continue;  // (3): never the text's own images
         for (int64_t r = 0; r < count; ++r) s[r * p.T + j] = -infinity<A>();
       }
       for (int64_t r = 0; r < count; ++r) {

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) dense_contrastive_loss_select_norms_
 template <typename A>
 __device__ A key_of(const Lists<A>& c, int64_t j, int64_t x, A s) {
   const DenseParams<A>& p = c.x.p;
-  if (p.own(x / p.N, j) != c.positives) return minus_infinity<A>();
+  if (own(p, x / p.N, j) != c.positives) return minus_infinity<A>();
   if (!c.positives) {
     if (p.sampling == Sampling::semi) {
       return s < c.lowest[j] && s >= c.lowest[j] - p.margin ? s : minus_infinity<A>();
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) dense_contrastive_loss_select_lists_
     const int64_t x0 = t * kTile, x1 = x0 + kTile < all ? x0 + kTile : all;
     if (c.positives) {  // most tiles hold no pair of a text with its own image
       int any = 0;
-      for (int64_t i = x0 / p.N; mine && i <= (x1 - 1) / p.N; ++i) any |= p.own(i, j);
+      for (int64_t i = x0 / p.N; mine && i <= (x1 - 1) / p.N; ++i) any |= own(p, i, j);
       if (threadIdx.x == 0) *wanted = 0;
       __syncthreads();
       if (any) *wanted = 1;

@@ -20,15 +20,13 @@ struct UpsampleParams {
   LabelType type;
   void* out;  // [B, H, W]
   A* value;   // [B, H, W] or null
-
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      int64_t label_of(int64_t c, A best) const {
-    if (has_threshold && best < threshold) return background;
-    return labels ? labels[c] : c;
-  }
 };
+
+template <typename A>
+OVSEG_ANYWHERE int64_t label_of(const UpsampleParams<A>& p, int64_t c, A best) {
+  if (p.has_threshold && best < p.threshold) return p.background;
+  return p.labels ? p.labels[c] : c;
+}
 
 // Where an output row or column lies between two samples, (1).
 template <typename A>
@@ -38,10 +36,7 @@ struct Between {
 };
 
 template <typename A>
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-    inline Between<A> between(int64_t at, int64_t samples, int64_t outputs) {
+OVSEG_ANYWHERE Between<A> between(int64_t at, int64_t samples, int64_t outputs) {
   const A scale = static_cast<A>(samples) / static_cast<A>(outputs);
   A source = (static_cast<A>(at) + A(0.5)) * scale - A(0.5);
   source = source < A(0) ? A(0) : source;

@@ -89,7 +89,7 @@ void store(const UpsampleParams<A>& p, int64_t at, const Workspace<A>& ws) {
   if (!p.has_threshold && !p.labels) {
     for (int64_t x = 0; x < p.W; ++x) out[x] = static_cast<T>(ws.winner[x]);
   } else {
-    for (int64_t x = 0; x < p.W; ++x) out[x] = static_cast<T>(p.label_of(ws.winner[x], ws.best[x]));
+    for (int64_t x = 0; x < p.W; ++x) out[x] = static_cast<T>(label_of(p, ws.winner[x], ws.best[x]));
   }
   if (p.value) memcpy(p.value + at, ws.best, p.W * sizeof(A));
 }

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) upsample_argmax_fwd_kernel(UpsampleP
       const A value = weighted(u.to_low, left) + weighted(u.to_high, other) + (p.bias ? p.bias[c] : A(0));
       if (k == 0 || value > best) best = value, winner = c;
     }
-    const int64_t out = (b * p.H + Y) * p.W + X, label = p.label_of(winner, best);
+    const int64_t out = (b * p.H + Y) * p.W + X, label = label_of(p, winner, best);
     if (p.type == LabelType::int64) static_cast<int64_t*>(p.out)[out] = label;
     if (p.type == LabelType::int16) static_cast<int16_t*>(p.out)[out] = static_cast<int16_t>(label);
     if (p.type == LabelType::uint8) static_cast<uint8_t*>(p.out)[out] = static_cast<uint8_t>(label);

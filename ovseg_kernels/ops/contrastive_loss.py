@@ -97,7 +97,12 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
     sizes: list[tuple[int, ...]] = [(image.shape[0], text.shape[0])]
     rank = 0
     if group is not None:
-        sizes, rank = _distributed.sizes_of_ranks(sizes[0], group, image.device), dist.get_rank(group)
+        # What must agree goes along, so that all ranks raise, and none waits for one that did.
+        mine = (*sizes[0], image.shape[1], int(image_ids is not None), dtype.itemsize)
+        found, rank = _distributed.sizes_of_ranks(mine, group, image.device), dist.get_rank(group)
+        if len({x[2:] for x in found}) > 1:
+            raise ValueError(f"(B, T, D, ids given, bytes of a number) of the ranks are {found}; expected the last three to agree")
+        sizes = [x[:2] for x in found]
     if image_ids is None and any(b != t for b, t in sizes):
         raise ValueError(
             f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; without ids expected as many texts as "
@@ -129,7 +134,7 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
             return _distributed.of_the_whole_batch(loss, _distributed.terms(rows, weights[0]), group)
         share, first = len(sizes) * loss, sum(t for _, t in sizes[:rank])
         if kind == "sigmoid":
-            mine = rows[0].mean()
+            mine = rows[0].sum() / max(1, rows.shape[1])
         else:
             parts = rows, columns[:, first : first + sizes[rank][1]]
             mine = sum(_distributed.terms(part, _distributed.weights(part, None)) for part in parts)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from native_build import ROOT, cmake
+from torch import library as torch_library
 
 from ovseg_kernels import _library
 
@@ -23,13 +24,13 @@ def load():
     cmake(build, "-DOVSEG_CPU=OFF", "-DOVSEG_EMULATION=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
           f"-DPython_EXECUTABLE={sys.executable}")
     (path,) = (build / "lib").glob("ovseg_cuda_emulation*.so")
-    library = torch.library.Library("ovseg_emulated", "DEF")
+    schemas = torch_library.Library("ovseg_emulated", "DEF")
     for schema in _library.SCHEMAS.values():
-        library.define(schema)
+        schemas.define(schema)
     spec = importlib.util.spec_from_file_location("ovseg_cuda_emulation", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.library = library  # the schemas live as long as the module
+    module.schemas = schemas  # they live as long as the module
     return module
 
 

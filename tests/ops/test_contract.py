@@ -11,6 +11,7 @@ import torch._dynamo.testing
 from backends import NO_BFLOAT16, SLOW, device_of, dtypes, parameters, running_on
 from bad_input import BAD_INPUT
 from samples import MAKERS, RESIZED, all_samples
+from torch import library as torch_library
 
 import ovseg_kernels as ok
 from ovseg_kernels import _backends, _library
@@ -75,7 +76,7 @@ def test_opcheck(place, backend):
     sample = sample_at(place, backend)
     with running_on(backend):
         for name, arguments in sample.low:
-            torch.library.opcheck(getattr(torch.ops.ovseg, name).default, arguments)
+            torch_library.opcheck(getattr(torch.ops.ovseg, name).default, arguments)
 
 
 @everywhere

@@ -193,6 +193,24 @@ def test_ranks_equal_one_process(counts, kind, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def _ranks_that_disagree(rank, ranks, port):
+    join(rank, ranks, port)
+    image, ids = torch.randn(3, 4), {"image_ids": torch.arange(3), "text_ids": torch.arange(3)}
+    wide = torch.randn(3, 4 + rank)
+    for mine in ({"text": image, **(ids if rank else {})}, {"image": wide, "text": wide}):
+        with pytest.raises(ValueError, match=r"of the ranks are .* expected the last three to agree"):
+            ok.contrastive_loss(**{"image": image, "logit_scale": 1.0, **mine}, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="image and text have 3 and 3, 3 and 4 rows"):
+        ok.contrastive_loss(image, torch.randn(3 + rank, 4), 1.0, group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_all_raise():
+    """None waits for one that has raised."""
+    spawn(_ranks_that_disagree, 2)
+
+
 MODES = [{"local_loss": local, "gather_with_grad": grad} for local in (False, True) for grad in (False, True)]
 
 

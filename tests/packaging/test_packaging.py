@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_build import cmake
 
 ROOT = Path(__file__).parents[2]
 SMOKE = (
@@ -72,6 +74,22 @@ def test_wheel_with_cuda(sdist, tmp_path):
     assert info["cuda_archs"] == ["80"] and "cuda_" in info["cuda"]
     if not torch.cuda.is_available():
         assert smoke(site) == "cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+def test_no_function_of_one_instruction_set_answers_for_another():
+    """A weak symbol outside its namespace would be one copy for all: perhaps the one compiled for AVX-512."""
+    build = ROOT / "build" / "objects"
+    cmake(build)
+    objects = list(build.rglob("*_cpu.cpp.o"))
+    assert len(objects) >= 3
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line)]
+        outside = [line for line in weak if not re.search(r"ovseg::(baseline|avx2|avx512)::", line)]
+        if "similarity_contrastive_loss" not in str(path) or "_avx" in str(path):  # that one is compiled once
+            assert not outside, (path, outside)
 
 
 @pytest.mark.slow
