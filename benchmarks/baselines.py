@@ -12,13 +12,73 @@ from torch.utils.checkpoint import checkpoint
 import ovseg_kernels as ok
 from ovseg_kernels.reference.center_assignment import center_assignment
 from ovseg_kernels.reference.folded_center_assignment import folded_center_assignment
+from ovseg_kernels.reference.patch_text_similarity import patch_text_similarity
 from ovseg_kernels.reference.segclip_center_assignment import segclip_center_assignment
+from ovseg_kernels.reference.similarity_contrastive_loss import similarity_contrastive_loss
 
 if TYPE_CHECKING:
     from .registry import Case
 
 FUSED = "ovseg"
 Functions = dict[str, Callable[..., torch.Tensor]]
+
+
+def patch_text(case: Case) -> Functions:
+    options = dict(case.options)
+    pool, weight = options.get("pool", "vector"), options.get("weight", "softmax")
+    scale, bias = (1 / options.get("temperature", 1.0), 0.0) if weight == "softmax" else (10.0, -2.5)
+
+    def eager(patches, texts):
+        return patch_text_similarity(patches, texts, None, scale, bias, pool, weight)
+
+    def part_of(unit, patches, texts):
+        """The definition for some texts, on patches that were normalised once."""
+        q = F.normalize(texts, dim=-1)
+        s = torch.einsum("bnd,td->btn", unit, q)
+        if pool in ("max", "mean"):
+            return s.amax(-1) if pool == "max" else s.mean(-1)
+        a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
+        if pool == "score":
+            return (a * s).sum(-1)
+        return torch.einsum("btd,td->bt", F.normalize(torch.einsum("btn,bnd->btd", a, patches), dim=-1), q)
+
+    def in_chunks(one_chunk):
+        def run(patches, texts, step=32):
+            unit = F.normalize(patches, dim=-1)
+            parts = [checkpoint(one_chunk, unit, patches, part, use_reentrant=False) for part in texts.split(step)]
+            return torch.cat(parts, dim=1)
+
+        return run
+
+    def by_image(patches, texts):
+        return torch.cat([_gram(u, texts, scale, bias, weight) if pool == "vector" else eager(u[None], texts)
+                          for u in patches])
+
+    return {
+        FUSED: lambda patches, texts: ok.patch_text_similarity(patches, texts, **options),
+        "eager": eager,
+        "eager, chunks of 32 texts": in_chunks(part_of),
+        "eager, one image at a time": by_image,
+        "torch.compile": torch.compile(eager),
+        "torch.compile, chunks of 32 texts": in_chunks(torch.compile(part_of)),
+    }
+
+
+def _gram(u, texts, scale, bias, weight):
+    """One image by the Gram form, the fastest that plain torch does here."""
+    q, r = F.normalize(texts, dim=-1), u.norm(dim=-1)
+    s = q @ (u / r[:, None]).T
+    a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
+    return (a * s * r).sum(-1, keepdim=True).T / ((a @ (u @ u.T)) * a).sum(-1).sqrt()
+
+
+def similarity_loss(case: Case) -> Functions:
+    def cross_entropy(similarity, logit_scale):
+        z, target = logit_scale * similarity, torch.arange(len(similarity), device=similarity.device)
+        return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
+
+    return {FUSED: ok.similarity_contrastive_loss, "eager": similarity_contrastive_loss, "F.cross_entropy twice": cross_entropy,
+            "torch.compile": torch.compile(cross_entropy)}
 
 
 def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]) -> Functions:
@@ -227,3 +287,15 @@ def upsampling(case: Case) -> Functions:
         "eager, 10 classes at a time": in_chunks,
         "torch.compile": torch.compile(eager),
     }
+
+
+BASELINES = {
+    "patch_text_similarity": patch_text,
+    "similarity_contrastive_loss": similarity_loss,
+    "center_assignment": assignment,
+    "folded_center_assignment": folded_assignment,
+    "segclip_center_assignment": segclip_assignment,
+    "contrastive_loss": contrastive,
+    "dense_contrastive_loss": dense,
+    "upsample_argmax": upsampling,
+}

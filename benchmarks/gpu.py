@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from triton.testing import do_bench
 
+import ovseg_kernels as ok
+
 from . import registry
 from .registry import FUSED, GPU_CASES, Case
 from .run import step
@@ -53,7 +55,7 @@ def rooflines(seconds: float) -> list[dict[str, Any]]:
 
 def ours() -> dict[str, str]:
     """Row name -> backend, for each GPU backend that is there."""
-    return {f"{FUSED} ({name})": name for name in ("cuda", "triton") if registry.ok.available_backends()[name] == "yes"}
+    return {f"{FUSED} ({name})": name for name in ("cuda", "triton") if ok.available_backends()[name] == "yes"}
 
 
 def difference(found, expected) -> float:
@@ -74,7 +76,7 @@ def measure(case: Case, dtype: str, seconds: float) -> list[dict[str, Any]]:
         rows.append(row)
         try:
             # Entered once: choosing a backend registers kernels, which is no part of a call.
-            with registry.ok.backend(backends.get(name, "auto")):
+            with ok.backend(backends.get(name, "auto")):
                 torch.cuda.empty_cache()
                 found = step(function, tensors)
                 gradients = sum(x.numel() * x.element_size() for x in found[1])
@@ -115,7 +117,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "ovseg_kernels": registry.ok.__version__,
+        "ovseg_kernels": ok.__version__,
         "commit": output("git", "rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d"),
         "allow_tf32": torch.backends.cuda.matmul.allow_tf32,

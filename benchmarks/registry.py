@@ -8,14 +8,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-import ovseg_kernels as ok
-from ovseg_kernels.reference import patch_text_similarity as similarity_reference
-from ovseg_kernels.reference import similarity_contrastive_loss as loss_reference
-
-from . import baselines
-from .baselines import FUSED
+from .baselines import BASELINES, FUSED
 
 
 @dataclass(frozen=True)
@@ -128,72 +122,5 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
 
 def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
     """Name to function of the inputs; the first is ours. All give the same values, which the runner checks."""
-    if case.op == "center_assignment":
-        found = baselines.assignment(case)
-    elif case.op == "contrastive_loss":
-        found = baselines.contrastive(case)
-    elif case.op == "dense_contrastive_loss":
-        found = baselines.dense(case)
-    elif case.op == "upsample_argmax":
-        found = baselines.upsampling(case)
-    elif case.op == "folded_center_assignment":
-        found = baselines.folded_assignment(case)
-    elif case.op == "segclip_center_assignment":
-        found = baselines.segclip_assignment(case)
-    elif case.op == "similarity_contrastive_loss":
-        eager = loss_reference.similarity_contrastive_loss
-
-        def cross_entropy(similarity, logit_scale):
-            z, target = logit_scale * similarity, torch.arange(len(similarity), device=similarity.device)
-            return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
-
-        found = {FUSED: ok.similarity_contrastive_loss, "eager": eager, "F.cross_entropy twice": cross_entropy,
-                 "torch.compile": torch.compile(cross_entropy)}
-    else:
-        options = dict(case.options)
-        pool, weight = options.get("pool", "vector"), options.get("weight", "softmax")
-        scale, bias = (1 / options.get("temperature", 1.0), 0.0) if weight == "softmax" else (10.0, -2.5)
-
-        def eager(patches, texts):
-            return similarity_reference.patch_text_similarity(patches, texts, None, scale, bias, pool, weight)
-
-        def part_of(unit, patches, texts):
-            """The definition for some texts, on patches that were normalised once."""
-            q = F.normalize(texts, dim=-1)
-            s = torch.einsum("bnd,td->btn", unit, q)
-            if pool in ("max", "mean"):
-                return s.amax(-1) if pool == "max" else s.mean(-1)
-            a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
-            if pool == "score":
-                return (a * s).sum(-1)
-            return torch.einsum("btd,td->bt", F.normalize(torch.einsum("btn,bnd->btd", a, patches), dim=-1), q)
-
-        def in_chunks(one_chunk):
-            def run(patches, texts, step=32):
-                unit = F.normalize(patches, dim=-1)
-                parts = [checkpoint(one_chunk, unit, patches, part, use_reentrant=False) for part in texts.split(step)]
-                return torch.cat(parts, dim=1)
-
-            return run
-
-        def by_image(patches, texts):
-            return torch.cat([_gram(u, texts, scale, bias, weight) if pool == "vector" else eager(u[None], texts)
-                              for u in patches])
-
-        found = {
-            FUSED: lambda patches, texts: ok.patch_text_similarity(patches, texts, **options),
-            "eager": eager,
-            "eager, chunks of 32 texts": in_chunks(part_of),
-            "eager, one image at a time": by_image,
-            "torch.compile": torch.compile(eager),
-            "torch.compile, chunks of 32 texts": in_chunks(torch.compile(part_of)),
-        }
+    found = BASELINES[case.op](case)
     return {name: f for name, f in found.items() if not case.only or name in case.only}
-
-
-def _gram(u, texts, scale, bias, weight):
-    """One image by the Gram form, the fastest that plain torch does here."""
-    q, r = F.normalize(texts, dim=-1), u.norm(dim=-1)
-    s = q @ (u / r[:, None]).T
-    a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
-    return (a * s * r).sum(-1, keepdim=True).T / ((a @ (u @ u.T)) * a).sum(-1).sqrt()

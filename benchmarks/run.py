@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+import ovseg_kernels as ok
+
 from . import registry
 from .registry import CASES, FUSED, Case
 
@@ -41,7 +43,7 @@ def measure(case: Case, *, repeats: int = 7, seconds: float = 60.0) -> list[dict
     truth = None
     for name, function in functions.items():
         row = {"op": case.op, "case": case.name, "shape": case.shape, "options": case.options, "dtype": "float32",
-               "implementation": name, "backend": registry.ok.explain(case.op).backend if name == FUSED else "torch"}
+               "implementation": name, "backend": ok.explain(case.op).backend if name == FUSED else "torch"}
         rows[name] = row
         try:
             out, grads = step(function, tensors)  # warm-up; torch.compile compiles here
@@ -115,7 +117,7 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
                             cwd=Path(__file__).parent).stdout.strip()
     return {"device": cpu, "threads": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "unset"),
-            "torch": torch.__version__, "ovseg_kernels": registry.ok.__version__, "commit": commit,
+            "torch": torch.__version__, "ovseg_kernels": ok.__version__, "commit": commit,
             "date": time.strftime("%Y-%m-%d"), "blas": "mkl" if torch.backends.mkl.is_available() else "other"}
 
 

@@ -1,6 +1,6 @@
 """Breaks the kernels on purpose, one fault at a time, and shows that the suite notices each.
 
-    python scripts/plant_faults.py             # all; a few minutes on two cores
+    python scripts/plant_faults.py             # all; half a minute a fault and more
     python scripts/plant_faults.py mask norm   # those whose name holds one of the words
 
 Works on a copy of the tracked files. A fault that no test notices, or whose line is no longer in the source, makes the

@@ -18,7 +18,8 @@ Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or ui
 Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
   thread. Nothing of size C H W.
 Errors   ValueError for ranks, sizes, devices, NaN logits (looked for wherever the call is not being compiled), labels or a background
-  that the label type cannot hold; TypeError for dtypes. Infinite logits are fine: a sample of weight zero does not count.
+  that the label type cannot hold; TypeError for dtypes. Infinite logits are fine, unless one class has both
+  signs around a pixel: a sample of weight zero does not count.
 Source   The pruning rule and its proof are ours.
 """
 
