@@ -103,8 +103,7 @@ def test_error_rule(place, backend):
         # A parameter that the pool does not use has no gradient in the definition and may have a zero one in the kernel.
         floor = torch.float32 if sample.rounded and dtype == torch.float64 else dtype
         for i, (a, b, c) in enumerate(zip(results, eager, truth, strict=len(results) == len(truth))):
-            terms = truth[0].numel() if c.dim() == 0 else 1
-            assert_close_to_truth(f"{sample} {'gradient' if i else 'output'} {i}", a, b, c, floor, terms)
+            assert_close_to_truth(f"{sample} {'gradient' if i else 'output'} {i}", a, b, c, floor)
 
 
 @each
@@ -155,6 +154,10 @@ def test_second_derivative_raises(place, backend):
             torch.autograd.grad(first.sum(), sample.tensors[:1])
 
 
+# Their first compilation starts over once, when torch makes a tensor of a Python number in it. Later sizes add none.
+BEGINS_ANEW = ("center_assignment", "folded_center_assignment", "segclip_center_assignment", "contrastive_loss", "dense_contrastive_loss")
+
+
 @everywhere
 @pytest.mark.parametrize("op", ok.OPERATORS)
 def test_compile_without_recompiling(op, backend):
@@ -173,7 +176,8 @@ def test_compile_without_recompiling(op, backend):
             if out.requires_grad:
                 grads, expected = (torch.autograd.grad(x.sum(), leaves) for x in (out, eager))
                 assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
-            first = first or counter.frame_count  # 2 where the first compilation began anew because of a symbolic number
+            first = first or counter.frame_count
+    assert first <= 1 + (op in BEGINS_ANEW), f"{first} compilations for the first batch size"
     assert counter.frame_count == first, f"{counter.frame_count - first} more compilations for other batch sizes"
 
 
