@@ -152,6 +152,12 @@ def join(rank, ranks, port):
     torch.set_num_threads(1)
 
 
+def leave():
+    """Together: a rank that ends while the other still sends may abort it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def problem(total):
     g = torch.Generator().manual_seed(3)
     return [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((6, 5), (total, 6), (total, 6))]
@@ -168,7 +174,7 @@ def _one_rank(rank, ranks, port, counts, kind, out):
         dist.all_reduce(leaf.grad)
         leaf.grad /= ranks
     torch.save((loss.detach(), *(leaf.grad for leaf in leaves)), out / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def whole_loss(leaves, images, texts, kind, mine, **options):
@@ -205,7 +211,7 @@ def _ranks_that_disagree(rank, ranks, port):
             ok.contrastive_loss(**{"image": image, "logit_scale": 1.0, **mine}, group=dist.group.WORLD)
     with pytest.raises(ValueError, match="image and text have 3 and 3, 3 and 4 rows"):
         ok.contrastive_loss(image, torch.randn(3 + rank, 4), 1.0, group=dist.group.WORLD)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow
@@ -249,7 +255,7 @@ def assert_parity(rank, ranks):
 def _parity_of_a_rank(rank, ranks, port):
     join(rank, ranks, port)
     assert_parity(rank, ranks)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_parity_with_open_clip():
