@@ -173,7 +173,7 @@ def _one_rank(rank, counts, port, ids, out):
         grad /= len(counts)
     if rank == 0:
         torch.save((loss.detach(), weight.grad, scale.grad), out)
-    dist.barrier()  # a rank that ends while another still sends may abort it
+    dist.barrier()
     dist.destroy_process_group()
 
 
