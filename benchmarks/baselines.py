@@ -289,6 +289,71 @@ def upsampling(case: Case) -> Functions:
     }
 
 
+def window_labels(case: Case) -> Functions:
+    side, options = case.shape["side"], dict(case.options)
+    crop, canvas, size = (side, side), (side, round(side * 4 / 3)), (side * 15 // 16, side * 5 // 4)
+    threshold = options.get("threshold")
+
+    def eager(logits, origins, tables=None):
+        """The published procedure: maps at full size, summed window by window, divided by their number, resized."""
+        maps = F.interpolate(logits, crop, mode="bilinear", align_corners=False)
+        if tables is not None:
+            maps = torch.stack([table[groups].permute(2, 0, 1) for table, groups in zip(tables, maps.argmax(1), strict=True)])
+        if options.get("activation") == "sigmoid":
+            maps = maps.sigmoid()
+        total, count = maps.new_zeros(maps.shape[1], *canvas), maps.new_zeros(canvas)
+        for window, x in zip(maps, (0, canvas[1] - side), strict=True):  # the origins
+            total[:, :, x : x + side] += window
+            count[:, x : x + side] += 1
+        scores = F.interpolate((total / count)[None], size, mode="bilinear", align_corners=False)[0].softmax(0)
+        best, labels = scores.max(0)
+        return labels if threshold is None else labels.masked_fill(best < threshold, -1)
+
+    return {
+        FUSED: lambda logits, origins, tables=None: ok.window_argmax(logits, origins, crop, canvas, size, tables=tables, **options),
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+    }
+
+
+def mask_loss(case: Case) -> Functions:
+    C = case.shape["C"]
+
+    def ours(logits, labels):
+        focal, dice, present = ok.upsample_mask_loss(logits, labels)
+        return (100 * focal.sum() + (dice * present).sum()) / present.sum().clamp(min=1)
+
+    def parts(logits, labels, classes):
+        """Focal loss, dice of present classes and their number, of some classes."""
+        x = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False).flatten(2)
+        y = (labels[:, None] == classes[:, None, None]).to(x.dtype).flatten(2)
+        q = x.sigmoid()
+        right = q * y + (1 - q) * (1 - y)
+        entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+        focal = ((0.25 * y + 0.75 * (1 - y)) * (1 - right) ** 2 * entropy).mean(-1)
+        dice = 1 - (2 * (q * y).sum(-1) + 1) / (q.sum(-1) + y.sum(-1) + 1)
+        present = y.amax(-1)
+        return torch.stack([focal.sum(), (dice * present).sum(), present.sum()])
+
+    def loss(focal, dice, masks):
+        return (100 * focal + dice) / masks.clamp(min=1)
+
+    def eager(logits, labels):
+        return loss(*parts(logits, labels, torch.arange(C, device=logits.device)))
+
+    def in_chunks(logits, labels, step=8):
+        found = [checkpoint(parts, some, labels, torch.arange(first, min(first + step, C), device=logits.device), use_reentrant=False)
+                 for first, some in zip(range(0, C, step), logits.split(step, 1), strict=True)]
+        return loss(*sum(found))
+
+    return {
+        FUSED: ours,
+        "eager": eager,
+        "eager, 8 classes at a time, checkpointed": in_chunks,
+        "torch.compile": torch.compile(eager),
+    }
+
+
 BASELINES = {
     "patch_text_similarity": patch_text,
     "similarity_contrastive_loss": similarity_loss,
@@ -298,4 +363,6 @@ BASELINES = {
     "contrastive_loss": contrastive,
     "dense_contrastive_loss": dense,
     "upsample_argmax": upsampling,
+    "window_argmax": window_labels,
+    "upsample_mask_loss": mask_loss,
 }

@@ -25,6 +25,7 @@ class Case:
 
 _SHORT = (FUSED, "eager", "torch.compile")
 _PACL = {"B": 256, "T": 256, "N": 196, "D": 512}
+_ZEGCLIP = {"C": 171, "h": 32, "side": 512}  # COCO-Stuff, a 4:3 picture in two windows
 CASES = (
     Case("patch_text_similarity", "pacl", _PACL, {"pool": "vector", "temperature": 0.1}),
     Case("patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}, only=_SHORT),
@@ -48,6 +49,12 @@ CASES = (
     Case("dense_contrastive_loss", "small", {"B": 32, "N": 196, "D": 512}, {"temperature": 0.07, "k_pos": 8, "k_neg": 32}),
     Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
     Case("upsample_argmax", "noise", {"C": 150, "h": 32, "H": 1024}),
+    Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}),
+    Case("window_argmax", "noise", _ZEGCLIP, {"activation": "sigmoid"}),
+    Case("window_argmax", "sclip", {"C": 171, "h": 14, "side": 224}, {"activation": "softmax", "stage": "output", "threshold": 0.1}),
+    Case("window_argmax", "groupvit", {"C": 81, "h": 28, "side": 448, "G": 8}),
+    Case("upsample_mask_loss", "zegclip", {"B": 2, "C": 156, "h": 32, "H": 512}),
+    Case("upsample_mask_loss", "voc", {"B": 4, "C": 15, "h": 32, "H": 512}),
     Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
@@ -66,6 +73,8 @@ GPU_CASES = (
     Case("contrastive_loss", "clip", {"B": 32768, "D": 512}),
     Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}),
     Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
+    Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}),
+    Case("upsample_mask_loss", "zegclip", {"B": 4, "C": 156, "h": 32, "H": 512}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
 )
 
@@ -88,7 +97,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
     if device != "cpu":
         with torch.no_grad():
             drawn = inputs(case, dtype, seed)
-        return {name: x.detach().to(device).requires_grad_() for name, x in drawn.items()}
+        return {name: x.detach().to(device).requires_grad_(x.is_floating_point()) for name, x in drawn.items()}
     g = torch.Generator().manual_seed(seed)
     s = case.shape
     if case.op == "patch_text_similarity":
@@ -105,11 +114,18 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
         found |= {name: ("norm_weight" in name) + 0.1 * torch.randn(D, generator=g) for name in names}
         return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
     if case.op == "upsample_argmax":
-        C, h = s["C"], s["h"]
-        logits = torch.randn(1, C, h, h, generator=g)
-        if case.name == "structured":  # smooth, as a network's, with a little noise
-            logits = F.interpolate(6 * torch.randn(1, C, 5, 5, generator=g), (h, h), mode="bicubic") + 0.3 * logits
-        return {"logits": logits.to(dtype)}
+        return {"logits": maps(1, s["C"], s["h"], 6, case.name == "noise", g).to(dtype)}
+    if case.op == "upsample_mask_loss":
+        labels = torch.randint(0, s["C"] + 4, (s["B"], 1, 16, 16), generator=g).float()
+        labels = F.interpolate(labels, (s["H"], s["H"]), mode="nearest")[:, 0].to(torch.int64)
+        logits = 2.5 * torch.randn(s["B"], s["C"], s["h"], s["h"], generator=g)
+        return {"logits": logits.to(dtype).requires_grad_(), "labels": labels.where(labels < s["C"], 255)}
+    if case.op == "window_argmax":
+        found = {"logits": maps(2, s.get("G", s["C"]), s["h"], 2.5, case.name == "noise", g).to(dtype)}
+        found["origins"] = torch.tensor([[0, 0], [0, round(s["side"] * 4 / 3) - s["side"]]])
+        if "G" in s:
+            found["tables"] = (5 * torch.randn(2, s["G"], s["C"], generator=g)).softmax(-1).to(dtype)
+        return found
     if case.op == "dense_contrastive_loss":
         shapes = {"pixels": (s["B"], s["N"], s["D"]), "texts": (s["B"], s["D"])}
         return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in shapes.items()}
@@ -118,6 +134,14 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
         return {name: x.to(dtype).requires_grad_() for name, x in {**found, "logit_scale": torch.tensor(14.3)}.items()}
     similarity = torch.rand(s["B"], s["T"], generator=g).mul(2).sub(1).to(dtype).requires_grad_()
     return {"similarity": similarity, "logit_scale": torch.tensor(14.3).to(dtype).requires_grad_()}
+
+
+def maps(images: int, classes: int, side: int, scale: float, noise: bool, g: torch.Generator) -> torch.Tensor:
+    """Logits: noise alone, or smooth as a network's with a little noise."""
+    fine = torch.randn(images, classes, side, side, generator=g)
+    if noise:
+        return fine
+    return F.interpolate(scale * torch.randn(images, classes, 5, 5, generator=g), (side, side), mode="bicubic") + scale / 20 * fine
 
 
 def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:

@@ -12,6 +12,8 @@ from .ops.patch_text_similarity import patch_text_similarity
 from .ops.segclip_center_assignment import segclip_center_assignment
 from .ops.similarity_contrastive_loss import similarity_contrastive_loss
 from .ops.upsample_argmax import upsample_argmax
+from .ops.upsample_mask_loss import upsample_mask_loss
+from .ops.window_argmax import window_argmax
 
 OPERATORS = (
     "patch_text_similarity",
@@ -22,6 +24,8 @@ OPERATORS = (
     "contrastive_loss",
     "dense_contrastive_loss",
     "upsample_argmax",
+    "upsample_mask_loss",
+    "window_argmax",
 )
 
 __all__ = [
@@ -41,4 +45,6 @@ __all__ = [
     "select_pixels",
     "similarity_contrastive_loss",
     "upsample_argmax",
+    "upsample_mask_loss",
+    "window_argmax",
 ]

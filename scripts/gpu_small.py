@@ -37,6 +37,14 @@ def main() -> None:
     for dtype in (torch.float32, torch.float16):
         logits = torch.randn(2, 20, 5, 7, device="cuda", dtype=dtype)
         ok.upsample_argmax(logits, (33, 40), threshold=0.1, bias=torch.zeros(20, device="cuda"), return_value=True)
+        origins, tables = torch.tensor([[0, 0], [0, 20]], device="cuda"), torch.randn(2, 20, 9, device="cuda", dtype=dtype)
+        for options in ({"activation": "sigmoid"}, {"activation": "softmax", "stage": "merged"}, {"tables": tables}):
+            ok.window_argmax(logits, origins, (33, 40), (33, 60), (29, 50), return_value=True, **options)
+        labels = torch.randint(0, 22, (2, 33, 40), device="cuda")
+        for gamma in (2.0, 1.5):
+            leaf = logits.clone().requires_grad_()
+            focal, dice, _ = ok.upsample_mask_loss(leaf, labels, gamma=gamma, ignore_index=21)
+            torch.autograd.grad((focal + dice).sum(), leaf)
     similarity = torch.randn(33, 33, device="cuda", requires_grad=True)
     ok.similarity_contrastive_loss(similarity, 5.0).backward()
     torch.cuda.synchronize()

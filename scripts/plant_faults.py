@@ -26,6 +26,7 @@ BACKWARD = "csrc/patch_text_similarity/patch_text_similarity_bwd.cuh"
 TILE = "csrc/common/tile.cuh"
 ASSIGNMENT = "csrc/center_assignment/center_assignment_cuda.cu"
 CONTRASTIVE = "csrc/contrastive_loss/contrastive_loss_{}"
+WINDOWS = "csrc/window_argmax/window_argmax_{}"
 DENSE = "csrc/dense_contrastive_loss/dense_contrastive_loss_{}"
 LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
@@ -83,10 +84,18 @@ FAULTS = (
           "emulated and contrastive"),
     Fault("dense, CPU: own images as negatives", DENSE.format("cpu.cpp"), "if (!own(p, i, j)) continue;  // (3)", "continue;  // (3)",
           "cpu and contrastive"),
-    Fault("upsampling: a class that ties is lost", "csrc/upsample_argmax/upsample_argmax_cuda.cu", ">= floor;", "> floor;",
-          "emulated and upsample"),
+    Fault("pruning: the floor is too high", "csrc/common/candidates.cuh", "floor -= 16 * epsilon", "floor += A(0.1)",
+          "emulated and (upsample or window)"),
     Fault("upsampling, CPU: wrong lower row", "csrc/upsample_argmax/upsample_argmax_cpu.cpp", "weighted(y.to_high, bottom[at + cell])",
           "weighted(y.to_high, top[at + cell])", "cpu and upsample"),
+    Fault("windows, CPU: upper bound without the second window", WINDOWS.format("cpu.cpp"), "larger(most, y);\n    }\n    if (whole)",
+          "most;\n    }\n    if (whole)", "cpu and window or any_windows"),
+    Fault("windows, CPU: softmax bounded by the wrong sum", WINDOWS.format("cpu.cpp"), "return bent(x, window.least_norm);",
+          "return bent(x, window.most_norm);", "any_windows or structured_maps"),
+    Fault("windows: groups of the first window only", WINDOWS.format("cuda.cu"), "p.values[(k * p.G + (g", "p.values[(0 * p.G + (g",
+          "emulated and window"),
+    Fault("windows, Triton: a window too wide", "ovseg_kernels/triton/window_argmax.py", "(x >= 0) & (x < wc)", "(x >= 0) & (x <= wc)",
+          "interpreted and window"),
     Fault("dense, Triton: noise of another pixel", "ovseg_kernels/triton/dense_contrastive_loss.py", "* pixels_in_all + x",
           "* pixels_in_all + x + 1", "interpreted and contrastive"),
 )

@@ -6,11 +6,11 @@
 namespace ovseg {
 namespace {
 
-UpsampleOutputs run(Tensor logits, Optional bias, Optional labels, int64_t H, int64_t W,
-                    std::optional<double> threshold, int64_t background, int64_t type, bool want_value) {
+LabelOutputs run(Tensor logits, Optional bias, Optional labels, int64_t H, int64_t W, std::optional<double> threshold,
+                 int64_t background, int64_t type, bool want_value) {
   return with_upsample_inputs(logits, bias, labels, H, W, threshold, background, [&](auto in) {
     const OnDevice device(in.logits);
-    UpsampleOutputs found = in.outputs(type, want_value);
+    LabelOutputs found = in.outputs(type, want_value);
     check_launch("upsample_argmax", upsample_argmax_on_device(in.p, device.stream()));
     return found;
   });

@@ -51,12 +51,6 @@ A larger(A x, A y) {
   return y > x ? y : x;
 }
 
-// A corner of weight zero does not count, be it infinite.
-template <typename A>
-A weighted(A weight, A x) {
-  return weight == A(0) ? A(0) : weight * x;
-}
-
 // The candidates (3) of the cells between two rows of samples; f(corners' least, corners' largest) of class c.
 template <typename A>
 void candidates(const UpsampleParams<A>& p, int64_t b, int64_t y0, int64_t y1, Workspace<A>& ws) {
@@ -84,14 +78,22 @@ void candidates(const UpsampleParams<A>& p, int64_t b, int64_t y0, int64_t y1, W
 }
 
 template <typename A, typename T>
-void store(const UpsampleParams<A>& p, int64_t at, const Workspace<A>& ws) {
+void store_winners(const UpsampleParams<A>& p, int64_t at, const Workspace<A>& ws) {
   T* out = static_cast<T*>(p.out) + at;
-  if (!p.has_threshold && !p.labels) {
-    for (int64_t x = 0; x < p.W; ++x) out[x] = static_cast<T>(ws.winner[x]);
+  for (int64_t x = 0; x < p.W; ++x) out[x] = static_cast<T>(ws.winner[x]);
+}
+
+template <typename A>
+void store(const UpsampleParams<A>& p, int64_t at, const Workspace<A>& ws) {
+  if (p.has_threshold || p.labels || p.value) {
+    for (int64_t x = 0; x < p.W; ++x) put_label(p, at + x, ws.winner[x], ws.best[x]);
+  } else if (p.type == LabelType::int64) {
+    store_winners<A, int64_t>(p, at, ws);
+  } else if (p.type == LabelType::int16) {
+    store_winners<A, int16_t>(p, at, ws);
   } else {
-    for (int64_t x = 0; x < p.W; ++x) out[x] = static_cast<T>(label_of(p, ws.winner[x], ws.best[x]));
+    store_winners<A, uint8_t>(p, at, ws);
   }
-  if (p.value) memcpy(p.value + at, ws.best, p.W * sizeof(A));
 }
 
 // One output row of a cell: columns [x0, x1). The rule (4) once more, for the row: values are straight between its
@@ -152,10 +154,7 @@ void rows(const UpsampleParams<A>& p, int64_t begin, int64_t end, A* memory) {
   }
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.h, sample = task % p.h;
-    // The output rows whose lower sample this is: they are neighbours, and found from an estimate.
-    int64_t Y = sample * p.H / p.h - 2;
-    if (Y < 0) Y = 0;
-    while (Y < p.H && between<A>(Y, p.h, p.H).low < sample) ++Y;
+    int64_t Y = first_output<A>(sample, p.h, p.H);  // the output rows of this lower sample are neighbours
     bool ready = false;
     for (; Y < p.H; ++Y) {
       const Between<A> y = between<A>(Y, p.h, p.H);
@@ -167,10 +166,7 @@ void rows(const UpsampleParams<A>& p, int64_t begin, int64_t end, A* memory) {
         while (X < p.W && ws.cell[X] == cell) ++X;
         row_of_cell(p, b, y, cell, first, X, ws);
       }
-      const int64_t at = (b * p.H + Y) * p.W;
-      if (p.type == LabelType::int64) store<A, int64_t>(p, at, ws);
-      if (p.type == LabelType::int16) store<A, int16_t>(p, at, ws);
-      if (p.type == LabelType::uint8) store<A, uint8_t>(p, at, ws);
+      store(p, (b * p.H + Y) * p.W, ws);
     }
   }
 }

@@ -31,6 +31,7 @@ from .. import _backends, _check
 from .. import _library as lib
 from ..reference import upsample_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
+from . import _labels
 
 LABEL_TYPES = reference.LABEL_TYPES
 
@@ -74,35 +75,11 @@ def upsample_argmax(
     _check.tensor("logits", logits, 4, "[B, C, h, w]")
     if 0 in logits.shape[1:]:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
-    if len(size) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in size):
-        raise ValueError(f"size is {size!r}; expected two positive integers, (H, W)")
+    _labels.label_rule("logits", logits, logits.shape[1], size, bias, threshold, background, class_labels, label_type)
+    if _labels.looks_at_values(logits) and (bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any()))):
+        raise ValueError("logits or bias holds NaN; expected numbers")
     dtype = accumulation_dtype(logits)
-    if bias is not None:
-        _check.tensor("bias", bias, 1, "[C]")
-        _check.shape("bias", bias, (logits.shape[1],), "one number for each class")
-        _check.same("bias", bias, "logits", logits, dtype=False)
-        bias = bias.detach().to(dtype)
-    if label_type not in LABEL_TYPES:
-        raise TypeError(f"label_type is {label_type}; expected one of {list(LABEL_TYPES)}")
-    limits = torch.iinfo(label_type)
-    if threshold is not None and not limits.min <= background <= limits.max:
-        raise ValueError(f"background is {background}; expected {limits.min} to {limits.max}, what {label_type} holds")
-    if threshold is not None and not abs(threshold) < float("inf"):
-        raise ValueError(f"threshold is {threshold}; expected a finite number")
-    largest = logits.shape[1] - 1
-    if class_labels is not None:
-        _check.tensor("class_labels", class_labels, 1, "[C]", (torch.int64,))
-        _check.shape("class_labels", class_labels, (logits.shape[1],), "one label for each class")
-        _check.same("class_labels", class_labels, "logits", logits, dtype=False)
-    if not torch.compiler.is_compiling() and logits.device.type != "meta":
-        if bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any())):
-            raise ValueError("logits or bias holds NaN; expected numbers")
-        if class_labels is not None:
-            largest = int(class_labels.max())
-            if int(class_labels.min()) < limits.min:
-                raise ValueError(f"class_labels holds {int(class_labels.min())}; expected {limits.min} to {limits.max}")
-    if largest > limits.max:
-        raise ValueError(f"the largest label is {largest}; {label_type} holds {limits.max} at most")
+    bias = None if bias is None else bias.detach().to(dtype)
     logits = logits.detach().to(dtype)
     options = (size[0], size[1], None if threshold is None else float(threshold), background, LABEL_TYPES.index(label_type), return_value)
     with torch.autocast(logits.device.type, enabled=False):

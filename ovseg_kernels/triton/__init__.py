@@ -17,6 +17,9 @@ KERNELS = {
     "dense_contrastive_gather": ("dense_contrastive_loss", "gather"),
     "dense_contrastive_gather_backward": ("dense_contrastive_loss", "backward"),
     "upsample_argmax": ("upsample_argmax", "forward"),
+    "window_argmax": ("window_argmax", "forward"),
+    "upsample_mask_loss": ("upsample_mask_loss", "forward"),
+    "upsample_mask_loss_backward": ("upsample_mask_loss", "backward"),
     "center_assignment": ("center_assignment", "forward"),
     "center_assignment_backward": ("center_assignment", "backward"),
 }

@@ -148,7 +148,57 @@ UPSAMPLE_ARGMAX_REFUSED = [
     ({"label_type": torch.int32}, TypeError, "label_type is torch.int32; expected one of"),
 ]
 
+ORIGINS = torch.tensor([[0, 0], [0, 4]])
+NAN, INFINITE = torch.full((2, 3, 4, 4), float("nan")), torch.full((2, 3, 4, 4), float("inf"))
+WINDOW_ARGMAX = {"logits": torch.randn(2, 3, 4, 4), "origins": ORIGINS, "crop": (8, 8), "canvas": (8, 12), "size": (8, 8)}
+WINDOW_ARGMAX_REFUSED = [
+    ({"logits": torch.randn(3, 4, 4)}, ValueError, r"logits has shape \[3, 4, 4\]; expected 4 dimensions, \[n, C, h, w\]"),
+    ({"logits": torch.randn(0, 3, 4, 4)}, ValueError, r"logits has shape \[0, 3, 4, 4\]; expected at least one window"),
+    ({"logits": NAN}, ValueError, r"logits holds NaN or \+infinity; expected numbers"),
+    ({"logits": INFINITE}, ValueError, r"logits holds NaN or \+infinity; expected numbers"),
+    ({"logits": -INFINITE, "activation": "softmax"}, ValueError, "logits holds NaN or an infinity; expected finite numbers for softmax"),
+    ({"bias": torch.full((3,), float("nan"))}, ValueError, r"bias holds NaN or \+infinity; expected numbers"),
+    ({"origins": ORIGINS.float()}, TypeError, "origins has dtype float32; expected int64"),
+    ({"origins": ORIGINS[:1]}, ValueError, r"origins has shape \[1, 2\]; expected \[2, 2\], row and column of each window"),
+    ({"origins": ORIGINS + 1}, ValueError, r"origins holds \(1, 1\); with a crop of \(8, 8\) expected rows 0 to 0 and columns 0 to 4"),
+    ({"origins": ORIGINS - 1}, ValueError, r"origins holds \(-1, -1\); with a crop of \(8, 8\) expected rows 0 to 0"),
+    ({"origins": ORIGINS * 0}, ValueError, "origins leaves row 0, column 8 of the canvas without a window; expected every pixel covered"),
+    ({"crop": (8, 0)}, ValueError, r"crop is \(8, 0\); expected two positive integers, \(hc, wc\)"),
+    ({"canvas": 12}, ValueError, r"canvas is 12; expected two positive integers, \(Hc, Wc\)"),
+    ({"size": (0, 8)}, ValueError, r"size is \(0, 8\); expected two positive integers"),
+    ({"activation": "relu"}, ValueError, r"activation is 'relu'; expected one of \['sigmoid', 'softmax'\]"),
+    ({"stage": "first"}, ValueError, r"stage is 'first'; expected one of \['window', 'merged', 'output'\]"),
+    ({"tables": torch.randn(2, 4, 5)}, ValueError, r"tables has shape \[2, 4, 5\]; expected \[2, 3, 5\], a row of class scores"),
+    ({"tables": torch.randn(2, 3, 0)}, ValueError, r"tables has shape \[2, 3, 0\]; expected at least one class"),
+    ({"tables": NAN[..., 0]}, ValueError, r"tables holds NaN or \+infinity; expected numbers"),
+    ({"tables": torch.randn(2, 3, 4).double()}, TypeError, "tables has dtype float64 and logits has float32; expected one dtype"),
+    ({"bias": torch.randn(4)}, ValueError, r"bias has shape \[4\]; expected \[3\], one number for each class"),
+    ({"class_labels": torch.arange(4)}, ValueError, r"class_labels has shape \[4\]; expected \[3\], one label for each class"),
+    ({"threshold": float("nan")}, ValueError, "threshold is nan; expected a finite number"),
+    ({"label_type": torch.int32}, TypeError, "label_type is torch.int32; expected one of"),
+]
+
+LABELS = torch.zeros(2, 8, 8, dtype=torch.int64)
+UPSAMPLE_MASK_LOSS = {"logits": torch.randn(2, 3, 4, 4), "labels": LABELS}
+UPSAMPLE_MASK_LOSS_REFUSED = [
+    ({"logits": torch.randn(3, 4, 4)}, ValueError, r"logits has shape \[3, 4, 4\]; expected 4 dimensions, \[B, C, h, w\]"),
+    ({"logits": torch.randn(2, 0, 4, 4)}, ValueError, r"logits has shape \[2, 0, 4, 4\]; expected at least one class and one sample"),
+    ({"logits": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "logits has dtype int32; expected float32"),
+    ({"labels": LABELS.float()}, TypeError, "labels has dtype float32; expected int64"),
+    ({"labels": LABELS[0]}, ValueError, r"labels has shape \[8, 8\]; expected 3 dimensions, \[B, H, W\]"),
+    ({"labels": LABELS[:1]}, ValueError, r"labels has shape \[1, 8, 8\]; expected \[2, H, W\] with at least one pixel"),
+    ({"labels": LABELS[:, :0]}, ValueError, r"labels has shape \[2, 0, 8\]; expected \[2, H, W\] with at least one pixel"),
+    ({"labels": LABELS.to("meta")}, ValueError, "labels is on meta and logits is on cpu; expected one device"),
+    ({"alpha": 1.5}, ValueError, "alpha is 1.5; expected 0 to 1"),
+    ({"alpha": float("nan")}, ValueError, "alpha is nan; expected 0 to 1"),
+    ({"gamma": -1.0}, ValueError, "gamma is -1.0; expected a finite number of at least 0"),
+    ({"gamma": float("inf")}, ValueError, "gamma is inf; expected a finite number of at least 0"),
+    ({"ignore_index": 255.0}, TypeError, "ignore_index is a float; expected an integer or None"),
+]
+
 BAD_INPUT = {
+    "upsample_mask_loss": (UPSAMPLE_MASK_LOSS, UPSAMPLE_MASK_LOSS_REFUSED),
+    "window_argmax": (WINDOW_ARGMAX, WINDOW_ARGMAX_REFUSED),
     "upsample_argmax": (UPSAMPLE_ARGMAX, UPSAMPLE_ARGMAX_REFUSED),
     "patch_text_similarity": (PATCH_TEXT_SIMILARITY, PATCH_TEXT_SIMILARITY_REFUSED),
     "similarity_contrastive_loss": (SIMILARITY_CONTRASTIVE_LOSS, SIMILARITY_CONTRASTIVE_LOSS_REFUSED),

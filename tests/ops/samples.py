@@ -318,7 +318,69 @@ def upsampling(dtype=torch.float64, device="cpu", B=2, C=4, h=3, w=5) -> list[Sa
     return found
 
 
+def windows(dtype=torch.float64, device="cpu", C=4, G=3, h=3, w=4) -> list[Sample]:
+    torch.manual_seed(10)
+    origins = torch.tensor([[0, 0], [0, 5], [2, 0], [2, 5]])
+    logits, tables = torch.randn(4, C, h, w, dtype=dtype).to(device), torch.randn(4, G, C, dtype=dtype).to(device)
+    origins, bias, table = origins.to(device), torch.randn(C, dtype=dtype).to(device), torch.tensor([3, 0, 3, 1], device=device)
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    crop, canvas = (6, 7), (8, 12)
+    labels = {"threshold": 0.4, "background": 7, "class_labels": table, "label_type": torch.uint8}
+    cases = {
+        "plain": ((8, 12), {}),
+        "sigmoid-value": ((11, 9), {"activation": "sigmoid", "bias": bias, "return_value": True}),
+        "softmax-labels": ((5, 13), {"activation": "softmax", "stage": "output", **labels}),
+        "softmax-merged": ((9, 9), {"activation": "softmax", "stage": "merged"}),
+        "tables": ((9, 10), {"tables": tables}),
+    }
+    found = []
+    for name, (size, kwargs) in cases.items():
+        grouped = "tables" in kwargs
+        maps = logits[:, :G] if grouped else logits
+
+        def call(logits, size=size, kwargs=kwargs):
+            found = ok.window_argmax(logits, origins, crop, canvas, size, **kwargs)
+            return found[0] if isinstance(found, tuple) else found
+
+        index = ok.upsample_argmax(maps, crop, label_type=torch.int16) if grouped else None
+        given = (tables if grouped else logits).to(wide), index, origins, bias.to(wide) if "bias" in kwargs else None
+        activation = (None, "sigmoid", "softmax").index(kwargs.get("activation"))
+        stage = ("window", "merged", "output").index(kwargs.get("stage", "window"))
+        options = (*crop, *canvas, *size, activation, stage, kwargs.get("threshold"), 7, 2 if "label_type" in kwargs else 0,
+                   "return_value" in kwargs)  # fmt: skip
+        low = [("window_argmax", (*given, kwargs.get("class_labels"), *options))]
+        found.append(Sample("window_argmax", name, call, (maps,), low, discrete=True))
+    return found
+
+
+def mask_loss(dtype=torch.float64, device="cpu", B=2, C=3, h=2, w=3) -> list[Sample]:
+    torch.manual_seed(11)
+    logits = leaf(B, C, h, w, dtype=dtype, device=device)
+    labels = torch.randint(0, C + 2, (B, 5, 7))
+    labels = torch.where(labels < C, labels, torch.where(labels == C, 255, -1)).to(device)
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    codes = torch.where((labels >= 0) & (labels < C), labels, -1).to(torch.int32)
+    found = []
+    for name, kwargs in {"zegclip": {}, "ignored": {"alpha": 0.6, "gamma": 1.5, "ignore_index": 255}}.items():
+
+        def call(logits, kwargs=kwargs):
+            focal, dice, _ = ok.upsample_mask_loss(logits, labels, **kwargs)
+            return torch.stack([focal, dice])
+
+        coded = codes.masked_fill(labels == kwargs["ignore_index"], -2) if "ignore_index" in kwargs else codes
+        options = kwargs.get("alpha", 0.25), kwargs.get("gamma", 2.0)
+        plain = logits.detach().to(wide)
+        sums = torch.ops.ovseg.upsample_mask_loss(plain, coded, *options)[3]
+        grads = torch.randn(2, B, C, dtype=wide).to(device)
+        low = [("upsample_mask_loss", (plain.clone().requires_grad_(), coded, *options)),
+               ("upsample_mask_loss_backward", (*grads, plain, coded, sums, *options))]
+        found.append(Sample("upsample_mask_loss", name, call, (logits,), low))
+    return found
+
+
 MAKERS = {
+    "upsample_mask_loss": mask_loss,
+    "window_argmax": windows,
     "upsample_argmax": upsampling,
     "contrastive_loss": features_loss,
     "dense_contrastive_loss": dense_loss,
@@ -333,6 +395,14 @@ MAKERS = {
 # Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
 # no number with the other dimensions, which would be taken for one symbol. Whatever may change from step to step is a tensor.
 RESIZED = {
+    "upsample_mask_loss": lambda size: (
+        lambda logits, labels: torch.stack(ok.upsample_mask_loss(logits, labels)[:2]),
+        (torch.randn(size, 5, 4, 7), torch.randint(0, 7, (size, 11, 13))),
+    ),
+    "window_argmax": lambda size: (
+        lambda logits, origins: ok.window_argmax(logits, origins, (11, 8), (11, 13), (17, 10), activation="sigmoid"),
+        (torch.randn(size, 5, 4, 7), torch.arange(size)[:, None] * torch.tensor([0, 1])),
+    ),
     "upsample_argmax": lambda size: (lambda logits: ok.upsample_argmax(logits, (11, 13)), (torch.randn(size, 5, 4, 7),)),
     "dense_contrastive_loss": lambda size: (
         lambda pixels, texts, t, rng: ok.dense_contrastive_loss(pixels, texts, temperature=t, k_pos=2, k_neg=4, sampling="gumbel", rng=rng),

@@ -155,7 +155,8 @@ def test_second_derivative_raises(place, backend):
 
 
 # Their first compilation starts over once, when torch makes a tensor of a Python number in it. Later sizes add none.
-BEGINS_ANEW = ("center_assignment", "folded_center_assignment", "segclip_center_assignment", "contrastive_loss", "dense_contrastive_loss")
+BEGINS_ANEW = ("center_assignment", "folded_center_assignment", "segclip_center_assignment", "contrastive_loss", "dense_contrastive_loss",
+               "upsample_mask_loss")
 
 
 @everywhere

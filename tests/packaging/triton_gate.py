@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = [int(x) for x in sys.argv[1:]] or [80, 90]
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32",
-         torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+         torch.int64: "*i64", torch.int16: "*i16", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 seen: set[str] = set()
 label = ""
@@ -151,6 +151,23 @@ def upsampling(dtype, whole):
     op.forward(logits, *((bias, table, 512, 512, 0.5, 255, 2, True) if whole else (None, None, 512, 512, None, 255, 0, False)))
 
 
+def window_labels(dtype, activation, stage, tables):
+    from ovseg_kernels.triton import window_argmax as op
+
+    values, origins = torch.randn(*((2, 8, 171) if tables else (2, 171, 32, 32)), dtype=dtype), torch.zeros(2, 2, dtype=torch.int64)
+    index, bias = torch.zeros(2, 512, 512, dtype=torch.int16) if tables else None, torch.zeros(171, dtype=dtype)
+    some = (bias, torch.arange(171)) if stage == 1 else (None, None)
+    op.forward(values, index, origins, *some, 512, 512, 512, 683, 480, 640, activation, stage, 0.5 if stage else None, 255, 2, stage == 1)
+
+
+def mask_loss(dtype, gamma):
+    from ovseg_kernels.triton import upsample_mask_loss as op
+
+    logits, codes = torch.randn(2, 156, 32, 32, dtype=dtype), torch.zeros(2, 512, 512, dtype=torch.int32)
+    _, dice, _, sums = op.forward(logits, codes, 0.25, gamma)
+    op.backward(dice, dice, logits, codes, sums, 0.25, gamma)
+
+
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -188,6 +205,13 @@ def main() -> None:
         for whole in (False, True):
             label = f"{str(dtype).removeprefix('torch.')} upsampling{' with all options' if whole else ''}"
             upsampling(dtype, whole)
+    for dtype in (torch.float32, torch.float64):
+        for activation, stage, tables in ((0, 0, True), (1, 0, False), (2, 0, False), (2, 1, True), (2, 2, False)):
+            label = f"{str(dtype).removeprefix('torch.')} windows, activation {activation} at {stage}{' tables' if tables else ''}"
+            window_labels(dtype, activation, stage, tables)
+        for gamma in (2.0, 1.5):
+            label = f"{str(dtype).removeprefix('torch.')} mask loss, gamma {gamma}"
+            mask_loss(dtype, gamma)
     label = "philox"
     philox()
 

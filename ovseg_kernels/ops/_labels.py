@@ -1,0 +1,46 @@
+"""Argument checks that the operators with label maps share."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _check
+from ..reference.upsample_argmax import LABEL_TYPES
+
+
+def pair(name: str, value: object, meaning: str) -> None:
+    integers = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, (int, torch.SymInt)) for n in value)
+    if not integers or not all(n > 0 for n in value):
+        raise ValueError(f"{name} is {value!r}; expected two positive integers, {meaning}")
+
+
+def looks_at_values(x: torch.Tensor) -> bool:
+    """Whether checks may read numbers: not while a call is being compiled, nor where there are none."""
+    return not torch.compiler.is_compiling() and x.device.type != "meta"
+
+
+def label_rule(like_name, like, classes, size, bias, threshold, background, class_labels, label_type):
+    """Check what makes a label of a winning class."""
+    pair("size", size, "(H, W)")
+    if bias is not None:
+        _check.tensor("bias", bias, 1, "[C]")
+        _check.shape("bias", bias, (classes,), "one number for each class")
+        _check.same("bias", bias, like_name, like, dtype=False)
+    if label_type not in LABEL_TYPES:
+        raise TypeError(f"label_type is {label_type}; expected one of {list(LABEL_TYPES)}")
+    limits = torch.iinfo(label_type)
+    if threshold is not None and not limits.min <= background <= limits.max:
+        raise ValueError(f"background is {background}; expected {limits.min} to {limits.max}, what {label_type} holds")
+    if threshold is not None and not abs(threshold) < float("inf"):
+        raise ValueError(f"threshold is {threshold}; expected a finite number")
+    largest = classes - 1
+    if class_labels is not None:
+        _check.tensor("class_labels", class_labels, 1, "[C]", (torch.int64,))
+        _check.shape("class_labels", class_labels, (classes,), "one label for each class")
+        _check.same("class_labels", class_labels, like_name, like, dtype=False)
+        if looks_at_values(like):
+            largest = int(class_labels.max())
+            if int(class_labels.min()) < limits.min:
+                raise ValueError(f"class_labels holds {int(class_labels.min())}; expected {limits.min} to {limits.max}")
+    if largest > limits.max:
+        raise ValueError(f"the largest label is {largest}; {label_type} holds {limits.max} at most")

@@ -1,0 +1,155 @@
+"""window_argmax: labels of a picture seen through overlapping windows, without a map at full size.
+
+    p_kc(v, u) = upsampled logits of window k, class c, at a pixel of its crop                            (1)
+               or table_k[g, c] with g = argmax of the window's upsampled group maps at that pixel        (2)
+    m_c(v, u)  = sum over the windows k that cover (v, u) of p_kc(v - y_k, u - x_k), divided by their number (3)
+    z_c(Y, X)  = m_c resized from the canvas to the labels' size, bilinear, align_corners False, plus bias_c (4)
+    label      = class_label(argmax_c z_c); the smaller class of equals; ``background`` if max_c z_c < threshold (5)
+
+``activation`` (sigmoid, or softmax over the classes) acts on p ("window"), on m ("merged") or on z before the bias ("output").
+
+Every z_c is a mean of samples under monotone maps: over a tile of outputs it lies between what (3) makes of the least and of the
+largest of the samples that reach the tile. A class whose upper bound lies below the largest lower bound is nowhere the winner; only
+the others are computed. The result is that of the five steps on whole maps, except where the two best values tie within rounding.
+
+Shapes   logits [n, C, h, w], the windows of one picture; origins [n, 2] int64, row and column of each crop on the canvas; crop
+  (hc, wc), canvas (Hc, Wc), size (H, W). With tables [n, G, C]: logits [n, G, h, w] of G groups. labels [H, W].
+Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in float32 or float64. No gradient.
+Cost     about 10 C comparisons for each tile of 16 x 16 outputs and window, and 20 flops for each candidate and pixel; softmax adds two
+  passes over the classes that are not negligible. Extra memory: a few tiles for each thread; with tables n hc wc int16; on a GPU
+  softmax keeps two numbers for each pixel. Nothing of size C H W.
+Errors   ValueError for ranks, sizes, devices, windows that leave the canvas or do not cover it, NaN or +infinity (softmax: any infinity),
+  labels that the label type cannot hold; TypeError for dtypes. Values are looked at wherever the call is not being compiled.
+Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegCLIP, arXiv:2212.03588; (2): GroupViT, arXiv:2202.11094,
+  and SegCLIP, arXiv:2211.14813. The bounds are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _backends, _check
+from .. import _library as lib
+from ..reference import window_argmax as reference
+from ..reference.patch_text_similarity import accumulation_dtype
+from ..reference.upsample_argmax import LABEL_TYPES
+from . import _labels
+from .upsample_argmax import upsample_argmax
+
+ACTIVATIONS, STAGES = reference.ACTIVATIONS, reference.STAGES
+
+lib.define(
+    "window_argmax",
+    "window_argmax(Tensor values, Tensor? index, Tensor origins, Tensor? bias, Tensor? class_labels, int crop_height, int crop_width, "
+    "int canvas_height, int canvas_width, int height, int width, int activation, int stage, float? threshold, int background, "
+    "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
+)
+lib.fallback("window_argmax", reference.window_argmax)
+
+
+def window_argmax(
+    logits: torch.Tensor,
+    origins: torch.Tensor,
+    crop: tuple[int, int],
+    canvas: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    tables: torch.Tensor | None = None,
+    activation: str | None = None,
+    stage: str = "window",
+    bias: torch.Tensor | None = None,
+    threshold: float | None = None,
+    background: int = -1,
+    class_labels: torch.Tensor | None = None,
+    label_type: torch.dtype = torch.int64,
+    return_value: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of one picture from the logits of its windows, equation (5) of this file.
+
+    Args:
+        logits: [n, C, h, w], or [n, G, h, w] group maps with ``tables``.
+        origins: [n, 2] int64, the upper left corner (row, column) of each window on the canvas.
+        crop: (hc, wc), size of every window in pixels of the canvas.
+        canvas: (Hc, Wc), size of the picture as it was cut into windows. The windows cover it.
+        size: (H, W) of the labels.
+        tables: [n, G, C], what each class scores in each group of each window.
+        activation: None, "sigmoid" or "softmax".
+        stage: where it acts: "window", "merged" or "output".
+        bias, threshold, background, class_labels, label_type, return_value: as in ``upsample_argmax``; the bias comes last.
+
+    Returns:
+        labels [H, W], or (labels, value [H, W]).
+
+    Example:
+        >>> origins = torch.tensor([[0, 0], [0, 171]])
+        >>> window_argmax(torch.randn(2, 20, 32, 32), origins, (512, 512), (512, 683), (480, 640), activation="sigmoid").shape
+        torch.Size([480, 640])
+    """
+    _check.tensor("logits", logits, 4, "[n, C, h, w]")
+    if 0 in logits.shape:
+        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one window, one class and one sample")
+    _check.tensor("origins", origins, 2, "[n, 2]", (torch.int64,))
+    _check.shape("origins", origins, (logits.shape[0], 2), "row and column of each window")
+    _check.same("origins", origins, "logits", logits, dtype=False)
+    _labels.pair("crop", crop, "(hc, wc)")
+    _labels.pair("canvas", canvas, "(Hc, Wc)")
+    if activation is not None:
+        _check.one_of("activation", activation, ACTIVATIONS[1:])
+    _check.one_of("stage", stage, STAGES)
+    values = logits if tables is None else _tables(tables, logits)
+    classes = values.shape[1 if tables is None else 2]
+    _labels.label_rule("logits", logits, classes, size, bias, threshold, background, class_labels, label_type)
+    if _labels.looks_at_values(logits):
+        _covered(origins, crop, canvas)
+        _numbers("tables" if tables is not None else "logits", values, softmax=activation == "softmax")
+        if bias is not None:
+            _numbers("bias", bias, softmax=False)
+    dtype = accumulation_dtype(values)
+    bias = None if bias is None else bias.detach().to(dtype)
+    index = None if tables is None else upsample_argmax(logits, crop, label_type=torch.int16)
+    limit = None if threshold is None else float(threshold)
+    options = (*crop, *canvas, *size, ACTIVATIONS.index(activation), STAGES.index(stage), limit, background, LABEL_TYPES.index(label_type))
+    arguments = (values.detach().to(dtype), index, origins, bias, class_labels, *options, return_value)
+    with torch.autocast(values.device.type, enabled=False):
+        if _backends.use_definition("window_argmax", values.device):
+            labels, value = reference.window_argmax(*arguments)
+        else:
+            labels, value = torch.ops.ovseg.window_argmax(*arguments)
+    return (labels, value) if return_value else labels
+
+
+def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    _check.tensor("tables", tables, 3, "[n, G, C]")
+    _check.shape("tables", tables, (*logits.shape[:2], tables.shape[2]), "a row of class scores for each group of each window")
+    _check.same("tables", tables, "logits", logits, dtype=False)
+    if tables.shape[2] == 0:
+        raise ValueError(f"tables has shape {list(tables.shape)}; expected at least one class")
+    return tables
+
+
+def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int]) -> None:
+    covered = torch.zeros(canvas, dtype=torch.bool)
+    for y, x in origins.tolist():
+        if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
+            raise ValueError(f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected rows 0 to {canvas[0] - crop[0]} and "
+                             f"columns 0 to {canvas[1] - crop[1]}, inside the canvas {tuple(canvas)}")  # fmt: skip
+        covered[y : y + crop[0], x : x + crop[1]] = True
+    if not bool(covered.all()):
+        y, x = (~covered).nonzero()[0].tolist()
+        raise ValueError(f"origins leaves row {y}, column {x} of the canvas without a window; expected every pixel covered")
+
+
+def _numbers(name: str, x: torch.Tensor, *, softmax: bool) -> None:
+    if softmax and not bool(x.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or an infinity; expected finite numbers for softmax")
+    if not bool((x < torch.inf).all()):  # false for NaN
+        raise ValueError(f"{name} holds NaN or +infinity; expected numbers, or -infinity where a class is switched off")
+
+
+@lib.fake("window_argmax")
+def _(values, index, origins, bias, class_labels, crop_height, crop_width, canvas_height, canvas_width, height, width, activation, stage,
+      threshold, background, label_type, want_value):  # fmt: skip
+    return values.new_empty((height, width), dtype=LABEL_TYPES[label_type]), values.new_empty((height if want_value else 0, width))
+
+
+lib.no_second_derivative("window_argmax")

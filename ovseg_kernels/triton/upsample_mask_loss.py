@@ -1,0 +1,156 @@
+"""upsample_mask_loss in Triton. Forward: programs share a map, sum over their pixels, and torch adds their parts. Backward: the
+gradients of the outputs are gathered for each row of samples, [C, h, W] of a few images, and from there for each column.
+
+Equation numbers: ``ovseg_kernels/ops/upsample_mask_loss.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.upsample_argmax import between
+from ._launch import ACC, chunk_size, on_device, tiles
+from .upsample_argmax import _between
+
+PIXELS, COLUMNS, WARPS, SPLITS = 512, 128, 4, 32
+IGNORED = tl.constexpr(-2)
+LIMIT = 64 * 2**20  # bytes between the two kernels of the backward
+
+
+@triton.jit
+def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr, ACC: tl.constexpr):
+    """Of each pixel: y = 1, q, v^gamma, v, softplus(-t), q (1 - q), and where it lies between rows of samples."""
+    y0, y1, g = _between(Y, h, H, ACC)
+    x0, x1, f = _between(X, w, W, ACC)
+    left = (1.0 - g) * tl.load(map_ + y0 * w + x0, mask=inside, other=0.0) + g * tl.load(map_ + y1 * w + x0, mask=inside, other=0.0)
+    right = (1.0 - g) * tl.load(map_ + y0 * w + x1, mask=inside, other=0.0) + g * tl.load(map_ + y1 * w + x1, mask=inside, other=0.0)
+    x = (1.0 - f) * left + f * right
+    positive = code == c
+    e = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    t = tl.where(positive, x, -x)
+    v = tl.where(t < 0.0, large, small)
+    # log(1 + e): the logarithm of what was rounded, corrected by what rounding lost.
+    one = 1.0 + e
+    softplus = tl.maximum(-t, 0.0) + tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
+    softplus = tl.where(t != t, t, softplus)  # a maximum may lose NaN
+    power = v * v if SQUARE else tl.where(v > 0.0, tl.exp(gamma * tl.log(tl.where(v > 0.0, v, 1.0))), tl.where(gamma > 0.0, 0.0, 1.0))
+    return positive, tl.where(x < 0.0, small, large), power, v, softplus, large * small, y0, y1, g
+
+
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "maps"])
+def upsample_mask_loss_fwd_kernel(
+    logits, codes, parts, exponents, C, h, w, H, W, maps, SQUARE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    plane, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
+    alpha, gamma = tl.load(exponents), tl.load(exponents + 1)
+    c, pixels = plane % C, H * W
+    focal, q_sum, qy_sum, y_sum, count = (tl.zeros((BP,), ACC) for _ in range(5))
+    begin, end = pixels * split // SPLITS, pixels * (split + 1) // SPLITS
+    for first in range(begin, end, BP):
+        at = first + tl.arange(0, BP)
+        code = tl.load(codes + plane // C * pixels + at, mask=at < end, other=IGNORED)
+        counts = code != IGNORED
+        positive, q, power, _, softplus, _, _, _, _ = _pixel(logits + plane * h * w, code, c, at // W, at % W, at < end, h, w, H, W, gamma,
+                                                             SQUARE, ACC)  # fmt: skip
+        focal += tl.where(counts, tl.where(positive, alpha, 1.0 - alpha) * power * softplus, 0.0)
+        q_sum += tl.where(counts, q, 0.0)
+        qy_sum += tl.where(positive, q, 0.0)
+        y_sum += tl.where(positive, 1.0, 0.0)
+        count += tl.where(counts, 1.0, 0.0)
+    out = parts + split * 5 * maps + plane
+    tl.store(out, tl.sum(focal))
+    tl.store(out + maps, tl.sum(q_sum))
+    tl.store(out + 2 * maps, tl.sum(qy_sum))
+    tl.store(out + 3 * maps, tl.sum(y_sum))
+    tl.store(out + 4 * maps, tl.sum(count))
+
+
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
+def upsample_mask_loss_rows_kernel(
+    logits, codes, weights, starts, rows, exponents, C, h, w, H, W, SQUARE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """(5) gathered for the rows of samples: rows [maps, h, W]."""
+    plane, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    X = tl.program_id(2).to(tl.int64) * BW + tl.arange(0, BW)
+    h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
+    alpha, gamma = tl.load(exponents), tl.load(exponents + 1)
+    c, inside = plane % C, X < W
+    to_focal, to_dice, to_dice_y = tl.load(weights + 3 * plane), tl.load(weights + 3 * plane + 1), tl.load(weights + 3 * plane + 2)
+    total = tl.zeros((BW,), ACC)
+    for Y in range(tl.load(starts + tl.maximum(sample - 1, 0)), tl.load(starts + sample + 1)):
+        code = tl.load(codes + (plane // C * H + Y) * W + X, mask=inside, other=IGNORED)
+        row = Y + tl.zeros((BW,), tl.int64)
+        positive, _, power, v, softplus, slope, y0, y1, g = _pixel(logits + plane * h * w, code, c, row, X, inside, h, w, H, W, gamma,
+                                                                   SQUARE, ACC)  # fmt: skip
+        bend = power * (gamma * (1.0 - v) * softplus + v)
+        grad = to_focal * tl.where(positive, -alpha, 1.0 - alpha) * bend + (to_dice - tl.where(positive, to_dice_y, 0.0)) * slope
+        share = tl.where(y0 == sample, 1.0 - g, 0.0) + tl.where(y1 == sample, g, 0.0)
+        total += tl.where(code == IGNORED, 0.0, share * grad)
+    tl.store(rows + (plane * h + sample) * W + X, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["lines", "w", "W", "taps"])
+def upsample_mask_loss_columns_kernel(rows, starts, grad, lines, w, W, taps, ACC: tl.constexpr, BW: tl.constexpr):
+    """Rows of outputs, gathered for the columns of samples."""
+    line = tl.program_id(0).to(tl.int64)
+    x = tl.program_id(1).to(tl.int64) * BW + tl.arange(0, BW)
+    w, W = w.to(tl.int64), W.to(tl.int64)
+    inside = x < w
+    first = tl.load(starts + tl.maximum(x - 1, 0), mask=inside, other=0)
+    last = tl.load(starts + x + 1, mask=inside, other=0)
+    total = tl.zeros((BW,), ACC)
+    for tap in range(0, taps):
+        X = first + tap
+        x0, x1, f = _between(X, w, W, ACC)
+        share = tl.where(x0 == x, 1.0 - f, 0.0) + tl.where(x1 == x, f, 0.0)
+        total += tl.where(last > X, share * tl.load(rows + line * W + X, mask=inside & (last > X), other=0.0), 0.0)
+    tl.store(grad + line * w + x, total, mask=inside)
+
+
+def forward(logits, codes, alpha, gamma):
+    """(focal, dice, present, sums) as ``ovseg::upsample_mask_loss`` returns them."""
+    logits, codes, (B, C, h, w), (H, W) = logits.contiguous(), codes.contiguous(), logits.shape, codes.shape[1:]
+    parts = logits.new_zeros(SPLITS, 5, B, C)
+    if B:
+        with on_device(logits):
+            upsample_mask_loss_fwd_kernel[(B * C, SPLITS)](
+                logits, codes, parts, logits.new_tensor([alpha, gamma]), C, h, w, H, W, B * C, SQUARE=gamma == 2, ACC=ACC[logits.dtype],
+                BP=PIXELS, SPLITS=SPLITS, num_warps=WARPS,
+            )  # fmt: skip
+    focal, *sums, pixels = parts.sum(0)
+    q, qy, y = sums
+    return focal / pixels.clamp_min(1), 1 - (2 * qy + 1) / (q + y + 1), y > 0, torch.stack(sums)
+
+
+def _starts(samples, outputs, like):
+    """[samples + 1]: the first output whose lower sample is at least this."""
+    low = between(samples, outputs, like.dtype, like.device)[0]
+    return torch.searchsorted(low, torch.arange(samples + 1, device=like.device))
+
+
+def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
+    """The gradient of the logits, (5)."""
+    logits, codes, (B, C, h, w), (H, W) = logits.contiguous(), codes.contiguous(), logits.shape, codes.shape[1:]
+    q, qy, y = sums
+    pixels, below = (codes != -2).sum((1, 2))[:, None].clamp_min(1), q + y + 1
+    weights = torch.stack([grad_focal / pixels, grad_dice * (2 * qy + 1) / below**2, 2 * grad_dice / below], -1).contiguous()
+    grad, exponents = torch.empty_like(logits), logits.new_tensor([alpha, gamma])
+    down, across = _starts(h, H, logits), _starts(w, W, logits)
+    taps = 5 * W // (2 * w) + 4  # at least the outputs of two neighbouring cells; the first is half as wide again
+    size = chunk_size(B, C * h * W * logits.element_size(), LIMIT)
+    same = {"ACC": ACC[logits.dtype], "BW": COLUMNS, "num_warps": WARPS}
+    with on_device(logits):
+        for first in range(0, B, size):
+            some = slice(first, first + size)
+            maps = logits[some].shape[0] * C
+            rows = logits.new_empty(maps, h, W)
+            upsample_mask_loss_rows_kernel[(maps, h, tiles(W, COLUMNS))](
+                logits[some], codes[some], weights[some], down, rows, exponents, C, h, w, H, W, SQUARE=gamma == 2, **same,
+            )  # fmt: skip
+            upsample_mask_loss_columns_kernel[(maps * h, tiles(w, COLUMNS))](rows, across, grad[some], maps * h, w, W, taps, **same)
+    return grad
