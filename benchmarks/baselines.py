@@ -263,7 +263,7 @@ def dense(case: Case) -> Functions:
 
 
 def upsampling(case: Case) -> Functions:
-    size = (case.shape["H"], case.shape["H"])
+    size, label_type = (case.shape["H"], case.shape["H"]), getattr(torch, case.options.get("label_type", "int64"))
 
     def eager(logits):
         return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
@@ -282,7 +282,7 @@ def upsampling(case: Case) -> Functions:
         return winner
 
     return {
-        FUSED: lambda logits: ok.upsample_argmax(logits, size),
+        FUSED: lambda logits: ok.upsample_argmax(logits, size, label_type=label_type),
         "eager": eager,
         "eager, 10 classes at a time": in_chunks,
         "torch.compile": torch.compile(eager),
@@ -316,9 +316,7 @@ def window_labels(case: Case) -> Functions:
     }
 
 
-def mask_loss(case: Case) -> Functions:
-    C = case.shape["C"]
-
+def mask_loss(_: Case) -> Functions:
     def ours(logits, labels):
         focal, dice, present = ok.upsample_mask_loss(logits, labels)
         return (100 * focal.sum() + (dice * present).sum()) / present.sum().clamp(min=1)
@@ -339,12 +337,12 @@ def mask_loss(case: Case) -> Functions:
         return (100 * focal + dice) / masks.clamp(min=1)
 
     def eager(logits, labels):
-        return loss(*parts(logits, labels, torch.arange(C, device=logits.device)))
+        return loss(*parts(logits, labels, torch.arange(logits.shape[1], device=logits.device)))
 
     def in_chunks(logits, labels, step=8):
-        found = [checkpoint(parts, some, labels, torch.arange(first, min(first + step, C), device=logits.device), use_reentrant=False)
-                 for first, some in zip(range(0, C, step), logits.split(step, 1), strict=True)]
-        return loss(*sum(found))
+        classes = torch.arange(logits.shape[1], device=logits.device)
+        return loss(*sum(checkpoint(parts, some, labels, which, use_reentrant=False)
+                         for some, which in zip(logits.split(step, 1), classes.split(step), strict=True)))
 
     return {
         FUSED: ours,

@@ -49,6 +49,7 @@ CASES = (
     Case("dense_contrastive_loss", "small", {"B": 32, "N": 196, "D": 512}, {"temperature": 0.07, "k_pos": 8, "k_neg": 32}),
     Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
     Case("upsample_argmax", "noise", {"C": 150, "h": 32, "H": 1024}),
+    Case("upsample_argmax", "uint8", {"C": 150, "h": 32, "H": 1024}, {"label_type": "uint8"}, only=(FUSED, "eager")),
     Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}),
     Case("window_argmax", "noise", _ZEGCLIP, {"activation": "sigmoid"}),
     Case("window_argmax", "sclip", {"C": 171, "h": 14, "side": 224}, {"activation": "softmax", "stage": "output", "threshold": 0.1}),

@@ -102,7 +102,7 @@ def memory(request: dict[str, Any]) -> float:
     case = CASES[request["case"]]
     function = registry.implementations(case)[request["implementation"]]
     small = Case(case.op, "warm-up", {key: min(value, 8) for key, value in case.shape.items()}, case.options)
-    step(function, registry.inputs(small))  # libraries, thread pools, compiler
+    step(registry.implementations(small)[request["implementation"]], registry.inputs(small))  # libraries, thread pools, compiler
     if "compile" in request["implementation"]:
         step(function, registry.inputs(case))  # compiled for this shape before it is watched
     tensors = registry.inputs(case)

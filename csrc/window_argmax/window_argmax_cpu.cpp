@@ -297,15 +297,18 @@ struct Tile {
   // Softmax: the largest value and the sum over classes of exp(value - largest), of each pixel of the stage. A class
   // that lies `kQuiet` below another everywhere in the tile adds less than rounding and is left out.
   void normalize() {
-    constexpr A kQuiet = sizeof(A) == 4 ? A(30) : A(60);
+    constexpr A kQuiet = sizeof(A) == 4 ? A(30) : A(60), kSafe = sizeof(A) == 4 ? A(60) : A(500);
     const int64_t maps = p.stage == Stage::window ? covering : 1;
     for (int64_t map = 0; map < maps; ++map) {
       auto range = [&](int64_t c, A& least, A& most) {
         auto same = [](A x, const Window<A>&) { return x; };
         p.stage == Stage::window ? samples(c, map, least, most) : bounds(c, least, most, same, same);
       };
-      A floor = -kInfinity<A>, least, most;
-      for (int64_t c = 0; c < p.C; ++c) range(c, least, most), floor = larger(floor, least);
+      A floor = -kInfinity<A>, peak = -kInfinity<A>, least, most;
+      for (int64_t c = 0; c < p.C; ++c) {
+        range(c, least, most);
+        floor = larger(floor, least), peak = larger(peak, most);
+      }
       int64_t count = 0;
       for (int64_t c = 0; c < p.C; ++c) {
         range(c, least, most);
@@ -313,8 +316,11 @@ struct Tile {
       }
       A *top = ws.top + map * kArea, *sum = ws.sum + map * kArea;
       const int64_t pixels = p.stage == Stage::output ? outputs : area;
-      for (int64_t i = 0; i < pixels; ++i) top[i] = -kInfinity<A>, sum[i] = A(0);
-      for (int pass = 0; pass < 2; ++pass) {
+      // Every pixel has a class at the floor or above: where the peak is near, exp(value - peak) keeps it in range, and
+      // the pass that looks for the largest value of each pixel is spared.
+      const bool near = peak - floor < kSafe;
+      for (int64_t i = 0; i < pixels; ++i) top[i] = near ? peak : -kInfinity<A>, sum[i] = A(0);
+      for (int pass = near ? 1 : 0; pass < 2; ++pass) {
         for (int64_t at = 0; at < count; ++at) {
           const A* x = before(ws.loud[at], map);
           auto add = [&](int64_t i) {

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+
+import ovseg_kernels as ok
 
 from ..data.scenes import Scenes
 from ..inference.pictures import colour, contact_sheet, palette
@@ -43,8 +44,8 @@ def evaluate_scenes(model: OVSegModel, scenes: Scenes, *, batch_size: int = 50, 
         chunk = scenes[start : start + batch_size]
         images = torch.from_numpy(np.stack([scene.image for scene in chunk])).permute(0, 3, 1, 2).float() / 255
         features = model.encode_image(model.backbone.normalize(images.to(device)))
-        logits = F.interpolate(model.segment_logits(features, texts).float(), chunk[0].mask.shape, mode="bilinear")
-        labels = logits.argmax(1).to(torch.int16).cpu().numpy()
+        logits = model.segment_logits(features, texts)
+        labels = ok.upsample_argmax(logits, chunk[0].mask.shape, label_type=torch.int16).cpu().numpy()
         best = model.similarity(features, texts[: len(vocabulary.things)]).argmax(1).tolist()
         for scene, label, thing in zip(chunk, labels, best, strict=True):
             matrix.update(label, scene.mask)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
+
+import ovseg_kernels as ok
 
 from ..data.images import MAX_PIXELS, read_image, to_tensor
 from ..errors import InputError
@@ -128,10 +129,8 @@ class Predictor:
             raise InputError("no labels are set; call set_labels first, or give labels to predict")
         logits = self.model.segment_logits(self._features, self._texts[tuple(self._labels)])
         size = (self._image.height, self._image.width)
-        scores, index = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)[0].max(0)
-        if self.background is not None:
-            index = index.masked_fill(scores < self.background, -1)
-        return Segmentation(self._image, list(self._labels), index.to(torch.int16).cpu().numpy(), scores.cpu().numpy())
+        index, scores = ok.upsample_argmax(logits, size, threshold=self.background, label_type=torch.int16, return_value=True)
+        return Segmentation(self._image, list(self._labels), index[0].cpu().numpy(), scores[0].cpu().numpy())
 
     def classify(self, labels: Sequence[str] | str | None = None) -> dict[str, float]:
         """Image-level similarity of each label with the current picture, best first: zero-shot classification."""

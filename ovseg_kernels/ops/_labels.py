@@ -9,8 +9,8 @@ from ..reference.upsample_argmax import LABEL_TYPES
 
 
 def pair(name: str, value: object, meaning: str) -> None:
-    integers = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, (int, torch.SymInt)) for n in value)
-    if not integers or not all(n > 0 for n in value):
+    parts = value if isinstance(value, (tuple, list)) else ()
+    if len(parts) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in parts):
         raise ValueError(f"{name} is {value!r}; expected two positive integers, {meaning}")
 
 

@@ -25,6 +25,8 @@ Source   The pruning rule and its proof are ours.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from .. import _backends, _check
@@ -41,6 +43,20 @@ lib.define(
     "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
 )
 lib.fallback("upsample_argmax", reference.upsample_argmax)
+
+
+@overload
+def upsample_argmax(
+    logits: torch.Tensor, size: tuple[int, int], *, bias: torch.Tensor | None = ..., threshold: float | None = ..., background: int = ...,
+    class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ..., return_value: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def upsample_argmax(
+    logits: torch.Tensor, size: tuple[int, int], *, bias: torch.Tensor | None = ..., threshold: float | None = ..., background: int = ...,
+    class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ..., return_value: Literal[False] = ...,
+) -> torch.Tensor: ...  # fmt: skip
 
 
 def upsample_argmax(

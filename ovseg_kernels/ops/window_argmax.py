@@ -26,6 +26,8 @@ Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegC
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from .. import _backends, _check
@@ -45,6 +47,24 @@ lib.define(
     "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
 )
 lib.fallback("window_argmax", reference.window_argmax)
+
+
+@overload
+def window_argmax(
+    logits: torch.Tensor, origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
+    tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
+    threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
+    return_value: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+@overload
+def window_argmax(
+    logits: torch.Tensor, origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
+    tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
+    threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
+    return_value: Literal[False] = ...,
+) -> torch.Tensor: ...  # fmt: skip
 
 
 def window_argmax(

@@ -20,6 +20,9 @@ def _between(at, samples, outputs, ACC: tl.constexpr):
     """(1): lower and upper sample, weight of the upper."""
     scale = samples.to(ACC) / outputs.to(ACC)
     source = tl.maximum((at.to(ACC) + 0.5) * scale - 0.5, 0.0)
+    twice = (2 * at.to(tl.int64) + 1) * samples - outputs  # source, times 2 outputs
+    # Rounding must not give a sample a weight that has none: it may be infinite.
+    source = tl.where((twice >= 0) & (twice % (2 * outputs) == 0), (twice // (2 * outputs)).to(ACC), source)
     low = tl.minimum(source.to(tl.int64), samples - 1)
     return low, tl.minimum(low + 1, samples - 1), source - low.to(ACC)
 

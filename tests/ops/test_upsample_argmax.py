@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
+from ovseg_kernels.reference.upsample_argmax import upsample
 
 on = pytest.mark.parametrize("backend", parameters())
 
@@ -50,13 +51,24 @@ def test_sizes(shape, size, backend):
         torch.testing.assert_close(value, eager(logits, size, bias).amax(1))
 
 
-@settings(max_examples=300, deadline=None)
-@given(*(st.integers(1, n) for n in (12, 12, 40, 40, 60)), st.integers(0, 2**31), st.booleans())
-def test_any_size_and_ties(h, w, H, W, C, seed, coarse):
-    """Thousands of pixels each; with few distinct logits, most corners tie."""
+@settings(max_examples=3000, deadline=None)
+@given(*(st.integers(1, n) for n in (12, 12, 40, 40)), st.one_of(st.integers(1, 60), st.integers(1, 1000)),
+       st.sampled_from(["noise", "ties", "off", "forced"]), st.integers(0, 2**31))
+def test_any_size_classes_ties_and_infinities(h, w, H, W, C, kind, seed):
+    """Up and down and odd; with few distinct logits most corners tie; samples at -infinity, or at +infinity in one class."""
     g = torch.Generator().manual_seed(seed)
-    logits = torch.randint(0, 3, (1, C, h, w), generator=g).float() if coarse else torch.randn(1, C, h, w, generator=g) * 3
-    assert_same_outside_ties(ok.upsample_argmax(logits, (H, W)), logits, (H, W))
+    logits = torch.randint(0, 3, (1, C, h, w), generator=g).float() if kind == "ties" else torch.randn(1, C, h, w, generator=g) * 3
+    hit = torch.rand(1, C, h, w, generator=g) < 0.3
+    if kind in ("off", "forced"):
+        logits = torch.where(hit & (torch.tensor(kind == "off") | (torch.arange(C) == C // 2)[:, None, None]),
+                             -torch.inf if kind == "off" else torch.inf, logits)  # fmt: skip
+    labels = ok.upsample_argmax(logits, (H, W))
+    if kind in ("noise", "ties"):
+        assert_same_outside_ties(labels, logits, (H, W))
+        return
+    maps = upsample(logits, (H, W))  # torch's own interpolation makes NaN of a weight of zero
+    best, chosen = maps.amax(1), maps.gather(1, labels[:, None])[:, 0]
+    assert bool(((best == chosen) | (best - chosen <= 8 * torch.finfo(torch.float32).eps * 15)).all())
 
 
 @pytest.mark.parametrize("classes", [1, 1000])
