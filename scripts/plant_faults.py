@@ -27,6 +27,7 @@ TILE = "csrc/common/tile.cuh"
 ASSIGNMENT = "csrc/center_assignment/center_assignment_cuda.cu"
 CONTRASTIVE = "csrc/contrastive_loss/contrastive_loss_{}"
 WINDOWS = "csrc/window_argmax/window_argmax_{}"
+MASK_LOSS = "csrc/upsample_mask_loss/upsample_mask_loss_{}"
 DENSE = "csrc/dense_contrastive_loss/dense_contrastive_loss_{}"
 LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
@@ -88,14 +89,20 @@ FAULTS = (
           "emulated and (upsample or window)"),
     Fault("upsampling, CPU: wrong lower row", "csrc/upsample_argmax/upsample_argmax_cpu.cpp", "weighted(y.to_high, bottom[at + cell])",
           "weighted(y.to_high, top[at + cell])", "cpu and upsample"),
-    Fault("windows, CPU: upper bound without the second window", WINDOWS.format("cpu.cpp"), "larger(most, y);\n    }\n    if (whole)",
-          "most;\n    }\n    if (whole)", "cpu and window or any_windows"),
+    Fault("windows, CPU: upper bound without the other windows", WINDOWS.format("cpu.cpp"), "most + y : larger(most, y);",
+          "most + y : y;", "any_windows"),
     Fault("windows, CPU: softmax bounded by the wrong sum", WINDOWS.format("cpu.cpp"), "return bent(x, window.least_norm);",
           "return bent(x, window.most_norm);", "any_windows or structured_maps"),
     Fault("windows: groups of the first window only", WINDOWS.format("cuda.cu"), "p.values[(k * p.G + (g", "p.values[(0 * p.G + (g",
           "emulated and window"),
     Fault("windows, Triton: a window too wide", "ovseg_kernels/triton/window_argmax.py", "(x >= 0) & (x < wc)", "(x >= 0) & (x <= wc)",
           "interpreted and window"),
+    Fault("mask loss, CPU: the last row of cells is lost", MASK_LOSS.format("cpu.cpp"), "  spread(p, plane, last, ws);\n}", "}",
+          "cpu and mask_loss"),
+    Fault("mask loss: pixels of the upper neighbour only", MASK_LOSS.format("cuda.cu"), "first_output<A>(sample + 1, p.h, p.H)",
+          "first_output<A>(sample, p.h, p.H)", "emulated and mask_loss"),
+    Fault("mask loss, Triton: too few taps", "ovseg_kernels/triton/upsample_mask_loss.py", "5 * W // (2 * w) + 4", "2 * (W // w)",
+          "interpreted and mask_loss and golden"),
     Fault("dense, Triton: noise of another pixel", "ovseg_kernels/triton/dense_contrastive_loss.py", "* pixels_in_all + x",
           "* pixels_in_all + x + 1", "interpreted and contrastive"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -22,11 +23,13 @@ def cmake(build: Path, *options: str) -> str:
     if generator and not shutil.which("ninja"):
         common.append(f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).with_name('ninja')}")
     build.mkdir(parents=True, exist_ok=True)
-    for command in (
-        [program, "-S", str(ROOT), "-B", str(build), *generator, *common, *options],
-        [program, "--build", str(build), "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command[:4])} failed:\n{(done.stdout + done.stderr)[-6000:]}")
+    with open(build.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes run the tests, and each wants this build
+        for command in (
+            [program, "-S", str(ROOT), "-B", str(build), *generator, *common, *options],
+            [program, "--build", str(build), "--parallel", "2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command[:4])} failed:\n{(done.stdout + done.stderr)[-6000:]}")
     return done.stdout + done.stderr

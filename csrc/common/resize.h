@@ -43,7 +43,8 @@ OVSEG_ANYWHERE Between<A> between(int64_t at, int64_t samples, int64_t outputs) 
   source = source < A(0) ? A(0) : source;
   int64_t low = static_cast<int64_t>(source);
   A part = source - static_cast<A>(low);
-  if (part < A(1e-3) || part > A(0.999)) {  // rounding must not give a sample a weight that has none: it may be infinite
+  if (part < A(1e-3) ||
+      part > A(0.999)) {  // rounding must not give a sample a weight that has none: it may be infinite
     const int64_t twice = (2 * at + 1) * samples - outputs;  // source, times 2 outputs
     if (twice >= 0 && twice % (2 * outputs) == 0) low = twice / (2 * outputs), part = A(0);
   }

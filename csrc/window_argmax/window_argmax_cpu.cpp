@@ -103,7 +103,7 @@ struct Workspace {
   X* take(A* base, int64_t elements) {
     X* at = base ? reinterpret_cast<X*>(base + size) : nullptr;
     const int64_t unit = static_cast<int64_t>(sizeof(A)), bytes = elements * static_cast<int64_t>(sizeof(X));
-    size += (bytes + unit - 1) / unit + kPad;
+    size += ((bytes + unit - 1) / unit + kPad - 1) / kPad * kPad;  // whole cache lines, whatever X is
     return at;
   }
   Workspace(const WindowParams<A>& p, A* base) {

@@ -23,6 +23,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json (default: %(default)s)")
     sub.add_argument("--background", type=float, help="smallest cosine of a winning label; pixels below get none")
     sub.add_argument("--short-side", type=int, help="resize pictures to this short side before encoding")
+    sub.add_argument("--crop", type=int, help="see the resized picture through square windows of this side")
+    sub.add_argument("--stride", type=int, help="pixels from one window to the next (default: half of --crop)")
     sub.add_argument("--templates", help="set of prompt templates: label, simple, scenes, pacl7, clip80")
     sub.add_argument("--device", default="cpu")
 
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("no pictures: give files or folders, or --demo")
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-    predictor = Predictor(model, labels, templates=options.templates, background=options.background, short_side=options.short_side)
+    predictor = Predictor(model, labels, templates=options.templates, background=options.background, short_side=options.short_side,
+                          crop=options.crop, stride=options.stride)
     _warn_unknown(model, labels)
     out, bad, used = Path(options.out), 0, set()
     for name, source in bar(inputs, show=len(inputs) > 2, unit="picture"):

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..models import ImageFeatures, OVSegModel, create_model, list_pretrained
 from ..models.base import check_labels
 from .pictures import overlay
+from .windows import encode_windows, window_origins
 
 
 @dataclass
@@ -76,22 +77,39 @@ class Predictor:
         templates: prompt templates; the model's own if None.
         background: smallest cosine of a winning label; pixels below get -1. None: every pixel gets a label.
         short_side: pictures are resized to this short side, keeping their shape; the backbone's training size if None.
+        crop: side of square sliding windows in the resized picture; None sees the picture whole. Windows are merged by the mean
+            of their patch cosines, upsampled.
+        stride: pixels from one window to the next; half of ``crop`` if None.
+        window_batch: windows in one encoder call.
         max_pixels: larger pictures are refused.
     """
 
     def __init__(self, model: OVSegModel, labels: Sequence[str] | str | None = None, *,
                  templates: str | Sequence[str] | None = None, background: float | None = None,
-                 short_side: int | None = None, max_pixels: int = MAX_PIXELS):
+                 short_side: int | None = None, crop: int | None = None, stride: int | None = None, window_batch: int = 8,
+                 max_pixels: int = MAX_PIXELS):
         if background is not None and not -1 <= background <= 1:
             raise InputError(f"background is {background}; expected a cosine in -1 .. 1, or None")
         if short_side is not None and short_side < model.backbone.patch_size:
             raise InputError(f"short_side is {short_side}; expected at least a patch, {model.backbone.patch_size} pixels")
         self.model, self.templates, self.background, self.max_pixels = model, templates, background, max_pixels
         self.short_side = short_side or model.backbone.image_size
+        if stride is not None and crop is None:
+            raise InputError(f"stride is {stride} and crop is missing; expected both, or neither")
+        patch = model.backbone.patch_size
+        if crop is not None and not (patch <= crop <= self.short_side and crop % patch == 0):
+            raise InputError(f"crop is {crop}; expected a multiple of the patch, {patch} pixels, up to the short side, {self.short_side}")
+        if crop is not None and stride is not None and not 0 < stride <= crop:
+            raise InputError(f"stride is {stride}; expected 1 to the crop, {crop} pixels")
+        if window_batch < 1:
+            raise InputError(f"window_batch is {window_batch}; expected at least 1")
+        self.crop, self.stride, self.window_batch = crop, (max(1, crop // 2) if crop and stride is None else stride), window_batch
         self._texts: dict[tuple[str, ...], torch.Tensor] = {}
         self._labels: list[str] = []
         self._image: Image.Image | None = None
         self._features: ImageFeatures | None = None
+        self._origins: torch.Tensor | None = None  # of the windows; None where there are none
+        self._canvas = (0, 0)
         if labels is not None:
             self.set_labels(labels)
 
@@ -108,13 +126,21 @@ class Predictor:
         """Read and encode a picture: path, bytes, PIL image, array or tensor."""
         picture = read_image(image, max_pixels=self.max_pixels)
         patch, factor = self.model.backbone.patch_size, self.short_side / min(picture.size)
-        size = [max(patch, round(side * factor / patch) * patch) for side in picture.size]
+        unit = 1 if self.crop else patch  # windows are whole patches, a picture seen whole must be
+        size = [max(self.crop or patch, round(side * factor / unit) * unit) for side in picture.size]
         if size[0] * size[1] > self.max_pixels:
             raise InputError(f"image is {picture.width}x{picture.height}; resized to short side {self.short_side} it would "
                              f"have {size[0] * size[1]} pixels and the limit is {self.max_pixels}")
         small = to_tensor(picture if picture.size == tuple(size) else picture.resize(size, Image.Resampling.BICUBIC))
         device = next(self.model.parameters()).device
-        self._features = self.model.encode_image(self.model.backbone.normalize(small[None].to(device)))
+        pixels = self.model.backbone.normalize(small[None].to(device))
+        if self.crop is None or self.stride is None:
+            self._features, self._origins = self.model.encode_image(pixels), None
+        else:
+            sides = (self.crop, self.crop)
+            self._canvas = (size[1], size[0])
+            self._origins = window_origins(self._canvas, sides, (self.stride, self.stride))
+            self._features = encode_windows(self.model, pixels[0], self._origins, sides, self.window_batch)
         self._image = picture
         return self
 
@@ -129,17 +155,23 @@ class Predictor:
             raise InputError("no labels are set; call set_labels first, or give labels to predict")
         logits = self.model.segment_logits(self._features, self._texts[tuple(self._labels)])
         size = (self._image.height, self._image.width)
-        index, scores = ok.upsample_argmax(logits, size, threshold=self.background, label_type=torch.int16, return_value=True)
-        return Segmentation(self._image, list(self._labels), index[0].cpu().numpy(), scores[0].cpu().numpy())
+        options = {"threshold": self.background, "label_type": torch.int16, "return_value": True}
+        if self._origins is None or self.crop is None:
+            index, scores = (x[0] for x in ok.upsample_argmax(logits, size, **options))
+        else:
+            origins, sides = self._origins.to(logits.device), (self.crop, self.crop)
+            index, scores = ok.window_argmax(logits, origins, sides, self._canvas, size, **options)
+        return Segmentation(self._image, list(self._labels), index.cpu().numpy(), scores.cpu().numpy())
 
     def classify(self, labels: Sequence[str] | str | None = None) -> dict[str, float]:
-        """Image-level similarity of each label with the current picture, best first: zero-shot classification."""
+        """Image-level similarity of each label with the current picture, the mean over its windows, best first: zero-shot
+        classification."""
         if self._features is None:
             raise InputError("no image is set; call set_image first")
         if labels is not None:
             self.set_labels(labels)
         with torch.no_grad():
-            scores = self.model.similarity(self._features, self._texts[tuple(self._labels)])[0].tolist()
+            scores = self.model.similarity(self._features, self._texts[tuple(self._labels)]).mean(0).tolist()
         return dict(sorted(zip(self._labels, scores, strict=True), key=lambda item: -item[1]))
 
 
@@ -151,7 +183,7 @@ def segment(image: Any, labels: Sequence[str] | str, *, model: OVSegModel | str 
         labels: names, in any words the model knows.
         model: a model, the name of one with bundled weights, or None for the embedded ``pacl_tiny``, which knows only the
             words of the synthetic scenes.
-        options: of ``Predictor``: templates, background, short_side, max_pixels.
+        options: of ``Predictor``: templates, background, short_side, crop, stride, window_batch, max_pixels.
 
     Example:
         >>> result = ovseg.segment("street.jpg", ["car", "road"], model=model)

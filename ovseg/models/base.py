@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,6 +32,16 @@ class ImageFeatures:
     groups: torch.Tensor | None = None
     index: torch.Tensor | None = None
     soft: torch.Tensor | None = None
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """The images of all parts, which have one grid."""
+        joined: dict[str, Any] = {"grid": parts[0].grid}
+        for field in fields(cls):
+            if field.name != "grid":
+                values = [getattr(part, field.name) for part in parts]
+                joined[field.name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)
 
 
 class OVSegModel(nn.Module):

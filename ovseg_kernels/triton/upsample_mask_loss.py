@@ -14,7 +14,8 @@ from ..reference.upsample_argmax import between
 from ._launch import ACC, chunk_size, on_device, tiles
 from .upsample_argmax import _between
 
-PIXELS, COLUMNS, WARPS, SPLITS = 512, 128, 4, 32
+PIXELS, COLUMNS, WARPS = 512, 128, 4
+SHARE, SPLITS = 16384, 32  # pixels of a map for one program; programs for one map at most
 IGNORED = tl.constexpr(-2)
 LIMIT = 64 * 2**20  # bytes between the two kernels of the backward
 
@@ -41,16 +42,17 @@ def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr,
     return positive, tl.where(x < 0.0, small, large), power, v, softplus, large * small, y0, y1, g
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "maps"])
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "maps", "splits"])
 def upsample_mask_loss_fwd_kernel(
-    logits, codes, parts, exponents, C, h, w, H, W, maps, SQUARE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr,
+    logits, codes, parts, exponents, C, h, w, H, W, maps, splits, SQUARE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     plane, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
     alpha, gamma = tl.load(exponents), tl.load(exponents + 1)
     c, pixels = plane % C, H * W
-    focal, q_sum, qy_sum, y_sum, count = (tl.zeros((BP,), ACC) for _ in range(5))
-    begin, end = pixels * split // SPLITS, pixels * (split + 1) // SPLITS
+    focal, q_sum, qy_sum = tl.zeros((BP,), ACC), tl.zeros((BP,), ACC), tl.zeros((BP,), ACC)
+    y_sum, count = tl.zeros((BP,), ACC), tl.zeros((BP,), ACC)
+    begin, end = pixels * split // splits, pixels * (split + 1) // splits
     for first in range(begin, end, BP):
         at = first + tl.arange(0, BP)
         code = tl.load(codes + plane // C * pixels + at, mask=at < end, other=IGNORED)
@@ -115,12 +117,13 @@ def upsample_mask_loss_columns_kernel(rows, starts, grad, lines, w, W, taps, ACC
 def forward(logits, codes, alpha, gamma):
     """(focal, dice, present, sums) as ``ovseg::upsample_mask_loss`` returns them."""
     logits, codes, (B, C, h, w), (H, W) = logits.contiguous(), codes.contiguous(), logits.shape, codes.shape[1:]
-    parts = logits.new_zeros(SPLITS, 5, B, C)
+    splits = min(tiles(H * W, SHARE), SPLITS)
+    parts = logits.new_zeros(splits, 5, B, C)
     if B:
         with on_device(logits):
-            upsample_mask_loss_fwd_kernel[(B * C, SPLITS)](
-                logits, codes, parts, logits.new_tensor([alpha, gamma]), C, h, w, H, W, B * C, SQUARE=gamma == 2, ACC=ACC[logits.dtype],
-                BP=PIXELS, SPLITS=SPLITS, num_warps=WARPS,
+            upsample_mask_loss_fwd_kernel[(B * C, splits)](
+                logits, codes, parts, logits.new_tensor([alpha, gamma]), C, h, w, H, W, B * C, splits, SQUARE=gamma == 2,
+                ACC=ACC[logits.dtype], BP=PIXELS, num_warps=WARPS,
             )  # fmt: skip
     focal, *sums, pixels = parts.sum(0)
     q, qy, y = sums

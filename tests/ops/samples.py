@@ -397,11 +397,11 @@ MAKERS = {
 RESIZED = {
     "upsample_mask_loss": lambda size: (
         lambda logits, labels: torch.stack(ok.upsample_mask_loss(logits, labels)[:2]),
-        (torch.randn(size, 5, 4, 7), torch.randint(0, 7, (size, 11, 13))),
+        (torch.randn(size, 2, 1, 4), torch.randint(-1, 3, (size, 5, 8))),
     ),
     "window_argmax": lambda size: (
-        lambda logits, origins: ok.window_argmax(logits, origins, (11, 8), (11, 13), (17, 10), activation="sigmoid"),
-        (torch.randn(size, 5, 4, 7), torch.arange(size)[:, None] * torch.tensor([0, 1])),
+        lambda logits, origins: ok.window_argmax(logits, origins, (11, 8), (11, 13), (7, 10), activation="sigmoid"),
+        (torch.randn(size, 2, 4, 5), (5 * torch.arange(size)).clamp(max=5)[:, None] * torch.tensor([0, 1])),
     ),
     "upsample_argmax": lambda size: (lambda logits: ok.upsample_argmax(logits, (11, 13)), (torch.randn(size, 5, 4, 7),)),
     "dense_contrastive_loss": lambda size: (

@@ -23,7 +23,7 @@ def has(schema: str, key: str) -> bool:
 
 COMPOSED = {"folded_center_assignment", "segclip_center_assignment"}  # of center_assignment's kernels; they have none of their own
 
-FORWARD_ONLY = {"upsample_argmax"}  # labels have no gradient
+FORWARD_ONLY = {"upsample_argmax", "window_argmax"}  # labels have no gradient
 
 
 def missing(op: str) -> list[str]:

@@ -59,7 +59,7 @@ def kind_of(rest: str) -> str:
 
 # Registers of 128 threads: 168 lets three blocks share an SM, 255 two. Stack is what spilled.
 BUDGET = {"tensor core": (168, 96), "float": (255, 96), "double": (255, 128)}
-SMALL = ("norms_kernel", "finish_kernel", "scalars_kernel", "rows_kernel", "columns_kernel", "loss_bwd_kernel", "scale_kernel",
+SMALL = ("norms_kernel", "finish_kernel", "scalars_kernel", "rows_kernel", "columns_kernel", "contrastive_loss_bwd_kernel", "scale_kernel",
          "prepare_kernel", "values_kernel", "pool_kernel", "bias_kernel")
 
 
