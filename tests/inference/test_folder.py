@@ -1,0 +1,129 @@
+"""Many pictures: names of results, bad files counted and named, killed and started again, stale results done again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ovseg
+from ovseg.cli.main import main
+from ovseg.errors import InputError
+from ovseg.inference.folder import Journal, find_pictures, fingerprint, replacing
+
+LABELS = ["--labels", "gravel,grass", "--format", "json"]
+
+
+def draw(path, size=(40, 30), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(len(path.name)).integers(0, 255, (*size, 3), np.uint8)).save(path, **options)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("a.png", "b.jpg", "deep/a.png", "deep/c.PNG", "d.png", "d.jpg"):
+        draw(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    return tmp_path / "in"
+
+
+def test_names_mirror_the_folder(photos):
+    found = dict(find_pictures([str(photos)]))
+    assert sorted(found) == ["a", "b", "d_jpg", "d_png", "deep/a", "deep/c"] and found["deep/a"] == photos / "deep" / "a.png"
+    assert sorted(dict(find_pictures([str(photos / "*.jpg")]))) == ["b", "d"]
+    assert find_pictures(["nowhere.png"])[0][0] == "nowhere"  # which is named when it cannot be read
+    assert len(find_pictures([str(photos), str(photos)])) == 6
+
+
+def test_names_that_cannot_be(photos, tmp_path):
+    draw(tmp_path / "other" / "a.png")
+    with pytest.raises(InputError, match="would both be written as 'a_png'; expected one folder at a time"):
+        find_pictures([str(photos), str(tmp_path / "other")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no picture"):
+        find_pictures([str(tmp_path / "empty")])
+    with pytest.raises(InputError, match=r"no file matches .*\*\.webp"):
+        find_pictures([str(photos / "*.webp")])
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x.json") as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with replacing(tmp_path / "x.json") as part:
+        part.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_done_pictures_are_skipped_until_something_changes(photos, tmp_path, capsys):
+    out, command = tmp_path / "out", ["segment", str(photos), *LABELS, "-o", str(tmp_path / "out")]
+
+    def run(*more):
+        assert main([*command, *more]) == 0
+        return capsys.readouterr().out
+
+    assert "6 pictures into" in run() and "0 pictures" in (again := run()) and "6 done before" in again
+    (out / "a.json").unlink()
+    assert "1 pictures" in run()  # its file is gone
+    draw(photos / "b.jpg", (50, 50))
+    assert "1 pictures" in run()  # another picture
+    assert "6 pictures" in run("--background", "0.1")  # another setting
+    assert "6 pictures" in run()  # whose results lie there now
+    assert "6 pictures" in run("--overwrite")
+    with open(out / "ovseg_segment.jsonl", "a") as file:
+        file.write('\n{"name": "a", "set')  # cut off by a kill
+    assert "6 done before" in run()
+
+
+def test_bad_pictures_are_named_and_the_rest_is_done(photos, tmp_path, capsys):
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff junk")
+    whole = (photos / "b.jpg").read_bytes()
+    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    for _ in range(2):  # they are tried again
+        assert main(["segment", str(photos), *LABELS, "-o", str(tmp_path / "out")]) == 3
+        printed = capsys.readouterr()
+        assert "2 skipped" in printed.out and "bad pictures:" in printed.err
+        assert all(str(photos / name) in printed.err.split("bad pictures:")[1] for name in ("broken.jpg", "half.jpg"))
+    assert len(list((tmp_path / "out").rglob("*.json"))) == 6
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again(tmp_path, capsys):
+    """200 pictures of mixed kinds, 20 of them bad."""
+    for i in range(180):
+        draw(tmp_path / "in" / f"{i:03d}.{('png', 'jpg', 'webp', 'bmp')[i % 4]}", (20 + i % 50, 30 + i % 37))
+    for i in range(20):
+        (tmp_path / "in" / f"bad{i}.png").write_bytes(b"\x89PNG\r\n" + bytes(i))
+    out, command = tmp_path / "out", ["segment", str(tmp_path / "in"), *LABELS, "-o", str(tmp_path / "out")]
+    child = subprocess.Popen([sys.executable, "-m", "ovseg", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    began = time.time()
+    while len(list(out.glob("*.json"))) < 25 and time.time() - began < 60 and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    done = len(list(out.glob("[0-9]*.json")))
+    assert 25 <= done < 180, "it was not killed in the middle"
+    assert main(command) == 3
+    printed = capsys.readouterr()
+    assert "20 skipped" in printed.out and len(printed.err.split("bad pictures:")[1].split()) == 20
+    before = int(printed.out.split(" done before")[0].split()[-1])
+    assert done - 1 <= before <= done and f"{180 - before} pictures into" in printed.out
+    found = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    assert len(found) == 180 and all(sum(one["areas"].values()) == pytest.approx(1, abs=1e-4) for one in found)
+
+
+def test_fingerprint_changes_with_a_weight(tmp_path):
+    torch.manual_seed(0)
+    model = ovseg.create_model("pacl_tiny")
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
+    assert fingerprint(model) != before
+    assert Journal(tmp_path, {"model": before}).key != Journal(tmp_path, {"model": fingerprint(model)}).key
