@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/ovseg demo --data $(DATA) --seed $(SEED) --out runs/demo_$(DATA)_$(SEED)
 
 test: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,9 +20,8 @@ def _fixed_seed():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name != "packaging")  # long builds: not last
     missing = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch sees none")
     for item in items:
-        if item.path.parent.name != "ops":  # whose files are long; the others share builds and models among their tests
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(missing)
