@@ -263,7 +263,7 @@ struct Tile {
     if (with_activation && active(Stage::output)) activate(ws.output, outputs);
   }
 
-  // What (3) makes of the bounds of the windows; f(bound, window) before it.
+  // What (3) makes of the bounds of the windows, each bent by at_least(bound, window) or at_most first.
   template <typename F, typename G>
   void bounds(int64_t c, A& least, A& most, const F& at_least, const G& at_most) const {
     least = whole ? A(0) : kInfinity<A>, most = whole ? A(0) : -kInfinity<A>;
