@@ -238,6 +238,19 @@ def test_structured_maps_of_many_classes():
 
 
 @on
+def test_softmax_bounds_where_windows_disagree(backend):
+    """Class 0 wins on the left, where the first window's sum is small; bounded by the sum on the right it would have no chance."""
+    first = [[0.0, 0.0], [-10.0, -10.0], [-20.0, 20.0]]
+    second = [[-20.0, -20.0], [-0.9, -0.9], [-0.5, -0.5]]
+    logits = torch.tensor([first, second], dtype=torch.float64)[:, :, None].to(device_of(backend))
+    origins, size = torch.zeros(2, 2, dtype=torch.int64, device=logits.device), (1, 16)
+    with running_on(backend):
+        labels = ok.window_argmax(logits, origins, size, size, size, activation="softmax")
+    assert torch.equal(labels, maps_at_full_size(logits, origins, size, size, size, activation="softmax").argmax(0))
+    assert int(labels[0, 0]) == 0 and int(labels[0, -1]) == 2
+
+
+@on
 def test_16_bits_and_strides(backend):
     device = device_of(backend)
     origins = slide((9, 12), (6, 8), 4).to(device)
