@@ -1,54 +1,38 @@
 // upsample_argmax on the CPU. Compiled once per instruction set. A task owns the output rows between two rows of
 // samples: it finds the classes that can win in each cell, (3), and interpolates only those, row by row.
 #include "../common/simd.h"
+#include "../common/workspace.h"
 #include "upsample_argmax.h"
 
 namespace ovseg {
 namespace OVSEG_ISA {
 namespace {
 
-constexpr int64_t kPad = 16;
-
 template <typename A>
 struct Workspace {
   A *floor, *left, *right, *best, *low, *high;  // [w], [C], [C], then [W] each
   int32_t *count, *list, *winner, *cell;        // [w], [w, C], then [W] each
-  int64_t size = 0;
+  int64_t size;
 
-  template <typename X>
-  X* take(A* base, int64_t elements) {
-    X* at = base ? reinterpret_cast<X*>(base + size) : nullptr;
-    size += (elements * static_cast<int64_t>(sizeof(X)) + static_cast<int64_t>(sizeof(A)) - 1) /
-                static_cast<int64_t>(sizeof(A)) +
-            kPad;
-    return at;
-  }
   Workspace(const UpsampleParams<A>& p, A* base) {
-    floor = take<A>(base, p.w);
-    left = take<A>(base, p.C);
-    right = take<A>(base, p.C);
-    best = take<A>(base, p.W);
-    low = take<A>(base, p.W);
-    high = take<A>(base, p.W);
-    count = take<int32_t>(base, p.w);
-    list = take<int32_t>(base, p.w * p.C);
-    winner = take<int32_t>(base, p.W);
-    cell = take<int32_t>(base, p.W);
+    Arena<A> arena(base);
+    floor = arena.template take<A>(p.w);
+    left = arena.template take<A>(p.C);
+    right = arena.template take<A>(p.C);
+    best = arena.template take<A>(p.W);
+    low = arena.template take<A>(p.W);
+    high = arena.template take<A>(p.W);
+    count = arena.template take<int32_t>(p.w);
+    list = arena.template take<int32_t>(p.w * p.C);
+    winner = arena.template take<int32_t>(p.W);
+    cell = arena.template take<int32_t>(p.W);
+    size = arena.size();
   }
 };
 
 template <typename A>
 int64_t workspace_size(const UpsampleParams<A>& p) {
   return Workspace<A>(p, nullptr).size;
-}
-
-template <typename A>
-A smaller(A x, A y) {
-  return y < x ? y : x;
-}
-template <typename A>
-A larger(A x, A y) {
-  return y > x ? y : x;
 }
 
 // The candidates (3) of the cells between two rows of samples; f(corners' least, corners' largest) of class c.

@@ -1,13 +1,12 @@
 // upsample_mask_loss on the CPU. Compiled once per instruction set. A task owns a map: it upsamples it row by row into
 // a buffer of one row, and sums (2) and (3), or sends (5) back through the transposed upsampling.
 #include "../common/simd.h"
+#include "../common/workspace.h"
 #include "upsample_mask_loss.h"
 
 namespace ovseg {
 namespace OVSEG_ISA {
 namespace {
-
-constexpr int64_t kPad = 16;
 
 // log(1 + e) for 0 <= e <= 1: the series of 2 atanh(e / (2 + e)), whose argument is at most 1/3.
 inline float log1p_fast(float e) {
@@ -30,21 +29,16 @@ struct Workspace {
   A *grad_low, *grad_high;         // [W]: gradients of outputs, gathered for the two rows of samples around
   A* column;                       // [5, W]: sums over the rows
   int32_t *low, *high;             // [W]
-  int64_t size = 0;
+  int64_t size;
 
-  template <typename X>
-  X* take(A* base, int64_t elements) {
-    X* at = base ? reinterpret_cast<X*>(base + size) : nullptr;
-    const int64_t unit = static_cast<int64_t>(sizeof(A)), bytes = elements * static_cast<int64_t>(sizeof(X));
-    size += (bytes + unit - 1) / unit + kPad;
-    return at;
-  }
   Workspace(const MaskLossParams<A>& p, A* base) {
-    line = take<A>(base, p.w), x = take<A>(base, p.W);
-    to_low = take<A>(base, p.W), to_high = take<A>(base, p.W);
-    grad_low = take<A>(base, p.W), grad_high = take<A>(base, p.W);
-    column = take<A>(base, 5 * p.W);
-    low = take<int32_t>(base, p.W), high = take<int32_t>(base, p.W);
+    Arena<A> arena(base);
+    line = arena.template take<A>(p.w), x = arena.template take<A>(p.W);
+    to_low = arena.template take<A>(p.W), to_high = arena.template take<A>(p.W);
+    grad_low = arena.template take<A>(p.W), grad_high = arena.template take<A>(p.W);
+    column = arena.template take<A>(5 * p.W);
+    low = arena.template take<int32_t>(p.W), high = arena.template take<int32_t>(p.W);
+    size = arena.size();
   }
   void columns(const MaskLossParams<A>& p) {
     for (int64_t X = 0; X < p.W; ++X) {

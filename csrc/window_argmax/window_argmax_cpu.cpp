@@ -2,6 +2,7 @@
 // pixels between which they lie, the windows that cover those and the samples that reach them; from the samples it
 // bounds every class, and it computes (1) to (4) only for the classes that can win.
 #include "../common/simd.h"
+#include "../common/workspace.h"
 #include "window_argmax.h"
 
 namespace ovseg {
@@ -9,21 +10,10 @@ namespace OVSEG_ISA {
 namespace {
 
 constexpr int64_t kLines = 2 * kTile, kArea = kLines * kLines;  // canvas rows or columns between which a tile lies
-constexpr int64_t kPad = 16;
-
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 template <typename A>
 constexpr A kEpsilon = sizeof(A) == 4 ? A(1.2e-7) : A(2.3e-16);
-
-template <typename A>
-A smaller(A x, A y) {
-  return y < x ? y : x;
-}
-template <typename A>
-A larger(A x, A y) {
-  return y > x ? y : x;
-}
 
 template <typename A>
 A sigmoid(A x) {
@@ -84,8 +74,8 @@ template <typename A>
 struct Window {
   int64_t k;
   Cover<A> rows, columns;
-  A floor, least_norm, most_norm;  // with softmax: the best lower bound, and the range of the logarithms of its sums
-  int32_t groups;                  // with tables: how many of them lie in the tile
+  A least_norm, most_norm;  // with softmax: the range of the logarithms of its sums
+  int32_t groups;           // with tables: how many of them lie in the tile
 };
 
 template <typename A>
@@ -97,24 +87,22 @@ struct Workspace {
   A *inverse, *best;                        // how many windows cover a canvas pixel; the best value of an output
   A *top, *sum;                             // with softmax: the largest value and the sum over classes, each [n, area]
   int32_t *list, *loud, *winner, *present;  // candidates, classes that count in a sum, winners, groups [n, G]
-  int64_t size = 0;
+  int64_t size;
 
-  template <typename X>
-  X* take(A* base, int64_t elements) {
-    X* at = base ? reinterpret_cast<X*>(base + size) : nullptr;
-    const int64_t unit = static_cast<int64_t>(sizeof(A)), bytes = elements * static_cast<int64_t>(sizeof(X));
-    size += ((bytes + unit - 1) / unit + kPad - 1) / kPad * kPad;  // whole cache lines, whatever X is
-    return at;
-  }
   Workspace(const WindowParams<A>& p, A* base) {
+    Arena<A> arena(base);
     const int64_t norms = p.activation != Activation::softmax ? 0 : p.stage == Stage::window ? p.n * kArea : kArea;
-    rows = take<Axis<A>>(base, 1), columns = take<Axis<A>>(base, 1), windows = take<Window<A>>(base, p.n);
-    least = take<A>(base, p.C), most = take<A>(base, p.C), line = take<A>(base, p.w);
-    raw = take<A>(base, kArea), merged = take<A>(base, kArea), output = take<A>(base, kTile * kTile);
-    inverse = take<A>(base, kArea), best = take<A>(base, kTile * kTile);
-    top = take<A>(base, norms), sum = take<A>(base, norms);
-    list = take<int32_t>(base, p.C), loud = take<int32_t>(base, norms ? p.C : 0);
-    winner = take<int32_t>(base, kTile * kTile), present = take<int32_t>(base, p.index ? p.n * p.G : 0);
+    rows = arena.template take<Axis<A>>(1), columns = arena.template take<Axis<A>>(1),
+    windows = arena.template take<Window<A>>(p.n);
+    least = arena.template take<A>(p.C), most = arena.template take<A>(p.C), line = arena.template take<A>(p.w);
+    raw = arena.template take<A>(kArea), merged = arena.template take<A>(kArea),
+    output = arena.template take<A>(kTile * kTile);
+    inverse = arena.template take<A>(kArea), best = arena.template take<A>(kTile * kTile);
+    top = arena.template take<A>(norms), sum = arena.template take<A>(norms);
+    list = arena.template take<int32_t>(p.C), loud = arena.template take<int32_t>(norms ? p.C : 0);
+    winner = arena.template take<int32_t>(kTile * kTile),
+    present = arena.template take<int32_t>(p.index ? p.n * p.G : 0);
+    size = arena.size();
   }
 };
 

@@ -8,7 +8,6 @@ namespace ovseg {
 namespace {
 
 constexpr unsigned kThreads = kPruningThreads;
-constexpr int64_t kMostGroups = 32768;
 
 template <typename A>
 struct Values {
@@ -160,7 +159,7 @@ template <typename A>
 const char* window_argmax_on_device(const WindowParams<A>& p, A* norms, void* stream) {
   const int64_t pixels = window_norms(p) / 2;
   const size_t shared = candidates_bytes<A>(p.C) + (p.index ? p.G : 0);
-  if (shared > 96 * 1024 || p.G > kMostGroups) return "more than 15000 classes; use OVSEG_BACKEND=reference";
+  if (shared > 96 * 1024) return "too many classes and groups for shared memory; use OVSEG_BACKEND=reference";
   const int64_t down = ceil_div(p.H, kTile), across = ceil_div(p.W, kTile);
   if (down > 65535) return "more than a million rows of labels; use OVSEG_BACKEND=reference";
   if (pixels) {

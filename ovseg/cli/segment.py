@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     journal = Journal(out, {**seeing, "labels": labels, "model": fingerprint(model)})
     for name, source in bar(inputs, show=len(inputs) > 2, unit="picture"):
         files = [out / f"{name}{_ENDINGS[kind]}" for kind in formats]
-        if isinstance(source, Path) and not options.overwrite and journal.has(name, source, files):
+        if len(inputs) > 2 and isinstance(source, Path) and not options.overwrite and journal.has(name, source, files):
             before += 1
             continue
         try:

@@ -32,9 +32,13 @@ def upsample(logits, size):
 
 def upsample_argmax(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
     """(labels [B, H, W], value of the winner [B, H, W] or empty), (3) and (4)."""
-    z = upsample(logits, (height, width))
+    return winners(upsample(logits, (height, width)), bias, class_labels, threshold, background, label_type, want_value)
+
+
+def winners(z, bias, class_labels, threshold, background, label_type, want_value):
+    """(labels [..., H, W], their values or none) of maps z [..., C, H, W], (3)."""
     z = z if bias is None else z + bias[:, None, None]
-    value, labels = z.max(1)
+    value, labels = z.max(-3)
     labels = labels if class_labels is None else class_labels[labels]
     if threshold is not None:
         labels = torch.where(value < threshold, background, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .upsample_argmax import LABEL_TYPES, upsample
+from .upsample_argmax import upsample, winners
 
 ACTIVATIONS, STAGES = (None, "sigmoid", "softmax"), ("window", "merged", "output")
 
@@ -31,9 +31,4 @@ def window_argmax(
         count[y : y + crop_height, x : x + crop_width] += 1
     merged = activated(total / count, "merged")
     z = activated(upsample(merged[None], (height, width))[0], "output")
-    z = z if bias is None else z + bias[:, None, None]
-    value, labels = z.max(0)
-    labels = labels if class_labels is None else class_labels[labels]
-    if threshold is not None:
-        labels = torch.where(value < threshold, background, labels)
-    return labels.to(LABEL_TYPES[label_type]), value if want_value else value[:0]
+    return winners(z, bias, class_labels, threshold, background, label_type, want_value)

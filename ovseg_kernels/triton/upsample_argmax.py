@@ -33,6 +33,19 @@ def _weighted(weight, x):
     return tl.where(weight == 0.0, 0.0, weight * tl.where(weight == 0.0, 0.0, x))
 
 
+@triton.jit
+def _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, LABELLED: tl.constexpr,
+                 LIMITED: tl.constexpr, VALUE: tl.constexpr):  # fmt: skip
+    """From the winning class and its value to what is written."""
+    if LABELLED:
+        winner = tl.load(class_labels + winner, mask=inside, other=0)
+    if LIMITED:
+        winner = tl.where(best < tl.load(threshold), background, winner)
+    tl.store(labels + at, winner.to(labels.dtype.element_ty), mask=inside)
+    if VALUE:
+        tl.store(value + at, best, mask=inside)
+
+
 @triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
 def upsample_argmax_fwd_kernel(
     logits, bias, class_labels, threshold, labels, value, C, h, w, H, W, background,
@@ -57,14 +70,8 @@ def upsample_argmax_fwd_kernel(
         better = z > best
         winner = tl.where(better, c, winner)
         best = tl.where(better, z, best)
-    if LABELLED:
-        winner = tl.load(class_labels + winner, mask=inside, other=0)
-    if LIMITED:
-        winner = tl.where(best < tl.load(threshold), background, winner)
     at = (b * H + Y) * W + X
-    tl.store(labels + at, winner.to(labels.dtype.element_ty), mask=inside)
-    if VALUE:
-        tl.store(value + at, best, mask=inside)
+    _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, LABELLED, LIMITED, VALUE)
 
 
 def forward(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):

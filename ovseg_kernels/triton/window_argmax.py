@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..reference.upsample_argmax import LABEL_TYPES
 from ._launch import ACC, on_device, tiles
-from .upsample_argmax import _between, _weighted
+from .upsample_argmax import _between, _store_label, _weighted
 
 PIXELS, WARPS = 128, 4
 WINDOW, MERGED, OUTPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -129,13 +129,7 @@ def window_argmax_fwd_kernel(
         better = z > best
         winner = tl.where(better, c, winner)
         best = tl.where(better, z, best)
-    if LABELLED:
-        winner = tl.load(class_labels + winner, mask=wanted, other=0)
-    if LIMITED:
-        winner = tl.where(best < tl.load(threshold), background, winner)
-    tl.store(labels + at, winner.to(labels.dtype.element_ty), mask=wanted)
-    if VALUE:
-        tl.store(best_value + at, best, mask=wanted)
+    _store_label(labels, best_value, at, winner, best, wanted, class_labels, threshold, background, LABELLED, LIMITED, VALUE)
 
 
 def forward(

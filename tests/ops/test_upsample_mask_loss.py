@@ -59,8 +59,6 @@ def close(found, expected, relative):
 @pytest.mark.parametrize("setting", ["inductive", "transductive", "supervised"])
 def test_golden_training(setting, backend):
     """Losses and gradient of ZegCLIP's official head, through the upsampling."""
-    if backend in SLOW and setting != "inductive":
-        pytest.skip("one setting is enough for the interpreter")
     logits = golden(f"out/{setting}/logits").to(device_of(backend)).requires_grad_()
     with running_on(backend):
         focal, dice, present = ok.upsample_mask_loss(logits, golden(f"out/{setting}/labels_used").to(logits.device))
