@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..layers.readout import READOUTS, Readout
+
 Tokenizer = Callable[[str | Sequence[str]], torch.Tensor]
 TAPS = ("local", "pre_norm", "post_norm")
 
@@ -33,8 +35,9 @@ class ClipBackbone(nn.Module):
     logit_scale: nn.Parameter
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:
-        """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm."""
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
+        """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm; ``readout`` changes the last
+        attention for the patches alone."""
         raise NotImplementedError
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers.attention import attention
 from ..layers.positions import resize_positions
+from ..layers.readout import READOUTS, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
 
@@ -42,6 +42,25 @@ class ClipTokenizer:
         if self._tokenizer is None:
             self._tokenizer = import_open_clip().get_tokenizer(self.architecture)
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
+
+
+class _Block:
+    """open_clip's ResidualAttentionBlock in the parts that ``layers.readout`` walks over."""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.norm_1 = block, block.ln_1
+
+    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        attn, (B, L, D) = self.block.attn, normed.shape
+        qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = qkv.view(B, L, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merge(self, o: torch.Tensor) -> torch.Tensor:
+        return self.block.ls_1(self.block.attn.out_proj(o.transpose(1, 2).flatten(2)))
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block.ls_2(self.block.mlp(self.block.ln_2(x)))
 
 
 class OpenClipBackbone(ClipBackbone):
@@ -85,7 +104,7 @@ class OpenClipBackbone(ClipBackbone):
     def logit_scale(self) -> nn.Parameter:
         return self.clip.logit_scale
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
         self._check_tap(tap)
         visual = self.clip.visual
         if images.shape[-1] < self.patch_size or images.shape[-2] < self.patch_size:
@@ -95,19 +114,11 @@ class OpenClipBackbone(ClipBackbone):
         x = x.flatten(2).transpose(1, 2)
         positions = resize_positions(visual.positional_embedding, tuple(visual.grid_size), grid)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
-        x = visual.ln_pre(x)
-        for block in visual.transformer.resblocks:
-            x = x + block.ls_1(self._attend(block.attn, block.ln_1(x)))
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        blocks = [_Block(block) for block in visual.transformer.resblocks]
+        tokens, cls = run_blocks(blocks, visual.ln_pre(x), readout, grid, backend=self.attention_backend)
         if tap == "post_norm":
-            x = visual.ln_post(x)
-        return PatchTokens(x[:, 1:], grid, x[:, 0])
-
-    def _attend(self, module: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
-        B, L, D = x.shape
-        qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
-        q, k, v = qkv.view(B, L, 3, module.num_heads, D // module.num_heads).permute(2, 0, 3, 1, 4)
-        return module.out_proj(attention(q, k, v, backend=self.attention_backend).transpose(1, 2).reshape(B, L, D))
+            tokens, cls = visual.ln_post(tokens), visual.ln_post(cls)
+        return PatchTokens(tokens, grid, cls)
 
     def vision_parameters(self, tap: str) -> list[nn.Parameter]:
         self._check_tap(tap)

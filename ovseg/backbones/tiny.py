@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.tokenizers import END, PAD, WordTokenizer
-from ..layers.attention import attention
+from ..layers.readout import READOUTS, Readout, plain_block, run_blocks
 from .base import ClipBackbone, PatchTokens
 
 
@@ -26,13 +26,16 @@ class _Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, first: int | None = None) -> torch.Tensor:
-        """``first``: only so many of the leading positions are computed, for a last block read at its class token."""
-        B, L, D = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        x = x[:, :first]
-        x = x + self.out(attention(q[:, :, :first], k, v, mask=mask).transpose(1, 2).reshape(x.shape))
-        return x + self.mlp(self.norm_2(x))
+    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        B, L, D = normed.shape
+        q, k, v = self.qkv(normed).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merge(self, o: torch.Tensor) -> torch.Tensor:
+        return self.out(o.transpose(1, 2).flatten(2))
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.norm_2(x))
 
 
 class _LocalBlock(nn.Module):
@@ -88,17 +91,15 @@ class TinyClip(ClipBackbone):
     def _with_cls(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm") -> PatchTokens:
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
         self._check_tap(tap)
         x, size = self._local_tokens(images)
         if tap == "local":
             return PatchTokens(x, size, None)
-        x = self._with_cls(x)
-        for block in self.blocks:
-            x = block(x)
+        tokens, cls = run_blocks(list(self.blocks), self._with_cls(x), readout, size)
         if tap == "post_norm":
-            x = self.norm(x)
-        return PatchTokens(x[:, 1:], size, x[:, 0])
+            tokens, cls = self.norm(tokens), self.norm(cls)
+        return PatchTokens(tokens, size, cls)
 
     def vision_parameters(self, tap: str) -> list[nn.Parameter]:
         self._check_tap(tap)
@@ -120,14 +121,14 @@ class TinyClip(ClipBackbone):
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         x = self._with_cls(self._local_tokens(images)[0])
         for block in self.blocks[:-1]:
-            x = block(x)
-        return self.project(self.norm(self.blocks[-1](x, first=1)[:, 0]))
+            x = plain_block(block, x)
+        return self.project(self.norm(plain_block(self.blocks[-1], x, first=1)[:, 0]))
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         keep = token_ids != PAD
         x = F.embedding(token_ids, self.words.weight) + self.word_positions[: token_ids.shape[1]]
         for block in self.text_blocks:
-            x = block(x, mask=keep[:, None, None, :])
+            x = plain_block(block, x, mask=keep[:, None, None, :])
         end = (token_ids == END).int().argmax(dim=1)
         x = self.text_norm(x[torch.arange(len(x), device=x.device), end])
         return self.text_projection(x)
