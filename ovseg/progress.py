@@ -9,6 +9,6 @@ from typing import Any
 from tqdm import tqdm
 
 
-def bar(items: Iterable, *, show: bool = True, **options: Any) -> tqdm:
+def bar(items: Iterable | None = None, *, show: bool = True, **options: Any) -> tqdm:
     """tqdm over ``items``, hidden if ``show`` is false or stderr is no terminal."""
     return tqdm(items, disable=not show or not sys.stderr.isatty(), mininterval=0.5, **options)

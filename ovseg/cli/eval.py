@@ -23,10 +23,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..data.scenes import Scenes
     from ..evaluation.scenes import evaluate_scenes, scene_gallery, scene_table
-    from .segment import _model
+    from .segment import load_model
 
     scenes = Scenes(options.data, "val", options.scenes, options.seed)
-    model = _model(options.model, options.device)
+    model = load_model(options.model, options.device)
     report = evaluate_scenes(model, scenes, keep=10, progress=True)
     print(scene_table([report.summary]))
     width = max(map(len, scenes.vocabulary.classes))

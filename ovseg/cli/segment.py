@@ -1,94 +1,148 @@
 """Segment pictures with free-text labels.
 
   ovseg segment street.png --labels "a red car,road,sky"
-  ovseg segment photos/ --labels-file names.txt -o out/
+  ovseg segment photos/ --labels "person|man|woman,road" --background "wall,sky" -o out/
+  ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt --format overlay,mask,json,rle
+  torchrun --nproc-per-node 2 -m ovseg segment photos/ --labels-file names.txt       # each process takes its share
+
+Pictures that cannot be read are counted and named; the rest is done; the exit code is 3. A run that was killed goes on when the same
+command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..data.labels import LabelSet
     from ..inference import Segmentation
 
-_ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json"}
+_ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json", "rle": ".rle.json"}
+_SETTINGS = {
+    "short_side": (int, "resize pictures to this short side before encoding"),
+    "long_side": (int, "and make them smaller where the long side would exceed this"),
+    "crop": (int, "see the resized picture through square windows of this side"),
+    "stride": (int, "pixels from one window to the next (default: half of --crop)"),
+    "window_batch": (int, "windows in one encoder call (default: 8)"),
+    "templates": (str, "set of prompt templates: label, simple, scenes, pacl7, zegclip15, clip80"),
+    "synonyms": (str, "max: a label scores what its best text scores (default); mean: the mean text is asked for"),
+    "scale": (float, "multiplies the cosines, for softmax and entropy"),
+    "activation": (str, "sigmoid or softmax (which needs --scale); then scores are probabilities"),
+    "background_threshold": (float, "pixels whose winner scores less get no label: a cosine, or a probability with --activation"),
+    "background_entropy": (float, "pixels get no label where the entropy of softmax(scale * cosines) exceeds this"),
+    "area_threshold": (float, "labels with less than this share of the foreground are taken back"),
+    "refine": (str, "pamr: adapt the label maps to the picture's edges (slow)"),
+}
+
+
+def add_settings(sub: argparse.ArgumentParser) -> None:
+    """The options that stand for fields of ``inference.Settings``."""
+    group = sub.add_argument_group("how pictures are seen and labels are decided")
+    for name, (kind, text) in _SETTINGS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    group.add_argument("--background", help="comma-separated texts that stand for everything else; where one wins there is no label")
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``inference.Settings`` that the command line names."""
+    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
+    if options.background is not None:
+        given["background"] = tuple(text.strip() for text in options.background.split(","))
+    return given
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("images", nargs="*", help="picture files, folders and patterns")
+    sub.add_argument("images", nargs="*", help="picture files, folders, patterns, lists (.txt, a picture on each line) and shards (.tar)")
     sub.add_argument("--demo", action="store_true", help="segment a built-in scene with its own labels")
     source = sub.add_mutually_exclusive_group()
-    source.add_argument("--labels", help="comma-separated")
-    source.add_argument("--labels-file", help="one label a line")
+    source.add_argument("--labels", help="comma-separated; synonyms separated by |")
+    source.add_argument("--labels-file", help=".txt: a label on each line, synonyms after it, separated by commas; or .yaml, .json")
+    source.add_argument("--classes", help="the classes of a data set: voc20, context59, coco_stuff, coco_object, ade150, cityscapes")
     sub.add_argument("-m", "--model", default="pacl_tiny", help="a model with bundled weights, or a save_pretrained folder")
     sub.add_argument("-o", "--out", default="segmented", help="output folder (default: %(default)s)")
-    sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json (default: %(default)s)")
-    sub.add_argument("--background", type=float, help="smallest cosine of a winning label; pixels below get none")
-    sub.add_argument("--short-side", type=int, help="resize pictures to this short side before encoding")
-    sub.add_argument("--crop", type=int, help="see the resized picture through square windows of this side")
-    sub.add_argument("--stride", type=int, help="pixels from one window to the next (default: half of --crop)")
-    sub.add_argument("--templates", help="set of prompt templates: label, simple, scenes, pacl7, clip80")
+    sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json, rle (default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
     sub.add_argument("--device", default="cpu")
+    add_settings(sub)
 
 
 def run(options: argparse.Namespace) -> int:
     from ..errors import InputError
     from ..inference import Predictor
-    from ..inference.folder import Journal, find_pictures, fingerprint
+    from ..inference.folder import Journal, fingerprint
+    from ..inference.sources import Source, find_pictures
     from ..progress import bar
 
     formats = options.format.split(",")
     for name in formats:
         if name not in _ENDINGS:
-            raise InputError(f"--format holds {name!r}; expected overlay, mask or json")
+            raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
     labels = _labels(options)
-    model = _model(options.model, options.device)
-    inputs: list[tuple[str, Any]] = []
+    model = load_model(options.model, options.device)
+    sources, bad = find_pictures(options.images)
+    demo = None
     if options.demo:
+        from ..data.labels import LabelSet
         from ..data.scenes import Scenes
 
         scenes = Scenes("digits", "val", 8)
-        labels = labels or list(scenes.vocabulary.prompts)
-        inputs.append(("demo", next(scene for scene in scenes if len(scene.things) == 2).image))
-    inputs += find_pictures(options.images)
-    if not inputs:
-        raise InputError("no pictures: give files or folders, or --demo")
+        labels = labels or LabelSet.of(scenes.vocabulary.prompts)
+        demo = next(scene for scene in scenes if len(scene.things) == 2).image
+    if not sources and demo is None:
+        raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-    seeing = {name: getattr(options, name) for name in ("templates", "background", "short_side", "crop", "stride")}
-    predictor = Predictor(model, labels, **seeing)
-    _warn_unknown(model, labels)
-    out, bad, before = Path(options.out), [], 0
-    journal = Journal(out, {**seeing, "labels": labels, "model": fingerprint(model)})
-    for name, source in bar(inputs, show=len(inputs) > 2, unit="picture"):
-        files = [out / f"{name}{_ENDINGS[kind]}" for kind in formats]
-        if len(inputs) > 2 and isinstance(source, Path) and not options.overwrite and journal.has(name, source, files):
-            before += 1
-            continue
-        try:
-            result = predictor.set_image(source).predict()
-        except InputError as error:
-            if len(inputs) == 1:
-                raise
-            bad.append(str(source))
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        for kind, file in zip(formats, files, strict=True):
-            _write(result, kind, file, str(source) if isinstance(source, Path) else name)
-        if isinstance(source, Path):
-            journal.add(name, source)
-        if len(inputs) < 3:
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        sources = [source for source in sources if zlib.crc32(source.name.encode()) % world == rank]
+        bad = bad if rank == 0 else []
+    given = given_settings(options)
+    predictor = Predictor(model, labels, **given)
+    _warn_unknown(model, [*labels.queries, *predictor.settings.background])
+    out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
+    journal = Journal(out, {**given, "labels": [labels.names, labels.texts, labels.templates], "model": fingerprint(model)})
+    for problem in bad:
+        print(f"skipped: {problem}", file=sys.stderr)
+
+    def files(name: str) -> list[Path]:
+        return [out / f"{name}{_ENDINGS[kind]}" for kind in formats]
+
+    def write(result: Segmentation, name: str, image: str) -> None:
+        for kind, file in zip(formats, files(name), strict=True):
+            _write(result, kind, file, image)
+        if few:
             top = sorted(result.areas.items(), key=lambda item: -item[1])[:5]
-            print(", ".join(f"{label} {100 * share:.1f} %" for label, share in top if share > 0))
-            print(*files, sep="\n")
-    if len(inputs) >= 3 or bad or before:
+            print(", ".join(f"{label} {100 * share:.1f} %" for label, share in top if share > 0) or "background only")
+            print(*files(name), sep="\n")
+
+    if demo is not None:
+        write(predictor.set_image(demo).predict(), "demo", "demo")
+    todo = [source for source in sources if few or options.overwrite or not journal.has(source, files(source.name))]
+    before, written = len(sources) - len(todo), 0
+    progress = bar(total=len(sources), initial=before, show=not few and rank == 0, unit="picture")
+    for source, result in predictor.stream(todo):
+        assert isinstance(source, Source)
+        progress.update()
+        if isinstance(result, InputError):
+            if len(sources) == 1 and demo is None:
+                raise result
+            bad.append(str(source))
+            print(f"skipped: {result}", file=sys.stderr)
+            continue
+        write(result, source.name, str(source))
+        journal.add(source)
+        written += 1
+    progress.close()
+    if not few or bad:
         earlier = f", {before} done before" if before else ""
-        print(f"{len(inputs) - len(bad) - before} pictures into {out}{earlier}, {len(bad)} skipped")
+        share = f" (process {rank} of {world})" if world > 1 else ""
+        print(f"{written} pictures into {out}{earlier}, {len(bad)} skipped{share}")
     if bad:
         print("\n".join(["bad pictures:", *bad]), file=sys.stderr)
     return 3 if bad else 0
@@ -103,32 +157,34 @@ def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
         elif kind == "mask":
             result.save_mask(part)
         else:
-            areas = {label: round(share, 6) for label, share in result.areas.items()}
-            part.write_text(json.dumps({"image": image, "labels": result.names, "areas": areas}, indent=2))
+            found = result.to_dict() if kind == "json" else {"labels": result.to_rle()}
+            part.write_text(json.dumps({"image": image, **found}, indent=2 if kind == "json" else None))
 
 
-def _labels(options: argparse.Namespace) -> list[str]:
-    from ..errors import InputError
+def _labels(options: argparse.Namespace) -> LabelSet | None:
+    from ..data.labels import LabelSet
 
     if options.labels_file:
-        path = Path(options.labels_file)
-        if not path.is_file():
-            raise InputError(f"--labels-file {options.labels_file!r} does not exist; expected a text file, one label a line")
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    return [] if options.labels is None else [label.strip() for label in options.labels.split(",")]
+        return LabelSet.read(options.labels_file)
+    if options.classes:
+        from ..data.segmentation_sets import describe
+
+        return describe(options.classes).label_set
+    return None if options.labels is None else LabelSet.parse(options.labels)
 
 
-def _model(name: str, device: str):
+def load_model(name: str, device: str, **options: Any):
+    """A model with bundled weights by its name, or from a folder; ``options`` change how it was built."""
     from ..models import create_model, from_pretrained, list_pretrained
 
     if Path(name).is_dir():
-        return from_pretrained(Path(name) / "model" if (Path(name) / "model").is_dir() else name, device=device)
+        return from_pretrained(Path(name) / "model" if (Path(name) / "model").is_dir() else name, device=device, **options)
     tags = [tag for known, tag in list_pretrained() if known == name]
     if not tags:
         raise ValueError(f"--model is {name!r}; expected a folder or one of {sorted({m for m, _ in list_pretrained()})}")
     if name.endswith("_tiny"):
         print(f"{name}: trained on synthetic scenes; it knows their words only", file=sys.stderr)
-    return create_model(name, tags[0], device=device)
+    return create_model(name, tags[0], device=device, **options)
 
 
 def _warn_unknown(model, labels: list[str]) -> None:

@@ -17,6 +17,17 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
+    "zegclip1": ("a photo of a {}",),  # without a full stop
+    "zegclip15": (
+        *(f"{start} a {size}{{}}." for start in ("a photo of", "This is a photo of") for size in ("", "small ", "medium ", "large ")),
+        "a {} in the scene.",
+        "a photo of a {} in the scene.",
+        "There is a {} in the scene.",
+        "There is the {} in the scene.",
+        "This is a {} in the scene.",
+        "This is the {} in the scene.",
+        "This is one {} in the scene.",
+    ),
 }
 NAMES = (*TEMPLATES, "clip80")
 

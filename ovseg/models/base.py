@@ -11,8 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..backbones.base import ClipBackbone
+from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import InputError
+from ..progress import bar
+
+_TEXTS_AT_ONCE = 256
 
 
 @dataclass
@@ -81,8 +85,13 @@ class OVSegModel(nn.Module):
         return s.transpose(1, 2).unflatten(2, features.grid)
 
     @torch.no_grad()
-    def encode_labels(self, labels: Sequence[str], templates: str | Sequence[str] | None = None) -> torch.Tensor:
-        """One unit vector a label [C, E]: the mean over templates of the unit text embeddings, normalised.
+    def encode_labels(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
+        """One unit vector a label [C, E]: the mean over templates of the text embeddings, normalised.
+
+        Args:
+            labels: texts.
+            templates: a named set or format strings; the model's own if None.
+            unit: whether the embeddings are normalised before the mean as well.
 
         Raises:
             InputError: for an empty list, a label that is not a string or blank, or the same label twice.
@@ -90,33 +99,17 @@ class OVSegModel(nn.Module):
         labels = check_labels(labels)
         chosen = resolve_templates(templates or self.templates)
         device = next(self.parameters()).device
+        texts = [template.replace("{}", label) for label in labels for template in chosen]
+        starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
-        for label in labels:
-            ids = self.backbone.tokenizer([template.replace("{}", label) for template in chosen]).to(device)
-            rows.append(F.normalize(self.encode_text(ids), dim=-1).mean(0))
-        return F.normalize(torch.stack(rows), dim=-1)
+        for start in bar(starts, show=len(starts) > 4, desc="encoding labels", leave=False):
+            rows.append(self.encode_text(self.backbone.tokenizer(texts[start : start + _TEXTS_AT_ONCE]).to(device)))
+        embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
+        return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-
-
-def check_labels(labels: Sequence[str] | str) -> list[str]:
-    """A list of distinct, non-blank labels. A single string is one label."""
-    labels = [labels] if isinstance(labels, str) else list(labels)
-    if not labels:
-        raise InputError('labels is empty; expected at least one name, e.g. labels=["cat"]')
-    seen: dict[str, int] = {}
-    for i, label in enumerate(labels):
-        if not isinstance(label, str):
-            raise InputError(f"labels[{i}] is a {type(label).__name__}; expected a string")
-        if not label.strip():
-            raise InputError(f"labels[{i}] is blank; expected a name")
-        key = " ".join(label.split())
-        if key in seen:
-            raise InputError(f"labels[{i}] and labels[{seen[key]}] are both {key!r}; expected distinct labels")
-        seen[key] = i
-    return list(seen)
 
 
 def check_images(images: torch.Tensor) -> None:

@@ -112,12 +112,12 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
     return model.to(device).eval()
 
 
-def from_pretrained(folder: str | Path, *, device: str | torch.device = "cpu") -> OVSegModel:
-    """The model that ``save_pretrained`` wrote into ``folder``."""
+def from_pretrained(folder: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> OVSegModel:
+    """The model that ``save_pretrained`` wrote into ``folder``; ``options`` change how it was built (``readout``, ``stride``)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one written by save_pretrained")
-    return create_model(_read_config(folder)["model"], str(folder.resolve()), device=device)
+    return create_model(_read_config(folder)["model"], str(folder.resolve()), device=device, **options)
 
 
 def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:

@@ -14,21 +14,27 @@ def window_argmax(
     threshold, background, label_type, want_value,
 ):  # fmt: skip
     """(labels [H, W], value of the winner [H, W] or empty), (1) to (5)."""
+    sizes = (crop_height, crop_width), (canvas_height, canvas_width), (height, width)
+    z = window_maps(values, index, origins, *sizes, ACTIVATIONS[activation], STAGES[stage])
+    return winners(z, bias, class_labels, threshold, background, label_type, want_value)
+
+
+def window_maps(values, index, origins, crop, canvas, size, activation=None, stage="window"):
+    """The maps [C, H, W] that compete, (1) to (4) without the bias."""
 
     def activated(x, here):
-        if STAGES[stage] != here or activation == 0:
+        if stage != here or activation is None:
             return x
-        return x.sigmoid() if ACTIVATIONS[activation] == "sigmoid" else x.softmax(-3)
+        return x.sigmoid() if activation == "sigmoid" else x.softmax(-3)
 
     if index is None:
-        maps = upsample(values, (crop_height, crop_width))
+        maps = upsample(values, crop)
     else:
         maps = torch.stack([table[chosen.long()].permute(2, 0, 1) for table, chosen in zip(values, index, strict=True)])
     maps = activated(maps, "window")
-    total, count = maps.new_zeros(maps.shape[1], canvas_height, canvas_width), maps.new_zeros(canvas_height, canvas_width)
+    total, count = maps.new_zeros(maps.shape[1], *canvas), maps.new_zeros(canvas)
     for window, (y, x) in zip(maps, origins.tolist(), strict=True):
-        total[:, y : y + crop_height, x : x + crop_width] += window
-        count[y : y + crop_height, x : x + crop_width] += 1
+        total[:, y : y + crop[0], x : x + crop[1]] += window
+        count[y : y + crop[0], x : x + crop[1]] += 1
     merged = activated(total / count, "merged")
-    z = activated(upsample(merged[None], (height, width))[0], "output")
-    return winners(z, bias, class_labels, threshold, background, label_type, want_value)
+    return activated(upsample(merged[None], size)[0], "output")

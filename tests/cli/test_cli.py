@@ -60,7 +60,8 @@ def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
     assert code == 3 and "4 pictures" in printed.out and "1 skipped" in printed.out and "broken.jpg" in printed.err
     assert len(list(out.rglob("*.overlay.png"))) == len(list(out.rglob("*.mask.png"))) == len(list(out.rglob("*.json"))) == 4
     found = json.loads(next(out.rglob("*.json")).read_text())
-    assert found["labels"] == ["grass", "sand"] and sum(found["areas"].values()) == pytest.approx(1, abs=1e-4)
+    assert [row["label"] for row in found["labels"]] == ["grass", "sand"]
+    assert sum(row["area"] for row in found["labels"]) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("arguments,code,message", [
@@ -69,7 +70,7 @@ def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
     (["segment", "{picture}", "--labels", "cat,cat"], 2, "are both 'cat'"),
     (["segment", "{picture}"], 2, "no labels: give --labels"),
     (["segment", "--labels", "cat"], 2, "no pictures"),
-    (["segment", "{picture}", "--labels-file", "nowhere.txt"], 2, "--labels-file 'nowhere.txt' does not exist"),
+    (["segment", "{picture}", "--labels-file", "nowhere.txt"], 2, "label file 'nowhere.txt' does not exist"),
     (["segment", "{picture}", "--labels", "cat", "--format", "gif"], 2, "--format holds 'gif'"),
     (["segment", "{picture}", "--labels", "cat", "-m", "sam"], 1, "--model is 'sam'; expected a folder or one of"),
     (["train", "clip_scenes"], 2, "run is missing"),

@@ -14,7 +14,8 @@ from PIL import Image
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import InputError
-from ovseg.inference.folder import Journal, find_pictures, fingerprint, replacing
+from ovseg.inference.folder import Journal, fingerprint, replacing
+from ovseg.inference.sources import find_pictures
 
 LABELS = ["--labels", "gravel,grass", "--format", "json"]
 
@@ -33,11 +34,11 @@ def photos(tmp_path):
 
 
 def test_names_mirror_the_folder(photos):
-    found = dict(find_pictures([str(photos)]))
-    assert sorted(found) == ["a", "b", "d_jpg", "d_png", "deep/a", "deep/c"] and found["deep/a"] == photos / "deep" / "a.png"
-    assert sorted(dict(find_pictures([str(photos / "*.jpg")]))) == ["b", "d"]
-    assert find_pictures(["nowhere.png"])[0][0] == "nowhere"  # which is named when it cannot be read
-    assert len(find_pictures([str(photos), str(photos)])) == 6
+    found = {source.name: source for source in find_pictures([str(photos)])[0]}
+    assert sorted(found) == ["a", "b", "d_jpg", "d_png", "deep/a", "deep/c"] and found["deep/a"].path == photos / "deep" / "a.png"
+    assert sorted(source.name for source in find_pictures([str(photos / "*.jpg")])[0]) == ["b", "d"]
+    assert find_pictures(["nowhere.png"])[0][0].name == "nowhere"  # which is named when it cannot be read
+    assert len(find_pictures([str(photos), str(photos)])[0]) == 6
 
 
 def test_names_that_cannot_be(photos, tmp_path):
@@ -73,7 +74,7 @@ def test_done_pictures_are_skipped_until_something_changes(photos, tmp_path, cap
     assert "1 pictures" in run()  # its file is gone
     draw(photos / "b.jpg", (50, 50))
     assert "1 pictures" in run()  # another picture
-    assert "6 pictures" in run("--background", "0.1")  # another setting
+    assert "6 pictures" in run("--background-threshold", "0.1")  # another setting
     assert "6 pictures" in run()  # whose results lie there now
     assert "6 pictures" in run("--overwrite")
     with open(out / "ovseg_segment.jsonl", "a") as file:
@@ -115,7 +116,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path, capsys):
     before = int(printed.out.split(" done before")[0].split()[-1])
     assert done - 1 <= before <= done and f"{180 - before} pictures into" in printed.out
     found = [json.loads(path.read_text()) for path in out.glob("*.json")]
-    assert len(found) == 180 and all(sum(one["areas"].values()) == pytest.approx(1, abs=1e-4) for one in found)
+    assert len(found) == 180 and all(sum(row["area"] for row in one["labels"]) == pytest.approx(1, abs=1e-4) for one in found)
 
 
 def test_fingerprint_changes_with_a_weight(tmp_path):

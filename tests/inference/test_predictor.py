@@ -52,13 +52,13 @@ def test_background_threshold(model):
     image = Scenes("digits", "val", 1)[0].image
     everything = ovseg.segment(image, LABELS, model=model)
     threshold = float(np.median(everything.scores))
-    some = ovseg.segment(image, LABELS, model=model, background=threshold)
+    some = ovseg.segment(image, LABELS, model=model, background_threshold=threshold)
     assert np.array_equal(some.labels == -1, everything.scores < threshold)
     assert np.array_equal(some.labels[some.labels >= 0], everything.labels[some.labels >= 0])
 
 
 def test_saving(model, tmp_path):
-    result = ovseg.segment(Scenes("digits", "val", 1)[0].image, LABELS, model=model, background=0.0)
+    result = ovseg.segment(Scenes("digits", "val", 1)[0].image, LABELS, model=model, background_threshold=0.0)
     overlay = Image.open(result.save(tmp_path / "new" / "o.png"))
     assert overlay.width == 384 and overlay.height > 384  # enlarged, with a legend below
     mask = Image.open(result.save_mask(tmp_path / "m.png"))
@@ -79,7 +79,7 @@ def test_legend_and_palette():
     ({"labels": []}, "labels is empty"),
     ({"labels": ["cat", "cat"]}, "are both 'cat'"),
     ({"image": b"junk"}, "it is none of JPEG"),
-    ({"background": 3.0}, r"background is 3\.0; expected a cosine"),
+    ({"background_threshold": 3.0}, r"background_threshold is 3\.0; expected a cosine"),
     ({"short_side": 2}, "short_side is 2; expected at least a patch, 4 pixels"),
     ({"templates": "none"}, "templates is 'none'"),
     ({"model": "pacl_vit_l14"}, "has no bundled weights"),

@@ -82,7 +82,7 @@ def test_window_of_the_whole_picture_and_classify(model):
 def test_background(model):
     everything = ovseg.segment(picture(50, 70), LABELS, model=model, crop=24)
     threshold = float(np.median(everything.scores))
-    some = ovseg.segment(picture(50, 70), LABELS, model=model, crop=24, background=threshold)
+    some = ovseg.segment(picture(50, 70), LABELS, model=model, crop=24, background_threshold=threshold)
     assert np.array_equal(some.labels == -1, everything.scores < threshold)
 
 
@@ -91,8 +91,8 @@ def test_background(model):
     ({"crop": 96}, "crop is 96; expected a multiple of the patch, . pixels, up to the short side, 48"),
     ({"stride": 8}, "stride is 8 and crop is missing"),
     ({"crop": 24, "stride": 25}, "stride is 25; expected 1 to the crop, 24"),
-    ({"crop": 24, "stride": 0}, "stride is 0; expected 1 to the crop, 24"),
-    ({"crop": 24, "window_batch": 0}, "window_batch is 0; expected at least 1"),
+    ({"crop": 24, "stride": 0}, "stride is 0; expected a positive integer"),
+    ({"crop": 24, "window_batch": 0}, "window_batch is 0; expected a positive integer"),
 ])  # fmt: skip
 def test_refused(model, options, message):
     with pytest.raises(InputError, match=message):
@@ -104,5 +104,6 @@ def test_command(tmp_path):
     out = str(tmp_path / "out")
     command = ["segment", str(tmp_path / "a.png"), "--labels", "gravel,grass", "--format", "json,overlay", "-o", out]
     assert main([*command, "--crop", "24", "--stride", "12"]) == 0
-    assert sum(json.loads((tmp_path / "out" / "a.json").read_text())["areas"].values()) == pytest.approx(1, abs=1e-5)
+    found = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert sum(row["area"] for row in found["labels"]) == pytest.approx(1, abs=1e-5)
     assert (tmp_path / "out" / "a.overlay.png").exists()
