@@ -1,6 +1,9 @@
-"""Look at the embedded data: one contact sheet of scenes with their masks and captions.
+"""Look at data: the embedded scenes, the benchmarks on disk.
 
-  ovseg data browse --form shapes --out scenes.png
+  ovseg data list                                     the benchmarks, their classes and folders
+  ovseg data check voc21,ade150 --root /data          missing and damaged files, unequal sizes, labels off by one
+  ovseg data convert coco_object --root /data         masks with labels as values, for other tools
+  ovseg data browse --form shapes --out scenes.png    a contact sheet of scenes with their masks and captions
 """
 
 from __future__ import annotations
@@ -9,15 +12,80 @@ import argparse
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("action", choices=("browse",))
-    sub.add_argument("--form", default="digits", choices=("digits", "shapes"))
-    sub.add_argument("--split", default="train", choices=("train", "val"))
-    sub.add_argument("--count", type=int, default=36)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--out", default="scenes.png")
+    actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the benchmarks, their classes and folders")
+    check = actions.add_parser("check", help="find missing and damaged files, unequal sizes, labels off by one")
+    check.add_argument("--sample", type=int, help="look at so many pictures only, evenly spread")
+    check.add_argument("--out", help="folder for a JSON report and a plot of the classes")
+    convert = actions.add_parser("convert", help="write masks with labels as values, for other tools")
+    for one in (check, convert):
+        one.add_argument("data", help="comma-separated names (ovseg data list) or .yaml descriptions")
+        one.add_argument("--root", required=True, help="the folder that holds the data sets, or one of them")
+        one.add_argument("--split", default="val")
+    browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
+    browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
+    browse.add_argument("--split", default="train", choices=("train", "val"))
+    browse.add_argument("--count", type=int, default=36)
+    browse.add_argument("--seed", type=int, default=0)
+    browse.add_argument("--out", default="scenes.png")
 
 
 def run(options: argparse.Namespace) -> int:
+    return {"list": _list, "check": _check, "convert": _convert, "browse": _browse}[options.action](options)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from ..data.segmentation_sets import describe, list_sets
+
+    for name in list_sets():
+        about = describe(name)
+        counts = ", ".join(f"{split} {part.get('count', '?')}" for split, part in about.tree["splits"].items())
+        print(f"{name:12} {about.title}\n{'':12} {counts}; {about.tree['folders'][0]}: {about.tree['images']}, "
+              f"{' or '.join(layout.path for layout in about.layouts(about.splits[0]))}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from ..data.check import check_set
+    from ..data.segmentation_sets import SegmentationSet
+
+    if options.sample is not None and options.sample < 1:
+        raise ValueError(f"--sample is {options.sample}; expected at least 1")
+    wrong = 0
+    for name in options.data.split(","):
+        data = SegmentationSet(name, options.root, options.split)
+        report = check_set(data, sample=options.sample, progress=True)
+        print(report)
+        wrong += len(report.wrong)
+        if options.out:
+            from ..evaluation.plots import plot_bars
+
+            out = Path(options.out)
+            out.mkdir(parents=True, exist_ok=True)
+            stem = f"{data.description.name}_{options.split}"
+            (out / f"{stem}.json").write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
+            plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
+                      f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
+            print(out / f"{stem}.json", out / f"{stem}.png", sep="\n")
+    return 1 if wrong else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ..data.check import convert_masks
+    from ..data.segmentation_sets import SegmentationSet
+
+    for name in options.data.split(","):
+        data = SegmentationSet(name, options.root, options.split)
+        written, left = convert_masks(data, progress=True)
+        print(f"{name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there")
+    return 0
+
+
+def _browse(options: argparse.Namespace) -> int:
     import numpy as np
 
     from ..data.scenes import Scenes

@@ -28,7 +28,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..data.scenes import Scenes
     from ..errors import ConfigError
-    from ..evaluation.scenes import evaluate_scenes, scene_gallery, scene_table
+    from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
     from ..training.loop import Interrupted, train
     from ..training.plots import join_curves
     from ..training.recipe import load_recipe
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         rows.append(report.summary)
     table = scene_table(rows)
     out.mkdir(parents=True, exist_ok=True)
-    scene_gallery(scenes, reports).save(out / "gallery.png")
+    gallery(reports).save(out / "gallery.png")
     curve = join_curves({title: folder / "log.jsonl" for title, folder, _ in stages}, out / "loss.png")
     (out / "table.md").write_text(table + "\n")
     ratios = [round(row["seen_miou"] / max(rows[0]["seen_miou"], 1e-9), 2) for row in rows]

@@ -1,42 +1,209 @@
-"""Measure a model on validation scenes: mIoU of seen, unseen and stuff classes.
+"""Measure models on benchmarks: mIoU by a named protocol, every choice of it printed.
 
-  ovseg eval pacl_tiny --data digits
-  ovseg eval runs/pacl --data shapes --scenes 300 --out runs/pacl/eval
+  ovseg eval pacl_tiny --data digits                                        the embedded scenes
+  ovseg eval clip_dense_tiny --readout clip,sclip,naclip --data digits_things --sweep
+  ovseg eval runs/mine --data voc21,context59 --root /data --protocol sclip --plots --out results
+  torchrun --nproc-per-node 2 -m ovseg eval runs/mine --data ade150 --root /data
+  ovseg eval runs/mine --data imagefolder --root /data/imagenet/val         zero-shot classification
+
+Benchmarks: ovseg data list. Check your copy first: ovseg data check.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
+
+from .segment import add_settings, given_settings, load_model
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="a model with bundled weights, or a folder of a run or of save_pretrained")
-    sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
-    sub.add_argument("--scenes", type=int, default=300)
-    sub.add_argument("--seed", type=int, default=0, help="of the validation scenes")
-    sub.add_argument("--out", help="folder for results.json and gallery.png")
-    sub.add_argument("--device", default="cpu")
+    sub.add_argument("models", nargs="+", metavar="model", help="models with bundled weights, or folders of runs or of save_pretrained")
+    sub.add_argument("--data", default="digits",
+                     help="comma-separated: digits, shapes, digits_things, shapes_things; a benchmark; a .yaml description; imagefolder")
+    sub.add_argument("--root", help="the folder that holds the benchmarks, or one of them")
+    sub.add_argument("--split", default="val")
+    sub.add_argument("--protocol", default="plain", help="a named protocol (--list-protocols) or a .yaml file (default: %(default)s)")
+    sub.add_argument("--list-protocols", action=_ListProtocols, nargs=0, help="name the protocols and stop")
+    sub.add_argument("--labels-file", help="texts of the classes in their order, in place of the protocol's; see ovseg segment")
+    sub.add_argument("--readout", help="comma-separated, of clip_dense models: clip, maskclip, sclip, clearclip, naclip, gem")
+    sub.add_argument("--present-only", action="store_true", help="only the classes of a picture's truth compete in it (uses the truth)")
+    sub.add_argument("--boundary", action="store_true", help="Boundary IoU too")
+    sub.add_argument("--sweep", action="store_true", help="mIoU at 101 background thresholds, in one pass")
+    sub.add_argument("--limit", type=int, help="only so many pictures")
+    sub.add_argument("--skip-bad", action="store_true", help="leave out pictures and masks that cannot be read, and say so; exit code 3")
+    sub.add_argument("--scenes", type=int, default=300, help="of embedded data")
+    sub.add_argument("--seed", type=int, default=0, help="of embedded data")
+    sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
+    sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda; in several processes each takes the GPU of its local rank")
+    add_settings(sub)
+
+
+class _ListProtocols(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        from ..evaluation.protocols import _read, list_protocols
+
+        for name in list_protocols():
+            tree = _read(name)
+            print(f"{name:12} v{tree['version']}  {tree['title']}; {', '.join(tree['data']) or 'any data set'}")
+        parser.exit()
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..data.scenes import Scenes
-    from ..evaluation.scenes import evaluate_scenes, scene_gallery, scene_table
-    from .segment import load_model
+    from ..errors import InputError
+    from ..evaluation.processes import rank_and_world
 
-    scenes = Scenes(options.data, "val", options.scenes, options.seed)
-    model = load_model(options.model, options.device)
-    report = evaluate_scenes(model, scenes, keep=10, progress=True)
-    print(scene_table([report.summary]))
-    width = max(map(len, scenes.vocabulary.classes))
-    for name, split, iou in zip(report.scores.classes, scenes.vocabulary.split_of_class, report.scores.iou, strict=True):
-        print(f"  {name:{width}} {split:7} {iou:6.2f}")
+    if options.plots and not options.out:
+        raise InputError("--plots is given and --out is missing; expected a folder for the plots")
+    for name in ("limit", "scenes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    rank, world = rank_and_world()
+    device = options.device
+    if world > 1 and device == "cuda":
+        import os
+
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return _classify(options, device, rank) if options.data == "imagefolder" else _segment(options, device, rank)
+
+
+def _models(options: argparse.Namespace, device: str):
+    """(title, model) of every model and readout."""
+    from ..errors import InputError
+    from ..layers.readout import resolve_readout
+    from ..models.clip_dense import ClipDense
+
+    several = len({Path(name).name for name in options.models}) < len(options.models)
+    for name in options.models:
+        title = name if several else Path(name).name
+        model = load_model(name, device)
+        if not options.readout:
+            yield title, model
+        elif isinstance(model, ClipDense):
+            for readout in options.readout.split(","):
+                model.readout, model.config["readout"] = resolve_readout(readout), readout
+                yield f"{title} {readout}", model
+        elif len(options.models) == 1:
+            raise InputError(f"--readout is given and {name} is no clip_dense model; its attention is part of its training")
+        else:
+            yield title, model
+
+
+def _segment(options: argparse.Namespace, device: str, rank: int) -> int:
+    import numpy as np
+
+    from ..data.labels import LabelSet
+    from ..data.segmentation_sets import SegmentationSet, describe
+    from ..errors import InputError
+    from ..evaluation.evaluate import Report, class_table, evaluate, table, write_results
+    from ..evaluation.protocols import protocol
+    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
+
+    changes = given_settings(options)
+    labels = LabelSet.read(options.labels_file) if options.labels_file else None
+    sets: list[Any] = []
+    for name in options.data.split(","):
+        if name in SCENE_SETS:
+            sets.append(SceneSet(name, options.scenes, options.seed))
+            continue
+        about = describe(name)
+        if options.root is None:
+            raise InputError(f"--root is missing; expected the folder that holds {about.title}")
+        sets.append(SegmentationSet(name, options.root, options.split, description=about))
+    reports: dict[str, Report] = {}
+    shown: dict[str, Any] = {}
+    for data in sets:
+        for title, model in _models(options, device):
+            chosen = protocol(options.protocol, data.description, model, labels=labels, present_only=options.present_only, **changes)
+            choices = chosen.choices(model, data.description)
+            if rank == 0 and choices != shown:
+                _print_choices(title, choices)
+                shown = choices
+            top = chosen.settings.scale or 1.0
+            thresholds = np.linspace(0, 1 if chosen.settings.activation else top, 101) if options.sweep else None
+            scored = {"boundary": options.boundary, "thresholds": thresholds, "limit": options.limit, "skip_bad": options.skip_bad,
+                      "keep": 10, "progress": True}
+            if isinstance(data, SceneSet):
+                report = evaluate_scene_set(model, data, chosen=chosen, **scored)
+            else:
+                report = evaluate(model, data, chosen, **scored)
+            report.summary["model"] = title
+            reports[title if len(sets) == 1 else f"{title} {data.description.name}"] = report
+    rows = list(reports.values())
+    skipped = sum(len(report.skipped) for report in rows)
+    if rank > 0:
+        return 3 if skipped else 0
+    print(table([report.summary for report in rows]))
+    if len(rows) == 1:
+        print("\n" + class_table(rows[0]))
+    for report in rows:
+        for line in report.skipped:
+            print(f"left out: {line}")
+    if options.out:
+        from ..environment import environment
+        from ..evaluation.plots import plot_classes, plot_confusion, plot_sweeps
+
+        out = Path(options.out)
+        written: list[Path | None] = [*write_results(rows, out, command=_command(options), environment=environment(device))]
+        for data in sets:
+            some = {title: report for title, report in reports.items() if report.data is data.description}
+            stem = "" if len(sets) == 1 else f"{data.description.name}_"
+            gallery(some).save(out / f"{stem}gallery.png")
+            written.append(out / f"{stem}gallery.png")
+            if options.sweep:
+                written.append(plot_sweeps(some, out / f"{stem}sweep.png"))
+            if options.plots:
+                for title, report in some.items():
+                    name = title.replace("/", "_").replace(" ", "_")
+                    written += [plot_confusion(report, out / f"{name}_confusion.png"), plot_classes(report, out / f"{name}_classes.png")]
+        print(*(path for path in written if path), sep="\n")
+    return 3 if skipped else 0
+
+
+def _print_choices(title: str, choices: dict[str, Any]) -> None:
+    """The protocol, line by line; long lists are cut, results.json has them whole."""
+    print(f"{title}:")
+    for key, value in choices.items():
+        if key in ("settings", "class_texts") or value in (None, [], {}, 0.0, False):
+            continue
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        print(f"  {key:18} {text if len(text) < 160 else text[:157] + '...'}")
+
+
+def _command(options: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if key not in ("run", "verb", "out", "list_protocols") and value is not None}
+
+
+def _classify(options: argparse.Namespace, device: str, rank: int) -> int:
+    import json
+
+    from ..data.labels import LabelSet
+    from ..errors import InputError
+    from ..evaluation.classification import ClassFolders, evaluate_classification
+    from ..evaluation.evaluate import table
+    from ..inference import Settings
+
+    if options.root is None:
+        raise InputError("--root is missing; expected a folder with a sub-folder of pictures for each class")
+    data = ClassFolders(options.root, LabelSet.read(options.labels_file) if options.labels_file else None)
+    found = []
+    for title, model in _models(options, device):
+        result = evaluate_classification(model, data, settings=Settings.of(given_settings(options)), skip_bad=options.skip_bad,
+                                         limit=options.limit, progress=True)
+        result.summary["model"] = title
+        found.append(result)
+    if rank > 0:
+        return 3 if found[0].skipped else 0
+    names = {"model": "model", "data": "data", "pictures": "pictures", "classes": "classes", "top1": "top-1", "top5": "top-5",
+             "mean_top1": "mean over classes", "templates": "templates"}
+    print(table([result.summary for result in found], names))
+    for line in found[0].skipped:
+        print(f"left out: {line}")
     if options.out:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        per_class = dict(zip(report.scores.classes, report.scores.iou.round(2).tolist(), strict=True))
-        (out / "results.json").write_text(json.dumps({**report.summary, "seed": options.seed, "iou": per_class}, indent=2))
-        scene_gallery(scenes, {model.name: report}).save(out / "gallery.png")
-        print(out / "results.json", out / "gallery.png", sep="\n")
-    return 0
+        (out / "results.json").write_text(json.dumps({"command": _command(options), "results": [r.to_dict() for r in found]}, indent=1))
+        print(out / "results.json")
+    return 3 if found[0].skipped else 0

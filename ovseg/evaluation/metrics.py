@@ -1,6 +1,6 @@
-"""Segmentation metrics from one confusion matrix over the whole data set.
+"""Segmentation metrics from integer histograms over the whole data set. Histograms of several processes are added.
 
-The matrix is torchmetrics'; IoU is derived from it as mmsegmentation does: per class over all pixels of the data set,
+The confusion matrix is torchmetrics'; IoU is derived from it as mmsegmentation does: per class over all pixels of the data set,
 classes that neither occur nor are predicted are left out of the mean.
 """
 
@@ -18,7 +18,13 @@ from ..errors import InputError
 
 @dataclass
 class Scores:
-    """IoU per class and their means, in percent. NaN: the class neither occurs nor is predicted."""
+    """IoU per class and their means, in percent. NaN: the class neither occurs nor is predicted.
+
+    Attributes:
+        classes: names.
+        iou, accuracy: [C]; accuracy is the share of a class's pixels that carry its label.
+        matrix: [C, C] counts [truth, prediction], or [C, C + 1] where predictions may be no label at all.
+    """
 
     classes: tuple[str, ...]
     iou: np.ndarray
@@ -30,7 +36,13 @@ class Scores:
         return _mean(self.iou)
 
     @property
+    def mean_accuracy(self) -> float:
+        """mAcc: mean over the classes that occur."""
+        return _mean(self.accuracy)
+
+    @property
     def pixel_accuracy(self) -> float:
+        """aAcc: share of all pixels that are right."""
         return 100 * float(np.trace(self.matrix)) / max(1, int(self.matrix.sum()))
 
     def miou_of(self, names: Sequence[str]) -> float:
@@ -44,11 +56,12 @@ class ConfusionMatrix:
     Args:
         classes: names in the order of the label integers.
         ignore_index: truth pixels with this value are left out.
+        none: whether a prediction may be -1, no label: wrong everywhere, counted in a column of its own.
     """
 
-    def __init__(self, classes: Sequence[str], ignore_index: int = 255):
-        self.classes, self.ignore_index = tuple(classes), ignore_index
-        self.counts = np.zeros((len(self.classes), len(self.classes)), np.int64)
+    def __init__(self, classes: Sequence[str], ignore_index: int = 255, *, none: bool = False):
+        self.classes, self.ignore_index, self.none = tuple(classes), ignore_index, none
+        self.counts = np.zeros((len(self.classes), len(self.classes) + none), np.int64)
 
     def update(self, prediction: torch.Tensor | np.ndarray, truth: torch.Tensor | np.ndarray) -> None:
         """Add label maps of one shape.
@@ -56,27 +69,117 @@ class ConfusionMatrix:
         Raises:
             InputError: for unequal shapes, or labels outside the classes (in ``truth``, other than ignore_index).
         """
-        prediction, truth = torch.as_tensor(prediction).long(), torch.as_tensor(truth).long()
-        if prediction.shape != truth.shape:
-            raise InputError(f"prediction has shape {list(prediction.shape)} and truth {list(truth.shape)}; expected one shape")
-        kept = truth != self.ignore_index
-        for name, x in (("prediction", prediction[kept]), ("truth", truth[kept])):
-            if x.numel() and (int(x.min()) < 0 or int(x.max()) >= len(self.classes)):
-                bad = x[(x < 0) | (x >= len(self.classes))]
-                raise InputError(f"{name} holds label {int(bad[0])} on {len(bad)} pixels; expected 0 to "
-                                 f"{len(self.classes) - 1}" + (f" or {self.ignore_index}" if name == "truth" else ""))
-        if not bool(kept.any()):
+        prediction, truth = kept_pixels(prediction, truth, len(self.classes), self.ignore_index, none=self.none)
+        if not len(truth):
             return
-        counts = multiclass_confusion_matrix(prediction[kept], truth[kept], len(self.classes))
-        self.counts += counts.numpy().astype(np.int64)
+        rows, columns = self.counts.shape
+        counts = multiclass_confusion_matrix(torch.where(prediction < 0, rows, prediction), truth, columns)
+        self.counts += counts.numpy().astype(np.int64)[:rows]
 
     def scores(self) -> Scores:
-        hit, of_truth, of_prediction = np.diag(self.counts), self.counts.sum(1), self.counts.sum(0)
+        square = self.counts[:, : len(self.classes)]
+        hit, of_truth, of_prediction = np.diag(square), self.counts.sum(1), square.sum(0)
         union = of_truth + of_prediction - hit
         with np.errstate(divide="ignore", invalid="ignore"):
             iou = np.where(union > 0, 100 * hit / union, np.nan)
             accuracy = np.where(of_truth > 0, 100 * hit / of_truth, np.nan)
         return Scores(self.classes, iou, accuracy, self.counts.copy())
+
+
+class BoundaryCounts:
+    """Boundary IoU (Cheng et al., arXiv:2103.16562): IoU over the pixels that lie near a contour, in truth and in prediction.
+
+        G_c = pixels of class c within d of another label (or of the border of the picture), P_c likewise;  |G_c & P_c| / |G_c | P_c|
+
+    d is 2 % of the diagonal, in the chessboard distance of d erosions by 3 x 3. Pixels that are not counted bound their neighbours.
+
+    Args:
+        classes: names.
+        ignore_index: truth pixels with this value are left out.
+        share: d over the diagonal; d is at least one pixel.
+    """
+
+    def __init__(self, classes: Sequence[str], ignore_index: int = 255, *, share: float = 0.02):
+        self.classes, self.ignore_index, self.share = tuple(classes), ignore_index, share
+        self.counts = np.zeros((3, len(self.classes)), np.int64)  # in both, in the truth, in the prediction
+
+    def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
+        """Add label maps of one shape; predictions of -1 are no label."""
+        kept_pixels(prediction, truth, len(self.classes), self.ignore_index, none=True)
+        distance = max(1, round(self.share * float(np.hypot(*truth.shape))))
+        counted, near = truth != self.ignore_index, contour_band(truth, distance) & (truth != self.ignore_index)
+        guessed = contour_band(prediction, distance) & counted & (prediction >= 0)
+        for row, labels in enumerate((truth[near & guessed & (truth == prediction)], truth[near], prediction[guessed])):
+            self.counts[row] += np.bincount(labels, minlength=len(self.classes))
+
+    def iou(self) -> np.ndarray:
+        """Boundary IoU of each class in percent, NaN where it has no contour."""
+        both, of_truth, of_prediction = self.counts
+        union = of_truth + of_prediction - both
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(union > 0, 100 * both / union, np.nan)
+
+
+def contour_band(labels: np.ndarray, distance: int) -> np.ndarray:
+    """Pixels with another label, or the end of the picture, within ``distance`` in rows and columns."""
+    from scipy.ndimage import maximum_filter, minimum_filter
+
+    labels, size = labels.astype(np.int32), 2 * distance + 1
+    outside = {"mode": "constant", "cval": -2}
+    return minimum_filter(labels, size, **outside) != maximum_filter(labels, size, **outside)
+
+
+class ThresholdSweep:
+    """mIoU at every background threshold, from one pass: counts of [threshold bin of the winner's score, truth, prediction].
+
+    Exact at the thresholds: a pixel is background at t if its score is below t, as in ``Settings.background_threshold``.
+
+    Args:
+        classes: names; class 0 is background.
+        thresholds: increasing.
+        ignore_index: truth pixels with this value are left out.
+    """
+
+    def __init__(self, classes: Sequence[str], thresholds: np.ndarray, ignore_index: int = 255):
+        self.classes, self.ignore_index = tuple(classes), ignore_index
+        self.thresholds = np.asarray(thresholds, np.float64)
+        if len(self.thresholds) < 1 or not (np.diff(self.thresholds) > 0).all():
+            raise InputError(f"thresholds are {thresholds}; expected increasing numbers")
+        self.counts = np.zeros((len(self.thresholds) + 1, len(self.classes), len(self.classes)), np.int64)
+
+    def update(self, prediction: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> None:
+        """Add label maps decided without a threshold, with the winners' scores."""
+        C = len(self.classes)
+        kept_pixels(prediction, truth, C, self.ignore_index)
+        kept = truth != self.ignore_index
+        bins = np.searchsorted(self.thresholds, scores[kept].astype(np.float64), side="right")  # thresholds that the score reaches
+        flat = (bins * C + truth[kept]) * C + prediction[kept]
+        self.counts += np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def curve(self) -> np.ndarray:
+        """mIoU in percent at each threshold."""
+        found = []
+        for i in range(len(self.thresholds)):
+            matrix = ConfusionMatrix(self.classes)
+            matrix.counts[:] = self.counts[i + 1 :].sum(0)
+            matrix.counts[:, 0] += self.counts[: i + 1].sum((0, 2))
+            found.append(matrix.scores().miou)
+        return np.array(found)
+
+
+def kept_pixels(prediction, truth, classes: int, ignore_index: int, *, none: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prediction, truth) [n] at the pixels that count, checked."""
+    prediction, truth = torch.as_tensor(prediction).long(), torch.as_tensor(truth).long()
+    if prediction.shape != truth.shape:
+        raise InputError(f"prediction has shape {list(prediction.shape)} and truth {list(truth.shape)}; expected one shape")
+    kept = truth != ignore_index
+    prediction, truth = prediction[kept], truth[kept]
+    for name, x, least in (("prediction", prediction, -1 if none else 0), ("truth", truth, 0)):
+        if x.numel() and (int(x.min()) < least or int(x.max()) >= classes):
+            bad = x[(x < least) | (x >= classes)]
+            raise InputError(f"{name} holds label {int(bad[0])} on {len(bad)} pixels; expected {least} to {classes - 1}"
+                             + (f" or {ignore_index}" if name == "truth" else ""))
+    return prediction, truth
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:

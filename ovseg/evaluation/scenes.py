@@ -1,96 +1,98 @@
-"""Evaluate a model on the validation scenes: mIoU of seen, unseen and stuff classes, and what goes wrong."""
+"""The embedded scenes as a data set to evaluate on: all classes, or the things with the stuff as background."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+from PIL import Image
 
-import ovseg_kernels as ok
-
-from ..data.scenes import Scenes
+from ..data.scenes import VOCABULARIES, Scenes
+from ..data.segmentation_sets import SetDescription
+from ..inference import Predictor, Segmentation
 from ..inference.pictures import colour, contact_sheet, palette
 from ..models import OVSegModel
-from ..progress import bar
-from .metrics import ConfusionMatrix, Scores, harmonic_mean
+from .evaluate import Report, evaluate, table
+from .metrics import harmonic_mean
+from .protocols import protocol
+
+SCENE_SETS = tuple(form + ending for form in VOCABULARIES for ending in ("", "_things"))
 
 
-@dataclass
-class SceneReport:
-    """Scores of one model on one set of scenes; ``summary`` is what tables and ``results.json`` show."""
+class SceneSet:
+    """Validation scenes: ``digits``, ``shapes``; ``digits_things``, ``shapes_things`` count all stuff as background."""
 
-    scores: Scores
-    summary: dict[str, Any]
-    predictions: list[np.ndarray]
+    def __init__(self, name: str, count: int = 300, seed: int = 0):
+        form, self.things_only = name.removesuffix("_things"), name.endswith("_things")
+        self.scenes = Scenes(form, "val", count, seed)
+        words = self.scenes.vocabulary
+        names = ("background", *words.things) if self.things_only else words.classes
+        texts = dict(zip(words.classes, words.prompts, strict=True))
+        unseen = tuple(name for name, split in zip(words.classes, words.split_of_class, strict=True) if split == "unseen")
+        title = f"embedded scenes, {form}" + (", stuff as background" if self.things_only else "") + f", {count} of seed {seed}"
+        self.description = SetDescription(name, title, names, self.things_only, unseen, {c: texts[c] for c in names if c in texts}, {}, {})
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        scene = self.scenes[i]
+        truth = scene.mask.astype(np.int64)
+        if self.things_only:
+            truth = np.where(truth < len(self.scenes.vocabulary.things), truth + 1, 0)
+        return Image.fromarray(scene.image), truth
 
 
-@torch.no_grad()
-def evaluate_scenes(model: OVSegModel, scenes: Scenes, *, batch_size: int = 50, keep: int = 0, progress: bool = False) -> SceneReport:
-    """Zero-shot segmentation of ``scenes`` with all class names, and image classification by the same similarity.
+def evaluate_scenes(model: OVSegModel, scenes: Scenes, *, keep: int = 0, progress: bool = False) -> Report:
+    """Zero-shot segmentation with all class names by the protocol ``plain``, and image classification by the same texts.
 
-    Protocol: labels with their article through the model's own templates; patch cosines, bilinear to full size, argmax
-    over all classes, no background threshold. Classification: is the most similar class one that is in the picture,
-    among the things (chance: about 1 in their number)?
+    Classification: is the most similar class one that is in the picture, among the things (chance: about 1 in their number)?
     """
-    vocabulary = scenes.vocabulary
-    texts = model.encode_labels(vocabulary.prompts)
-    device = texts.device
-    matrix = ConfusionMatrix(vocabulary.classes)
-    predictions: list[np.ndarray] = []
-    hits = [0, 0]
-    for start in bar(range(0, len(scenes), batch_size), show=progress, desc="evaluating", leave=False):
-        chunk = scenes[start : start + batch_size]
-        images = torch.from_numpy(np.stack([scene.image for scene in chunk])).permute(0, 3, 1, 2).float() / 255
-        features = model.encode_image(model.backbone.normalize(images.to(device)))
-        logits = model.segment_logits(features, texts)
-        labels = ok.upsample_argmax(logits, chunk[0].mask.shape, label_type=torch.int16).cpu().numpy()
-        best = model.similarity(features, texts[: len(vocabulary.things)]).argmax(1).tolist()
-        for scene, label, thing in zip(chunk, labels, best, strict=True):
-            matrix.update(label, scene.mask)
-            hits[1] += bool(scene.things)
-            hits[0] += vocabulary.things[thing] in scene.things
-            if len(predictions) < keep:
-                predictions.append(label)
-    scores = matrix.scores()
-    split = np.array(vocabulary.split_of_class)
-    by = {kind: scores.miou_of([n for n, s in zip(vocabulary.classes, split, strict=True) if s == kind])
-          for kind in ("seen", "unseen", "stuff")}
-    things, stuff = split != "stuff", split == "stuff"
-    summary = {
-        "model": model.name,
-        "data": scenes.form,
-        "scenes": len(scenes),
-        "seen_miou": by["seen"],
-        "unseen_miou": by["unseen"],
-        "hiou": harmonic_mean(by["seen"], by["unseen"]),
-        "stuff_miou": by["stuff"],
-        "miou": scores.miou,
-        "pixel_accuracy": scores.pixel_accuracy,
-        "things_called_stuff": 100 * float(matrix.counts[things][:, stuff].sum()) / max(1, int(matrix.counts[things].sum())),
-        "classification": 100 * hits[0] / max(1, hits[1]),
-    }
-    return SceneReport(scores, {k: round(v, 2) if isinstance(v, float) else v for k, v in summary.items()}, predictions)
+    return evaluate_scene_set(model, SceneSet(scenes.form, len(scenes), scenes.seed), keep=keep, progress=progress)
+
+
+def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **options: Any) -> Report:
+    """``evaluate``, by ``chosen`` or the protocol ``plain``, and what only scenes can tell."""
+    words, hits = data.scenes.vocabulary, [0, 0]
+    things = set(words.things)
+
+    def observe(i: int, predictor: Predictor, found: Segmentation) -> None:
+        present = data.scenes[i].things
+        best = next(name for name in predictor.classify() if name in things)
+        hits[0] += best in present
+        hits[1] += bool(present)
+
+    report = evaluate(model, data, chosen or protocol("plain", data.description, model), observe=observe, **options)
+    split = np.array(["stuff" if name not in things else "thing" for name in report.scores.classes])
+    matrix = report.scores.matrix[:, : len(split)]
+    confused = matrix[split == "thing"]
+    seen = [name for name, split_ in zip(words.classes, words.split_of_class, strict=True) if split_ == "seen"]  # without the stuff
+    report.summary["seen_miou"] = round(report.scores.miou_of(seen), 2)
+    report.summary["hiou"] = round(harmonic_mean(report.summary["seen_miou"], report.summary["unseen_miou"]), 2)
+    if not data.things_only:
+        report.summary["stuff_miou"] = round(report.scores.miou_of(words.stuff), 2)
+    report.summary["things_called_stuff"] = round(100 * float(confused[:, split == "stuff"].sum()) / max(1, int(confused.sum())), 2)
+    report.summary["classification"] = round(100 * hits[0] / max(1, hits[1]), 2)
+    return report
 
 
 def scene_table(rows: list[dict[str, Any]]) -> str:
-    """The summaries as a Markdown table."""
+    """The summaries that the demo shows, as a Markdown table."""
     columns = {"model": "model", "seen_miou": "seen mIoU", "unseen_miou": "unseen mIoU", "hiou": "hIoU", "stuff_miou": "stuff mIoU",
                "things_called_stuff": "things called stuff %", "classification": "top-1 %", "train_seconds": "training s"}
-    shown = [key for key in columns if any(key in row for row in rows)]
-    lines = ["| " + " | ".join(columns[key] for key in shown) + " |", "|" + "---|" * len(shown)]
-    lines += ["| " + " | ".join(str(row.get(key, "")) for key in shown) + " |" for row in rows]
-    return "\n".join(lines)
+    return table(rows, columns)
 
 
-def scene_gallery(scenes: Scenes, reports: dict[str, SceneReport], count: int = 10):
-    """Image, truth and each model's prediction for the first scenes, with a legend of the classes seen there."""
-    chosen = scenes[:count]
-    classes = scenes.vocabulary.classes
-    rows = [[scene.image for scene in chosen], [colour(scene.mask, len(classes)) for scene in chosen]]
+def gallery(reports: dict[str, Report], count: int = 10, scale: int | None = None) -> Image.Image:
+    """Picture, truth and each prediction of the examples that the reports share, with a legend of the classes seen there."""
+    first = next(iter(reports.values()))
+    examples, classes = first.examples[:count], first.data.classes
+    side = max(max(picture.shape[:2]) for picture, _, _ in examples)
+    smaller = max(1, side // 320)
+    rows = [[picture[::smaller, ::smaller] for picture, _, _ in examples],
+            [colour(truth[::smaller, ::smaller], len(classes)) for _, truth, _ in examples]]
     for report in reports.values():
-        rows.append([colour(label, len(classes)) for label in report.predictions[:count]])
-    present = sorted({int(i) for scene in chosen for i in np.unique(scene.mask)})
+        rows.append([colour(labels[::smaller, ::smaller], len(classes)) for _, _, labels in report.examples[:count]])
+    present = sorted({int(i) for _, truth, labels in examples for x in (truth, labels) for i in np.unique(x) if i >= 0})
     legend = [(tuple(int(v) for v in palette(len(classes))[i]), classes[i]) for i in present]
-    return contact_sheet(rows, ["image", "truth", *reports], legend, scale=2)
+    return contact_sheet(rows, ["image", "truth", *reports], legend, scale=scale or max(1, 96 // max(1, side // smaller)))

@@ -69,7 +69,7 @@ def label_map(model: OVSegModel, features: ImageFeatures, queries: Queries, view
     Args:
         picture: [3, H, W] in 0..1, which ``refine`` needs.
     """
-    if features.soft is not None and features.groups is not None:
+    if model.labels_groups:
         return _by_groups(model, features, queries, view, settings)
     logits = model.segment_logits(features, queries.texts)
     scaled = logits if settings.scale is None else logits * settings.scale
@@ -145,7 +145,7 @@ def _by_groups(model: OVSegModel, features: ImageFeatures, queries: Queries, vie
                         ("activation", settings.activation), ("area_threshold", settings.area_threshold or None)):
         if given is not None:
             raise InputError(f"{name} is {given!r} and {model.name} labels groups; expected {name} unset")
-    assert features.soft is not None
+    assert features.soft is not None and features.groups is not None
     scale = settings.scale or min(float(model.backbone.logit_scale.exp()), 100.0)
     tables = group_tables(features, queries.texts, scale, settings.top_classes, settings.background_threshold)
     owners, bias = queries.owners, queries.bias(settings)

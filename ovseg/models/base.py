@@ -55,12 +55,14 @@ class OVSegModel(nn.Module):
         name: registry name, set by ``create_model``.
         config: the arguments that built it, saved beside the weights.
         templates: the prompt templates that ``encode_labels`` uses by default.
+        labels_groups: whether ``encode_image`` returns groups, which then are what is labelled.
     """
 
     backbone: ClipBackbone
     name: str = ""
     config: dict[str, Any]
     templates: str = "simple"
+    labels_groups: bool = False
 
     def encode_image(self, images: torch.Tensor) -> ImageFeatures:
         """Features of ``images`` [B, 3, H, W], normalised by ``backbone.normalize``."""

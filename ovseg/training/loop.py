@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..data.batches import SceneBatches
 from ..data.folders import FolderBatches
 from ..data.scenes import Scenes
+from ..environment import environment
 from ..errors import ConfigError
 from ..models import OVSegModel, create_model, from_pretrained, save_pretrained
 from ..progress import bar
@@ -66,7 +66,7 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool = False, quiet: bool 
         start = checkpoint.restore(done[-1], model, optimizer)
         _forget_after(run / "log.jsonl", start)
     save_recipe(recipe, run / "config.yaml")
-    (run / "env.json").write_text(json.dumps(_environment(device), indent=2))
+    (run / "env.json").write_text(json.dumps(environment(device), indent=2))
 
     cast = _autocast(recipe.train.precision, device)
     parameters = [p for _, p in model.trainable]
@@ -214,9 +214,3 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             libc.mallopt(option, value)
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"ovseg": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": device.type,
-            "device_name": name, "threads": torch.get_num_threads()}

@@ -1,0 +1,100 @@
+"""Zero-shot image classification through the same texts: pictures in one folder for each class, as torchvision's ImageFolder has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.images import SUFFIXES
+from ..data.labels import LabelSet
+from ..errors import DataError, InputError
+from ..inference import Predictor, Settings
+from ..models import OVSegModel
+from ..progress import bar
+from .processes import add_over_processes, gather_names, rank_and_world
+
+
+class ClassFolders:
+    """``root/CLASS/picture.jpg``.
+
+    Args:
+        root: its sub-folders, sorted, are the classes.
+        labels: texts of the classes in that order; by default the folders' names, with spaces for underscores.
+
+    Raises:
+        DataError: without folders or pictures. InputError: for labels of another number.
+    """
+
+    def __init__(self, root: str | Path, labels: LabelSet | None = None):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"{self.root} is no folder; expected one with a sub-folder for each class")
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
+        self.items = [(picture, i) for i, folder in enumerate(folders)
+                      for picture in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)]
+        if not self.items:
+            raise DataError(f"{self.root} holds {len(folders)} sub-folders and no picture in them; expected one for each class")
+        self.labels = labels or LabelSet.of([folder.name.replace("_", " ") for folder in folders])
+        if len(self.labels) != len(folders):
+            raise InputError(f"labels holds {len(self.labels)} classes and {self.root} {len(folders)} folders; expected one for each")
+
+
+@dataclass
+class Classification:
+    """``summary`` with top-1, top-5 and the mean over classes of top-1 in percent; ``matrix`` [truth, prediction] counts."""
+
+    summary: dict[str, Any]
+    labels: LabelSet
+    matrix: np.ndarray
+    skipped: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        of_class = self.matrix.sum(1)
+        rows = {name: {"pictures": int(of_class[i]), "top1": round(100 * float(self.matrix[i, i]) / max(1, int(of_class[i])), 2)}
+                for i, name in enumerate(self.labels.names)}
+        return {"summary": self.summary, "classes": rows, "skipped": self.skipped, "confusion": self.matrix.tolist()}
+
+
+@torch.no_grad()
+def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: Settings | None = None, skip_bad: bool = False,
+                            limit: int | None = None, progress: bool = False) -> Classification:
+    """The class whose best text is the most similar to the picture, seen as ``settings`` say, by ``model.similarity``."""
+    predictor = Predictor(model, data.labels, settings=settings or Settings())
+    count = len(data.labels)
+    matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
+    rank, world = rank_and_world()
+    total = len(data.items) if limit is None else min(limit, len(data.items))
+    skipped: list[str] = []
+    failures: list[str] = []
+    place = {name: i for i, name in enumerate(data.labels.names)}
+    for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc="classifying", leave=False):
+        path, truth = data.items[i]
+        try:
+            order = [place[name] for name in predictor.set_image(path).classify()]
+        except InputError as error:
+            (skipped if skip_bad else failures).append(str(error))
+            if skip_bad:
+                continue
+            break
+        matrix[truth, order[0]] += 1
+        in_five += truth in order[:5]
+    failures = gather_names(failures)
+    if failures:
+        raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
+    skipped = gather_names(skipped)
+    add_over_processes(matrix)
+    add_over_processes(in_five)
+    pictures = int(matrix.sum())
+    if pictures == 0:
+        raise DataError(f"{data.root}: none of {total} pictures could be used; the first: {skipped[0] if skipped else 'there is none'}")
+    of_class = matrix.sum(1)
+    each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
+    summary = {"model": model.name, "data": str(data.root), "pictures": pictures, "classes": count,
+               "templates": predictor.settings.templates or data.labels.templates or model.templates,
+               "top1": round(100 * float(np.trace(matrix)) / pictures, 2), "top5": round(100 * float(in_five[0]) / pictures, 2),
+               "mean_top1": round(float(each.mean()), 2)}  # fmt: skip
+    return Classification(summary, data.labels, matrix, skipped)

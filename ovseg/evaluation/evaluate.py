@@ -1,0 +1,223 @@
+"""Evaluate a model on a data set by a protocol: one pass, integer histograms, one process or several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.segmentation_sets import IGNORE, SetDescription
+from ..errors import DataError, InputError
+from ..inference import Predictor, Segmentation
+from ..models import OVSegModel
+from ..progress import bar
+from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
+from .processes import add_over_processes, gather_names, rank_and_world
+from .protocols import Protocol
+
+_ABSENT = -1e4
+
+
+class EvaluationSet(Interface):
+    """Pictures with truths: a ``SegmentationSet``, the scenes, or one of yours."""
+
+    description: SetDescription
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """(picture, truth [H, W]); -1 is not counted."""
+
+
+@dataclass
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        model, data: names.
+        choices: the whole protocol.
+        scores: of all classes, the background included.
+        summary: the figures of tables.
+        pictures, skipped: how many were counted, and which could not be.
+        boundary: Boundary IoU of each class, if asked for.
+        sweep: thresholds and mIoU at each, if asked for.
+        examples: (picture, truth, prediction) of the first pictures, as class indices.
+    """
+
+    model: str
+    data: SetDescription
+    choices: dict[str, Any]
+    scores: Scores
+    summary: dict[str, Any]
+    pictures: int
+    skipped: list[str]
+    boundary: np.ndarray | None = None
+    sweep: tuple[np.ndarray, np.ndarray] | None = None
+    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``results.json``: summary, classes, what was left out and the whole protocol."""
+        rows = {}
+        for i, name in enumerate(self.scores.classes):
+            rows[name] = {"iou": _round(self.scores.iou[i]), "accuracy": _round(self.scores.accuracy[i])}
+            if self.boundary is not None:
+                rows[name]["boundary_iou"] = _round(self.boundary[i])
+        found: dict[str, Any] = {"summary": self.summary, "pictures": self.pictures, "skipped": self.skipped, "classes": rows}
+        if self.sweep is not None:
+            found["sweep"] = {"threshold": [round(float(t), 6) for t in self.sweep[0]], "miou": [_round(v) for v in self.sweep[1]]}
+        return {**found, "protocol": self.choices, "confusion": self.scores.matrix.tolist()}
+
+
+@torch.no_grad()
+def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boundary: bool = False, thresholds: np.ndarray | None = None,
+             limit: int | None = None, skip_bad: bool = False, keep: int = 0, progress: bool = False,
+             observe: Callable[[int, Predictor, Segmentation], None] | None = None) -> Report:
+    """Label every picture and compare.
+
+    In several processes (``torchrun``) each takes its share of the pictures and the counts are added; every process returns the same
+    report, with the examples of its own share.
+
+    Args:
+        model: in eval mode, on its device.
+        data: pictures and truths.
+        protocol: of ``protocols.protocol`` for this data set and model.
+        boundary: Boundary IoU too.
+        thresholds: background thresholds to try, in one pass; the protocol's own is not applied to the sweep.
+        limit: only the first pictures.
+        skip_bad: pictures and masks that cannot be read are left out and named; otherwise they end the evaluation.
+        keep: examples to keep.
+        observe: called for each picture of this process.
+
+    Raises:
+        DataError: for a picture or mask that cannot be read, unless ``skip_bad``; if nothing is left.
+        InputError: for a sweep where it means nothing.
+    """
+    about, settings = data.description, protocol.settings
+    classes = about.classes or protocol.labels.names
+    sweeping = None
+    if thresholds is not None:
+        if not about.background or model.labels_groups:
+            why = f"is labelled in groups by {model.name}, whose threshold is relative" if about.background else "has no background class"
+            raise InputError(f"a sweep of background thresholds was asked for and {about.name} {why}")
+        sweeping = ThresholdSweep(classes, thresholds, IGNORE)
+        settings = replace(settings, background_threshold=None)
+    predictor = Predictor(model, protocol.labels, settings=settings)
+    matrix = ConfusionMatrix(classes, IGNORE, none=not about.background)
+    bands = BoundaryCounts(classes, IGNORE) if boundary else None
+    rank, world = rank_and_world()
+    total = len(data) if limit is None else min(limit, len(data))
+    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    skipped: list[str] = []
+    failure: Exception | None = None
+    for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc=f"{model.name} on {about.name}", leave=False):
+        try:
+            image, truth = data[i]
+            if protocol.present_only:
+                predictor.settings = replace(settings, bias=_only(truth, about, protocol, settings.bias))
+            found = predictor.set_image(image).predict()
+        except (DataError, InputError) as error:
+            if skip_bad:
+                skipped.append(str(error))
+                continue
+            failure = error
+            break
+        labels = found.labels.astype(np.int64) + int(about.background)  # -1 becomes class 0 where that is the background
+        if sweeping is not None:
+            sweeping.update(labels, found.scores, truth)
+            if protocol.settings.background_threshold is not None:
+                labels = np.where(found.scores < protocol.settings.background_threshold, 0, labels)
+        matrix.update(labels, truth)
+        if bands is not None:
+            bands.update(labels, truth)
+        if len(examples) < keep:
+            examples.append((np.asarray(image), truth, labels))
+        if observe is not None:
+            observe(i, predictor, found)
+    failures = gather_names([str(failure)] if failure else [])
+    if failures:
+        raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
+    skipped = gather_names(skipped)
+    if len(skipped) >= total:
+        raise DataError(f"{about.name}: none of {total} pictures could be used; the first: {skipped[0] if skipped else 'there is none'}")
+    for counted in (matrix, bands, sweeping):
+        if counted is not None:
+            add_over_processes(counted.counts)
+    scores = matrix.scores()
+    band_iou = None if bands is None else bands.iou()
+    curve = None if sweeping is None else (sweeping.thresholds, sweeping.curve())
+    counted_pictures = total - len(skipped)
+    summary = _summary(model, about, protocol, scores, band_iou, curve, counted_pictures)
+    choices = protocol.choices(model, about)
+    return Report(model.name, about, choices, scores, summary, counted_pictures, skipped, band_iou, curve, examples)
+
+
+def _only(truth: np.ndarray, about: SetDescription, protocol: Protocol, bias: dict[str, float] | None) -> dict[str, float]:
+    present = set(np.unique(truth[truth != IGNORE]).tolist())
+    return {name: (bias or {}).get(name, 0.0) + (0.0 if i + about.background in present else _ABSENT)
+            for i, name in enumerate(protocol.labels.names)}
+
+
+def _summary(model, about, protocol, scores, band_iou, curve, pictures) -> dict[str, Any]:
+    found: dict[str, Any] = {"model": model.name, "data": about.name, "protocol": protocol.label, "pictures": pictures,
+                             "miou": scores.miou, "mean_accuracy": scores.mean_accuracy, "pixel_accuracy": scores.pixel_accuracy}
+    if about.unseen:
+        seen = [name for name in scores.classes[int(about.background) :] if name not in about.unseen]
+        found |= {"seen_miou": scores.miou_of(seen), "unseen_miou": scores.miou_of(about.unseen)}
+        found["hiou"] = harmonic_mean(found["seen_miou"], found["unseen_miou"])
+    if band_iou is not None:
+        found["boundary_miou"] = float(np.nanmean(band_iou)) if np.isfinite(band_iou).any() else float("nan")
+    if curve is not None:
+        best = int(np.nanargmax(curve[1]))
+        found |= {"best_threshold": float(curve[0][best]), "best_miou": float(curve[1][best])}
+    return {key: _round(value) if isinstance(value, float) and key != "best_threshold" else value for key, value in found.items()}
+
+
+def _round(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 2)
+
+
+_COLUMNS = {"model": "model", "data": "data", "protocol": "protocol", "pictures": "pictures", "miou": "mIoU", "mean_accuracy": "mAcc",
+            "pixel_accuracy": "aAcc", "seen_miou": "seen mIoU", "unseen_miou": "unseen mIoU", "hiou": "hIoU", "stuff_miou": "stuff mIoU",
+            "boundary_miou": "boundary IoU", "best_threshold": "best threshold", "best_miou": "mIoU there",
+            "things_called_stuff": "things called stuff %", "classification": "top-1 %", "train_seconds": "training s"}
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
+    """Summaries as a Markdown table; columns that no row has are left out."""
+    names = columns or _COLUMNS
+    shown = [key for key in names if any(row.get(key) is not None for row in rows)]
+    lines = ["| " + " | ".join(names[key] for key in shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join("" if row.get(key) is None else f"{row[key]:.4g}" if isinstance(row[key], float) else str(row[key])
+                                for key in shown) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def class_table(report: Report) -> str:
+    """IoU and accuracy of each class."""
+    rows = [{"class": name, "iou": _round(report.scores.iou[i]), "acc": _round(report.scores.accuracy[i]),
+             "band": None if report.boundary is None else _round(report.boundary[i]),
+             "split": "unseen" if name in report.data.unseen else "seen" if report.data.unseen else None}
+            for i, name in enumerate(report.scores.classes)]
+    return table(rows, {"class": "class", "split": "split", "iou": "IoU", "acc": "accuracy", "band": "boundary IoU"})
+
+
+def write_results(reports: list[Report], out: Path, **facts: Any) -> list[Path]:
+    """``results.json`` (everything), ``table.md`` and ``classes.csv`` (IoU of every class in every row)."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps({**facts, "results": [report.to_dict() for report in reports]}, indent=1) + "\n")
+    (out / "table.md").write_text(table([report.summary for report in reports]) + "\n")
+    lines = ["model,data,protocol,class,iou,accuracy"]
+    for report in reports:
+        for i, name in enumerate(report.scores.classes):
+            row = [report.summary["model"], report.data.name, report.summary["protocol"], f'"{name}"',
+                   _round(report.scores.iou[i]), _round(report.scores.accuracy[i])]
+            lines.append(",".join("" if value is None else str(value) for value in row))
+    (out / "classes.csv").write_text("\n".join(lines) + "\n")
+    return [out / name for name in ("results.json", "table.md", "classes.csv")]

@@ -1,0 +1,93 @@
+"""Plots of evaluations: confusion matrix, IoU of each class, background-threshold curves. They need matplotlib, and say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .evaluate import Report
+
+_MOST_NAMED = 60  # rows of a confusion matrix that are still labelled
+
+
+def _figure(**options: Any):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no plot is drawn (pip install 'ovseg-kernels[plot]')")
+        return None
+    return Figure(layout="constrained", **options)
+
+
+def plot_confusion(report: Report, out: Path) -> Path | None:
+    """Rows: truth, each row in percent of its pixels; columns: prediction."""
+    matrix = report.scores.matrix.astype(float)
+    names = [*report.scores.classes, "no label"][: matrix.shape[1]]
+    if matrix.shape[1] > len(report.scores.classes) and not matrix[:, -1].any():
+        matrix, names = matrix[:, :-1], names[:-1]
+    rows = matrix.sum(1) > 0
+    share = 100 * matrix[rows] / matrix[rows].sum(1, keepdims=True)
+    size = min(16.0, 3.5 + 0.26 * len(names))
+    figure = _figure(figsize=(size + 1, size))
+    if figure is None or not rows.any():
+        return None
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    figure.colorbar(image, ax=axes, label="% of the truth's pixels")
+    axes.set(xlabel="prediction", ylabel="truth", title=_title(report))
+    if len(names) <= _MOST_NAMED:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(int(rows.sum())), np.array(report.scores.classes)[rows], fontsize=8)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def plot_classes(report: Report, out: Path) -> Path | None:
+    """IoU of each class, sorted; unseen classes in another colour."""
+    values = {name: float(iou) for name, iou in zip(report.scores.classes, report.scores.iou, strict=True) if not np.isnan(iou)}
+    marked = dict.fromkeys(report.data.unseen, "#d95f02")
+    return plot_bars(values, out, _title(report) + f", mIoU {report.scores.miou:.1f}", colours=marked, label="IoU, %",
+                     note="unseen classes orange" if report.data.unseen else "")
+
+
+def plot_bars(values: dict[str, float], out: Path, title: str, *, colours: dict[str, str] | None = None, label: str = "%",
+              log: bool = False, note: str = "") -> Path | None:
+    """A bar for each name, the largest first."""
+    order = sorted(values, key=lambda name: -values[name])
+    figure = _figure(figsize=(min(30.0, 3 + 0.24 * len(order)), 4.2))
+    if figure is None or not order:
+        return None
+    axes = figure.subplots()
+    axes.bar(range(len(order)), [values[name] for name in order], color=[(colours or {}).get(name, "#1f77b4") for name in order])
+    axes.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
+    axes.set(ylabel=label, title=title + (f" ({note})" if note else ""), xlim=(-0.8, len(order) - 0.2))
+    if log and max(values.values()) > 0:
+        axes.set_yscale("log")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
+    """mIoU against the background threshold, a curve for each report, its best point marked."""
+    figure = _figure(figsize=(10, 4.4))
+    curves = {name: report.sweep for name, report in reports.items() if report.sweep is not None}
+    if figure is None or not curves:
+        return None
+    axes = figure.subplots()
+    for name, (thresholds, miou) in curves.items():
+        best = int(np.nanargmax(miou))
+        line = axes.plot(thresholds, miou, label=f"{name}: {miou[best]:.1f} at {thresholds[best]:.3g}")[0]
+        axes.plot(thresholds[best], miou[best], "o", color=line.get_color())
+    first = next(iter(reports.values()))
+    axes.set(xlabel=f"background threshold ({first.choices['scores']})", ylabel="mIoU, %", title=first.choices["data"])
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def _title(report: Report) -> str:
+    return f"{report.summary['model']} on {report.data.name}, {report.summary['protocol']}"
