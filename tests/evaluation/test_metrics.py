@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import ovseg
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
-from ovseg.evaluation.metrics import ConfusionMatrix, harmonic_mean
+from ovseg.evaluation.metrics import BoundaryCounts, ConfusionMatrix, ThresholdSweep, contour_band, harmonic_mean
 from ovseg.evaluation.scenes import evaluate_scenes, gallery, scene_table
 
 
@@ -79,3 +79,69 @@ def test_a_perfect_model_scores_a_hundred():
     assert "| 100 |" in scene_table([report.summary])
     sheet = gallery({"perfect": report}, 2)
     assert sheet.width > 200 and sheet.height > 300
+
+
+def test_no_label_is_wrong_everywhere():
+    matrix = ConfusionMatrix("ab", none=True)
+    matrix.update(np.array([[0, -1], [1, 1]]), np.array([[0, 0], [1, 0]]))
+    scores = matrix.scores()
+    assert scores.matrix.tolist() == [[1, 1, 1], [0, 1, 0]]
+    assert scores.iou == pytest.approx([100 / 3, 50]) and scores.pixel_accuracy == pytest.approx(50)
+    assert scores.accuracy == pytest.approx([100 / 3, 100]) and scores.mean_accuracy == pytest.approx((100 / 3 + 100) / 2)
+
+
+def eroded(mask, times):
+    """3 x 3 erosions with nothing outside, written out."""
+    for _ in range(times):
+        padded = np.pad(mask, 1)
+        mask = np.logical_and.reduce([padded[y : y + mask.shape[0], x : x + mask.shape[1]] for y in range(3) for x in range(3)])
+    return mask
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), classes=st.integers(1, 4), share=st.sampled_from([0.02, 0.06]))
+def test_boundary_iou_is_that_of_eroded_masks(seed, classes, share):
+    """Class by class: a mask less its erosion is its band; pixels that are not counted belong to no class."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, classes, (2, 6, 5))
+    truth, guess = coarse.repeat(8, 1).repeat(8, 2)
+    truth = truth.copy()
+    truth[rng.random(truth.shape) < 0.02] = 255
+    counts = BoundaryCounts("abcd"[:classes], share=share)
+    counts.update(guess, truth)
+    distance = max(1, round(share * np.hypot(*truth.shape)))
+    for c in range(classes):
+        t, g = truth == c, guess == c
+        t, g = t & ~eroded(t, distance), g & ~eroded(g, distance) & (truth != 255)
+        union = (t | g).sum()
+        assert counts.iou()[c] == pytest.approx(100 * (t & g).sum() / union) if union else np.isnan(counts.iou()[c])
+
+
+def test_boundary_by_hand():
+    labels = np.zeros((9, 9), int)
+    labels[3:6, 3:6] = 1
+    band = contour_band(labels, 1)
+    expected = np.zeros((9, 9), bool)
+    expected[[0, -1]] = expected[:, [0, -1]] = True  # the end of the picture
+    expected[2:7, 2:7] = True
+    expected[4, 4] = False  # the middle of the square
+    assert np.array_equal(band, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), classes=st.integers(2, 5))
+def test_sweep_against_one_threshold_at_a_time(seed, classes):
+    rng = np.random.default_rng(seed)
+    thresholds = np.array([0.0, 0.25, 0.5, 1.0])
+    truth, guess = rng.integers(0, classes, (2, 10, 10))
+    truth[0] = 255
+    scores = rng.choice([0.0, 0.25, 0.3, 0.5, 0.9, 1.0], (10, 10)).astype(np.float32)  # some of them at a threshold
+    sweep = ThresholdSweep("abcde"[:classes], thresholds)
+    sweep.update(guess[:5], scores[:5], truth[:5])
+    sweep.update(guess[5:], scores[5:], truth[5:])
+    for threshold, miou in zip(thresholds, sweep.curve(), strict=True):
+        matrix = ConfusionMatrix("abcde"[:classes])
+        matrix.update(np.where(scores < threshold, 0, guess), truth)
+        assert miou == pytest.approx(matrix.scores().miou, nan_ok=True)
+    with pytest.raises(InputError, match="expected increasing numbers"):
+        ThresholdSweep("ab", np.array([0.5, 0.1]))

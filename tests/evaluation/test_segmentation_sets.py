@@ -136,12 +136,12 @@ def test_check_finds_what_is_missing_damaged_and_unequal(tmp_path, capsys):
 
 
 def test_where_nothing_is(tmp_path):
-    with pytest.raises(DataError, match="val.txt is in none of .*VOCdevkit/VOC2012"):
+    with pytest.raises(DataError, match=r"val\.txt is in none of .*VOCdevkit/VOC2012"):
         SegmentationSet("voc21", tmp_path)
     make(tmp_path, "voc21", 2)
     with pytest.raises(InputError, match="split is 'test'; voc21 has val, train, trainaug"):
         SegmentationSet("voc21", tmp_path, "test")
-    with pytest.raises(DataError, match="train.txt is in none of"):
+    with pytest.raises(DataError, match=r"train\.txt is in none of"):
         SegmentationSet("voc21", tmp_path, "train")
     for mask in (tmp_path / "VOCdevkit/VOC2012/SegmentationClass").iterdir():
         mask.unlink()
