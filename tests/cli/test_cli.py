@@ -114,7 +114,8 @@ def test_demo_end_to_end(tmp_path, capsys):
     assert main([*arguments, "--seed", "5"]) == 2 and "was begun with other settings" in capsys.readouterr().err
     assert main(arguments) == 0
     assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
-    assert json.loads((out / "eval" / "results.json").read_text())["model"] == "pacl_tiny"
+    found = json.loads((out / "eval" / "results.json").read_text())["results"][0]
+    assert found["summary"]["model"] == "pacl" and found["protocol"]["model"] == "pacl_tiny"
 
 
 def test_other_verbs(capsys, tmp_path):
@@ -149,3 +150,13 @@ def test_bench_memory_sees_a_large_allocation():
     case = next(case for case in run.CASES if case.name == "tiny")
     ours, eager = (run._memory_in_subprocess(case, name) for name in ("ovseg", "eager"))
     assert eager > 2 * max(ours, 1)
+
+
+def test_bench_of_a_whole_picture(tmp_path):
+    """The same labels as the procedure of published code, with a model cut to one block."""
+    from ovseg_benchmarks import segmentation
+
+    rows = segmentation.run(repeats=1, out=str(tmp_path / "out.json"), layers=1)
+    assert [row["case"] for row in rows] == ["683x512", "640x480"] and json.loads((tmp_path / "out.json").read_text())["rows"] == rows
+    assert all(row["differing labels"] <= 1e-4 * row["pixels"] and row["labels that occur"] > 1 for row in rows)
+    assert main(["bench", "contrastive_loss", "--pictures"]) == 1

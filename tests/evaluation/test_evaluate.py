@@ -54,7 +54,8 @@ def test_the_command_on_every_layout(folder, tmp_path, name, capsys):
     model, about = ovseg.from_pretrained(folder), data.description
     predictor = Predictor(model, about.label_set, background=("background",) if about.background else ())
     guesses = np.stack([predictor.set_image(data[i][0]).predict().labels + int(about.background) for i in range(4)])
-    expected = multiclass_jaccard_index(torch.from_numpy(guesses).long(), torch.from_numpy(truths), about.number, average="none", ignore_index=-1)
+    guesses, truths = torch.from_numpy(guesses).long(), torch.from_numpy(truths)
+    expected = multiclass_jaccard_index(guesses, truths, about.number, average="none", ignore_index=-1)
     ious = [found["classes"][c]["iou"] or 0.0 for c in about.classes]
     np.testing.assert_allclose(ious, 100 * expected.numpy(), atol=0.006)
     known = [row["iou"] for row in found["classes"].values() if row["iou"] is not None]
@@ -96,8 +97,9 @@ def test_two_processes_count_what_one_counts(folder, tmp_path, bad):
     command = ["eval", str(folder), "--data", "voc21", "--root", str(tmp_path), "--boundary", "--sweep", "--skip-bad"]
     assert main([*command, "--out", str(tmp_path / "one")]) == (3 if bad else 0)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    children = [subprocess.Popen([sys.executable, "-m", "ovseg", *command, "--out", str(tmp_path / "two")], stdout=subprocess.PIPE, text=True,
-                                 env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    line = [sys.executable, "-m", "ovseg", *command, "--out", str(tmp_path / "two")]
+    children = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": str(rank)})
+                for rank in range(2)]
     printed = [child.communicate(timeout=120)[0] for child in children]
     assert [child.returncode for child in children] == [3 if bad else 0] * 2 and "mIoU" in printed[0] and printed[1] == ""
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"][0] for name in ("one", "two"))
@@ -143,7 +145,8 @@ def test_protocols_are_whole(model, name):
         chosen = protocol(name, about, grouping)
         choices = chosen.choices(grouping, about)
         assert len(chosen.labels) == about.number - about.background and set(CHOICES) <= set(choices) and chosen.label.endswith("v1")
-        assert about.background == (choices["background"] != "none: its pixels are not counted") and choices["background"] != "never predicted"
+        assert about.background == (choices["background"] != "none: its pixels are not counted")
+        assert choices["background"] != "never predicted"
         json.dumps(choices)
         assert not set(chosen.settings.background) & set(chosen.labels.queries)
     if grouping.labels_groups:
@@ -174,8 +177,11 @@ def test_protocols_hold_what_papers_give(model):
 
 def test_what_protocols_refuse(model, tmp_path):
     voc20 = describe("voc20")
-    for arguments, message in ((("slip", voc20), "protocol is 'slip'; expected one of"), (("segclip", voc20), "is made for models that label"),
-                               (("zegclip", describe("ade150")), "says nothing about ade150; it is for voc20")):  # fmt: skip
+    for arguments, message in (
+        (("slip", voc20), "protocol is 'slip'; expected one of"),
+        (("segclip", voc20), "is made for models that label"),
+        (("zegclip", describe("ade150")), "says nothing about ade150; it is for voc20"),
+    ):
         with pytest.raises(ConfigError, match=message):
             protocol(*arguments, model)
     with pytest.raises(InputError, match="labels holds 2 classes; voc20 has 20"):

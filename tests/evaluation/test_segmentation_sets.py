@@ -1,6 +1,7 @@
 """Benchmarks on disk: every layout, what their values mean, what data check finds, conversion, damaged and hostile files."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -158,7 +159,6 @@ def test_masks_of_every_kind(tmp_path, kind):
     labels = np.resize(np.arange(21, dtype=np.uint8), (40, 60))
     buffer = io.BytesIO()
     if kind == "palette":
-        picture = Image.fromarray(labels, "L").convert("P")
         picture = Image.fromarray(labels, "P")
         picture.putpalette(list(range(255, -1, -1)) * 3)
         picture.save(path)
@@ -171,6 +171,7 @@ def test_masks_of_every_kind(tmp_path, kind):
         Image.new("L", (1, 1)).save(buffer, "PNG")
         data = bytearray(buffer.getvalue())
         data[16:24] = (60000).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
         path.write_bytes(data)
     elif kind == "coloured":
         Image.fromarray(np.stack([labels] * 3, -1)).save(path)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -151,3 +152,57 @@ def test_a_source_is_a_path_or_bytes(tmp_path):
     assert Source("a", tmp_path / "a.png").read() == tmp_path / "a.png"
     with pytest.raises(InputError, match="cannot read"):
         Source("a", tmp_path / "gone.tar", 5, 10, "a.png").read()
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8))
+HUGE = bytearray(saved(Image.new("L", (1, 1))))
+HUGE[16:24] = (90000).to_bytes(4, "big") * 2
+HUGE[29:33] = zlib.crc32(HUGE[12:29]).to_bytes(4, "big")
+KINDS = {  # file -> its bytes, and the size of its label map or what the error says
+    "rgb.png": (saved(NOISE), (30, 50)),
+    "grey.png": (saved(NOISE.convert("L")), (30, 50)),
+    "alpha.png": (saved(NOISE.convert("RGBA")), (30, 50)),
+    "palette.png": (saved(NOISE.convert("P")), (30, 50)),
+    "bits.png": (saved(NOISE.convert("1")), (30, 50)),
+    "sixteen.png": (saved(Image.fromarray(np.arange(1500, dtype=np.uint16).reshape(30, 50) * 43)), (30, 50)),
+    "cmyk.jpg": (saved(NOISE.convert("CMYK"), "JPEG"), (30, 50)),
+    "upright.jpg": (saved(NOISE, "JPEG", exif=exif(6)), (50, 30)),
+    "mirrored.jpg": (saved(NOISE, "JPEG", exif=exif(2)), (30, 50)),
+    "tall.webp": (saved(NOISE.resize((20, 400)), "WEBP"), (400, 20)),
+    "one.bmp": (saved(NOISE.resize((1, 1)), "BMP"), (1, 1)),
+    "huge.png": (bytes(HUGE), "90000x90000"),
+    "cut.jpg": (saved(NOISE, "JPEG")[:900], "cannot decode"),
+    "cut.png": (saved(NOISE)[:2000], "cannot decode"),
+    "text.jpg": (b"<html>not found</html>", "none of JPEG"),
+    "empty.png": (b"", "none of JPEG"),
+    "gif.png": (saved(NOISE.convert("P"), "GIF"), "none of JPEG"),
+}
+
+
+def test_pictures_of_every_kind_have_a_defined_result(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name, (data, _) in KINDS.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    assert main(["segment", str(tmp_path / "in"), "--labels", "gravel,grass", "--format", "mask,json", "-o", str(tmp_path / "out")]) == 3
+    printed = capsys.readouterr()
+    bad = [name for name, (_, expected) in KINDS.items() if isinstance(expected, str)]
+    assert f"{len(KINDS) - len(bad)} pictures into" in printed.out and f"{len(bad)} skipped" in printed.out
+    for name, (_, expected) in KINDS.items():
+        path = tmp_path / "out" / (name.replace(".", "_") if name.startswith("cut") else name.split(".")[0])
+        if isinstance(expected, str):
+            line = next(line for line in printed.err.splitlines() if line.startswith("skipped:") and name in line)
+            assert expected in line and not path.with_name(path.name + ".json").exists()
+        else:
+            assert np.asarray(Image.open(path.with_name(path.name + ".mask.png"))).shape == expected, name

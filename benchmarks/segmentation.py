@@ -1,0 +1,106 @@
+"""A picture from pixels to labels: ``Predictor`` against the procedure as published code runs it.
+
+One 4:3 picture, ViT-B/16 with random weights, 171 random unit vectors for texts, two windows of 512 with stride 426 on a canvas of
+683 x 512. ``windows one by one`` encodes each window alone, upsamples all classes to the window, adds them up on the canvas, divides by
+the count, resizes to the picture and takes the argmax. Pixels are ready in memory; texts are encoded before.
+
+The picture is a photograph of scikit-image. Neighbouring patches of a photograph resemble each other, on which the time of the label map
+depends; ``noise`` is the other extreme, a label map from features without any structure.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import ovseg
+from ovseg.data.images import to_tensor
+from ovseg.inference.label_maps import Queries, label_map
+from ovseg.inference.settings import Settings
+from ovseg.inference.windows import encode_windows, view_of
+from ovseg.models import ImageFeatures
+
+from .run import environment
+
+CLASSES, CANVAS, CROP, STRIDE = 171, (512, 683), 512, 426
+
+
+def photograph() -> torch.Tensor:
+    """[3, 512, 683] in 0..1."""
+    from PIL import Image
+    from skimage import data
+
+    return to_tensor(Image.fromarray(data.coffee()).resize(CANVAS[::-1], Image.Resampling.BICUBIC))
+
+
+@torch.no_grad()
+def one_by_one(model, pixels: torch.Tensor, texts: torch.Tensor, origins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Windows one by one, class maps at full size."""
+    total, count = torch.zeros(len(texts), *CANVAS), torch.zeros(CANVAS)
+    for y, x in origins.tolist():
+        logits = model.segment_logits(model.encode_image(pixels[None, :, y : y + CROP, x : x + CROP]), texts)
+        total[:, y : y + CROP, x : x + CROP] += F.interpolate(logits, (CROP, CROP), mode="bilinear", align_corners=False)[0]
+        count[y : y + CROP, x : x + CROP] += 1
+    merged = (total / count)[None]
+    if size != CANVAS:
+        merged = F.interpolate(merged, size, mode="bilinear", align_corners=False)
+    return merged.argmax(1)[0]
+
+
+def run(*, repeats: int = 7, out: str | None = None, layers: int | None = None) -> list[dict[str, Any]]:
+    """Measure, print, and write JSON if ``out`` is given. ``layers`` cuts the model down, for tests."""
+    torch.manual_seed(0)
+    model = ovseg.create_model("clip_dense_vit_b16", readout="sclip")
+    if layers is not None:
+        blocks = model.backbone.clip.visual.transformer.resblocks
+        del blocks[layers:]
+    texts = F.normalize(torch.randn(CLASSES, model.backbone.embed_dim), dim=-1)
+    queries = Queries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
+    picture, facts, rows = photograph(), environment(), []
+    pixels = model.backbone.normalize(picture[None])[0]
+    for name, size in (("683x512", CANVAS), ("640x480", (480, 640))):
+        settings = Settings(short_side=512, crop=CROP, stride=STRIDE)
+        view = view_of(size, settings, patch=16, trained=224)
+        assert view.canvas == CANVAS and view.origins is not None
+        times: dict[str, list[float]] = {"ours": [], "label map": [], "windows one by one": [], "label map, noise": []}
+        noise = None
+        for turn in range(repeats + 1):  # the first one warms up
+            start = time.perf_counter()
+            with torch.no_grad():
+                features = encode_windows(model, pixels, view.origins, view.crop, settings.window_batch)
+                encoded = time.perf_counter()
+                ours = label_map(model, features, queries, view, settings)[0]
+            done = time.perf_counter()
+            theirs = one_by_one(model, pixels, texts, view.origins, size)
+            naive = time.perf_counter()
+            noise = noise or ImageFeatures(features.embedding, torch.randn_like(features.tokens), features.grid)
+            label_map(model, noise, queries, view, settings)
+            end = time.perf_counter()
+            if turn:
+                for key, value in (("ours", done - start), ("label map", done - encoded), ("windows one by one", naive - done),
+                                   ("label map, noise", end - naive)):
+                    times[key].append(value)
+        ms = {key: 1e3 * float(np.median(values)) for key, values in times.items()}
+        rows.append({
+            "case": name, "repeats": repeats, **{f"{key} ms": round(value, 1) for key, value in ms.items()},
+            **{f"{key} ms p20-p80": [round(1e3 * float(q), 1) for q in np.percentile(times[key], (20, 80))] for key in times},
+            "label map share": round(float(np.median(np.array(times["label map"]) / np.array(times["ours"]))), 4),
+            "ours over one by one": round(float(np.median(np.array(times["ours"]) / np.array(times["windows one by one"]))), 3),
+            "differing labels": int((ours != theirs).sum()), "pixels": ours.numel(), "labels that occur": len(ours.unique()),
+        })  # fmt: skip
+        share = 100 * rows[-1]["label map share"]
+        print(f"{name}: ours {ms['ours']:.0f} ms, of which the label map {ms['label map']:.1f} = {share:.1f} %; "
+              f"windows one by one {ms['windows one by one']:.0f}; ratio {rows[-1]['ours over one by one']}; "
+              f"{rows[-1]['differing labels']} of {ours.numel()} labels differ, {rows[-1]['labels that occur']} occur; "
+              f"label map of noise {ms['label map, noise']:.0f}", flush=True)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
+    return rows
+
