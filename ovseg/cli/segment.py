@@ -65,6 +65,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     source.add_argument("--labels-file", help=".txt: a label on each line, synonyms after it, separated by commas; or .yaml, .json")
     source.add_argument("--classes", help="the classes of a data set: voc20, context59, coco_stuff, coco_object, ade150, cityscapes")
     sub.add_argument("-m", "--model", default="pacl_tiny", help="a model with bundled weights, or a save_pretrained folder")
+    sub.add_argument("--readout", help="of a clip_dense model: clip, maskclip, sclip, clearclip, naclip, gem")
     sub.add_argument("-o", "--out", default="segmented", help="output folder (default: %(default)s)")
     sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json, rle (default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         if name not in _ENDINGS:
             raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
     labels = _labels(options)
-    model = load_model(options.model, options.device)
+    model = load_model(options.model, options.device, **({"readout": options.readout} if options.readout else {}))
     sources, bad = find_pictures(options.images)
     demo = None
     if options.demo:
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     predictor = Predictor(model, labels, **given)
     _warn_unknown(model, [*labels.queries, *predictor.settings.background])
     out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
-    journal = Journal(out, {**given, "labels": [labels.names, labels.texts, labels.templates], "model": fingerprint(model)})
+    journal = Journal(out, {**given, "labels": [labels.names, labels.texts, labels.templates], "model": fingerprint(model), "readout": options.readout})
     for problem in bad:
         print(f"skipped: {problem}", file=sys.stderr)
 

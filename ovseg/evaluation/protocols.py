@@ -63,7 +63,8 @@ class Protocol:
             rules += [f"entropy above {settings.background_entropy} nats"] if settings.background_entropy is not None else []
             background = " or ".join(rules) or "never predicted"
         return {
-            "model": model.name, "model_options": dict(model.config), "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
+            "model": model.name, "model_options": dict(model.config),
+            "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
             "data": data.title, "classes": data.number, "background": background, "background_texts": list(settings.background),
             "class_texts": {name: list(texts) for name, texts in zip(self.labels.names, self.labels.texts, strict=True)},
             "templates": len(used), "template_texts": list(used), "text_mean": settings.text_mean, "synonyms": settings.synonyms,

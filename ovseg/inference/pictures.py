@@ -45,11 +45,15 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
     if not legend:
         return picture
     shares = [(float((labels == i).mean()), i) for i in range(len(names))]
-    entries = [(tuple(palette(len(names))[i]), f"{names[i]} {100 * share:.0f} %") for share, i in sorted(shares, reverse=True) if share > 0]
+    entries = [(tuple(palette(len(names))[i]), f"{names[i]} {_percent(share)}") for share, i in sorted(shares, reverse=True) if share > 0]
     none = float((labels < 0).mean())
     if none > 0:
-        entries.append((_NONE, f"none {100 * none:.0f} %"))
+        entries.append((_NONE, f"background {_percent(none)}"))
     return _stack([picture, legend_strip(entries, picture.width)])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 
 
 def legend_strip(entries: Sequence[tuple[tuple[int, ...], str]], width: int) -> Image.Image:
