@@ -107,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
     predictor = Predictor(model, labels, **given)
     _warn_unknown(model, [*labels.queries, *predictor.settings.background])
     out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
-    journal = Journal(out, {**given, "labels": [labels.names, labels.texts, labels.templates], "model": fingerprint(model), "readout": options.readout})
+    asked = [labels.names, labels.texts, labels.templates]
+    journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": options.readout})
     for problem in bad:
         print(f"skipped: {problem}", file=sys.stderr)
 
