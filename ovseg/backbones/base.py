@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..layers.readout import READOUTS, Readout
+from ..layers.readout import READOUTS, Block, Readout
 
 Tokenizer = Callable[[str | Sequence[str]], torch.Tensor]
 TAPS = ("local", "pre_norm", "post_norm")
@@ -34,6 +34,7 @@ class ClipBackbone(nn.Module):
     tokenizer: Tokenizer
     logit_scale: nn.Parameter
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
+    antialias_positions: bool = True  # how position embeddings are resized to another grid, where there are any
 
     def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
         """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm; ``readout`` changes the last
@@ -51,6 +52,39 @@ class ClipBackbone(nn.Module):
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings [T, D], not normalised."""
         raise NotImplementedError
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(patch tokens [B, N, D_v] as the first block sees them, without a class token; grid)."""
+        raise NotImplementedError
+
+    @property
+    def class_token(self) -> nn.Parameter:
+        raise NotImplementedError
+
+    @property
+    def trunk(self) -> list[Block]:
+        """The blocks of the vision tower."""
+        raise NotImplementedError
+
+    def new_blocks(self, count: int) -> nn.ModuleList:
+        """Blocks like those of the trunk, with weights of their own."""
+        raise NotImplementedError
+
+    def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
+        """What ``new_blocks`` made, as ``layers.readout`` walks over it."""
+        raise NotImplementedError
+
+    def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The norm after the last block."""
+        raise NotImplementedError
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Of patches, positions and words, and of the norm before the first block: what fine-tuning keeps."""
+        raise NotImplementedError
+
+    def pretrained_parameters(self, blocks: int) -> list[nn.Parameter]:
+        """The first ``blocks`` blocks of the trunk, the text tower and the logit scale."""
+        return [*self.text_parameters(), self.logit_scale]
 
     def vision_parameters(self, tap: str) -> list[nn.Parameter]:
         """What ``encode_patches`` with this tap depends on."""

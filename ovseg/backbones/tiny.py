@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.tokenizers import END, PAD, WordTokenizer
-from ..layers.readout import READOUTS, Readout, plain_block, run_blocks
+from ..layers.readout import READOUTS, Block, Readout, plain_block, run_blocks
 from .base import ClipBackbone, PatchTokens
 
 
@@ -100,6 +100,33 @@ class TinyClip(ClipBackbone):
         if tap == "post_norm":
             tokens, cls = self.norm(tokens), self.norm(cls)
         return PatchTokens(tokens, size, cls)
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        return self._local_tokens(images)
+
+    @property
+    def class_token(self) -> nn.Parameter:
+        return self.cls
+
+    @property
+    def trunk(self) -> list[Block]:
+        return list(self.blocks)
+
+    def new_blocks(self, count: int) -> nn.ModuleList:
+        return nn.ModuleList(_Block(self.token_dim, self.blocks[0].heads) for _ in range(count))
+
+    def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
+        return list(modules)
+
+    def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.norm(tokens)
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        return [self.words.weight, self.word_positions, *self.stem.parameters()]
+
+    def pretrained_parameters(self, blocks: int) -> list[nn.Parameter]:
+        first = [p for block in self.blocks[:blocks] for p in block.parameters()]
+        return [*super().pretrained_parameters(blocks), *self.local.parameters(), *first]
 
     def vision_parameters(self, tap: str) -> list[nn.Parameter]:
         self._check_tap(tap)

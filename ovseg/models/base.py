@@ -109,6 +109,16 @@ class OVSegModel(nn.Module):
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
+    def optimizer_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
+        """Groups for the optimizer, their ``lr_scale`` times the recipe's learning rate. Here: one rate; gains, biases and the logit
+        scale without weight decay, as CLIP does it."""
+        named = self.trainable
+        return [{"params": [p for _, p in named if p.ndim >= 2], "lr_scale": 1.0, "weight_decay": weight_decay},
+                {"params": [p for _, p in named if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0}]
+
+    def after_step(self) -> None:
+        """Called after every step of the optimizer."""
+
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from .base import OVSegModel
 from .clip_dense import ClipDense
 from .pacl import PACL
+from .segclip import SegCLIP
 
 _BUNDLED = Path(__file__).parent.parent / "checkpoints" / "bundled"
 _MODELS: dict[str, Callable[..., OVSegModel]] = {}
@@ -50,6 +51,11 @@ def _register_vit(size: str, architecture: str) -> None:
         return PACL(_open_clip(architecture, clip, stride, attention_backend), **options)
 
 
+    @register_model(f"segclip_{size}")
+    def segclip(clip: str | None = None, stride: int | None = None, attention_backend: str = "sdpa", **options):
+        return SegCLIP(_open_clip(architecture, clip, stride, attention_backend), **options)
+
+
 _register_vit("vit_b16", "ViT-B-16-quickgelu")
 _register_vit("vit_l14", "ViT-L-14-quickgelu")
 
@@ -62,6 +68,12 @@ def _clip_dense_tiny(backbone: dict[str, Any] | None = None, **options):
 @register_model("pacl_tiny")
 def _pacl_tiny(backbone: dict[str, Any] | None = None, **options):
     return PACL(TinyClip(**(backbone or {})), **{"templates": "scenes", "temperature": 0.1, **options})
+
+
+@register_model("segclip_tiny")
+def _segclip_tiny(backbone: dict[str, Any] | None = None, **options):
+    small = {"second_stage": 1, "heads": 4, "templates": "scenes", "decoder": {"width": 32, "depth": 1, "heads": 4}}
+    return SegCLIP(TinyClip(**{"depth": 2, **(backbone or {})}), **{**small, **options})
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -76,7 +76,7 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool = False, quiet: bool 
                     desc=recipe.model.name)
         for step in steps:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
+                group["lr"] = learning_rate(recipe, step) * group["lr_scale"]
             batch = {key: value.to(device) for key, value in batches(step).items()}
             batch["images"] = model.backbone.normalize(batch["images"])
             with cast:
@@ -87,6 +87,7 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool = False, quiet: bool 
             loss = losses["total"].item()
             if math.isfinite(loss) and bool(norm.isfinite()):
                 optimizer.step()
+                model.after_step()
                 bad = 0
             else:  # a step that would write NaN into the weights is left out and counted
                 bad += 1
@@ -96,7 +97,8 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool = False, quiet: bool 
                                              f"see {run / 'log.jsonl'}. Lower optim.lr or look at the data")
                 continue
             if step % recipe.log.every_steps == 0 or step + 1 == recipe.train.steps:
-                entry = {"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
+                parts = {name: value.item() for name, value in losses.items() if name != "total"}
+                entry = {"step": step, "loss": loss, **parts, "lr": learning_rate(recipe, step), "grad_norm": norm.item(),
                          "seconds": round(time.time() - began, 3)}
                 log.write(json.dumps(entry) + "\n")
                 steps.set_postfix(loss=f"{loss:.3f}")
@@ -128,14 +130,10 @@ def build_model(recipe: Recipe) -> OVSegModel:
 
 
 def build_optimizer(model: OVSegModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; gains, biases and the logit scale without weight decay, as CLIP does it."""
-    named = model.trainable
-    if not named:
+    """AdamW over the model's own groups."""
+    if not model.trainable:
         raise ConfigError(f"model {recipe.model.name!r} has nothing to train")
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": recipe.optim.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = model.optimizer_groups(recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.lower_lr)
     return torch.optim.AdamW(groups, lr=recipe.optim.lr, betas=tuple(recipe.optim.betas), eps=recipe.optim.eps)
 
 
@@ -145,14 +143,19 @@ def build_batches(recipe: Recipe, model: OVSegModel, *, progress: bool) -> Scene
     if data.form == "folder":
         if data.root is None:
             raise ConfigError("data.root is null; with data.form=folder expected a folder of images with .txt captions")
-        return FolderBatches(data.root, tokenizer, size, seed, image_size=data.image_size, workers=data.workers)
+        return FolderBatches(data.root, tokenizer, size, seed, image_size=data.image_size, workers=data.workers,
+                             superpixels=data.superpixels, patch=model.backbone.patch_size)
     scenes = Scenes(data.form, "train", data.train_size, seed, data.image_size)
-    return SceneBatches(scenes, tokenizer, size, seed, captions=data.captions, progress=progress)
+    patch = model.backbone.patch_size if data.superpixels else None
+    return SceneBatches(scenes, tokenizer, size, seed, captions=data.captions, superpixel_patch=patch, progress=progress)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Linear warm-up, then a cosine to zero: the cosine runs from the first step, or with ``warmup_share`` from the warm-up's end."""
     optim, steps = recipe.optim, recipe.train.steps
+    if optim.warmup_share is not None:
+        done, share = (step + 1) / steps, optim.warmup_share
+        return optim.lr * (done / share if done < share else 0.5 * (1 + math.cos(math.pi * (done - share) / (1 - share))))
     warm = min(1.0, (step + 1) / max(1, optim.warmup_steps))
     return optim.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 

@@ -32,6 +32,7 @@ class DataPart:
     val_size: int = 300
     image_size: int = 48
     captions: int = 1  # of each image in a batch; scenes have five
+    superpixels: str | None = None  # form=folder: side file of `ovseg data superpixels`; scenes: any word, they are made while drawing
     workers: int = 2  # form=folder: processes that decode
 
 
@@ -41,7 +42,9 @@ class OptimPart:
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
+    lower_lr: float | None = None  # of the parts that a system trains gently; SegCLIP's CLIP trunk
     warmup_steps: int = 60
+    warmup_share: float | None = None  # of all steps, in place of warmup_steps; the cosine then begins at its end
     clip_grad: float = 1.0
 
 
@@ -141,5 +144,9 @@ def _check_values(recipe: Recipe) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key} is {value}; expected a positive number")
+    if recipe.optim.warmup_share is not None and not 0 < recipe.optim.warmup_share < 1:
+        raise ConfigError(f"optim.warmup_share is {recipe.optim.warmup_share}; expected a share between 0 and 1")
+    if recipe.optim.lower_lr is not None and not recipe.optim.lower_lr > 0:
+        raise ConfigError(f"optim.lower_lr is {recipe.optim.lower_lr}; expected a positive number")
     if recipe.train.precision not in PRECISIONS:
         raise ConfigError(f"train.precision is {recipe.train.precision!r}; expected one of {list(PRECISIONS)}")

@@ -1,0 +1,150 @@
+"""Superpixels (Felzenszwalb and Huttenlocher, IJCV 2004, by scikit-image), made once and kept in a compact side file.
+
+The file is safetensors: for each picture its segment ids, deflated, with height and width before them; ids are at most 16 bits. It is
+read without running code, and a picture's map is decoded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError, InputError
+from ..progress import bar
+from .images import read_image
+
+SHORT_SIDE = 224  # pictures are made smaller before they are cut up
+
+
+def superpixels(image: np.ndarray, *, scale: float = 224.0, sigma: float = 0.9, min_size: int = 224) -> np.ndarray:
+    """Segment ids uint16 [H, W] of an RGB picture [H, W, 3]."""
+    from skimage.segmentation import felzenszwalb
+
+    found = felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
+    if found.max() > 65535:
+        raise InputError(f"{int(found.max()) + 1} superpixels in one picture; expected at most 65536: raise min_size")
+    return found.astype(np.uint16)
+
+
+def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.ndarray:
+    """One id for each patch [H / patch, W / patch].
+
+    Args:
+        segments: [H, W]; rows and columns beyond whole patches are left out.
+        patch: side in pixels.
+        how: ``majority``: the id that is most frequent in the patch, the smaller one of equals. ``mean``: the integer part of the mean of
+            the ids, as published; it often is an id that occurs nowhere in the patch.
+    """
+    if how not in ("majority", "mean"):
+        raise ValueError(f"how is {how!r}; expected 'majority' or 'mean'")
+    h, w = segments.shape[0] // patch, segments.shape[1] // patch
+    cells = segments[: h * patch, : w * patch].reshape(h, patch, w, patch).transpose(0, 2, 1, 3).reshape(h * w, patch * patch)
+    if how == "mean":
+        return cells.astype(np.int64).mean(1).astype(np.int64).reshape(h, w)
+    names, compact = np.unique(cells, return_inverse=True)
+    flat = compact.reshape(cells.shape) + np.arange(h * w)[:, None] * len(names)
+    counts = np.bincount(flat.ravel(), minlength=h * w * len(names)).reshape(h * w, len(names))
+    return names[counts.argmax(1)].astype(np.int64).reshape(h, w)
+
+
+def crop_patch_labels(segments: np.ndarray, box: tuple[float, float, float, float], size: int, patch: int,
+                      how: str = "majority") -> np.ndarray:
+    """``patch_labels`` of a crop, resized to ``size`` by nearest pixels.
+
+    Args:
+        segments: [H, W] of the whole picture, at any resolution.
+        box: left, top, right, bottom as shares of the picture; rows and columns that it touches belong to the crop, and where fewer than
+            two would be left, the whole map does.
+        size, patch: of the crop in pixels.
+        how: see ``patch_labels``.
+    """
+    H, W = segments.shape
+    left, top, right, bottom = int(box[0] * W), int(box[1] * H), math.ceil(box[2] * W), math.ceil(box[3] * H)
+    crop = segments[top:bottom, left:right]
+    crop = segments if min(crop.shape, default=0) < 2 else crop
+    rows, columns = (np.arange(size) * side // size for side in crop.shape)
+    return patch_labels(crop[rows][:, columns], patch, how)
+
+
+class SuperpixelFile:
+    """A side file of ``write_superpixels``."""
+
+    def __init__(self, path: str | Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"superpixel file {str(path)!r} does not exist; expected one of ovseg data superpixels")
+        try:
+            self._file = safe_open(self.path, framework="np")
+            self._keys = set(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"superpixel file {str(path)!r} is damaged: {error}") from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """The segment ids uint16 [H, W] of one picture.
+
+        Raises:
+            DataError: if it is not there or damaged.
+        """
+        if key not in self._keys:
+            raise DataError(f"{self.path} holds no superpixels of {key!r}")
+        raw = self._file.get_tensor(key).tobytes()
+        try:
+            height, width = np.frombuffer(raw[:8], np.uint32).tolist()
+            data = zlib.decompress(raw[8:], bufsize=2 * height * width + 1)
+            return np.frombuffer(data, np.uint16).reshape(height, width)
+        except (zlib.error, ValueError) as error:
+            raise DataError(f"{self.path}: the superpixels of {key!r} are damaged: {error}") from error
+
+    def patches(self, key: str, box: tuple[float, float, float, float], size: int, patch: int, how: str = "majority") -> np.ndarray:
+        return crop_patch_labels(self[key], box, size, patch, how)
+
+
+def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, workers: int = 1, progress: bool = False, scale: float = 224.0,
+                      sigma: float = 0.9, min_size: int = 224) -> tuple[int, list[str]]:
+    """Cut up pictures (key, file) into a side file; returns how many, and what could not be read. The file appears by rename."""
+    from safetensors.numpy import save_file
+
+    jobs = [(key, file, scale, sigma, min_size) for key, file in pictures]
+    found: dict[str, np.ndarray] = {}
+    bad: list[str] = []
+    with ProcessPoolExecutor(workers) as pool:
+        results = map(_cut, jobs) if workers < 2 else pool.map(_cut, jobs, chunksize=16)
+        for key, data, error in bar(results, total=len(jobs), show=progress, unit="picture", desc="superpixels"):
+            if data is None:
+                bad.append(error)
+            else:
+                found[key] = np.frombuffer(data, np.uint8)
+    if not found:
+        raise DataError(f"none of {len(jobs)} pictures could be cut up" + (f"; the first: {bad[0]}" if bad else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file(found, part, {"method": "felzenszwalb", "scale": str(scale), "sigma": str(sigma), "min_size": str(min_size)})
+    os.replace(part, path)
+    return len(found), bad
+
+
+def _cut(job: tuple[str, Path, float, float, int]) -> tuple[str, bytes | None, str]:
+    key, file, scale, sigma, min_size = job
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        image = read_image(file)
+    except InputError as error:
+        return key, None, str(error)
+    factor = min(1.0, SHORT_SIDE / min(image.size))
+    small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+    ids = superpixels(np.asarray(small), scale=scale, sigma=sigma, min_size=min_size)
+    return key, np.array(ids.shape, np.uint32).tobytes() + zlib.compress(ids.tobytes(), 9), ""
