@@ -9,6 +9,8 @@ from .models import (
     from_pretrained,
     list_models,
     list_pretrained,
+    load_official_state_dict,
+    official_state_dict,
     register_model,
     save_pretrained,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "list_pretrained",
+    "load_official_state_dict",
+    "official_state_dict",
     "register_model",
     "save_pretrained",
     "segment",

@@ -5,6 +5,7 @@ Files are read without running code: ``.safetensors``, or torch's own format wit
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .files import load_tensors
+from .files import load_tensors, save_tensors
 
 _BLOCK = re.compile(r"clip\.visual\.transformer\.layers(0|2)\.(\d+)\.(.+)")
 _OURS = re.compile(r"backbone\.clip\.visual\.transformer\.resblocks\.(\d+)\.(.+)")
@@ -66,11 +67,8 @@ def load_segclip(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
 
 def segclip_state(model: Any) -> dict[str, torch.Tensor]:
     """The state dict of the published layout."""
-    from ..layers.mae_decoder import sincos_positions
-
     state = {segclip_to_published(name, model.first_stage): tensor for name, tensor in model.state_dict().items()}
-    side = model.backbone.image_size // model.backbone.patch_size
-    state[SEGCLIP_TABLE] = sincos_positions((side, side), model.decoder.mask_token.shape[-1])[None]
+    state[SEGCLIP_TABLE] = model.decoder_positions()
     return state
 
 
@@ -90,6 +88,18 @@ def _load(model: torch.nn.Module, state: dict[str, torch.Tensor], ours: Callable
         raise CheckpointError(f"the checkpoint does not fit {getattr(model, 'name', '') or type(model).__name__} ({text})")
     model.load_state_dict({**own, **{name: tensor.to(own[name].dtype) for name, tensor in given.items()}})
     return [published(name) for name in allowed]
+
+
+def write_published(state: dict[str, torch.Tensor], path: Path) -> None:
+    """A bare state dict, by rename: ``.safetensors``, or torch's format under any other suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    if path.suffix == ".safetensors":
+        save_tensors(state, path)
+        return
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    os.replace(part, path)
 
 
 def read_published(path: str | Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
   ovseg data list                                     the benchmarks, their classes and folders
   ovseg data check voc21,ade150 --root /data          missing and damaged files, unequal sizes, labels off by one
   ovseg data convert coco_object --root /data         masks with labels as values, for other tools
+  ovseg data superpixels pairs/ --out superpixels.safetensors           what SegCLIP's training needs beside the pictures
   ovseg data browse --form shapes --out scenes.png    a contact sheet of scenes with their masks and captions
 """
 
@@ -22,6 +23,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         one.add_argument("data", help="comma-separated names (ovseg data list) or .yaml descriptions")
         one.add_argument("--root", required=True, help="the folder that holds the data sets, or one of them")
         one.add_argument("--split", default="val")
+    cut = actions.add_parser("superpixels", help="cut pictures into superpixels (Felzenszwalb), into one side file")
+    cut.add_argument("root", help="folder of pictures, searched recursively")
+    cut.add_argument("--out", required=True, help="the .safetensors file")
+    cut.add_argument("--scale", type=float, default=224.0, help="larger gives larger segments (default: SegCLIP's)")
+    cut.add_argument("--sigma", type=float, default=0.9)
+    cut.add_argument("--min-size", type=int, default=224)
+    cut.add_argument("--workers", type=int, default=1, help="processes")
     browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
     browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
     browse.add_argument("--split", default="train", choices=("train", "val"))
@@ -31,7 +39,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return {"list": _list, "check": _check, "convert": _convert, "browse": _browse}[options.action](options)
+    verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "browse": _browse}
+    return verbs[options.action](options)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -83,6 +92,27 @@ def _convert(options: argparse.Namespace) -> int:
         written, left = convert_masks(data, progress=True)
         print(f"{name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there")
     return 0
+
+
+def _superpixels(options: argparse.Namespace) -> int:
+    import sys
+    from pathlib import Path
+
+    from ..data.images import SUFFIXES
+    from ..data.superpixels import write_superpixels
+    from ..errors import InputError
+
+    root = Path(options.root)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES) if root.is_dir() else []
+    if not files:
+        raise InputError(f"{options.root!r} is no folder with pictures")
+    pictures = [(path.relative_to(root).as_posix(), path) for path in files]
+    count, bad = write_superpixels(pictures, Path(options.out), workers=options.workers, progress=True, scale=options.scale,
+                                   sigma=options.sigma, min_size=options.min_size)
+    print(f"{count} pictures cut up into {options.out} ({Path(options.out).stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
+    for line in bad:
+        print(f"skipped: {line}", file=sys.stderr)
+    return 3 if bad else 0
 
 
 def _browse(options: argparse.Namespace) -> int:

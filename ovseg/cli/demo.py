@@ -1,10 +1,11 @@
-"""The main job on the embedded default: train a tiny CLIP, then PACL on it, and compare where they look.
+"""The main job on the embedded default: train systems on scenes and compare where they look.
 
-Three models: CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; and
-PACL's objective with nothing frozen.
+``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
+objective with nothing frozen. ``segclip``: a tiny CLIP of two blocks, and SegCLIP from it.
 
-  ovseg demo                     real handwritten digits on real textures
-  ovseg demo --data shapes       drawn shapes
+  ovseg demo                                  PACL on real handwritten digits on real textures
+  ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
+  ovseg demo --system pacl segclip --data shapes
 Writes results.json, table.md, gallery.png, loss.png and all runs into --out; nothing is downloaded.
 """
 
@@ -13,14 +14,40 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a system: its row's title, its folder, its recipe, and the folder of the CLIP it starts from."""
+
+    title: str
+    folder: str
+    recipe: str
+    clip: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+SYSTEMS = {
+    "pacl": (
+        Stage("CLIP, image level", "clip", "clip_scenes"),
+        Stage("PACL, CLIP frozen", "pacl", "pacl_scenes", "clip"),
+        Stage("PACL, nothing frozen", "pacl_full", "pacl_full_scenes", "clip"),
+    ),
+    "segclip": (
+        Stage("CLIP of two blocks", "clip2", "clip_scenes", None, ("model.options={backbone: {depth: 2}}",)),
+        Stage("SegCLIP", "segclip", "segclip_scenes", "clip2"),
+    ),
+}
+
+
 def arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--system", nargs="+", default=["pacl"], choices=tuple(SYSTEMS), help="systems to train (default: pacl)")
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--steps", type=int, nargs=3, metavar=("CLIP", "PACL", "FULL"), help="training steps of the three models")
+    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each stage, in order")
     sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
     sub.add_argument("--quiet", action="store_true")
 
@@ -29,53 +56,57 @@ def run(options: argparse.Namespace) -> int:
     from ..data.scenes import Scenes
     from ..errors import ConfigError
     from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
+    from ..models import from_pretrained
     from ..training.loop import Interrupted, train
     from ..training.plots import join_curves
     from ..training.recipe import load_recipe
 
     out = Path(options.out or f"runs/demo_{options.data}")
-    if (out / "results.json").exists():
+    stages = [stage for system in dict.fromkeys(options.system) for stage in SYSTEMS[system]]
+    if options.steps and len(options.steps) != len(stages):
+        raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
+    results = out / "results.json"
+    before = {row["model"]: row for row in json.loads(results.read_text())["rows"]} if results.exists() else {}
+    if all(stage.title in before for stage in stages):
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
-    common = [f"data.form={options.data}", f"train.seed={options.seed}"]
-    on_clip = [*common, f"model.clip_from={out / 'clip'}"]
-    stages = [
-        ("CLIP, image level", out / "clip", load_recipe("clip_scenes", common)),
-        ("PACL, CLIP frozen", out / "pacl", load_recipe("pacl_scenes", on_clip)),
-        ("PACL, nothing frozen", out / "pacl_full", load_recipe("pacl_full_scenes", on_clip)),
-    ]
-    scenes = Scenes(options.data, "val", options.scenes, options.seed)
-    reports, rows, began = {}, [], time.time()
-    for i, (title, run_folder, recipe) in enumerate(stages):
+    began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
+    for i, stage in enumerate(stages):
+        start = [f"model.clip_from={out / stage.clip}"] if stage.clip else []
+        recipe = load_recipe(stage.recipe, [f"data.form={options.data}", f"train.seed={options.seed}", *start, *stage.overrides])
         if options.steps:
             recipe.train.steps = options.steps[i]
-        saved = run_folder / "config.yaml"
+        folder = out / stage.folder
+        saved = folder / "config.yaml"
         if saved.exists() and load_recipe(saved) != recipe:  # another seed or data: going on would mix two runs
-            raise ConfigError(f"{run_folder} was begun with other settings; expected a new --out, or the same command again")
+            raise ConfigError(f"{folder} was begun with other settings; expected a new --out, or the same command again")
+        if stage.title in before:
+            continue
+        started = time.time()
         try:
-            started = time.time()
-            # A demo that was stopped goes on by the same command.
-            model = train(recipe, run_folder, resume=True, quiet=options.quiet)
+            train(recipe, folder, resume=True, quiet=options.quiet)  # a demo that was stopped goes on by the same command
         except Interrupted as error:
             print(f"ovseg demo: {error}; the same command goes on")
             return 143
-        report = evaluate_scenes(model, scenes, keep=10, progress=not options.quiet)
-        report.summary |= {"model": title, "train_seconds": round(time.time() - started, 1)}
-        reports[title] = report
-        rows.append(report.summary)
-    table = scene_table(rows)
-    out.mkdir(parents=True, exist_ok=True)
+        seconds[stage.title] = round(time.time() - started, 1)
+    scenes = Scenes(options.data, "val", options.scenes, options.seed)
+    done = [stage for system in SYSTEMS.values() for stage in system if stage.title in seconds]
+    reports = {}
+    for stage in done:  # those of earlier demos too: the pictures need their predictions
+        model = from_pretrained(out / stage.folder / "model")
+        reports[stage.title] = evaluate_scenes(model, scenes, keep=10, progress=not options.quiet)
+        reports[stage.title].summary |= {"model": stage.title, "train_seconds": seconds[stage.title]}
+    rows = [report.summary for report in reports.values()]
+    text = scene_table(rows)
     gallery(reports).save(out / "gallery.png")
-    curve = join_curves({title: folder / "log.jsonl" for title, folder, _ in stages}, out / "loss.png")
-    (out / "table.md").write_text(table + "\n")
-    ratios = [round(row["seen_miou"] / max(rows[0]["seen_miou"], 1e-9), 2) for row in rows]
-    environment = json.loads((out / "pacl" / "env.json").read_text())
-    facts = {"data": options.data, "seed": options.seed, "steps": [r.train.steps for *_, r in stages], "rows": rows,
-             "seen_miou_over_clip": ratios, "seconds": round(time.time() - began, 1), "environment": environment}
-    (out / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(table)
-    print(f"\nPACL finds {ratios[1]:.1f} times (frozen) and {ratios[2]:.1f} times (nothing frozen) the seen-object mIoU of the "
-          f"image-level CLIP it stands on; {facts['seconds']:.0f} s in all.")
-    written = [out / "gallery.png", out / "results.json", out / "pacl" / "model"]
-    print(*(written[:1] + ([curve] if curve else []) + written[1:]), sep="\n")
-    print(f'next: ovseg segment --demo --model {out / "pacl"}')
+    curve = join_curves({stage.title: out / stage.folder / "log.jsonl" for stage in done}, out / "loss.png")
+    (out / "table.md").write_text(text + "\n")
+    baseline = max(rows[0]["seen_miou"], 1e-9)
+    facts = {"data": options.data, "seed": options.seed, "rows": rows, "seen_miou_over_first": [r["seen_miou"] / baseline for r in rows],
+             "seconds": round(time.time() - began, 1), "environment": json.loads((out / stages[-1].folder / "env.json").read_text())}
+    results.write_text(json.dumps(facts, indent=2) + "\n")
+    print(text)
+    print(f"\nSeen-object mIoU over that of {rows[0]['model']!r}: "
+          + ", ".join(f"{row['model']} {row['seen_miou'] / baseline:.1f}" for row in rows[1:]) + f"; {facts['seconds']:.0f} s in all.")
+    print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
+    print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")
     return 0

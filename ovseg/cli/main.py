@@ -10,7 +10,7 @@ from importlib import import_module
 from .. import __version__
 from ..errors import CheckpointError, ConfigError, DataError, InputError
 
-VERBS = ("segment", "train", "eval", "demo", "data", "bench", "models", "info")
+VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,16 @@
 """One file a system, the registry, the shared output type."""
 
 from .base import ImageFeatures, OVSegModel
-from .registry import create_model, from_pretrained, list_models, list_pretrained, register_model, save_pretrained
+from .registry import (
+    create_model,
+    from_pretrained,
+    list_models,
+    list_pretrained,
+    load_official_state_dict,
+    official_state_dict,
+    register_model,
+    save_pretrained,
+)
 
 __all__ = [
     "ImageFeatures",
@@ -10,6 +19,8 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "list_pretrained",
+    "load_official_state_dict",
+    "official_state_dict",
     "register_model",
     "save_pretrained",
 ]

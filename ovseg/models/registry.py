@@ -13,6 +13,7 @@ import torch
 from ..backbones.base import ClipBackbone
 from ..backbones.tiny import TinyClip
 from ..checkpoints.files import load_weights, save_weights
+from ..checkpoints.published import load_segclip, segclip_state
 from ..errors import CheckpointError
 from .base import OVSegModel
 from .clip_dense import ClipDense
@@ -141,6 +142,26 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     (folder / "config.json").write_text(text + "\n")
     save_weights(model, folder / "model.safetensors")
     return folder
+
+
+def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) -> list[str]:
+    """Load the tensors of a published checkpoint, strictly; returns the names of those that only training needs and that it lacks.
+
+    Raises:
+        ValueError: for a system without a published layout; CheckpointError: for tensors that are missing, unexpected or of another shape.
+    """
+    return _published(model)[0](model, state)
+
+
+def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names of the published checkpoint."""
+    return _published(model)[1](model)
+
+
+def _published(model: OVSegModel) -> tuple[Callable, Callable]:
+    if not isinstance(model, SegCLIP) or not hasattr(model.backbone, "clip"):
+        raise ValueError(f"{model.name} has no published layout; expected a segclip_vit model")
+    return load_segclip, segclip_state
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

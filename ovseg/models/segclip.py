@@ -17,7 +17,7 @@ import ovseg_kernels as ok
 from ovseg_kernels import philox
 
 from ..backbones.base import ClipBackbone
-from ..layers.mae_decoder import MaeDecoder, patchify
+from ..layers.mae_decoder import MaeDecoder, patchify, sincos_positions
 from ..layers.quick_gelu import quick_gelu
 from ..layers.readout import plain_block
 from ..layers.semantic_groups import SemanticGroups
@@ -125,6 +125,11 @@ class SegCLIP(OVSegModel):
         for block in self.backbone.as_blocks(self.mae_blocks):
             x = plain_block(block, x)
         return x
+
+    def decoder_positions(self) -> torch.Tensor:
+        """The decoder's fixed table [1, 1 + N, width] at the training size, which published checkpoints hold."""
+        side = self.backbone.image_size // self.backbone.patch_size
+        return sincos_positions((side, side), self.decoder.mask_token.shape[-1])[None]
 
     def optimizer_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
         """The published recipe: the first blocks, the text tower and the scale at ``lower_lr``; decay on all but biases."""

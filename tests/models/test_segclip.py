@@ -318,3 +318,36 @@ def test_losses_are_switched_by_their_weights():
     losses["total"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert F.normalize(model.encode_image(batch["images"]).embedding, dim=-1).shape == (2, 64)
+
+
+def test_convert_and_back(vit, tmp_path, capsys):
+    from ovseg.cli.main import main
+
+    torch.save({"state_dict": {f"module.{name}": x for name, x in segclip_state(vit).items()}}, tmp_path / "segclip.bin")
+    assert main(["convert", str(tmp_path / "segclip.bin"), "segclip_vit_b16", "--out", str(tmp_path / "folder")]) == 0
+    loaded = ovseg.from_pretrained(tmp_path / "folder")
+    assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), loaded.state_dict().values(), strict=True))
+    for name in ("again.bin", "again.safetensors"):
+        assert main(["convert", str(tmp_path / "folder"), "--out", str(tmp_path / name)]) == 0
+        again = read_published(tmp_path / name)
+        assert set(again) == set(segclip_state(vit)) and torch.equal(again["clip.visual.proj"], vit.backbone.clip.visual.proj)
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "segclip.bin"), "--out", "x"]) == 2 and "model is missing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="segclip_tiny has no published layout"):
+        ovseg.official_state_dict(ovseg.create_model("segclip_tiny"))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def test_checkpoints_run_no_code(tmp_path, capsys):
+    torch.save({"clip.visual.proj": Evil()}, tmp_path / "evil.bin")
+    (tmp_path / "junk.bin").write_bytes(b"junk")
+    torch.save([1, 2], tmp_path / "list.bin")
+    for name, message in (("evil.bin", "without running code"), ("junk.bin", "or is damaged"), ("list.bin", "holds no state dict"),
+                          ("none.bin", "does not exist")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=message):
+            read_published(tmp_path / name)
+    assert "never" not in capsys.readouterr().out

@@ -1,0 +1,39 @@
+"""Published checkpoints to this package's folders, and back.
+
+  ovseg convert segclip.bin segclip_vit_b16 --out models/segclip         a folder for from_pretrained, ovseg segment -m, ovseg eval
+  ovseg convert models/segclip --out segclip.bin                         the published layout again
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", help="a published checkpoint, or a folder of save_pretrained or of a run")
+    sub.add_argument("model", nargs="?", help="the model that a published checkpoint belongs to: segclip_vit_b16")
+    sub.add_argument("--out", required=True, help="a folder, or for a folder as source a .bin or .safetensors file")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..checkpoints.published import read_published, write_published
+    from ..errors import InputError
+    from ..models import create_model, load_official_state_dict, official_state_dict, save_pretrained
+    from .segment import load_model
+
+    out = Path(options.out)
+    if Path(options.source).is_dir():
+        if options.model:
+            raise InputError(f"model is {options.model!r} and the source a folder; expected a folder to know its model")
+        write_published(official_state_dict(load_model(options.source, "cpu")), out)
+        print(out)
+        return 0
+    if options.model is None:
+        raise InputError("model is missing; expected the name of the model that the checkpoint belongs to, such as segclip_vit_b16")
+    model = create_model(options.model)
+    lacking = load_official_state_dict(model, read_published(options.source))
+    if lacking:
+        print(f"{len(lacking)} tensors that only training needs are not in the checkpoint and stay random: {', '.join(lacking[:3])}, ...")
+    print(save_pretrained(model, out, source=Path(options.source).name))
+    return 0
