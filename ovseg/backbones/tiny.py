@@ -62,7 +62,7 @@ class TinyClip(ClipBackbone):
     def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 1, text_depth: int = 2,
                  heads: int = 4, image_size: int = 48, context_length: int = 16):
         super().__init__()
-        self.token_dim, self.embed_dim, self.image_size = width, embed_dim, image_size
+        self.token_dim, self.embed_dim, self.image_size, self.heads = width, embed_dim, image_size, heads
         self.tokenizer = WordTokenizer(context_length=context_length)
         # Replicated borders: zeros would be a texture of their own along the edge of every picture.
         self.stem = nn.Sequential(
@@ -113,7 +113,7 @@ class TinyClip(ClipBackbone):
         return list(self.blocks)
 
     def new_blocks(self, count: int) -> nn.ModuleList:
-        return nn.ModuleList(_Block(self.token_dim, self.blocks[0].heads) for _ in range(count))
+        return nn.ModuleList(_Block(self.token_dim, self.heads) for _ in range(count))
 
     def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
         return list(modules)

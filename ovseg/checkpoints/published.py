@@ -55,6 +55,10 @@ def segclip_to_published(name: str, first_stage: int) -> str:
     return name
 
 
+def is_published_segclip(state: dict[str, torch.Tensor]) -> bool:
+    return any(name.startswith("clip.visual.transformer.semantic_layer2.") for name in state)
+
+
 def load_segclip(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
     """Load a published SegCLIP; returns the training-only tensors that it lacks, which stay as they are.
 

@@ -1,7 +1,7 @@
 """The main job on the embedded default: train systems on scenes and compare where they look.
 
 ``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
-objective with nothing frozen. ``segclip``: a tiny CLIP of two blocks, and SegCLIP from it.
+objective with nothing frozen. ``segclip``: SegCLIP from that CLIP.
 
   ovseg demo                                  PACL on real handwritten digits on real textures
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
@@ -26,7 +26,6 @@ class Stage:
     folder: str
     recipe: str
     clip: str | None = None
-    overrides: tuple[str, ...] = ()
 
 
 SYSTEMS = {
@@ -36,8 +35,8 @@ SYSTEMS = {
         Stage("PACL, nothing frozen", "pacl_full", "pacl_full_scenes", "clip"),
     ),
     "segclip": (
-        Stage("CLIP of two blocks", "clip2", "clip_scenes", None, ("model.options={backbone: {depth: 2}}",)),
-        Stage("SegCLIP", "segclip", "segclip_scenes", "clip2"),
+        Stage("CLIP, image level", "clip", "clip_scenes"),
+        Stage("SegCLIP", "segclip", "segclip_scenes", "clip"),
     ),
 }
 
@@ -62,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     from ..training.recipe import load_recipe
 
     out = Path(options.out or f"runs/demo_{options.data}")
-    stages = [stage for system in dict.fromkeys(options.system) for stage in SYSTEMS[system]]
+    stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
     if options.steps and len(options.steps) != len(stages):
         raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
     results = out / "results.json"
@@ -72,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
     for i, stage in enumerate(stages):
         start = [f"model.clip_from={out / stage.clip}"] if stage.clip else []
-        recipe = load_recipe(stage.recipe, [f"data.form={options.data}", f"train.seed={options.seed}", *start, *stage.overrides])
+        recipe = load_recipe(stage.recipe, [f"data.form={options.data}", f"train.seed={options.seed}", *start])
         if options.steps:
             recipe.train.steps = options.steps[i]
         folder = out / stage.folder
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
             return 143
         seconds[stage.title] = round(time.time() - started, 1)
     scenes = Scenes(options.data, "val", options.scenes, options.seed)
-    done = [stage for system in SYSTEMS.values() for stage in system if stage.title in seconds]
+    done = [stage for stage in dict.fromkeys(stage for system in SYSTEMS.values() for stage in system) if stage.title in seconds]
     reports = {}
     for stage in done:  # those of earlier demos too: the pictures need their predictions
         model = from_pretrained(out / stage.folder / "model")

@@ -13,7 +13,7 @@ import torch
 from ..backbones.base import ClipBackbone
 from ..backbones.tiny import TinyClip
 from ..checkpoints.files import load_weights, save_weights
-from ..checkpoints.published import load_segclip, segclip_state
+from ..checkpoints.published import is_published_segclip, load_segclip, read_published, segclip_state
 from ..errors import CheckpointError
 from .base import OVSegModel
 from .clip_dense import ClipDense
@@ -73,8 +73,8 @@ def _pacl_tiny(backbone: dict[str, Any] | None = None, **options):
 
 @register_model("segclip_tiny")
 def _segclip_tiny(backbone: dict[str, Any] | None = None, **options):
-    small = {"second_stage": 1, "heads": 4, "templates": "scenes", "decoder": {"width": 32, "depth": 1, "heads": 4}}
-    return SegCLIP(TinyClip(**{"depth": 2, **(backbone or {})}), **{**small, **options})
+    small = {"second_stage": 0, "heads": 4, "templates": "scenes", "decoder": {"width": 32, "depth": 1, "heads": 4}}
+    return SegCLIP(TinyClip(**(backbone or {})), **{**small, **options})
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -92,8 +92,8 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
 
     Args:
         name: one of ``list_models()``.
-        pretrained: a tag of ``list_pretrained()``, a folder written by ``save_pretrained`` or a safetensors file; None
-            for random weights.
+        pretrained: a tag of ``list_pretrained()``, a folder written by ``save_pretrained``, a safetensors file or the system's
+            published checkpoint; None for random weights.
         device: where it goes.
         options: of the model: ``clip`` (weights of the CLIP backbone: open_clip tag or file), ``stride``, ``tap``, ...
 
@@ -120,8 +120,12 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
     except TypeError as error:
         raise ValueError(f"options of {name} are {sorted(options)}: {error}") from error
     model.name, model.config = name, options
-    if folder is not None:
-        load_weights(model, folder / "model.safetensors" if folder.is_dir() else folder)
+    if folder is not None and folder.is_dir():
+        load_weights(model, folder / "model.safetensors")
+    elif folder is not None and _has_published_layout(model) and is_published_segclip(state := read_published(folder)):
+        load_segclip(model, state)
+    elif folder is not None:
+        load_weights(model, folder)
     return model.to(device).eval()
 
 
@@ -158,8 +162,12 @@ def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
     return _published(model)[1](model)
 
 
+def _has_published_layout(model: OVSegModel) -> bool:
+    return isinstance(model, SegCLIP) and hasattr(model.backbone, "clip")
+
+
 def _published(model: OVSegModel) -> tuple[Callable, Callable]:
-    if not isinstance(model, SegCLIP) or not hasattr(model.backbone, "clip"):
+    if not _has_published_layout(model):
         raise ValueError(f"{model.name} has no published layout; expected a segclip_vit model")
     return load_segclip, segclip_state
 

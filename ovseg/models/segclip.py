@@ -31,7 +31,7 @@ LOSSES = ("contrastive", "superpixel", "reconstruction")
 class SegCLIP(OVSegModel):
     """Args:
         backbone: the CLIP.
-        second_stage: how many of its last blocks see the centers.
+        second_stage: how many of its last blocks see the centers; with 0 the group module's output is the groups.
         centers, cross_layers, heads: of the group module; heads is the width / 64 if None.
         tau: of the Gumbel-softmax in training.
         weights: of the losses; 0 switches one off. ``superpixel`` needs ``segments`` in the batch.
@@ -51,8 +51,8 @@ class SegCLIP(OVSegModel):
         unknown = set(weights or {}) - set(LOSSES)
         if unknown:
             raise ValueError(f"weights names {sorted(unknown)}; expected some of {list(LOSSES)}")
-        if not 0 < second_stage < len(backbone.trunk):
-            raise ValueError(f"second_stage is {second_stage}; expected 1 to {len(backbone.trunk) - 1} of the {len(backbone.trunk)} blocks")
+        if not 0 <= second_stage <= len(backbone.trunk):
+            raise ValueError(f"second_stage is {second_stage}; expected 0 to {len(backbone.trunk)}, the blocks of the backbone")
         self.backbone, self.templates, self.tau, self.kept = backbone, templates, tau, kept
         backbone.antialias_positions = False  # as published
         self.first_stage = len(backbone.trunk) - second_stage

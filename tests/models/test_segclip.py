@@ -297,7 +297,7 @@ def test_the_scale_stays_below_a_hundred():
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"second_stage": 2}, "second_stage is 2; expected 1 to 1 of the 2 blocks"),
+    ({"second_stage": 2}, "second_stage is 2; expected 0 to 1, the blocks of the backbone"),
     ({"weights": {"kl": 1.0}}, r"weights names \['kl'\]; expected some of"),
     ({"kept": 0.01}, "kept is 0.01; of 144 patches it keeps 0"),
 ])
@@ -326,6 +326,8 @@ def test_convert_and_back(vit, tmp_path, capsys):
     torch.save({"state_dict": {f"module.{name}": x for name, x in segclip_state(vit).items()}}, tmp_path / "segclip.bin")
     assert main(["convert", str(tmp_path / "segclip.bin"), "segclip_vit_b16", "--out", str(tmp_path / "folder")]) == 0
     loaded = ovseg.from_pretrained(tmp_path / "folder")
+    direct = ovseg.create_model("segclip_vit_b16", str(tmp_path / "segclip.bin"))
+    assert torch.equal(direct.groups.semantic_center, loaded.groups.semantic_center)
     assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), loaded.state_dict().values(), strict=True))
     for name in ("again.bin", "again.safetensors"):
         assert main(["convert", str(tmp_path / "folder"), "--out", str(tmp_path / name)]) == 0
