@@ -37,10 +37,11 @@ class SceneBatches:
         seed: of the choice of images and captions.
         captions: texts of each image in a batch, all positives of it.
         superpixel_patch: side of a patch in pixels; then batches carry ``segments``, the superpixel of each patch.
+        superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
     """
 
     def __init__(self, scenes: Scenes, tokenizer: Callable, batch_size: int, seed: int = 0, *, captions: int = 1,
-                 superpixel_patch: int | None = None, progress: bool = False):
+                 superpixel_patch: int | None = None, superpixel_labels: str = "majority", progress: bool = False):
         if not 0 < batch_size <= len(scenes):
             raise ValueError(f"batch_size is {batch_size}; expected 1 to {len(scenes)}, the number of scenes")
         if not 1 <= captions <= CAPTIONS_PER_SCENE:
@@ -59,7 +60,7 @@ class SceneBatches:
             self.images[i] = torch.from_numpy(scene.image).permute(2, 0, 1)
             if self.segments is not None and superpixel_patch is not None:
                 found = superpixels(scene.image, scale=200.0, sigma=0.8, min_size=60)  # for pictures of 48 pixels
-                self.segments[i] = torch.from_numpy(patch_labels(found, superpixel_patch).astype(np.int16)).flatten()
+                self.segments[i] = torch.from_numpy(patch_labels(found, superpixel_patch, superpixel_labels).astype(np.int16)).flatten()
             texts += [caption.text for caption in scene.captions]
             for k, caption in enumerate(scene.captions):
                 self.entities[i, k, [names[e] for e in caption.entities]] = 1

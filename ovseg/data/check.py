@@ -49,7 +49,7 @@ class CheckReport:
     @property
     def wrong(self) -> list[str]:
         """What must be mended before figures mean anything; empty if nothing."""
-        found = [f"{len(self.problems)} files are missing or damaged"] if self.problems else []
+        found = [f"{len(self.problems)} files are missing, damaged or of unequal size"] if self.problems else []
         found += [f"value {value} on {pixels} pixels is no class (first in {file})" for value, (pixels, file) in self.invalid.items()]
         if self.expected is not None and self.pictures != self.expected:
             found.append(f"{self.pictures} pictures, {self.expected} are published")

@@ -31,13 +31,15 @@ class FolderBatches:
         workers: threads that decode (Pillow releases the interpreter lock while it does).
         superpixels: side file of ``ovseg data superpixels``; batches then carry ``segments``, cropped with the picture.
         patch: side of a patch in pixels, for ``segments``.
+        superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
 
     Raises:
         DataError: if there is no pair, fewer than a batch, or too many pictures are bad.
     """
 
     def __init__(self, root: str | Path, tokenizer: Callable, batch_size: int, seed: int = 0, *, image_size: int = 224,
-                 workers: int = 2, superpixels: str | Path | None = None, patch: int = 16):
+                 workers: int = 2, superpixels: str | Path | None = None, patch: int = 16,
+                 superpixel_labels: str = "majority"):
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"data.root {str(root)!r} is no folder; expected pictures with .txt captions beside them")
@@ -47,7 +49,7 @@ class FolderBatches:
             raise DataError(f"data.root {str(root)!r} holds {len(pictures)} pictures, {len(self.pairs)} of them with a .txt; "
                             f"expected at least a batch of {batch_size}")
         self.tokenizer, self.batch_size, self.seed, self.image_size = tokenizer, batch_size, seed, image_size
-        self.root, self.patch = root, patch
+        self.root, self.patch, self.superpixel_labels = root, patch, superpixel_labels
         self.superpixels = None if superpixels is None else SuperpixelFile(superpixels)
         if self.superpixels is not None:
             keys = [path.relative_to(root).as_posix() for path in self.pairs]
@@ -104,5 +106,5 @@ class FolderBatches:
         if self.superpixels is not None:
             key = path.relative_to(self.root).as_posix()
             share = (left / image.width, top / image.height, (left + side) / image.width, (top + side) / image.height)
-            segment = torch.from_numpy(self.superpixels.patches(key, share, self.image_size, self.patch)).flatten()
+            segment = torch.from_numpy(self.superpixels.patches(key, share, self.image_size, self.patch, self.superpixel_labels)).flatten()
         return to_tensor(crop), captions[rng.integers(len(captions))], segment

@@ -92,9 +92,10 @@ def _expand(name: str, problems: list[str], depth: int = 0) -> list[tuple[PurePo
             raise InputError(f"folder {name!r} holds no picture; expected files ending in {', '.join(SUFFIXES)}")
         return [(PurePosixPath(p.relative_to(path).as_posix()), Source("", p)) for p in below]
     if glob.has_magic(name) and not path.exists():
-        matches = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
+        wanted = (*SUFFIXES, ".tar")  # captions and whatever else lies beside them are no pictures
+        matches = sorted(p for p in glob.glob(name, recursive=True) if Path(p).suffix.lower() in wanted and Path(p).is_file())
         if not matches:
-            raise InputError(f"no file matches {name!r}")
+            raise InputError(f"no picture or shard matches {name!r}")
         return [entry for match in matches for entry in _expand(match, problems, depth + 1)]
     suffix = path.suffix.lower()
     if suffix == ".txt":

@@ -144,10 +144,12 @@ def build_batches(recipe: Recipe, model: OVSegModel, *, progress: bool) -> Scene
         if data.root is None:
             raise ConfigError("data.root is null; with data.form=folder expected a folder of images with .txt captions")
         return FolderBatches(data.root, tokenizer, size, seed, image_size=data.image_size, workers=data.workers,
-                             superpixels=data.superpixels, patch=model.backbone.patch_size)
+                             superpixels=data.superpixels, patch=model.backbone.patch_size,
+                             superpixel_labels=data.superpixel_labels)
     scenes = Scenes(data.form, "train", data.train_size, seed, data.image_size)
     patch = model.backbone.patch_size if data.superpixels else None
-    return SceneBatches(scenes, tokenizer, size, seed, captions=data.captions, superpixel_patch=patch, progress=progress)
+    return SceneBatches(scenes, tokenizer, size, seed, captions=data.captions, superpixel_patch=patch,
+                        superpixel_labels=data.superpixel_labels, progress=progress)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

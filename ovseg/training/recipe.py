@@ -33,6 +33,7 @@ class DataPart:
     image_size: int = 48
     captions: int = 1  # of each image in a batch; scenes have five
     superpixels: str | None = None  # form=folder: side file of `ovseg data superpixels`; scenes: any word, they are made while drawing
+    superpixel_labels: str = "majority"  # of a patch: its most frequent id; "mean": the published integer part of the mean of its ids
     workers: int = 2  # form=folder: processes that decode
 
 
@@ -144,6 +145,8 @@ def _check_values(recipe: Recipe) -> None:
     for key, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{key} is {value}; expected a positive number")
+    if recipe.data.superpixel_labels not in ("majority", "mean"):
+        raise ConfigError(f"data.superpixel_labels is {recipe.data.superpixel_labels!r}; expected 'majority' or 'mean'")
     if recipe.optim.warmup_share is not None and not 0 < recipe.optim.warmup_share < 1:
         raise ConfigError(f"optim.warmup_share is {recipe.optim.warmup_share}; expected a share between 0 and 1")
     if recipe.optim.lower_lr is not None and not recipe.optim.lower_lr > 0:

@@ -125,7 +125,8 @@ def test_check_finds_what_is_missing_damaged_and_unequal(tmp_path, capsys):
     assert main(["data", "check", "ade150", "--root", str(tmp_path), "--out", str(tmp_path / "report")]) == 1
     printed = capsys.readouterr().out
     for expected in ("000000.png is missing", "cannot decode", "2008_000002.png", "61x40 and its picture 60x40",
-                     "value 151 on 2400 pixels is no class", "is a RGB picture; expected class indices", "5 files are missing or damaged",
+                     "value 151 on 2400 pixels is no class", "is a RGB picture; expected class indices",
+                     "5 files are missing, damaged or of unequal size",
                      "8 pictures, 2000 are published"):  # fmt: skip
         assert expected in printed, expected
     assert (tmp_path / "report" / "ade150_val.json").is_file() and Image.open(tmp_path / "report" / "ade150_val.png").width > 500

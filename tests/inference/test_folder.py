@@ -48,7 +48,7 @@ def test_names_that_cannot_be(photos, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no picture"):
         find_pictures([str(tmp_path / "empty")])
-    with pytest.raises(InputError, match=r"no file matches .*\*\.webp"):
+    with pytest.raises(InputError, match=r"no picture or shard matches .*\*\.webp"):
         find_pictures([str(photos / "*.webp")])
 
 

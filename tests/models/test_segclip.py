@@ -353,3 +353,19 @@ def test_checkpoints_run_no_code(tmp_path, capsys):
         with pytest.raises(CheckpointError, match=message):
             read_published(tmp_path / name)
     assert "never" not in capsys.readouterr().out
+
+
+def test_the_benchmarks_plain_version_is_the_same_model(vit):
+    """What the benchmark compares with computes the same loss and labels."""
+    from ovseg_benchmarks import segclip as plain
+
+    batch = plain.training_batch(vit, 2, 64)
+    ours, theirs = vit.training_loss(batch)["total"], plain.published_loss(vit, batch)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    texts, origins = F.normalize(torch.randn(6, 512), dim=-1), torch.tensor([[0, 0], [0, 16]])
+    view, pixels = View((50, 90), (64, 80), (64, 64), origins), torch.randn(3, 64, 80)
+    expected = plain.published_labels(vit, pixels, texts, view, 0.3)
+    with torch.no_grad():
+        features = vit.encode_image(torch.stack([pixels[:, :, :64], pixels[:, :, 16:]]))
+    found, _ = label_map(vit, features, Queries(tuple("abcdef"), texts, torch.arange(6)), view, Settings(background_threshold=0.3))
+    assert float((found != expected).float().mean()) < 0.01

@@ -1,6 +1,7 @@
 """The loop: resume is exact, also after a kill; bad steps are skipped; the learning rate is what the recipe says."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,12 +29,17 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_six_steps_equal_four_and_two(tmp_path):
-    whole = weights(train(recipe(), tmp_path / "a", quiet=True))
-    train(recipe(), tmp_path / "b", quiet=True)
+SEGCLIP = ["model.options={frozen: false, backbone: {width: 16, embed_dim: 16, local_depth: 1}, decoder: {width: 16}}"]
+
+
+@pytest.mark.parametrize("name,more", [("clip_scenes", []), ("segclip_scenes", SEGCLIP)])
+def test_six_steps_equal_four_and_two(tmp_path, name, more):
+    """With noise and masks drawn anew at each step, where a system has them."""
+    whole = weights(train(recipe(*more, name=name), tmp_path / "a", quiet=True))
+    train(recipe(*more, name=name), tmp_path / "b", quiet=True)
     for path in checkpoint.complete(tmp_path / "b" / "checkpoints")[1:]:
         (path / "COMPLETE").unlink()  # as if the run had died while it wrote the last one
-    resumed = train(recipe(), tmp_path / "b", resume=True, quiet=True)
+    resumed = train(recipe(*more, name=name), tmp_path / "b", resume=True, quiet=True)
     assert torch.equal(whole, weights(resumed))
     log = [json.loads(line)["step"] for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
     assert log == list(range(6))
@@ -46,6 +52,22 @@ def test_pacl_takes_over_the_clip_and_keeps_it(tmp_path):
     pacl = train(recipe(f"model.clip_from={tmp_path / 'clip'}", name="pacl_scenes"), tmp_path / "pacl", quiet=True)
     for (name, a), b in zip(clip.backbone.state_dict().items(), pacl.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_segclips_schedule_and_rates():
+    """t / 0.15 up to 15 % of the steps, then half a cosine; the trunk a thousand times more slowly; the logit scale is held."""
+    published = load_recipe("segclip_vit_b16")
+    total, peak = published.train.steps, published.optim.lr
+    for step in (0, 100, int(0.15 * total), total // 2, total - 1):
+        t = (step + 1) / total
+        expected = t / 0.15 if t < 0.15 else 0.5 * (1 + math.cos(math.pi * (t - 0.15) / 0.85))
+        assert learning_rate(published, step) == pytest.approx(peak * expected)
+    model = ovseg.create_model("segclip_tiny")
+    groups = build_optimizer(model, load_recipe("segclip_scenes", ["optim.lr=4e-3", "optim.lower_lr=4e-6"])).param_groups
+    assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([1e-3, 1.0])
+    for bad in ("optim.warmup_share=1.5", "optim.lower_lr=-1"):
+        with pytest.raises(ConfigError, match="expected a"):
+            load_recipe("segclip_scenes", [bad])
 
 
 @pytest.mark.slow
