@@ -130,7 +130,7 @@ def published_loss(model: SegCLIP, batch: dict[str, torch.Tensor]) -> torch.Tens
     P = hard.transpose(1, 2)
     same = ((batch["segments"][:, :, None] - batch["segments"][:, None]) == 0).float()
     p, s = P.softmax(-1), (same @ P / same.sum(2, keepdim=True)).softmax(-1)
-    superpixel = (F.kl_div(p.log(), s, reduction="mean") + F.kl_div(s.log(), p, reduction="mean")) / 2
+    superpixel = ((s * (s.log() - p.log())).mean() + (p * (p.log() - s.log())).mean()) / 2
 
     B, N, D = x.shape
     order = batch["masking_noise"].argsort(dim=1, stable=True)
@@ -234,6 +234,3 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
         Path(out).write_text(json.dumps(found, indent=2) + "\n")
     return found
 
-
-if __name__ == "__main__":
-    run(out=sys.argv[1] if len(sys.argv) > 1 else None)
