@@ -52,7 +52,10 @@ class _LocalBlock(nn.Module):
 
 
 class TinyClip(ClipBackbone):
-    """Args: ``width`` of both towers, ``embed_dim`` D, depth of the local, global and text parts."""
+    """Args: ``width`` of both towers, ``embed_dim`` D, depth of the local, global and text parts.
+
+    Without a global part (``depth=0``) there is no image embedding; systems that pool patches themselves, as SegCLIP does, need none.
+    """
 
     patch_size = 4
     image_mean = (0.5, 0.5, 0.5)
@@ -146,6 +149,8 @@ class TinyClip(ClipBackbone):
         return self.image_projection(tokens)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        if len(self.blocks) == 0:
+            raise ValueError("depth is 0; expected at least one block in which the class token sees the patches")
         x = self._with_cls(self._local_tokens(images)[0])
         for block in self.blocks[:-1]:
             x = plain_block(block, x)

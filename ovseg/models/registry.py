@@ -74,7 +74,8 @@ def _pacl_tiny(backbone: dict[str, Any] | None = None, **options):
 @register_model("segclip_tiny")
 def _segclip_tiny(backbone: dict[str, Any] | None = None, **options):
     small = {"second_stage": 0, "heads": 4, "templates": "scenes", "decoder": {"width": 32, "depth": 1, "heads": 4}}
-    return SegCLIP(TinyClip(**(backbone or {})), **{**small, **options})
+    # No global block: tokens that have seen everything make all groups alike at this size.
+    return SegCLIP(TinyClip(**{"depth": 0, **(backbone or {})}), **{**small, **options})
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -297,7 +297,7 @@ def test_the_scale_stays_below_a_hundred():
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"second_stage": 2}, "second_stage is 2; expected 0 to 1, the blocks of the backbone"),
+    ({"second_stage": 2}, "second_stage is 2; expected 0 to 0, the blocks of the backbone"),
     ({"weights": {"kl": 1.0}}, r"weights names \['kl'\]; expected some of"),
     ({"kept": 0.01}, "kept is 0.01; of 144 patches it keeps 0"),
 ])
