@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
     results.write_text(json.dumps(facts, indent=2) + "\n")
     print(text)
     ratios = ", ".join(f"{row['model']} {row['seen_miou'] / baseline:.1f}" for row in rows[1:])
-    print("\n" + (f"Seen-object mIoU over that of {rows[0]['model']!r}: {ratios}; " if ratios else "") + f"{facts['seconds']:.0f} s in all.")
+    compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {ratios}; " if ratios else ""
+    print(f"\n{compared}{facts['seconds']:.0f} s in all.")
     print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
     print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")
     return 0
