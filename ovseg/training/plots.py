@@ -33,7 +33,7 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
         smooth = [statistics.median(losses[max(0, i - window) : i + window + 1]) for i in range(len(losses))]
         axes.plot(steps, losses, color=pale, linewidth=0.8, label="loss")
         axes.plot(steps, smooth, color=strong, linewidth=1.6, label="smoothed")
-        axes.set(xlabel="step", ylabel="contrastive loss", title=title)
+        axes.set(xlabel="step", ylabel="loss", title=title)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     figure.savefig(out, dpi=120)
