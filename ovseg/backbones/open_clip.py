@@ -50,8 +50,8 @@ class ClipTokenizer:
 class _Block:
     """open_clip's ResidualAttentionBlock in the parts that ``layers.readout`` walks over."""
 
-    def __init__(self, block: nn.Module):
-        self.block, self.norm_1 = block, block.ln_1
+    def __init__(self, block: nn.Module, backend: str):
+        self.block, self.norm_1, self.backend = block, block.ln_1, backend
 
     def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn, (B, L, D) = self.block.attn, normed.shape
@@ -64,7 +64,7 @@ class _Block:
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         mlp, normed = self.block.mlp, self.block.ln_2(x)
-        if type(mlp.gelu).__name__ == "QuickGELU":  # the same numbers, a third of the memory in training
+        if type(mlp.gelu).__name__ == "QuickGELU":  # the same numbers; of three hidden tensors training keeps one
             return self.block.ls_2(quick_gelu_linear(mlp.c_fc(normed), mlp.c_proj.weight, mlp.c_proj.bias))
         return self.block.ls_2(mlp(normed))
 
@@ -121,7 +121,7 @@ class OpenClipBackbone(ClipBackbone):
         visual = self.clip.visual
         x, positions, grid = self._patches(images)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
-        tokens, cls = run_blocks(self.trunk, visual.ln_pre(x), readout, grid, backend=self.attention_backend)
+        tokens, cls = run_blocks(self.trunk, visual.ln_pre(x), readout, grid)
         if tap == "post_norm":
             tokens, cls = visual.ln_post(tokens), visual.ln_post(cls)
         return PatchTokens(tokens, grid, cls)
@@ -160,7 +160,7 @@ class OpenClipBackbone(ClipBackbone):
         return new
 
     def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
-        return [_Block(block) for block in modules]
+        return [_Block(block, self.attention_backend) for block in modules]
 
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.clip.visual.ln_post(tokens)
@@ -195,7 +195,8 @@ class OpenClipBackbone(ClipBackbone):
         if not isinstance(getattr(clip, "text_projection", None), nn.Parameter) or clip.text_pool_type != "argmax":
             return clip.encode_text(token_ids)
         end = token_ids.argmax(-1)
-        token_ids = token_ids[:, : int(end.max()) + 1]  # nothing looks behind the end: attention is causal
+        if not torch.compiler.is_compiling():  # the length is a number that a graph does not have
+            token_ids = token_ids[:, : int(end.max()) + 1]  # nothing looks behind the end: attention is causal
         x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
         mask = None if clip.attn_mask is None else clip.attn_mask[: x.shape[1], : x.shape[1]].to(x.dtype)
         for block in self.as_blocks(clip.transformer.resblocks):

@@ -19,6 +19,8 @@ from .base import ClipBackbone, PatchTokens
 class _Block(nn.Module):
     """Pre-norm transformer block."""
 
+    backend = "sdpa"
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads

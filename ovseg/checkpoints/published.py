@@ -5,7 +5,6 @@ Files are read without running code: ``.safetensors``, or torch's own format wit
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..replacing import replacing
 from .files import load_tensors, save_tensors
 
 _BLOCK = re.compile(r"clip\.visual\.transformer\.layers(0|2)\.(\d+)\.(.+)")
@@ -96,14 +96,12 @@ def _load(model: torch.nn.Module, state: dict[str, torch.Tensor], ours: Callable
 
 def write_published(state: dict[str, torch.Tensor], path: Path) -> None:
     """A bare state dict, by rename: ``.safetensors``, or torch's format under any other suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     if path.suffix == ".safetensors":
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(state, path)
         return
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
 
 
 def read_published(path: str | Path) -> dict[str, torch.Tensor]:
@@ -119,7 +117,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
         return load_tensors(path)
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
         raise CheckpointError(f"{path} cannot be read without running code, or is damaged: {str(error).splitlines()[0]}") from error
     for key in ("state_dict", "model"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):

@@ -43,10 +43,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 class _ListProtocols(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        from ..evaluation.protocols import _read, list_protocols
+        from ..evaluation.protocols import list_protocols, read_protocol
 
         for name in list_protocols():
-            tree = _read(name)
+            tree = read_protocol(name)
             print(f"{name:12} v{tree['version']}  {tree['title']}; {', '.join(tree['data']) or 'any data set'}")
         parser.exit()
 

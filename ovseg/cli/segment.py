@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
-    from ..inference.folder import replacing
+    from ..replacing import replacing
 
     with replacing(path) as part:
         if kind == "overlay":

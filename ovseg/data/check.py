@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from ..errors import DataError, InputError
 from ..progress import bar
+from ..replacing import replacing
 from .images import read_image
 from .segmentation_sets import IGNORE, SegmentationSet, read_mask
 
@@ -142,9 +142,7 @@ def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int
         if target.exists():
             continue
         truth = data.truth(read_mask(item.mask), item.mask)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".part.{target.name}")
-        Image.fromarray(np.where(truth == IGNORE, 255, back[truth]).astype(np.uint8)).save(part)
-        os.replace(part, target)
+        with replacing(target) as part:
+            Image.fromarray(np.where(truth == IGNORE, 255, back[truth]).astype(np.uint8)).save(part)
         written += 1
     return written, len(data) - written

@@ -7,16 +7,17 @@ read without running code, and a picture's map is decoded when it is asked for.
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError, InputError
 from ..progress import bar
+from ..replacing import replacing
 from .images import read_image
 
 SHORT_SIDE = 224  # pictures are made smaller before they are cut up
@@ -121,8 +122,8 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
     jobs = [(key, file, scale, sigma, min_size) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
-    with ProcessPoolExecutor(workers) as pool:
-        results = map(_cut, jobs) if workers < 2 else pool.map(_cut, jobs, chunksize=16)
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        results = map(_cut, jobs) if pool is None else pool.map(_cut, jobs, chunksize=16)
         for key, data, error in bar(results, total=len(jobs), show=progress, unit="picture", desc="superpixels"):
             if data is None:
                 bad.append(error)
@@ -130,16 +131,13 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
                 found[key] = np.frombuffer(data, np.uint8)
     if not found:
         raise DataError(f"none of {len(jobs)} pictures could be cut up" + (f"; the first: {bad[0]}" if bad else ""))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file(found, part, {"method": "felzenszwalb", "scale": str(scale), "sigma": str(sigma), "min_size": str(min_size)})
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file(found, part, {"method": "felzenszwalb", "scale": str(scale), "sigma": str(sigma), "min_size": str(min_size)})
     return len(found), bad
 
 
 def _cut(job: tuple[str, Path, float, float, int]) -> tuple[str, bytes | None, str]:
     key, file, scale, sigma, min_size = job
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         image = read_image(file)
     except InputError as error:

@@ -16,13 +16,12 @@ from PIL import Image
 from ..data.segmentation_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
+from ..inference.label_maps import NEVER
 from ..models import OVSegModel
 from ..progress import bar
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
 from .processes import add_over_processes, gather_names, rank_and_world
 from .protocols import Protocol
-
-_ABSENT = -1e4
 
 
 class EvaluationSet(Interface):
@@ -160,7 +159,7 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
 
 def _only(truth: np.ndarray, about: SetDescription, protocol: Protocol, bias: dict[str, float] | None) -> dict[str, float]:
     present = set(np.unique(truth[truth != IGNORE]).tolist())
-    return {name: (bias or {}).get(name, 0.0) + (0.0 if i + about.background in present else _ABSENT)
+    return {name: (bias or {}).get(name, 0.0) + (0.0 if i + about.background in present else NEVER)
             for i, name in enumerate(protocol.labels.names)}
 
 

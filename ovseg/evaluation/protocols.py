@@ -98,11 +98,11 @@ def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: Labe
     Raises:
         ConfigError: for an unknown protocol, a data set it says nothing about, or a model it is not made for.
     """
-    tree = _read(name)
+    tree = read_protocol(name)
     groups = tree.get("model") == "groups"
     if groups and not model.labels_groups:
         raise ConfigError(f"protocol {name!r} is made for models that label groups and {model.name} labels patches; expected one of "
-                          f"{[other for other in list_protocols() if _read(other).get('model') != 'groups']}")
+                          f"{[other for other in list_protocols() if read_protocol(other).get('model') != 'groups']}")
     known = tree.get("data", {})
     if known and data.name not in known:
         raise ConfigError(f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. Expected one of them, or the "
@@ -134,7 +134,8 @@ def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet
     return replace(LabelSet.of(merged), templates=labels.templates)
 
 
-def _read(name: str) -> dict[str, Any]:
+def read_protocol(name: str) -> dict[str, Any]:
+    """The file of a protocol, with what it takes over from another one."""
     import yaml
 
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _PROTOCOLS / f"{name}.yaml"
@@ -143,7 +144,7 @@ def _read(name: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
         if "like" in tree:
-            base = _read(tree["like"])
+            base = read_protocol(tree["like"])
             tree = {**base, **tree, "settings": {**base.get("settings", {}), **tree.get("settings", {})}}
         if not {"version", "title", "source"} <= set(tree):
             raise KeyError("version, title, source")

@@ -1,30 +1,16 @@
-"""Many results into one folder: which are done already, files that are whole or not there."""
+"""Many results into one folder: which are done already."""
 
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .sources import Source
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part.{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Journal:

@@ -18,7 +18,7 @@ from .pamr import pamr
 from .settings import Settings
 from .windows import View
 
-_NEVER = -1e4  # added to what may not win: below every cosine, probability and scaled cosine
+NEVER = -1e4  # added to what may not win: below every cosine, probability and scaled cosine
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _small(labels: torch.Tensor, queries: Queries, settings: Settings) -> torch.
     small = area <= settings.area_threshold * area.sum()
     if bool(small.all()) or not bool((small & (area > 0)).any()):
         return None
-    return torch.where((queries.owners >= 0) & small[queries.owners], _NEVER, 0.0)
+    return torch.where((queries.owners >= 0) & small[queries.owners], NEVER, 0.0)
 
 
 def group_tables(features: ImageFeatures, texts: torch.Tensor, scale: float, top: int,

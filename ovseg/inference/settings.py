@@ -111,8 +111,3 @@ class Settings:
                 close = get_close_matches(name, known, 1)
                 raise InputError(f"unknown option {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"expected some of {known}"))
         return replace(base or cls(), **options)
-
-    def changed(self) -> dict[str, Any]:
-        """The fields that differ from the defaults."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
-

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,9 @@ TERMS = ("qk", "qq", "kk", "vv")
 
 
 class Block(Protocol):
-    """A pre-norm transformer block in parts."""
+    """A pre-norm transformer block in parts; ``backend`` computes its attention."""
+
+    backend: str
 
     def norm_1(self, x: torch.Tensor) -> torch.Tensor:
         """The norm before the attention."""
@@ -105,37 +108,35 @@ def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
     return Readout(**{**which, "terms": tuple(which.get("terms", ("qk",)))})
 
 
-def run_blocks(blocks: Sequence[Block], x: torch.Tensor, readout: Readout, grid: tuple[int, int], *,
-               backend: str = "sdpa") -> tuple[torch.Tensor, torch.Tensor]:
+def run_blocks(blocks: Sequence[Block], x: torch.Tensor, readout: Readout, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(patch tokens [B, N, D], class token [B, D]) of ``x`` [B, 1 + N, D], class token first, before the final norm.
 
     The class token is CLIP's own, whatever the readout.
     """
     if readout == READOUTS["clip"]:
         for block in blocks:
-            x = plain_block(block, x, backend=backend)
+            x = plain_block(block, x)
         return x[:, 1:], x[:, 0]
     depth = min(readout.depth, len(blocks))
     for block in blocks[:-depth]:
-        x = plain_block(block, x, backend=backend)
+        x = plain_block(block, x)
     bias = None if readout.window_std is None else gaussian_window(grid, readout.window_std, x)
     dense = x
     for block in blocks[-depth:]:
-        o = block.merge(_attend(block, x, readout, bias, backend))
+        o = block.merge(_attend(block, x, readout, bias))
         if readout.parallel:
             dense = dense + o
         else:
             dense = x + o if readout.residual else o
             dense = dense + block.feed(dense) if readout.mlp else dense
-        x = plain_block(block, x, backend=backend, first=1 if block is blocks[-1] else None)
+        x = plain_block(block, x, first=1 if block is blocks[-1] else None)
     return dense[:, 1:], x[:, 0]
 
 
-def plain_block(block: Block, x: torch.Tensor, *, mask: torch.Tensor | None = None, first: int | None = None,
-                backend: str = "sdpa") -> torch.Tensor:
+def plain_block(block: Block, x: torch.Tensor, *, mask: torch.Tensor | None = None, first: int | None = None) -> torch.Tensor:
     """The block as it is. ``first``: only so many of the leading positions, for a last block read at its class token."""
     q, k, v = block.project(block.norm_1(x))
-    x = x[:, :first] + block.merge(attention(q[:, :, :first], k, v, mask=mask, backend=backend))
+    x = x[:, :first] + block.merge(attention(q[:, :, :first], k, v, mask=mask, backend=block.backend))
     return x + block.feed(x)
 
 
@@ -147,25 +148,23 @@ def gaussian_window(grid: tuple[int, int], std: float, like: torch.Tensor) -> to
     return F.pad(near, (1, 0, 1, 0))
 
 
-def _attend(block: Block, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+def _attend(block: Block, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None) -> torch.Tensor:
     """o of (1) and (2), [B, heads, L, d]."""
     normed = block.norm_1(x)
     named = dict(zip("qkv", block.project(normed), strict=True))
     v = named["v"]
     if not readout.terms:
         return v
-    # GEM's inverse temperature: the mean norm of the block's normed input over sqrt(d), for each image.
-    heat = normed.norm(dim=-1).mean(-1)[:, None, None, None] * v.shape[-1] ** -0.5
-    outputs = []
-    for term in readout.terms:
-        a, b = named[term[0]], named[term[1]]
-        if readout.iterations is None:
-            outputs.append(attention(a, b, v, mask=bias, backend=backend))
-            continue
-        for _ in range(readout.iterations):
-            a = F.normalize(a, dim=-1)
-            a = attention(a * heat, a, a, mask=bias, scale=1.0, backend=backend)
-        a = F.normalize(a, dim=-1)
-        outputs.append(attention(a * heat, a, v, mask=bias, scale=1.0, backend=backend))
+    attend = partial(attention, mask=bias, backend=block.backend)
+    if readout.iterations is None:
+        outputs = [attend(named[term[0]], named[term[1]], v) for term in readout.terms]
+    else:  # GEM's inverse temperature: the mean norm of the block's normed input over sqrt(d), for each image
+        heat = normed.norm(dim=-1).mean(-1)[:, None, None, None] * v.shape[-1] ** -0.5
+        outputs = []
+        for term in readout.terms:
+            a = F.normalize(named[term[0]], dim=-1)
+            for _ in range(readout.iterations):
+                a = F.normalize(attend(a * heat, a, a, scale=1.0), dim=-1)
+            outputs.append(attend(a * heat, a, v, scale=1.0))
     total = torch.stack(outputs).sum(0)
     return total / len(outputs) if readout.mean else total

@@ -17,6 +17,7 @@ import ovseg_kernels as ok
 from ovseg_kernels import philox
 
 from ..backbones.base import ClipBackbone
+from ..errors import InputError
 from ..layers.mae_decoder import MaeDecoder, patchify, sincos_positions
 from ..layers.quick_gelu import quick_gelu
 from ..layers.readout import plain_block
@@ -93,7 +94,10 @@ class SegCLIP(OVSegModel):
         groups = self.groups(self._first(x), noise, self.tau)
         image, _ = self._second(groups.tokens)
         losses = {"contrastive": self._contrastive(image, self.encode_text(batch["token_ids"]), batch)}
-        if self.weights["superpixel"] and "segments" in batch:
+        if self.weights["superpixel"]:
+            if "segments" not in batch:
+                raise InputError("batch holds no segments and the superpixel loss has a weight; expected superpixels of the patches "
+                                 "(data.superpixels in a recipe), or weights={'superpixel': 0}")
             losses["superpixel"] = superpixel_loss(groups.assignment(noise, self.tau), batch["segments"])
         if self.weights["reconstruction"]:
             losses["reconstruction"] = self.reconstruction_loss(images, x, grid, batch)
@@ -113,6 +117,9 @@ class SegCLIP(OVSegModel):
         removed = order[:, count:]
         found = self.decoder(hidden, order.argsort(1), grid, removed)
         truth = patchify(images, self.backbone.patch_size)
+        if truth.shape[1] != N:
+            raise InputError(f"images give {N} tokens and {truth.shape[1]} patches; the reconstruction expects one token a patch, "
+                             "a stride of the patch size")
         truth = truth.gather(1, removed[..., None].expand(-1, -1, truth.shape[2]))
         return (found.float() - truth.float()).square().mean()
 

@@ -135,9 +135,9 @@ def test_present_only_lets_no_absent_class_win(model):
 @pytest.mark.parametrize("name", list_protocols())
 def test_protocols_are_whole(model, name):
     """For each data set they name: labels of the right number, nothing left open, and the values that papers give."""
-    from ovseg.evaluation.protocols import _read
+    from ovseg.evaluation.protocols import read_protocol
 
-    tree = _read(name)
+    tree = read_protocol(name)
     grouping = ovseg.create_model("pacl_tiny")
     grouping.labels_groups = tree.get("model") == "groups"
     for data in tree["data"] or ("voc21", "ade150"):

@@ -14,8 +14,9 @@ from PIL import Image
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import InputError
-from ovseg.inference.folder import Journal, fingerprint, replacing
+from ovseg.inference.folder import Journal, fingerprint
 from ovseg.inference.sources import find_pictures
+from ovseg.replacing import replacing
 
 LABELS = ["--labels", "gravel,grass", "--format", "json"]
 

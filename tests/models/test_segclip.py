@@ -304,7 +304,8 @@ def test_the_scale_stays_below_a_hundred():
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         model = ovseg.create_model("segclip_tiny", **options)
-        model.training_loss({"images": torch.zeros(2, 3, 48, 48), "token_ids": model.backbone.tokenizer(["a", "b"])})
+        model.training_loss({"images": torch.zeros(2, 3, 48, 48), "token_ids": model.backbone.tokenizer(["a", "b"]),
+                             "segments": torch.zeros(2, 144, dtype=torch.int64)})
 
 
 def test_losses_are_switched_by_their_weights():
@@ -369,3 +370,31 @@ def test_the_benchmarks_plain_version_is_the_same_model(vit):
         features = vit.encode_image(torch.stack([pixels[:, :, :64], pixels[:, :, 16:]]))
     found, _ = label_map(vit, features, Queries(tuple("abcdef"), texts, torch.arange(6)), view, Settings(background_threshold=0.3))
     assert float((found != expected).float().mean()) < 0.01
+
+
+def test_nothing_is_left_out_in_silence():
+    """A loss with a weight and without its data, and tokens that are no patches."""
+    model = ovseg.create_model("segclip_tiny")
+    batch = {"images": torch.zeros(2, 3, 48, 48), "token_ids": model.backbone.tokenizer(["a", "b"])}
+    with pytest.raises(InputError, match="batch holds no segments and the superpixel loss has a weight"):
+        model.training_loss(batch)
+    fine = ovseg.create_model("segclip_vit_b16", stride=8, weights={"superpixel": 0.0})
+    ids = fine.backbone.tokenizer(["a", "b"])
+    with pytest.raises(InputError, match="images give 49 tokens and 16 patches"):
+        fine.training_loss({"images": torch.zeros(2, 3, 64, 64), "token_ids": ids})
+
+
+@torch.no_grad()
+def test_the_attention_backend_reaches_every_block(golden, model, monkeypatch):
+    from ovseg.layers import readout
+
+    seen = []
+    real = readout.attention
+    monkeypatch.setattr(readout, "attention", lambda *a, backend="sdpa", **o: seen.append(backend) or real(*a, **o))
+    model.backbone.attention_backend = "xformers"
+    try:
+        model.encode_image(golden["in/images"])
+        model.encode_text(golden["in/ids"].long())
+    finally:
+        model.backbone.attention_backend = "sdpa"
+    assert seen == ["xformers"] * (len(model.backbone.trunk) + 2)
