@@ -1,7 +1,8 @@
-"""Breaks the kernels on purpose, one fault at a time, and shows that the suite notices each.
+"""Breaks the kernels, and the systems built on them, on purpose, one fault at a time, and shows that the suite notices each.
 
     python scripts/plant_faults.py             # all; half a minute a fault and more
     python scripts/plant_faults.py mask norm   # those whose name holds one of the words
+    python scripts/plant_faults.py system      # those in the systems, inference and evaluation
 
 Works on a copy of the tracked files. A fault that no test notices, or whose line is no longer in the source, makes the
 exit status 1. The list is part of docs/testing.md.
@@ -44,6 +45,7 @@ class Fault:
     wrong: str
     tests: str = "emulated"
     after: str = ""
+    folder: str = "tests/ops"
 
 
 FAULTS = (
@@ -108,6 +110,31 @@ FAULTS = (
 )
 
 
+def _system(name: str, file: str, right: str, wrong: str, folder: str, tests: str = "") -> Fault:
+    return Fault(f"system: {name}", f"ovseg/{file}", right, wrong, tests, folder=folder)
+
+
+_MAPS, _METRICS = "tests/inference/test_label_maps.py", "tests/evaluation/test_metrics.py"
+_SETS, _SEGCLIP = "tests/evaluation/test_segmentation_sets.py", "tests/models/test_segclip.py"
+_EVALUATE, _SOURCES = "tests/evaluation/test_evaluate.py", "tests/inference/test_sources.py"
+_LABELS = "inference/label_maps.py"
+FAULTS += (
+    _system("window of another width", "layers/readout.py", "(2 * std * std)", "(std * std)", "tests/layers"),
+    _system("group table of all classes", _LABELS, "logits.softmax(-1) * (logits", "(logits", _MAPS, "group"),
+    _system("entropy the wrong way", _LABELS, "> settings.background_entropy", "< settings.background_entropy", _MAPS, "entropy"),
+    _system("small classes kept", _LABELS, "small = area <= settings", "small = area < 0 * settings", _MAPS, "area"),
+    _system("threshold is background", "evaluation/metrics.py", 'side="right"', 'side="left"', _METRICS, "sweep"),
+    _system("contour past the border", "evaluation/metrics.py", '"cval": -2', '"cval": 0', _METRICS, "boundary"),
+    _system("no sum over processes", "evaluation/processes.py", "dist.all_reduce(total)", "pass", _EVALUATE, "two_processes"),
+    _system("shift not seen", "data/check.py", "< _CLEARLY * misfit[0]", "< 0", _SETS, "shifted"),
+    _system("removed values counted", "data/segmentation_sets.py", "while value in removed:", "while False:", _SETS, "layout"),
+    _system("cut member taken", "inference/sources.py", "+ member.size > whole:", "+ member.size > 10 * whole:", _SOURCES, "shards"),
+    _system("superpixels detached", "losses/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
+    _system("slope of QuickGELU", "layers/quick_gelu.py", ".mul_(1.702)", ".mul_(1.0)", _SEGCLIP, "training_step"),
+    _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
+)
+
+
 def copy_tree(to: Path) -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):
@@ -126,9 +153,9 @@ def build_cpu(tree: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
 
 
-def suite(tree: Path, tests: str) -> tuple[bool, str]:
-    """(green, the first failure) of the operators' tests in ``tree``."""
-    command = [sys.executable, "-m", "pytest", "tests/ops", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", tests]
+def suite(tree: Path, folder: str, tests: str) -> tuple[bool, str]:
+    """(green, the first failure) of the tests of ``folder`` in ``tree``."""
+    command = [sys.executable, "-m", "pytest", folder, "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", tests]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
@@ -140,11 +167,11 @@ def suite(tree: Path, tests: str) -> tuple[bool, str]:
 def main(words: list[str]) -> int:
     chosen = [f for f in FAULTS if not words or any(word.lower() in f.name.lower() for word in words)]
     missed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        tree = Path(copy)
         copy_tree(tree)
-        for tests in sorted({f.tests for f in chosen}):
-            green, failed = suite(tree, tests)
+        for folder, tests in sorted({(f.folder, f.tests) for f in chosen}):
+            green, failed = suite(tree, folder, tests)
             if not green:
                 print(f"the suite is red before any fault is planted: {failed}")
                 return 1
@@ -160,7 +187,7 @@ def main(words: list[str]) -> int:
             path.write_text(source[:at] + fault.wrong + source[at + len(fault.right):])
             if fault.file.endswith("_cpu.cpp"):
                 build_cpu(tree)
-            green, failed = suite(tree, fault.tests)
+            green, failed = suite(tree, fault.folder, fault.tests)
             print(f"{fault.name:34} {'MISSED' if green else 'caught by ' + failed} ({time.perf_counter() - began:.0f} s)", flush=True)
             missed += green
             path.write_text(source)
