@@ -102,7 +102,7 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     classes = about.classes or protocol.labels.names
     sweeping = None
     if thresholds is not None:
-        if not about.background or model.labels_groups:
+        if not about.background or model.decision == "groups":
             why = f"is labelled in groups by {model.name}, whose threshold is relative" if about.background else "has no background class"
             raise InputError(f"a sweep of background thresholds was asked for and {about.name} {why}")
         sweeping = ThresholdSweep(classes, thresholds, IGNORE)

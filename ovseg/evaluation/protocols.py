@@ -100,7 +100,7 @@ def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: Labe
     """
     tree = read_protocol(name)
     groups = tree.get("model") == "groups"
-    if groups and not model.labels_groups:
+    if groups and model.decision != "groups":
         raise ConfigError(f"protocol {name!r} is made for models that label groups and {model.name} labels patches; expected one of "
                           f"{[other for other in list_protocols() if read_protocol(other).get('model') != 'groups']}")
     known = tree.get("data", {})

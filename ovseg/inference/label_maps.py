@@ -69,7 +69,7 @@ def label_map(model: OVSegModel, features: ImageFeatures, queries: Queries, view
     Args:
         picture: [3, H, W] in 0..1, which ``refine`` needs.
     """
-    if model.labels_groups:
+    if model.decision == "groups":
         return _by_groups(model, features, queries, view, settings)
     logits = model.segment_logits(features, queries.texts)
     scaled = logits if settings.scale is None else logits * settings.scale

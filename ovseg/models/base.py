@@ -10,13 +10,32 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..backbones.base import ClipBackbone
+from ..backbones.base import ClipBackbone, Tokenizer
 from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import InputError
 from ..progress import bar
 
 _TEXTS_AT_ONCE = 256
+_MAX_SCALE = 100.0  # CLIP clips its logit scale there
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a picture must look like for a model.
+
+    Attributes:
+        image_size: side in pixels that it was trained at.
+        patch_size: side in pixels of a patch.
+        embed_dim: width E shared by images and texts.
+        mean, std: of RGB in 0..1, what ``normalize`` takes off and divides by.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 @dataclass
@@ -55,17 +74,43 @@ class OVSegModel(nn.Module):
         name: registry name, set by ``create_model``.
         config: the arguments that built it, saved beside the weights.
         templates: the prompt templates that ``encode_labels`` uses by default.
-        labels_groups: whether ``encode_image`` returns groups, which then are what is labelled.
+        decision: name of its rule of labelling, a file of ``inference/decisions``: ``patches`` or ``groups``.
     """
 
     backbone: ClipBackbone
     name: str = ""
     config: dict[str, Any]
     templates: str = "simple"
-    labels_groups: bool = False
+    decision: str = "patches"
+
+    def forward(self, images: torch.Tensor) -> ImageFeatures:
+        """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""
+        return self.encode_image(images)
+
+    @property
+    def spec(self) -> ModelSpec:
+        b = self.backbone
+        return ModelSpec(b.image_size, b.patch_size, b.embed_dim, b.image_mean, b.image_std)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids [T, L]; ``unknown(text)``, where there is one, lists the words it does not know."""
+        return self.backbone.tokenizer
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """What cosines are multiplied by before a softmax, at most 100; a 0-dim tensor with its gradient."""
+        return self.backbone.logit_scale.exp().clamp(max=_MAX_SCALE)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """RGB [B, 3, H, W], uint8 or floats in 0..1, to what ``encode_image`` takes, in the model's dtype."""
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        spec, dtype = self.spec, next(self.parameters()).dtype
+        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (spec.mean, spec.std))
+        return ((pixels.float() - mean) / std).to(dtype)
 
     def encode_image(self, images: torch.Tensor) -> ImageFeatures:
-        """Features of ``images`` [B, 3, H, W], normalised by ``backbone.normalize``."""
+        """Features of ``images`` [B, 3, H, W], normalised by ``normalize``."""
         raise NotImplementedError
 
     def training_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -105,7 +150,7 @@ class OVSegModel(nn.Module):
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
         for start in bar(starts, show=len(starts) > 4, desc="encoding labels", leave=False):
-            rows.append(self.encode_text(self.backbone.tokenizer(texts[start : start + _TEXTS_AT_ONCE]).to(device)))
+            rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE]).to(device)))
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
@@ -128,4 +173,4 @@ def check_images(images: torch.Tensor) -> None:
     if images.dim() != 4 or images.shape[1] != 3:
         raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W]")
     if not images.is_floating_point():
-        raise InputError(f"images has dtype {images.dtype}; expected floats from backbone.normalize")
+        raise InputError(f"images has dtype {images.dtype}; expected floats from model.normalize")

@@ -43,7 +43,7 @@ class SegCLIP(OVSegModel):
         mix_batch: the published training's mixing of images in the cross-attention, see ``layers/semantic_groups.py``.
     """
 
-    labels_groups = True
+    decision = "groups"
 
     def __init__(self, backbone: ClipBackbone, second_stage: int = 2, centers: int = 8, cross_layers: int = 2, heads: int | None = None,
                  tau: float = 0.9, weights: dict[str, float] | None = None, kept: float = 0.25, decoder: dict[str, int] | None = None,

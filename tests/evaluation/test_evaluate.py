@@ -139,7 +139,7 @@ def test_protocols_are_whole(model, name):
 
     tree = read_protocol(name)
     grouping = ovseg.create_model("pacl_tiny")
-    grouping.labels_groups = tree.get("model") == "groups"
+    grouping.decision = "groups" if tree.get("model") == "groups" else "patches"
     for data in tree["data"] or ("voc21", "ade150"):
         about = describe(data)
         chosen = protocol(name, about, grouping)
@@ -149,7 +149,7 @@ def test_protocols_are_whole(model, name):
         assert choices["background"] != "never predicted"
         json.dumps(choices)
         assert not set(chosen.settings.background) & set(chosen.labels.queries)
-    if grouping.labels_groups:
+    if grouping.decision == "groups":
         with pytest.raises(ConfigError, match="is made for models that label groups and pacl_tiny labels patches"):
             protocol(name, describe("voc21"), model)
 
@@ -168,7 +168,7 @@ def test_protocols_hold_what_papers_give(model):
     assert len(zeg.choices(model, stuff)["template_texts"]) == 15 and (zeg.settings.crop, zeg.settings.stride) == (512, 426)
     assert protocol("naclip", voc21, model).settings.crop is None and protocol("clearclip", voc21, model).settings.short_side == 448
     grouping = ovseg.create_model("pacl_tiny")
-    grouping.labels_groups = True
+    grouping.decision = "groups"
     for name, thresholds in (("groupvit", (0.95, 0.35, 0.95)), ("segclip", (0.8, 0.25, 0.65)), ("ovsegmentor", (0.95, 0.35, 0.9))):
         found = [protocol(name, describe(data), grouping) for data in ("voc21", "context60", "coco_object")]
         assert tuple(one.settings.background_threshold for one in found) == thresholds

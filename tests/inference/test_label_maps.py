@@ -172,7 +172,7 @@ def test_grouping_systems_label_groups():
     """Two windows whose groups own half of each; the label of a group is the class of its table."""
     torch.manual_seed(1)
     model = ovseg.create_model("pacl_tiny")
-    model.labels_groups = True
+    model.decision = "groups"
     labels = LabelSet.of(["cat", "dog"])
     texts = F.normalize(torch.randn(2, 8), dim=-1)
     queries = Queries(labels.names, texts, torch.tensor([0, 1]))

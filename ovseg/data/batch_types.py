@@ -1,0 +1,102 @@
+"""What a batch holds, one dataclass a kind of supervision. An objective says which kind it takes.
+
+Images are uint8 until they are on the device: ``model.normalize`` makes floats of them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+
+_B = TypeVar("_B", bound="Batch")
+
+
+@dataclass
+class Batch:
+    """Base of the kinds.
+
+    Attributes:
+        images: [B, 3, H, W] uint8, or floats in 0..1.
+        skipped: what could not be read and was replaced, one line each.
+    """
+
+    images: torch.Tensor
+    skipped: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _mapped(self: _B, function: Any) -> _B:
+        def over(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return function(value)
+            return {key: over(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+        return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self: _B, device: torch.device | str) -> _B:
+        return self._mapped(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self: _B) -> _B:
+        return self._mapped(lambda x: x.pin_memory())
+
+
+@dataclass
+class PairBatch(Batch):
+    """Pictures and texts of one rank.
+
+    Attributes:
+        token_ids: [T, L] int64; several texts may belong to one picture.
+        image_ids, text_ids: [B], [T] int64, unique over all ranks: picture and text of one id are a positive pair.
+        image_entities, text_entities: [B, K], [T, K] 0/1, what all captions of a picture name and what a text names among K entities: a
+            text of which everything is named by another picture's captions is no negative of it. None: every other pair is a negative.
+        segments: [B, L] int64, the superpixel of each patch.
+        noise: random tensors given from outside, by name, the first dimension over pictures; drawn where they are missing.
+    """
+
+    token_ids: torch.Tensor
+    image_ids: torch.Tensor
+    text_ids: torch.Tensor
+    image_entities: torch.Tensor | None = None
+    text_entities: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    noise: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def chunks(self, images: int) -> Iterator[PairBatch]:
+        """Parts of at most so many pictures, each with its share of the texts in order."""
+        parts = max(1, -(-len(self.images) // images))
+        per_image = [self.images.tensor_split(parts), self.image_ids.tensor_split(parts)]
+        per_text = [self.token_ids.tensor_split(parts), self.text_ids.tensor_split(parts)]
+        for i in range(parts):
+            noise = {name: x.tensor_split(parts)[i] for name, x in self.noise.items()}
+            segments = None if self.segments is None else self.segments.tensor_split(parts)[i]
+            yield PairBatch(per_image[0][i], per_text[0][i], per_image[1][i], per_text[1][i], segments=segments, noise=noise)
+
+
+@dataclass
+class MaskBatch(Batch):
+    """Pictures with masks.
+
+    Attributes:
+        masks: [B, H, W] int64, class indices; ``ignore_index`` where there is no label.
+        ignore_index: of the masks.
+    """
+
+    masks: torch.Tensor
+    ignore_index: int = 255
+
+
+@dataclass
+class CrossImageBatch(PairBatch):
+    """Pairs whose pictures come two by two: ``partner`` [B, 3, H, W] shows the entity that picture and partner share.
+
+    Attributes:
+        partner: uint8 pictures.
+        entity_ids: [B] int64, the shared entity.
+    """
+
+    partner: torch.Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    entity_ids: torch.Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
