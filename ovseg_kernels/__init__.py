@@ -1,6 +1,6 @@
 """Fused, differentiable operators for dense image-text learning."""
 
-from . import philox
+from . import distributed, philox
 from ._backends import available_backends, backend, explain
 from ._library import BackendError
 from ._version import __version__
@@ -37,6 +37,7 @@ __all__ = [
     "center_assignment",
     "contrastive_loss",
     "dense_contrastive_loss",
+    "distributed",
     "explain",
     "folded_center_assignment",
     "patch_text_similarity",

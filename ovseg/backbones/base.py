@@ -1,17 +1,17 @@
-"""What a CLIP backbone offers to the systems: dense patch tokens, an image embedding, text embeddings."""
+"""Towers: what a system builds on. A vision tower gives patch tokens, a text tower embeddings; a CLIP is both with one scale."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from ..layers.readout import READOUTS, Block, Readout
+from ..layers.block import AttentionBlock
+from ..layers.readout import READOUTS, Readout
 
 Tokenizer = Callable[[str | Sequence[str]], torch.Tensor]
-TAPS = ("local", "pre_norm", "post_norm")
 
 
 class PatchTokens(NamedTuple):
@@ -22,8 +22,50 @@ class PatchTokens(NamedTuple):
     cls: torch.Tensor | None
 
 
+class VisionTower(Protocol):
+    """Pictures to patch tokens.
+
+    Attributes:
+        token_dim: D_v.
+        patch_size, image_size: in pixels; of a patch, and of the pictures it was trained on.
+        image_mean, image_std: of RGB in 0..1.
+    """
+
+    token_dim: int
+    patch_size: int
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+
+    def encode_patches(self, images: torch.Tensor) -> PatchTokens:
+        """Patch tokens of normalised ``images`` [B, 3, H, W], after the final norm."""
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [..., D_v] to the space of the texts [..., E]."""
+
+
+class TextTower(Protocol):
+    """Texts to embeddings.
+
+    Attributes:
+        tokenizer: texts to token ids [T, L].
+        embed_dim: E.
+    """
+
+    tokenizer: Tokenizer
+    embed_dim: int
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Text embeddings [T, E], not normalised."""
+
+
 class ClipBackbone(nn.Module):
-    """Base class. ``token_dim`` is D_v, ``embed_dim`` the width D shared by images and texts."""
+    """Both towers of a CLIP, with patch tokens taken by our own code. Base class of ``open_clip`` and ``tiny``.
+
+    Attributes:
+        taps: where ``encode_patches`` can take tokens.
+        antialias_positions: how position embeddings are resized to another grid, where there are any.
+    """
 
     token_dim: int
     embed_dim: int
@@ -33,8 +75,9 @@ class ClipBackbone(nn.Module):
     image_std: tuple[float, float, float]
     tokenizer: Tokenizer
     logit_scale: nn.Parameter
+    text_blocks: Sequence[AttentionBlock]
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
-    antialias_positions: bool = True  # how position embeddings are resized to another grid, where there are any
+    antialias_positions: bool = True
 
     def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
         """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm; ``readout`` changes the last
@@ -42,51 +85,38 @@ class ClipBackbone(nn.Module):
         raise NotImplementedError
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Post-norm tokens [..., D_v] to the shared space [..., D], CLIP's own projection."""
+        """Post-norm tokens [..., D_v] to the shared space [..., E], CLIP's own projection."""
         raise NotImplementedError
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """CLIP's image embedding [B, D], not normalised."""
+        """CLIP's image embedding [B, E], not normalised."""
         raise NotImplementedError
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, D], not normalised."""
+        """Text embeddings [T, E], not normalised."""
         raise NotImplementedError
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(patch tokens [B, N, D_v] as the first block sees them, without a class token; grid)."""
         raise NotImplementedError
 
-    @property
-    def class_token(self) -> nn.Parameter:
-        raise NotImplementedError
-
-    @property
-    def trunk(self) -> list[Block]:
-        """The blocks of the vision tower."""
-        raise NotImplementedError
-
-    def new_blocks(self, count: int) -> nn.ModuleList:
-        """Blocks like those of the trunk, with weights of their own."""
-        raise NotImplementedError
-
-    def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
-        """What ``new_blocks`` made, as ``layers.readout`` walks over it."""
-        raise NotImplementedError
-
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         """The norm after the last block."""
         raise NotImplementedError
 
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        """Of patches, positions and words, and of the norm before the first block: what fine-tuning keeps."""
+    @property
+    def vision_blocks(self) -> Sequence[AttentionBlock]:
         raise NotImplementedError
 
-    def pretrained_parameters(self, blocks: int) -> list[nn.Parameter]:
-        """The first ``blocks`` blocks of the trunk, the text tower and the logit scale."""
-        return [*self.text_parameters(), self.logit_scale]
+    @property
+    def class_token(self) -> nn.Parameter:
+        raise NotImplementedError
 
-    def vision_parameters(self, tap: str) -> list[nn.Parameter]:
+    def new_blocks(self, count: int) -> nn.ModuleList:
+        """Blocks like those of the vision tower, with weights of their own."""
+        raise NotImplementedError
+
+    def vision_parameters(self, tap: str = "post_norm") -> list[nn.Parameter]:
         """What ``encode_patches`` with this tap depends on."""
         raise NotImplementedError
 
@@ -94,10 +124,9 @@ class ClipBackbone(nn.Module):
         """What ``encode_text`` depends on."""
         raise NotImplementedError
 
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """RGB in 0..1, [B, 3, H, W], to what this backbone was trained on."""
-        mean = pixels.new_tensor(self.image_mean)[:, None, None]
-        return (pixels - mean) / pixels.new_tensor(self.image_std)[:, None, None]
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Of patches, positions and words, and of the norm before the first block: what fine-tuning keeps."""
+        raise NotImplementedError
 
     def _check_tap(self, tap: str) -> None:
         if tap not in self.taps:

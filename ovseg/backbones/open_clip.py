@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers.positions import resize_positions
-from ..layers.quick_gelu import quick_gelu_linear
-from ..layers.readout import READOUTS, Block, Readout, plain_block, run_blocks
+from ..layers.block import AttentionBlock, ClipBlock
+from ..layers.readout import READOUTS, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
 
@@ -41,43 +42,36 @@ class ClipTokenizer:
         self.architecture = architecture
         self._tokenizer: Callable | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokenizer": None}  # open_clip's holds caches that cannot be pickled
+
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         if self._tokenizer is None:
             self._tokenizer = import_open_clip().get_tokenizer(self.architecture)
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
 
 
-class _Block:
-    """open_clip's ResidualAttentionBlock in the parts that ``layers.readout`` walks over."""
+@dataclass
+class OpenClipOptions:
+    """Of a preset and of ``create_model``.
 
-    def __init__(self, block: nn.Module, backend: str):
-        self.block, self.norm_1, self.backend = block, block.ln_1, backend
-
-    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        attn, (B, L, D) = self.block.attn, normed.shape
-        qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = qkv.view(B, L, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def merge(self, o: torch.Tensor) -> torch.Tensor:
-        return self.block.ls_1(self.block.attn.out_proj(o.transpose(1, 2).flatten(2)))
-
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
-        mlp, normed = self.block.mlp, self.block.ln_2(x)
-        if type(mlp.gelu).__name__ == "QuickGELU":  # the same numbers; of three hidden tensors training keeps one
-            return self.block.ls_2(quick_gelu_linear(mlp.c_fc(normed), mlp.c_proj.weight, mlp.c_proj.bias))
-        return self.block.ls_2(mlp(normed))
-
-
-class OpenClipBackbone(ClipBackbone):
-    """Args:
+    Attributes:
         architecture: open_clip's name, such as ``ViT-B-16-quickgelu`` (OpenAI's weights want QuickGELU), or the arguments of
             ``open_clip.CLIP``.
-        weights: open_clip tag (downloads), a local file, or None for random weights. Files are read without running code.
+        clip: open_clip tag (downloads), a local file, or None for random weights. Files are read without running code.
         stride: step between patches in pixels; None is the patch size. A smaller step gives overlapping patches and a
             finer grid (PACL's stride trick: 4 for patches of 16).
         attention_backend: ``sdpa`` or ``xformers``.
     """
+
+    architecture: Any = "ViT-B-16-quickgelu"
+    clip: str | None = None
+    stride: int | None = None
+    attention_backend: str = "sdpa"
+
+
+class OpenClipBackbone(ClipBackbone):
+    """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``."""
 
     def __init__(self, architecture: str | dict[str, Any], weights: str | None = None, stride: int | None = None,
                  attention_backend: str = "sdpa"):
@@ -99,8 +93,12 @@ class OpenClipBackbone(ClipBackbone):
         block = visual.transformer.resblocks[0]
         if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
             raise ValueError(f"architecture {architecture!r} has blocks of type {type(block).__name__}; expected CLIP's")
+        for tower in (visual.transformer, getattr(clip, "transformer", None)):
+            if isinstance(getattr(tower, "resblocks", None), nn.ModuleList):
+                plain = open_clip.transformer.ResidualAttentionBlock
+                tower.resblocks = nn.ModuleList(ClipBlock(b, attention_backend) if type(b) is plain else b for b in tower.resblocks)
         self.clip = clip
-        self.architecture, self.attention_backend = architecture, attention_backend
+        self.architecture = architecture
         self.patch_size = visual.patch_size[0]
         self.stride = self.patch_size if stride is None else stride
         if not 1 <= self.stride <= self.patch_size:
@@ -121,7 +119,7 @@ class OpenClipBackbone(ClipBackbone):
         visual = self.clip.visual
         x, positions, grid = self._patches(images)
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
-        tokens, cls = run_blocks(self.trunk, visual.ln_pre(x), readout, grid)
+        tokens, cls = run_blocks(self.vision_blocks, visual.ln_pre(x), readout, grid)
         if tap == "post_norm":
             tokens, cls = visual.ln_post(tokens), visual.ln_post(cls)
         return PatchTokens(tokens, grid, cls)
@@ -146,21 +144,18 @@ class OpenClipBackbone(ClipBackbone):
         return self.clip.visual.class_embedding
 
     @property
-    def trunk(self) -> list[Block]:
-        return self.as_blocks(self.clip.visual.transformer.resblocks)
+    def vision_blocks(self) -> Sequence[AttentionBlock]:
+        return self.clip.visual.transformer.resblocks
+
+    @property
+    def text_blocks(self) -> Sequence[AttentionBlock]:  # type: ignore[override]
+        return self.clip.transformer.resblocks if isinstance(getattr(self.clip, "transformer", None), nn.Module) else ()
 
     def new_blocks(self, count: int) -> nn.ModuleList:
-        blocks = self.clip.visual.transformer.resblocks
-        new = nn.ModuleList(copy.deepcopy(blocks[-1]) for _ in range(count))
-        for module in new.modules():
-            if module is not new and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-            elif isinstance(module, nn.MultiheadAttention):
-                module._reset_parameters()
+        new = nn.ModuleList(copy.deepcopy(self.vision_blocks[-1]) for _ in range(count))
+        for block in new:
+            block.reset_parameters()
         return new
-
-    def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
-        return [_Block(block, self.attention_backend) for block in modules]
 
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.clip.visual.ln_post(tokens)
@@ -170,11 +165,7 @@ class OpenClipBackbone(ClipBackbone):
         modules = [*visual.conv1.parameters(), *visual.ln_pre.parameters(), *self.clip.token_embedding.parameters()]
         return [visual.positional_embedding, self.clip.positional_embedding, *modules]
 
-    def pretrained_parameters(self, blocks: int) -> list[nn.Parameter]:
-        first = [p for block in self.clip.visual.transformer.resblocks[:blocks] for p in block.parameters()]
-        return [*super().pretrained_parameters(blocks), *first]
-
-    def vision_parameters(self, tap: str) -> list[nn.Parameter]:
+    def vision_parameters(self, tap: str = "post_norm") -> list[nn.Parameter]:
         self._check_tap(tap)
         visual = self.clip.visual
         modules = [visual.conv1, visual.ln_pre, visual.transformer] + ([visual.ln_post] if tap == "post_norm" else [])
@@ -199,6 +190,6 @@ class OpenClipBackbone(ClipBackbone):
             token_ids = token_ids[:, : int(end.max()) + 1]  # nothing looks behind the end: attention is causal
         x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
         mask = None if clip.attn_mask is None else clip.attn_mask[: x.shape[1], : x.shape[1]].to(x.dtype)
-        for block in self.as_blocks(clip.transformer.resblocks):
-            x = plain_block(block, x, mask=mask)
+        for block in self.text_blocks:
+            x = block(x, attn_mask=mask)
         return clip.ln_final(x[torch.arange(len(x), device=x.device), end]) @ clip.text_projection

@@ -7,19 +7,21 @@ captions and not where things are. There is no position embedding: any picture s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..data.tokenizers import END, PAD, WordTokenizer
-from ..layers.readout import READOUTS, Block, Readout, plain_block, run_blocks
+from ..layers.block import AttentionBlock
+from ..layers.readout import READOUTS, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
 
-class _Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    backend = "sdpa"
+class _Block(AttentionBlock):
+    """Block of both towers."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -53,8 +55,22 @@ class _LocalBlock(nn.Module):
         return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
+@dataclass
+class TinyOptions:
+    """``width`` of both towers, ``embed_dim`` E, depth of the local, global and text parts."""
+
+    width: int = 64
+    embed_dim: int = 64
+    local_depth: int = 3
+    depth: int = 1
+    text_depth: int = 2
+    heads: int = 4
+    image_size: int = 48
+    context_length: int = 16
+
+
 class TinyClip(ClipBackbone):
-    """Args: ``width`` of both towers, ``embed_dim`` D, depth of the local, global and text parts.
+    """Keyword arguments are the fields of ``TinyOptions``.
 
     Without a global part (``depth=0``) there is no image embedding; systems that pool patches themselves, as SegCLIP does, need none.
     """
@@ -64,27 +80,28 @@ class TinyClip(ClipBackbone):
     image_std = (0.25, 0.25, 0.25)
     taps = ("local", "pre_norm", "post_norm")
 
-    def __init__(self, width: int = 64, embed_dim: int = 64, local_depth: int = 3, depth: int = 1, text_depth: int = 2,
-                 heads: int = 4, image_size: int = 48, context_length: int = 16):
+    def __init__(self, **options: int):
         super().__init__()
-        self.token_dim, self.embed_dim, self.image_size, self.heads = width, embed_dim, image_size, heads
-        self.tokenizer = WordTokenizer(context_length=context_length)
+        o = TinyOptions(**options)
+        width, heads = o.width, o.heads
+        self.token_dim, self.embed_dim, self.image_size, self.heads = width, o.embed_dim, o.image_size, heads
+        self.tokenizer = WordTokenizer(context_length=o.context_length)
         # Replicated borders: zeros would be a texture of their own along the edge of every picture.
         self.stem = nn.Sequential(
             nn.Conv2d(3, width // 2, 3, 2, 1, padding_mode="replicate"),
             nn.GELU(),
             nn.Conv2d(width // 2, width, 3, 2, 1, padding_mode="replicate"),
         )
-        self.local = nn.Sequential(*(_LocalBlock(width) for _ in range(local_depth)))
+        self.local = nn.Sequential(*(_LocalBlock(width) for _ in range(o.local_depth)))
         self.cls = nn.Parameter(torch.randn(width) * 0.02)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(o.depth))
         self.norm = nn.LayerNorm(width)
-        self.image_projection = nn.Linear(width, embed_dim, bias=False)
+        self.image_projection = nn.Linear(width, o.embed_dim, bias=False)
         self.words = nn.Embedding(self.tokenizer.vocab_size, width)
-        self.word_positions = nn.Parameter(torch.randn(context_length, width) * 0.02)
-        self.text_blocks = nn.ModuleList(_Block(width, heads) for _ in range(text_depth))
+        self.word_positions = nn.Parameter(torch.randn(o.context_length, width) * 0.02)
+        self.text_blocks = nn.ModuleList(_Block(width, heads) for _ in range(o.text_depth))
         self.text_norm = nn.LayerNorm(width)
-        self.text_projection = nn.Linear(width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(width, o.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         nn.init.normal_(self.words.weight, std=0.1)
 
@@ -101,7 +118,7 @@ class TinyClip(ClipBackbone):
         x, size = self._local_tokens(images)
         if tap == "local":
             return PatchTokens(x, size, None)
-        tokens, cls = run_blocks(list(self.blocks), self._with_cls(x), readout, size)
+        tokens, cls = run_blocks(self.vision_blocks, self._with_cls(x), readout, size)
         if tap == "post_norm":
             tokens, cls = self.norm(tokens), self.norm(cls)
         return PatchTokens(tokens, size, cls)
@@ -114,14 +131,11 @@ class TinyClip(ClipBackbone):
         return self.cls
 
     @property
-    def trunk(self) -> list[Block]:
-        return list(self.blocks)
+    def vision_blocks(self) -> Sequence[AttentionBlock]:
+        return self.blocks  # type: ignore[return-value]
 
     def new_blocks(self, count: int) -> nn.ModuleList:
         return nn.ModuleList(_Block(self.token_dim, self.heads) for _ in range(count))
-
-    def as_blocks(self, modules: nn.ModuleList) -> list[Block]:
-        return list(modules)
 
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.norm(tokens)
@@ -129,11 +143,7 @@ class TinyClip(ClipBackbone):
     def embedding_parameters(self) -> list[nn.Parameter]:
         return [self.words.weight, self.word_positions, *self.stem.parameters()]
 
-    def pretrained_parameters(self, blocks: int) -> list[nn.Parameter]:
-        first = [p for block in self.blocks[:blocks] for p in block.parameters()]
-        return [*super().pretrained_parameters(blocks), *self.local.parameters(), *first]
-
-    def vision_parameters(self, tap: str) -> list[nn.Parameter]:
+    def vision_parameters(self, tap: str = "post_norm") -> list[nn.Parameter]:
         self._check_tap(tap)
         parts: list[nn.Module] = [self.stem, self.local]
         if tap != "local":
@@ -154,15 +164,15 @@ class TinyClip(ClipBackbone):
         if len(self.blocks) == 0:
             raise ValueError("depth is 0; expected at least one block in which the class token sees the patches")
         x = self._with_cls(self._local_tokens(images)[0])
-        for block in self.blocks[:-1]:
-            x = plain_block(block, x)
-        return self.project(self.norm(plain_block(self.blocks[-1], x, first=1)[:, 0]))
+        for block in self.vision_blocks[:-1]:
+            x = block(x)
+        return self.project(self.norm(self.vision_blocks[-1](x, first=1)[:, 0]))
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         keep = token_ids != PAD
         x = F.embedding(token_ids, self.words.weight) + self.word_positions[: token_ids.shape[1]]
         for block in self.text_blocks:
-            x = plain_block(block, x, mask=keep[:, None, None, :])
+            x = block(x, attn_mask=keep[:, None, None, :])
         end = (token_ids == END).int().argmax(dim=1)
         x = self.text_norm(x[torch.arange(len(x), device=x.device), end])
         return self.text_projection(x)

@@ -1,6 +1,6 @@
 """What a batch holds, one dataclass a kind of supervision. An objective says which kind it takes.
 
-Images are uint8 until they are on the device: ``model.normalize`` makes floats of them there.
+Images are uint8 until they are on the device, where the objective normalises them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Batch:
     """Base of the kinds.
 
     Attributes:
-        images: [B, 3, H, W] uint8, or floats in 0..1.
+        images: [B, 3, H, W] uint8 pixels, or floats that ``model.normalize`` made.
         skipped: what could not be read and was replaced, one line each.
     """
 

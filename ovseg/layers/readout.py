@@ -22,32 +22,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from .attention import attention
+from .block import AttentionBlock
 
 TERMS = ("qk", "qq", "kk", "vv")
-
-
-class Block(Protocol):
-    """A pre-norm transformer block in parts; ``backend`` computes its attention."""
-
-    backend: str
-
-    def norm_1(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm before the attention."""
-
-    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Three of [B, heads, L, d]."""
-
-    def merge(self, o: torch.Tensor) -> torch.Tensor:
-        """[B, heads, L, d] to what is added to the residual stream [B, L, D]."""
-
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP's branch: what it adds to ``x``."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +91,18 @@ def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
     return Readout(**{**which, "terms": tuple(which.get("terms", ("qk",)))})
 
 
-def run_blocks(blocks: Sequence[Block], x: torch.Tensor, readout: Readout, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Readout, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(patch tokens [B, N, D], class token [B, D]) of ``x`` [B, 1 + N, D], class token first, before the final norm.
 
     The class token is CLIP's own, whatever the readout.
     """
     if readout == READOUTS["clip"]:
         for block in blocks:
-            x = plain_block(block, x)
+            x = block(x)
         return x[:, 1:], x[:, 0]
     depth = min(readout.depth, len(blocks))
     for block in blocks[:-depth]:
-        x = plain_block(block, x)
+        x = block(x)
     bias = None if readout.window_std is None else gaussian_window(grid, readout.window_std, x)
     dense = x
     for block in blocks[-depth:]:
@@ -129,15 +112,8 @@ def run_blocks(blocks: Sequence[Block], x: torch.Tensor, readout: Readout, grid:
         else:
             dense = x + o if readout.residual else o
             dense = dense + block.feed(dense) if readout.mlp else dense
-        x = plain_block(block, x, first=1 if block is blocks[-1] else None)
+        x = block(x, first=1 if block is blocks[-1] else None)
     return dense[:, 1:], x[:, 0]
-
-
-def plain_block(block: Block, x: torch.Tensor, *, mask: torch.Tensor | None = None, first: int | None = None) -> torch.Tensor:
-    """The block as it is. ``first``: only so many of the leading positions, for a last block read at its class token."""
-    q, k, v = block.project(block.norm_1(x))
-    x = x[:, :first] + block.merge(attention(q[:, :, :first], k, v, mask=mask, backend=block.backend))
-    return x + block.feed(x)
 
 
 def gaussian_window(grid: tuple[int, int], std: float, like: torch.Tensor) -> torch.Tensor:
@@ -148,14 +124,14 @@ def gaussian_window(grid: tuple[int, int], std: float, like: torch.Tensor) -> to
     return F.pad(near, (1, 0, 1, 0))
 
 
-def _attend(block: Block, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None) -> torch.Tensor:
+def _attend(block: AttentionBlock, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None) -> torch.Tensor:
     """o of (1) and (2), [B, heads, L, d]."""
     normed = block.norm_1(x)
     named = dict(zip("qkv", block.project(normed), strict=True))
     v = named["v"]
     if not readout.terms:
         return v
-    attend = partial(attention, mask=bias, backend=block.backend)
+    attend = partial(attention, mask=bias, backend=block.attention_backend)
     if readout.iterations is None:
         outputs = [attend(named[term[0]], named[term[1]], v) for term in readout.terms]
     else:  # GEM's inverse temperature: the mean norm of the block's normed input over sqrt(d), for each image

@@ -1,6 +1,6 @@
-"""One file a system, the registry, the shared output type."""
+"""One folder a system, the registry, the contract that all keep."""
 
-from .base import ImageFeatures, OVSegModel
+from .base import GroupFeatures, ModelSpec, OVSegModel, PatchFeatures
 from .registry import (
     create_model,
     from_pretrained,
@@ -12,9 +12,13 @@ from .registry import (
     save_pretrained,
 )
 
+ImageFeatures = PatchFeatures  # until inference has moved
+
 __all__ = [
-    "ImageFeatures",
+    "GroupFeatures",
+    "ModelSpec",
     "OVSegModel",
+    "PatchFeatures",
     "create_model",
     "from_pretrained",
     "list_models",

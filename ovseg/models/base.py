@@ -1,23 +1,28 @@
-"""What every system is to its users: encode images, encode texts, compare them densely, a training loss."""
+"""The contract of a system: encode pictures, encode texts, compare them, and say how it is seen, labelled and trained."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..backbones import build_backbone
 from ..backbones.base import ClipBackbone, Tokenizer
+from ..data.images import read_image, to_tensor
 from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from ..progress import bar
+from .published import Published
 
 _TEXTS_AT_ONCE = 256
-_MAX_SCALE = 100.0  # CLIP clips its logit scale there
+MAX_SCALE = 100.0  # CLIP clips its logit scale there
+_F = TypeVar("_F", bound="PatchFeatures")
 
 
 @dataclass(frozen=True)
@@ -39,53 +44,113 @@ class ModelSpec:
 
 
 @dataclass
-class ImageFeatures:
+class PatchFeatures:
     """What ``encode_image`` returns.
 
     Attributes:
         embedding: [B, E], one vector an image.
         tokens: [B, L, E], one vector a patch, row-major over ``grid``, in the space of the texts, not normalised.
         grid: (h, w).
-        groups, index, soft: of grouping systems; None for the others.
     """
 
     embedding: torch.Tensor
     tokens: torch.Tensor
     grid: tuple[int, int]
-    groups: torch.Tensor | None = None
-    index: torch.Tensor | None = None
-    soft: torch.Tensor | None = None
 
     @classmethod
-    def concatenate(cls, parts: Sequence[ImageFeatures]) -> ImageFeatures:
+    def concatenate(cls: type[_F], parts: Sequence[_F]) -> _F:
         """The images of all parts, which have one grid."""
-        joined: dict[str, Any] = {"grid": parts[0].grid}
-        for field in fields(cls):
-            if field.name != "grid":
-                values = [getattr(part, field.name) for part in parts]
-                joined[field.name] = None if values[0] is None else torch.cat(values)
-        return cls(**joined)
+        names = [f.name for f in fields(parts[0]) if f.name != "grid"]
+        return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, grid=parts[0].grid)
+
+    def select(self: _F, rows: slice) -> _F:
+        """Some of the images."""
+        names = [f.name for f in fields(self) if f.name != "grid"]
+        return type(self)(**{name: getattr(self, name)[rows] for name in names}, grid=self.grid)
+
+
+@dataclass
+class GroupFeatures(PatchFeatures):
+    """Of systems that gather patches in groups; a patch's token is that of its group.
+
+    Attributes:
+        groups: [B, G, E].
+        index: [B, L], the group of each patch.
+        soft: [B, G, L], its shares.
+    """
+
+    groups: torch.Tensor
+    index: torch.Tensor
+    soft: torch.Tensor
+
+
+@dataclass
+class SystemOptions:
+    """Base of the systems' options; presets and ``create_model`` set them.
+
+    Attributes:
+        backbone: its kind and options.
+        templates: prompt templates that ``encode_labels`` uses by default.
+        trained: the parts that are trained, of those that the system's ``parts`` names.
+    """
+
+    backbone: dict[str, Any] = field(default_factory=lambda: {"kind": "tiny"})
+    templates: str = "simple"
+    trained: list[str] = field(default_factory=list)
+
+    @classmethod
+    def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options under names of earlier versions, in saved folders, to the present ones."""
+        return options
 
 
 class OVSegModel(nn.Module):
-    """Base of the systems. A system defines ``encode_image``, ``training_loss`` and, if it differs, ``segment_logits``.
+    """Base of the systems. A system defines ``encode_image``, ``similarity``, ``parts`` and, if it differs, ``segment_logits``.
 
     Attributes:
         name: registry name, set by ``create_model``.
-        config: the arguments that built it, saved beside the weights.
-        templates: the prompt templates that ``encode_labels`` uses by default.
-        decision: name of its rule of labelling, a file of ``inference/decisions``: ``patches`` or ``groups``.
+        config: the options that built it, saved beside the weights.
+        Options: dataclass of the system's options.
+        decision: name of its rule of labelling, a file of ``inference/decisions``.
+        objective: name of what trains it, a file of ``objectives``.
+        published: the layout of published checkpoints, or None.
     """
 
+    Options: ClassVar[type[SystemOptions]] = SystemOptions
+    decision: ClassVar[str] = "patches"
+    objective: ClassVar[str] = ""
+    published: Published | None = None
     backbone: ClipBackbone
     name: str = ""
     config: dict[str, Any]
-    templates: str = "simple"
-    decision: str = "patches"
+    templates: str
 
-    def forward(self, images: torch.Tensor) -> ImageFeatures:
+    def __init__(self, options: SystemOptions):
+        super().__init__()
+        self.options, self.templates, self.config = options, options.templates, {}
+        self.backbone = build_backbone(**options.backbone)
+
+    def forward(self, images: torch.Tensor) -> PatchFeatures:
         """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""
         return self.encode_image(images)
+
+    def encode_image(self, images: torch.Tensor) -> PatchFeatures:
+        """Features of ``images`` [B, 3, H, W], normalised by ``normalize``."""
+        raise NotImplementedError
+
+    def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """Image-level similarity [B, T] with text embeddings [T, E]; classifies without training."""
+        features = self(images) if isinstance(images, torch.Tensor) else images
+        return F.normalize(features.embedding, dim=-1) @ F.normalize(texts.to(features.embedding.dtype), dim=-1).T
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Text embeddings [T, E], not normalised."""
+        return self.backbone.encode_text(token_ids)
+
+    def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """Cosine of every patch with every text: [B, C, h, w] at the resolution of the tokens."""
+        s = F.normalize(features.tokens, dim=-1) @ F.normalize(texts.to(features.tokens.dtype), dim=-1).T
+        return s.transpose(1, 2).unflatten(2, features.grid)
 
     @property
     def spec(self) -> ModelSpec:
@@ -100,36 +165,29 @@ class OVSegModel(nn.Module):
     @property
     def logit_scale(self) -> torch.Tensor:
         """What cosines are multiplied by before a softmax, at most 100; a 0-dim tensor with its gradient."""
-        return self.backbone.logit_scale.exp().clamp(max=_MAX_SCALE)
+        return self.backbone.logit_scale.exp().clamp(max=MAX_SCALE)
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Hold the parameter itself below log 100, as published training does after every step."""
+        self.backbone.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """RGB [B, 3, H, W], uint8 or floats in 0..1, to what ``encode_image`` takes, in the model's dtype."""
-        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        spec, dtype = self.spec, next(self.parameters()).dtype
-        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (spec.mean, spec.std))
-        return ((pixels.float() - mean) / std).to(dtype)
+        pixels, spec = pixels / 255 if pixels.dtype == torch.uint8 else pixels, self.spec
+        mean, std = ([torch.full((), x, device=pixels.device, dtype=pixels.dtype) for x in row] for row in (spec.mean, spec.std))
+        normal = (pixels - torch.stack(mean)[:, None, None]) / torch.stack(std)[:, None, None]
+        return normal.to(next(self.parameters()).dtype)
 
-    def encode_image(self, images: torch.Tensor) -> ImageFeatures:
-        """Features of ``images`` [B, 3, H, W], normalised by ``normalize``."""
-        raise NotImplementedError
-
-    def training_loss(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Named scalars with ``total``. Batch: ``images``, ``token_ids`` [T, L], optional ``pair_mask`` [B, T] and
-        ``image_ids`` [B] with ``text_ids`` [T]."""
-        raise NotImplementedError
-
-    def similarity(self, images: torch.Tensor | ImageFeatures, texts: torch.Tensor) -> torch.Tensor:
-        """Image-level similarity [B, T] with text embeddings [T, E]; classifies without training."""
-        raise NotImplementedError
-
-    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, E], not normalised."""
-        return self.backbone.encode_text(token_ids)
-
-    def segment_logits(self, features: ImageFeatures, texts: torch.Tensor) -> torch.Tensor:
-        """Cosine of every patch with every text: [B, C, h, w] at the resolution of the tokens."""
-        s = F.normalize(features.tokens, dim=-1) @ F.normalize(texts, dim=-1).T
-        return s.transpose(1, 2).unflatten(2, features.grid)
+    def preprocess(self, picture: Any) -> torch.Tensor:
+        """One picture (path, bytes, PIL image, array, tensor) to [3, S, S] for ``encode_image``, as open_clip does it: the short side
+        resized to S = ``spec.image_size``, the middle cut out, normalised. ``Predictor`` keeps whole pictures instead."""
+        image, side = read_image(picture), self.spec.image_size
+        factor = side / min(image.size)
+        image = image.resize([max(side, round(n * factor)) for n in image.size], 3)  # bicubic
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        pixels = to_tensor(image.crop((left, top, left + side, top + side)))
+        return self.normalize(pixels[None].to(next(self.parameters()).device))[0]
 
     @torch.no_grad()
     def encode_labels(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
@@ -154,15 +212,37 @@ class OVSegModel(nn.Module):
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
-    def optimizer_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parts that can be trained or kept, by name; parameters in none of them are never trained."""
+        raise NotImplementedError
+
+    def train_parts(self, names: Sequence[str]) -> None:
+        """Only the parameters of these parts get gradients.
+
+        Raises:
+            ConfigError: for a part that the system does not have.
+        """
+        parts = self.parts()
+        unknown = [name for name in names if name not in parts]
+        if unknown:
+            raise ConfigError(f"trained names {unknown[0]!r}; expected some of {list(parts)}")
+        self.requires_grad_(False)
+        for name in names:
+            for parameter in parts[name]:
+                parameter.requires_grad_(True)
+        self.options.trained = list(names)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, one by one: what FSDP2 shards and activation checkpointing wraps."""
+        return [*self.backbone.vision_blocks, *self.backbone.text_blocks]
+
+    def parameter_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
         """Groups for the optimizer, their ``lr_scale`` times the recipe's learning rate. Here: one rate; gains, biases and the logit
         scale without weight decay, as CLIP does it."""
         named = self.trainable
         return [{"params": [p for _, p in named if p.ndim >= 2], "lr_scale": 1.0, "weight_decay": weight_decay},
                 {"params": [p for _, p in named if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0}]
-
-    def after_step(self) -> None:
-        """Called after every step of the optimizer."""
 
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:

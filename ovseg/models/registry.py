@@ -1,86 +1,65 @@
-"""Models by name: create, list, save, load."""
+"""Models by name: create, list, save, load. A name is a preset, ``presets.yaml``, of a system, a folder beside this file."""
 
 from __future__ import annotations
 
 import fnmatch
+import functools
+import importlib
 import json
+import pkgutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from ..backbones.base import ClipBackbone
-from ..backbones.tiny import TinyClip
+from ..backbones import options_type
 from ..checkpoints.files import load_weights, save_weights
-from ..checkpoints.published import is_published_segclip, load_segclip, read_published, segclip_state
-from ..errors import CheckpointError
+from ..checkpoints.published import read_published
+from ..errors import CheckpointError, ConfigError
+from ..options import options_of, unknown_key
 from .base import OVSegModel
-from .clip_dense import ClipDense
-from .pacl import PACL
-from .segclip import SegCLIP
+from .published import Published
 
 _BUNDLED = Path(__file__).parent.parent / "checkpoints" / "bundled"
-_MODELS: dict[str, Callable[..., OVSegModel]] = {}
+_BUILDERS: dict[str, Callable[..., OVSegModel]] = {}
 
 
 def register_model(name: str, *, override: bool = False) -> Callable:
-    """Decorator: register a function that builds a model from keyword arguments."""
+    """Decorator: register a function that builds a model from keyword arguments, beside the presets."""
 
     def decorate(build: Callable[..., OVSegModel]) -> Callable[..., OVSegModel]:
-        if name in _MODELS and not override:
+        if name in (*presets(), *_BUILDERS) and not override:
             raise ValueError(f"model {name!r} is registered already; pass override=True to replace it")
-        _MODELS[name] = build
+        _BUILDERS[name] = build
         return build
 
     return decorate
 
 
-def _open_clip(architecture: str, clip: str | None, stride: int | None, attention_backend: str) -> ClipBackbone:
-    from ..backbones.open_clip import OpenClipBackbone  # imports torchvision; the tiny models do without
-
-    return OpenClipBackbone(architecture, clip, stride, attention_backend)
-
-
-def _register_vit(size: str, architecture: str) -> None:
-    @register_model(f"clip_dense_{size}")
-    def clip_dense(clip: str | None = None, stride: int | None = None, attention_backend: str = "sdpa", **options):
-        return ClipDense(_open_clip(architecture, clip, stride, attention_backend), **options)
-
-    @register_model(f"pacl_{size}")
-    def pacl(clip: str | None = None, stride: int | None = None, attention_backend: str = "sdpa", **options):
-        return PACL(_open_clip(architecture, clip, stride, attention_backend), **options)
+@functools.cache
+def presets() -> dict[str, dict[str, Any]]:
+    """Name -> system, backbone and options."""
+    return yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text("utf-8"))
 
 
-    @register_model(f"segclip_{size}")
-    def segclip(clip: str | None = None, stride: int | None = None, attention_backend: str = "sdpa", **options):
-        return SegCLIP(_open_clip(architecture, clip, stride, attention_backend), **options)
+@functools.cache
+def systems() -> tuple[str, ...]:
+    """The folders beside this file."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.ispkg))
 
 
-_register_vit("vit_b16", "ViT-B-16-quickgelu")
-_register_vit("vit_l14", "ViT-L-14-quickgelu")
-
-
-@register_model("clip_dense_tiny")
-def _clip_dense_tiny(backbone: dict[str, Any] | None = None, **options):
-    return ClipDense(TinyClip(**(backbone or {})), **{"templates": "scenes", **options})
-
-
-@register_model("pacl_tiny")
-def _pacl_tiny(backbone: dict[str, Any] | None = None, **options):
-    return PACL(TinyClip(**(backbone or {})), **{"templates": "scenes", "temperature": 0.1, **options})
-
-
-@register_model("segclip_tiny")
-def _segclip_tiny(backbone: dict[str, Any] | None = None, **options):
-    small = {"second_stage": 0, "heads": 4, "templates": "scenes", "decoder": {"width": 32, "depth": 1, "heads": 4}}
-    # No global block: tokens that have seen everything make all groups alike at this size.
-    return SegCLIP(TinyClip(**{"depth": 0, **(backbone or {})}), **{**small, **options})
+def system_type(system: str) -> type[OVSegModel]:
+    if system not in systems():
+        raise ConfigError(f"system is {system!r}; expected one of {list(systems())}")
+    return importlib.import_module(f".{system}", __package__).System
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Registered names that match ``pattern`` (``*clip*``), sorted."""
-    return sorted(name for name in _MODELS if fnmatch.fnmatch(name, pattern))
+    """Names that match ``pattern`` (``*clip*``), sorted."""
+    return sorted(name for name in {*presets(), *_BUILDERS} if fnmatch.fnmatch(name, pattern))
 
 
 def list_pretrained() -> list[tuple[str, str]]:
@@ -96,38 +75,61 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
         pretrained: a tag of ``list_pretrained()``, a folder written by ``save_pretrained``, a safetensors file or the system's
             published checkpoint; None for random weights.
         device: where it goes.
-        options: of the model: ``clip`` (weights of the CLIP backbone: open_clip tag or file), ``stride``, ``tap``, ...
+        options: of the system or of its backbone: ``clip`` (weights of the CLIP: open_clip tag or file), ``stride``, ``tap``, ...
 
     Raises:
-        ValueError: for an unknown name or tag; CheckpointError: for weights that are damaged or of another model.
+        ValueError: for an unknown name, tag or option; CheckpointError: for weights that are damaged or of another model.
     """
-    if name not in _MODELS:
+    if name not in (*presets(), *_BUILDERS):
         raise ValueError(f"model is {name!r}; expected one of {list_models()}")
-    folder = None
-    if pretrained is not None:
-        folder = _BUNDLED / f"{name}.{pretrained}"
-        if not folder.is_dir():
-            folder = Path(pretrained)
-            if not folder.exists():
-                tags = [tag for model, tag in list_pretrained() if model == name]
-                raise ValueError(f"pretrained is {pretrained!r}; expected a path that exists or one of the tags {tags}")
-    if folder is not None and folder.is_dir():
-        saved = _read_config(folder)
+    source = None if pretrained is None else _source(name, pretrained)
+    if source is not None and source.is_dir():
+        saved = _read_config(source)
         if saved["model"] != name:
-            raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
+            raise CheckpointError(f"{source} holds a {saved['model']}; expected a {name}")
         options = {**saved["options"], **options}
-    try:
-        model = _MODELS[name](**options)
-    except TypeError as error:
-        raise ValueError(f"options of {name} are {sorted(options)}: {error}") from error
-    model.name, model.config = name, options
-    if folder is not None and folder.is_dir():
-        load_weights(model, folder / "model.safetensors")
-    elif folder is not None and _has_published_layout(model) and is_published_segclip(state := read_published(folder)):
-        load_segclip(model, state)
-    elif folder is not None:
-        load_weights(model, folder)
+    model = _build(name, options)
+    if source is not None:
+        _load(model, source)
     return model.to(device).eval()
+
+
+def _source(name: str, pretrained: str) -> Path:
+    bundled = _BUNDLED / f"{name}.{pretrained}"
+    found = bundled if bundled.is_dir() else Path(pretrained)
+    if not found.exists():
+        tags = [tag for model, tag in list_pretrained() if model == name]
+        raise ValueError(f"pretrained is {pretrained!r}; expected a path that exists or one of the tags {tags}")
+    return found
+
+
+def _build(name: str, options: dict[str, Any]) -> OVSegModel:
+    if name in _BUILDERS:
+        model = _BUILDERS[name](**options)
+    else:
+        preset = dict(presets()[name])
+        kind = system_type(preset.pop("system"))
+        options = kind.Options.upgrade(options)
+        own = {field.name for field in fields(kind.Options)}
+        backbone = {**preset.pop("backbone", {}), **options.get("backbone", {})}
+        of_backbone = {field.name for field in fields(options_type(backbone["kind"]))} if "kind" in backbone else set()
+        for key in options:
+            if key not in own | of_backbone:
+                raise unknown_key(key, own | of_backbone, f"options of {name}: ")
+        backbone |= {key: value for key, value in options.items() if key in of_backbone - own}
+        chosen = {**preset, **{key: value for key, value in options.items() if key in own}, "backbone": backbone}
+        model = kind(options_of(kind.Options, chosen, f"options of {name}"))
+    model.name, model.config = name, options
+    return model
+
+
+def _load(model: OVSegModel, source: Path) -> None:
+    if source.is_dir():
+        load_weights(model, source / "model.safetensors")
+    elif model.published is not None and model.published.recognises(state := read_published(source)):
+        model.published.load(model, state)
+    else:
+        load_weights(model, source)
 
 
 def from_pretrained(folder: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> OVSegModel:
@@ -143,6 +145,8 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     options = {key: value for key, value in model.config.items() if key != "clip"}  # the weights are all in the file
+    if isinstance(options.get("backbone"), dict):
+        options["backbone"] = {key: value for key, value in options["backbone"].items() if key != "clip"}
     text = json.dumps({"format": 1, "model": model.name, "options": options, **facts}, indent=2)
     (folder / "config.json").write_text(text + "\n")
     save_weights(model, folder / "model.safetensors")
@@ -155,22 +159,18 @@ def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) 
     Raises:
         ValueError: for a system without a published layout; CheckpointError: for tensors that are missing, unexpected or of another shape.
     """
-    return _published(model)[0](model, state)
+    return _published(model).load(model, state)
 
 
 def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
     """The model's tensors under the names of the published checkpoint."""
-    return _published(model)[1](model)
+    return _published(model).state(model)
 
 
-def _has_published_layout(model: OVSegModel) -> bool:
-    return isinstance(model, SegCLIP) and hasattr(model.backbone, "clip")
-
-
-def _published(model: OVSegModel) -> tuple[Callable, Callable]:
-    if not _has_published_layout(model):
-        raise ValueError(f"{model.name} has no published layout; expected a segclip_vit model")
-    return load_segclip, segclip_state
+def _published(model: OVSegModel) -> Published:
+    if model.published is None:
+        raise ValueError(f"{model.name} has no published layout; expected a model of a system that has one, on its published backbone")
+    return model.published
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

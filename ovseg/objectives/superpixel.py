@@ -1,7 +1,7 @@
 """SegCLIP's superpixel loss: patches of one superpixel should go to the same center. Luo et al., arXiv:2211.14813.
 
     q_l = mean of P over the patches of l's superpixel (l included)                                             (1)
-    loss = 1 / (2 B L G) sum_blg (softmax(P)_blg - softmax(q)_blg) (log softmax(P)_blg - log softmax(q)_blg)     (2)
+    loss_b = 1 / (2 L G) sum_lg (softmax(P)_blg - softmax(q)_blg) (log softmax(P)_blg - log softmax(q)_blg)      (2)
 
 P is the straight-through assignment, so softmax(P) takes two values and the loss lies below 0.0221: a weak regulariser. As published, (1)
 is a product of an [L, L] matrix of equal labels with P; here it is a sum over superpixels, O(L G), without that matrix. Gradients go to P
@@ -16,7 +16,7 @@ from ..errors import InputError
 
 
 def superpixel_loss(assignment: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-    """Equation (2).
+    """Equation (2), one number a picture [B].
 
     Args:
         assignment: [B, G, L], P with its gradient.
@@ -32,4 +32,4 @@ def superpixel_loss(assignment: torch.Tensor, segments: torch.Tensor) -> torch.T
     sums = p.new_zeros(len(found), G).index_add(0, inverse, p)
     q = (sums / count[:, None])[inverse]
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).mean()
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).view(B, L * G).mean(1)

@@ -1,0 +1,5 @@
+"""PACL."""
+
+from .model import PACL as System
+
+__all__ = ["System"]

@@ -1,0 +1,60 @@
+"""The layout of a system's published checkpoints: their names to ours and back, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Published:
+    """How one system's published files differ from its own.
+
+    Attributes:
+        to_ours, to_theirs: a tensor's name there to its name here, and back.
+        mark: the beginning of a name that only this system's files hold.
+        optional: beginnings of their names that a file may lack: parts that only training needs.
+        tables: of their names, fixed tensors that are computed here: left out on reading, made again on writing.
+    """
+
+    to_ours: Callable[[str], str]
+    to_theirs: Callable[[str], str]
+    mark: str
+    optional: tuple[str, ...] = ()
+    tables: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+    def recognises(self, state: State) -> bool:
+        return any(name.startswith(self.mark) for name in state)
+
+    def load(self, model: nn.Module, state: State) -> list[str]:
+        """Load a published state dict; returns the tensors that only training needs and that it lacks: they stay as they are.
+
+        Raises:
+            CheckpointError: for any other missing tensor, an unexpected one, or one of another shape; naming them.
+        """
+        own = model.state_dict()
+        given = {self.to_ours(name): tensor for name, tensor in state.items() if name not in self.tables}
+        lacking = [name for name in own if name not in given]
+        allowed = [name for name in lacking if self.to_theirs(name).startswith(self.optional)]
+        missing = [self.to_theirs(name) for name in lacking if name not in allowed]
+        unexpected = [self.to_theirs(name) for name in given if name not in own]
+        reshaped = [f"{self.to_theirs(name)} {list(given[name].shape)} instead of {list(own[name].shape)}"
+                    for name in given if name in own and own[name].shape != given[name].shape]
+        if missing or unexpected or reshaped:
+            groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+            text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in groups if names)
+            raise CheckpointError(f"the checkpoint does not fit {getattr(model, 'name', '') or type(model).__name__} ({text})")
+        model.load_state_dict({**own, **{name: tensor.to(own[name].dtype) for name, tensor in given.items()}})
+        return [self.to_theirs(name) for name in allowed]
+
+    def state(self, model: nn.Module) -> State:
+        """The model's tensors under their names."""
+        found = {self.to_theirs(name): tensor for name, tensor in model.state_dict().items()}
+        return {**found, **{name: make() for name, make in self.tables.items()}}

@@ -1,0 +1,5 @@
+"""SegCLIP."""
+
+from .model import SegCLIP as System
+
+__all__ = ["System"]

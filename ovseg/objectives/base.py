@@ -1,0 +1,102 @@
+"""What is trained: a module of its own around a model, ``forward(batch, progress, group) -> losses``.
+
+It is what DDP, FSDP2 and ``torch.compile`` wrap. ``forward`` is ``loss(encode(batch))``: rows of pictures and texts first, then everything
+that compares rows with each other. Gradient accumulation with all negatives encodes a batch in chunks and calls ``loss`` once.
+
+With ``group`` every rank passes its own batch and gets the losses of the whole one; the mean over the ranks of the gradients, which DDP and
+FSDP2 take, is then exactly the gradient of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ovseg_kernels import philox
+
+from ..data.batch_types import Batch, PairBatch
+from ..models.base import OVSegModel
+
+Losses = dict[str, torch.Tensor]
+Rows = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: what a loss may depend on beside its batch.
+
+    Attributes:
+        step, steps: of the stage, from 0.
+        seed: of the run.
+        rank, chunk: of the process, and of the part of its batch that is being encoded.
+    """
+
+    step: int = 0
+    steps: int = 1
+    seed: int = 0
+    rank: int = 0
+    chunk: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the stage that is done, 0 to 1."""
+        return self.step / max(1, self.steps)
+
+    @torch.compiler.disable
+    def rng(self, device: torch.device | str, use: str) -> torch.Tensor:
+        """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``; the same when a step is done again."""
+        key = f"{self.seed} {self.step} {self.rank} {self.chunk} {use}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
+        return philox.make_rng(seed, device=device)
+
+
+class Objective(nn.Module):
+    """Base class. An objective defines ``encode`` and ``loss``.
+
+    Args:
+        model: the system that is trained.
+
+    Attributes:
+        batch_type: the kind of batch it takes.
+    """
+
+    batch_type: ClassVar[type[Batch]] = PairBatch
+
+    def __init__(self, model: OVSegModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None) -> Losses:  # noqa: B008
+        """Named scalars with ``total``.
+
+        Args:
+            batch: of ``batch_type``, on the model's device.
+            progress: the step, for schedules and noise.
+            group: the ranks that hold the rest of the batch; None for one process.
+        """
+        return self.loss(self.encode(batch, progress), batch, progress, group)
+
+    def encode(self, batch: Any, progress: Progress) -> Rows:
+        """What each row of the batch, or of a chunk of it, gives by itself: named tensors, their first dimension the rows."""
+        raise NotImplementedError
+
+    def loss(self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
+        """From the rows of the whole batch to the losses."""
+        raise NotImplementedError
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after every step of the optimizer."""
+
+    def images(self, batch: Batch) -> torch.Tensor:
+        """The batch's pictures as the model takes them: uint8 is normalised here, floats are so already."""
+        return batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Losses are computed in float32, whatever autocast made of the features, and in float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
