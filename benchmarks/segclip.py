@@ -20,15 +20,19 @@ import torch
 from torch.nn import functional as F
 
 import ovseg
+from ovseg.data.batch_types import PairBatch
 from ovseg.inference.label_maps import Queries, group_tables, label_map
 from ovseg.inference.settings import Settings
 from ovseg.inference.windows import encode_windows, view_of
 from ovseg.layers.mae_decoder import patchify
-from ovseg.models.segclip import SegCLIP
+from ovseg.models import GroupFeatures
+from ovseg.models.segclip.model import SegCLIP
+from ovseg.objectives import create_objective
 
 from .run import _status, environment
 
 CLASSES, SIZE = 80, (375, 500)
+TAU, KEPT = 0.9, 0.25  # of the published training
 
 
 # ---- the published procedure, written plainly -------------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ def _trunk(model):
 
 
 def published_encode(model: SegCLIP, images: torch.Tensor):
-    x, grid = model.backbone.embed(images)
+    x, grid = model.embed(images)
     for block in _trunk(model)[: model.first_stage]:
         x = _block(block, x)
     tokens, _, soft = _groups(model.groups, x, None, 1.0)
@@ -93,8 +97,8 @@ def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, 
         crop = pixels[None, :, y : y + h, x : x + w]
         _, _, soft, grid = published_encode(model, crop)
         image, groups, _, _ = published_encode(model, crop)
-        features = ovseg.models.ImageFeatures(image, groups, grid, groups)
-        table = group_tables(features, texts, min(float(model.backbone.logit_scale.exp()), 100.0), 5, threshold)
+        features = GroupFeatures(image, groups, grid, groups, soft.argmax(1), soft)
+        table = group_tables(features, texts, float(model.logit_scale), 5, threshold)
         chosen = F.interpolate(soft.unflatten(2, grid), (h, w), mode="bilinear", align_corners=False)[0].argmax(0)
         total[:, y : y + h, x : x + w] += table[0][chosen].permute(2, 0, 1)
         count[y : y + h, x : x + w] += 1
@@ -102,17 +106,17 @@ def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, 
     return maps.softmax(1).argmax(1)[0] - 1
 
 
-def published_loss(model: SegCLIP, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    images, tau = batch["images"], model.tau
-    x, grid = model.backbone.embed(images)
+def published_loss(model: SegCLIP, batch: PairBatch) -> torch.Tensor:
+    images = batch.images
+    x, grid = model.embed(images)
     h = x
     for block in _trunk(model)[: model.first_stage]:
         h = _block(block, h)
-    tokens, hard, _ = _groups(model.groups, h, batch["group_noise"], tau)
+    tokens, hard, _ = _groups(model.groups, h, batch.noise["groups"], TAU)
     for block in _trunk(model)[model.first_stage :]:
         tokens = _block(block, tokens)
     image = model.backbone.project(model.backbone.final_norm(torch.cat([tokens.amax(1, keepdim=True), tokens], 1)))[:, 0]
-    clip, ids = model.backbone.clip, batch["token_ids"]
+    clip, ids = model.backbone.clip, batch.token_ids
     t = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
     mask = clip.attn_mask[: ids.shape[1], : ids.shape[1]]
     for block in clip.transformer.resblocks:
@@ -123,47 +127,48 @@ def published_loss(model: SegCLIP, batch: dict[str, torch.Tensor]) -> torch.Tens
         t = t + block.attn.out_proj((weights @ v).transpose(1, 2).flatten(2))
         t = t + block.mlp.c_proj(_gelu(block.mlp.c_fc(block.ln_2(t))))
     text = (clip.ln_final(t) @ clip.text_projection)[torch.arange(len(t)), ids.argmax(-1)]
-    logits = model.backbone.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    logits = model.logit_scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     target = torch.arange(len(logits))
     contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     P = hard.transpose(1, 2)
-    same = ((batch["segments"][:, :, None] - batch["segments"][:, None]) == 0).float()
+    same = (batch.segments[:, :, None] == batch.segments[:, None]).float()
     p, s = P.softmax(-1), (same @ P / same.sum(2, keepdim=True)).softmax(-1)
     superpixel = ((s * (s.log() - p.log())).mean() + (p * (p.log() - s.log())).mean()) / 2
 
     B, N, D = x.shape
-    order = batch["masking_noise"].argsort(dim=1, stable=True)
-    count = int((N + 1) * model.kept) - 1
+    order = batch.noise["masking"].argsort(dim=1, stable=True)
+    count = int((N + 1) * KEPT) - 1
     kept = x.gather(1, order[:, :count, None].expand(-1, -1, D))
     for block in _trunk(model)[: model.first_stage]:
         kept = _block(block, kept)
-    tokens, hard, _ = _groups(model.groups, kept, batch["kept_group_noise"], tau)
+    tokens, hard, _ = _groups(model.groups, kept, batch.noise["kept_groups"], TAU)
     kept = _gelu(model.reconstruct(hard.transpose(1, 2)) @ tokens)
     for block in model.mae_blocks:
         kept = _block(block, kept)
     found = model.decoder(kept, order.argsort(1), grid)
     removed = torch.ones(B, N).scatter(1, order[:, :count], 0)
-    each = (found - patchify(images, model.backbone.patch_size)).square().mean(-1)
+    each = (found - patchify(images, model.spec.patch_size)).square().mean(-1)
     return contrastive + superpixel + (each * removed).sum() / removed.sum()
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------------------
 
 
-def training_batch(model: SegCLIP, size: int, pixels: int) -> dict[str, torch.Tensor]:
+def training_batch(model: SegCLIP, size: int, pixels: int) -> PairBatch:
     generator = torch.Generator().manual_seed(0)
-    N, G = (pixels // model.backbone.patch_size) ** 2, len(model.groups.semantic_center)
-    K = int((N + 1) * model.kept) - 1
+    N, G = (pixels // model.spec.patch_size) ** 2, len(model.groups.semantic_center)
+    K = int((N + 1) * KEPT) - 1
 
     def gumbel(*shape):
         return -(-torch.rand(shape, generator=generator).clamp(1e-6, 1 - 1e-6).log()).log()
 
     ids = torch.randint(1, 40000, (size, 32), generator=generator)
     ids[:, -1] = 49407
-    return {"images": torch.randn(size, 3, pixels, pixels, generator=generator), "token_ids": ids,
-            "segments": torch.randint(0, 20, (size, N), generator=generator), "group_noise": gumbel(size, G, N),
-            "kept_group_noise": gumbel(size, G, K), "masking_noise": torch.rand(size, N, generator=generator)}  # fmt: skip
+    noise = {"groups": gumbel(size, G, N), "kept_groups": gumbel(size, G, K), "masking": torch.rand(size, N, generator=generator)}
+    images, segments = torch.randn(size, 3, pixels, pixels, generator=generator), torch.randint(0, 20, (size, N), generator=generator)
+    pairs = torch.arange(size)
+    return PairBatch(images, ids, pairs, pairs, segments=segments, noise=noise)
 
 
 def inference(repeats: int) -> list[dict[str, Any]]:
@@ -183,7 +188,7 @@ def inference(repeats: int) -> list[dict[str, Any]]:
         settings = Settings(**options, background_threshold=0.65, resize="bilinear")
         view = view_of(SIZE, settings, patch=16, trained=224)
         assert view.origins is not None
-        pixels = model.backbone.normalize(resized(picture, view.canvas, "bilinear")[None])[0]
+        pixels = model.normalize(resized(picture, view.canvas, "bilinear")[None])[0]
         ours, theirs = [], []
         for turn in range(repeats + 1):
             start = time.perf_counter()
@@ -206,7 +211,8 @@ def training_memory(which: str, size: int = 8, pixels: int = 224) -> dict[str, f
     """Growth of the peak resident set by a forward and backward, and the loss; in a process of its own."""
     torch.manual_seed(0)
     model = ovseg.create_model("segclip_vit_b16").train()
-    loss_of = (lambda batch: model.training_loss(batch)["total"]) if which == "ours" else (lambda batch: published_loss(model, batch))
+    objective = create_objective(model)
+    loss_of = (lambda batch: objective(batch)["total"]) if which == "ours" else (lambda batch: published_loss(model, batch))
     loss_of(training_batch(model, 2, 64)).backward()  # gradients exist, libraries are loaded
     batch = training_batch(model, size, pixels)
     Path("/proc/self/clear_refs").write_text("5")

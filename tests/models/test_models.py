@@ -8,18 +8,23 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.backbones.tiny import TinyClip
-from ovseg.errors import CheckpointError, InputError
+from ovseg.data.batch_types import PairBatch
+from ovseg.errors import CheckpointError, ConfigError, InputError
 from ovseg.layers.attention import attention
 from ovseg.layers.positions import resize_positions
-from ovseg.models.base import check_labels
+from ovseg.models.base import PatchFeatures, check_labels
+from ovseg.objectives import create_objective
 
 TINY = ("clip_dense_tiny", "pacl_tiny")
 
 
 def batch(B=4, T=6):
-    tokenizer = TinyClip().tokenizer
-    return {"images": torch.randn(B, 3, 48, 48), "token_ids": tokenizer(["a red seven", "gravel", "a blue one"] * (T // 3)),
-            "image_ids": torch.arange(B), "text_ids": torch.arange(T) % B}
+    ids = TinyClip().tokenizer(["a red seven", "gravel", "a blue one"] * (T // 3))
+    return PairBatch(torch.randn(B, 3, 48, 48), ids, torch.arange(B), torch.arange(T) % B)
+
+
+def total(model, data):
+    return create_objective(model)(data)["total"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -32,7 +37,7 @@ def test_shapes_and_any_picture_size(name):
         texts = model.encode_labels(["a red seven", "gravel"])
         assert model.segment_logits(features, texts).shape == (2, 2, h, w)
         assert model.similarity(features, texts).shape == (2, 2)
-    assert (features.groups, features.index, features.soft) == (None, None, None)
+    assert type(features) is PatchFeatures
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -62,7 +67,7 @@ def test_pacl_trains_its_embedder_and_nothing_else():
     assert {name.split(".")[0] for name, _ in model.trainable} == {"embedder", "log_scale"}
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for _, p in model.trainable], lr=1.0)
-    model.training_loss(batch())["total"].backward()
+    total(model, batch()).backward()
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all(name.startswith(("embedder", "log_scale")) for name in changed)
@@ -73,11 +78,11 @@ def test_pacl_trains_its_embedder_and_nothing_else():
 def test_loss_falls_on_one_batch(name):
     model = ovseg.create_model(name).train()
     optimizer = torch.optim.AdamW([p for _, p in model.trainable], lr=3e-3)
-    texts = model.backbone.tokenizer(["a red seven", "gravel", "a blue one", "grass"])
+    texts = model.tokenizer(["a red seven", "gravel", "a blue one", "grass"])
     colours = torch.tensor([[2.0, -1, -1], [0, 0, 0], [-1, -1, 2], [-1, 1, -1]])
-    data, losses = {"images": colours[:, :, None, None] + 0.1 * torch.randn(4, 3, 48, 48), "token_ids": texts}, []
+    data, losses = PairBatch(colours[:, :, None, None] + 0.1 * torch.randn(4, 3, 48, 48), texts, torch.arange(4), torch.arange(4)), []
     for _ in range(60):
-        loss = model.training_loss(data)["total"]
+        loss = total(model, data)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -89,14 +94,13 @@ def test_pacl_loss_is_the_papers():
     """All pairs, pooled by the text's own weights, symmetric cross entropy: written out in plain torch."""
     model = ovseg.create_model("pacl_tiny")
     data = batch(6, 6)
-    del data["image_ids"], data["text_ids"]
-    u = model.encode_image(data["images"]).tokens
-    q = F.normalize(model.encode_text(data["token_ids"]), dim=-1)
+    u = model.encode_image(data.images).tokens
+    q = F.normalize(model.encode_text(data.token_ids), dim=-1)
     a = ((F.normalize(u, dim=-1)[:, None] @ q.T[None, None]).squeeze(1) / model.temperature).softmax(1)
     phi = (F.normalize(torch.einsum("bnt,bnd->btd", a, u), dim=-1) * q).sum(-1)
     z = model.log_scale.exp() * phi
     expected = (F.cross_entropy(z, torch.arange(6)) + F.cross_entropy(z.T, torch.arange(6))) / 2
-    torch.testing.assert_close(model.training_loss(data)["total"], expected)
+    torch.testing.assert_close(total(model, data), expected)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -150,7 +154,7 @@ def test_names_and_options():
         ovseg.create_model("sam")
     with pytest.raises(ValueError, match="pretrained is 'nowhere'; expected a path that exists or one of the tags"):
         ovseg.create_model("pacl_tiny", "nowhere")
-    with pytest.raises(ValueError, match="options of pacl_tiny are"):
+    with pytest.raises(ValueError, match="options of pacl_tiny: colour: unknown key"):
         ovseg.create_model("pacl_tiny", colour="red")
     with pytest.raises(ValueError, match="tap is 'middle'"):
         ovseg.create_model("pacl_tiny", tap="middle")
@@ -209,17 +213,17 @@ def test_xformers_equals_sdpa():
 
 @pytest.mark.parametrize("tap", ["local", "pre_norm", "post_norm"])
 def test_pacl_may_train_the_vision_tower_up_to_the_tap(tap):
-    model = ovseg.create_model("pacl_tiny", train_clip="vision", tap=tap).train()
-    model.training_loss(batch())["total"].backward()
+    model = ovseg.create_model("pacl_tiny", trained=["embedder", "scale", "vision"], tap=tap).train()
+    total(model, batch()).backward()
     assert all(p.grad is not None for _, p in model.trainable)
     assert not any("words" in name or "text" in name or "projection" in name for name, _ in model.trainable)
     assert any(name.startswith("backbone.stem") for name, _ in model.trainable)
 
 
 def test_pacl_may_train_the_texts_too():
-    model = ovseg.create_model("pacl_tiny", train_clip="all", tap="local").train()
-    model.training_loss(batch())["total"].backward()
+    model = ovseg.create_model("pacl_tiny", trained=["embedder", "scale", "vision", "text"], tap="local").train()
+    total(model, batch()).backward()
     assert all(p.grad is not None for _, p in model.trainable)
     assert {"backbone.words.weight", "backbone.text_projection.weight"} <= {name for name, _ in model.trainable}
-    with pytest.raises(ValueError, match="train_clip is 'some'"):
-        ovseg.create_model("pacl_tiny", train_clip="some")
+    with pytest.raises(ConfigError, match="trained names 'some'; expected some of"):
+        ovseg.create_model("pacl_tiny", trained=["some"])

@@ -6,7 +6,9 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.backbones.open_clip import OpenClipBackbone
+from ovseg.data.batch_types import PairBatch
 from ovseg.data.templates import templates
+from ovseg.objectives import create_objective
 
 
 @pytest.fixture(scope="module")
@@ -15,24 +17,36 @@ def model():
     return ovseg.create_model("pacl_vit_b16")
 
 
-@torch.no_grad()
-def test_image_embedding_is_open_clips(model):
-    images = torch.randn(2, 3, 224, 224)
-    torch.testing.assert_close(model.backbone.encode_image(images), model.backbone.clip.encode_image(images), rtol=1e-4, atol=1e-5)
+@pytest.fixture(scope="module")
+def theirs(model):
+    """open_clip's own module, its own blocks, with the same weights."""
+    import open_clip
+
+    clip = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None)
+    clip.load_state_dict(model.backbone.clip.state_dict())
+    return clip.eval()
 
 
 @torch.no_grad()
-def test_tokens_are_open_clips_and_the_tap_is_ours(model):
+def test_embeddings_are_open_clips(model, theirs):
+    images, ids = torch.randn(2, 3, 224, 224), model.tokenizer(["a photo of a cat", "two dogs"])
+    torch.testing.assert_close(model.backbone.encode_image(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.backbone.clip.encode_image(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode_text(ids), theirs.encode_text(ids), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_are_open_clips_and_the_tap_is_ours(model, theirs):
     """Post-norm tokens equal what open_clip returns with output_tokens, up to where its release norms them."""
-    visual, images = model.backbone.clip.visual, torch.randn(1, 3, 224, 224)
+    visual, images = theirs.visual, torch.randn(1, 3, 224, 224)
     before, after = (model.backbone.encode_patches(images, tap=tap) for tap in ("pre_norm", "post_norm"))
     torch.testing.assert_close(visual.ln_post(before.tokens), after.tokens)
     visual.output_tokens = True
     try:
-        _, theirs = visual(images)
+        _, tokens = visual(images)
     finally:
         visual.output_tokens = False
-    distance = [float((theirs - x.tokens).abs().max()) for x in (before, after)]
+    distance = [float((tokens - x.tokens).abs().max()) for x in (before, after)]
     assert min(distance) < 1e-4
     assert after.grid == (14, 14) and after.cls.shape == (1, 768)
 
@@ -52,8 +66,9 @@ def test_parameter_counts_are_the_papers(model):
 
 
 def test_a_training_step_reaches_the_embedder_only(model):
-    ids = model.backbone.tokenizer(["a photo of a cat", "a dog"])
-    loss = model.train().training_loss({"images": torch.randn(2, 3, 64, 64), "token_ids": ids})["total"]
+    ids = model.tokenizer(["a photo of a cat", "a dog"])
+    batch = PairBatch(torch.randn(2, 3, 64, 64), ids, torch.arange(2), torch.arange(2))
+    loss = create_objective(model.train())(batch)["total"]
     loss.backward()
     model.eval()
     assert model.embedder.out.weight.grad is not None
@@ -64,7 +79,7 @@ def test_a_training_step_reaches_the_embedder_only(model):
 def test_labels_are_averaged_over_templates(model):
     rows = model.encode_labels(["cat", "dog"], "clip80")
     assert len(templates("clip80")) == 80 and len(templates("pacl7")) == 7
-    ids = model.backbone.tokenizer([t.replace("{}", "dog") for t in templates("clip80")])
+    ids = model.tokenizer([t.replace("{}", "dog") for t in templates("clip80")])
     expected = F.normalize(F.normalize(model.encode_text(ids), dim=-1).mean(0), dim=0)
     torch.testing.assert_close(rows[1], expected)
 

@@ -11,15 +11,17 @@ from torch.nn import functional as F
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.backbones.open_clip import OpenClipBackbone
-from ovseg.checkpoints.published import SEGCLIP_TABLE, load_segclip, read_published, segclip_state
+from ovseg.checkpoints.published import read_published
+from ovseg.data.batch_types import PairBatch
 from ovseg.errors import CheckpointError, InputError
 from ovseg.inference.label_maps import Queries, group_tables, label_map
 from ovseg.inference.settings import Settings
 from ovseg.inference.windows import View
 from ovseg.layers.mae_decoder import sincos_positions
-from ovseg.losses.superpixel import superpixel_loss
-from ovseg.models.segclip import SegCLIP
+from ovseg.models.segclip.model import SegCLIP, SegCLIPOptions
+from ovseg.models.segclip.published import POSITIONS
+from ovseg.objectives import Progress, create_objective
+from ovseg.objectives.superpixel import superpixel_loss
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -33,18 +35,19 @@ def golden():
 
 def build(golden, **options):
     c = golden["meta/config"]
-    backbone = OpenClipBackbone({
+    architecture = {
         "embed_dim": c["embed_dim"], "quick_gelu": True,
         "vision_cfg": {"layers": c["first_stage_layers"] + c["second_stage_layers"], "width": c["vision_width"],
                        "head_width": c["head_dim"], "patch_size": c["patch_size"], "image_size": c["image_size"]},
         "text_cfg": {"context_length": c["context_length"], "vocab_size": c["vocab_size"], "width": c["text_width"],
                      "heads": c["text_heads"], "layers": c["text_layers"]},
-    })  # fmt: skip
+    }  # fmt: skip
     decoder = {"width": c["mae_decoder_dim"], "depth": c["mae_decoder_depth"], "heads": c["mae_decoder_heads"]}
-    model = SegCLIP(backbone, c["second_stage_layers"], c["group_tokens"], c["cross_layers"], tau=c["gumbel_tau"], decoder=decoder,
-                    frozen=False, **options)
+    model = SegCLIP(SegCLIPOptions({"kind": "open_clip", "architecture": architecture}, second_stage=c["second_stage_layers"],
+                                   centers=c["group_tokens"], cross_layers=c["cross_layers"], decoder=decoder, **options))
+    model.train_parts(list(model.parts()))
     state = {name.removeprefix("weights/"): tensor for name, tensor in golden.items() if name.startswith("weights/")}
-    assert load_segclip(model, state) == []
+    assert model.published.load(model, state) == []
     return model.eval()
 
 
@@ -65,8 +68,8 @@ def test_evaluation(golden, model, backend):
     images = golden["in/images"]
     with ok.backend(backend):
         features = model.encode_image(images)
-        x, _ = model.backbone.embed(images)
-        hidden = model._first(x)
+        x, _ = model.embed(images)
+        hidden = model.first_blocks(x)
         groups = model.groups(hidden)
     close(features.embedding, golden["out/eval/image_feat"], 1e-5)
     close(features.groups, golden["out/eval/group_feats"], 1e-5)
@@ -78,8 +81,7 @@ def test_evaluation(golden, model, backend):
     assert torch.equal(features.tokens[1, 7], features.groups[1, features.index[1, 7]])
     text = model.encode_text(golden["in/ids"].long())
     close(text, golden["out/eval/text"], 1e-5)
-    scale = model.backbone.logit_scale.exp()
-    close(scale * model.similarity(features, text).T, golden["out/eval/logits_t2v"], 1e-5)
+    close(model.logit_scale * model.similarity(features, text).T, golden["out/eval/logits_t2v"], 1e-5)
 
 
 @torch.no_grad()
@@ -92,15 +94,16 @@ def test_twice_the_grid(golden, model):
 
 
 def training_batch(golden):
-    return {"images": golden["in/images"], "token_ids": golden["in/train_ids"].long(), "segments": golden["in/seg_label"].flatten(1),
-            "group_noise": golden["in/gumbel"], "kept_group_noise": golden["in/gumbel_mae"], "masking_noise": golden["in/mae_noise"][:, 1:]}
+    noise = {"groups": golden["in/gumbel"], "kept_groups": golden["in/gumbel_mae"], "masking": golden["in/mae_noise"][:, 1:]}
+    ids = torch.arange(3)
+    return PairBatch(golden["in/images"], golden["in/train_ids"].long(), ids, ids, segments=golden["in/seg_label"].flatten(1), noise=noise)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_training_step(golden, backend):
     model = build(golden).train()
     with ok.backend(backend):
-        losses = model.training_loss(training_batch(golden))
+        losses = create_objective(model)(training_batch(golden))
         names = {"contrastive": "contrastive", "superpixel": "sp_kl", "reconstruction": "mae", "total": "total"}
         for ours, theirs in names.items():
             assert losses[ours].item() == pytest.approx(golden[f"out/train/{theirs}"].item(), rel=1e-6), ours
@@ -122,7 +125,7 @@ def test_training_step(golden, backend):
 
 def test_gradient_norms_of_every_parameter(golden):
     model = build(golden).train()
-    model.training_loss(training_batch(golden))["total"].backward()
+    create_objective(model)(training_batch(golden))["total"].backward()
     names = published_names(model)
     with np.load(GOLDEN / "segclip_tiny.npz") as file:
         norms = dict(zip(map(str, file["out/train/grad_norm_keys"]), file["out/train/grad_norms"].tolist(), strict=True))
@@ -138,28 +141,26 @@ def test_gradient_norms_of_every_parameter(golden):
 
 
 def published_names(model):
-    from ovseg.checkpoints.published import segclip_to_published
-
-    return {name: segclip_to_published(name, model.first_stage) for name in model.state_dict()}
+    return {name: model.published.to_theirs(name) for name in model.state_dict()}
 
 
 @torch.no_grad()
 def test_masking_and_reconstruction(golden):
     model = build(golden).train()
-    x, grid = model.backbone.embed(golden["in/images"])
+    x, grid = model.embed(golden["in/images"])
     order = golden["in/mae_noise"][:, 1:].argsort(dim=1, stable=True)
     restore = order.argsort(1)
     assert torch.equal(restore + 1, golden["out/train/mae_ids_restore"][:, 1:].long())
     kept = x.gather(1, order[:, :15, None].expand(-1, -1, x.shape[2]))
     removed = torch.ones(3, 64).scatter(1, order[:, :15], 0)
     assert torch.equal(removed.long(), golden["out/train/mae_mask"][:, 1:].long())
-    hidden = model.reconstructed_tokens(kept, golden["in/gumbel_mae"])
+    hidden = model.scatter(kept, golden["in/gumbel_mae"], golden["meta/config"]["gumbel_tau"])
     close(hidden, golden["out/train/mae_hidden"], 1e-5)
     pixels = model.decoder(hidden, restore, grid)
     close(pixels[0], golden["out/train/mae_pred_image0"], 1e-5)
     some = order[:, 15:30]
     torch.testing.assert_close(model.decoder(hidden, restore, grid, some), pixels.gather(1, some[..., None].expand(-1, -1, 192)))
-    torch.testing.assert_close(sincos_positions(grid, 64)[None], golden[f"weights/{SEGCLIP_TABLE}"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(sincos_positions(grid, 64)[None], golden[f"weights/{POSITIONS}"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["seg_random", "seg_mixed"])
@@ -167,7 +168,7 @@ def test_masking_and_reconstruction(golden):
 def test_segmentation_of_a_crop(golden, model, name):
     features = model.encode_image(golden["in/images"][:1])
     texts = golden[f"in/{name}".replace("seg_", "seg_text_")]
-    table = group_tables(features, texts, float(model.backbone.logit_scale.exp()), 5, 0.8)
+    table = group_tables(features, texts, float(model.logit_scale), 5, 0.8)
     pixels = ok.upsample_argmax(features.soft.unflatten(2, features.grid), (64, 64))[0]
     stable = golden[f"out/{name}/stable"]
     assert torch.equal(pixels[stable], golden[f"out/{name}/group_of_pixel"].long()[stable])
@@ -199,7 +200,7 @@ def test_the_published_mixing_of_a_batch(golden):
     close(features.embedding, golden["out/compat/eval_image_feat"], 1e-5)
     close(features.groups, golden["out/compat/eval_group_feats"], 1e-5)
     assert torch.equal(features.index, golden["out/compat/eval_group_index"].long())
-    losses = model.train().training_loss(training_batch(golden))
+    losses = create_objective(model.train())(training_batch(golden))
     for ours, theirs in (("contrastive", "contrastive"), ("superpixel", "sp_kl"), ("reconstruction", "mae"), ("total", "total")):
         assert losses[ours].item() == pytest.approx(golden[f"out/compat/{theirs}"].item(), rel=5e-6)  # made with an older torch
     losses["total"].backward()
@@ -226,7 +227,7 @@ def test_superpixel_loss_is_the_published_product():
     Q = E @ p / E.sum(2, keepdim=True)
     a, b = p.softmax(-1), Q.softmax(-1)
     expected = (b * (b.log() - a.log()) + a * (a.log() - b.log())).mean() / 2
-    found = superpixel_loss(P, segments)
+    found = superpixel_loss(P, segments).mean()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, P)[0], torch.autograd.grad(expected, P)[0])
     with pytest.raises(InputError, match=r"segments is torch.int64 of shape \[2, 8\]; expected integers of \[2, 9\]"):
@@ -241,25 +242,25 @@ def vit():
 
 def test_keys_are_the_published_ones(vit, tmp_path):
     expected = {name: tuple(shape) for name, shape in json.loads((GOLDEN / "segclip_keys.json").read_text()).items()}
-    state = segclip_state(vit)
+    state = ovseg.official_state_dict(vit)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected and len(expected) == 415
     torch.save(state, tmp_path / "segclip.bin")
     other = ovseg.create_model("segclip_vit_b16")
-    assert load_segclip(other, read_published(tmp_path / "segclip.bin")) == []
+    assert ovseg.load_official_state_dict(other, read_published(tmp_path / "segclip.bin")) == []
     assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), other.state_dict().values(), strict=True))
     # Without the parts that only training needs; with anything else missing, more, or of another shape.
     small = {name: x for name, x in state.items() if not re.search("mae|reconstruct", name)}
-    lacking = load_segclip(other, small)
+    lacking = ovseg.load_official_state_dict(other, small)
     assert len(lacking) == 415 - len(small) - 1 and all("mae" in name or "reconstruct" in name for name in lacking)
     broken = {name: x for name, x in small.items() if name != "clip.visual.proj"} | {"clip.visual.extra": torch.zeros(1)}
     broken["clip.logit_scale"] = torch.zeros(2)
     expected = r"1 missing: clip\.visual\.proj; 1 unexpected: clip\.visual\.extra; 1 of another shape: clip\.logit"
     with pytest.raises(CheckpointError, match=expected):
-        load_segclip(other, broken)
+        ovseg.load_official_state_dict(other, broken)
 
 
 def test_parameter_groups_are_the_recipes(vit):
-    groups = {(g["lr_scale"], g["weight_decay"]): g["params"] for g in vit.optimizer_groups(4e-3, 0.05, 4e-6)}
+    groups = {(g["lr_scale"], g["weight_decay"]): g["params"] for g in vit.parameter_groups(4e-3, 0.05, 4e-6)}
     assert set(groups) == {(1e-3, 0.05), (1e-3, 0.0), (1.0, 0.05), (1.0, 0.0)}
     sizes = {scale: sum(p.numel() for (s, _), params in groups.items() if s == scale for p in params) / 1e6 for scale in (1e-3, 1.0)}
     assert sizes[1e-3] == pytest.approx(108.97, abs=0.01) and sizes[1.0] == pytest.approx(53.67, abs=0.01)
@@ -281,7 +282,7 @@ def test_sizes(vit, size):
 
 
 def test_text_of_any_length(vit):
-    ids = vit.backbone.tokenizer(["a cat", "a photo of a very long street with many cars"])
+    ids = vit.tokenizer(["a cat", "a photo of a very long street with many cars"])
     with torch.no_grad():
         whole = vit.backbone.clip.encode_text(ids)
         torch.testing.assert_close(vit.encode_text(ids), whole, rtol=1e-4, atol=1e-5)
@@ -292,39 +293,43 @@ def test_the_scale_stays_below_a_hundred():
     model = ovseg.create_model("segclip_tiny")
     with torch.no_grad():
         model.backbone.logit_scale.fill_(9.0)
-    model.after_step()
+    create_objective(model).after_step(Progress())
     assert model.backbone.logit_scale.exp().item() == pytest.approx(100)
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"second_stage": 2}, "second_stage is 2; expected 0 to 0, the blocks of the backbone"),
-    ({"weights": {"kl": 1.0}}, r"weights names \['kl'\]; expected some of"),
-    ({"kept": 0.01}, "kept is 0.01; of 144 patches it keeps 0"),
-])
-def test_options_that_cannot_be(options, message):
-    with pytest.raises(ValueError, match=message):
-        model = ovseg.create_model("segclip_tiny", **options)
-        model.training_loss({"images": torch.zeros(2, 3, 48, 48), "token_ids": model.backbone.tokenizer(["a", "b"]),
-                             "segments": torch.zeros(2, 144, dtype=torch.int64)})
+def scene_batch(model, **more):
+    ids = torch.arange(2)
+    return PairBatch(torch.randn(2, 3, 48, 48), model.tokenizer(["red seven", "gravel"]), ids, ids, **more)
+
+
+def test_options_that_cannot_be():
+    with pytest.raises(ValueError, match="second_stage is 2; expected 0 to 0, the blocks of the backbone"):
+        ovseg.create_model("segclip_tiny", second_stage=2)
+    model = ovseg.create_model("segclip_tiny")
+    with pytest.raises(ValueError, match=r"weights names \['kl'\]; expected some of"):
+        create_objective(model, weights={"kl": 1.0})
+    with pytest.raises(ValueError, match="objective segclip.kepd: unknown key, did you mean objective segclip.kept"):
+        create_objective(model, kepd=0.5)
+    with pytest.raises(ValueError, match="kept is 0.01; of 144 patches it keeps 0"):
+        create_objective(model, kept=0.01)(scene_batch(model, segments=torch.zeros(2, 144, dtype=torch.int64)))
 
 
 def test_losses_are_switched_by_their_weights():
     torch.manual_seed(0)
-    model = ovseg.create_model("segclip_tiny", weights={"reconstruction": 0.0, "superpixel": 0.5})
-    batch = {"images": torch.randn(2, 3, 48, 48), "token_ids": model.backbone.tokenizer(["red seven", "gravel"]),
-             "segments": torch.randint(0, 9, (2, 144))}
-    losses = model.training_loss(batch)
+    model = ovseg.create_model("segclip_tiny")
+    batch = scene_batch(model, segments=torch.randint(0, 9, (2, 144)))
+    losses = create_objective(model, weights={"reconstruction": 0.0, "superpixel": 0.5})(batch)
     assert set(losses) == {"total", "contrastive", "superpixel"}
     torch.testing.assert_close(losses["total"], losses["contrastive"] + 0.5 * losses["superpixel"])
     losses["total"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert F.normalize(model.encode_image(batch["images"]).embedding, dim=-1).shape == (2, 64)
+    assert F.normalize(model.encode_image(batch.images).embedding, dim=-1).shape == (2, 64)
 
 
 def test_convert_and_back(vit, tmp_path, capsys):
     from ovseg.cli.main import main
 
-    torch.save({"state_dict": {f"module.{name}": x for name, x in segclip_state(vit).items()}}, tmp_path / "segclip.bin")
+    torch.save({"state_dict": {f"module.{name}": x for name, x in ovseg.official_state_dict(vit).items()}}, tmp_path / "segclip.bin")
     assert main(["convert", str(tmp_path / "segclip.bin"), "segclip_vit_b16", "--out", str(tmp_path / "folder")]) == 0
     loaded = ovseg.from_pretrained(tmp_path / "folder")
     direct = ovseg.create_model("segclip_vit_b16", str(tmp_path / "segclip.bin"))
@@ -333,7 +338,7 @@ def test_convert_and_back(vit, tmp_path, capsys):
     for name in ("again.bin", "again.safetensors"):
         assert main(["convert", str(tmp_path / "folder"), "--out", str(tmp_path / name)]) == 0
         again = read_published(tmp_path / name)
-        assert set(again) == set(segclip_state(vit)) and torch.equal(again["clip.visual.proj"], vit.backbone.clip.visual.proj)
+        assert set(again) == set(ovseg.official_state_dict(vit)) and torch.equal(again["clip.visual.proj"], vit.backbone.clip.visual.proj)
     capsys.readouterr()
     assert main(["convert", str(tmp_path / "segclip.bin"), "--out", "x"]) == 2 and "model is missing" in capsys.readouterr().err
     with pytest.raises(ValueError, match="segclip_tiny has no published layout"):
@@ -361,7 +366,7 @@ def test_the_benchmarks_plain_version_is_the_same_model(vit):
     from ovseg_benchmarks import segclip as plain
 
     batch = plain.training_batch(vit, 2, 64)
-    ours, theirs = vit.training_loss(batch)["total"], plain.published_loss(vit, batch)
+    ours, theirs = create_objective(vit)(batch)["total"], plain.published_loss(vit, batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     texts, origins = F.normalize(torch.randn(6, 512), dim=-1), torch.tensor([[0, 0], [0, 16]])
     view, pixels = View((50, 90), (64, 80), (64, 64), origins), torch.randn(3, 64, 80)
@@ -375,26 +380,24 @@ def test_the_benchmarks_plain_version_is_the_same_model(vit):
 def test_nothing_is_left_out_in_silence():
     """A loss with a weight and without its data, and tokens that are no patches."""
     model = ovseg.create_model("segclip_tiny")
-    batch = {"images": torch.zeros(2, 3, 48, 48), "token_ids": model.backbone.tokenizer(["a", "b"])}
     with pytest.raises(InputError, match="batch holds no segments and the superpixel loss has a weight"):
-        model.training_loss(batch)
-    fine = ovseg.create_model("segclip_vit_b16", stride=8, weights={"superpixel": 0.0})
-    ids = fine.backbone.tokenizer(["a", "b"])
+        create_objective(model)(scene_batch(model))
+    fine, ids = ovseg.create_model("segclip_vit_b16", stride=8), torch.arange(2)
+    batch = PairBatch(torch.zeros(2, 3, 64, 64), fine.tokenizer(["a", "b"]), ids, ids)
     with pytest.raises(InputError, match="images give 49 tokens and 16 patches"):
-        fine.training_loss({"images": torch.zeros(2, 3, 64, 64), "token_ids": ids})
+        create_objective(fine, weights={"superpixel": 0.0})(batch)
 
 
 @torch.no_grad()
-def test_the_attention_backend_reaches_every_block(golden, model, monkeypatch):
-    from ovseg.layers import readout
+def test_the_attention_backend_reaches_every_block(golden, monkeypatch):
+    from ovseg.layers import block
 
     seen = []
-    real = readout.attention
-    monkeypatch.setattr(readout, "attention", lambda *a, backend="sdpa", **o: seen.append(backend) or real(*a, **o))
-    model.backbone.attention_backend = "xformers"
-    try:
-        model.encode_image(golden["in/images"])
-        model.encode_text(golden["in/ids"].long())
-    finally:
-        model.backbone.attention_backend = "sdpa"
-    assert seen == ["xformers"] * (len(model.backbone.trunk) + 2)
+    real = block.attention
+    monkeypatch.setattr(block, "attention", lambda *a, backend="sdpa", **o: seen.append(backend) or real(*a, **o))
+    model = build(golden)
+    for one in model.blocks:
+        one.attention_backend = "xformers"
+    model.encode_image(golden["in/images"])
+    model.encode_text(golden["in/ids"].long())
+    assert seen == ["xformers"] * (len(model.backbone.vision_blocks) + len(model.backbone.text_blocks)) and len(seen) > 4
