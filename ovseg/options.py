@@ -38,7 +38,7 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         if key not in known:
             raise unknown_key(str(key), known, f"{where}.")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(given)))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(given)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from error

@@ -24,7 +24,7 @@ def options_type(kind: str) -> type:
 
 def build_backbone(kind: str, **options: Any) -> ClipBackbone:
     """A backbone of random weights, or with those that ``options`` name."""
-    checked = options_of(options_type(kind), options, "backbone")
+    checked: Any = options_of(options_type(kind), options, "backbone")
     if kind == "tiny":
         return TinyClip(**vars(checked))
     from .open_clip import OpenClipBackbone

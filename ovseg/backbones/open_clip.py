@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers.positions import resize_positions
 from ..layers.block import AttentionBlock, ClipBlock
+from ..layers.positions import resize_positions
 from ..layers.readout import READOUTS, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
@@ -93,9 +93,10 @@ class OpenClipBackbone(ClipBackbone):
         block = visual.transformer.resblocks[0]
         if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
             raise ValueError(f"architecture {architecture!r} has blocks of type {type(block).__name__}; expected CLIP's")
-        for tower in (visual.transformer, getattr(clip, "transformer", None)):
+        towers: list[Any] = [visual.transformer, getattr(clip, "transformer", None)]
+        plain = open_clip.transformer.ResidualAttentionBlock
+        for tower in towers:
             if isinstance(getattr(tower, "resblocks", None), nn.ModuleList):
-                plain = open_clip.transformer.ResidualAttentionBlock
                 tower.resblocks = nn.ModuleList(ClipBlock(b, attention_backend) if type(b) is plain else b for b in tower.resblocks)
         self.clip = clip
         self.architecture = architecture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,7 +133,7 @@ class TinyClip(ClipBackbone):
 
     @property
     def vision_blocks(self) -> Sequence[AttentionBlock]:
-        return self.blocks  # type: ignore[return-value]
+        return self.blocks
 
     def new_blocks(self, count: int) -> nn.ModuleList:
         return nn.ModuleList(_Block(self.token_dim, self.heads) for _ in range(count))
@@ -154,7 +155,7 @@ class TinyClip(ClipBackbone):
         return found if tap == "local" else [*found, self.cls]
 
     def text_parameters(self) -> list[nn.Parameter]:
-        parts = (self.words, self.text_blocks, self.text_norm, self.text_projection)
+        parts: tuple[Any, ...] = (self.words, self.text_blocks, self.text_norm, self.text_projection)
         return [self.word_positions, *(p for part in parts for p in part.parameters())]
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:

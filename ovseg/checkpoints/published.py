@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
 
+
 def write_published(state: dict[str, torch.Tensor], path: Path) -> None:
     """A bare state dict, by rename: ``.safetensors``, or torch's format under any other suffix."""
     if path.suffix == ".safetensors":

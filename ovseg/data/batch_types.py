@@ -98,5 +98,5 @@ class CrossImageBatch(PairBatch):
         entity_ids: [B] int64, the shared entity.
     """
 
-    partner: torch.Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
-    entity_ids: torch.Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    partner: torch.Tensor = field(default=None, kw_only=True)
+    entity_ids: torch.Tensor = field(default=None, kw_only=True)

@@ -91,7 +91,8 @@ def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
     return Readout(**{**which, "terms": tuple(which.get("terms", ("qk",)))})
 
 
-def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Readout, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Readout,
+               grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(patch tokens [B, N, D], class token [B, D]) of ``x`` [B, 1 + N, D], class token first, before the final norm.
 
     The class token is CLIP's own, whatever the readout.

@@ -45,15 +45,15 @@ def presets() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text("utf-8"))
 
 
-@functools.cache
-def systems() -> tuple[str, ...]:
+def systems() -> list[str]:
     """The folders beside this file."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.ispkg))
+    package = importlib.import_module(__package__)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg)
 
 
 def system_type(system: str) -> type[OVSegModel]:
     if system not in systems():
-        raise ConfigError(f"system is {system!r}; expected one of {list(systems())}")
+        raise ConfigError(f"system is {system!r}; expected one of {systems()}")
     return importlib.import_module(f".{system}", __package__).System
 
 

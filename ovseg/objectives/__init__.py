@@ -34,7 +34,7 @@ def create_objective(model: OVSegModel, name: str | None = None, **options: Any)
     if name not in list_objectives():
         raise ConfigError(f"objective is {name!r}; expected one of {list_objectives()}")
     module = importlib.import_module(f".{name}", __name__)
-    kind = next(x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Objective) and x.__module__ == module.__name__)
+    kind: Any = next(x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Objective) and x.__module__ == module.__name__)
     schema = getattr(kind, "Options", None)
     if schema is None:
         if options:

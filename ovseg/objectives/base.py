@@ -71,7 +71,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None) -> Losses:  # noqa: B008
+    def forward(self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None) -> Losses:
         """Named scalars with ``total``.
 
         Args:

@@ -308,9 +308,9 @@ def test_options_that_cannot_be():
     model = ovseg.create_model("segclip_tiny")
     with pytest.raises(ValueError, match=r"weights names \['kl'\]; expected some of"):
         create_objective(model, weights={"kl": 1.0})
-    with pytest.raises(ValueError, match="objective segclip.kepd: unknown key, did you mean objective segclip.kept"):
+    with pytest.raises(ValueError, match=r"objective segclip\.kepd: unknown key, did you mean objective segclip\.kept"):
         create_objective(model, kepd=0.5)
-    with pytest.raises(ValueError, match="kept is 0.01; of 144 patches it keeps 0"):
+    with pytest.raises(ValueError, match=r"kept is 0\.01; of 144 patches it keeps 0"):
         create_objective(model, kept=0.01)(scene_batch(model, segments=torch.zeros(2, 144, dtype=torch.int64)))
 
 
