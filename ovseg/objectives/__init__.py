@@ -34,7 +34,8 @@ def create_objective(model: OVSegModel, name: str | None = None, **options: Any)
     if name not in list_objectives():
         raise ConfigError(f"objective is {name!r}; expected one of {list_objectives()}")
     module = importlib.import_module(f".{name}", __name__)
-    kind: Any = next(x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Objective) and x.__module__ == module.__name__)
+    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    kind: Any = next(x for x in own if issubclass(x, Objective))
     schema = getattr(kind, "Options", None)
     if schema is None:
         if options:
