@@ -227,3 +227,26 @@ def test_pacl_may_train_the_texts_too():
     assert {"backbone.words.weight", "backbone.text_projection.weight"} <= {name for name, _ in model.trainable}
     with pytest.raises(ConfigError, match="trained names 'some'; expected some of"):
         ovseg.create_model("pacl_tiny", trained=["some"])
+
+
+def test_the_xformers_wrapper_through_a_stand_in(monkeypatch):
+    """Layout, mask and scale as xformers documents its function; xformers itself has no CPU kernels and runs in the GPU check."""
+    import sys
+    import types
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
+        assert query.dim() == 4 and query.shape[2] == 3  # [B, L, heads, D]
+        scores = torch.einsum("bihd,bjhd->bhij", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_bias is not None:
+            assert attn_bias.shape == scores.shape and attn_bias.dtype == query.dtype
+            scores = scores + attn_bias
+        return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), value)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    keep = torch.rand(2, 1, 4, 6) > 0.3
+    keep[..., 0] = True
+    for options in ({}, {"scale": 0.7}, {"mask": keep}, {"mask": torch.randn(4, 6)}):
+        torch.testing.assert_close(attention(q, k, v, backend="xformers", **options), attention(q, k, v, **options))
