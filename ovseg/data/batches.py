@@ -8,23 +8,9 @@ import numpy as np
 import torch
 
 from ..progress import bar
+from .pairs import countable_pairs
 from .scenes import CAPTIONS_PER_SCENE, Scenes
 from .superpixels import patch_labels, superpixels
-
-
-def countable_pairs(text_entities: torch.Tensor, image_entities: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool: the image's own texts, and texts that name something which no caption of the image names.
-
-    A foreign text of which everything is named by the image's captions is true of that image by accident: it is no
-    negative and is left out. Only captions are looked at, as with real data.
-
-    Args:
-        text_entities: [T, K] 0/1, what each text names among K entities.
-        image_entities: [B, K] 0/1, what all captions of each image name.
-        own: [B, T] bool, which texts are captions of which image.
-    """
-    unnamed = (1 - image_entities.float()) @ text_entities.float().T
-    return own | (unnamed > 0)
 
 
 class SceneBatches:

@@ -1,0 +1,217 @@
+"""From a source to the batches of one rank: which pictures, read ahead by workers, with a position that can be kept and gone back to."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import ConfigError, DataError, InputError
+from .batch_types import Batch
+from .draws import mix
+from .order import EpochOrder, rank_slice
+from .sources.base import Source
+
+
+class Waiting:
+    """How long training waits for data. The first batch is not counted: it waits for the workers to start.
+
+    Attributes:
+        seconds: spent waiting.
+        share: of the time since the first batch (or ``restart``).
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds, self._since = 0.0, None
+
+    def add(self, began: float, ended: float) -> None:
+        if self._since is None:
+            self._since = ended
+        else:
+            self.seconds += ended - began
+
+    @property
+    def share(self) -> float:
+        return 0.0 if self._since is None else self.seconds / max(time.perf_counter() - self._since, 1e-9)
+
+    _since: float | None
+
+
+class Loader:
+    """Batches of a source, for one rank; iterating goes on from the position.
+
+    Every epoch visits each picture once. Step s of an epoch is one global batch, of which each rank takes its slice, so what a step sees
+    depends on (seed, epoch, s) only: not on ranks, workers or interruptions.
+
+    Args:
+        source: what is read.
+        batch_size: pictures of a step over all ranks.
+        seed: of order and augmentation.
+        rank, ranks: which slice is ours.
+        epochs: after how many the data ends; None: never, steps decide.
+        drop_last: whether the rest of an epoch that fills no batch is left out.
+        shuffle: False: the order of the source.
+        workers: processes that read; 0: the caller's.
+        prefetch: batches each worker keeps ready.
+        pin_memory: for copies to a GPU that do not wait.
+        timeout: seconds without a batch after which workers are given up; 0: never.
+
+    Attributes:
+        epoch, step: of the next batch; ``step`` counts within the epoch.
+        waiting: see ``Waiting``.
+
+    Raises:
+        ConfigError: if a batch does not go into the source, or a rank would go without a picture.
+    """
+
+    def __init__(self, source: Source, batch_size: int, *, seed: int = 0, rank: int = 0, ranks: int = 1, epochs: int | None = None,
+                 drop_last: bool = True, shuffle: bool = True, workers: int = 0, prefetch: int = 2, pin_memory: bool = False,
+                 timeout: float = 0.0):
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank}; expected 0 to {ranks - 1}")
+        if not ranks <= batch_size <= len(source):
+            raise ConfigError(f"batch_size is {batch_size}; expected at least one picture for each of {ranks} processes and at most "
+                              f"{len(source)}, the number of pictures")
+        rest = 0 if drop_last else len(source) % batch_size
+        if 0 < rest < ranks:
+            raise ConfigError(f"the last batch of an epoch holds {rest} of {len(source)} pictures, too few for {ranks} processes; "
+                              "expected drop_last, or another batch_size")
+        self.source, self.seed, self.batch_size, self.epochs, self.drop_last = source, seed, batch_size, epochs, drop_last
+        self.steps_per_epoch = len(source) // batch_size + (rest > 0)
+        self.epoch = self.step = 0
+        self.waiting = Waiting()
+        self._steps = _Steps(source, EpochOrder(len(source), seed, shuffle=shuffle), batch_size, self.steps_per_epoch, rank, ranks)
+        self._how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "timeout": timeout}
+        if workers:
+            self._how |= {"prefetch_factor": prefetch, "worker_init_fn": _start_worker}
+        self._running: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Batches from the start to the end of the data."""
+        if self.epochs is None:
+            raise TypeError("this loader has no end: epochs is None")
+        return self.epochs * self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def _batches(self) -> Iterator[Batch]:
+        first = self.epoch * self.steps_per_epoch + self.step
+        places = count(first) if self.epochs is None else range(first, len(self))
+        # A generator of its own: DataLoader would take its seed from torch's global one, and so change what training draws.
+        loader = DataLoader(self._steps, batch_size=None, sampler=places, generator=torch.Generator().manual_seed(self.seed), **self._how)
+        iterator = iter(loader)
+        self.waiting.restart()
+        try:
+            while True:
+                began = time.perf_counter()
+                batch = _next(iterator)
+                self.waiting.add(began, time.perf_counter())
+                if batch is None:
+                    return
+                self.epoch, self.step = divmod(self.epoch * self.steps_per_epoch + self.step + 1, self.steps_per_epoch)
+                yield batch
+        finally:
+            stop = getattr(iterator, "_shutdown_workers", None)
+            if stop is not None:
+                stop()
+
+    def close(self) -> None:
+        """End the workers. The position stays; iterating starts new ones."""
+        if self._running is not None:
+            self._running.close()  # type: ignore[attr-defined]
+            self._running = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: of the batch after the last one that was handed out, whatever the workers have read already."""
+        return {"epoch": self.epoch, "step": self.step, **self._same()}
+
+    def load_state_dict(self, state: dict[str, int], *, strict: bool = True) -> None:
+        """Go to a position; iterate anew after it.
+
+        Args:
+            state: of ``state_dict``.
+            strict: False: with another batch size, seed or number of pictures go to about the same share of the epoch.
+
+        Raises:
+            ConfigError: if it belongs to other data; the message names what differs.
+        """
+        self.close()
+        different = [name for name, value in self._same().items() if state[name] != value]
+        if different and strict:
+            name = different[0]
+            raise ConfigError(f"the position was saved with {name} {state[name]}, and {name} is {self._same()[name]} now: "
+                              "the pictures of a step would not be the same")
+        share = state["step"] * state["batch_size"] / state["pictures"]
+        step = int(share * len(self.source) / self.batch_size) if different else state["step"]
+        self.epoch, self.step = divmod(state["epoch"] * self.steps_per_epoch + step, self.steps_per_epoch)
+
+    def _same(self) -> dict[str, int]:
+        return {"pictures": len(self.source), "batch_size": self.batch_size, "seed": self.seed, "drop_last": int(self.drop_last)}
+
+
+@dataclass
+class _Failed:
+    """Why there is no batch: errors of data cross from a worker as they are, not as a traceback in a string."""
+
+    message: str
+
+
+class _Steps(Dataset):
+    """Item k: the rank's slice of the k-th global batch since the beginning."""
+
+    def __init__(self, source: Source, order: EpochOrder, batch_size: int, steps_per_epoch: int, rank: int, ranks: int):
+        self.source, self.order, self.batch_size, self.steps_per_epoch = source, order, batch_size, steps_per_epoch
+        self.rank, self.ranks = rank, ranks
+
+    def chosen(self, k: int) -> tuple[int, list[int]]:
+        """(epoch, pictures)."""
+        epoch, step = divmod(k, self.steps_per_epoch)
+        pictures = self.order(epoch, step * self.batch_size, (step + 1) * self.batch_size)
+        return epoch, pictures[rank_slice(len(pictures), self.rank, self.ranks)].tolist()
+
+    def __getitem__(self, k: int) -> Batch | _Failed:
+        epoch, pictures = self.chosen(k)
+        try:
+            return self.source.collate([self.source.sample(i, mix(self.order.seed, epoch, i)) for i in pictures])
+        except (DataError, InputError) as error:
+            return _Failed(str(error))
+
+
+def _next(iterator: Iterator[Any]) -> Batch | None:
+    try:
+        batch = next(iterator, None)
+    except RuntimeError as error:
+        if "DataLoader" in str(error):  # killed, or the time limit
+            raise DataError(f"{error}. A process that reads data ended or stopped answering; often memory or shared memory (/dev/shm) ran "
+                            "out: lower data.workers or data.prefetch") from error
+        raise
+    if isinstance(batch, _Failed):
+        raise DataError(batch.message)
+    return batch
+
+
+def _start_worker(number: int) -> None:
+    """Signals that end a run go to all its processes; the training process must get the batch it waits for and save first.
+
+    Ctrl-C is for the training process alone. The first SIGTERM is let pass, the second acts: Python's own clean-up sends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

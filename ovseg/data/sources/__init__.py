@@ -1,0 +1,60 @@
+"""Kinds of data, one file each: a recipe names the file, ``data: {kind: folder, root: ...}``.
+
+A file ``<kind>.py`` holds ``Options``, a dataclass with ``kind`` and everything that can be set, and ``create(options, inputs, ...)``.
+It is found by its name; nothing else needs to know it.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from ...errors import ConfigError
+from ..options import fill
+from .base import ModelInputs, Sample, Source, SourceOptions
+
+__all__ = ["ModelInputs", "Sample", "Source", "SourceOptions", "create_source", "list_kinds", "load_options"]
+_NO_KIND = ("base",)
+SPLITS = ("train", "val")
+
+
+def list_kinds() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_KIND)
+
+
+def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
+    """The options of a kind from a recipe's mapping.
+
+    Raises:
+        ConfigError: for an unknown kind, unknown keys, values of the wrong kind; the message names the key.
+    """
+    kind = tree.get("kind")
+    if kind not in list_kinds():
+        raise ConfigError(f"{key}.kind is {kind!r}; expected one of {list_kinds()}")
+    return fill(_module(str(kind)).Options, tree, key)
+
+
+def create_source(options: SourceOptions, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Source:
+    """The pictures that the options describe, as ``inputs`` wants them.
+
+    Args:
+        split: ``train``, or ``val``: no augmentation, where a kind has it.
+        seed: of data that is made, as the scenes are.
+
+    Raises:
+        ConfigError: for options that do not go together.
+        DataError: if there is nothing to read.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; expected one of {list(SPLITS)}")
+    if options.workers < 0 or options.prefetch < 1:
+        raise ConfigError(f"data.workers is {options.workers} and data.prefetch {options.prefetch}; expected at least 0 and 1")
+    return _module(options.kind).create(options, inputs, split=split, seed=seed, progress=progress)
+
+
+def _module(kind: str) -> Any:
+    if kind not in list_kinds():
+        raise ConfigError(f"kind is {kind!r}; expected one of {list_kinds()}")
+    return import_module(f"{__name__}.{kind}")
