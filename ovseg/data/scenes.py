@@ -118,13 +118,14 @@ class Scenes(Sequence[Scene]):
         length: number of scenes.
         seed: everything follows from it.
         image_size: side of the square picture in pixels; objects scale with it.
+        with_unseen: draw the unseen combinations in ``train`` too, for training that is told which labels to hide.
 
     Raises:
         ValueError: for an unknown form or split, a negative length or an image_size below 24.
     """
 
     def __init__(self, form: str = "digits", split: str = "train", length: int = 6000, seed: int = 0,
-                 image_size: int = IMAGE_SIZE):
+                 image_size: int = IMAGE_SIZE, *, with_unseen: bool = False):
         if form not in VOCABULARIES:
             raise ValueError(f"form is {form!r}; expected one of {sorted(VOCABULARIES)}")
         if split not in SPLITS:
@@ -135,7 +136,7 @@ class Scenes(Sequence[Scene]):
             raise ValueError(f"image_size is {image_size}; expected at least 24 pixels, objects vanish below")
         self.vocabulary = VOCABULARIES[form]
         self.form, self.split, self.length, self.seed, self.image_size = form, split, length, seed, image_size
-        held_out = set(self.vocabulary.unseen) if split == "train" else set()
+        held_out = set(self.vocabulary.unseen) if split == "train" and not with_unseen else set()
         self._pairs = [(c, k) for c in self.vocabulary.colours for k in self.vocabulary.kinds if (c, k) not in held_out]
 
     def __len__(self) -> int:

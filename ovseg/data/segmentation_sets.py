@@ -204,6 +204,10 @@ class SegmentationSet:
         return self.description.classes
 
     @property
+    def unseen(self) -> tuple[str, ...]:
+        return self.description.unseen
+
+    @property
     def expected(self) -> int | None:
         """How many pictures the split has as published."""
         return self.description._of(self.split).get("count")
