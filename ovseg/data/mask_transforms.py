@@ -147,7 +147,7 @@ def to_hsv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The inverse, cut off to whole numbers: v - v s max(0, min(k, 4 - k, 1)), k = (n + h / 60 degrees) mod 6; n = 5, 3, 1 for red, green, blue."""
+    """The inverse, cut off to whole numbers: v - v s max(0, min(k, 4 - k, 1)), k = (n + h / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B."""
     sector, s, v = hue.float() / 30, saturation.float() / 255, value.float()
     channels = []
     for n in (5, 3, 1):

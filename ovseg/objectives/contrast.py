@@ -12,7 +12,7 @@ import ovseg_kernels as ok
 from ovseg_kernels.distributed import gather_rows
 
 from ..data.batch_types import PairBatch
-from ..data.batches import countable_pairs
+from ..data.pairs import countable_pairs
 from .base import at_least_float32
 
 Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

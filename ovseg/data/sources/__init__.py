@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from ...errors import ConfigError
-from ..options import fill
+from ...options import options_of
 from .base import ModelInputs, Sample, Source, SourceOptions
 
 __all__ = ["ModelInputs", "Sample", "Source", "SourceOptions", "create_source", "list_kinds", "load_options"]
@@ -33,7 +33,7 @@ def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
     kind = tree.get("kind")
     if kind not in list_kinds():
         raise ConfigError(f"{key}.kind is {kind!r}; expected one of {list_kinds()}")
-    return fill(_module(str(kind)).Options, tree, key)
+    return options_of(_module(str(kind)).Options, tree, key)
 
 
 def create_source(options: SourceOptions, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Source:
