@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections.abc import Iterator
@@ -113,6 +114,7 @@ class Loader:
         loader = DataLoader(self._steps, batch_size=None, sampler=places, generator=torch.Generator().manual_seed(self.seed), **self._how)
         iterator = iter(loader)
         self.waiting.restart()
+        atexit.register(self.close)  # Python's own end would send one SIGTERM to the workers and wait
         try:
             while True:
                 began = time.perf_counter()
@@ -123,6 +125,7 @@ class Loader:
                 self.epoch, self.step = divmod(self.epoch * self.steps_per_epoch + self.step + 1, self.steps_per_epoch)
                 yield batch
         finally:
+            atexit.unregister(self.close)
             stop = getattr(iterator, "_shutdown_workers", None)
             if stop is not None:
                 stop()
@@ -211,7 +214,12 @@ def _next(iterator: Iterator[Any]) -> Batch | None:
 def _start_worker(number: int) -> None:
     """Signals that end a run go to all its processes; the training process must get the batch it waits for and save first.
 
-    Ctrl-C is for the training process alone. The first SIGTERM is let pass, the second acts: Python's own clean-up sends them.
+    Ctrl-C is for the training process alone. The first SIGTERM leaves the worker a minute, the second ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, _last_minute)
+
+
+def _last_minute(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(60)

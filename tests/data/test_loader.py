@@ -1,0 +1,241 @@
+"""The loader: one global batch whatever the ranks and workers, positions that can be gone back to, an end without hanging."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from loading import INPUTS, joined, pairs, same
+
+from ovseg.data.loader import Loader
+from ovseg.data.scenes import Scenes
+from ovseg.data.sources import create_source, load_options
+from ovseg.data.sources.folder import FolderPairs
+from ovseg.data.sources.scenes import ScenePairs
+from ovseg.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return ScenePairs(Scenes("shapes", "train", 40), INPUTS, captions=2, superpixel_patch=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    pairs(root, 23)
+    (root / "004.png").write_bytes(b"no picture")  # replaced by one that (seed, epoch, index) chooses
+    (root / "009.txt").write_text("\n")
+    return FolderPairs(root, INPUTS, image_size=32)
+
+
+def take(loader, count):
+    with loader:
+        return list(itertools.islice(loader, count))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_do_not_depend_on_workers(folder, workers):
+    torch.manual_seed(workers)  # nor on torch's generator
+    batches, reference = take(Loader(folder, 5, seed=2, workers=workers), 11), take(Loader(folder, 5, seed=2), 11)
+    assert len(batches) == 11 and all(map(same, batches, reference))
+    assert sum(len(batch.skipped) for batch in batches) >= 2
+    assert not same(batches[0], take(Loader(folder, 5, seed=3), 1)[0])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_share_one_batch(scenes, folder, ranks, drop_last):
+    for source, size in ((scenes, 7), (folder, 5)):
+        how = {"seed": 1, "drop_last": drop_last}
+        whole = take(Loader(source, size, **how), 2 * len(source) // size)
+        parts = [take(Loader(source, size, rank=rank, ranks=ranks, **how), len(whole)) for rank in range(ranks)]
+        for batch, *slices in zip(whole, *parts, strict=True):
+            assert same(batch, joined(slices))
+
+
+def test_an_epoch_holds_every_picture_and_the_rest_of_it_on_demand(scenes):
+    for drop_last, sizes in ((True, [12] * 3), (False, [12] * 3 + [4])):
+        loader = Loader(scenes, 12, epochs=2, drop_last=drop_last)
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == sizes * 2 and len(loader) == len(batches)
+        first = torch.cat([batch.image_ids for batch in batches[: len(sizes)]])
+        assert len(first.unique()) == sum(sizes)
+        assert not torch.equal(first, torch.cat([batch.image_ids for batch in batches[len(sizes) :]]))
+
+
+def test_augmentation_differs_between_epochs(folder):
+    loader = Loader(folder, 23, shuffle=False)
+    first, second = take(loader, 2)
+    assert not torch.equal(first.images[0], second.images[0])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), drop_last=st.booleans(), ranks=st.integers(1, 3))
+def test_resume_equals_no_resume(scenes, data, drop_last, ranks):
+    size, total = data.draw(st.integers(3, 20)), 14
+    if not drop_last and 0 < 40 % size < ranks:
+        drop_last = True
+    rank = data.draw(st.integers(0, ranks - 1))
+    made = [Loader(scenes, size, seed=5, rank=rank, ranks=ranks, drop_last=drop_last) for _ in range(3)]
+    whole = take(made[0], total)
+    stops = sorted(data.draw(st.sets(st.integers(0, total), max_size=4)))
+    found, state = [], made[1].state_dict()
+    for stop in [*stops, total]:
+        loader = Loader(scenes, size, seed=5, rank=rank, ranks=ranks, drop_last=drop_last)
+        loader.load_state_dict(state)
+        found += take(loader, stop - len(found))
+        state = loader.state_dict()
+    assert all(map(same, whole, found)) and len(found) == total
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_resume_with_workers_goes_on_after_what_was_handed_out(folder, workers):
+    whole = take(Loader(folder, 4, seed=8), 12)
+    loader = Loader(folder, 4, seed=8, workers=workers, prefetch=4)
+    first = take(loader, 4)  # up to eight more have been read by now
+    state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (0, 4)
+    again = Loader(folder, 4, seed=8, workers=workers)
+    again.load_state_dict(state)
+    assert all(map(same, whole, first + take(again, 8)))
+
+
+def test_iterating_again_goes_on(scenes):
+    loader = Loader(scenes, 10)
+    whole = take(Loader(scenes, 10), 6)
+    assert all(map(same, whole, [*take(loader, 3), *take(loader, 3)]))
+
+
+def test_a_position_of_other_data_is_refused(scenes):
+    state = Loader(scenes, 10, seed=3).state_dict() | {"epoch": 2, "step": 2}
+    for other, name in (({"batch_size": 5}, "batch_size 10, and batch_size is 5"), ({"seed": 4}, "seed 3"), ({"drop_last": False}, "drop_last")):
+        loader = Loader(scenes, **({"batch_size": 10, "seed": 3} | other))
+        with pytest.raises(ConfigError, match=f"saved with {name}"):
+            loader.load_state_dict(state)
+    loader = Loader(scenes, 5, seed=3)
+    loader.load_state_dict(state, strict=False)  # half of the third epoch, in batches of 5
+    assert (loader.epoch, loader.step) == (2, 4)
+
+
+def test_what_training_draws_is_left_alone(scenes):
+    before = torch.get_rng_state()
+    take(Loader(scenes, 10, workers=1), 3)
+    take(Loader(scenes, 10), 3)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ({"batch_size": 0}, "batch_size is 0; expected at least one picture for each of 1 processes and at most 40"),
+    ({"batch_size": 41}, "batch_size is 41"),
+    ({"batch_size": 2, "rank": 0, "ranks": 3}, "for each of 3 processes"),
+    ({"batch_size": 13, "ranks": 3, "drop_last": False}, "the last batch of an epoch holds 1 of 40 pictures, too few for 3"),
+    ({"batch_size": 13, "ranks": 3, "rank": 3}, "rank is 3; expected 0 to 2"),
+])
+def test_bad_arguments(scenes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(scenes, **arguments)
+
+
+class Slow(FolderPairs):
+    """Takes its time in the workers."""
+
+    seconds = 0.02
+
+    def read(self, index, rng):
+        time.sleep(self.seconds)
+        return super().read(index, rng)
+
+
+def test_waiting_is_measured(folder):
+    slow = Slow(folder.root, INPUTS, image_size=16)
+    loader = Loader(slow, 4)
+    take(loader, 4)
+    assert loader.waiting.share > 0.8 and loader.waiting.seconds > 3 * 4 * 0.02
+    loader = Loader(slow, 4, workers=2)
+    with loader:
+        for _ in itertools.islice(loader, 6):
+            time.sleep(0.12)  # two workers need 40 ms a batch
+    assert loader.waiting.share < 0.3
+
+
+def children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_workers_end_with_the_consumer(folder):
+    before = set(children())
+    loader = Loader(folder, 4, workers=2)
+    with loader:
+        next(iter(loader))
+        assert len(set(children()) - before) == 2
+    assert set(children()) == before
+    for _ in loader:
+        break  # the generator is left without a word; the loader still knows it
+    loader.close()
+    assert set(children()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_killed_worker_is_an_error(folder):
+    before = set(children())
+    loader = Loader(Slow(folder.root, INPUTS, image_size=16), 4, workers=1, prefetch=1)
+    with loader, pytest.raises((DataError, RuntimeError), match=r"DataLoader worker.*(killed by signal|exited unexpectedly)"):
+        iterator = iter(loader)
+        next(iterator)
+        os.kill((set(children()) - before).pop(), signal.SIGKILL)
+        for _ in range(100):
+            next(iterator)
+    assert set(children()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(folder):
+    before = set(children())
+    with Loader(folder, 4, workers=2) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        for pid in set(children()) - before:
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        for _ in range(12):  # past what was read before
+            next(iterator)
+
+
+def test_an_error_of_the_data_crosses_as_it_is(tmp_path):
+    pairs(tmp_path, 4)
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"no picture")
+    source = FolderPairs(tmp_path, INPUTS)
+    for workers in (0, 1):
+        with Loader(source, 2, workers=workers) as loader, pytest.raises(DataError, match="32 pictures in a row cannot be used; the first: cannot"):
+            next(iter(loader))
+
+
+def test_a_process_that_forgets_to_close_ends(tmp_path):
+    pairs(tmp_path, 8)
+    code = ("import sys; sys.path.insert(0, 'tests/data')\n"
+            "from loading import INPUTS\n"
+            "from ovseg.data.loader import Loader\n"
+            "from ovseg.data.sources.folder import FolderPairs\n"
+            f"it = iter(Loader(FolderPairs({str(tmp_path)!r}, INPUTS), 4, workers=2))\n"
+            "next(it); raise SystemExit(7)\n")
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 7
+
+
+def test_from_a_recipe_to_a_batch():
+    options = load_options({"kind": "scenes", "style": "shapes", "train_size": 10, "val_size": 6})
+    assert len(create_source(options, INPUTS)) == 10
+    source = create_source(options, INPUTS, split="val")
+    batch = take(Loader(source, 6, shuffle=False, workers=options.workers, prefetch=options.prefetch), 1)[0]
+    assert batch.image_ids.tolist() == list(range(6)) and batch.images.dtype == torch.uint8
