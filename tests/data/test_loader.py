@@ -116,7 +116,8 @@ def test_iterating_again_goes_on(scenes):
 
 def test_a_position_of_other_data_is_refused(scenes):
     state = Loader(scenes, 10, seed=3).state_dict() | {"epoch": 2, "step": 2}
-    for other, name in (({"batch_size": 5}, "batch_size 10, and batch_size is 5"), ({"seed": 4}, "seed 3"), ({"drop_last": False}, "drop_last")):
+    for other, name in (({"batch_size": 5}, "batch_size 10, and batch_size is 5"), ({"seed": 4}, "seed 3"),
+                        ({"drop_last": False}, "drop_last")):
         loader = Loader(scenes, **({"batch_size": 10, "seed": 3} | other))
         with pytest.raises(ConfigError, match=f"saved with {name}"):
             loader.load_state_dict(state)
@@ -216,7 +217,7 @@ def test_an_error_of_the_data_crosses_as_it_is(tmp_path):
         path.write_bytes(b"no picture")
     source = FolderPairs(tmp_path, INPUTS)
     for workers in (0, 1):
-        with Loader(source, 2, workers=workers) as loader, pytest.raises(DataError, match="32 pictures in a row cannot be used; the first: cannot"):
+        with Loader(source, 2, workers=workers) as loader, pytest.raises(DataError, match="32 pictures in a row cannot be used"):
             next(iter(loader))
 
 
