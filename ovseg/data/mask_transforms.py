@@ -147,13 +147,13 @@ def to_hsv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The inverse, cut off to whole numbers: v - v s max(0, min(k, 4 - k, 1)), k = (n + h / 60 degrees) mod 6, n = 5, 3, 1 for R, G, B."""
-    sector, s, v = hue.float() * (6 / 180), saturation.float() * (1 / 255), value.float() * (1 / 255)  # in OpenCV's order of rounding
+    """The inverse: v - v s max(0, min(k, 4 - k, 1)) with k = (n + h / 60 degrees) mod 6 and n = 5, 3, 1 for red, green, blue."""
+    sector, s, v = hue.float() / 30, saturation.float() / 255, value.float()
     channels = []
     for n in (5, 3, 1):
         k = (n + sector) % 6
-        channels.append(255 * (v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)))
-    return torch.stack(channels).to(torch.uint8)
+        channels.append(v - v * s * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels).round().to(torch.uint8)
 
 
 def mask_transform(options: MaskAugment, size: int, mean: Sequence[float], ignore_index: int, *, train: bool = True) -> Compose:
