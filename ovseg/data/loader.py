@@ -222,4 +222,5 @@ def _start_worker(number: int) -> None:
 
 def _last_minute(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.alarm(60)
+    if hasattr(signal, "alarm"):
+        signal.alarm(60)

@@ -74,7 +74,7 @@ def crop_patch_labels(segments: np.ndarray, box: tuple[float, float, float, floa
 
 
 class SuperpixelFile:
-    """A side file of ``write_superpixels``."""
+    """A side file of ``write_superpixels``. Pickled, it is its path: worker processes open it themselves."""
 
     def __init__(self, path: str | Path):
         from safetensors import SafetensorError, safe_open
@@ -87,6 +87,9 @@ class SuperpixelFile:
             self._keys = set(self._file.keys())
         except (SafetensorError, OSError) as error:
             raise DataError(f"superpixel file {str(path)!r} is damaged: {error}") from error
+
+    def __reduce__(self) -> tuple[type[SuperpixelFile], tuple[Path]]:
+        return SuperpixelFile, (self.path,)
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys

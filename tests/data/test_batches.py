@@ -1,23 +1,16 @@
-"""Batches: which pairs count, determinism by step, folders of real pictures with bad files among them."""
+"""The batches that training/loop.py uses until it takes data/loader.py; goes with data/batches.py and data/folders.py."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ovseg.data.batches import SceneBatches, countable_pairs
+from ovseg.data.batches import SceneBatches
 from ovseg.data.folders import FolderBatches
 from ovseg.data.scenes import Scenes
-from ovseg.data.tokenizers import UNKNOWN, WordTokenizer
+from ovseg.data.superpixels import write_superpixels
+from ovseg.data.tokenizers import WordTokenizer
 from ovseg.errors import DataError
-
-
-def test_true_by_accident_is_left_out():
-    """Image 0 is captioned 'red seven' and 'gravel', image 1 'red seven' alone. Entities: red seven, gravel."""
-    image_entities = torch.tensor([[1, 1], [1, 0]])
-    text_entities = torch.tensor([[0, 1], [1, 0]])  # text 0 'gravel' of image 0, text 1 'red seven' of image 1
-    keep = countable_pairs(text_entities, image_entities, torch.eye(2, dtype=torch.bool))
-    assert keep.tolist() == [[True, False],  # 'red seven' is true of image 0
-                             [True, True]]   # 'gravel' is not known to be true of image 1
 
 
 def test_a_batch_depends_on_seed_and_step_only():
@@ -30,20 +23,6 @@ def test_a_batch_depends_on_seed_and_step_only():
     assert first["token_ids"].shape[0] == 24 and first["pair_mask"].shape == (8, 24)
     own = first["image_ids"][:, None] == first["text_ids"]
     assert bool(first["pair_mask"][own].all())
-
-
-def test_no_word_of_the_scenes_is_unknown():
-    tokenizer = WordTokenizer()
-    for form in ("shapes", "digits"):
-        texts = [caption.text for scene in Scenes(form, "val", 60) for caption in scene.captions]
-        assert not bool((tokenizer(texts) == UNKNOWN).any())
-    assert tokenizer.unknown("a red zebra") == ["zebra"]
-
-
-def test_long_and_empty_texts():
-    tokenizer = WordTokenizer(context_length=6)
-    assert tokenizer("a " * 50).shape == (1, 6) and tokenizer("").tolist()[0][:2] == [1, 2]
-    assert tokenizer([]).shape == (0, 6)
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -88,3 +67,38 @@ def test_folder_without_pairs(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"holds 1 pictures, 0 of them with a \.txt; expected at least a batch of 2"):
         FolderBatches(tmp_path, WordTokenizer(), 2)
+
+
+def test_batches_carry_the_patches_of_the_crop(tmp_path):
+    pairs = tmp_path / "in"
+    for i, scene in enumerate(Scenes("digits", "val", 6)):
+        path = pairs / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(scene.image).save(path)
+        path.with_suffix(".txt").write_text("a red seven\n")
+    pictures = [(path.relative_to(pairs).as_posix(), path) for path in sorted(pairs.rglob("*.png"))]
+    # Pictures that are their own segment maps: what the picture shows in a patch is what its label must be.
+    for _, path in pictures:
+        ids = np.zeros((48, 48, 3), np.uint8)
+        ids[:, 24:] = 200
+        Image.fromarray(ids).save(path)
+    assert write_superpixels(pictures, tmp_path / "s.safetensors", scale=1.0, sigma=0.1, min_size=1) == (6, [])
+    batches = FolderBatches(pairs, WordTokenizer(), 4, image_size=48, superpixels=tmp_path / "s.safetensors", patch=4)
+    batch = batches(0)
+    assert batch["segments"].shape == (4, 144)
+    seen = batch["images"].mean(1).unflatten(2, (12, 4)).unflatten(1, (12, 4)).mean((2, 4)).flatten(1)
+    for image, segments in zip(seen, batch["segments"], strict=True):
+        for value in segments.unique():
+            shown = image[segments == value]
+            assert float(shown.max() - shown.min()) < 0.8  # not both sides of the edge, but for the patch on it
+    (pairs / "new.png").write_bytes((pairs / "0.png").read_bytes())
+    (pairs / "new.txt").write_text("gravel\n")
+    with pytest.raises(DataError, match=r"lacks 1 of 7 pictures, the first new\.png"):
+        FolderBatches(pairs, WordTokenizer(), 4, superpixels=tmp_path / "s.safetensors")
+
+
+def test_scenes_carry_segments():
+    scenes = Scenes("digits", "train", 10)
+    batch = SceneBatches(scenes, WordTokenizer(), 4, superpixel_patch=4)(3)
+    assert batch["segments"].shape == (4, 144) and 2 <= len(batch["segments"][0].unique()) <= 60
+    assert "segments" not in SceneBatches(scenes, WordTokenizer(), 4)(3)

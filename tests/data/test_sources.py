@@ -1,6 +1,7 @@
 """Sources: found by name, options checked, pairs of folders and scenes, what is wrong with files, the limit on bad ones."""
 
 import itertools
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,17 @@ def test_segments_with_workers_are_those_without(tmp_path):
         assert torch.equal(*found) and found[0].shape == (12, 144)
     plain = FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors", augment=PairAugment((1.0, 1.0), (1.0, 1.0)))
     assert torch.equal(plain.read(2, generator(0)).segments, torch.from_numpy(patch_labels(plain.superpixels["2.png"], 4)).flatten())
+
+
+def test_sources_can_be_pickled(tmp_path):
+    """As worker processes that are not forked need them."""
+    pairs(tmp_path, 5)
+    write_superpixels([(f"{i:03}.png", tmp_path / f"{i:03}.png") for i in range(5)], tmp_path / "s.safetensors")
+    made = [FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors"), ScenePairs(Scenes("shapes", "train", 5), INPUTS),
+            create_source(load_options({"kind": "masks", "set": "shapes", "train_size": 5}), INPUTS)]
+    for source in made:
+        one, other = source.sample(3, 4), pickle.loads(pickle.dumps(source)).sample(3, 4)
+        assert all(torch.equal(x, getattr(other, name)) for name, x in vars(one).items() if isinstance(x, torch.Tensor))
 
 
 def test_millions_of_names_are_one_block():

@@ -8,11 +8,8 @@ import pytest
 from PIL import Image
 
 from ovseg.cli.main import main
-from ovseg.data.batches import SceneBatches
-from ovseg.data.folders import FolderBatches
 from ovseg.data.scenes import Scenes
 from ovseg.data.superpixels import SuperpixelFile, crop_patch_labels, patch_labels, superpixels, write_superpixels
-from ovseg.data.tokenizers import WordTokenizer
 from ovseg.errors import DataError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "segclip_tiny.npz"
@@ -70,35 +67,6 @@ def test_the_side_file(pairs, tmp_path, workers, capsys):
     assert out.stat().st_size < 6 * 48 * 48  # below a byte a pixel
     with pytest.raises(DataError, match=r"holds no superpixels of 'x\.png'"):
         file["x.png"]
-
-
-def test_batches_carry_the_patches_of_the_crop(pairs, tmp_path):
-    pictures = [(path.relative_to(pairs).as_posix(), path) for path in sorted(pairs.rglob("*.png"))]
-    # Pictures that are their own segment maps: what the picture shows in a patch is what its label must be.
-    for _, path in pictures:
-        ids = np.zeros((48, 48, 3), np.uint8)
-        ids[:, 24:] = 200
-        Image.fromarray(ids).save(path)
-    assert write_superpixels(pictures, tmp_path / "s.safetensors", scale=1.0, sigma=0.1, min_size=1) == (6, [])
-    batches = FolderBatches(pairs, WordTokenizer(), 4, image_size=48, superpixels=tmp_path / "s.safetensors", patch=4)
-    batch = batches(0)
-    assert batch["segments"].shape == (4, 144)
-    seen = batch["images"].mean(1).unflatten(2, (12, 4)).unflatten(1, (12, 4)).mean((2, 4)).flatten(1)
-    for image, segments in zip(seen, batch["segments"], strict=True):
-        for value in segments.unique():
-            shown = image[segments == value]
-            assert float(shown.max() - shown.min()) < 0.8  # not both sides of the edge, but for the patch on it
-    (pairs / "new.png").write_bytes((pairs / "0.png").read_bytes())
-    (pairs / "new.txt").write_text("gravel\n")
-    with pytest.raises(DataError, match=r"lacks 1 of 7 pictures, the first new\.png"):
-        FolderBatches(pairs, WordTokenizer(), 4, superpixels=tmp_path / "s.safetensors")
-
-
-def test_scenes_carry_segments():
-    scenes = Scenes("digits", "train", 10)
-    batch = SceneBatches(scenes, WordTokenizer(), 4, superpixel_patch=4)(3)
-    assert batch["segments"].shape == (4, 144) and 2 <= len(batch["segments"][0].unique()) <= 60
-    assert "segments" not in SceneBatches(scenes, WordTokenizer(), 4)(3)
 
 
 def test_damaged_side_files(tmp_path):
