@@ -3,6 +3,7 @@
     python scripts/plant_faults.py             # all; half a minute a fault and more
     python scripts/plant_faults.py mask norm   # those whose name holds one of the words
     python scripts/plant_faults.py system      # those in the systems, inference and evaluation
+    python scripts/plant_faults.py data:       # those in the loader, the sources and the augmentation
 
 Works on a copy of the tracked files. A fault that no test notices, or whose line is no longer in the source, makes the
 exit status 1. The list is part of docs/testing.md.
@@ -132,6 +133,31 @@ FAULTS += (
     _system("superpixels detached", "losses/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
     _system("slope of QuickGELU", "layers/quick_gelu.py", ".mul_(1.702)", ".mul_(1.0)", _SEGCLIP, "training_step"),
     _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
+)
+
+
+def _data(name: str, file: str, right: str, wrong: str, folder: str, tests: str = "") -> Fault:
+    return Fault(f"data: {name}", f"ovseg/data/{file}", right, wrong, tests, folder=f"tests/data/{folder}.py")
+
+
+FAULTS += (
+    _data("masks are not mirrored", "transforms.py", "return tuple(functional().horizontal_flip(item) for item in items)",
+          "return (functional().horizontal_flip(items[0]), *items[1:])", "test_transforms", "stay_on"),
+    _data("crops without antialias", "transforms.py", "antialias=True", "antialias=False", "test_transforms", "antialiased"),
+    _data("ignored pixels are a class", "mask_transforms.py", "counts[self.ignore_index] = 0", "pass", "test_transforms", "ignored"),
+    _data("padding is black", "mask_transforms.py", "[round(255 * channel)", "[0 * round(255 * channel)", "test_transforms", "padding"),
+    _data("hue turned the other way", "mask_transforms.py", "hue.int() + integer", "hue.int() - integer", "test_transforms", "photometric"),
+    _data("no cycle walking", "order.py", "while len(beyond):", "while False:", "test_order", "every_picture_once"),
+    _data("ranks overlap", "order.py", "(rank + 1) * size // ranks)", "(rank + 1) * size // ranks + 1)", "test_loader", "ranks_share"),
+    _data("epochs are alike", "loader.py", "mix(self.order.seed, epoch, i)", "mix(self.order.seed, 0, i)", "test_loader", "differs"),
+    _data("a step is left out on resume", "loader.py", "+ self.step + 1, self", "+ self.step + 2, self", "test_loader", "resume_equals"),
+    _data("the loader draws a seed", "loader.py", "generator=torch.Generator().manual_seed(self.seed), ", "", "test_loader", "left_alone"),
+    _data("a signal ends the workers", "loader.py", "signal.signal(signal.SIGTERM, _last_minute)", "pass", "test_loader", "signal_to_all"),
+    _data("any picture as a replacement", "sources/base.py", "mix(rng_seed, index, attempt) % len(self)",
+          "int(torch.randint(len(self), ()))", "test_loader", "depend_on_workers"),
+    _data("the last word is cut off", "pairs.py", "int(used[-1]) + 1", "int(used[-1])", "test_sources", "scenes_are_pairs"),
+    _data("segments of the whole picture", "sources/folder.py", "patch_labels(crops[0][0].numpy()", "patch_labels(maps[0]", "test_sources",
+          "segments_are"),
 )
 
 
