@@ -126,9 +126,7 @@ class Loader:
                 yield batch
         finally:
             atexit.unregister(self.close)
-            stop = getattr(iterator, "_shutdown_workers", None)
-            if stop is not None:
-                stop()
+            _stop(iterator)
 
     def close(self) -> None:
         """End the workers. The position stays; iterating starts new ones."""
@@ -202,13 +200,23 @@ def _next(iterator: Iterator[Any]) -> Batch | None:
     try:
         batch = next(iterator, None)
     except RuntimeError as error:
-        if "DataLoader" in str(error):  # killed, or the time limit
+        if str(error).startswith("DataLoader"):  # killed, or the time limit; a bug of the source says "Caught"
             raise DataError(f"{error}. A process that reads data ended or stopped answering; often memory or shared memory (/dev/shm) ran "
                             "out: lower data.workers or data.prefetch") from error
         raise
     if isinstance(batch, _Failed):
         raise DataError(batch.message)
     return batch
+
+
+def _stop(iterator: Any) -> None:
+    """End the workers now, not when the iterator happens to be collected; one that hangs has been asked before and is killed."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
 
 
 def _start_worker(number: int) -> None:

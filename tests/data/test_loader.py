@@ -74,6 +74,16 @@ def test_an_epoch_holds_every_picture_and_the_rest_of_it_on_demand(scenes):
         assert not torch.equal(first, torch.cat([batch.image_ids for batch in batches[len(sizes) :]]))
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_end_together(scenes, ranks):
+    for size in (9, 13, 40):
+        if 0 < 40 % size < ranks:
+            continue
+        made = [Loader(scenes, size, epochs=2, drop_last=False, rank=rank, ranks=ranks) for rank in range(ranks)]
+        counts = [[len(batch) for batch in loader] for loader in made]
+        assert len({len(count) for count in counts}) == 1 and min(map(min, counts)) >= 1 and sum(map(sum, counts)) == 80
+
+
 def test_augmentation_differs_between_epochs(folder):
     loader = Loader(folder, 23, shuffle=False)
     first, second = take(loader, 2)
@@ -218,6 +228,31 @@ def test_a_killed_worker_is_an_error(folder):
         for _ in range(100):
             next(iterator)
     assert set(children()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_worker_that_does_not_answer_is_given_up(folder):
+    before = set(children())
+    slow = Slow(folder.root, INPUTS, image_size=16)
+    slow.seconds = 30
+    with Loader(slow, 2, workers=1, timeout=0.5) as loader, pytest.raises(DataError, match="DataLoader timed out after 0"):
+        next(iter(loader))
+    assert set(children()) == before
+
+
+class Wrong(FolderPairs):
+    """Has a bug."""
+
+    def read(self, index, rng):
+        raise RuntimeError("shape of the bug")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_of_a_source_stays_what_it_is(folder, workers):
+    with Loader(Wrong(folder.root, INPUTS), 2, workers=workers) as loader, pytest.raises(RuntimeError, match="shape of the bug") as caught:
+        next(iter(loader))
+    assert not isinstance(caught.value, DataError)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
