@@ -4,18 +4,19 @@ import itertools
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from loading import INPUTS, pairs
+from loading import INPUTS, pairs, same
 from PIL import Image
 
-from ovseg.data.batch_types import PairBatch
-from ovseg.data.draws import generator
+from ovseg.data.batch_types import CrossImageBatch, PairBatch
+from ovseg.data.draws import generator, integer
 from ovseg.data.loader import Loader
-from ovseg.data.pairs import caption_id, collate_pairs, countable_pairs
+from ovseg.data.pairs import PairSample, caption_id, collate_pairs, countable_pairs
 from ovseg.data.scenes import Scenes
 from ovseg.data.skips import SkipLimit
 from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_options
@@ -118,6 +119,40 @@ class Numbers(Source[PairSample]):
     def describe(self):
         return {"kind": "numbers", "pictures": self.upto}
 '''
+
+
+@dataclass
+class TwoPictures(PairSample):
+    partner: torch.Tensor | None = None
+    entity: int = -1
+
+
+class ScenesTwoByTwo(ScenePairs):
+    """Each scene with another that shares an entity of it: what a source of picture pairs has to do."""
+
+    batch_type = CrossImageBatch
+
+    def read(self, index, rng):
+        first = super().read(index, rng)
+        entity = first.image_entities.nonzero()[0].item()
+        others = self.entities[:, :, entity].amax(1).nonzero().flatten().tolist()
+        return TwoPictures(**vars(first), partner=self.images[others[integer(rng, 0, len(others))]], entity=entity)
+
+    def collate(self, samples):
+        partner, entities = torch.stack([sample.partner for sample in samples]), torch.tensor([sample.entity for sample in samples])
+        return CrossImageBatch(**vars(super().collate(samples)), partner=partner, entity_ids=entities)
+
+
+def test_pictures_may_come_two_by_two():
+    source = ScenesTwoByTwo(Scenes("shapes", "train", 20), INPUTS)
+    found = []
+    for workers in (0, 1):
+        with Loader(source, 6, workers=workers) as loader:
+            found.append(list(itertools.islice(loader, 4)))
+    assert all(map(same, *found)) and not torch.equal(found[0][0].partner, found[0][0].images)
+    batch = found[0][2].to("cpu")
+    assert isinstance(batch, CrossImageBatch) and batch.partner.shape == batch.images.shape and batch.entity_ids.shape == (6,)
+    assert bool(batch.image_entities[torch.arange(6), batch.entity_ids].all())
 
 
 def test_true_by_accident_is_left_out():
