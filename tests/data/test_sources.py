@@ -23,7 +23,7 @@ from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_opti
 from ovseg.data.sources.folder import FolderPairs, Names
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.data.superpixels import patch_labels, write_superpixels
-from ovseg.data.tokenizers import UNKNOWN, WordTokenizer
+from ovseg.data.tokenizers import END, UNKNOWN, WordTokenizer
 from ovseg.data.transforms import PairAugment
 from ovseg.errors import ConfigError, DataError
 
@@ -205,6 +205,7 @@ def test_padding_of_all_texts_is_cut_off():
     source = ScenePairs(Scenes("shapes", "train", 30), INPUTS, captions=2)
     batch = batch_of(source, range(6))
     assert bool((batch.token_ids[:, -1] != 0).any()) and batch.token_ids.shape[1] < 16
+    assert bool((batch.token_ids == END).any(1).all())
     empty = source.sample(0, 0)
     empty.token_ids = torch.zeros(1, 7, dtype=torch.int64)
     assert collate_pairs([empty]).token_ids.shape == (1, 1)
