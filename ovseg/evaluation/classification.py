@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import distributed
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
 from ..errors import DataError, InputError
-from ..inference import Predictor, Settings
+from ..inference import Predictor
 from ..models import OVSegModel
 from ..progress import bar
-from .processes import add_over_processes, gather_names, rank_and_world
 
 
 class ClassFolders:
@@ -60,13 +60,13 @@ class Classification:
 
 
 @torch.no_grad()
-def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: Settings | None = None, skip_bad: bool = False,
-                            limit: int | None = None, progress: bool = False) -> Classification:
-    """The class whose best text is the most similar to the picture, seen as ``settings`` say, by ``model.similarity``."""
-    predictor = Predictor(model, data.labels, settings=settings or Settings())
+def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: bool = False, limit: int | None = None,
+                            progress: bool = False, **options: Any) -> Classification:
+    """The class whose best text is the most similar to the picture, by ``model.similarity``; ``options`` as of ``Predictor``."""
+    predictor = Predictor(model, data.labels, **options)
     count = len(data.labels)
     matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
-    rank, world = rank_and_world()
+    rank, world = distributed.rank(), distributed.world_size()
     total = len(data.items) if limit is None else min(limit, len(data.items))
     skipped: list[str] = []
     failures: list[str] = []
@@ -82,19 +82,19 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: 
             break
         matrix[truth, order[0]] += 1
         in_five += truth in order[:5]
-    failures = gather_names(failures)
+    failures = distributed.gather_strings(failures)
     if failures:
         raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
-    skipped = gather_names(skipped)
-    add_over_processes(matrix)
-    add_over_processes(in_five)
+    skipped = distributed.gather_strings(skipped)
+    distributed.all_reduce_sum(matrix)
+    distributed.all_reduce_sum(in_five)
     pictures = int(matrix.sum())
     if pictures == 0:
         raise DataError(f"{data.root}: none of {total} pictures could be used; the first: {skipped[0] if skipped else 'there is none'}")
     of_class = matrix.sum(1)
     each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
     summary = {"model": model.name, "data": str(data.root), "pictures": pictures, "classes": count,
-               "templates": predictor.settings.templates or data.labels.templates or model.templates,
+               "templates": predictor.queries.templates_for(model),
                "top1": round(100 * float(np.trace(matrix)) / pictures, 2), "top5": round(100 * float(in_five[0]) / pictures, 2),
                "mean_top1": round(float(each.mean()), 2)}  # fmt: skip
     return Classification(summary, data.labels, matrix, skipped)
