@@ -126,7 +126,7 @@ FAULTS += (
     _system("small classes kept", _LABELS, "small = area <= settings", "small = area < 0 * settings", _MAPS, "area"),
     _system("threshold is background", "evaluation/metrics.py", 'side="right"', 'side="left"', _METRICS, "sweep"),
     _system("contour past the border", "evaluation/metrics.py", '"cval": -2', '"cval": 0', _METRICS, "boundary"),
-    _system("no sum over processes", "evaluation/processes.py", "dist.all_reduce(total)", "pass", _EVALUATE, "two_processes"),
+    _system("no sum over processes", "distributed.py", "dist.all_reduce(total, group=everyone)", "pass", _EVALUATE, "two_processes"),
     _system("shift not seen", "data/check.py", "< _CLEARLY * misfit[0]", "< 0", _SETS, "shifted"),
     _system("removed values counted", "data/segmentation_sets.py", "while value in removed:", "while False:", _SETS, "layout"),
     _system("cut member taken", "inference/sources.py", "+ member.size > whole:", "+ member.size > 10 * whole:", _SOURCES, "shards"),

@@ -52,20 +52,15 @@ class _ListProtocols(argparse.Action):
 
 
 def run(options: argparse.Namespace) -> int:
+    from .. import distributed
     from ..errors import InputError
-    from ..evaluation.processes import rank_and_world
 
     if options.plots and not options.out:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
     for name in ("limit", "scenes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}; expected at least 1")
-    rank, world = rank_and_world()
-    device = options.device
-    if world > 1 and device == "cuda":
-        import os
-
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    rank, device = distributed.rank(), str(distributed.device(options.device))
     return _classify(options, device, rank) if options.data == "imagefolder" else _segment(options, device, rank)
 
 

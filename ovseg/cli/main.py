@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .. import __version__
+from .. import __version__, distributed
 from ..errors import CheckpointError, ConfigError, DataError, InputError
 
 VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        distributed.close()
 
 
 if __name__ == "__main__":

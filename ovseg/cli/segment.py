@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -74,6 +73,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from .. import distributed
     from ..errors import InputError
     from ..inference import Predictor
     from ..inference.folder import Journal, fingerprint
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = distributed.rank(), distributed.world_size()
     if world > 1:
         sources = [source for source in sources if zlib.crc32(source.name.encode()) % world == rank]
         bad = bad if rank == 0 else []

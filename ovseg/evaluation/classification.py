@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import distributed
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
 from ..errors import DataError, InputError
 from ..inference import Predictor, Settings
 from ..models import OVSegModel
 from ..progress import bar
-from .processes import add_over_processes, gather_names, rank_and_world
 
 
 class ClassFolders:
@@ -66,7 +66,7 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: 
     predictor = Predictor(model, data.labels, settings=settings or Settings())
     count = len(data.labels)
     matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
-    rank, world = rank_and_world()
+    rank, world = distributed.rank(), distributed.world_size()
     total = len(data.items) if limit is None else min(limit, len(data.items))
     skipped: list[str] = []
     failures: list[str] = []
@@ -82,12 +82,12 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: 
             break
         matrix[truth, order[0]] += 1
         in_five += truth in order[:5]
-    failures = gather_names(failures)
+    failures = distributed.gather_strings(failures)
     if failures:
         raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
-    skipped = gather_names(skipped)
-    add_over_processes(matrix)
-    add_over_processes(in_five)
+    skipped = distributed.gather_strings(skipped)
+    distributed.all_reduce_sum(matrix)
+    distributed.all_reduce_sum(in_five)
     pictures = int(matrix.sum())
     if pictures == 0:
         raise DataError(f"{data.root}: none of {total} pictures could be used; the first: {skipped[0] if skipped else 'there is none'}")

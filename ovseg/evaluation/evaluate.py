@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import distributed
 from ..data.segmentation_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
@@ -20,7 +21,6 @@ from ..inference.label_maps import NEVER
 from ..models import OVSegModel
 from ..progress import bar
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
-from .processes import add_over_processes, gather_names, rank_and_world
 from .protocols import Protocol
 
 
@@ -110,7 +110,7 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     predictor = Predictor(model, protocol.labels, settings=settings)
     matrix = ConfusionMatrix(classes, IGNORE, none=not about.background)
     bands = BoundaryCounts(classes, IGNORE) if boundary else None
-    rank, world = rank_and_world()
+    rank, world = distributed.rank(), distributed.world_size()
     total = len(data) if limit is None else min(limit, len(data))
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     skipped: list[str] = []
@@ -139,15 +139,15 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
             examples.append((np.asarray(image), truth, labels))
         if observe is not None:
             observe(i, predictor, found)
-    failures = gather_names([str(failure)] if failure else [])
+    failures = distributed.gather_strings([str(failure)] if failure else [])
     if failures:
         raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
-    skipped = gather_names(skipped)
+    skipped = distributed.gather_strings(skipped)
     if len(skipped) >= total:
         raise DataError(f"{about.name}: none of {total} pictures could be used; the first: {skipped[0] if skipped else 'there is none'}")
     for counted in (matrix, bands, sweeping):
         if counted is not None:
-            add_over_processes(counted.counts)
+            distributed.all_reduce_sum(counted.counts)
     scores = matrix.scores()
     band_iou = None if bands is None else bands.iou()
     curve = None if sweeping is None else (sweeping.thresholds, sweeping.curve())

@@ -1,0 +1,102 @@
+"""ovseg.distributed: what processes agree on, and where it reads who they are."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from processes import run
+
+from ovseg import distributed
+from ovseg.errors import ConfigError
+
+_WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS", "MASTER_ADDR",
+        "MASTER_PORT", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")  # fmt: skip
+
+
+@pytest.fixture
+def who(monkeypatch):
+    for name in _WHO:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def collectives():
+    me, world = distributed.rank(), distributed.world_size()
+    found = {
+        "flags": distributed.any_flag(me == 1, False),
+        "sum": distributed.all_reduce_sum(np.array([[1, 2**60 + me]])).tolist(),
+        "smallest": distributed.smallest(10 - me),
+        "strings": distributed.gather_strings([f"rank {me}"] * me + ["é\n"]),
+        "json": distributed.broadcast_json({"from": me, "x": [0.1]}),
+    }
+    one, some, none, scalar = (torch.nn.Parameter(torch.zeros(n, dtype=d)) for n, d in
+                               ((3, torch.float64), (2, torch.float64), (2, torch.float32), ((), torch.float32)))
+    one.grad, scalar.grad = torch.full((3,), float(me), dtype=torch.float64), torch.tensor(2.0 * me)
+    some.grad = torch.ones(2, dtype=torch.float64) if me == 0 else None
+    distributed.average_gradients([one, some, none, scalar])
+    found["gradients"] = [one.grad.tolist(), some.grad.tolist(), none.grad, scalar.grad.item()]
+    distributed.barrier()
+    distributed.close()
+    print(json.dumps([me, world, found]))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_processes_agree_on(world):
+    printed = [json.loads(text.splitlines()[-1]) for text in run(__file__, "collectives", world)]
+    mean = sum(range(world)) / world
+    strings = [s for me in range(world) for s in [f"rank {me}"] * me + ["é\n"]]
+    for rank, (me, size, found) in enumerate(printed):
+        assert (me, size) == (rank, world)
+        assert found["flags"] == [True, False] and found["smallest"] == 11 - world
+        assert found["sum"] == [[world, world * 2**60 + sum(range(world))]]
+        assert found["strings"] == strings and found["json"] == {"from": 0, "x": [0.1]}
+        assert found["gradients"] == [[mean] * 3, [pytest.approx(1 / world)] * 2, None, 2 * mean]
+
+
+def test_one_process_needs_no_group(who):
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank(), distributed.is_main()) == (0, 1, 0, True)
+    assert distributed.group() is None and distributed.any_flag(True, False) == (True, False)
+    assert distributed.gather_strings(["a"]) == ["a"] and distributed.broadcast_json({"a": 1}) == {"a": 1}
+    distributed.average_gradients([torch.nn.Parameter(torch.zeros(1))])
+    distributed.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_who_a_process_is(who):
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():  # the script of sbatch, outside of srun
+        who.setenv(name, value)
+    assert distributed.world_size() == 1 and distributed.rank() == 0
+    for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}.items():
+        who.setenv(name, value)
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (5, 8, 1) and not distributed.is_main()
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "2"}.items():  # torchrun started by srun
+        who.setenv(name, value)
+    assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (3, 4, 2)
+    with pytest.raises(ConfigError, match="names no MASTER_ADDR"):
+        distributed.group()
+    who.setenv("RANK", "first")
+    with pytest.raises(ConfigError, match="RANK is 'first'"):
+        distributed.rank()
+
+
+@pytest.mark.parametrize("nodes,first", [("gpu07", "gpu07"), ("gpu[07-09,12]", "gpu07"), ("a1,b2", "a1"), ("rack-2-n[3,5]", "rack-2-n3")])
+def test_the_first_node_of_srun(who, nodes, first):
+    who.setenv("SLURM_STEP_NODELIST", nodes)
+    who.setenv("SLURM_JOB_ID", "41234567")
+    assert distributed._meeting_place() == (first, 20000 + 41234567 % 20000)
+
+
+def test_devices():
+    assert distributed.device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device is 'potato'"):
+        distributed.device("potato")
+    if not torch.cuda.is_available():
+        assert distributed.device("auto") == torch.device("cpu")
+        with pytest.raises(ConfigError, match="torch sees no GPU"):
+            distributed.device("cuda")
+
+
+def test_seeds_differ_by_rank_and_seed():
+    seeds = {distributed.seed_for(seed, rank) for seed in range(4) for rank in range(8)}
+    assert len(seeds) == 32 and all(0 <= s < 2**63 for s in seeds) and distributed.seed_for(3, 2) == distributed.seed_for(3, 2)
