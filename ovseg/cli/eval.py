@@ -15,7 +15,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .segment import add_settings, given_settings, load_model
+from .device import add_device, device_of, to_device
+from .inference_options import add_inference_options, given_inference_options
+from .segment import load_model
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -37,8 +39,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of embedded data")
     sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
     sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
-    sub.add_argument("--device", default="cpu", help="cpu, cuda; in several processes each takes the GPU of its local rank")
-    add_settings(sub)
+    sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1, exact counts)")
+    add_device(sub)
+    add_inference_options(sub)
 
 
 class _ListProtocols(argparse.Action):
@@ -57,36 +60,33 @@ def run(options: argparse.Namespace) -> int:
 
     if options.plots and not options.out:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
-    for name in ("limit", "scenes"):
+    for name in ("limit", "scenes", "batch"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}; expected at least 1")
-    rank, device = distributed.rank(), str(distributed.device(options.device))
-    return _classify(options, device, rank) if options.data == "imagefolder" else _segment(options, device, rank)
+    rank = distributed.rank()
+    return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)
 
 
-def _models(options: argparse.Namespace, device: str):
+def _models(options: argparse.Namespace, quiet: bool):
     """(title, model) of every model and readout."""
     from ..errors import InputError
-    from ..layers.readout import resolve_readout
-    from ..models.clip_dense import ClipDense
 
     several = len({Path(name).name for name in options.models}) < len(options.models)
     for name in options.models:
         title = name if several else Path(name).name
-        model = load_model(name, device)
-        if not options.readout:
-            yield title, model
-        elif isinstance(model, ClipDense):
+        model = to_device(load_model(name, "cpu"), options, quiet=quiet)
+        set_readout = getattr(model, "set_readout", None)  # of training-free models
+        if options.readout and set_readout:
             for readout in options.readout.split(","):
-                model.readout, model.config["readout"] = resolve_readout(readout), readout
+                set_readout(readout)
                 yield f"{title} {readout}", model
-        elif len(options.models) == 1:
+        elif options.readout and len(options.models) == 1:
             raise InputError(f"--readout is given and {name} is no clip_dense model; its attention is part of its training")
         else:
             yield title, model
 
 
-def _segment(options: argparse.Namespace, device: str, rank: int) -> int:
+def _segment(options: argparse.Namespace, rank: int) -> int:
     import numpy as np
 
     from ..data.labels import LabelSet
@@ -96,7 +96,7 @@ def _segment(options: argparse.Namespace, device: str, rank: int) -> int:
     from ..evaluation.protocols import protocol
     from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
 
-    changes = given_settings(options)
+    changes = given_inference_options(options)
     labels = LabelSet.read(options.labels_file) if options.labels_file else None
     sets: list[Any] = []
     for name in options.data.split(","):
@@ -110,16 +110,16 @@ def _segment(options: argparse.Namespace, device: str, rank: int) -> int:
     reports: dict[str, Report] = {}
     shown: dict[str, Any] = {}
     for data in sets:
-        for title, model in _models(options, device):
+        for title, model in _models(options, quiet=rank > 0):
             chosen = protocol(options.protocol, data.description, model, labels=labels, present_only=options.present_only, **changes)
             choices = chosen.choices(model, data.description)
             if rank == 0 and choices != shown:
                 _print_choices(title, choices)
                 shown = choices
-            top = chosen.settings.scale or 1.0
-            thresholds = np.linspace(0, 1 if chosen.settings.activation else top, 101) if options.sweep else None
+            _, top = chosen.decision.score_range or (0.0, 1.0)  # without a range the sweep is refused
+            thresholds = np.linspace(0, top, 101) if options.sweep else None
             scored = {"boundary": options.boundary, "thresholds": thresholds, "limit": options.limit, "skip_bad": options.skip_bad,
-                      "keep": 10, "progress": True}
+                      "keep": 10, "progress": True, "batch": options.batch}
             if isinstance(data, SceneSet):
                 report = evaluate_scene_set(model, data, chosen=chosen, **scored)
             else:
@@ -141,7 +141,7 @@ def _segment(options: argparse.Namespace, device: str, rank: int) -> int:
         from ..evaluation.plots import plot_classes, plot_confusion, plot_sweeps
 
         out = Path(options.out)
-        written: list[Path | None] = [*write_results(rows, out, command=_command(options), environment=environment(device))]
+        written: list[Path | None] = [*write_results(rows, out, command=_command(options), environment=environment(device_of(options)))]
         for data in sets:
             some = {title: report for title, report in reports.items() if report.data is data.description}
             stem = "" if len(sets) == 1 else f"{data.description.name}_"
@@ -171,22 +171,21 @@ def _command(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(options).items() if key not in ("run", "verb", "out", "list_protocols") and value is not None}
 
 
-def _classify(options: argparse.Namespace, device: str, rank: int) -> int:
+def _classify(options: argparse.Namespace, rank: int) -> int:
     import json
 
     from ..data.labels import LabelSet
     from ..errors import InputError
     from ..evaluation.classification import ClassFolders, evaluate_classification
     from ..evaluation.evaluate import table
-    from ..inference import Settings
 
     if options.root is None:
         raise InputError("--root is missing; expected a folder with a sub-folder of pictures for each class")
     data = ClassFolders(options.root, LabelSet.read(options.labels_file) if options.labels_file else None)
     found = []
-    for title, model in _models(options, device):
-        result = evaluate_classification(model, data, settings=Settings.of(given_settings(options)), skip_bad=options.skip_bad,
-                                         limit=options.limit, progress=True)
+    for title, model in _models(options, quiet=rank > 0):
+        result = evaluate_classification(model, data, skip_bad=options.skip_bad, limit=options.limit, progress=True,
+                                         **given_inference_options(options))
         result.summary["model"] = title
         found.append(result)
     if rank > 0:

@@ -18,42 +18,14 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .device import add_device, to_device
+from .inference_options import add_inference_options, given_inference_options
+
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
     from ..inference import Segmentation
 
 _ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json", "rle": ".rle.json"}
-_SETTINGS = {
-    "short_side": (int, "resize pictures to this short side before encoding"),
-    "long_side": (int, "and make them smaller where the long side would exceed this"),
-    "crop": (int, "see the resized picture through square windows of this side"),
-    "stride": (int, "pixels from one window to the next (default: half of --crop)"),
-    "window_batch": (int, "windows in one encoder call (default: 8)"),
-    "templates": (str, "set of prompt templates: label, simple, scenes, pacl7, zegclip15, clip80"),
-    "synonyms": (str, "max: a label scores what its best text scores (default); mean: the mean text is asked for"),
-    "scale": (float, "multiplies the cosines, for softmax and entropy"),
-    "activation": (str, "sigmoid or softmax (which needs --scale); then scores are probabilities"),
-    "background_threshold": (float, "pixels whose winner scores less get no label: a cosine, or a probability with --activation"),
-    "background_entropy": (float, "pixels get no label where the entropy of softmax(scale * cosines) exceeds this"),
-    "area_threshold": (float, "labels with less than this share of the foreground are taken back"),
-    "refine": (str, "pamr: adapt the label maps to the picture's edges (slow)"),
-}
-
-
-def add_settings(sub: argparse.ArgumentParser) -> None:
-    """The options that stand for fields of ``inference.Settings``."""
-    group = sub.add_argument_group("how pictures are seen and labels are decided")
-    for name, (kind, text) in _SETTINGS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
-    group.add_argument("--background", help="comma-separated texts that stand for everything else; where one wins there is no label")
-
-
-def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ``inference.Settings`` that the command line names."""
-    given = {name: getattr(options, name) for name in _SETTINGS if getattr(options, name) is not None}
-    if options.background is not None:
-        given["background"] = tuple(text.strip() for text in options.background.split(","))
-    return given
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -68,8 +40,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("-o", "--out", default="segmented", help="output folder (default: %(default)s)")
     sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json, rle (default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
-    sub.add_argument("--device", default="cpu")
-    add_settings(sub)
+    add_device(sub)
+    add_inference_options(sub)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         if name not in _ENDINGS:
             raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
     labels = _labels(options)
-    model = load_model(options.model, options.device, **({"readout": options.readout} if options.readout else {}))
+    model = load_model(options.model, "cpu", **({"readout": options.readout} if options.readout else {}))
     sources, bad = find_pictures(options.images)
     demo = None
     if options.demo:
@@ -103,9 +75,9 @@ def run(options: argparse.Namespace) -> int:
     if world > 1:
         sources = [source for source in sources if zlib.crc32(source.name.encode()) % world == rank]
         bad = bad if rank == 0 else []
-    given = given_settings(options)
-    predictor = Predictor(model, labels, **given)
-    _warn_unknown(model, [*labels.queries, *predictor.settings.background])
+    given = given_inference_options(options)
+    predictor = Predictor(to_device(model, options, quiet=rank > 0), labels, **given)
+    _warn_unknown(model, [*labels.queries, *predictor.queries.background])
     out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
     asked = [labels.names, labels.texts, labels.templates]
     journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": options.readout})
@@ -190,7 +162,7 @@ def load_model(name: str, device: str, **options: Any):
 
 
 def _warn_unknown(model, labels: list[str]) -> None:
-    unknown = getattr(model.backbone.tokenizer, "unknown", None)
+    unknown = getattr(model.tokenizer, "unknown", None)
     words = sorted({word for label in labels for word in unknown(label)}) if unknown else []
     if words:
         print(f"this model does not know: {', '.join(words)}", file=sys.stderr)

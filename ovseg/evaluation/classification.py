@@ -13,7 +13,7 @@ from .. import distributed
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
 from ..errors import DataError, InputError
-from ..inference import Predictor, Settings
+from ..inference import Predictor
 from ..models import OVSegModel
 from ..progress import bar
 
@@ -60,10 +60,10 @@ class Classification:
 
 
 @torch.no_grad()
-def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: Settings | None = None, skip_bad: bool = False,
-                            limit: int | None = None, progress: bool = False) -> Classification:
-    """The class whose best text is the most similar to the picture, seen as ``settings`` say, by ``model.similarity``."""
-    predictor = Predictor(model, data.labels, settings=settings or Settings())
+def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: bool = False, limit: int | None = None,
+                            progress: bool = False, **options: Any) -> Classification:
+    """The class whose best text is the most similar to the picture, by ``model.similarity``; ``options`` as of ``Predictor``."""
+    predictor = Predictor(model, data.labels, **options)
     count = len(data.labels)
     matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
     rank, world = distributed.rank(), distributed.world_size()
@@ -94,7 +94,7 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, settings: 
     of_class = matrix.sum(1)
     each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
     summary = {"model": model.name, "data": str(data.root), "pictures": pictures, "classes": count,
-               "templates": predictor.settings.templates or data.labels.templates or model.templates,
+               "templates": predictor.queries.templates_for(model),
                "top1": round(100 * float(np.trace(matrix)) / pictures, 2), "top5": round(100 * float(in_five[0]) / pictures, 2),
                "mean_top1": round(float(each.mean()), 2)}  # fmt: skip
     return Classification(summary, data.labels, matrix, skipped)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from .. import distributed
 from ..data.segmentation_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
-from ..inference.label_maps import NEVER
+from ..inference.predictor import Seen
+from ..inference.reading import Prepared, read_ahead
 from ..models import OVSegModel
 from ..progress import bar
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
@@ -76,7 +77,7 @@ class Report:
 
 @torch.no_grad()
 def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boundary: bool = False, thresholds: np.ndarray | None = None,
-             limit: int | None = None, skip_bad: bool = False, keep: int = 0, progress: bool = False,
+             limit: int | None = None, skip_bad: bool = False, keep: int = 0, progress: bool = False, batch: int = 1,
              observe: Callable[[int, Predictor, Segmentation], None] | None = None) -> Report:
     """Label every picture and compare.
 
@@ -92,22 +93,24 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
         limit: only the first pictures.
         skip_bad: pictures and masks that cannot be read are left out and named; otherwise they end the evaluation.
         keep: examples to keep.
+        batch: pictures that are encoded together. Faster on a GPU; with 1, several processes give the figures of one to the last pixel.
         observe: called for each picture of this process.
 
     Raises:
         DataError: for a picture or mask that cannot be read, unless ``skip_bad``; if nothing is left.
         InputError: for a sweep where it means nothing.
     """
-    about, settings = data.description, protocol.settings
+    about, decision = data.description, protocol.decision
     classes = about.classes or protocol.labels.names
-    sweeping = None
+    sweeping, own_threshold = None, getattr(decision, "background_threshold", None)
+    predictor = protocol.predictor(model)
     if thresholds is not None:
-        if not about.background or model.decision == "groups":
-            why = f"is labelled in groups by {model.name}, whose threshold is relative" if about.background else "has no background class"
+        if not about.background or decision.score_range is None:
+            why = f"is labelled by the {decision.name} of {model.name}, whose threshold is relative" if about.background else (
+                "has no background class")
             raise InputError(f"a sweep of background thresholds was asked for and {about.name} {why}")
         sweeping = ThresholdSweep(classes, thresholds, IGNORE)
-        settings = replace(settings, background_threshold=None)
-    predictor = Predictor(model, protocol.labels, settings=settings)
+        predictor.decision = replace(decision, background_threshold=None)  # type: ignore[call-arg]
     matrix = ConfusionMatrix(classes, IGNORE, none=not about.background)
     bands = BoundaryCounts(classes, IGNORE) if boundary else None
     rank, world = distributed.rank(), distributed.world_size()
@@ -115,23 +118,22 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     skipped: list[str] = []
     failure: Exception | None = None
-    for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc=f"{model.name} on {about.name}", leave=False):
-        try:
-            image, truth = data[i]
-            if protocol.present_only:
-                predictor.settings = replace(settings, bias=_only(truth, about, protocol, settings.bias))
-            found = predictor.set_image(image).predict()
-        except (DataError, InputError) as error:
+    shown = bar(total=len(range(rank, total, world)), show=progress and rank == 0, unit="picture", desc=f"{model.name} on {about.name}",
+                leave=False)
+    for i, image, truth, seen in _seen(data, range(rank, total, world), predictor, batch):
+        shown.update()
+        if isinstance(seen, Exception):
             if skip_bad:
-                skipped.append(str(error))
+                skipped.append(str(seen))
                 continue
-            failure = error
+            failure = seen
             break
+        found = predictor.set_image(seen).predict(allowed=_present(truth, about, protocol) if protocol.present_only else None)
         labels = found.labels.astype(np.int64) + int(about.background)  # -1 becomes class 0 where that is the background
         if sweeping is not None:
             sweeping.update(labels, found.scores, truth)
-            if protocol.settings.background_threshold is not None:
-                labels = np.where(found.scores < protocol.settings.background_threshold, 0, labels)
+            if own_threshold is not None:
+                labels = np.where(found.scores < own_threshold, 0, labels)
         matrix.update(labels, truth)
         if bands is not None:
             bands.update(labels, truth)
@@ -139,6 +141,7 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
             examples.append((np.asarray(image), truth, labels))
         if observe is not None:
             observe(i, predictor, found)
+    shown.close()
     failures = distributed.gather_strings([str(failure)] if failure else [])
     if failures:
         raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
@@ -157,10 +160,25 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     return Report(model.name, about, choices, scores, summary, counted_pictures, skipped, band_iou, curve, examples)
 
 
-def _only(truth: np.ndarray, about: SetDescription, protocol: Protocol, bias: dict[str, float] | None) -> dict[str, float]:
+def _seen(data: EvaluationSet, indices: range, predictor: Predictor, batch: int) -> Iterator[tuple[int, Any, Any, Seen | Exception]]:
+    """(index, picture, truth, what the model saw), the error in place of the last for those that cannot be read. Read ahead in a thread."""
+
+    def read(i: int):
+        try:
+            image, truth = data[i]
+            return image, truth, predictor.prepare(image)
+        except (DataError, InputError) as error:
+            return None, None, error
+
+    for some in read_ahead(indices, read, batch, readers=1):
+        seen = iter(predictor.see([one for _, (_, _, one) in some if isinstance(one, Prepared)]))
+        for i, (image, truth, one) in some:
+            yield i, image, truth, next(seen) if isinstance(one, Prepared) else one
+
+
+def _present(truth: np.ndarray, about: SetDescription, protocol: Protocol) -> list[str]:
     present = set(np.unique(truth[truth != IGNORE]).tolist())
-    return {name: (bias or {}).get(name, 0.0) + (0.0 if i + about.background in present else NEVER)
-            for i, name in enumerate(protocol.labels.names)}
+    return [name for i, name in enumerate(protocol.labels.names) if i + about.background in present]
 
 
 def _summary(model, about, protocol, scores, band_iou, curve, pictures) -> dict[str, Any]:

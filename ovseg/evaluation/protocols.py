@@ -1,12 +1,13 @@
 """Evaluation protocols: named, versioned, and every choice of one in the open.
 
-A protocol says how pictures are resized and cut, which texts stand for the classes and the background, through which templates, and how
-labels are decided. It is a file in ``evaluation/protocols``; where it is silent the defaults of ``Settings`` hold.
+A protocol says how pictures are resized and cut (``View``), which texts stand for the classes and the background, through which templates
+(``Queries``), and how labels are decided (the model's rule). It is a file in ``evaluation/protocols``, whose ``settings`` go to the one of
+the three that has them; where it is silent their defaults hold.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..data.labels import LabelSet
 from ..data.segmentation_sets import SetDescription
 from ..data.templates import templates
 from ..errors import ConfigError, InputError
-from ..inference.settings import Settings
+from ..inference import Decision, Predictor, Queries, View
+from ..inference.decisions import rule
+from ..inference.routing import option_names, route
 from ..models import OVSegModel
 
 _PROTOCOLS = Path(__file__).parent / "protocols"
@@ -28,8 +31,7 @@ class Protocol:
 
     Attributes:
         name, version, title, source, notes: of the file.
-        settings: for ``Predictor``.
-        labels: the classes without the background, with their texts.
+        view, queries, decision: for ``Predictor``; the labels of ``queries`` are the classes without the background.
         changed: what the caller changed about the named protocol.
         present_only: only the classes of a picture's truth compete in it. It uses the truth.
     """
@@ -39,8 +41,9 @@ class Protocol:
     title: str
     source: str
     notes: tuple[str, ...]
-    settings: Settings
-    labels: LabelSet
+    view: View
+    queries: Queries
+    decision: Decision
     changed: tuple[str, ...] = ()
     present_only: bool = False
 
@@ -49,33 +52,38 @@ class Protocol:
         """``sclip v1``, with a star if something was changed."""
         return f"{self.name} v{self.version}" + ("*" if self.changed or self.present_only else "")
 
+    @property
+    def labels(self) -> LabelSet:
+        """The classes without the background, with their texts."""
+        assert self.queries.labels is not None
+        return self.queries.labels
+
+    def predictor(self, model: OVSegModel) -> Predictor:
+        return Predictor(model, self.queries, view=self.view, decision=self.decision)
+
     def choices(self, model: OVSegModel, data: SetDescription) -> dict[str, Any]:
         """Every choice, for result files and for people."""
-        settings, backbone = self.settings, model.backbone
-        used = templates(settings.templates or self.labels.templates or model.templates)
-        seen = "whole, upsampled once to the picture's size" if settings.crop is None else (
-            f"windows of {settings.crop}, stride {settings.stride or max(1, settings.crop // 2)}, merged by the mean, then resized")
+        view, queries, decision, spec = self.view, self.queries, self.decision, model.spec
+        used = templates(queries.templates_for(model))
+        seen = "whole, upsampled once to the picture's size" if view.crop is None else (
+            f"windows of {view.crop}, stride {view.step}, merged by the mean, then resized")
         if not data.background:
             background = "none: its pixels are not counted"
         else:
-            rules = [f"one of {len(settings.background)} texts wins"] if settings.background else []
-            rules += [f"the winner scores below {settings.background_threshold}"] if settings.background_threshold is not None else []
-            rules += [f"entropy above {settings.background_entropy} nats"] if settings.background_entropy is not None else []
-            background = " or ".join(rules) or "never predicted"
+            rules = [f"one of {len(queries.background)} texts wins"] if queries.background else []
+            background = " or ".join(rules + decision.background_rules()) or "never predicted"
+        settings = {name: getattr(value, name) for value in (view, queries, decision) for name in option_names(value)}
         return {
-            "model": model.name, "model_options": dict(model.config),
+            "model": model.name, "model_options": dict(model.config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
-            "data": data.title, "classes": data.number, "background": background, "background_texts": list(settings.background),
+            "data": data.title, "classes": data.number, "background": background, "background_texts": list(queries.background),
             "class_texts": {name: list(texts) for name, texts in zip(self.labels.names, self.labels.texts, strict=True)},
-            "templates": len(used), "template_texts": list(used), "text_mean": settings.text_mean, "synonyms": settings.synonyms,
-            "resize": f"short side {settings.short_side or backbone.image_size}"
-                      + (f", long side at most {settings.long_side}" if settings.long_side else "") + f", {settings.resize}",
-            "seen": seen, "normalisation": {"mean": list(backbone.image_mean), "std": list(backbone.image_std)},
-            "scores": "cosines" + (f" times {settings.scale:g}" if settings.scale else "")
-                      + (f", {settings.activation} at the {settings.stage} stage" if settings.activation else ""),
-            "area_threshold": settings.area_threshold, "bias": settings.bias or {}, "refine": settings.refine,
-            "present_only": self.present_only, "metric": METRIC,
-            "settings": {k: v for k, v in asdict(settings).items() if k not in ("bias", "background")},
+            "templates": len(used), "template_texts": list(used), "text_mean": queries.text_mean, "synonyms": queries.synonyms,
+            "resize": f"short side {view.short_side or spec.image_size}"
+                      + (f", long side at most {view.long_side}" if view.long_side else "") + f", {view.resize}",
+            "seen": seen, "normalisation": {"mean": list(spec.mean), "std": list(spec.std)},
+            "decision": decision.name, **decision.describe(), "present_only": self.present_only, "metric": METRIC,
+            "settings": {k: v for k, v in settings.items() if k not in ("bias", "background")},
         }  # fmt: skip
 
 
@@ -90,19 +98,19 @@ def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: Labe
     Args:
         name: of ``list_protocols``, or a ``.yaml`` file of the same form.
         data: the data set.
-        model: a model of groups where the protocol is made for one.
+        model: one that labels by the rule that the protocol is made for, where it is made for one (``model: groups``).
         labels: class texts in place of the protocol's, in the order of the classes without the background.
         present_only: see ``Protocol``.
-        changes: fields of ``Settings``.
+        changes: fields of ``View``, ``Queries`` and of the model's rule.
 
     Raises:
         ConfigError: for an unknown protocol, a data set it says nothing about, or a model it is not made for.
     """
     tree = read_protocol(name)
-    groups = tree.get("model") == "groups"
-    if groups and model.decision != "groups":
-        raise ConfigError(f"protocol {name!r} is made for models that label groups and {model.name} labels patches; expected one of "
-                          f"{[other for other in list_protocols() if read_protocol(other).get('model') != 'groups']}")
+    made_for = tree.get("model")
+    if made_for not in (None, model.decision):
+        raise ConfigError(f"protocol {name!r} is made for models that label {made_for} and {model.name} labels {model.decision}; expected "
+                          f"one of {[other for other in list_protocols() if read_protocol(other).get('model') in (None, model.decision)]}")
     known = tree.get("data", {})
     if known and data.name not in known:
         raise ConfigError(f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. Expected one of them, or the "
@@ -119,11 +127,12 @@ def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: Labe
     settings = {**tree.get("settings", {}), **own, "background": tuple(t for t in background if t not in label_set.queries)}
     if "seen_bias" in tree and data.unseen:
         settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
-    base = Settings.of(settings)
-    changed = tuple(f"{key} = {value!r}" for key, value in changes.items() if getattr(base, key, None) != value)
+    base = route(settings, View(), Queries(label_set), rule(model.decision)())
+    own_values = {name: getattr(value, name) for value in base for name in option_names(value)}
+    changed = tuple(f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value)
     changed += ("class texts",) if labels is not None else ()
     return Protocol(Path(name).stem, int(tree["version"]), tree["title"], tree["source"], tuple(tree.get("notes", ())),
-                    Settings.of(changes, base), label_set, changed, present_only)
+                    *route(changes, *base), changed, present_only)
 
 
 def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet:

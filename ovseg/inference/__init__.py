@@ -1,7 +1,9 @@
-"""Pictures in, label maps out."""
+"""Pictures in, label maps out: how a picture is seen (``View``), what is asked (``Queries``), how it is decided (``decisions``)."""
 
+from .decisions import Decision
 from .predictor import Predictor, segment
+from .queries import Queries
 from .segmentation import Segmentation
-from .settings import Settings
+from .view import View
 
-__all__ = ["Predictor", "Segmentation", "Settings", "segment"]
+__all__ = ["Decision", "Predictor", "Queries", "Segmentation", "View", "segment"]

@@ -2,137 +2,186 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ..data.images import read_image, to_tensor
 from ..data.labels import LabelSet
 from ..errors import InputError
-from ..models import ImageFeatures, OVSegModel, create_model, list_pretrained
-from .label_maps import Queries, label_map
+from ..models import OVSegModel, PatchFeatures, create_model, list_pretrained
+from .decisions import Decision, rule
+from .queries import EncodedQueries, Queries
+from .reading import Prepared, prepare, prepare_tensors, read_ahead, upload
+from .routing import route
 from .segmentation import Segmentation
-from .settings import Settings
 from .sources import Source
-from .windows import View, encode_windows, resized, view_of
+from .view import View
+from .windows import encode
 
-Labels = LabelSet | Mapping[str, str | Sequence[str]] | Sequence[str] | str
+Labels = Queries | LabelSet | Mapping[str, str | Sequence[str]] | Sequence[str] | str
+_REMEMBERED = 64  # label sets whose embeddings are kept
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture as the model saw it, by ``view``."""
+
+    prepared: Prepared
+    features: PatchFeatures
+    view: View
 
 
 class Predictor:
-    """Label maps from one model.
+    """Label maps from one model. ``view``, ``queries`` and ``decision`` are frozen values and may be replaced at any time.
 
     Args:
-        model: a system in eval mode, on its device.
-        labels: first label set; see ``set_labels``.
-        settings: where to start from; the defaults if None.
-        options: fields of ``Settings`` to change: ``crop=448, background_threshold=0.2, ...``.
+        model: a system in eval mode, on its device and in its dtype; one under ``torch.compile`` too.
+        labels: first label set, or all of ``Queries``; see ``set_labels``.
+        view: how pictures are seen; the defaults if None.
+        decision: how labels are decided; the model's own rule with its defaults if None.
+        options: fields of ``View``, ``Queries`` and the rule to change: ``crop=448, background_threshold=0.2, ...``.
     """
 
-    def __init__(self, model: OVSegModel, labels: Labels | None = None, *, settings: Settings | None = None, **options: Any):
-        self.model, self.settings = model, Settings.of(options, settings)
-        patch, trained = model.backbone.patch_size, model.backbone.image_size
-        short, crop = self.settings.short_side or trained, self.settings.crop
-        if short < patch:
-            raise InputError(f"short_side is {short}; expected at least a patch, {patch} pixels")
-        if crop is not None and not (patch <= crop <= short and crop % patch == 0):
-            raise InputError(f"crop is {crop}; expected a multiple of the patch, {patch} pixels, up to the short side, {short}")
-        self._queries: dict[LabelSet, Queries] = {}
-        self._labels: LabelSet | None = None
-        self._image: Image.Image | None = None
-        self._features: ImageFeatures | None = None
-        self._view: View | None = None
+    def __init__(self, model: OVSegModel, labels: Labels | None = None, *, view: View | None = None, decision: Decision | None = None,
+                 **options: Any):
+        self.model = model
+        base = labels if isinstance(labels, Queries) else Queries()
+        chosen = rule(model.decision)() if decision is None else decision
+        self.view, self.queries, self.decision = route(options, view or View(), base, chosen)
+        self.view.check(patch=model.spec.patch_size, trained=model.spec.image_size)
+        self._encoded: OrderedDict[Queries, EncodedQueries] = OrderedDict()
+        self._seen: Seen | None = None
         if labels is not None:
-            self.set_labels(labels)
+            self.set_labels(self.queries if isinstance(labels, Queries) else labels)
 
     def set_labels(self, labels: Labels) -> Predictor:
-        """Encode a label set: names, ``{name: texts}`` with synonyms, or a ``LabelSet``. Sets seen before are remembered."""
-        found = LabelSet.of(labels)
-        if found not in self._queries:
-            self._queries[found] = Queries.encode(self.model, found, self.settings)
-        self._labels = found
+        """Ask for a label set from now on: names, ``{name: texts}`` with synonyms, a ``LabelSet``; or for other ``Queries`` altogether."""
+        self.queries = labels if isinstance(labels, Queries) else replace(self.queries, labels=LabelSet.of(labels))
+        self._asked()
         return self
 
-    @torch.no_grad()
     def set_image(self, image: Any) -> Predictor:
-        """Read and encode a picture: path, bytes, PIL image, array or tensor."""
-        settings, backbone = self.settings, self.model.backbone
-        picture = read_image(image, max_pixels=settings.max_pixels)
-        view = view_of((picture.height, picture.width), settings, patch=backbone.patch_size, trained=backbone.image_size)
-        device = next(self.model.parameters()).device
-        pixels = backbone.normalize(resized(picture, view.canvas, settings.resize)[None].to(device))
-        if view.origins is None:
-            self._features = self.model.encode_image(pixels)
-        else:
-            self._features = encode_windows(self.model, pixels[0], view.origins, view.crop, settings.window_batch)
-        self._image, self._view = picture, view
+        """Read and encode a picture: path, bytes, PIL image, array or tensor; or take one that ``see`` encoded."""
+        self._seen = image if isinstance(image, Seen) else self.see([image])[0]
         return self
 
-    @torch.no_grad()
-    def predict(self, labels: Labels | None = None) -> Segmentation:
-        """The label map of the current picture, for the current labels or the given ones."""
-        image, features, view = self._current()
-        queries = self._current_labels(labels)
-        picture = to_tensor(image).to(features.tokens.device) if self.settings.refine else None
-        index, scores = label_map(self.model, features, queries, view, self.settings, picture)
-        return Segmentation(image, list(queries.names), index.cpu().numpy(), scores.float().cpu().numpy())
+    def predict(self, labels: Labels | None = None, *, allowed: Sequence[str] | None = None) -> Segmentation:
+        """The label map of the current picture.
+
+        Args:
+            labels: to ask for from now on; the current ones if None.
+            allowed: names of the labels that may win, this once; pixels where none may get no label. Scores and probabilities stay those
+                among all labels.
+        """
+        return self._answer([self._current()], labels, allowed)[0]
+
+    def predict_batch(self, images: Sequence[Any] | torch.Tensor, labels: Labels | None = None, *,
+                      allowed: Sequence[str] | None = None) -> list[Segmentation]:
+        """The label map of each picture, encoded together: pictures of one canvas and windows of any picture share encoder calls.
+
+        Args:
+            images: pictures of any sizes in any form that ``set_image`` takes; or [B, 3, H, W], uint8 or floats in 0..1, which stay on
+                their device where they need no bicubic resizing.
+            labels, allowed: as in ``predict``.
+        """
+        if not isinstance(images, torch.Tensor):
+            return self._answer(self.see(images), labels, allowed)
+        prepared, wrong = prepare_tensors(images, self.view, self.model.spec)
+        found = self._answer(self._encode(prepared), labels, allowed)
+        if wrong is not None and bool(wrong):  # read with the result, not before
+            raise InputError("images holds NaN or values outside of 0..1; expected 0..1 (not normalised)")
+        return found
+
+    def prepare(self, image: Any) -> Prepared:
+        """Read and resize a picture, for ``see``; in a thread of its own, if you like."""
+        return prepare(image, self.view, self.model.spec)
+
+    def see(self, images: Sequence[Any]) -> list[Seen]:
+        """Read and encode pictures together, for ``set_image``."""
+        return self._encode([image if isinstance(image, Prepared) else self.prepare(image) for image in images])
 
     @torch.no_grad()
     def classify(self, labels: Labels | None = None) -> dict[str, float]:
         """Image-level similarity of each label with the current picture, the mean over its windows and the best of its texts, best
         first: zero-shot classification."""
-        _, features, _ = self._current()
-        queries = self._current_labels(labels)
-        scores = self.model.similarity(features, queries.texts).mean(0)
+        seen, queries = self._current(), self._asked(labels)
+        scores = self.model.similarity(seen.features, queries.texts).mean(0)
         best = scores.new_full((len(queries.names),), -torch.inf)
-        asked = queries.owners >= 0
-        best = best.scatter_reduce(0, queries.owners[asked], scores[asked], "amax")
+        count = len(scores) - (len(self.queries.background))  # the background's texts are the last
+        best = best.scatter_reduce(0, queries.owners[:count], scores[:count], "amax")
         return dict(sorted(zip(queries.names, best.tolist(), strict=True), key=lambda item: -item[1]))
 
-    def stream(self, sources: Iterable[Source | Any]) -> Iterator[tuple[Any, Segmentation | InputError]]:
-        """(source, its label map) of many pictures; the error in place of the map for those that cannot be read.
+    def stream(self, sources: Iterable[Source | Any], labels: Labels | None = None, *,
+               batch: int | None = None) -> Iterator[tuple[Any, Segmentation | InputError]]:
+        """(source, its label map) of many pictures in their order; the error in place of the map for those that cannot be read.
 
-        The next picture is read while the present one is being encoded.
+        Args:
+            sources: pictures in any form, or ``Source``.
+            labels: as in ``predict``.
+            batch: pictures that are encoded together; ``view.window_batch`` if None. As many again are read ahead meanwhile.
         """
+        self._asked(labels)
 
-        def read(source: Any) -> Image.Image | InputError:
+        def read(source: Any) -> Prepared | InputError:
             try:
-                return read_image(source.read() if isinstance(source, Source) else source, max_pixels=self.settings.max_pixels)
+                return self.prepare(source.read() if isinstance(source, Source) else source)
             except InputError as error:
                 return error
 
-        with ThreadPoolExecutor(1) as pool:
-            ahead: list[tuple[Any, Any]] = []
-            for source in sources:
-                ahead.append((source, pool.submit(read, source)))
-                if len(ahead) > 1:
-                    yield self._answer(*ahead.pop(0))
-            for one in ahead:
-                yield self._answer(*one)
+        for some in read_ahead(sources, read, self.view.window_batch if batch is None else batch):
+            found = iter(self._answer(self._encode([one for _, one in some if isinstance(one, Prepared)])))
+            for source, one in some:
+                yield source, next(found) if isinstance(one, Prepared) else one
 
-    def _answer(self, source: Any, reading: Any) -> tuple[Any, Segmentation | InputError]:
-        picture = reading.result()
-        if isinstance(picture, InputError):
-            return source, picture
-        try:
-            return source, self.set_image(picture).predict()
-        except InputError as error:
-            return source, error
+    @torch.no_grad()
+    def _encode(self, pictures: Sequence[Prepared]) -> list[Seen]:
+        device = next(self.model.parameters()).device
+        pairs = [(upload(picture.pixels, device), picture.placement) for picture in pictures]
+        features = encode(self.model, pairs, self.view.window_batch)
+        return [Seen(picture, one, self.view) for picture, one in zip(pictures, features, strict=True)]
 
-    def _current(self) -> tuple[Image.Image, ImageFeatures, View]:
-        if self._image is None or self._features is None or self._view is None:
+    @torch.no_grad()
+    def _answer(self, pictures: Sequence[Seen], labels: Labels | None = None, allowed: Sequence[str] | None = None) -> list[Segmentation]:
+        queries = self._asked(labels)
+        may_win = None if allowed is None else queries.allowed(allowed)
+        maps = []
+        for seen in pictures:
+            prepared, device = seen.prepared, seen.features.tokens.device
+            picture = prepared.unit(device) if self.decision.needs_picture else None
+            maps.append(self.decision.label_map(self.model, seen.features, queries, prepared.placement, allowed=may_win, picture=picture))
+        return [Segmentation(seen.prepared.image(), list(queries.names), index.cpu().numpy(), scores.float().cpu().numpy())
+                for seen, (index, scores) in zip(pictures, maps, strict=True)]  # the device is read here, after all has been queued
+
+    def _current(self) -> Seen:
+        if self._seen is None:
             raise InputError("no image is set; call set_image first")
-        return self._image, self._features, self._view
+        if self._seen.view != self.view:  # it was seen otherwise
+            self.set_image(self._seen.prepared.image())
+        return self._seen
 
-    def _current_labels(self, labels: Labels | None) -> Queries:
+    def _asked(self, labels: Labels | None = None) -> EncodedQueries:
+        """The current queries as the model reads them. Embeddings are remembered by all that they depend on."""
         if labels is not None:
             self.set_labels(labels)
-        if self._labels is None:
-            raise InputError("no labels are set; call set_labels first, or give labels")
-        return self._queries[self._labels]
+        key = replace(self.queries, templates=self.queries.templates_for(self.model))
+        if key not in self._encoded:
+            self._encoded[key] = EncodedQueries.encode(self.model, key)
+            if len(self._encoded) > _REMEMBERED:
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(key)
+        return self._encoded[key]
+
+
+def bundled(name: str) -> OVSegModel:
+    """A model with the weights inside the package."""
+    tags = [tag for known, tag in list_pretrained() if known == name]
+    if not tags:
+        raise InputError(f"model {name!r} has no bundled weights; expected one of "
+                         f"{sorted({known for known, _ in list_pretrained()})} or a model object")
+    return create_model(name, tags[0])
 
 
 def segment(image: Any, labels: Labels, *, model: OVSegModel | str | None = None, **options: Any) -> Segmentation:
@@ -143,18 +192,13 @@ def segment(image: Any, labels: Labels, *, model: OVSegModel | str | None = None
         labels: names, in any words the model knows; ``{name: texts}`` gives synonyms.
         model: a model, the name of one with bundled weights, or None for the embedded ``pacl_tiny``, which knows only the
             words of the synthetic scenes.
-        options: fields of ``Settings``: templates, background, background_threshold, short_side, crop, stride, ...
+        options: of ``Predictor``: templates, background, background_threshold, short_side, crop, stride, ...
 
     Example:
         >>> result = ovseg.segment("street.jpg", ["car", "road"], model=model)
         >>> result.save("out.png")
     """
-    labels = LabelSet.of(labels)
-    if model is None or isinstance(model, str):
-        name = model or "pacl_tiny"
-        tags = [tag for known, tag in list_pretrained() if known == name]
-        if not tags:
-            raise InputError(f"model {name!r} has no bundled weights; expected one of "
-                             f"{sorted({known for known, _ in list_pretrained()})} or a model object")
-        model = create_model(name, tags[0])
+    if not isinstance(labels, Queries):
+        labels = LabelSet.of(labels)
+    model = bundled(model or "pacl_tiny") if model is None or isinstance(model, str) else model
     return Predictor(model, labels, **options).set_image(image).predict()

@@ -1,28 +1,27 @@
-"""Sliding windows: where they lie, what the model sees in them, and how a picture is resized before."""
+"""Sliding windows: where they lie on a picture, and what a model sees in those of many pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from PIL import Image
-from torch.nn import functional as F
 
-from ..data.images import to_tensor
 from ..errors import InputError
-from ..models import ImageFeatures, OVSegModel
-from .settings import Settings
+from ..models import OVSegModel, PatchFeatures
+from .view import View
 
 
 @dataclass(frozen=True)
-class View:
-    """How a model saw one picture.
+class Placement:
+    """Where the windows of one picture lie.
 
     Attributes:
         size: (H, W) of the picture, which label maps have.
         canvas: (Hc, Wc) of the resized picture.
         crop: (hc, wc) of a window.
-        origins: [n, 2] int64, row and column of each window; None if the picture was seen whole.
+        origins: [n, 2] int64 on the CPU, row and column of each window; None if the picture is seen whole.
     """
 
     size: tuple[int, int]
@@ -31,41 +30,33 @@ class View:
     origins: torch.Tensor | None
 
     @property
-    def placing(self) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
+    def windows(self) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
         """origins, crop, canvas, size as ``window_argmax`` takes them. A whole picture is one window at the size of the labels."""
         if self.origins is None:
             return torch.zeros(1, 2, dtype=torch.int64), self.size, self.size, self.size
         return self.origins, self.crop, self.canvas, self.size
 
 
-def view_of(size: tuple[int, int], settings: Settings, *, patch: int, trained: int) -> View:
+def place(size: tuple[int, int], view: View, *, patch: int, trained: int) -> Placement:
     """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at ``trained`` pixels.
 
     Raises:
-        InputError: if the resized picture would exceed ``max_pixels``.
+        InputError: if the resized picture would exceed ``max_pixels``; as ``View.check`` does.
     """
-    short = settings.short_side or trained
+    view.check(patch=patch, trained=trained)
+    short = view.short_side or trained
     factor = short / min(size)
-    if settings.long_side is not None:
-        factor = min(factor, settings.long_side / max(size))
-    unit = 1 if settings.crop else patch  # windows are whole patches; a picture seen whole must be
-    height, width = (max(settings.crop or patch, int(side * factor / unit + 0.5) * unit) for side in size)
-    if height * width > settings.max_pixels:
+    if view.long_side is not None:
+        factor = min(factor, view.long_side / max(size))
+    unit = 1 if view.crop else patch  # windows are whole patches; a picture seen whole must be
+    height, width = (max(view.crop or patch, int(side * factor / unit + 0.5) * unit) for side in size)
+    if height * width > view.max_pixels:
         raise InputError(f"image is {size[1]}x{size[0]}; resized to short side {short} it would have {height * width} pixels and the "
-                         f"limit is {settings.max_pixels}")
-    if settings.crop is None:
-        return View(size, (height, width), (height, width), None)
-    crop, stride = settings.crop, settings.stride or max(1, settings.crop // 2)
-    return View(size, (height, width), (crop, crop), window_origins((height, width), (crop, crop), (stride, stride)))
-
-
-def resized(picture: Image.Image, canvas: tuple[int, int], how: str) -> torch.Tensor:
-    """RGB picture to [3, Hc, Wc] in 0..1."""
-    if picture.size == canvas[::-1]:
-        return to_tensor(picture)
-    if how == "bicubic":
-        return to_tensor(picture.resize(canvas[::-1], Image.Resampling.BICUBIC))
-    return F.interpolate(to_tensor(picture)[None], canvas, mode="bilinear", align_corners=False)[0]
+                         f"limit is {view.max_pixels}")
+    if view.crop is None or view.step is None:
+        return Placement(size, (height, width), (height, width), None)
+    crop, step = (view.crop, view.crop), (view.step, view.step)
+    return Placement(size, (height, width), crop, window_origins((height, width), crop, step))
 
 
 def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
@@ -88,10 +79,28 @@ def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple
     return torch.cartesian_prod(*starts)
 
 
-def encode_windows(model: OVSegModel, image: torch.Tensor, origins: torch.Tensor, crop: tuple[int, int], batch: int) -> ImageFeatures:
-    """Features of the windows of one normalised picture [3, H, W], ``batch`` of them at a time."""
-    parts = []
-    for some in origins.split(batch):
-        windows = torch.stack([image[:, y : y + crop[0], x : x + crop[1]] for y, x in some.tolist()])
-        parts.append(model.encode_image(windows))
-    return ImageFeatures.concatenate(parts)
+@torch.no_grad()
+def encode(model: OVSegModel, pictures: Sequence[tuple[torch.Tensor, Placement]], batch: int) -> list[PatchFeatures]:
+    """Features of the windows of each picture. Windows of one size, of whichever picture, share encoder calls.
+
+    Args:
+        model: called as a module, so that hooks and ``torch.compile`` act.
+        pictures: (pixels [3, Hc, Wc], uint8 or floats in 0..1, on the model's device; placement) of each.
+        batch: windows in one call; a picture seen whole is one window.
+    """
+    windows: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = {}
+    for i, (pixels, placement) in enumerate(pictures):
+        origins = [(0, 0)] if placement.origins is None else placement.origins.tolist()
+        h, w = placement.crop
+        windows.setdefault(placement.crop, []).extend((i, pixels[:, y : y + h, x : x + w]) for y, x in origins)
+    parts: list[list[PatchFeatures]] = [[] for _ in pictures]
+    for found in windows.values():
+        for start in range(0, len(found), batch):
+            some = found[start : start + batch]
+            features = model(torch.cat([model.normalize(window[None]) for _, window in some]))
+            at = 0
+            for i, run in groupby(some, key=lambda entry: entry[0]):
+                count = len(list(run))
+                parts[i].append(features.select(slice(at, at + count)))
+                at += count
+    return [part[0] if len(part) == 1 else part[0].concatenate(part) for part in parts]

@@ -1,0 +1,143 @@
+"""The rule of patches: every pixel takes the class whose upsampled score is the largest.
+
+    s = scale * cosine of every patch with every text, by ``model.segment_logits``                               (1)
+    z = s upsampled to the windows, their mean on the canvas, resized to the picture; ``activation`` at its ``stage``   (2)
+    label = class of argmax (z + bias), -1 where a rule of background says so                                       (3)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ovseg_kernels as ok
+from ovseg_kernels.reference.upsample_argmax import winners
+from ovseg_kernels.reference.window_argmax import window_maps
+
+from ...errors import InputError
+from ..fields import one_of, option
+from ..pamr import pamr
+from ..queries import EncodedQueries
+from ..windows import Placement
+from .base import Decision, at_least_float32
+
+ACTIVATIONS, STAGES = (None, "sigmoid", "softmax"), ("window", "merged", "output")
+
+
+@dataclass(frozen=True)
+class PatchArgmax(Decision):
+    """The largest of the patches' scores.
+
+    Attributes:
+        scale: multiplies the cosines; needed by softmax and entropy, where it decides what a probability means.
+        activation: None, ``sigmoid`` or ``softmax`` over all texts.
+        stage: where it acts: in each ``window``, on the ``merged`` windows, or on the ``output`` after the last resize.
+        background_threshold: pixels whose winner scores less get -1. Without an activation a cosine, -1 .. 1, times the scale; with one a
+            probability, 0 .. 1.
+        background_entropy: pixels get -1 where the entropy (nats) of softmax(scale * cosines) over all texts exceeds this;
+            taken at the patches, upsampled like a class.
+        area_threshold: classes with less than this share of the foreground are taken back and their pixels decided again.
+        bias: added to the scores of classes by name, last: ZegCLIP's -0.1 for classes seen in training.
+        refine: ``pamr`` adapts the class maps to the picture's edges; see ``inference/pamr.py``.
+    """
+
+    scale: float | None = option(None, "multiplies the cosines, for softmax and entropy")
+    activation: str | None = option(None, "sigmoid or softmax (which needs --scale); then scores are probabilities")
+    stage: str = option("output", "where the activation acts: window, merged or output")
+    background_threshold: float | None = option(
+        None, "pixels whose winner scores less get no label: a cosine, or a probability with --activation")
+    background_entropy: float | None = option(
+        None, "pixels get no label where the entropy of softmax(scale * cosines) exceeds this")
+    area_threshold: float = option(0.0, "labels with less than this share of the foreground are taken back")
+    bias: dict[str, float] | None = None
+    refine: str | None = option(None, "pamr: adapt the label maps to the picture's edges (slow)")
+
+    def __post_init__(self):
+        one_of(self, "activation", ACTIVATIONS)
+        one_of(self, "stage", STAGES)
+        one_of(self, "refine", (None, "pamr"))
+        if self.scale is not None and not self.scale > 0:
+            raise InputError(f"scale is {self.scale}; expected a positive number")
+        for name, needs in (("activation", self.activation == "softmax"), ("background_entropy", self.background_entropy is not None)):
+            if needs and self.scale is None:
+                raise InputError(f"{name} is {getattr(self, name)!r} and scale is missing: softmax over plain cosines is nearly "
+                                 "uniform; expected a scale such as 40")
+        low, top = self.score_range
+        if self.background_threshold is not None and not low <= self.background_threshold <= top:
+            kind = f"what {self.activation} gives" if self.activation else "a cosine" + ("" if top == 1 else f" times {top:g}")
+            raise InputError(f"background_threshold is {self.background_threshold}; expected {kind}, {low:g} .. {top:g}")
+        if not 0 <= self.area_threshold < 1:
+            raise InputError(f"area_threshold is {self.area_threshold}; expected a share in 0 .. 1")
+
+    @property
+    def needs_picture(self) -> bool:
+        return self.refine is not None
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        top = 1.0 if self.activation else self.scale or 1.0
+        return (0.0 if self.activation else -top), top
+
+    def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
+        scores = at_least_float32(model.segment_logits(features, queries.texts))
+        scores = scores if self.scale is None else scores * self.scale
+        offsets = queries.offsets(self.bias, allowed, scores.dtype)
+        if self.refine is None:
+            decide = self._from_patches(scores, queries.owners, placement)
+        elif picture is None:
+            raise InputError("refine needs the picture and none is given")
+        else:
+            maps = pamr(picture.to(scores), window_maps(scores, None, *placement.windows, self.activation, self.stage))
+
+            def decide(offsets):
+                return winners(maps, offsets, queries.owners, None, -1, 1, True)
+
+        labels, value = decide(offsets)
+        if self.area_threshold:
+            labels, value = decide(self._without_small(labels, queries, offsets, scores.dtype))
+        if allowed is not None:  # where none of them may win there is no label
+            labels = labels.masked_fill(value == -torch.inf, -1)
+        if self.background_threshold is not None:
+            labels = labels.masked_fill(value < self.background_threshold, -1)
+        if self.background_entropy is not None:
+            entropy = torch.special.entr(scores.float().softmax(1)).sum(1, keepdim=True)
+            labels = labels.masked_fill(window_maps(entropy, None, *placement.windows)[0] > self.background_entropy, -1)
+        return labels, value
+
+    def _from_patches(self, scores: torch.Tensor, owners: torch.Tensor, placement: Placement):
+        options: dict[str, Any] = {"class_labels": owners, "label_type": torch.int16, "return_value": True}
+
+        def decide(offsets):
+            if placement.origins is None and self.activation is None:
+                labels, value = ok.upsample_argmax(scores, placement.size, bias=offsets, **options)
+                return labels[0], value[0]
+            origins, *sizes = placement.windows
+            return ok.window_argmax(scores, origins.to(scores.device), *sizes, activation=self.activation, stage=self.stage, bias=offsets,
+                                    **options)
+
+        return decide
+
+    def _without_small(self, labels, queries, offsets, dtype):
+        """The offsets with -inf for the classes below ``area_threshold``, unless that is all. Computed without reading the device."""
+        # Background goes into a last bin of its own: a mask would make a shape that depends on values.
+        bins = torch.zeros(len(queries.names) + 1, dtype=torch.int64, device=labels.device)
+        index = labels.flatten().long() % len(bins)
+        area = bins.scatter_add_(0, index, torch.ones_like(index))[:-1]
+        small = area <= self.area_threshold * area.sum()
+        dropped = (queries.owners >= 0) & small[queries.owners] & ~small.all()
+        base = torch.zeros(len(dropped), device=labels.device, dtype=dtype) if offsets is None else offsets
+        return base.masked_fill(dropped, -torch.inf)
+
+    def background_rules(self) -> list[str]:
+        rules = [f"the winner scores below {self.background_threshold}"] if self.background_threshold is not None else []
+        return rules + ([f"entropy above {self.background_entropy} nats"] if self.background_entropy is not None else [])
+
+    def describe(self) -> dict[str, Any]:
+        scores = "cosines" + (f" times {self.scale:g}" if self.scale else "")
+        scores += f", {self.activation} at the {self.stage} stage" if self.activation else ""
+        return {"scores": scores, "area_threshold": self.area_threshold, "bias": self.bias or {}, "refine": self.refine}
+
+
+Rule = PatchArgmax

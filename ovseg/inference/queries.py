@@ -1,0 +1,105 @@
+"""What is asked of a picture, the second of the three values, and the same as a model reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from ..data.labels import LabelSet
+from ..errors import InputError
+from ..models import OVSegModel
+from .fields import one_of, option
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is asked.
+
+    Attributes:
+        labels: the classes with their texts; None until a label set is given.
+        templates: prompt templates, a name or format strings; None: those of the label set, else the model's.
+        text_mean: of the templates: ``unit`` normalises every text embedding before the mean, ``raw`` does not.
+        synonyms: ``max``: a class scores what its best text scores; ``mean``: the mean of its texts' unit embeddings is asked for.
+        background: texts that stand for everything else; where one wins, the label is -1.
+    """
+
+    labels: LabelSet | None = None
+    templates: str | tuple[str, ...] | None = option(None, "set of prompt templates: label, simple, scenes, pacl7, zegclip15, clip80")
+    text_mean: str = option("unit", "unit: embeddings of the templates are normalised before their mean; raw: they are not")
+    synonyms: str = option("max", "max: a label scores what its best text scores; mean: the mean text is asked for")
+    background: tuple[str, ...] = option((), "comma-separated texts that stand for everything else; where one wins there is no label")
+
+    def __post_init__(self):
+        one_of(self, "text_mean", ("unit", "raw"))
+        one_of(self, "synonyms", ("max", "mean"))
+        if isinstance(self.background, (int, float)):
+            raise InputError(f"background is {self.background!r}; expected texts such as 'wall'. A number is background_threshold")
+        texts = [self.background] if isinstance(self.background, str) else list(self.background or ())
+        if any(not isinstance(text, str) or not text.strip() for text in texts):
+            raise InputError(f"background is {texts!r}; expected texts that are not blank")
+        object.__setattr__(self, "background", tuple(texts))
+        if isinstance(self.templates, list):
+            object.__setattr__(self, "templates", tuple(self.templates))
+        both = sorted(set(texts) & set(self.labels.queries)) if self.labels else []
+        if both:
+            raise InputError(f"background holds {both[0]!r}, which is a label too; expected other texts")
+
+    def templates_for(self, model: OVSegModel) -> str | tuple[str, ...]:
+        """The templates that are used: these, else those of the label set, else the model's."""
+        return self.templates or (self.labels and self.labels.templates) or model.templates
+
+
+@dataclass(frozen=True)
+class EncodedQueries:
+    """Queries as a model reads them.
+
+    Attributes:
+        names: of the classes.
+        texts: unit embeddings [T, E].
+        owners: [T] int64, the class of each text; -1 for the background's.
+    """
+
+    names: tuple[str, ...]
+    texts: torch.Tensor
+    owners: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, model: OVSegModel, queries: Queries) -> EncodedQueries:
+        labels, background = queries.labels, queries.background
+        if labels is None:
+            raise InputError("no labels are set; call set_labels first, or give labels")
+        texts = model.encode_labels([*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
+        owners = torch.tensor(labels.owners + [-1] * len(background))
+        if queries.synonyms == "mean" and len(labels.queries) > len(labels):
+            of_classes = owners.to(texts.device)[: len(labels.queries)]
+            sums = texts.new_zeros(len(labels), texts.shape[1]).index_add(0, of_classes, texts[: len(labels.queries)])
+            texts = torch.cat([F.normalize(sums, dim=-1), texts[len(labels.queries) :]])
+            owners = torch.tensor([*range(len(labels))] + [-1] * len(background))
+        return cls(labels.names, texts, owners.to(texts.device))
+
+    def allowed(self, names: Sequence[str]) -> torch.Tensor:
+        """[T] bool: the texts that may win where only the labels ``names`` may. Those of the background always may."""
+        given = {names} if isinstance(names, str) else set(names)
+        unknown = sorted(given - set(self.names))
+        if unknown:
+            raise InputError(f"allowed names {unknown[0]!r}; expected some of the labels")
+        of_name = torch.tensor([name in given for name in self.names] + [True], device=self.texts.device)
+        return of_name[self.owners]  # the background's -1 takes the last
+
+    def offsets(self, bias: dict[str, float] | None, allowed: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """[T], what is added to each text's score: its class's bias, -inf where it may not win; None if that is nothing."""
+        found = None
+        if bias:
+            unknown = sorted(set(bias) - set(self.names))
+            if unknown:
+                raise InputError(f"bias names {unknown[0]!r}; expected some of the labels")
+            of_name = torch.tensor([bias.get(name, 0.0) for name in self.names] + [0.0], device=self.texts.device, dtype=dtype)
+            found = of_name[self.owners]
+        if allowed is not None:
+            base = torch.zeros(len(self.owners), device=self.texts.device, dtype=dtype) if found is None else found
+            found = base.masked_fill(~allowed, -torch.inf)
+        return found

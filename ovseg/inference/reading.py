@@ -1,0 +1,118 @@
+"""From a picture in any form to pixels on the canvas of its windows: read, resized, uploaded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from ..data.images import read_image, to_tensor
+from ..errors import InputError
+from ..models import ModelSpec
+from .view import View
+from .windows import Placement, place
+
+_Item = TypeVar("_Item")
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture before a model has seen it.
+
+    Attributes:
+        source: the picture, or its values [3, H, W] uint8 where it came as a tensor.
+        pixels: [3, Hc, Wc], uint8 or floats in 0..1.
+        placement: of its windows.
+    """
+
+    source: Image.Image | torch.Tensor
+    pixels: torch.Tensor
+    placement: Placement
+
+    def image(self) -> Image.Image:
+        """The picture; reads a tensor's device."""
+        return self.source if isinstance(self.source, Image.Image) else _to_image(self.source)
+
+    def unit(self, device: torch.device) -> torch.Tensor:
+        """[3, H, W] in 0..1, of the picture's own size."""
+        return to_tensor(self.source).to(device) if isinstance(self.source, Image.Image) else self.source.to(device) / 255
+
+
+def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:
+    """One picture in any form that ``read_image`` takes."""
+    image = read_image(picture, max_pixels=view.max_pixels)
+    placement = place((image.height, image.width), view, patch=spec.patch_size, trained=spec.image_size)
+    return Prepared(image, resized(image, placement.canvas, view.resize), placement)
+
+
+def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[list[Prepared], torch.Tensor | None]:
+    """The pictures of [B, 3, H, W], and whether a value lies outside of 0..1 as a 0-dim tensor, which is not read here.
+
+    They stay on their device, unless bicubic resizing, which is Pillow's, takes them to the CPU. Floats are rounded to 1/255, as for
+    pictures in any other form.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W] with at least one pixel")
+    wrong = None
+    if images.is_floating_point():
+        wrong = ~((images >= 0) & (images <= 1)).all()  # NaN is neither
+        images = (images * 255).round().to(torch.uint8)
+    elif images.dtype != torch.uint8:
+        raise InputError(f"images has dtype {images.dtype}; expected uint8 or floats in 0..1")
+    height, width = images.shape[2:]
+    if height * width > view.max_pixels:
+        raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}. "
+                         "Resize it or set max_pixels")
+    placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size)
+    if placement.canvas == (height, width):
+        canvas = list(images)
+    elif view.resize == "bilinear":
+        canvas = list(F.interpolate(images.float() / 255, placement.canvas, mode="bilinear", align_corners=False))
+    else:
+        canvas = [resized(_to_image(image), placement.canvas, "bicubic") for image in images]
+    return [Prepared(image, pixels, placement) for image, pixels in zip(images, canvas, strict=True)], wrong
+
+
+def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: int, readers: int = 2) -> Iterator[list[tuple[_Item, _Read]]]:
+    """Lists of ``batch`` (item, what ``read`` made of it) in their order. As many again, no more, are read in threads meanwhile."""
+    coming = iter(items)
+    ahead: deque[tuple[_Item, Future[_Read]]] = deque()
+    with ThreadPoolExecutor(readers) as pool:
+        while True:
+            ahead.extend((item, pool.submit(read, item)) for item in islice(coming, 2 * batch - len(ahead)))
+            if not ahead:
+                return
+            yield [(item, future.result()) for item, future in (ahead.popleft() for _ in range(min(batch, len(ahead))))]
+
+
+def resized(picture: Image.Image, canvas: tuple[int, int], how: str) -> torch.Tensor:
+    """RGB picture to [3, Hc, Wc]: uint8, or floats in 0..1 where ``how`` gives values between."""
+    if picture.size == canvas[::-1]:
+        return _to_bytes(picture)
+    if how == "bicubic":
+        return _to_bytes(picture.resize(canvas[::-1], Image.Resampling.BICUBIC))
+    return F.interpolate(to_tensor(picture)[None], canvas, mode="bilinear", align_corners=False)[0]
+
+
+def upload(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for it."""
+    if device.type != "cuda" or pixels.device.type != "cpu":
+        return pixels.to(device)
+    return pixels.pin_memory().to(device, non_blocking=True)
+
+
+def _to_bytes(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+
+
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,57 @@
+"""How pictures are seen: the first of the three values that make a label map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..data.images import MAX_PIXELS
+from ..errors import InputError
+from .fields import one_of, option, positive
+
+
+@dataclass(frozen=True)
+class View:
+    """How a picture is resized and cut before a model sees it.
+
+    Attributes:
+        short_side: pictures are resized to this short side, keeping their shape; the model's training size if None.
+        long_side: and made smaller where their long side would exceed this.
+        resize: ``bicubic`` (antialiased, Pillow's) or ``bilinear`` (without antialiasing, as OpenCV does it).
+        crop: side of square sliding windows in the resized picture; None sees the picture whole.
+        stride: pixels from one window to the next; half of ``crop`` if None.
+        window_batch: windows, or pictures seen whole, in one encoder call; those of several pictures share calls.
+        max_pixels: larger pictures are refused.
+    """
+
+    short_side: int | None = option(None, "resize pictures to this short side before encoding")
+    long_side: int | None = option(None, "and make them smaller where the long side would exceed this")
+    resize: str = option("bicubic", "bicubic (antialiased) or bilinear (not, as OpenCV does it)")
+    crop: int | None = option(None, "see the resized picture through square windows of this side")
+    stride: int | None = option(None, "pixels from one window to the next (default: half of --crop)")
+    window_batch: int = option(8, "windows in one encoder call, of several pictures")
+    max_pixels: int = option(MAX_PIXELS, "larger pictures are refused")
+
+    def __post_init__(self):
+        one_of(self, "resize", ("bicubic", "bilinear"))
+        positive(self, "short_side", "long_side", "crop", "stride", "window_batch", "max_pixels")
+        if self.stride is not None and self.crop is None:
+            raise InputError(f"stride is {self.stride} and crop is missing; expected both, or neither")
+        if self.crop and self.stride and self.stride > self.crop:
+            raise InputError(f"stride is {self.stride}; expected 1 to the crop, {self.crop} pixels")
+
+    @property
+    def step(self) -> int | None:
+        """Pixels from one window to the next; None without windows."""
+        return None if self.crop is None else self.stride or max(1, self.crop // 2)
+
+    def check(self, *, patch: int, trained: int) -> None:
+        """Whether a model of this patch and training size can see pictures so.
+
+        Raises:
+            InputError: for a short side below a patch, and windows that are no whole patches or exceed the short side.
+        """
+        short = self.short_side or trained
+        if short < patch:
+            raise InputError(f"short_side is {short}; expected at least a patch, {patch} pixels")
+        if self.crop is not None and not (patch <= self.crop <= short and self.crop % patch == 0):
+            raise InputError(f"crop is {self.crop}; expected a multiple of the patch, {patch} pixels, up to the short side, {short}")
