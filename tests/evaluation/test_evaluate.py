@@ -25,7 +25,7 @@ from ovseg.evaluation.scenes import SceneSet
 from ovseg.inference import Predictor
 
 CHOICES = ("protocol", "source", "classes", "background", "class_texts", "template_texts", "text_mean", "synonyms", "resize", "seen",
-           "normalisation", "scores", "area_threshold", "bias", "refine", "present_only", "metric", "settings")  # fmt: skip
+           "normalisation", "dtype", "decision", "scores", "bias", "present_only", "metric", "settings")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_protocols_are_whole(model, name):
         assert about.background == (choices["background"] != "none: its pixels are not counted")
         assert choices["background"] != "never predicted"
         json.dumps(choices)
-        assert not set(chosen.settings.background) & set(chosen.labels.queries)
+        assert not set(chosen.queries.background) & set(chosen.labels.queries)
     if grouping.decision == "groups":
         with pytest.raises(ConfigError, match="is made for models that label groups and pacl_tiny labels patches"):
             protocol(name, describe("voc21"), model)
@@ -157,21 +157,21 @@ def test_protocols_are_whole(model, name):
 def test_protocols_hold_what_papers_give(model):
     voc21, stuff = describe("voc21"), describe("coco_stuff")
     sclip = protocol("sclip", voc21, model)
-    assert (sclip.settings.short_side, sclip.settings.crop, sclip.settings.stride, sclip.settings.scale) == (336, 224, 112, 65)
-    assert (sclip.settings.background_threshold, sclip.settings.area_threshold, len(sclip.settings.background)) == (0.1, 0.1, 26)
+    assert (sclip.view.short_side, sclip.view.crop, sclip.view.stride, sclip.decision.scale) == (336, 224, 112, 65)
+    assert (sclip.decision.background_threshold, sclip.decision.area_threshold, len(sclip.queries.background)) == (0.1, 0.1, 26)
     texts = dict(zip(sclip.labels.names, sclip.labels.texts, strict=True))
     assert len(texts["person"]) == 7 and texts["boat"] == ("ship",) and texts["cat"] == ("cat",)
-    assert protocol("sclip", describe("context60"), model).settings.background == ("background",)
-    assert protocol("sclip", stuff, model).settings.short_side == 448
+    assert protocol("sclip", describe("context60"), model).queries.background == ("background",)
+    assert protocol("sclip", stuff, model).view.short_side == 448
     zeg = protocol("zegclip", stuff, model)
-    assert len(zeg.settings.bias) == 156 and set(zeg.settings.bias.values()) == {-0.1} and "cow" not in zeg.settings.bias
-    assert len(zeg.choices(model, stuff)["template_texts"]) == 15 and (zeg.settings.crop, zeg.settings.stride) == (512, 426)
-    assert protocol("naclip", voc21, model).settings.crop is None and protocol("clearclip", voc21, model).settings.short_side == 448
+    assert len(zeg.decision.bias) == 156 and set(zeg.decision.bias.values()) == {-0.1} and "cow" not in zeg.decision.bias
+    assert len(zeg.choices(model, stuff)["template_texts"]) == 15 and (zeg.view.crop, zeg.view.stride) == (512, 426)
+    assert protocol("naclip", voc21, model).view.crop is None and protocol("clearclip", voc21, model).view.short_side == 448
     grouping = ovseg.create_model("pacl_tiny")
     grouping.decision = "groups"
     for name, thresholds in (("groupvit", (0.95, 0.35, 0.95)), ("segclip", (0.8, 0.25, 0.65)), ("ovsegmentor", (0.95, 0.35, 0.9))):
         found = [protocol(name, describe(data), grouping) for data in ("voc21", "context60", "coco_object")]
-        assert tuple(one.settings.background_threshold for one in found) == thresholds
+        assert tuple(one.decision.background_threshold for one in found) == thresholds
         assert dict(zip(found[0].labels.names, found[0].labels.texts, strict=True))["tvmonitor"] == ("monitor",)
 
 

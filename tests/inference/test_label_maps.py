@@ -1,4 +1,4 @@
-"""Every rule of Settings against whole maps: synonyms, activations, backgrounds, area threshold, bias, groups, PAMR."""
+"""Every choice of the two rules against whole maps: synonyms, activations, backgrounds, area threshold, bias, groups, PAMR."""
 
 import numpy as np
 import pytest
@@ -10,11 +10,14 @@ import ovseg
 from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
-from ovseg.inference.label_maps import Queries, group_tables, label_map
+from ovseg.inference import View
+from ovseg.inference.decisions.groups import GroupTables, group_tables
+from ovseg.inference.decisions.patches import PatchArgmax
 from ovseg.inference.pamr import pamr
-from ovseg.inference.settings import Settings
-from ovseg.inference.windows import View, view_of, window_origins
-from ovseg.models import ImageFeatures
+from ovseg.inference.queries import EncodedQueries, Queries
+from ovseg.inference.routing import route
+from ovseg.inference.windows import Placement, place, window_origins
+from ovseg.models import GroupFeatures
 
 LABELS = {"seven": ["a red seven", "a blue seven"], "zero": ["a blue zero"], "gravel": ["gravel", "brick"]}
 
@@ -30,23 +33,27 @@ def picture():
     return Image.fromarray(np.concatenate([np.concatenate(scenes[:3], 1), np.concatenate(scenes[3:], 1)])[:60, :90])
 
 
-def whole_maps(model, picture, texts, settings):
-    """[T, H, W] by the published procedure: every window at full size, summed, divided, resized; activation at its stage."""
-    view = view_of((picture.height, picture.width), settings, patch=4, trained=48)
-    small = picture.resize(view.canvas[::-1], Image.Resampling.BICUBIC)
-    pixels = model.backbone.normalize(torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None] / 255)
-    act = {None: lambda x: x, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-3)}[settings.activation]
-    origins, crop, canvas, size = view.placing
-    total, count = torch.zeros(len(texts), *canvas), torch.zeros(canvas)
+def whole_maps(logits_of, picture, view, decision):
+    """[T, H, W] by the published procedure: every window at full size, summed, divided, resized; activation at its stage.
+
+    ``logits_of`` gives [1, T, h, w] of pixels in 0..1.
+    """
+    placement = place((picture.height, picture.width), view, patch=4, trained=48)
+    small = picture.resize(placement.canvas[::-1], Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None] / 255
+    act = {None: lambda x: x, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-3)}[decision.activation]
+    origins, crop, canvas, size = placement.windows
+    total, count = 0, torch.zeros(canvas)
     for y, x in origins.tolist():
-        seen = pixels if view.origins is None else pixels[..., y : y + crop[0], x : x + crop[1]]
-        maps = F.interpolate(model.segment_logits(model.encode_image(seen), texts) * (settings.scale or 1), crop, mode="bilinear")[0]
-        total[:, y : y + crop[0], x : x + crop[1]] += act(maps) if settings.stage == "window" else maps
+        seen = pixels if placement.origins is None else pixels[..., y : y + crop[0], x : x + crop[1]]
+        maps = F.interpolate(logits_of(seen) * (decision.scale or 1), crop, mode="bilinear")[0]
+        maps = act(maps) if decision.stage == "window" else maps
+        total = total + F.pad(maps, (x, canvas[1] - x - crop[1], y, canvas[0] - y - crop[0]))
         count[y : y + crop[0], x : x + crop[1]] += 1
     merged = total / count
-    merged = act(merged) if settings.stage == "merged" else merged
+    merged = act(merged) if decision.stage == "merged" else merged
     maps = F.interpolate(merged[None], size, mode="bilinear")[0]
-    return act(maps) if settings.stage == "output" else maps
+    return act(maps) if decision.stage == "output" else maps
 
 
 CASES = [
@@ -66,55 +73,48 @@ CASES = [
 @pytest.mark.parametrize("options", CASES, ids=[" ".join(case) or "plain" for case in CASES])
 @torch.no_grad()
 def test_labels_are_those_of_whole_maps(model, picture, options):
-    settings = Settings(**options)
-    found = ovseg.Predictor(model, LABELS, settings=settings).set_image(picture).predict()
-    groups = [*LABELS.values(), *([list(settings.background)] if settings.background else [])]
+    view, queries, decision = route(options, View(), Queries(LabelSet.of(LABELS)), PatchArgmax())
+    found = ovseg.Predictor(model, queries, view=view, decision=decision).set_image(picture).predict()
+    groups = [*LABELS.values(), *([list(queries.background)] if queries.background else [])]
     unit = model.encode_labels([text for group in groups for text in group])
     owner = torch.tensor([i for i, group in enumerate(groups) for _ in group])
-    if settings.synonyms == "mean":
+    if queries.synonyms == "mean":
         texts = torch.cat([F.normalize(unit[owner == i].mean(0), dim=0)[None] for i in range(3)] + [unit[owner == 3]])
-        owner = torch.tensor([0, 1, 2] + [3] * len(settings.background))
+        owner = torch.tensor([0, 1, 2] + [3] * len(queries.background))
     else:
         texts = unit
-    maps = whole_maps(model, picture, texts, settings)
+
+    def cosines(pixels):
+        return model.segment_logits(model(model.normalize(pixels)), texts)
+
+    maps = whole_maps(cosines, picture, view, decision)
     for i, name in enumerate(LABELS):
-        maps[owner == i] += (settings.bias or {}).get(name, 0.0)
+        maps[owner == i] += (decision.bias or {}).get(name, 0.0)
     labels = owner[maps.argmax(0)]
-    if settings.area_threshold:
+    if decision.area_threshold:
         area = torch.bincount(labels[labels < 3].flatten(), minlength=3)
-        kept = area > settings.area_threshold * area.sum()
+        kept = area > decision.area_threshold * area.sum()
         assert 0 < int(kept.sum()) < 3, "the case does not test what it should"
         for i in range(3):
             maps[owner == i] += 0.0 if kept[i] else -1e4
         labels = owner[maps.argmax(0)]
     labels = torch.where(labels == 3, -1, labels)
     top, sure = maps.max(0).values, maps.topk(2, 0).values.diff(dim=0)[0] < -1e-5
-    if settings.background_threshold is not None:
-        sure &= (top - settings.background_threshold).abs() > 1e-5
-        labels = labels.masked_fill(top < settings.background_threshold, -1)
-    if settings.background_entropy is not None:
-        view = view_of((60, 90), settings, patch=4, trained=48)
-        assert view.origins is not None
+    if decision.background_threshold is not None:
+        sure &= (top - decision.background_threshold).abs() > 1e-5
+        labels = labels.masked_fill(top < decision.background_threshold, -1)
+    if decision.background_entropy is not None:
 
-        def entropy(x):
-            p = (x * settings.scale).softmax(1)
+        def entropy(pixels):
+            p = (cosines(pixels) * decision.scale).softmax(1)
             return -(p * p.log()).sum(1, keepdim=True)
 
-        class Entropy:
-            def encode_image(self, x):
-                return entropy(model.segment_logits(model.encode_image(x), texts))
-
-            def segment_logits(self, x, _):
-                return x
-
-            backbone = model.backbone
-
-        level = whole_maps(Entropy(), picture, texts[:1], Settings(**{**options, "scale": None, "background_entropy": None}))[0]
-        sure &= (level - settings.background_entropy).abs() > 1e-4
-        labels = labels.masked_fill(level > settings.background_entropy, -1)
+        level = whole_maps(entropy, picture, view, PatchArgmax())[0]
+        sure &= (level - decision.background_entropy).abs() > 1e-4
+        labels = labels.masked_fill(level > decision.background_entropy, -1)
     assert float(sure.float().mean()) > 0.9
     assert np.array_equal(found.labels[sure.numpy()], labels.numpy()[sure.numpy()])
-    background = settings.background or settings.background_threshold is not None or settings.background_entropy is not None
+    background = queries.background or decision.background_threshold is not None or decision.background_entropy is not None
     assert bool((found.labels == -1).any()) == bool((labels == -1).any()) and (bool((labels == -1).any()) or not background)
     np.testing.assert_allclose(found.scores[sure.numpy()], top.numpy()[sure.numpy()], atol=1e-4)
 
@@ -142,18 +142,22 @@ def test_settings_that_cannot_be(model, picture, options, message):
 
 
 def test_long_side_and_rounding():
-    assert view_of((300, 1500), Settings(short_side=448, long_side=2048, crop=224), patch=16, trained=224).canvas == (410, 2048)
-    assert view_of((480, 640), Settings(short_side=512, crop=512, stride=426), patch=16, trained=224).canvas == (512, 683)
-    assert view_of((480, 640), Settings(), patch=16, trained=224).canvas == (224, 304)  # whole patches
+    def canvas(size, **options):
+        return place(size, View(**options), patch=16, trained=224).canvas
+
+    assert canvas((300, 1500), short_side=448, long_side=2048, crop=224) == (410, 2048)
+    assert canvas((480, 640), short_side=512, crop=512, stride=426) == (512, 683)
+    assert canvas((480, 640)) == (224, 304)  # whole patches
     # Where the cap would make the picture smaller than a window, the short side stays a window.
-    assert view_of((10, 1000), Settings(short_side=448, long_side=2048, crop=448), patch=16, trained=224).canvas == (448, 2048)
+    assert canvas((10, 1000), short_side=448, long_side=2048, crop=448) == (448, 2048)
 
 
 @torch.no_grad()
 def test_group_tables_by_hand():
     torch.manual_seed(0)
     groups, embedding, texts = torch.randn(2, 3, 8), torch.randn(2, 8), F.normalize(torch.randn(6, 8), dim=-1)
-    features = ImageFeatures(embedding, torch.zeros(2, 4, 8), (2, 2), groups)
+    nothing = torch.zeros(2, 4, 8)
+    features = GroupFeatures(embedding, nothing, (2, 2), groups, nothing, nothing)
     table = group_tables(features, texts, 10.0, 2, 0.2)
     assert table.shape == (2, 3, 7)
     for n in range(2):
@@ -172,18 +176,19 @@ def test_grouping_systems_label_groups():
     """Two windows whose groups own half of each; the label of a group is the class of its table."""
     torch.manual_seed(1)
     model = ovseg.create_model("pacl_tiny")
-    model.decision = "groups"
-    labels = LabelSet.of(["cat", "dog"])
     texts = F.normalize(torch.randn(2, 8), dim=-1)
-    queries = Queries(labels.names, texts, torch.tensor([0, 1]))
+    queries = EncodedQueries(("cat", "dog"), texts, torch.tensor([0, 1]))
     soft = torch.zeros(2, 2, 4, 4)
     soft[:, 0, :2], soft[:, 1, 2:] = 1, 1
-    features = ImageFeatures(texts.sum(0).expand(2, 8), torch.zeros(2, 16, 8), (4, 4), torch.stack([texts, texts]), None, soft.flatten(2))
-    view = View((16, 32), (16, 32), (16, 16), window_origins((16, 32), (16, 16), (16, 16)))
-    found, _ = label_map(model, features, queries, view, Settings(scale=20.0))
+    groups, index = torch.stack([texts, texts]), soft.flatten(2).argmax(1)
+    features = GroupFeatures(texts.sum(0).expand(2, 8), torch.zeros(2, 16, 8), (4, 4), groups, index, soft.flatten(2))
+    placement = Placement((16, 32), (16, 32), (16, 16), window_origins((16, 32), (16, 16), (16, 16)))
+    found, _ = GroupTables(scale=20.0).label_map(model, features, queries, placement)
     assert found[:8].unique().tolist() == [0] and found[8:].unique().tolist() == [1]
-    with pytest.raises(InputError, match="refine is 'pamr' and pacl_tiny labels groups"):
-        label_map(model, features, queries, view, Settings(refine="pamr"))
+    found, _ = GroupTables(scale=20.0).label_map(model, features, queries, placement, allowed=torch.tensor([False, True]))
+    assert found.unique().tolist() == [1]
+    with pytest.raises(InputError, match="features of pacl_tiny hold no groups"):
+        GroupTables().label_map(model, model(torch.zeros(1, 3, 48, 48)), queries, Placement((48, 48), (48, 48), (48, 48), None))
 
 
 def test_pamr_by_hand():

@@ -32,7 +32,7 @@ def test_labels_are_the_upsampled_argmax(model):
     predictor = ovseg.Predictor(model, LABELS).set_image(scene.image)
     texts = model.encode_labels(LABELS)
     pixels = torch.from_numpy(scene.image).permute(2, 0, 1)[None] / 255
-    logits = model.segment_logits(model.encode_image(model.backbone.normalize(pixels)), texts)
+    logits = model.segment_logits(model.encode_image(model.normalize(pixels)), texts)
     expected = torch.nn.functional.interpolate(logits, (48, 48), mode="bilinear").argmax(1)[0]
     assert np.array_equal(predictor.predict().labels, expected.numpy())
 

@@ -46,7 +46,7 @@ def test_labels_are_those_of_the_published_procedure(model, size, crop, stride):
     factor = 48 / min(size)
     canvas = [round(side * factor) for side in size]
     small = image if canvas == list(size) else image.resize(canvas[::-1], Image.Resampling.BICUBIC)
-    pixels = model.backbone.normalize(torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None] / 255)
+    pixels = model.normalize(torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None] / 255)
     texts, total, count = model.encode_labels(LABELS), torch.zeros(4, *canvas), torch.zeros(canvas)
     step = stride or crop // 2
     with torch.no_grad():
