@@ -4,7 +4,6 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
-import torch
 
 import ovseg
 from ovseg.cli.main import main
@@ -60,7 +59,7 @@ def test_flat_options_go_to_the_value_that_has_them(model):
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"refine": "pamr"}, "refine is 'pamr', an option of the rule of labelling patches; this model labels by groups, whose options are scale"),
+    ({"refine": "pamr"}, "refine is 'pamr', an option of the rule of labelling patches; this model labels by groups, whose options are"),
     ({"top_class": 3}, "unknown option 'top_class'; did you mean 'top_classes'"),
     ({"labels_file": "x"}, "unknown option 'labels_file'"),
     ({"background_threshold": 1.5}, r"background_threshold is 1\.5; expected what group tables hold, 0 \.\. 1"),
