@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.data.batch_types import PairBatch
-from ovseg.inference.label_maps import Queries, group_tables, label_map
-from ovseg.inference.settings import Settings
-from ovseg.inference.windows import encode_windows, view_of
+from ovseg.inference import View
+from ovseg.inference.decisions.groups import GroupTables, group_tables
+from ovseg.inference.queries import EncodedQueries
+from ovseg.inference.windows import encode, place
 from ovseg.layers.mae_decoder import patchify
 from ovseg.models import GroupFeatures
 from ovseg.models.segclip.model import SegCLIP
@@ -90,10 +91,10 @@ def published_encode(model: SegCLIP, images: torch.Tensor):
 
 
 @torch.no_grad()
-def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, view, threshold: float) -> torch.Tensor:
-    total, count = torch.zeros(1 + len(texts), *view.canvas), torch.zeros(view.canvas)
-    h, w = view.crop
-    for y, x in view.origins.tolist():
+def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float) -> torch.Tensor:
+    total, count = torch.zeros(1 + len(texts), *placement.canvas), torch.zeros(placement.canvas)
+    h, w = placement.crop
+    for y, x in placement.origins.tolist():
         crop = pixels[None, :, y : y + h, x : x + w]
         _, _, soft, grid = published_encode(model, crop)
         image, groups, _, _ = published_encode(model, crop)
@@ -102,7 +103,7 @@ def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, 
         chosen = F.interpolate(soft.unflatten(2, grid), (h, w), mode="bilinear", align_corners=False)[0].argmax(0)
         total[:, y : y + h, x : x + w] += table[0][chosen].permute(2, 0, 1)
         count[y : y + h, x : x + w] += 1
-    maps = F.interpolate((total / count)[None], view.size, mode="bilinear", align_corners=False)
+    maps = F.interpolate((total / count)[None], placement.size, mode="bilinear", align_corners=False)
     return maps.softmax(1).argmax(1)[0] - 1
 
 
@@ -176,31 +177,31 @@ def inference(repeats: int) -> list[dict[str, Any]]:
     from PIL import Image
     from skimage import data
 
-    from ovseg.inference.windows import resized
+    from ovseg.inference.reading import resized
 
     torch.manual_seed(0)
     model = ovseg.create_model("segclip_vit_b16")
     texts = F.normalize(torch.randn(CLASSES, 512), dim=-1)
-    queries = Queries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
+    queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
     picture, rows = Image.fromarray(data.coffee()).resize(SIZE[::-1]), []
     for name, options in (("224, stride 224", {"short_side": 224, "crop": 224, "stride": 224}),
                           ("448, stride 224", {"short_side": 448, "crop": 448, "stride": 224})):  # fmt: skip
-        settings = Settings(**options, background_threshold=0.65, resize="bilinear")
-        view = view_of(SIZE, settings, patch=16, trained=224)
-        assert view.origins is not None
-        pixels = model.normalize(resized(picture, view.canvas, "bilinear")[None])[0]
+        placement, rule = place(SIZE, View(**options), patch=16, trained=224), GroupTables(background_threshold=0.65)
+        assert placement.origins is not None
+        seen = resized(picture, placement.canvas, "bilinear")
+        pixels = model.normalize(seen[None])[0]
         ours, theirs = [], []
         for turn in range(repeats + 1):
             start = time.perf_counter()
             with torch.no_grad():
-                found = label_map(model, encode_windows(model, pixels, view.origins, view.crop, 8), queries, view, settings)[0]
+                found = rule.label_map(model, encode(model, [(seen, placement)], 8)[0], queries, placement)[0]
             middle = time.perf_counter()
-            expected = published_labels(model, pixels, texts, view, 0.65)
+            expected = published_labels(model, pixels, texts, placement, 0.65)
             if turn:
                 ours.append(middle - start)
                 theirs.append(time.perf_counter() - middle)
         ratio = np.array(ours) / np.array(theirs)
-        rows.append({"case": f"{len(view.origins)} windows of {name}", "ours ms": round(1e3 * float(np.median(ours)), 1),
+        rows.append({"case": f"{len(placement.origins)} windows of {name}", "ours ms": round(1e3 * float(np.median(ours)), 1),
                      "published ms": round(1e3 * float(np.median(theirs)), 1), "ratio": round(float(np.median(ratio)), 3),
                      "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(), "differing labels": int((found != expected).sum()),
                      "pixels": found.numel(), "labels that occur": len(found.unique()), "repeats": repeats})  # fmt: skip

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.data.images import to_tensor
-from ovseg.inference.label_maps import Queries, label_map
-from ovseg.inference.settings import Settings
-from ovseg.inference.windows import encode_windows, view_of
-from ovseg.models import ImageFeatures
+from ovseg.inference import View
+from ovseg.inference.decisions.patches import PatchArgmax
+from ovseg.inference.queries import EncodedQueries
+from ovseg.inference.windows import encode, place
+from ovseg.models import PatchFeatures
 
 from .run import environment
 
@@ -60,27 +61,27 @@ def run(*, repeats: int = 7, out: str | None = None, layers: int | None = None) 
     if layers is not None:
         blocks = model.backbone.clip.visual.transformer.resblocks
         del blocks[layers:]
-    texts = F.normalize(torch.randn(CLASSES, model.backbone.embed_dim), dim=-1)
-    queries = Queries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
-    picture, facts, rows = photograph(), environment(), []
-    pixels = model.backbone.normalize(picture[None])[0]
+    texts = F.normalize(torch.randn(CLASSES, model.spec.embed_dim), dim=-1)
+    queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
+    picture, facts, rows, rule = photograph(), environment(), [], PatchArgmax()
+    pixels = model.normalize(picture[None])[0]
     for name, size in (("683x512", CANVAS), ("640x480", (480, 640))):
-        settings = Settings(short_side=512, crop=CROP, stride=STRIDE)
-        view = view_of(size, settings, patch=16, trained=224)
-        assert view.canvas == CANVAS and view.origins is not None
+        view = View(short_side=512, crop=CROP, stride=STRIDE)
+        placement = place(size, view, patch=16, trained=224)
+        assert placement.canvas == CANVAS and placement.origins is not None
         times: dict[str, list[float]] = {"ours": [], "label map": [], "windows one by one": [], "label map, noise": []}
         noise = None
         for turn in range(repeats + 1):  # the first one warms up
             start = time.perf_counter()
             with torch.no_grad():
-                features = encode_windows(model, pixels, view.origins, view.crop, settings.window_batch)
+                features = encode(model, [(picture, placement)], view.window_batch)[0]
                 encoded = time.perf_counter()
-                ours = label_map(model, features, queries, view, settings)[0]
+                ours = rule.label_map(model, features, queries, placement)[0]
             done = time.perf_counter()
-            theirs = one_by_one(model, pixels, texts, view.origins, size)
+            theirs = one_by_one(model, pixels, texts, placement.origins, size)
             naive = time.perf_counter()
-            noise = noise or ImageFeatures(features.embedding, torch.randn_like(features.tokens), features.grid)
-            label_map(model, noise, queries, view, settings)
+            noise = noise or PatchFeatures(features.embedding, torch.randn_like(features.tokens), features.grid)
+            rule.label_map(model, noise, queries, placement)
             end = time.perf_counter()
             if turn:
                 for key, value in (("ours", done - start), ("label map", done - encoded), ("windows one by one", naive - done),

@@ -118,12 +118,18 @@ def _system(name: str, file: str, right: str, wrong: str, folder: str, tests: st
 _MAPS, _METRICS = "tests/inference/test_label_maps.py", "tests/evaluation/test_metrics.py"
 _SETS, _SEGCLIP = "tests/evaluation/test_segmentation_sets.py", "tests/models/test_segclip.py"
 _EVALUATE, _SOURCES = "tests/evaluation/test_evaluate.py", "tests/inference/test_sources.py"
-_LABELS = "inference/label_maps.py"
+_PATCHES, _GROUPS = "inference/decisions/patches.py", "inference/decisions/groups.py"
+_VALUES, _BATCHES = "tests/inference/test_three_values.py", "tests/inference/test_batches.py"
 FAULTS += (
     _system("window of another width", "layers/readout.py", "(2 * std * std)", "(std * std)", "tests/layers"),
-    _system("group table of all classes", _LABELS, "logits.softmax(-1) * (logits", "(logits", _MAPS, "group"),
-    _system("entropy the wrong way", _LABELS, "> settings.background_entropy", "< settings.background_entropy", _MAPS, "entropy"),
-    _system("small classes kept", _LABELS, "small = area <= settings", "small = area < 0 * settings", _MAPS, "area"),
+    _system("group table of all classes", _GROUPS, "logits.softmax(-1) * (logits", "(logits", _MAPS, "group"),
+    _system("entropy the wrong way", _PATCHES, "> self.background_entropy", "< self.background_entropy", _MAPS, "entropy"),
+    _system("small classes kept", _PATCHES, "small = area <= self", "small = area < 0 * self", _MAPS, "area"),
+    _system("stale texts", "inference/predictor.py", "key = replace(self.queries, templates=self.queries.templates_for(self.model))",
+            "key = Queries(self.queries.labels)", _VALUES, "follow"),
+    _system("stale view", "inference/predictor.py", "if self._seen.view != self.view:", "if False:", _VALUES, "another"),
+    _system("allowed ignored", "inference/queries.py", "base.masked_fill(~allowed, -torch.inf)", "base", _VALUES, "allowed"),
+    _system("windows of another picture", "inference/windows.py", "at += count", "at += 0", _BATCHES, "single_calls"),
     _system("threshold is background", "evaluation/metrics.py", 'side="right"', 'side="left"', _METRICS, "sweep"),
     _system("contour past the border", "evaluation/metrics.py", '"cval": -2', '"cval": 0', _METRICS, "boundary"),
     _system("no sum over processes", "distributed.py", "dist.all_reduce(total, group=everyone)", "pass", _EVALUATE, "two_processes"),

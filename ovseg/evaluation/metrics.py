@@ -132,7 +132,7 @@ def contour_band(labels: np.ndarray, distance: int) -> np.ndarray:
 class ThresholdSweep:
     """mIoU at every background threshold, from one pass: counts of [threshold bin of the winner's score, truth, prediction].
 
-    Exact at the thresholds: a pixel is background at t if its score is below t, as in ``Settings.background_threshold``.
+    Exact at the thresholds: a pixel is background at t if its score is below t, as in the rule's ``background_threshold``.
 
     Args:
         classes: names; class 0 is background.

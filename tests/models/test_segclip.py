@@ -14,9 +14,9 @@ import ovseg_kernels as ok
 from ovseg.checkpoints.published import read_published
 from ovseg.data.batch_types import PairBatch
 from ovseg.errors import CheckpointError, InputError
-from ovseg.inference.label_maps import Queries, group_tables, label_map
-from ovseg.inference.settings import Settings
-from ovseg.inference.windows import View
+from ovseg.inference.decisions.groups import GroupTables, group_tables
+from ovseg.inference.queries import EncodedQueries
+from ovseg.inference.windows import Placement
 from ovseg.layers.mae_decoder import sincos_positions
 from ovseg.models.segclip.model import SegCLIP, SegCLIPOptions
 from ovseg.models.segclip.published import POSITIONS
@@ -173,9 +173,9 @@ def test_segmentation_of_a_crop(golden, model, name):
     stable = golden[f"out/{name}/stable"]
     assert torch.equal(pixels[stable], golden[f"out/{name}/group_of_pixel"].long()[stable])
     close(table[0][pixels].permute(2, 0, 1)[:, stable], golden[f"out/{name}/class_map"][:, stable], 1e-5)
-    view = View((64, 64), (64, 64), (64, 64), None)
-    queries = Queries(tuple(map(str, range(20))), texts, torch.arange(20))
-    labels, _ = label_map(model, features, queries, view, Settings(background_threshold=0.8))
+    placement = Placement((64, 64), (64, 64), (64, 64), None)
+    queries = EncodedQueries(tuple(map(str, range(20))), texts, torch.arange(20))
+    labels, _ = GroupTables(background_threshold=0.8).label_map(model, features, queries, placement)
     assert torch.equal(labels[stable].long() + 1, golden[f"out/{name}/labels"].long()[stable])
 
 
@@ -185,9 +185,10 @@ def test_sliding_windows(golden, model):
     origins = golden["out/slide/crop_origins"].long()
     windows = torch.stack([golden["in/slide_image"][0, :, y : y + 64, x : x + 64] for y, x in origins.tolist()])
     features = model.encode_image(windows)
-    queries = Queries(tuple(map(str, range(20))), golden["in/slide_text"], torch.arange(20))
+    queries = EncodedQueries(tuple(map(str, range(20))), golden["in/slide_text"], torch.arange(20))
     for size, ending in (((80, 112), ""), ((100, 140), "_ori")):
-        labels, _ = label_map(model, features, queries, View(size, (80, 112), (64, 64), origins), Settings(background_threshold=0.8))
+        placement = Placement(size, (80, 112), (64, 64), origins)
+        labels, _ = GroupTables(background_threshold=0.8).label_map(model, features, queries, placement)
         stable = golden[f"out/slide/stable{ending}"]
         assert torch.equal(labels[stable].long() + 1, golden[f"out/slide/labels{ending}"].long()[stable])
         assert float(stable.float().mean()) > 0.99
@@ -369,11 +370,12 @@ def test_the_benchmarks_plain_version_is_the_same_model(vit):
     ours, theirs = create_objective(vit)(batch)["total"], plain.published_loss(vit, batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     texts, origins = F.normalize(torch.randn(6, 512), dim=-1), torch.tensor([[0, 0], [0, 16]])
-    view, pixels = View((50, 90), (64, 80), (64, 64), origins), torch.randn(3, 64, 80)
-    expected = plain.published_labels(vit, pixels, texts, view, 0.3)
+    placement, pixels = Placement((50, 90), (64, 80), (64, 64), origins), torch.randn(3, 64, 80)
+    expected = plain.published_labels(vit, pixels, texts, placement, 0.3)
     with torch.no_grad():
         features = vit.encode_image(torch.stack([pixels[:, :, :64], pixels[:, :, 16:]]))
-    found, _ = label_map(vit, features, Queries(tuple("abcdef"), texts, torch.arange(6)), view, Settings(background_threshold=0.3))
+    queries = EncodedQueries(tuple("abcdef"), texts, torch.arange(6))
+    found, _ = GroupTables(background_threshold=0.3).label_map(vit, features, queries, placement)
     assert float((found != expected).float().mean()) < 0.01
 
 
