@@ -1,9 +1,11 @@
 """Pictures in, label maps out: how a picture is seen (``View``), what is asked (``Queries``), how it is decided (``decisions``)."""
 
 from .decisions import Decision
+from .decisions.groups import GroupTables
+from .decisions.patches import PatchArgmax
 from .predictor import Predictor, segment
 from .queries import Queries
 from .segmentation import Segmentation
 from .view import View
 
-__all__ = ["Decision", "Predictor", "Queries", "Segmentation", "View", "segment"]
+__all__ = ["Decision", "GroupTables", "PatchArgmax", "Predictor", "Queries", "Segmentation", "View", "segment"]
