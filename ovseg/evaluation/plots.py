@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .evaluate import Report
+
+logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 60  # rows of a confusion matrix that are still labelled
 
@@ -16,7 +19,7 @@ def _figure(**options: Any):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("matplotlib is not installed: no plot is drawn (pip install 'ovseg-kernels[plot]')")
+        logger.warning("matplotlib is not installed: no plot is drawn (pip install 'ovseg-kernels[plot]')")
         return None
     return Figure(layout="constrained", **options)
 
