@@ -81,23 +81,23 @@ def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple
 
 @torch.no_grad()
 def encode(model: OVSegModel, pictures: Sequence[tuple[torch.Tensor, Placement]], batch: int) -> list[PatchFeatures]:
-    """Features of the windows of each picture. Windows of one size, of whichever picture, share encoder calls.
+    """Features of the windows of each picture. Windows of one size and dtype, of whichever picture, share encoder calls.
 
     Args:
         model: called as a module, so that hooks and ``torch.compile`` act.
         pictures: (pixels [3, Hc, Wc], uint8 or floats in 0..1, on the model's device; placement) of each.
         batch: windows in one call; a picture seen whole is one window.
     """
-    windows: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = {}
+    windows: dict[tuple[tuple[int, int], torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for i, (pixels, placement) in enumerate(pictures):
         origins = [(0, 0)] if placement.origins is None else placement.origins.tolist()
         h, w = placement.crop
-        windows.setdefault(placement.crop, []).extend((i, pixels[:, y : y + h, x : x + w]) for y, x in origins)
+        windows.setdefault((placement.crop, pixels.dtype), []).extend((i, pixels[:, y : y + h, x : x + w]) for y, x in origins)
     parts: list[list[PatchFeatures]] = [[] for _ in pictures]
     for found in windows.values():
         for start in range(0, len(found), batch):
             some = found[start : start + batch]
-            features = model(torch.cat([model.normalize(window[None]) for _, window in some]))
+            features = model(model.normalize(torch.stack([window for _, window in some])))
             at = 0
             for i, run in groupby(some, key=lambda entry: entry[0]):
                 count = len(list(run))
