@@ -40,7 +40,7 @@ def a_batch():
     entities = (draw(PICTURES * CAPTIONS, 5) > 0.6).byte()
     return PairBatch(draw(PICTURES, 3, 24, 24) - 0.5, tokens, ids, ids.repeat_interleave(CAPTIONS),
                      entities.unflatten(0, (PICTURES, CAPTIONS)).amax(1), entities, torch.randint(0, 4, (PICTURES, PATCHES), generator=g),
-                     {"groups": gumbel(PATCHES), "kept_groups": gumbel(int(37 * 0.25) - 1), "masking": draw(PICTURES, PATCHES)})  # fmt: skip
+                     {"groups": gumbel(PATCHES), "kept_groups": gumbel(int(37 * 0.25) - 1), "masking": draw(PICTURES, PATCHES)})
 
 
 def share_of(batch, rank, world):
