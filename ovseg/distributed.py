@@ -97,13 +97,13 @@ def all_reduce_sum(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def smallest(number: int) -> int:
-    """The smallest of the processes' numbers."""
+def smallest(*numbers: int) -> tuple[int, ...]:
+    """Of each number the smallest of all processes."""
     if (everyone := group()) is None:
-        return number
-    found = torch.tensor(number)
+        return numbers
+    found = torch.tensor(numbers)
     dist.all_reduce(found, dist.ReduceOp.MIN, group=everyone)
-    return int(found)
+    return tuple(found.tolist())
 
 
 def gather_strings(strings: list[str]) -> list[str]:

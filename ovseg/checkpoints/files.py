@@ -43,7 +43,13 @@ def save_weights(model: torch.nn.Module, path: Path) -> None:
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     """Strictly load ``path`` into ``model``; what does not fit is listed by kind."""
-    weights, own = load_tensors(path), model.state_dict()
+    weights = load_tensors(path)
+    check_fit(path, weights, model.state_dict())
+    model.load_state_dict(weights)
+
+
+def check_fit(path: str | Path, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
+    """Raises CheckpointError unless the names and shapes of ``weights``, from ``path``, are those of ``own``."""
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     reshaped = [
@@ -55,4 +61,3 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
         groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
         text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in groups if names)
         raise CheckpointError(f"{path} does not fit the model ({text})")
-    model.load_state_dict(weights)

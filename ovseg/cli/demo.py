@@ -53,9 +53,9 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
     from ..models import from_pretrained
-    from ..training.loop import Interrupted, train
     from ..training.plots import join_curves
     from ..training.recipe import load_recipe
+    from ..training.trainer import Interrupted, train
 
     out = Path(options.out or f"runs/demo_{options.data}")
     stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
     began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
     for i, stage in enumerate(stages):
-        start = [f"model.clip_from={out / stage.clip}"] if stage.clip else []
-        recipe = load_recipe(stage.recipe, [f"data.form={options.data}", f"train.seed={options.seed}", *start])
+        start = [f"init.backbone={out / stage.clip}"] if stage.clip else []
+        recipe = load_recipe(stage.recipe, [f"data.style={options.data}", f"train.seed={options.seed}", *start])
         if options.steps:
             recipe.train.steps = options.steps[i]
         folder = out / stage.folder

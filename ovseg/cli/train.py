@@ -1,29 +1,35 @@
 """Train a model by a recipe.
 
   ovseg train clip_scenes run=runs/clip
-  ovseg train pacl_scenes run=runs/pacl model.clip_from=runs/clip optim.lr=1e-3
+  ovseg train pacl_scenes run=runs/pacl init.backbone=runs/clip optim.lr=1e-3
   ovseg train my_recipe.yaml run=runs/mine --resume
+  torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl          one batch shared by two processes
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from pathlib import Path
+from typing import Any
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="a recipe's name or a YAML file; `ovseg train list` prints the names")
     sub.add_argument("overrides", nargs="*", help="key=value, and run=FOLDER for the output")
     sub.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    sub.add_argument("--allow", action="append", default=[], metavar="KEY", help="with --resume: a key of the recipe that may have changed")
     sub.add_argument("--print", action="store_true", dest="show", help="print the resolved recipe and stop")
 
 
 def run(options: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
+    from .. import distributed
     from ..errors import ConfigError
-    from ..training.loop import Interrupted, train
     from ..training.recipe import list_recipes, load_recipe
+    from ..training.trainer import Interrupted, train
 
     if options.recipe == "list":
         print(*list_recipes(), sep="\n")
@@ -35,10 +41,46 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
+    logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
     try:
-        train(recipe, folders[-1], resume=options.resume)
+        train(recipe, folders[-1], resume=options.resume, allow=options.allow, evaluate=validation(recipe))
     except Interrupted as error:
         print(f"ovseg train: {error}", file=sys.stderr)
         return 143
-    print(f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ...; loss curve: {folders[-1]}/loss.png")
+    if distributed.is_main():
+        print(f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ...; loss curve: {folders[-1]}/loss.png")
     return 0
+
+
+def validation(recipe: Any) -> Any:
+    """What ``validation`` of a recipe describes, as training calls it: (model, step, folder) -> figures. None if it asks for none."""
+    from .. import distributed
+    from ..data.segmentation_sets import SegmentationSet
+    from ..errors import ConfigError
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.protocols import protocol
+    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
+
+    part = recipe.validation
+    if part.every_steps is None:
+        return None
+    name = part.data or recipe.data.get("style")
+    if name is None:
+        raise ConfigError("validation.data is null and the recipe trains on no scenes; expected a benchmark of `ovseg data list`")
+    if name in SCENE_SETS:
+        data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
+    elif part.root is None:
+        raise ConfigError(f"validation.root is null; expected the folder that holds {name}")
+    else:
+        data = SegmentationSet(name, part.root, "val")
+
+    def call(model: Any, step: int, folder: Path) -> dict[str, float]:
+        chosen = protocol(part.protocol, data.description, model)
+        asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
+        report = evaluate_scene_set(model, data, chosen=chosen, **asked) if name in SCENE_SETS else evaluate(model, data, chosen, **asked)
+        if distributed.is_main() and report.examples:
+            folder.mkdir(parents=True, exist_ok=True)
+            gallery({recipe.model.name: report}).save(folder / f"step_{step:08d}.png")
+        return {key: value for key, value in report.summary.items() if isinstance(value, (int, float))}
+
+    return call

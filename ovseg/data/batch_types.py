@@ -5,7 +5,6 @@ Images are uint8 until they are on the device, where the objective normalises th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -37,6 +36,10 @@ class Batch:
 
         return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self)})
 
+    def split(self: _B, parts: int) -> list[_B]:
+        """So many neighbouring parts, as equal as can be; texts and other rows are shared out in the same way, in order."""
+        return [self._mapped(lambda x, part=part: x.tensor_split(parts)[part]) for part in range(parts)]
+
     def to(self: _B, device: torch.device | str) -> _B:
         return self._mapped(lambda x: x.to(device, non_blocking=True))
 
@@ -64,16 +67,6 @@ class PairBatch(Batch):
     text_entities: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     noise: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def chunks(self, images: int) -> Iterator[PairBatch]:
-        """Parts of at most so many pictures, each with its share of the texts in order."""
-        parts = max(1, -(-len(self.images) // images))
-        per_image = [self.images.tensor_split(parts), self.image_ids.tensor_split(parts)]
-        per_text = [self.token_ids.tensor_split(parts), self.text_ids.tensor_split(parts)]
-        for i in range(parts):
-            noise = {name: x.tensor_split(parts)[i] for name, x in self.noise.items()}
-            segments = None if self.segments is None else self.segments.tensor_split(parts)[i]
-            yield PairBatch(per_image[0][i], per_text[0][i], per_image[1][i], per_text[1][i], segments=segments, noise=noise)
 
 
 @dataclass

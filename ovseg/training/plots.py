@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
 _COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"), ("#a1d99b", "#00682a"))
 
 
@@ -19,7 +21,7 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("matplotlib is not installed: no loss curve is drawn (pip install 'ovseg-kernels[plot]')")
+        logger.warning("matplotlib is not installed: no loss curve is drawn (pip install 'ovseg-kernels[plot]')")
         return None
     curves = {title: _points(log) for title, log in logs.items()}
     curves = {title: points for title, points in curves.items() if points}

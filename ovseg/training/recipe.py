@@ -2,60 +2,89 @@
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..data.sources import load_options
 from ..errors import ConfigError
+from ..options import unknown_key
+from .schedule import Schedule, check_schedule
 
 FOLDER = Path(__file__).parent / "recipes"
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PARALLEL = ("ddp", "fsdp")
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass
 class ModelPart:
     name: str = "pacl_tiny"
     options: dict[str, Any] = field(default_factory=dict)
-    clip_from: str | None = None  # run or save_pretrained folder of a clip_dense model: its backbone is taken over
 
 
 @dataclass
-class DataPart:
-    form: str = "digits"  # of the scenes; or 'folder'
-    root: str | None = None  # form=folder: a folder of images with a .txt of captions beside each
-    train_size: int = 6000
-    val_size: int = 300
-    image_size: int = 48
-    captions: int = 1  # of each image in a batch; scenes have five
-    superpixels: str | None = None  # form=folder: side file of `ovseg data superpixels`; scenes: any word, they are made while drawing
-    superpixel_labels: str = "majority"  # of a patch: its most frequent id; "mean": the published integer part of the mean of its ids
-    workers: int = 2  # form=folder: processes that decode
+class ObjectivePart:
+    """What is trained: a name of ``ovseg.objectives``, the model's own if None."""
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class OptimPart:
+    """``lower_lr``: of the parts that a system trains gently; SegCLIP's CLIP trunk. ``momentum``: of sgd."""
+
+    name: str = "adamw"
     lr: float = 5e-4
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
-    lower_lr: float | None = None  # of the parts that a system trains gently; SegCLIP's CLIP trunk
-    warmup_steps: int = 60
-    warmup_share: float | None = None  # of all steps, in place of warmup_steps; the cosine then begins at its end
-    clip_grad: float = 1.0
+    momentum: float = 0.9
+    lower_lr: float | None = None
+    clip_grad: float | None = 1.0
 
 
 @dataclass
 class TrainPart:
+    """Attributes:
+        steps: of the stage.
+        epochs: in place of ``steps``: so often over the data.
+        batch_size: pictures of a step, over all processes and chunks.
+        chunk: pictures of a process that are encoded at a time; every text still meets every picture. None: all.
+        drop_last: whether the rest of an epoch that fills no batch is left out.
+        ema: decay of an average of the weights, which is then what is saved as the model; None: no average.
+        precision: auto: bf16 on GPUs that have it, fp32 elsewhere.
+        parallel: how several processes share the work: ddp, fsdp.
+    """
+
     steps: int = 1000
+    epochs: int | None = None
     batch_size: int = 64
-    precision: str = "auto"  # auto: bf16 on GPUs that have it, fp32 elsewhere
+    chunk: int | None = None
+    drop_last: bool = True
+    ema: float | None = None
+    precision: str = "auto"
+    parallel: str = "ddp"
     seed: int = 0
     device: str = "auto"
+
+
+@dataclass
+class ValidationPart:
+    """``data`` and ``root`` as ``ovseg eval`` takes them; None: the scenes that the recipe trains on."""
+
+    every_steps: int | None = None
+    data: str | None = None
+    root: str | None = None
+    protocol: str = "plain"
+    limit: int | None = 100
 
 
 @dataclass
@@ -71,14 +100,26 @@ class LogPart:
 
 @dataclass
 class Recipe:
-    """Everything a training run depends on. Unknown keys are errors; every default stands here and nowhere else."""
+    """Everything a training run depends on. Unknown keys are errors; defaults stand here and in the options of what is named.
 
+    Attributes:
+        init: part of the model -> where its weights come from; ``model`` is the whole. See ``stages.start``.
+        data: ``kind`` and the options of ``ovseg.data.sources.<kind>``.
+        stages: one recipe after another in one run: of each what differs from the rest of this file, and a ``name``.
+    """
+
+    name: str = ""
     model: ModelPart = field(default_factory=ModelPart)
-    data: DataPart = field(default_factory=DataPart)
+    init: dict[str, Any] = field(default_factory=dict)
+    objective: ObjectivePart = field(default_factory=ObjectivePart)
+    data: dict[str, Any] = field(default_factory=lambda: {"kind": "scenes"})
     optim: OptimPart = field(default_factory=OptimPart)
+    schedule: Schedule = field(default_factory=Schedule)
     train: TrainPart = field(default_factory=TrainPart)
+    validation: ValidationPart = field(default_factory=ValidationPart)
     checkpoint: CheckpointPart = field(default_factory=CheckpointPart)
     log: LogPart = field(default_factory=LogPart)
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
 
 def list_recipes() -> list[str]:
@@ -108,18 +149,81 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"recipe {path} is no YAML: {error}") from error
         raise
-    _check_keys(plain, Recipe, "")
+    return build_recipe(plain, str(path))
+
+
+def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A checked recipe from a mapping; ``where`` it came from, for messages."""
+    _check_keys(values, Recipe, "")
     try:
-        recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), plain))
+        recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"recipe {path}: {key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"recipe {where}: {key}: {str(error).splitlines()[0]}") from error
+    recipe.data = _plain(load_options(recipe.data))
     _check_values(recipe)
+    stages_of(recipe)
     return recipe
+
+
+def stages_of(recipe: Recipe) -> list[Recipe]:
+    """What is trained one after another, each a recipe without stages: the file with the stage's own values over it."""
+    if not recipe.stages:
+        return [recipe]
+    common = {key: value for key, value in to_dict(recipe).items() if key not in ("stages", "init")}
+    found = []
+    for number, changes in enumerate(recipe.stages):
+        if "stages" in changes:
+            raise ConfigError(f"stages[{number}].stages: a stage has no stages of its own")
+        init = recipe.init if number == 0 else {"model": "previous"}
+        data = changes.get("data", {})
+        fresh = {"data": data} if data.get("kind", common["data"]["kind"]) != common["data"]["kind"] else {}  # options of another kind
+        merged = {**common, "init": init, "name": f"stage {number + 1}", **fresh}
+        try:
+            stage = build_recipe(_merge(merged, changes), "of the stage")
+        except ConfigError as error:
+            raise ConfigError(f"stages[{number}].{error}") from error
+        found.append(stage)
+    return found
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, as YAML and JSON hold them."""
+    return json.loads(json.dumps(asdict(recipe)))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+
+
+def hash_of(recipe: dict[str, Any]) -> str:
+    """Sixteen digits that change with any value of ``to_dict(recipe)``."""
+    return hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of what two recipes disagree about; None where one has no such key."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys((*old, *new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``under``, mapping by mapping; ``init`` is taken as a whole."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "init"
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(options)))
 
 
 def _check_keys(values: Any, schema: type, prefix: str) -> None:
@@ -128,9 +232,7 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
     known = {f.name: f for f in fields(schema)}
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1, 0.4)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"expected one of {sorted(known)}"
-            raise ConfigError(f"{prefix}{key}: unknown key, {hint}")
+            raise unknown_key(str(key), known, prefix)
         part = known[key].default_factory
         if is_dataclass(part):
             _check_keys(value, part, f"{prefix}{key}.")
@@ -138,18 +240,19 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
 
 def _check_values(recipe: Recipe) -> None:
     positive = {
-        "train.steps": recipe.train.steps, "train.batch_size": recipe.train.batch_size, "optim.lr": recipe.optim.lr,
-        "optim.clip_grad": recipe.optim.clip_grad, "checkpoint.every_steps": recipe.checkpoint.every_steps,
-        "checkpoint.keep": recipe.checkpoint.keep, "log.every_steps": recipe.log.every_steps,
-    }
+        "train.steps": recipe.train.steps, "train.epochs": recipe.train.epochs, "train.batch_size": recipe.train.batch_size,
+        "train.chunk": recipe.train.chunk, "optim.lr": recipe.optim.lr, "optim.lower_lr": recipe.optim.lower_lr,
+        "optim.clip_grad": recipe.optim.clip_grad, "schedule.steps": recipe.schedule.steps, "schedule.power": recipe.schedule.power,
+        "checkpoint.every_steps": recipe.checkpoint.every_steps, "checkpoint.keep": recipe.checkpoint.keep,
+        "log.every_steps": recipe.log.every_steps, "validation.every_steps": recipe.validation.every_steps,
+    }  # fmt: skip
     for key, value in positive.items():
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; expected a positive number")
-    if recipe.data.superpixel_labels not in ("majority", "mean"):
-        raise ConfigError(f"data.superpixel_labels is {recipe.data.superpixel_labels!r}; expected 'majority' or 'mean'")
-    if recipe.optim.warmup_share is not None and not 0 < recipe.optim.warmup_share < 1:
-        raise ConfigError(f"optim.warmup_share is {recipe.optim.warmup_share}; expected a share between 0 and 1")
-    if recipe.optim.lower_lr is not None and not recipe.optim.lower_lr > 0:
-        raise ConfigError(f"optim.lower_lr is {recipe.optim.lower_lr}; expected a positive number")
-    if recipe.train.precision not in PRECISIONS:
-        raise ConfigError(f"train.precision is {recipe.train.precision!r}; expected one of {list(PRECISIONS)}")
+    if recipe.train.ema is not None and not 0 < recipe.train.ema < 1:
+        raise ConfigError(f"train.ema is {recipe.train.ema}; expected a decay between 0 and 1")
+    for key, name, known in (("train.precision", recipe.train.precision, PRECISIONS), ("train.parallel", recipe.train.parallel, PARALLEL),
+                             ("optim.name", recipe.optim.name, OPTIMIZERS)):
+        if name not in known:
+            raise ConfigError(f"{key} is {name!r}; expected one of {list(known)}")
+    check_schedule(recipe.schedule, recipe.optim.lr)

@@ -26,7 +26,7 @@ def collectives():
     found = {
         "flags": distributed.any_flag(me == 1, False),
         "sum": distributed.all_reduce_sum(np.array([[1, 2**60 + me]])).tolist(),
-        "smallest": distributed.smallest(10 - me),
+        "smallest": distributed.smallest(10 - me, me),
         "strings": distributed.gather_strings([f"rank {me}"] * me + ["é\n"]),
         "json": distributed.broadcast_json({"from": me, "x": [0.1]}),
     }
@@ -48,7 +48,7 @@ def test_what_processes_agree_on(world):
     strings = [s for me in range(world) for s in [f"rank {me}"] * me + ["é\n"]]
     for rank, (me, size, found) in enumerate(printed):
         assert (me, size) == (rank, world)
-        assert found["flags"] == [True, False] and found["smallest"] == 11 - world
+        assert found["flags"] == [True, False] and found["smallest"] == [11 - world, 0]
         assert found["sum"] == [[world, world * 2**60 + sum(range(world))]]
         assert found["strings"] == strings and found["json"] == {"from": 0, "x": [0.1]}
         assert found["gradients"] == [[mean] * 3, [pytest.approx(1 / world)] * 2, None, 2 * mean]

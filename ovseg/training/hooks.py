@@ -1,0 +1,129 @@
+"""What happens beside training: the log, the validation, the checkpoints. A hook is called after every step, and at the end of the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import distributed
+from ..models import OVSegModel, save_pretrained
+from . import state
+from .stages import BEST, Run
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+Evaluate = Callable[[OVSegModel, int, Path], dict[str, float]]
+
+
+@dataclass
+class Step:
+    """What a step was.
+
+    Attributes:
+        number: from the beginning of the run.
+        losses: by name, with ``total``; of the batch of all processes.
+        images: pictures, of all processes.
+        seconds, waited: that it took, and of them for data.
+        finite: whether the weights were changed: no loss or gradient was infinite or NaN.
+        explained: whether the scale of fp16 is to blame where they were not.
+        last, stopping: of the stage; whether a signal came.
+    """
+
+    number: int
+    losses: dict[str, float]
+    lr: float
+    grad_norm: float
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    finite: bool = True
+    explained: bool = False
+    last: bool = False
+    stopping: bool = False
+
+
+class Hook:
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        """In all processes, also after a step that was skipped."""
+
+
+@dataclass
+class Log(Hook):
+    """A line of JSON every so many steps, and one for every step that was skipped: loss and its parts, rate, norm of the gradient, seconds
+    since the run began or went on, pictures a second and the share of time spent waiting for data since the last line."""
+
+    path: Path
+    every: int
+    began: float = field(default_factory=time.time)
+    _sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self._sums = [a + b for a, b in zip(self._sums, (step.images, step.seconds, step.waited), strict=True)]
+        total = step.losses["total"]
+        if not step.finite:
+            self._write({"step": step.number, "skipped": True, "loss": str(total), "grad_norm": str(step.grad_norm)})
+        elif step.number % self.every == 0 or step.last:
+            images, seconds, waited = self._sums
+            parts = {name: value for name, value in step.losses.items() if name != "total"}
+            stage = {} if trainer.stages == 1 else {"stage": trainer.state.stage}
+            self._write({"step": step.number, "loss": total, **parts, **stage, "lr": step.lr, "grad_norm": step.grad_norm,
+                         "seconds": round(time.time() - self.began, 3), "samples_per_second": round(images / max(seconds, 1e-9), 1),
+                         "data_share": round(waited / max(seconds, 1e-9), 4)})
+            self._sums = [0.0, 0.0, 0.0]
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if distributed.is_main():
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+@dataclass
+class Validation(Hook):
+    """Every so many steps and at the end of a stage: figures to ``validation.jsonl``, pictures to ``validation/``, and the model to
+    ``best/`` where ``miou`` is the highest of the stage so far."""
+
+    folder: Path
+    every: int
+    evaluate: Evaluate
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        done = step.number + 1
+        if step.stopping or not (step.last or done % self.every == 0):
+            return
+        model = trainer.model_to_use()
+        was = model.training
+        try:
+            figures = self.evaluate(model.eval(), done, self.folder / "validation")
+        finally:
+            model.train(was)
+        if not distributed.is_main():
+            return
+        path = self.folder / "validation.jsonl"
+        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        before = [entry for entry in before if entry["step"] < done]  # a killed run does some again
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})))
+        logger.info("validation after step %d: %s", done, ", ".join(f"{name} {value}" for name, value in figures.items()))
+        of_stage = [entry.get("miou", -math.inf) for entry in before if entry["step"] > trainer.state.done]
+        if figures.get("miou", -math.inf) > max(of_stage, default=-math.inf):
+            save_pretrained(model, self.folder / BEST, step=done, **figures)
+
+
+@dataclass
+class Checkpoints(Hook):
+    """Every so many steps, at the end of a stage, and when a signal asks to stop."""
+
+    run: Run
+    every: int
+    keep: int
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        if step.last or step.stopping or (step.number + 1) % self.every == 0:
+            state.save(self.run.checkpoints, trainer.state, self.run.recipe, self.run.key, self.keep)

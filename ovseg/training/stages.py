@@ -1,0 +1,194 @@
+"""What a stage starts from: a model with weights from elsewhere, its objective, optimizer and data; and the folder a run lives in."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from .. import distributed
+from ..checkpoints.files import check_fit, load_tensors
+from ..data.loader import Loader
+from ..data.sources import ModelInputs, create_source, load_options
+from ..environment import environment
+from ..errors import CheckpointError, ConfigError
+from ..models import OVSegModel, create_model
+from ..objectives import Objective, create_objective
+from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
+from .state import complete, facts_of
+
+logger = logging.getLogger(__name__)
+PREVIOUS, BEST = "previous", "best"
+
+
+def build_model(recipe: Recipe) -> OVSegModel:
+    """The model of a stage, without the weights of ``init``."""
+    return create_model(recipe.model.name, **recipe.model.options)
+
+
+def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | None = None) -> None:
+    """Take over the weights that ``recipe.init`` names: part of the model -> where from.
+
+    The part is ``model`` or a submodule such as ``backbone``. Where from: a folder of a run, of one of its checkpoints or of
+    ``save_pretrained``, a safetensors file; ``previous``, the model of the stage before; ``best``, the best of it in validation.
+
+    Raises:
+        ConfigError: if there is nothing there, or it does not fit; the message names the key.
+    """
+    for part, source in recipe.init.items():
+        if source is None:
+            continue
+        where, prefix = f"init.{part} is {source!r}", "" if part == "model" else f"{part}."
+        if source == PREVIOUS:
+            if previous is None:
+                raise ConfigError(f"{where} and no stage comes before; expected a folder of a run")
+            weights = {name: x.detach().cpu() for name, x in previous.state_dict().items()}
+        else:
+            weights = _weights(run / BEST if source == BEST else Path(str(source)), where)
+        own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
+        if not own:
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of {parts}")
+        taken = {name: x for name, x in weights.items() if name.startswith(prefix)}
+        try:
+            check_fit(str(source), taken, own)
+        except CheckpointError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        for name, value in taken.items():
+            own[name].copy_(value)
+
+
+def build_objective(model: OVSegModel, recipe: Recipe) -> Objective:
+    return create_objective(model, recipe.objective.name, **recipe.objective.options)
+
+
+def build_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
+    """Over the model's own groups, and what else the objective trains. After sharding: it holds the parameters as they are then."""
+    optim = recipe.optim
+    groups = objective.model.parameter_groups(optim.lr, optim.weight_decay, optim.lower_lr)
+    known = {id(p) for group in groups for p in group["params"]}
+    others = [p for p in objective.parameters() if p.requires_grad and id(p) not in known]
+    groups.append({"params": others, "lr_scale": 1.0, "weight_decay": 0.0})
+    # Sharded and whole parameters apart: one fused update takes one kind.
+    split = [{**group, "params": [p for p in group["params"] if type(p.data) is kind]}
+             for group in groups for kind in dict.fromkeys(type(p.data) for p in group["params"])]
+    if not split:
+        raise ConfigError(f"model {recipe.model.name!r} has nothing to train")
+    if optim.name == "sgd":
+        return torch.optim.SGD(split, lr=optim.lr, momentum=optim.momentum)
+    return torch.optim.AdamW(split, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps)
+
+
+def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, progress: bool) -> Loader:
+    """The batches of this process.
+
+    Raises:
+        ConfigError: if the objective takes another kind of batch than the data make.
+    """
+    options, train = load_options(recipe.data), recipe.train
+    source = create_source(options, ModelInputs.of(objective.model), seed=train.seed, progress=progress)
+    if not issubclass(source.batch_type, objective.batch_type):
+        raise ConfigError(f"data.kind is {options.kind!r}, which gives {source.batch_type.__name__}; the objective "
+                          f"{type(objective).__name__} expects {objective.batch_type.__name__}")
+    return Loader(source, train.batch_size, seed=train.seed, rank=distributed.rank(), ranks=distributed.world_size(), epochs=train.epochs,
+                  drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda")
+
+
+@dataclass
+class Run:
+    """A folder of a run.
+
+    Attributes:
+        at: the checkpoint to go on from, if any.
+        recipe, key: plain values and their hash, for checkpoints.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    key: str
+    at: Path | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+
+def open_run(folder: Path, recipe: Recipe, *, resume: bool, allow: Sequence[str] = (), device: torch.device) -> Run:
+    """Find out where to begin, and write ``config.yaml`` and ``env.json``.
+
+    Raises:
+        ConfigError: if the folder holds a run and ``resume`` is false; if it holds one of another recipe, by the name of the first key that
+            differs and that ``allow`` does not name.
+    """
+    plain = to_dict(recipe)
+    found = complete(folder / "checkpoints")
+    at = Path(distributed.broadcast_json(str(found[-1]))) if resume and _everywhere(bool(found)) else None
+    saved = folder / "config.yaml"
+    if not resume and any((folder / name).exists() for name in ("log.jsonl", "checkpoints")):
+        raise ConfigError(f"{folder} holds a run already; expected a new folder, or resume to go on with it")
+    facts = None if at is None else facts_of(at)
+    old = facts["recipe"] if facts is not None else OmegaConf.to_container(OmegaConf.load(saved)) if resume and saved.exists() else None
+    changed = [] if old is None else differences(old, plain)
+    if facts is not None and facts["processes"] != distributed.world_size():
+        changed.append(("processes", facts["processes"], distributed.world_size()))
+    for key, before, now in changed:
+        if not any(key == name or key.startswith(f"{name}.") for name in allow):
+            raise ConfigError(f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected the same recipe, a new "
+                              f"folder, or --allow {key} to go on with another one")
+    distributed.barrier()  # nobody writes before all have read
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        if saved.exists() and changed:
+            kept = folder / f"config.until_{at.name if at else 'start'}.yaml"
+            saved.replace(kept)
+            logger.warning("going on with another recipe (%s); the old one is kept in %s", ", ".join(key for key, *_ in changed), kept)
+        if not saved.exists():
+            save_recipe(recipe, saved)
+        (folder / "env.json").write_text(json.dumps({**environment(device), "processes": distributed.world_size()}, indent=2))
+    run = Run(folder, plain, hash_of(plain), at)
+    if distributed.is_main():
+        _forget_after(run.log, 0 if facts is None else facts["done"] + facts["step"])
+    distributed.barrier()
+    return run
+
+
+def _everywhere(found: bool) -> bool:
+    """Whether the main process has found it; the others must see the same files."""
+    here = bool(distributed.broadcast_json(found))
+    if distributed.any_flag(here and not found)[0]:
+        raise ConfigError("the checkpoint of the main process is not there for all; expected a folder that all processes see")
+    return here
+
+
+def _weights(path: Path, where: str) -> dict[str, torch.Tensor]:
+    for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
+        if file.is_file():
+            try:
+                return load_tensors(file)
+            except CheckpointError as error:
+                raise ConfigError(f"{where}: {error}") from error
+    raise ConfigError(f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of a run or of save_pretrained")
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop log lines that a killed run wrote after its last checkpoint, and a half-written last line."""
+    if not log.exists():
+        return
+    lines = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                lines.append(line)
+        except (ValueError, KeyError):
+            continue
+    log.write_text("".join(line + "\n" for line in lines))

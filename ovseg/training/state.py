@@ -1,0 +1,244 @@
+"""What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest complete one wins.
+
+A checkpoint holds whole tensors whatever shards them, under the names of the parameters: model, average, what else the objective has, the
+optimizer; and for every process its position in the data and its random states.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
+
+from .. import distributed
+from ..checkpoints.files import check_fit, load_tensors, save_tensors
+from ..data.loader import Loader
+from ..data.skips import SkipLimit
+from ..errors import CheckpointError
+from ..objectives import Objective
+from .gradients import LossScaler
+
+_MARK = "COMPLETE"
+_FORMAT = 2
+
+
+@dataclass
+class State:
+    """Attributes:
+        done: steps of the stages before this one.
+        stage, step: where training stands: ``step`` steps of the stage are done.
+        average: of the objective's model, where the recipe asks for one.
+    """
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    skips: SkipLimit
+    scaler: LossScaler
+    average: AveragedModel | None = None
+    stage: int = 0
+    step: int = 0
+    done: int = 0
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{_MARK}") if path.parent.suffix != ".part")
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint: stage, steps, recipe, number of processes.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        return {key: facts[key] for key in ("stage", "step", "done", "recipe", "hash", "processes", "scaler", "skips", "averaged")}
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from error
+
+
+def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int) -> Path:
+    """Write ``folder/step_N`` under another name, mark it complete, rename it, then drop the oldest beyond ``keep``.
+
+    Called by all processes; rank 0 writes.
+
+    Args:
+        recipe, key: of the run and its hash, so that going on with another one is noticed.
+    """
+    total = state.done + state.step
+    target, part = folder / f"step_{total:08d}", folder / f"step_{total:08d}.part"
+    model, rest = _parts(whole(state.objective))
+    average = None if state.average is None else whole(state.average.module)
+    optimizer = _optimizer_tensors(state)
+    ranks = distributed.gather_strings([json.dumps({"loader": state.loader.state_dict(), "random": _random_state()})])
+    if distributed.is_main():
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, tensors in (("model", model), ("objective", rest), ("ema", average), ("optimizer", optimizer)):
+            if tensors or name in ("model", "optimizer"):
+                save_tensors(tensors or {}, part / f"{name}.safetensors", {"format": "pt"})
+        facts = {"format": _FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "processes": distributed.world_size(),
+                 "scaler": state.scaler.state_dict(), "skips": state.skips.state_dict(), "hash": key, "recipe": recipe,
+                 "averaged": None if state.average is None else int(state.average.n_averaged)}  # fmt: skip
+        _write(part / "state.json", json.dumps(facts))
+        _write(part / "ranks.jsonl", "".join(line + "\n" for line in ranks))
+        _write(part / _MARK, "")
+        _sync_folder(part)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+        _sync_folder(folder)
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    distributed.barrier()
+    return target
+
+
+def restore(path: Path, state: State) -> None:
+    """Load one checkpoint into everything that ``state`` names. All processes read the files.
+
+    Raises:
+        CheckpointError: if a file is damaged or belongs to another model.
+    """
+    facts = facts_of(path)
+    model, rest = _parts(state.objective.state_dict())
+    _load(path / "model.safetensors", model)
+    if rest:
+        _load(path / "objective.safetensors", rest)
+    if state.average is not None:
+        if facts["averaged"] is None:
+            raise CheckpointError(f"{path} holds no average of the weights and train.ema asks for one")
+        _load(path / "ema.safetensors", state.average.module.state_dict())
+        state.average.n_averaged.fill_(facts["averaged"])
+    _restore_optimizer(path / "optimizer.safetensors", state)
+    state.scaler.load_state_dict(facts["scaler"])
+    state.skips.load_state_dict(facts["skips"])
+    state.stage, state.step, state.done = facts["stage"], facts["step"], facts["done"]
+    try:
+        ranks = [json.loads(line) for line in (path / "ranks.jsonl").read_text().splitlines()]
+        # With another number of processes (which has to be allowed) all go to one position, with fresh random states.
+        mine = ranks[distributed.rank()] if len(ranks) == distributed.world_size() else {"loader": ranks[0]["loader"]}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path / 'ranks.jsonl'} is damaged: {error!r}") from error
+    state.loader.load_state_dict(mine["loader"])
+    if "random" in mine:
+        _set_random_state(mine["random"])
+
+
+def whole(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's tensors on the CPU, put together where they are sharded; on rank 0, empty elsewhere."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if distributed.is_main():
+            found[name] = full.detach().cpu()
+    return found
+
+
+def fill(own: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if isinstance(own, DTensor):
+        value = distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements)
+    own.detach().copy_(value)
+
+
+def _parts(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the model's, under its own names; those that only the objective has)."""
+    model = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    return model, {name: x for name, x in tensors.items() if not name.startswith("model.")}
+
+
+def _load(path: Path, own: dict[str, torch.Tensor]) -> None:
+    found = load_tensors(path)
+    check_fit(path, found, own)
+    for name, value in found.items():
+        fill(own[name], value)
+
+
+def _named_trained(state: State) -> Iterator[tuple[str, nn.Parameter]]:
+    given = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    return ((name, p) for name, p in state.objective.named_parameters() if id(p) in given)
+
+
+def _optimizer_tensors(state: State) -> dict[str, torch.Tensor]:
+    """``key/parameter``; parameters that never had a gradient have none."""
+    found = {}
+    for name, parameter in _named_trained(state):
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            full = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+            if distributed.is_main():
+                found[f"{key}/{name}"] = full.detach().cpu()
+    return found
+
+
+def _restore_optimizer(path: Path, state: State) -> None:
+    named = dict(_named_trained(state))
+    for place, value in load_tensors(path).items():
+        key, name = place.split("/", 1)
+        parameter = named.get(name)
+        if parameter is None:
+            raise CheckpointError(f"{path} holds the state of {name}, which the recipe does not train")
+        entry = state.optimizer.state[parameter]
+        if key == "step":  # torch's optimizers keep it on the CPU
+            entry[key] = value
+        elif value.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {place} is {list(value.shape)}; expected {list(parameter.shape)}")
+        else:
+            entry[key] = torch.zeros_like(parameter)
+            fill(entry[key], value)
+
+
+def _random_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    states = {"torch": _text(torch.get_rng_state()), "python": [version, list(numbers), gauss],
+              "numpy": [name, np.asarray(keys).tolist(), *rest]}
+    return states | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(states: dict[str, Any]) -> None:
+    torch.set_rng_state(_bytes(states["torch"]))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
+
+
+def _text(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in a folder, on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,263 @@
+"""Training, top to bottom: recipe in, run folder out; one process or many, one stage or several.
+
+A run folder holds config.yaml, env.json, log.jsonl, loss.png, checkpoints/ and model/ (what ``from_pretrained`` reads); with validation
+also validation.jsonl, validation/ and best/.
+
+All processes do the same steps. What one of them alone sees, the end of its data, a picture that cannot be read, a signal, a loss that is
+not finite, becomes known to all before any acts on it; so none waits for another that has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import platform
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import distributed
+from ..data.batch_types import Batch
+from ..data.skips import SkipLimit
+from ..errors import ConfigError, DataError, InputError
+from ..models import OVSegModel, save_pretrained
+from ..objectives import Progress
+from ..progress import bar
+from . import state as checkpoints
+from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, trained
+from .hooks import Checkpoints, Evaluate, Hook, Log, Step, Validation
+from .plots import plot_loss
+from .recipe import Recipe, stages_of
+from .schedule import learning_rate
+from .stages import build_loader, build_model, build_objective, build_optimizer, open_run, start
+from .state import State
+
+logger = logging.getLogger(__name__)
+_BAD_IN_A_ROW = 10  # steps without a finite loss before the run stops
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM announces the end of the time limit by the last
+
+
+class Interrupted(Exception):
+    """SIGTERM, SIGINT or SIGUSR1 came to one of the processes; the state is saved."""
+
+
+def train(recipe: Recipe, run: str | Path, *, resume: bool = False, allow: Sequence[str] = (), quiet: bool = False,
+          evaluate: Evaluate | None = None, hooks: Sequence[Hook] = ()) -> OVSegModel:
+    """Train by ``recipe`` into the folder ``run``; returns the model in eval mode.
+
+    Args:
+        resume: go on from the newest complete checkpoint, if there is one. N steps give the same weights, bit for bit on
+            the CPU, however often they were interrupted.
+        allow: keys of the recipe that may differ from those the run was begun with.
+        quiet: no progress bar.
+        evaluate: ``(model, step, folder for pictures) -> figures``, called every ``validation.every_steps``.
+        hooks: called after every step, before the checkpoint.
+
+    Raises:
+        ConfigError: if the folder holds another run and ``resume`` is false, or the recipe cannot be followed.
+        Interrupted: after a signal, once the state is saved.
+        FloatingPointError: after ten steps in a row without a finite loss.
+    """
+    device = distributed.device(recipe.train.device)
+    stages = stages_of(recipe)
+    folder = open_run(Path(run), recipe, resume=resume, allow=allow, device=device)
+    first = 0 if folder.at is None else checkpoints.facts_of(folder.at)["stage"]
+    _keep_freed_memory()
+    beside: list[Hook] = [Log(folder.log, recipe.log.every_steps), *hooks]
+    if recipe.validation.every_steps and evaluate is not None:
+        beside.append(Validation(folder.folder, recipe.validation.every_steps, evaluate))
+    beside.append(Checkpoints(folder, recipe.checkpoint.every_steps, recipe.checkpoint.keep))
+    model: OVSegModel | None = None
+    done = 0
+    with _signals() as received:
+        for number in range(first, len(stages)):
+            at = folder.at if number == first else None
+            trainer = Trainer(stages[number], folder.folder, device, number=number, stages=len(stages), done=done, at=at, previous=model,
+                              quiet=quiet)
+            trainer.run(beside, received)
+            model, done = trainer.model_to_use(), trainer.state.done + trainer.state.step
+    assert model is not None
+    model.eval()
+    if distributed.is_main():
+        save_pretrained(model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=stages[-1].data)
+        plot_loss(folder.log, folder.folder / "loss.png", title=recipe.model.name)
+    distributed.barrier()
+    return model
+
+
+class Trainer:
+    """One stage.
+
+    Args:
+        recipe: of the stage.
+        folder: of the run.
+        number, stages: which stage, of how many.
+        done: steps of the stages before.
+        at: checkpoint to go on from.
+        previous: the model of the stage before.
+
+    Attributes:
+        state: all that is saved.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, *, number: int = 0, stages: int = 1, done: int = 0,
+                 at: Path | None = None, previous: OVSegModel | None = None, quiet: bool = False):
+        self.recipe, self.device, self.stages, self.quiet = recipe, device, stages, quiet
+        _seed(recipe.train.seed)  # weights are drawn alike everywhere
+        model = build_model(recipe)
+        if at is None:
+            start(model, recipe, folder, previous)
+        objective = build_objective(model.to(device).train(), recipe).train()
+        cast, precision = cast_for(recipe.train.precision, device)
+        self.gradients = Gradients(objective, recipe.train.parallel, recipe.train.chunk, cast)
+        loader = build_loader(recipe, objective, device, progress=not quiet and distributed.is_main())
+        self.state = State(objective, build_optimizer(objective, recipe), loader, SkipLimit(len(loader.source)),
+                           LossScaler(precision == "fp16"), self._average(), number, 0, done)
+        self.steps = recipe.train.steps if recipe.train.epochs is None else len(loader)
+        _seed(distributed.seed_for(recipe.train.seed, distributed.rank()))  # what is drawn in training, dropout, is not
+        if at is not None:
+            checkpoints.restore(at, self.state)
+
+    def run(self, hooks: Sequence[Hook], received: list[int]) -> None:
+        """All steps that are left. ``received`` fills with signals."""
+        state, bad = self.state, 0
+        show = not self.quiet and distributed.is_main()
+        title = self.recipe.model.name if self.stages == 1 else f"{self.recipe.name}: {self.recipe.model.name}"
+        with bar(show=show, initial=state.step, total=self.steps, unit="step", desc=title) as shown, state.loader as loader:
+            batches = iter(loader)
+            spoken = time.time()
+            while state.step < self.steps:
+                began = time.perf_counter()
+                batch, images = self._next(batches)
+                if batch is None:
+                    logger.warning("the data ended after %d of %d steps", state.step, self.steps)
+                    break
+                waited = time.perf_counter() - began
+                step = self._step(batch, bool(received))
+                step.images, step.seconds, step.waited = images, time.perf_counter() - began, waited
+                for hook in hooks:
+                    hook.after_step(self, step)
+                bad = 0 if step.finite or step.explained else bad + 1
+                if bad == _BAD_IN_A_ROW:
+                    raise FloatingPointError(f"{bad} steps in a row up to step {step.number} had no finite loss or gradient; "
+                                             "see log.jsonl. Lower optim.lr or look at the data")
+                shown.update()
+                shown.set_postfix(loss=f"{step.losses['total']:.3f}", refresh=False)
+                if show and not sys.stderr.isatty() and time.time() - spoken > 20:
+                    spoken = time.time()
+                    logger.info("%s step %d/%d loss %.3f", title, state.step, self.steps, step.losses["total"])
+                if step.stopping and not step.last:
+                    raise Interrupted(f"signal {received[0] if received else 'to another process'} at step {step.number}; "
+                                      "saved, go on with resume")
+
+    def _step(self, batch: Batch, stop: bool) -> Step:
+        """Gradient, update, bookkeeping."""
+        recipe, state, number = self.recipe, self.state, self.state.done + self.state.step
+        rate = learning_rate(recipe.schedule, recipe.optim.lr, state.step, self.steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        progress = Progress(state.step, self.steps, recipe.train.seed, distributed.rank())
+        state.optimizer.zero_grad(set_to_none=True)
+        losses = self.gradients(batch.to(self.device), progress, state.scaler.scale)
+        state.scaler.unscale(trained(state.objective))
+        norm = float(clip(trained(state.objective), recipe.optim.clip_grad))
+        values = {name: float(loss) for name, loss in losses.items()}
+        infinite, stopping = distributed.any_flag(not (math.isfinite(values["total"]) and math.isfinite(norm)), stop)
+        if not infinite:  # a step that would write NaN into the weights is left out and counted
+            state.optimizer.step()
+            state.objective.after_step(progress)
+            if state.average is not None:
+                state.average.update_parameters(state.objective.model)
+        explained = state.scaler.update(not infinite)
+        state.step += 1
+        return Step(number, values, rate, norm, finite=not infinite, explained=explained, last=state.step == self.steps, stopping=stopping)
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, int]:
+        """(the next batch, pictures in those of all processes); None if the data of any has ended.
+
+        Raises:
+            DataError: in all processes if one of them has no batch, or too many pictures are bad.
+        """
+        batch, failure = None, ""
+        try:
+            batch = next(batches, None)
+        except (DataError, InputError, OSError) as error:
+            failure = str(error) or repr(error)
+        skipped = () if batch is None else batch.skipped
+        counts = np.array([batch is None, bool(failure), len(skipped), 0 if batch is None else len(batch)], np.int64)
+        ended, failed, bad, images = distributed.all_reduce_sum(counts).tolist()
+        if failed:
+            raise DataError(distributed.gather_strings([failure] if failure else [])[0])
+        if bad:
+            for line in self.state.skips.add(distributed.gather_strings(list(skipped))):
+                logger.warning("skipped: %s", line)
+        return (None if ended else batch), images
+
+    def model_to_use(self) -> OVSegModel:
+        """The trained model, or the average of it; a whole copy where it is sharded."""
+        state = self.state
+        trained_model: Any = state.objective.model if state.average is None else state.average.module
+        if not is_sharded(state.objective):
+            return trained_model
+        tensors = checkpoints.whole(trained_model)
+        model = build_model(self.recipe).to(self.device)
+        for name, tensor in model.state_dict().items():
+            if distributed.is_main():
+                tensor.copy_(tensors[name])
+            torch.distributed.broadcast(tensor, 0, group=distributed.group())
+        return model
+
+    def _average(self) -> AveragedModel | None:
+        decay = self.recipe.train.ema
+        if decay is None:
+            return None
+        if is_sharded(self.gradients.objective):
+            raise ConfigError("train.ema is given and train.parallel is 'fsdp'; expected 'ddp': an average of shards is not built yet")
+        return AveragedModel(self.gradients.objective.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that a first signal fills; a second one acts as usual. Only in the main thread."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        for key, old in previous.items():
+            signal.signal(key, old)
+
+    try:
+        for number in _SIGNALS:
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield received
+    finally:
+        for key, old in previous.items():
+            signal.signal(key, old)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step: returning it costs a fifth of a CPU step in page faults."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, value)

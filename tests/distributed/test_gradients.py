@@ -1,0 +1,169 @@
+"""Several processes equal one: the loss and every gradient in float64, through DDP and FSDP2, of uneven batches, whole and in chunks."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from processes import run
+from torch.distributed.tensor import DTensor
+
+import ovseg
+from ovseg import distributed
+from ovseg.data.batch_types import PairBatch
+from ovseg.objectives import Progress, create_objective
+from ovseg.training.gradients import Gradients, LossScaler, clip
+
+SYSTEMS = ("pacl", "segclip", "clip_dense")
+BACKBONE = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
+OPTIONS = {"pacl": {"trained": ["embedder", "scale", "vision", "text"]},
+           "segclip": {"decoder": {"width": 16, "depth": 1, "heads": 2}, "second_stage": 1}, "clip_dense": {}}  # fmt: skip
+PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
+
+
+def an_objective(system):
+    torch.manual_seed(3)
+    return create_objective(ovseg.create_model(f"{system}_tiny", backbone=dict(BACKBONE), **OPTIONS[system]).double().train())
+
+
+def a_batch():
+    """Seven pictures of 24 pixels with two captions each; 0 and 1 show the same; noise is given, so that any division sees the same."""
+    g = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    tokens = torch.randint(3, 20, (PICTURES * CAPTIONS, WORDS), generator=g)
+    tokens[:, 0], tokens[:, -1] = 1, 2
+    ids = torch.tensor([0, 0, 2, 3, 4, 5, 6])
+    gumbel = lambda n: -(-draw(PICTURES, GROUPS, n).clamp(1e-6, 1 - 1e-6).log()).log()  # noqa: E731
+    entities = (draw(PICTURES * CAPTIONS, 5) > 0.6).byte()
+    return PairBatch(draw(PICTURES, 3, 24, 24) - 0.5, tokens, ids, ids.repeat_interleave(CAPTIONS),
+                     entities.unflatten(0, (PICTURES, CAPTIONS)).amax(1), entities, torch.randint(0, 4, (PICTURES, PATCHES), generator=g),
+                     {"groups": gumbel(PATCHES), "kept_groups": gumbel(int(37 * 0.25) - 1), "masking": draw(PICTURES, PATCHES)})
+
+
+def share_of(batch, rank, world):
+    """The rank's pictures; the last rank has fewest: 4 and 3 of 7, or 3, 3 and 1."""
+    bounds = {1: [0, 7], 2: [0, 4, 7], 3: [0, 3, 6, 7]}[world][rank : rank + 2]
+    per_text = {"token_ids", "text_ids", "text_entities"}
+
+    def rows(name, x):
+        start, stop = (n * CAPTIONS if name in per_text else n for n in bounds)
+        return x[start:stop]
+
+    values = {name: rows(name, x) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    return replace(batch, **values, noise={name: x[slice(*bounds)] for name, x in batch.noise.items()})
+
+
+def found(objective, batch, parallel, chunk):
+    gradients = Gradients(objective, parallel, chunk)
+    losses = gradients(batch, Progress(3, 10, 1, distributed.rank()))
+    whole = copies(objective)
+    norm = float(clip(objective.parameters(), 0.1))
+    return {name: float(x) for name, x in losses.items()}, whole, norm, copies(objective)
+
+
+def copies(objective):
+    named = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for name, g in named.items()}
+
+
+def compare_with(folder, parallel):
+    """In one of several processes: all systems and chunk sizes against what one process found."""
+    worst = {}
+    for system in SYSTEMS:
+        expected = torch.load(f"{folder}/{system}.pt")
+        for chunk in (None, 2):
+            objective = an_objective(system)
+            mine = share_of(a_batch(), distributed.rank(), distributed.world_size())
+            losses, gradients, norm, clipped = found(objective, mine, parallel, chunk)
+            assert gradients.keys() == expected[1].keys(), set(gradients) ^ set(expected[1])
+            difference = max(abs(losses[name] - value) for name, value in expected[0].items())
+            for name, value in expected[1].items():
+                difference = max(difference, float((gradients[name] - value).abs().max()))
+                difference = max(difference, float((clipped[name] - expected[3][name]).abs().max()))
+            worst[f"{system} {chunk}"] = max(difference, abs(norm - expected[2]))
+    distributed.close()
+    print(json.dumps(worst))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    for system in SYSTEMS:
+        torch.save(found(an_objective(system), a_batch(), "ddp", None), folder / f"{system}.pt")
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_equal_one(one_process, world, parallel):
+    for printed in run(__file__, "compare_with", world, one_process, parallel, seconds=180):
+        worst = json.loads(printed.splitlines()[-1])
+        assert len(worst) == 2 * len(SYSTEMS) and max(worst.values()) < 1e-10, worst
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_chunks_equal_the_whole_batch(system, one_process):
+    expected = torch.load(one_process / f"{system}.pt")
+    for chunk in (1, 3, 100):
+        losses, gradients, norm, _ = found(an_objective(system), a_batch(), "ddp", chunk)
+        assert losses == pytest.approx(expected[0], abs=1e-10) and norm == pytest.approx(expected[2], abs=1e-10)
+        assert gradients.keys() == expected[1].keys()
+        assert max(float((gradients[name] - value).abs().max()) for name, value in expected[1].items()) < 1e-10
+
+
+def test_both_passes_of_a_chunk_draw_the_same():
+    """Noise by the chunk's number, dropout by the random state kept for it."""
+    objective, seen = an_objective("segclip"), []
+    encode, dropout = objective.encode, torch.nn.Dropout(0.5)
+
+    def watched(batch, progress):
+        rows = encode(replace(batch, noise={}), progress)
+        rows["image"] = dropout(rows["image"])
+        seen.append({name: x.detach().clone() for name, x in rows.items()})
+        return rows
+
+    objective.encode = watched
+    torch.manual_seed(0)
+    Gradients(objective, chunk=3)(a_batch(), Progress(step=4))
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(seen[0]["image"] == 0, seen[1]["image"][: len(seen[0]["image"])] == 0)
+
+
+def test_chunks_in_bf16_reach_every_weight():
+    """Autocast keeps copies of weights: those of the pass without a graph must not be used in the other."""
+    sizes = []
+    for chunk in (None, 3):
+        objective = an_objective("clip_dense").float()
+        batch = replace(a_batch(), images=a_batch().images.float())
+        Gradients(objective, chunk=chunk, cast=lambda: torch.autocast("cpu", torch.bfloat16))(batch, Progress())
+        sizes.append({name: float(p.grad.norm()) for name, p in objective.named_parameters() if p.grad is not None})
+    assert sizes[0].keys() == sizes[1].keys() and all(size == pytest.approx(sizes[0][name], rel=0.1) for name, size in sizes[1].items())
+
+
+def test_noise_differs_by_rank_step_and_chunk():
+    shown = {tuple(Progress(step, 10, seed, rank, chunk).rng("cpu", use).tolist())
+             for step in (0, 1) for seed in (0, 1) for rank in (0, 1, 2) for chunk in (0, 1) for use in ("groups", "masking")}
+    assert len(shown) == 48
+    objective = an_objective("segclip")
+    batch = replace(a_batch(), noise={})
+    reconstruction = [float(objective(batch, Progress(rank=rank))["reconstruction"].detach()) for rank in (0, 0, 1)]
+    assert reconstruction[0] == reconstruction[1] != reconstruction[2]
+
+
+def test_loss_scaler():
+    scaler, weight = LossScaler(True, 8.0, patience=2), torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.full((1,), 16.0)
+    scaler.unscale([weight])
+    assert weight.grad.item() == 2.0
+    assert scaler.update(False) and scaler.scale == 4.0
+    assert not scaler.update(True) and not scaler.update(True) and scaler.scale == 8.0
+    other = LossScaler(True)
+    other.load_state_dict(scaler.state_dict())
+    assert other.scale == 8.0 and not LossScaler(False).update(False) and LossScaler(False).scale == 1.0
+    scaler.scale = 1.0
+    assert not scaler.update(False)  # no factor left to blame
