@@ -12,8 +12,6 @@ from .registry import (
     save_pretrained,
 )
 
-ImageFeatures = PatchFeatures  # until inference has moved
-
 __all__ = [
     "GroupFeatures",
     "ModelSpec",
