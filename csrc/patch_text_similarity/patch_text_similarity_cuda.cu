@@ -108,8 +108,8 @@ const char* backward(const PatchTextCuda& p) {
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_coefficients_kernel<K>, cosines, kThreads,
                            kStages<A> + kSumBytes<A>, p.stream, x));
     const int64_t blocks = static_cast<int64_t>(cosines.x) * cosines.y * images;
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_scalars_kernel<A>, 1, kThreads, kThreads * 8, p.stream, x.scalars,
-                           blocks, x.first == 0, static_cast<A*>(p.grad_scale), static_cast<A*>(p.grad_bias)));
+    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_scalars_kernel<A>, 1, kThreads, 64, p.stream, x.scalars, blocks,
+                           x.first == 0, static_cast<A*>(p.grad_scale), static_cast<A*>(p.grad_bias)));
     if (p.grad_patches) {
       if (p.pool == Pool::vector && plan.gram) {
         OVSEG_TRY(

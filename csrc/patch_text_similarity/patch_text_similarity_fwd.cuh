@@ -1,6 +1,7 @@
 // patch_text_similarity on CUDA: arithmetic of each input type, arguments, and the kernels of the forward.
 // Equation numbers: ovseg_kernels/ops/patch_text_similarity.py.
 #pragma once
+#include "../common/block.cuh"
 #include "../common/tile.cuh"
 #include "patch_text_similarity.h"
 
@@ -76,8 +77,7 @@ struct Args {
   __device__ A logit(A s) const {
     const A x = *scale * s;
     if (weight == Weight::softmax) return x;
-    const A y = x + *bias;
-    return (y < A(0) ? y : A(0) * y) - log1p(exp(-fabs(y)));
+    return -softplus(-(x + *bias));
   }
   __device__ A slope(A s) const { return weight == Weight::softmax ? A(1) : A(1) / (A(1) + exp(*scale * s + *bias)); }
 };
@@ -87,7 +87,6 @@ template <typename K>
 __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_kernel(Args<K> p) {
   using A = typename K::A;
   OVSEG_DYNAMIC_SHARED(memory);
-  A* tops = reinterpret_cast<A*>(memory);
   const int64_t i = blockIdx.x, b = p.first + i;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   A top = 0;
@@ -103,12 +102,8 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_ke
     if (lane == 0) p.norms[i * p.N + n] = norm;
     top = larger(top, norm);
   }
-  if (lane == 0) tops[warp] = top;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kThreads / 32; ++w) top = larger(top, tops[w]);
-    p.longest[i] = top;
-  }
+  top = block_max<kThreads>(top, reinterpret_cast<A*>(memory));
+  if (threadIdx.x == 0) p.longest[i] = top;
 }
 
 template <typename K>

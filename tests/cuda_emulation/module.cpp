@@ -49,6 +49,7 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("warps", [](uintptr_t x, uintptr_t y, uintptr_t counts) {
     check(selftest::warps(at<float>(x), at<float>(y), at<float>(counts)));
   });
+  m.def("blocks", [](uintptr_t x, uintptr_t y) { check(selftest::blocks(at<float>(x), at<float>(y))); });
   m.def("out_of_bounds",
         [](uintptr_t y, int64_t index, bool shared) { check(selftest::out_of_bounds(at<float>(y), index, shared)); });
   m.def("divergent", [](int kind, uintptr_t y) { check(selftest::divergent(kind, at<float>(y))); });

@@ -1,5 +1,7 @@
 // Kernels that test the emulation itself, the mma and cp.async wrappers and Philox. nvcc compiles this file too.
+#include "../../csrc/common/block.cuh"
 #include "../../csrc/common/philox.h"
+#include "../../csrc/common/row_statistics.cuh"
 #include "../../csrc/common/tile.cuh"
 #include "selftest.h"
 
@@ -45,6 +47,24 @@ __global__ void warp_kernel(const float* x, float* y, float* counts) {
     out[4] = next, out[5] = static_cast<float>(any + 2 * all), out[6] = top;
   }
   atomicAdd(&counts[value > 0], 1.0f);
+}
+
+// The block reductions, twice each with the same shared memory: sum, largest, three sums at once, and log-sum-exps of
+// the threads that are four apart.
+__global__ void block_kernel(const float* x, float* y) {
+  OVSEG_DYNAMIC_SHARED(memory);
+  float* shared = reinterpret_cast<float*>(memory);
+  const float value = x[threadIdx.x];
+  const float sum = block_sum<128>(value, shared), top = block_max<128>(value, shared);
+  float three[3] = {value, 2 * value, value * value};
+  block_sum<128>(three, shared);
+  RowStatistics<float> mine;
+  mine.clear();
+  mine.add(value, value > 0);
+  const auto all = block_merge<128, 4>(mine, reinterpret_cast<RowStatistics<float>*>(memory));
+  float* out = y + 8 * threadIdx.x;
+  out[0] = sum, out[1] = top, out[2] = three[0], out[3] = three[1], out[4] = three[2];
+  out[5] = all.log_sum_exp(), out[6] = all.hits, out[7] = all.positives;
 }
 
 __global__ void out_of_bounds_kernel(float* y, int64_t index, bool shared) {
@@ -121,6 +141,9 @@ const char* tree(const float* x, float* y, bool race) {
 }
 const char* warps(const float* x, float* y, float* counts) {
   return OVSEG_LAUNCH(warp_kernel, 1, 128, 0, nullptr, x, y, counts);
+}
+const char* blocks(const float* x, float* y) {
+  return OVSEG_LAUNCH(block_kernel, 1, 128, 128 * sizeof(RowStatistics<float>), nullptr, x, y);
 }
 const char* out_of_bounds(float* y, int64_t index, bool shared) {
   return OVSEG_LAUNCH(out_of_bounds_kernel, 2, 32, 256, nullptr, y, index, shared);

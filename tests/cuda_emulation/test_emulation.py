@@ -62,6 +62,24 @@ def test_shuffles_votes_and_atomics(machine):
     assert counts.tolist() == [float((x <= 0).sum()), float((x > 0).sum())]
 
 
+@pytest.mark.parametrize("hole", [False, True])
+def test_block_reductions(machine, hole):
+    """Every thread gets them, in any order of the threads; a NaN is not lost on the way to the largest value."""
+    x = torch.randn(128)
+    if hole:
+        x[77] = torch.nan
+    for seed in range(5):
+        machine.set_seed(seed)
+        y = buffer(128, 8)
+        machine.blocks(x.data_ptr(), y.data_ptr())
+        whole = torch.stack([x.sum(), x.max(), x.sum(), 2 * x.sum(), (x * x).sum()])
+        torch.testing.assert_close(y[:, :5], whole.expand(128, 5), equal_nan=True)
+        fours = x.view(32, 4)
+        above = fours > 0
+        apart = torch.stack([fours.logsumexp(0), torch.where(above, fours, 0).sum(0), above.float().sum(0)], 1)
+        torch.testing.assert_close(y[:, 5:], apart.repeat(32, 1), equal_nan=True)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("index,where", [(64, "byte 256 of 256"), (1_000_000, "byte 4000000 of 256"), (2000, "byte 8000 of 256")])
 def test_out_of_bounds_names_kernel_block_and_thread(machine, shared, index, where):
