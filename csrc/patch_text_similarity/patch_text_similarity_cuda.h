@@ -52,6 +52,12 @@ inline int64_t patch_text_limit = int64_t(64) << 20;  // a test lowers it, so th
 constexpr int64_t patch_text_limit = int64_t(64) << 20;
 #endif
 
+// What a kind is: patch_text_similarity_fwd.cuh. The list stands in CMakeLists.txt too, one object file each.
+#define OVSEG_PATCH_TEXT_KINDS(each) each(Float64) each(Float32) each(Float32Fast) each(Float16) each(BFloat16)
+
+// Patches whose cosines a block holds at once, and so the most for which the Gram form is taken.
+constexpr int patch_text_window(bool float64) { return float64 ? 64 : 256; }
+
 PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward);
 const char* patch_text_forward(const PatchTextCuda& p);  // null, or the text of an error
 const char* patch_text_backward(const PatchTextCuda& p);

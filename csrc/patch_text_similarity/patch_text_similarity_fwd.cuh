@@ -3,7 +3,7 @@
 #pragma once
 #include "../common/block.cuh"
 #include "../common/tile.cuh"
-#include "patch_text_similarity.h"
+#include "patch_text_similarity_cuda.h"
 
 namespace ovseg {
 namespace {
@@ -28,7 +28,7 @@ using Float16 = Kind<half, Mma16<half>, Mma16<half>, Tf32>;
 using BFloat16 = Kind<bfloat16, Mma16<bfloat16>, Mma16<half>, Mma16<bfloat16>>;
 
 template <typename A>
-constexpr int kWindow = sizeof(A) == 8 ? 64 : 256;  // patches whose cosines are held at once
+constexpr int kWindow = patch_text_window(sizeof(A) == 8);
 template <typename A>
 constexpr int kScorePitch = kWindow<A> + 16 / sizeof(A);
 template <typename A>
