@@ -25,7 +25,9 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const int64_t coefficient_size = backward ? p.T * plan.pitch * w : 0;
   const int64_t along_size = backward ? text_tiles * p.N * a : 0;
   const int64_t scalar_size = backward ? 16 * text_tiles * patch_tiles : 0;
-  const int64_t per_image = 2 * gram_size + weight_size + vector_size + coefficient_size + along_size + scalar_size + 1;
+  const int64_t cancelled_size = vector && plan.gram && !backward ? 8 * text_tiles : 0;
+  const int64_t per_image =
+      cancelled_size + 2 * gram_size + weight_size + vector_size + coefficient_size + along_size + scalar_size + 1;
   const int64_t limit = patch_text_limit / per_image;
   plan.chunk = limit < 1 ? 1 : limit > 65535 ? 65535 : limit;
   if (plan.chunk > p.B) plan.chunk = p.B < 1 ? 1 : p.B;
@@ -50,6 +52,7 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   plan.along = take(plan.chunk * along_size);
   plan.factors = take(backward && vector ? plan.chunk * p.T * a : 0);
   plan.best = take(backward && p.pool == Pool::max ? plan.chunk * p.T * 4 : 0);
+  plan.cancelled = take(plan.chunk * cancelled_size);
   plan.scalars = take(backward ? 16 + plan.chunk * scalar_size : 0);
   plan.slot_texts = take(backward ? plan.slots * p.T * p.D * a : 0);
   plan.bytes = bytes;

@@ -40,7 +40,7 @@ struct PatchTextPlan {
   int64_t pitch;    // of rows of N elements, a multiple of 16 bytes
   int64_t pitch_d;  // of rows of D elements
   size_t norms, longest, text_norms, gram_matrix, weights, vectors, coefficients, along, factors, hessian, best,
-      scalars,
+      cancelled, scalars,
       slot_texts;  // offsets in bytes
   size_t bytes;
 };

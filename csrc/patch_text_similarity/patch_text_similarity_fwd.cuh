@@ -10,13 +10,15 @@ namespace {
 
 // How the products of one input type are computed: cosines, Gram form of the forward, everything in the backward.
 // Weights lie in 0 .. 1 and the Gram matrix in -1 .. 1, where float16 has three bits more than bfloat16. Coefficients
-// can be of any size: bfloat16 keeps its range, and float16 inputs, which are exact in tf32, go through that.
+// can be of any size: bfloat16 keeps its range, and float16 inputs, which are exact in tf32, go through that. Careful:
+// with all digits of the operands.
 template <typename T_, typename Cosine_, typename Gram_, typename Back_>
 struct Kind {
   using T = T_;
   using Cosine = Cosine_;
   using Gram = Gram_;
   using Back = Back_;
+  using Careful = std::conditional_t<std::is_same_v<Cosine, Tf32>, Tf32Twice, Cosine>;
   using A = typename Cosine::Sum;
   using G = typename Gram::Element;
   using W = typename Back::Element;
@@ -57,6 +59,7 @@ struct Args {
   typename K::W *gram_back, *weights, *vectors, *coefficients, *hessian;
   A *along, *factors, *slot_texts;
   int32_t* best;
+  uint32_t* cancelled;  // [chunk, tiles of T, 2]: a bit for each text whose |v|^2 has cancelled
   double* scalars;
   int64_t slots;
 
@@ -138,37 +141,6 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Ar
       out[(i * p.N + n) * p.pitch + m] = from_float<Out>(acc[k] * p.inverse_norm(i, n) / longest);
     }
   }
-}
-
-// |v| and v . q of one row straight from the patches: where the Gram form has cancelled, as for u and -u. One warp.
-template <typename K>
-__device__ void pooled_directly(const Args<K>& p, int64_t i, int64_t t, typename K::A top, typename K::A* weights,
-                                typename K::A& squared, typename K::A& dot) {
-  using A = typename K::A;
-  const int64_t b = p.first + i;
-  const int lane = threadIdx.x % 32;
-  for (int64_t n = 0; n < p.N; ++n) {
-    const bool keep = p.kept(b, n);
-    A sum = 0;
-    for (int64_t d = lane; keep && d < p.D; d += 32) {
-      sum += to_float(p.patches[b * p.patch_b + n * p.patch_n + d * p.patch_d]) *
-             static_cast<A>(to_float(p.texts[t * p.text_t + d * p.text_d]));
-    }
-    const A s = warp_sum(sum) * p.inverse_norm(i, n) * p.inverse_text(t);
-    if (lane == 0) weights[n] = keep ? exp(p.logit(s) - top) : A(0);
-  }
-  __syncwarp();
-  squared = dot = 0;
-  for (int64_t d = lane; d < p.D; d += 32) {
-    A v = 0;
-    for (int64_t n = 0; n < p.N; ++n) {
-      if (p.kept(b, n)) v += weights[n] * to_float(p.patches[b * p.patch_b + n * p.patch_n + d * p.patch_d]);
-    }
-    squared += v * v;
-    dot += v * to_float(p.texts[t * p.text_t + d * p.text_d]);
-  }
-  squared = warp_sum(squared);
-  dot = warp_sum(dot) * p.inverse_text(t);
 }
 
 // Forward of 64 texts with one image: cosines window by window, running maximum and sums, then |v| in Gram form.
@@ -303,19 +275,99 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
     if (p.pool == Pool::vector && !in_gram) continue;         // pooled_norms_kernel follows
     A phi = some ? along[row] / total[row] : A(0), norm = 0;  // (3)
     if (in_gram && some) {
-      A squared = quad[row], unit = longest;
-      A dot = along[row];
-      if (squared < threshold * spread[row]) {
-        pooled_directly(p, i, t0 + row, top[row], scores + row * kScorePitch<A>, squared, dot);
-        unit = 1;
-      }
-      norm = sqrt(squared) * unit / total[row];
-      phi = dot * unit / total[row] / larger(norm, kEps<A>);  // (4)
+      if (lane == 0)
+        best[row] = quad[row] < threshold * spread[row] ? 1 : 0;  // then cancelled_kernel has the last word
+      norm = sqrt(quad[row]) * longest / total[row];
+      phi = along[row] * longest / total[row] / larger(norm, kEps<A>);  // (4)
     }
     if (lane == 0) {
       p.similarity[out] = phi;
       if (in_gram) p.norm[out] = norm;
     }
+  }
+  if (!in_gram) return;
+  __syncthreads();
+  if (warp < kTile / 32) {
+    const unsigned bits = __ballot_sync(kFullWarp, best[32 * warp + lane] == 1);
+    if (lane == 0) p.cancelled[(i * gridDim.x + blockIdx.x) * 2 + warp] = bits;
+  }
+}
+
+// The texts of cancelled rows with rank 64 blockIdx.x and on among those of image i: their count, at most 64, and the
+// list in shared memory, by rising text.
+__device__ inline int list_cancelled(const uint32_t* bits, int64_t words, int32_t* list, int32_t* counts) {
+  const int64_t each = ceil_div(words, kThreads), first = threadIdx.x * each;
+  const int64_t last = first + each < words ? first + each : words;
+  int32_t mine = 0;
+  for (int64_t k = first; k < last; ++k) mine += __popc(bits[k]);
+  const int32_t total = block_sum<kThreads>(mine, counts), begin = static_cast<int32_t>(blockIdx.x) * kTile;
+  if (total <= begin) return 0;
+  counts[threadIdx.x] = mine;
+  __syncthreads();
+  int32_t rank = -begin;
+  for (unsigned thread = 0; thread < threadIdx.x; ++thread) rank += counts[thread];
+  for (int64_t k = first; k < last; ++k) {
+    for (uint32_t left = bits[k]; left; left &= left - 1, ++rank) {
+      if (rank >= 0 && rank < kTile) list[rank] = static_cast<int32_t>(32 * k + __ffs(static_cast<int>(left)) - 1);
+    }
+  }
+  __syncthreads();
+  return total - begin < kTile ? total - begin : kTile;
+}
+
+// Rows whose |v|^2 has cancelled in Gram form, as for u and -u, or for patches centred over n under nearly equal
+// weights: 64 of an image at a time, by v itself. Weights keep all digits of their float on the way into the product.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_cancelled_kernel(Args<K> p) {
+  using A = typename K::A;
+  using P = typename K::Careful;
+  OVSEG_DYNAMIC_SHARED(memory);
+  A* sums = reinterpret_cast<A*>(memory);                  // [64][65], between products
+  A* weights = reinterpret_cast<A*>(memory + kStages<A>);  // [64][kScorePitch]
+  int32_t* list = reinterpret_cast<int32_t*>(weights + kTile * kScorePitch<A>);
+  const int64_t i = blockIdx.z, b = p.first + i, words = 2 * ceil_div(p.T, kTile);
+  const int count = list_cancelled(p.cancelled + i * words, words, list, list + kTile);
+  if (count == 0) return;
+  Listed<typename K::T, A> texts;
+  static_cast<Operand<typename K::T, A>&>(texts) = p.text_rows();
+  texts.rows = count, texts.list = list;
+  A acc[kAccumulators];
+  for (int64_t n0 = 0; n0 < p.N; n0 += kTile) {
+    clear<P>(acc);
+    product<P>(texts, 0, p.patch_rows(i), n0, memory, acc);
+#pragma unroll
+    for (int k = 0; k < kAccumulators; ++k) weights[tile_row<P>(k) * kScorePitch<A> + n0 + tile_column<P>(k)] = acc[k];
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < count; row += kThreads / 32) {
+    A* w = weights + row * kScorePitch<A>;
+    const A inverse = p.inverse_text(list[row]), lse = p.lse[b * p.T + list[row]];
+    for (int64_t n = lane; n < round_up(p.N, 32); n += 32) {
+      w[n] = n < p.N && p.kept(b, n) ? exp(p.logit(w[n] * p.inverse_norm(i, n) * inverse) - lse) : A(0);  // (2)
+    }
+  }
+  __syncthreads();
+  const int row = threadIdx.x / 2;  // two threads a row from here on
+  const int64_t t = row < count ? list[row] : 0;
+  A squared = 0, dot = 0;
+  for (int64_t d0 = 0; d0 < p.D; d0 += kTile) {
+    clear<P>(acc);
+    product_resident<P>(weights, kScorePitch<A>, p.patch_columns(i), d0, memory, acc);
+    store_tile<P>(acc, sums);
+    __syncthreads();
+    for (int64_t c = threadIdx.x % 2; c < kTile && d0 + c < p.D; c += 2) {
+      const A v = sums[row * kTilePitch + c];
+      squared += v * v;
+      dot += v * to_float(p.texts[t * p.text_t + (d0 + c) * p.text_d]);
+    }
+    __syncthreads();
+  }
+  squared += __shfl_xor_sync(kFullWarp, squared, 1), dot += __shfl_xor_sync(kFullWarp, dot, 1);
+  if (row < count && threadIdx.x % 2 == 0) {
+    const A norm = sqrt(squared);
+    p.norm[b * p.T + t] = norm;
+    p.similarity[b * p.T + t] = dot * p.inverse_text(t) / larger(norm, kEps<A>);  // (4)
   }
 }
 
@@ -380,6 +432,8 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
 template <typename A>
 constexpr int kForwardShared =
     kStages<A> + (kTile * kScorePitch<A> + 5 * kTile) * static_cast<int>(sizeof(A)) + kTile * 4;
+static_assert((kTile + kThreads) * 4 <= 5 * kTile * sizeof(float),
+              "the list of cancelled rows lies where fwd has its sums");
 static_assert(kForwardShared<float> <= 99 * 1024 && kForwardShared<double> <= 99 * 1024,
               "what a block of sm_86 to sm_120 has");
 

@@ -34,6 +34,7 @@ Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
   x.along = reinterpret_cast<A*>(at(plan.along)), x.factors = reinterpret_cast<A*>(at(plan.factors));
   x.slot_texts = reinterpret_cast<A*>(at(plan.slot_texts));
   x.best = p.grad && p.pool == Pool::max ? reinterpret_cast<int32_t*>(at(plan.best)) : nullptr;
+  x.cancelled = reinterpret_cast<uint32_t*>(at(plan.cancelled));
   x.scalars = reinterpret_cast<double*>(at(plan.scalars));
   return x;
 }
@@ -71,7 +72,12 @@ const char* forward(const PatchTextCuda& p) {
     }
     const dim3 grid(tiles(p.T), 1, images);
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
-    if (p.pool != Pool::vector || plan.gram) continue;
+    if (p.pool != Pool::vector) continue;
+    if (plan.gram) {
+      OVSEG_TRY(
+          OVSEG_LAUNCH(patch_text_similarity_fwd_cancelled_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
+      continue;
+    }
     OVSEG_TRY(weights(x, p, images));
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_pooled_norms_kernel<K>, grid, kThreads, kStages<A>, p.stream, x));
   }

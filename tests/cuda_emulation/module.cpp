@@ -2,6 +2,7 @@
 // registers the CUDA bind files under torch.ops.ovseg_emulated.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../../csrc/common/philox.h"
 #include "../../csrc/contrastive_loss/contrastive_loss_cuda.h"
@@ -27,6 +28,7 @@ T* at(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(ovseg_cuda_emulation, m) {
+  m.def("take_steps", &emulation::take_steps, "Basic blocks run, of each kernel since the last call.");
   m.def("set_seed", &emulation::set_seed, "Seed of the order in which threads run.");
   m.def(
       "allocate",

@@ -95,6 +95,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kAccumulators; ++i) c[tile_row<P>(i) * kTile + tile_column<P>(i)] = acc[i];
 }
 
+// The same with A [64, K] contiguous, and first in shared memory.
+constexpr int kResidentPitch = 164;
+template <typename P, typename TA, typename TB>
+__global__ void __launch_bounds__(kThreads)
+    resident_kernel(const TA* a, Operand<TB, typename P::Sum> b, typename P::Sum* c) {
+  OVSEG_DYNAMIC_SHARED(memory);
+  TA* resident = reinterpret_cast<TA*>(memory + kStageBytes);
+  for (int i = threadIdx.x; i < kTile * kResidentPitch; i += kThreads) {
+    const int row = i / kResidentPitch, k = i % kResidentPitch;
+    resident[i] = k < b.depth ? a[row * b.depth + k] : TA(0);
+  }
+  __syncthreads();
+  typename P::Sum acc[kAccumulators];
+  clear<P>(acc);
+  product_resident<P>(resident, kResidentPitch, b, 0, memory, acc);
+  for (int i = 0; i < kAccumulators; ++i) c[tile_row<P>(i) * kTile + tile_column<P>(i)] = acc[i];
+}
+
 // Copies a line by cp.async; `early` reads it before it has arrived.
 template <bool early>
 __global__ void copy_kernel(const float* x, float* y, int valid) {
@@ -126,6 +144,15 @@ const char* run_product(const void* a, const void* b, void* c, int64_t depth, bo
   const Operand<T, A> x = {static_cast<const T*>(a), a_by_k ? 1 : pitch, a_by_k ? kTile : 1, kTile, depth};
   const Operand<T, A> y = {static_cast<const T*>(b), b_by_k ? 1 : pitch, b_by_k ? kTile : 1, kTile, depth};
   return OVSEG_LAUNCH((product_kernel<P, T>), 1, kThreads, kStageBytes, nullptr, x, y, static_cast<A*>(c));
+}
+
+template <typename P, typename TA, typename TB>
+const char* run_resident(const void* a, const void* b, void* c, int64_t depth, bool b_by_k, int64_t pitch) {
+  using A = typename P::Sum;
+  const Operand<TB, A> y = {static_cast<const TB*>(b), b_by_k ? 1 : pitch, b_by_k ? kTile : 1, kTile, depth};
+  const size_t shared = kStageBytes + kTile * kResidentPitch * sizeof(TA);
+  return OVSEG_LAUNCH((resident_kernel<P, TA, TB>), 1, kThreads, shared, nullptr, static_cast<const TA*>(a), y,
+                      static_cast<A*>(c));
 }
 
 }  // namespace
@@ -166,6 +193,16 @@ const char* product(int kind, const void* a, const void* b, void* c, int64_t dep
       return run_product<Mma16<half>, half>(a, b, c, depth, a_by_k, b_by_k, pitch);
     case 4:
       return run_product<Mma16<bfloat16>, bfloat16>(a, b, c, depth, a_by_k, b_by_k, pitch);
+    case 6:
+      return run_product<Tf32Twice, float>(a, b, c, depth, a_by_k, b_by_k, pitch);
+    case 7:
+      return run_resident<Exact<float>, float, float>(a, b, c, depth, b_by_k, pitch);
+    case 8:
+      return run_resident<Tf32Twice, float, float>(a, b, c, depth, b_by_k, pitch);
+    case 9:
+      return run_resident<Mma16<half>, float, half>(a, b, c, depth, b_by_k, pitch);
+    case 10:
+      return run_resident<Mma16<bfloat16>, float, bfloat16>(a, b, c, depth, b_by_k, pitch);
     default:  // float16 in memory, tf32 in the product
       return run_product<Tf32, half>(a, b, c, depth, a_by_k, b_by_k, pitch);
   }
