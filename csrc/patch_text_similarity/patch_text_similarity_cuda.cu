@@ -6,6 +6,8 @@
 // matrix of the image (N within one window), or from the pooled vectors, whose weights go through memory, a chunk of
 // images at a time. Backward: recompute, turn cosines into coefficients per chunk, then plain products. Every output
 // element has one owner and every sum a fixed order: two runs give the same bits.
+#include <algorithm>
+
 #include "../common/tile.cuh"
 #include "patch_text_similarity_cuda.h"
 
@@ -25,7 +27,7 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const int64_t coefficient_size = backward ? p.T * plan.pitch * w : 0;
   const int64_t along_size = backward ? text_tiles * p.N * a : 0;
   const int64_t scalar_size = backward ? 16 * text_tiles * patch_tiles : 0;
-  const int64_t cancelled_size = vector && plan.gram && !backward ? 8 * text_tiles : 0;
+  const int64_t cancelled_size = vector && !backward ? 8 * text_tiles : 0;
   const int64_t per_image =
       cancelled_size + 2 * gram_size + weight_size + vector_size + coefficient_size + along_size + scalar_size + 1;
   const int64_t limit = patch_text_limit / per_image;
@@ -46,7 +48,10 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   plan.text_norms = take(p.T * a);
   plan.gram_matrix = take(plan.chunk * gram_size);
   plan.hessian = take(backward ? plan.chunk * gram_size : 0);
-  plan.weights = take(plan.chunk * weight_size);
+  const int64_t scratch = round_up(p.D, kTile) * kTile * a;  // of a block of cancelled_kernel, in their place
+  const int64_t all_weights = std::max(plan.chunk * weight_size, pooled && !backward ? scratch : 0);
+  plan.weights = take(all_weights);
+  plan.cancelled_blocks = all_weights / scratch;
   plan.vectors = take(plan.chunk * vector_size);
   plan.coefficients = take(plan.chunk * coefficient_size);
   plan.along = take(plan.chunk * along_size);

@@ -37,6 +37,9 @@ template <typename A>
 constexpr int kSumBytes = kTile * kTilePitch * sizeof(A);
 template <typename A>
 constexpr int kStages = kStageBytes > kSumBytes<A> ? kStageBytes : kSumBytes<A>;  // products, and tiles being summed
+// Below this share of sum (a |u|)^2, what rounding leaves of |v|^2 is no longer enough: the row has cancelled.
+template <typename P>
+constexpr float kCancelled = P::tensor ? 0.25f : 0.02f;
 template <typename A>
 constexpr A kEps = A(1e-12);  // of norms, as in torch.nn.functional.normalize
 
@@ -71,8 +74,12 @@ struct Args {
     return {patches + b * patch_b, patch_n, patch_d, N, D, mask ? mask + b * mask_b : nullptr, mask_n, false};
   }
   __device__ Operand<typename K::T, A> patch_columns(int64_t i) const {  // row d, depth N
+    return patch_columns(i, 0, N);
+  }
+  __device__ Operand<typename K::T, A> patch_columns(int64_t i, int64_t n, int64_t count) const {  // patches n and on
     const int64_t b = first + i;
-    return {patches + b * patch_b, patch_d, patch_n, D, N, mask ? mask + b * mask_b : nullptr, mask_n, true};
+    const bool* keep = mask ? mask + b * mask_b + n * mask_n : nullptr;
+    return {patches + b * patch_b + n * patch_n, patch_d, patch_n, D, count, keep, mask_n, true};
   }
   __device__ Operand<typename K::T, A> text_rows() const { return {texts, text_t, text_d, T, D}; }
 
@@ -143,6 +150,14 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Ar
   }
 }
 
+// A bit for each text of this block, for cancelled_kernel: two whole warps call.
+template <typename K>
+__device__ void mark_cancelled(const Args<K>& p, bool cancelled) {
+  const unsigned bits = __ballot_sync(kFullWarp, cancelled);
+  const int64_t tile = blockIdx.z * static_cast<int64_t>(gridDim.x) + blockIdx.x;
+  if (threadIdx.x % 32 == 0) p.cancelled[2 * tile + threadIdx.x / 32] = bits;
+}
+
 // Forward of 64 texts with one image: cosines window by window, running maximum and sums, then |v| in Gram form.
 template <typename K>
 __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Args<K> p) {
@@ -156,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
   int32_t* best = reinterpret_cast<int32_t*>(rows + 5 * kTile);
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kTile, i = blockIdx.z, b = p.first + i;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool in_gram = p.pool == Pool::vector && p.gram;
+  const bool pooled = p.pool == Pool::vector, in_gram = pooled && p.gram;
   const A longest = larger(p.longest[i], kEps<A>);
   if (threadIdx.x < kTile) {
     top[threadIdx.x] = minus_infinity<A>();
@@ -212,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
         A e = 0;
         if (n < width && p.kept(b, w0 + n)) {
           e = exp(p.logit(s[n]) - now);
-          const A length = in_gram ? p.norms[i * p.N + w0 + n] / longest : A(1);
+          const A length = pooled ? p.norms[i * p.N + w0 + n] / longest : A(1);
           sum += e;
           with_s += e * length * s[n];
           squares += e * length * e * length;
@@ -231,7 +246,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
         const A factor = before == now ? A(1) : exp(before - now);
         total[row] = total[row] * factor + sum;
         along[row] = along[row] * factor + with_s;
-        spread[row] = squares;
+        spread[row] = spread[row] * factor * factor + squares;
         top[row] = now;
       }
       __syncwarp();
@@ -261,8 +276,6 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       __syncthreads();
     }
   }
-  // Relative error of |v|^2 in Gram form: the rounding of one product times sum (a |u|)^2 / |v|^2.
-  const A threshold = K::Gram::tensor ? A(0.25) : A(0.02);
   for (int row = warp; row < kTile && t0 + row < p.T; row += kThreads / 32) {
     const int64_t out = b * p.T + t0 + row;
     const bool some = p.pool == Pool::max ? best[row] >= 0 : !(total[row] == A(0));
@@ -272,11 +285,14 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       continue;
     }
     if (lane == 0) p.lse[out] = some ? top[row] + log(total[row]) : minus_infinity<A>();
-    if (p.pool == Pool::vector && !in_gram) continue;         // pooled_norms_kernel follows
+    if (pooled && !in_gram) {  // pooled_norms_kernel follows, and finds sum (a |u|)^2 in place of the norm
+      if (lane == 0) p.norm[out] = some ? spread[row] * longest * longest / (total[row] * total[row]) : A(0);
+      continue;
+    }
     A phi = some ? along[row] / total[row] : A(0), norm = 0;  // (3)
     if (in_gram && some) {
-      if (lane == 0)
-        best[row] = quad[row] < threshold * spread[row] ? 1 : 0;  // then cancelled_kernel has the last word
+      // The error of |v|^2 in Gram form is the rounding of one product times sum (a |u|)^2.
+      if (lane == 0) best[row] = quad[row] < A(kCancelled<typename K::Gram>) * spread[row] ? 1 : 0;
       norm = sqrt(quad[row]) * longest / total[row];
       phi = along[row] * longest / total[row] / larger(norm, kEps<A>);  // (4)
     }
@@ -287,88 +303,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
   }
   if (!in_gram) return;
   __syncthreads();
-  if (warp < kTile / 32) {
-    const unsigned bits = __ballot_sync(kFullWarp, best[32 * warp + lane] == 1);
-    if (lane == 0) p.cancelled[(i * gridDim.x + blockIdx.x) * 2 + warp] = bits;
-  }
-}
-
-// The texts of cancelled rows with rank 64 blockIdx.x and on among those of image i: their count, at most 64, and the
-// list in shared memory, by rising text.
-__device__ inline int list_cancelled(const uint32_t* bits, int64_t words, int32_t* list, int32_t* counts) {
-  const int64_t each = ceil_div(words, kThreads), first = threadIdx.x * each;
-  const int64_t last = first + each < words ? first + each : words;
-  int32_t mine = 0;
-  for (int64_t k = first; k < last; ++k) mine += __popc(bits[k]);
-  const int32_t total = block_sum<kThreads>(mine, counts), begin = static_cast<int32_t>(blockIdx.x) * kTile;
-  if (total <= begin) return 0;
-  counts[threadIdx.x] = mine;
-  __syncthreads();
-  int32_t rank = -begin;
-  for (unsigned thread = 0; thread < threadIdx.x; ++thread) rank += counts[thread];
-  for (int64_t k = first; k < last; ++k) {
-    for (uint32_t left = bits[k]; left; left &= left - 1, ++rank) {
-      if (rank >= 0 && rank < kTile) list[rank] = static_cast<int32_t>(32 * k + __ffs(static_cast<int>(left)) - 1);
-    }
-  }
-  __syncthreads();
-  return total - begin < kTile ? total - begin : kTile;
-}
-
-// Rows whose |v|^2 has cancelled in Gram form, as for u and -u, or for patches centred over n under nearly equal
-// weights: 64 of an image at a time, by v itself. Weights keep all digits of their float on the way into the product.
-template <typename K>
-__global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_cancelled_kernel(Args<K> p) {
-  using A = typename K::A;
-  using P = typename K::Careful;
-  OVSEG_DYNAMIC_SHARED(memory);
-  A* sums = reinterpret_cast<A*>(memory);                  // [64][65], between products
-  A* weights = reinterpret_cast<A*>(memory + kStages<A>);  // [64][kScorePitch]
-  int32_t* list = reinterpret_cast<int32_t*>(weights + kTile * kScorePitch<A>);
-  const int64_t i = blockIdx.z, b = p.first + i, words = 2 * ceil_div(p.T, kTile);
-  const int count = list_cancelled(p.cancelled + i * words, words, list, list + kTile);
-  if (count == 0) return;
-  Listed<typename K::T, A> texts;
-  static_cast<Operand<typename K::T, A>&>(texts) = p.text_rows();
-  texts.rows = count, texts.list = list;
-  A acc[kAccumulators];
-  for (int64_t n0 = 0; n0 < p.N; n0 += kTile) {
-    clear<P>(acc);
-    product<P>(texts, 0, p.patch_rows(i), n0, memory, acc);
-#pragma unroll
-    for (int k = 0; k < kAccumulators; ++k) weights[tile_row<P>(k) * kScorePitch<A> + n0 + tile_column<P>(k)] = acc[k];
-  }
-  __syncthreads();
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < count; row += kThreads / 32) {
-    A* w = weights + row * kScorePitch<A>;
-    const A inverse = p.inverse_text(list[row]), lse = p.lse[b * p.T + list[row]];
-    for (int64_t n = lane; n < round_up(p.N, 32); n += 32) {
-      w[n] = n < p.N && p.kept(b, n) ? exp(p.logit(w[n] * p.inverse_norm(i, n) * inverse) - lse) : A(0);  // (2)
-    }
-  }
-  __syncthreads();
-  const int row = threadIdx.x / 2;  // two threads a row from here on
-  const int64_t t = row < count ? list[row] : 0;
-  A squared = 0, dot = 0;
-  for (int64_t d0 = 0; d0 < p.D; d0 += kTile) {
-    clear<P>(acc);
-    product_resident<P>(weights, kScorePitch<A>, p.patch_columns(i), d0, memory, acc);
-    store_tile<P>(acc, sums);
-    __syncthreads();
-    for (int64_t c = threadIdx.x % 2; c < kTile && d0 + c < p.D; c += 2) {
-      const A v = sums[row * kTilePitch + c];
-      squared += v * v;
-      dot += v * to_float(p.texts[t * p.text_t + (d0 + c) * p.text_d]);
-    }
-    __syncthreads();
-  }
-  squared += __shfl_xor_sync(kFullWarp, squared, 1), dot += __shfl_xor_sync(kFullWarp, dot, 1);
-  if (row < count && threadIdx.x % 2 == 0) {
-    const A norm = sqrt(squared);
-    p.norm[b * p.T + t] = norm;
-    p.similarity[b * p.T + t] = dot * p.inverse_text(t) / larger(norm, kEps<A>);  // (4)
-  }
+  if (threadIdx.x < kTile) mark_cancelled(p, best[threadIdx.x] == 1);
 }
 
 // Weights a [64 texts, 64 patches] with their log-sum known.
@@ -407,6 +342,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
   A* sums = reinterpret_cast<A*>(memory);
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kTile, i = blockIdx.z, b = p.first + i;
   const int64_t t = t0 + threadIdx.x;
+  bool cancelled = false;
   A acc[kAccumulators], squared = 0, dot = 0;
   for (int64_t d0 = 0; d0 < p.D; d0 += kTile) {
     clear<P>(acc);
@@ -423,17 +359,18 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
     __syncthreads();
   }
   if (threadIdx.x < kTile && t < p.T) {
-    const A norm = sqrt(squared);
+    const A norm = sqrt(squared), spread = p.norm[b * p.T + t];
+    cancelled = squared < A(kCancelled<P>) * spread;
     p.norm[b * p.T + t] = norm;
     p.similarity[b * p.T + t] = dot * p.inverse_text(t) / larger(norm, kEps<A>);  // (4)
   }
+  // The weights of a tensor-core product were rounded; those of an exact one have all their digits.
+  if (P::tensor && threadIdx.x < kTile) mark_cancelled(p, cancelled);
 }
 
 template <typename A>
 constexpr int kForwardShared =
     kStages<A> + (kTile * kScorePitch<A> + 5 * kTile) * static_cast<int>(sizeof(A)) + kTile * 4;
-static_assert((kTile + kThreads) * 4 <= 5 * kTile * sizeof(float),
-              "the list of cancelled rows lies where fwd has its sums");
 static_assert(kForwardShared<float> <= 99 * 1024 && kForwardShared<double> <= 99 * 1024,
               "what a block of sm_86 to sm_120 has");
 

@@ -1,7 +1,10 @@
 // patch_text_similarity on CUDA: the launches for one kind of arithmetic. CMakeLists.txt makes one .cu file a kind from
 // this one, so that they compile side by side.
 #pragma once
+#include <algorithm>
+
 #include "patch_text_similarity_bwd.cuh"
+#include "patch_text_similarity_cancelled.cuh"
 #include "patch_text_similarity_cuda.h"
 
 namespace ovseg {
@@ -73,13 +76,16 @@ const char* forward(const PatchTextCuda& p) {
     const dim3 grid(tiles(p.T), 1, images);
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
     if (p.pool != Pool::vector) continue;
-    if (plan.gram) {
-      OVSEG_TRY(
-          OVSEG_LAUNCH(patch_text_similarity_fwd_cancelled_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
-      continue;
+    if (!plan.gram) {
+      OVSEG_TRY(weights(x, p, images));
+      OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_pooled_norms_kernel<K>, grid, kThreads, kStages<A>, p.stream, x));
+      if (!K::Back::tensor) continue;
     }
-    OVSEG_TRY(weights(x, p, images));
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_pooled_norms_kernel<K>, grid, kThreads, kStages<A>, p.stream, x));
+    // v of more than one window goes through memory: that of the weights, which nobody needs any more.
+    const int64_t items = images * static_cast<int64_t>(grid.x);
+    const unsigned blocks = static_cast<unsigned>(plan.gram ? items : std::min(items, plan.cancelled_blocks));
+    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_cancelled_kernel<K>, blocks, kThreads, kCancelledShared<A>,
+                           p.stream, x, static_cast<int64_t>(images), reinterpret_cast<A*>(x.weights)));
   }
   return nullptr;
 }
