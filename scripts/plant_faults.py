@@ -30,7 +30,6 @@ CONTRASTIVE = "csrc/contrastive_loss/contrastive_loss_{}"
 WINDOWS = "csrc/window_argmax/window_argmax_{}"
 MASK_LOSS = "csrc/upsample_mask_loss/upsample_mask_loss_{}"
 DENSE = "csrc/dense_contrastive_loss/dense_contrastive_loss_{}"
-LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
 CPU = "csrc/patch_text_similarity/patch_text_similarity_cpu.cpp"
 
@@ -75,6 +74,8 @@ FAULTS = (
     Fault("Triton: wrong sign", TRITON, "tl.store(factors + i * T + t, -g * back", "tl.store(factors + i * T + t, g * back", "interpreted"),
     Fault("CPU: dropped mask", CPU, "a[n] = keep[n] != A(0) ? e : A(0);", "a[n] = e;", "cpu"),
     Fault("CPU: wrong projection", CPU, "add_scaled(row, -w.colsum[n]", "add_scaled(row, w.colsum[n]", "cpu"),
+    Fault("assignment: half of a wide load twice", ASSIGNMENT, "to_float(v[k].x[part * P::kPart + j])", "to_float(v[k].x[j])",
+          "emulated and assignment and not contract"),
     Fault("assignment: bias without gradient", ASSIGNMENT, "p.grad_bias[i] = sum;", "p.grad_bias[i] = 0;", "emulated and assignment"),
     Fault("contrastive: first chunk of texts alone", CONTRASTIVE.format("cuda.cu"), "p.T, p.D, c.first > 0);", "p.T, p.D, false);",
           "emulated and contrastive"),
