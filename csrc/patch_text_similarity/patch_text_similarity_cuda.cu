@@ -8,6 +8,7 @@
 // element has one owner and every sum a fixed order: two runs give the same bits.
 #include <algorithm>
 
+#include "../common/device_workspace.h"
 #include "../common/tile.cuh"
 #include "patch_text_similarity_cuda.h"
 
@@ -37,12 +38,8 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const int64_t owners = text_tiles * ceil_div(p.D, kTile), wanted = ceil_div(256, owners);
   plan.slots = wanted < plan.chunk ? wanted : plan.chunk;
   if (plan.slots > 16) plan.slots = 16;
-  size_t bytes = 0;
-  auto take = [&](int64_t size) {
-    const size_t at = bytes;
-    bytes += static_cast<size_t>(round_up(size, 256));
-    return at;
-  };
+  DeviceWorkspace memory(p.workspace);
+  auto take = [&](int64_t bytes) { return memory.take<unsigned char>(bytes); };
   plan.norms = take(plan.chunk * p.N * a);
   plan.longest = take(plan.chunk * a);
   plan.text_norms = take(p.T * a);
@@ -60,7 +57,7 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   plan.cancelled = take(plan.chunk * cancelled_size);
   plan.scalars = take(backward ? 16 + plan.chunk * scalar_size : 0);
   plan.slot_texts = take(backward ? plan.slots * p.T * p.D * a : 0);
-  plan.bytes = bytes;
+  plan.bytes = memory.bytes();
   return plan;
 }
 

@@ -32,7 +32,8 @@ struct PatchTextCuda {
   void* stream;
 };
 
-// What lies where in the workspace. Images are worked off in chunks that keep it near 64 MiB.
+// What lies where in the workspace, and how large that must be. Images are worked off in chunks that keep it near 64
+// MiB.
 struct PatchTextPlan {
   bool gram;                 // Gram form, else the pooled vectors themselves
   int64_t chunk;             // images at a time
@@ -40,9 +41,8 @@ struct PatchTextPlan {
   int64_t pitch;             // of rows of N elements, a multiple of 16 bytes
   int64_t pitch_d;           // of rows of D elements
   int64_t cancelled_blocks;  // of cancelled_kernel for whose v there is room where the weights were
-  size_t norms, longest, text_norms, gram_matrix, weights, vectors, coefficients, along, factors, hessian, best,
-      cancelled, scalars,
-      slot_texts;  // offsets in bytes
+  unsigned char *norms, *longest, *text_norms, *gram_matrix, *weights, *vectors, *coefficients, *along, *factors,
+      *hessian, *best, *cancelled, *scalars, *slot_texts;  // null while p.workspace is
   size_t bytes;
 };
 

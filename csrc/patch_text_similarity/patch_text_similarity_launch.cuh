@@ -25,20 +25,19 @@ Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
   x.grad = static_cast<const A*>(p.grad);
   x.grad_patches = static_cast<typename K::T*>(p.grad_patches);
   x.grad_texts = static_cast<typename K::T*>(p.grad_texts);
-  auto at = [&](size_t offset) { return p.workspace + offset; };
-  x.norms = reinterpret_cast<A*>(at(plan.norms)), x.longest = reinterpret_cast<A*>(at(plan.longest));
-  x.text_norms = reinterpret_cast<A*>(at(plan.text_norms));
-  x.gram_matrix = reinterpret_cast<typename K::G*>(at(plan.gram_matrix));
-  x.gram_back = reinterpret_cast<typename K::W*>(at(plan.gram_matrix));
-  x.weights = reinterpret_cast<typename K::W*>(at(plan.weights));
-  x.vectors = reinterpret_cast<typename K::W*>(at(plan.vectors));
-  x.coefficients = reinterpret_cast<typename K::W*>(at(plan.coefficients));
-  x.hessian = reinterpret_cast<typename K::W*>(at(plan.hessian));
-  x.along = reinterpret_cast<A*>(at(plan.along)), x.factors = reinterpret_cast<A*>(at(plan.factors));
-  x.slot_texts = reinterpret_cast<A*>(at(plan.slot_texts));
-  x.best = p.grad && p.pool == Pool::max ? reinterpret_cast<int32_t*>(at(plan.best)) : nullptr;
-  x.cancelled = reinterpret_cast<uint32_t*>(at(plan.cancelled));
-  x.scalars = reinterpret_cast<double*>(at(plan.scalars));
+  x.norms = reinterpret_cast<A*>(plan.norms), x.longest = reinterpret_cast<A*>(plan.longest);
+  x.text_norms = reinterpret_cast<A*>(plan.text_norms);
+  x.gram_matrix = reinterpret_cast<typename K::G*>(plan.gram_matrix);
+  x.gram_back = reinterpret_cast<typename K::W*>(plan.gram_matrix);
+  x.weights = reinterpret_cast<typename K::W*>(plan.weights);
+  x.vectors = reinterpret_cast<typename K::W*>(plan.vectors);
+  x.coefficients = reinterpret_cast<typename K::W*>(plan.coefficients);
+  x.hessian = reinterpret_cast<typename K::W*>(plan.hessian);
+  x.along = reinterpret_cast<A*>(plan.along), x.factors = reinterpret_cast<A*>(plan.factors);
+  x.slot_texts = reinterpret_cast<A*>(plan.slot_texts);
+  x.best = p.grad && p.pool == Pool::max ? reinterpret_cast<int32_t*>(plan.best) : nullptr;
+  x.cancelled = reinterpret_cast<uint32_t*>(plan.cancelled);
+  x.scalars = reinterpret_cast<double*>(plan.scalars);
   return x;
 }
 

@@ -131,6 +131,22 @@ def test_full_lists_and_chunks_of_the_emulated_launcher(limit, sampling):
     assert all(torch.equal(a, b) for a, b in zip(found, _by_reference(pixels, texts, **options), strict=True))
 
 
+@pytest.mark.parametrize("k_neg", [16, 256])
+@pytest.mark.parametrize("rising", [False, True])
+def test_steps_of_the_emulated_selection(rising, k_neg):
+    """Basic blocks a pixel, shared by 256 threads: few where most pixels are not among the best, and never in proportion to k."""
+    import emulation
+
+    angle = torch.linspace(1.5, 0.0, 6000)
+    angle = angle if rising else angle[torch.randperm(6000)]
+    pixels, texts = torch.stack([angle.cos(), angle.sin()], 1)[None], torch.tensor([[1.0, 0.0]])
+    with running_on("cuda-emulated"):
+        emulation.load().take_steps()
+        ok.select_pixels(pixels, texts, k_pos=1, k_neg=k_neg, image_ids=torch.tensor([0]), text_ids=torch.tensor([1]))
+        (steps,) = (n for name, n in emulation.load().take_steps().items() if "select_best" in name)
+    assert steps / 6000 < (500 if rising else 150)
+
+
 @pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda")))
 def test_lists_too_long_for_shared_memory(backend):
     device = device_of(backend)
