@@ -31,7 +31,6 @@ CONTRASTIVE = "csrc/contrastive_loss/contrastive_loss_{}"
 WINDOWS = "csrc/window_argmax/window_argmax_{}"
 MASK_LOSS = "csrc/upsample_mask_loss/upsample_mask_loss_{}"
 DENSE = "csrc/dense_contrastive_loss/dense_contrastive_loss_{}"
-LOSS = "csrc/similarity_contrastive_loss/similarity_contrastive_loss_cuda.cu"
 TRITON = "ovseg_kernels/triton/patch_text_similarity.py"
 CPU = "csrc/patch_text_similarity/patch_text_similarity_cpu.cpp"
 
@@ -67,14 +66,17 @@ FAULTS = (
     Fault("assignment: count off by one", ASSIGNMENT, "return count + A(1);", "return count + A(2);"),
     Fault("assignment: noise of another element", ASSIGNMENT, "(b * p.L + l) * p.G + g", "(b * p.L + l) * p.G + g + 1"),
     Fault("stale asynchronous copy", TILE, "wait_copies<1>();", "wait_copies<2>();"),
-    Fault("race between columns and sums", LOSS, "  parts[threadIdx.x] = mine;\n  __syncthreads();", "  parts[threadIdx.x] = mine;",
-          after="columns_kernel"),
-    Fault("loss: lost column weight", LOSS, "dz += column_weight * exp(z - p.columns[j]);", "dz += exp(z - p.columns[j]);"),
+    Fault("race between columns and sums", "csrc/common/block.cuh", "  shared[threadIdx.x] = mine;\n  __syncthreads();",
+          "  shared[threadIdx.x] = mine;", "emulated and similarity_contrastive and not contract", after="block_merge"),
+    Fault("loss: lost weight", "csrc/common/info_nce.cuh", "weight * exp(z - log_sum_exp)", "exp(z - log_sum_exp)",
+          "emulated and contrastive_loss and not dense and not contract"),
     Fault("Triton: dropped mask", TRITON, "keep = keep & (tl.load(mask", "keep = keep | (tl.load(mask", "interpreted"),
     Fault("Triton: missing rescale", TRITON, "total = total * factor + tl.sum(e, 1)", "total = total + tl.sum(e, 1)", "interpreted"),
     Fault("Triton: wrong sign", TRITON, "tl.store(factors + i * T + t, -g * back", "tl.store(factors + i * T + t, g * back", "interpreted"),
     Fault("CPU: dropped mask", CPU, "a[n] = keep[n] != A(0) ? e : A(0);", "a[n] = e;", "cpu"),
     Fault("CPU: wrong projection", CPU, "add_scaled(row, -w.colsum[n]", "add_scaled(row, w.colsum[n]", "cpu"),
+    Fault("assignment: half of a wide load twice", ASSIGNMENT, "to_float(v[k].x[part * P::kPart + j])", "to_float(v[k].x[j])",
+          "emulated and assignment and not contract"),
     Fault("assignment: bias without gradient", ASSIGNMENT, "p.grad_bias[i] = sum;", "p.grad_bias[i] = 0;", "emulated and assignment"),
     Fault("contrastive: first chunk of texts alone", CONTRASTIVE.format("cuda.cu"), "p.T, p.D, c.first > 0);", "p.T, p.D, false);",
           "emulated and contrastive"),
@@ -84,8 +86,14 @@ FAULTS = (
           "interpreted and contrastive"),
     Fault("contrastive, CPU: missing rescale", CONTRASTIVE.format("cpu.cpp"), "sum[j] * exp_fast(top[j] - now);", "sum[j];",
           "cpu and contrastive"),
-    Fault("dense: tie to the larger index", DENSE.format("cuda.cu"), "list[at - 1].key < key", "list[at - 1].key <= key",
-          "emulated and contrastive"),
+    Fault("dense: tie to the larger index", DENSE.format("cuda.cu"), "indices[i] < indices[j]", "indices[i] > indices[j]",
+          "emulated and dense and not contract"),
+    Fault("dense: a chunk forgets the ones before", DENSE.format("cuda.cu"), "c.first > 0 ? side.lengths[j] : 0", "0",
+          "emulated and dense and not contract"),
+    Fault("dense: what equals the worst pushes it out", DENSE.format("cuda.cu"), "if (keys[k] > threshold) {",
+          "if (keys[k] >= threshold) {", "emulated and dense and not contract"),
+    Fault("dense: a race in the sort", DENSE.format("cuda.cu"), "best.swap(low, high);\n      }\n      __syncthreads();",
+          "best.swap(low, high);\n      }", "emulated and dense and not contract"),
     Fault("dense, CPU: own images as negatives", DENSE.format("cpu.cpp"), "if (!own(p, i, j)) continue;  // (3)", "continue;  // (3)",
           "cpu and contrastive"),
     Fault("pruning: the floor is too high", "csrc/common/candidates.cuh", "floor -= 16 * epsilon", "floor += A(0.1)",

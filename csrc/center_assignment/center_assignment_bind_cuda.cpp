@@ -7,19 +7,12 @@ namespace ovseg {
 namespace {
 
 template <typename A>
-CenterCuda<A> with_workspace(const CenterParams<A>& p, const Tensor& like, bool backward, Tensor& memory,
-                             void* stream) {
-  memory = new_tensor(like, {static_cast<int64_t>(center_workspace(p, backward))}, ScalarType::Byte);
-  return {p, data<unsigned char>(memory), stream};
-}
-
-template <typename A>
 CenterOutputs forward_as(const Tensor& like, CenterParams<A> p, bool want_soft) {
   const OnDevice device(like);
   CenterOutputs outputs = center_outputs(p, like, want_soft);
   if (p.B == 0) return outputs;
-  Tensor memory = new_tensor(like, {0}, ScalarType::Byte);
-  check_launch("center_assignment", center_forward(with_workspace(p, like, false, memory, device.stream())));
+  const Tensor memory = workspace_of(like, center_workspace(p, false));
+  check_launch("center_assignment", center_forward<A>({p, data<unsigned char>(memory), device.stream()}));
   return outputs;
 }
 
@@ -43,9 +36,8 @@ CenterGradients backward_as(const Tensor& grad, const Optional& grad_count, cons
     torch::stable::zero_(std::get<0>(gradients)), torch::stable::zero_(std::get<3>(gradients));
     return gradients;
   }
-  Tensor memory = new_tensor(queries, {0}, ScalarType::Byte);
-  check_launch("center_assignment_backward",
-               center_backward(with_workspace(p, queries, true, memory, device.stream())));
+  const Tensor memory = workspace_of(queries, center_workspace(p, true));
+  check_launch("center_assignment_backward", center_backward<A>({p, data<unsigned char>(memory), device.stream()}));
   return gradients;
 }
 

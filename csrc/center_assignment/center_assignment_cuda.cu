@@ -1,9 +1,10 @@
 // center_assignment on CUDA, sm_80 and newer: tokens on the rows of a tile, centers on its columns.
 //
 // Scores of 64 tokens with all centers meet in shared memory, where one thread a token draws the noise, finds the
-// winner and the softmax. Pooling walks the tokens in order, one thread a channel, so that every sum has a fixed order
-// and keys and values are read once. Scores, noise, softmax and counts are float whatever the inputs: products of
+// winner and the softmax. Pooling walks the tokens in order, each channel in one thread, so that every sum has a fixed
+// order and keys and values are read once. Scores, noise, softmax and counts are float whatever the inputs: products of
 // 16-bit operands are exact in float sums. Equation numbers: ovseg_kernels/ops/center_assignment.py.
+#include "../common/device_workspace.h"
 #include "../common/philox.h"
 #include "../common/tile.cuh"
 #include "center_assignment_cuda.h"
@@ -32,6 +33,7 @@ struct CenterArgs {
   CenterParams<A> p;
   A *weights, *d_scores;  // [B, L, G]; d z of (7)
   A *scaled, *rho;        // [B, G, E] d pooled / n, and [B, G] rho / n
+  size_t bytes;           // of all of these
 
   __device__ bool kept(int64_t b, int64_t l) const {
     return !p.mask || p.mask[b * p.mask_strides[0] + l * p.mask_strides[1]];
@@ -144,38 +146,122 @@ __global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(
   }
 }
 
-// pooled and counts: one thread a channel, tokens in order. Channel E is the count.
-template <typename K>
-__global__ void __launch_bounds__(kThreads) center_assignment_fwd_pool_kernel(CenterArgs<K> x) {
+// Neighbouring elements that one instruction moves.
+template <typename X, int count>
+struct alignas(count * sizeof(X)) Pack {
+  X x[count];
+};
+
+constexpr unsigned kPoolThreads = 32;
+constexpr int kPoolTokens = 8;   // loads of a thread that are under way together
+constexpr int kPoolStage = 128;  // tokens whose centers lie in shared memory at a time
+
+// How a thread pools `width` neighbouring channels: their sums of all centers lie in shared memory.
+template <typename K, int width>
+struct Pooling {
+  using A = typename K::A;
+  static constexpr int kWidth = width;
+  static constexpr int kPart = width * sizeof(A) > 16 ? 16 / sizeof(A) : width;  // channels that move together
+  static constexpr int kParts = width / kPart;
+  using Values = Pack<typename K::T, width>;
+  using Part = Pack<A, kPart>;
+
+  static int64_t shared_bytes(int64_t G) {
+    return G * (kPoolThreads * width * static_cast<int64_t>(sizeof(A)) + sizeof(A) + 4) + kPoolStage * 4;
+  }
+};
+
+// pooled and counts: a block of one warp owns neighbouring channels of an image and walks its tokens in order.
+template <typename P, typename K>
+__global__ void __launch_bounds__(kPoolThreads) center_assignment_fwd_pool_kernel(CenterArgs<K> x) {
   using A = typename K::A;
   OVSEG_DYNAMIC_SHARED(memory);
-  A* sums = reinterpret_cast<A*>(memory);  // [G, kThreads], then the counts [G]
   const CenterParams<A>& p = x.p;
-  A* counts = sums + p.G * kThreads;
-  const int64_t b = blockIdx.y, e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int g = 0; g < p.G; ++g) sums[g * kThreads + threadIdx.x] = 0;
-  for (int64_t l = 0; l < p.L; ++l) {
-    const int64_t index = p.index[b * p.L + l];
-    if (index < 0 || e >= p.E) continue;
-    const A v = to_float(x.value(b)[l * p.value_strides[1] + e * p.value_strides[2]]);
-    if (p.hard) {
-      sums[index * kThreads + threadIdx.x] += v;
-    } else {
-      for (int g = 0; g < p.G; ++g) sums[g * kThreads + threadIdx.x] += x.weights[(b * p.L + l) * p.G + g] * v;
+  const int thread = threadIdx.x, G = static_cast<int>(p.G);
+  auto* sums = reinterpret_cast<typename P::Part*>(memory);               // [G, kParts, kPoolThreads]
+  A* counts = reinterpret_cast<A*>(sums + G * P::kParts * kPoolThreads);  // [G]
+  int32_t* tokens = reinterpret_cast<int32_t*>(counts + G);               // [G], of the hard assignment
+  int32_t* staged = tokens + G;                                           // [kPoolStage]
+  const int64_t b = blockIdx.y, e = (static_cast<int64_t>(blockIdx.x) * kPoolThreads + thread) * P::kWidth;
+  const bool mine = e < p.E;
+  const typename K::T* column = x.value(b) + e * p.value_strides[2];
+  auto part_of = [&](int g, int part) ->
+      typename P::Part& { return sums[(g * P::kParts + part) * kPoolThreads + thread]; };
+  for (int g = 0; g < G; ++g) {
+#pragma unroll
+    for (int part = 0; part < P::kParts; ++part) part_of(g, part) = {};
+  }
+  for (int g = thread; g < G; g += kPoolThreads) tokens[g] = 0;
+  for (int64_t l0 = 0; l0 < p.L; l0 += kPoolStage) {
+    __syncthreads();
+    for (int i = thread; i < kPoolStage; i += kPoolThreads) {
+      const int g = l0 + i < p.L ? static_cast<int>(p.index[b * p.L + l0 + i]) : -1;
+      staged[i] = g;
+      if (p.hard && g >= 0) atomicAdd(tokens + g, 1);  // whole numbers: their order does not matter
+    }
+    __syncthreads();
+    const int end = p.L - l0 < kPoolStage ? static_cast<int>(p.L - l0) : kPoolStage;
+    const typename K::T* token = column + l0 * p.value_strides[1];
+    for (int i = 0; mine && i < end; i += kPoolTokens) {
+      typename P::Values v[kPoolTokens];
+      int centers[kPoolTokens];
+#pragma unroll
+      for (int k = 0; k < kPoolTokens; ++k) {
+        centers[k] = staged[i + k];
+        if (centers[k] >= 0) v[k] = *reinterpret_cast<const typename P::Values*>(token);
+        token += p.value_strides[1];
+      }
+      if (p.hard) {
+#pragma unroll
+        for (int k = 0; k < kPoolTokens; ++k) {
+          if (centers[k] < 0) continue;
+#pragma unroll
+          for (int part = 0; part < P::kParts; ++part) {
+            typename P::Part sum = part_of(centers[k], part);
+#pragma unroll
+            for (int j = 0; j < P::kPart; ++j) sum.x[j] += to_float(v[k].x[part * P::kPart + j]);
+            part_of(centers[k], part) = sum;
+          }
+        }
+        continue;
+      }
+      const A* weights = x.weights + (b * p.L + l0 + i) * p.G;
+      for (int g = 0; g < G; ++g) {
+        A weight[kPoolTokens];
+#pragma unroll
+        for (int k = 0; k < kPoolTokens; ++k) weight[k] = centers[k] >= 0 ? weights[k * p.G + g] : A(0);
+        typename P::Part sum[P::kParts];
+#pragma unroll
+        for (int part = 0; part < P::kParts; ++part) sum[part] = part_of(g, part);
+#pragma unroll
+        for (int k = 0; k < kPoolTokens; ++k) {
+          if (centers[k] < 0) continue;
+#pragma unroll
+          for (int j = 0; j < P::kWidth; ++j) sum[j / P::kPart].x[j % P::kPart] += weight[k] * to_float(v[k].x[j]);
+        }
+#pragma unroll
+        for (int part = 0; part < P::kParts; ++part) part_of(g, part) = sum[part];
+      }
     }
   }
-  for (int g = threadIdx.x; g < p.G; g += kThreads) {
-    A count = 0;
-    for (int64_t l = 0; l < p.L; ++l) {
-      count += p.hard ? A(p.index[b * p.L + l] == g ? 1 : 0) : x.weights[(b * p.L + l) * p.G + g];
-    }
+  __syncthreads();
+  for (int g = thread; g < G; g += kPoolThreads) {
+    A count = static_cast<A>(tokens[g]);
+    for (int64_t l = 0; !p.hard && l < p.L; ++l) count += x.weights[(b * p.L + l) * p.G + g];
     counts[g] = count;
     if (blockIdx.x == 0) p.count[b * p.G + g] = count;
   }
   __syncthreads();
-  if (e >= p.E) return;
-  for (int g = 0; g < p.G; ++g)
-    p.pooled[(b * p.G + g) * p.E + e] = sums[g * kThreads + threadIdx.x] / x.divisor(counts[g]);
+  for (int g = 0; mine && g < G; ++g) {
+    const A divisor = x.divisor(counts[g]);
+#pragma unroll
+    for (int part = 0; part < P::kParts; ++part) {
+      typename P::Part mean = part_of(g, part);
+#pragma unroll
+      for (int j = 0; j < P::kPart; ++j) mean.x[j] /= divisor;
+      *reinterpret_cast<typename P::Part*>(p.pooled + (b * p.G + g) * p.E + e + part * P::kPart) = mean;
+    }
+  }
 }
 
 // d pooled / n and rho / n: one warp a center.
@@ -327,17 +413,17 @@ __global__ void __launch_bounds__(kThreads) center_assignment_bwd_values_kernel(
 }
 
 template <typename K>
-CenterArgs<K> arguments(const CenterCuda<typename K::A>& x, bool backward) {
+CenterArgs<K> arguments(const CenterParams<typename K::A>& p, bool backward, DeviceWorkspace memory) {
   using A = typename K::A;
   CenterArgs<K> args{};
-  args.p = x.p;
-  A* at = reinterpret_cast<A*>(x.workspace);
-  const int64_t scores = round_up(x.p.B * x.p.L * x.p.G, 64);
-  args.weights = at;
-  if (!backward) return args;
-  args.d_scores = at + scores;
-  args.scaled = at + 2 * scores;
-  args.rho = args.scaled + round_up(x.p.B * x.p.G * x.p.E, 64);
+  args.p = p;
+  if (backward || !p.hard) args.weights = memory.take<A>(p.B * p.L * p.G);
+  if (backward) {
+    args.d_scores = memory.take<A>(p.B * p.L * p.G);
+    args.scaled = memory.take<A>(p.B * p.G * p.E);
+    args.rho = memory.take<A>(p.B * p.G);
+  }
+  args.bytes = memory.bytes();
   return args;
 }
 
@@ -356,22 +442,38 @@ bool fits(const CenterParams<A>& p) {
   return p.G * static_cast<int64_t>(sizeof(A)) <= kMaxCenters * 4 && p.B <= 65535;
 }
 
+// Whether the channels of a thread are one load of 16 bytes, whatever the token.
+template <typename P, typename A>
+bool in_vectors(const CenterParams<A>& p) {
+  auto whole = [](int64_t elements) { return elements % P::kWidth == 0; };
+  auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  return p.value_strides[2] == 1 && whole(p.E) && whole(p.value_strides[1]) && whole(p.value_strides[0]) &&
+         aligned(p.values) && aligned(p.pooled) && P::shared_bytes(p.G) <= 97 * 1024;
+}
+
+template <typename P, typename K>
+const char* pool(const CenterArgs<K>& args, void* stream) {
+  const CenterParams<typename K::A>& p = args.p;
+  // One block at least: the counts are its work too.
+  const unsigned blocks = static_cast<unsigned>(p.E > 0 ? ceil_div(p.E, kPoolThreads * P::kWidth) : 1);
+  return OVSEG_LAUNCH((center_assignment_fwd_pool_kernel<P, K>), dim3(blocks, static_cast<unsigned>(p.B)), kPoolThreads,
+                      static_cast<size_t>(P::shared_bytes(p.G)), stream, args);
+}
+
 template <typename K>
 const char* forward(const CenterCuda<typename K::A>& x) {
   using A = typename K::A;
   const CenterParams<A>& p = x.p;
   if (!fits(p)) return too_many();
-  const CenterArgs<K> args = arguments<K>(x, false);
+  const CenterArgs<K> args = arguments<K>(p, false, DeviceWorkspace(x.workspace));
   const unsigned B = static_cast<unsigned>(p.B);
   if (p.L > 0) {
     const dim3 grid(static_cast<unsigned>(ceil_div(p.L, kTile)), B);
     OVSEG_TRY(OVSEG_LAUNCH(center_assignment_fwd_scores_kernel<K>, grid, kThreads, kStageBytes + score_bytes(p),
                            x.stream, args));
   }
-  // One block at least: the counts are its work too.
-  const dim3 grid(static_cast<unsigned>(p.E > 0 ? ceil_div(p.E, kThreads) : 1), B);
-  const size_t shared = (p.G * kThreads + p.G) * sizeof(A);
-  return OVSEG_LAUNCH(center_assignment_fwd_pool_kernel<K>, grid, kThreads, shared, x.stream, args);
+  using Wide = Pooling<K, 16 / sizeof(typename K::T)>;
+  return in_vectors<Wide>(p) ? pool<Wide>(args, x.stream) : pool<Pooling<K, 1>>(args, x.stream);
 }
 
 template <typename K>
@@ -379,7 +481,7 @@ const char* backward(const CenterCuda<typename K::A>& x) {
   using A = typename K::A;
   const CenterParams<A>& p = x.p;
   if (!fits(p)) return too_many();
-  const CenterArgs<K> args = arguments<K>(x, true);
+  const CenterArgs<K> args = arguments<K>(p, true, DeviceWorkspace(x.workspace));
   const unsigned B = static_cast<unsigned>(p.B), tokens = static_cast<unsigned>(ceil_div(p.L, kTile));
   const unsigned centers = static_cast<unsigned>(ceil_div(p.B * p.G, kThreads / 32));
   const unsigned channels = static_cast<unsigned>(ceil_div(p.D, kTile));
@@ -406,9 +508,7 @@ const char* backward(const CenterCuda<typename K::A>& x) {
 
 template <typename A>
 size_t center_workspace(const CenterParams<A>& p, bool backward) {
-  const int64_t scores = round_up(p.B * p.L * p.G, 64);
-  if (!backward) return p.hard ? 0 : scores * sizeof(A);
-  return (2 * scores + round_up(p.B * p.G * p.E, 64) + p.B * p.G) * sizeof(A);
+  return arguments<CenterKind<A, Exact<A>, Exact<A>>>(p, backward, DeviceWorkspace()).bytes;
 }
 
 template <>

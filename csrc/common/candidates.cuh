@@ -1,6 +1,6 @@
 // The classes that can win somewhere in the pixels of a block: those whose largest value reaches the best least value.
 #pragma once
-#include "device.cuh"
+#include "block.cuh"
 #include "types.h"
 
 namespace ovseg {
@@ -9,7 +9,7 @@ constexpr unsigned kPruningThreads = 128;
 
 template <typename A>
 OVSEG_ANYWHERE size_t candidates_bytes(int64_t classes) {
-  return kPruningThreads * sizeof(A) + (kPruningThreads + 1 + classes) * sizeof(int32_t);
+  return kPruningThreads / 32 * sizeof(A) + (kPruningThreads + 1 + classes) * sizeof(int32_t);
 }
 
 template <typename A>
@@ -21,9 +21,9 @@ struct Candidates {
 // A block of kPruningThreads calls this with bounds(class, least, most); `memory` has candidates_bytes(classes).
 template <typename A, typename Bounds>
 __device__ Candidates<A> find_candidates(int64_t classes, unsigned char* memory, const Bounds& bounds) {
-  A* floors = reinterpret_cast<A*>(memory);                                // [kPruningThreads]
-  int32_t* counts = reinterpret_cast<int32_t*>(floors + kPruningThreads);  // [kPruningThreads + 1]
-  int32_t* list = counts + kPruningThreads + 1;                            // [classes]
+  A* floors = reinterpret_cast<A*>(memory);                                     // of each warp
+  int32_t* counts = reinterpret_cast<int32_t*>(floors + kPruningThreads / 32);  // [kPruningThreads + 1]
+  int32_t* list = counts + kPruningThreads + 1;                                 // [classes]
   // Each thread takes neighbouring classes, so that the list comes out by rising class.
   const int64_t each = ceil_div(classes, kPruningThreads), first = threadIdx.x * each;
   const int64_t last = first + each < classes ? first + each : classes;
@@ -32,13 +32,7 @@ __device__ Candidates<A> find_candidates(int64_t classes, unsigned char* memory,
     bounds(c, least, most);
     floor = larger(least, floor);
   }
-  floors[threadIdx.x] = floor;
-  __syncthreads();
-  for (unsigned half = kPruningThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) floors[threadIdx.x] = larger(floors[threadIdx.x + half], floors[threadIdx.x]);
-    __syncthreads();
-  }
-  floor = floors[0];
+  floor = block_max<kPruningThreads>(floor, floors);
   // A little below: rounding must not cut a winner off.
   const A epsilon = sizeof(A) == 4 ? A(1.2e-7) : A(2.3e-16);
   floor -= 16 * epsilon * (A(1) + fabs(floor));

@@ -34,6 +34,11 @@ class OnDevice {
 
 inline void check_launch(const char* op, const char* error) { STD_TORCH_CHECK(error == nullptr, op, ": ", error); }
 
+// Memory of a launch. It may go when the launch is queued: the allocator hands it on in the order of the stream.
+inline Tensor workspace_of(const Tensor& like, size_t bytes) {
+  return new_tensor(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
 // One element on the tensor's device, read by the kernels themselves.
 inline const void* device_scalar(const char* name, const Tensor& x, ScalarType type) {
   STD_TORCH_CHECK(x.numel() == 1, name, " has ", x.numel(), " elements; expected 1");

@@ -86,6 +86,16 @@ __device__ inline A minus_infinity() {
   return -static_cast<A>(INFINITY);
 }
 
+// log(1 + exp(x)) without overflow, and with all digits where exp(x) is small. A NaN stays one.
+template <typename A>
+__device__ inline A softplus_with(A x, A e) {  // where e = exp(-|x|) is known
+  return (x > A(0) ? x : A(0)) + log1p(e);
+}
+template <typename A>
+__device__ inline A softplus(A x) {
+  return softplus_with<A>(x, exp(-fabs(x)));
+}
+
 __host__ __device__ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 __host__ __device__ inline int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
 

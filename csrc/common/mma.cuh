@@ -49,7 +49,7 @@ float element(const uint32_t* words, int word, int k) {
 }
 
 template <typename T>
-void mma(float (&c)[4], const FragmentA& a, const FragmentB& b) {
+OVSEG_UNCOUNTED void mma(float (&c)[4], const FragmentA& a, const FragmentB& b) {
   constexpr int K = sizeof(T) == 2 ? 16 : 8, half_k = K / 2, per_word = sizeof(T) == 2 ? 2 : 1;
   struct Pair {
     FragmentA a;

@@ -7,11 +7,10 @@ namespace ovseg {
 namespace {
 
 template <typename A>
-ContrastiveCuda<A> on_device(const ContrastiveInputs<A>& in, bool tf32, bool backward, Tensor& memory, void* stream) {
-  memory = new_tensor(in.image, {static_cast<int64_t>(contrastive_workspace(in.p, backward))}, ScalarType::Byte);
+ContrastiveCuda<A> on_device(const ContrastiveInputs<A>& in, bool tf32, const Tensor& memory, const OnDevice& device) {
   ContrastiveCuda<A> x{};
   x.p = in.p, x.scale = data<A>(in.scale), x.bias = data<A>(in.bias), x.tf32 = tf32;
-  x.workspace = data<unsigned char>(memory), x.stream = stream;
+  x.workspace = data<unsigned char>(memory), x.stream = device.stream();
   return x;
 }
 
@@ -20,8 +19,8 @@ ContrastiveStats stats_as(ContrastiveInputs<A> in, bool tf32) {
   const OnDevice device(in.image);
   ContrastiveStats outputs = in.outputs();
   if (in.p.sigmoid) torch::stable::zero_(std::get<1>(outputs));
-  Tensor memory = in.image;
-  check_launch("contrastive_stats", contrastive_statistics(on_device(in, tf32, false, memory, device.stream())));
+  const Tensor memory = workspace_of(in.image, contrastive_workspace(in.p, false));
+  check_launch("contrastive_stats", contrastive_statistics(on_device(in, tf32, memory, device)));
   return outputs;
 }
 
@@ -41,8 +40,8 @@ ContrastiveGradients backward_as(ContrastiveInputs<A> in, const Tensor& grad, bo
     torch::stable::zero_(std::get<2>(found)), torch::stable::zero_(std::get<3>(found));
     return found;
   }
-  Tensor memory = in.image;
-  ContrastiveCuda<A> x = on_device(in, tf32, true, memory, device.stream());
+  const Tensor memory = workspace_of(in.image, contrastive_workspace(in.p, true));
+  ContrastiveCuda<A> x = on_device(in, tf32, memory, device);
   x.grad = data<A>(grad), x.grad_scale = data<A>(std::get<2>(found)), x.grad_bias = data<A>(std::get<3>(found));
   check_launch("contrastive_loss_backward", contrastive_gradient(x));
   return found;

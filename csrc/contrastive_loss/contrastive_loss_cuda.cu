@@ -2,6 +2,9 @@
 // the rows and once with texts; logits live in shared memory. Backward: d logits of a chunk of images, then two
 // products. Every output element has one owner and every sum a fixed order. Equation numbers:
 // ovseg_kernels/ops/contrastive_loss.py.
+#include "../common/block.cuh"
+#include "../common/device_workspace.h"
+#include "../common/info_nce.cuh"
 #include "../common/row_statistics.cuh"
 #include "../common/tile.cuh"
 #include "contrastive_loss_cuda.h"
@@ -16,8 +19,7 @@ using Part = RowStatistics<A>;
 template <typename A>
 __device__ void add(Part<A>& part, A z, bool positive, bool sigmoid) {
   if (!sigmoid) return part.add(z, positive);
-  const A x = positive ? -z : z;  // (4)
-  part.sum += (x > A(0) ? x : A(0)) + log1p(exp(x > A(0) ? -x : x));
+  part.sum += softplus(positive ? -z : z);  // (4)
 }
 
 template <typename A>
@@ -86,29 +88,24 @@ template <typename A>
 struct Chunk {
   ContrastiveCuda<A> x;
   int64_t first, count;
+  double* sums;     // [2] of d scale and d bias, of all chunks so far
+  double* partial;  // [blocks, 2]
   A* d_logits;      // [count, T], with the scale
-  double* partial;  // [blocks, 2] of d scale and d bias
-  double* sums;     // [2]
+  size_t bytes;     // of all of these
 };
 
 // (5) or (6) of one pair.
 template <typename A>
 __device__ A d_logit(const ContrastiveCuda<A>& x, int64_t i, int64_t j, A z, A grad) {
   const ContrastiveParams<A>& p = x.p;
-  const A row_weight = p.row_weight[i], column_weight = p.column_weight[j];
   const bool positive = p.image_ids ? p.image_ids[i] == p.text_ids[j] : j == i + p.offset;
   if (p.sigmoid) {
     const A e = exp(z > A(0) ? -z : z);
-    return grad * row_weight * ((z > A(0) ? A(1) : e) / (A(1) + e) - (positive ? A(1) : A(0)));
+    return grad * p.row_weight[i] * ((z > A(0) ? A(1) : e) / (A(1) + e) - (positive ? A(1) : A(0)));
   }
-  A dz = 0;  // a row or column of weight 0 has no positive
-  if (row_weight != A(0)) dz += row_weight * exp(z - p.rows[i]);
-  if (column_weight != A(0)) dz += column_weight * exp(z - p.columns[j]);
-  if (positive) {
-    if (row_weight != A(0)) dz -= row_weight / p.rows[2 * p.B + i];
-    if (column_weight != A(0)) dz -= column_weight / p.columns[2 * p.T + j];
-  }
-  return grad * dz;
+  const auto row = InfoNceSide<A>::of(p.row_weight, p.rows, i, p.B);
+  const auto column = InfoNceSide<A>::of(p.column_weight, p.columns, j, p.T);
+  return grad * (row.gradient(z, positive) + column.gradient(z, positive));
 }
 
 template <typename P>
@@ -122,24 +119,19 @@ __global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_logits_kernel(C
   A acc[kAccumulators];
   clear<P>(acc);
   product<P>(images, i0, texts, j0, memory, acc);
-  double d_scale = 0, d_bias = 0;
+  double sums[2] = {0, 0};  // of d scale and d bias
 #pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t i = i0 + tile_row<P>(k), j = j0 + tile_column<P>(k);
     if (i >= c.first + c.count || j >= p.T) continue;
     const A dz = d_logit(c.x, i, j, scale * acc[k] + bias, grad);
     c.d_logits[(i - c.first) * p.T + j] = scale * dz;
-    d_scale += static_cast<double>(dz) * static_cast<double>(acc[k]), d_bias += static_cast<double>(dz);
+    sums[0] += static_cast<double>(dz) * static_cast<double>(acc[k]), sums[1] += static_cast<double>(dz);
   }
-  double* shared = reinterpret_cast<double*>(memory);
-  d_scale = warp_sum(d_scale), d_bias = warp_sum(d_bias);
-  const int warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) shared[2 * warp] = d_scale, shared[2 * warp + 1] = d_bias;
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    double sum = 0;
-    for (int w = 0; w < kThreads / 32; ++w) sum += shared[2 * w + threadIdx.x];
-    c.partial[(static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * 2 + threadIdx.x] = sum;
+  block_sum<kThreads>(sums, reinterpret_cast<double*>(memory));
+  if (threadIdx.x == 0) {
+    const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    c.partial[2 * block] = sums[0], c.partial[2 * block + 1] = sums[1];
   }
 }
 
@@ -147,17 +139,12 @@ __global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_logits_kernel(C
 template <typename A>
 __global__ void __launch_bounds__(kThreads) contrastive_loss_bwd_scalars_kernel(Chunk<A> c, int64_t blocks) {
   OVSEG_DYNAMIC_SHARED(memory);
-  double* shared = reinterpret_cast<double*>(memory);
-  double d_scale = 0, d_bias = 0;
-  for (int64_t b = threadIdx.x; b < blocks; b += kThreads) d_scale += c.partial[2 * b], d_bias += c.partial[2 * b + 1];
-  d_scale = warp_sum(d_scale), d_bias = warp_sum(d_bias);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * 2] = d_scale, shared[threadIdx.x / 32 * 2 + 1] = d_bias;
-  __syncthreads();
-  if (threadIdx.x >= 2) return;
-  double sum = c.first > 0 ? c.sums[threadIdx.x] : 0;
-  for (int w = 0; w < kThreads / 32; ++w) sum += shared[2 * w + threadIdx.x];
-  c.sums[threadIdx.x] = sum;
-  *(threadIdx.x == 0 ? c.x.grad_scale : c.x.grad_bias) = static_cast<A>(sum);
+  double sums[2] = {0, 0};
+  for (int64_t b = threadIdx.x; b < blocks; b += kThreads) sums[0] += c.partial[2 * b], sums[1] += c.partial[2 * b + 1];
+  block_sum<kThreads>(sums, reinterpret_cast<double*>(memory));
+  if (threadIdx.x > 0) return;
+  for (int k = 0; k < 2; ++k) c.sums[k] = sums[k] += c.first > 0 ? c.sums[k] : 0;
+  *c.x.grad_scale = static_cast<A>(sums[0]), *c.x.grad_bias = static_cast<A>(sums[1]);
 }
 
 // acc to out [rows, D], added to what is there or not.
@@ -216,24 +203,32 @@ int64_t chunk_rows(const ContrastiveParams<A>& p) {
   return fits < p.B ? fits : p.B;
 }
 
+// Statistics of the shares of columns, for the side that has more of them.
+template <typename A>
+Part<A>* shares(const ContrastiveParams<A>& p, DeviceWorkspace& memory) {
+  const int64_t images = splits(p.B, p.T) * p.B, texts = splits(p.T, p.B) * p.T;
+  return memory.take<Part<A>>(images > texts ? images : texts);
+}
+
+template <typename A>
+Chunk<A> first_chunk(const ContrastiveCuda<A>& x, DeviceWorkspace memory) {
+  const int64_t rows = chunk_rows(x.p), blocks = static_cast<int64_t>(tiles(rows)) * tiles(x.p.T);
+  Chunk<A> c{};
+  c.x = x, c.count = rows;
+  c.sums = memory.take<double>(2);
+  c.partial = memory.take<double>(2 * blocks);
+  c.d_logits = memory.take<A>(rows * x.p.T);
+  c.bytes = memory.bytes();
+  return c;
+}
+
 template <typename P>
 const char* one_side(const ContrastiveCuda<typename P::Sum>& x, bool of_texts) {
   using A = typename P::Sum;
   const ContrastiveParams<A>& p = x.p;
-  Side<A> side = {p.image,
-                  p.text,
-                  p.image_ids,
-                  p.text_ids,
-                  p.B,
-                  p.T,
-                  p.D,
-                  p.offset,
-                  0,
-                  p.sigmoid,
-                  x.scale,
-                  x.bias,
-                  reinterpret_cast<Part<A>*>(x.workspace),
-                  p.rows};
+  DeviceWorkspace memory(x.workspace);
+  Side<A> side = {p.image,   p.text,  p.image_ids, p.text_ids,        p.B,   p.T, p.D, p.offset, 0,
+                  p.sigmoid, x.scale, x.bias,      shares(p, memory), p.rows};
   if (of_texts) {
     side.own = p.text, side.other = p.image, side.own_ids = p.text_ids, side.other_ids = p.image_ids;
     side.rows = p.T, side.columns = p.B, side.offset = -p.offset, side.out = p.columns;
@@ -257,10 +252,8 @@ template <typename P>
 const char* gradient(const ContrastiveCuda<typename P::Sum>& x) {
   using A = typename P::Sum;
   const ContrastiveParams<A>& p = x.p;
-  const int64_t rows = chunk_rows(p);
-  Chunk<A> c = {x, 0, 0, nullptr, nullptr, reinterpret_cast<double*>(x.workspace)};
-  c.partial = c.sums + 2;
-  c.d_logits = reinterpret_cast<A*>(c.partial + 2 * tiles(rows) * static_cast<int64_t>(tiles(p.T)));
+  Chunk<A> c = first_chunk(x, DeviceWorkspace(x.workspace));
+  const int64_t rows = c.count;
   for (c.first = 0; c.first < p.B; c.first += rows) {
     c.count = p.B - c.first < rows ? p.B - c.first : rows;
     const dim3 pairs(tiles(p.T), tiles(c.count));
@@ -283,12 +276,14 @@ const char* gradient(const ContrastiveCuda<typename P::Sum>& x) {
 
 template <typename A>
 size_t contrastive_workspace(const ContrastiveParams<A>& p, bool backward) {
+  DeviceWorkspace counted;
   if (!backward) {
-    const size_t images = splits(p.B, p.T) * p.B, texts = splits(p.T, p.B) * p.T;
-    return (images > texts ? images : texts) * sizeof(Part<A>);
+    shares(p, counted);
+    return counted.bytes();
   }
-  const int64_t rows = chunk_rows(p);
-  return 16 + 16 * static_cast<size_t>(tiles(rows)) * tiles(p.T) + static_cast<size_t>(rows) * p.T * sizeof(A);
+  ContrastiveCuda<A> x{};
+  x.p = p;
+  return first_chunk(x, counted).bytes;
 }
 
 template size_t contrastive_workspace(const ContrastiveParams<float>&, bool);

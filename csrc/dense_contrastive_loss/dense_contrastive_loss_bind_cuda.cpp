@@ -13,9 +13,8 @@ Tensor even_rows(const Tensor& pixels) {
 }
 
 template <typename A>
-DenseCuda<A> on_device(const DenseInputs<A>& in, size_t bytes, Tensor& memory, void* stream) {
-  memory = new_tensor(in.pixels, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  return {in.p, data<unsigned char>(memory), stream};
+DenseCuda<A> on_device(const DenseInputs<A>& in, const Tensor& memory, const OnDevice& device) {
+  return {in.p, data<unsigned char>(memory), device.stream()};
 }
 
 DensePair select(Tensor pixels, Tensor texts, Optional image_ids, Optional text_ids, Optional rng, int64_t k_pos,
@@ -24,9 +23,8 @@ DensePair select(Tensor pixels, Tensor texts, Optional image_ids, Optional text_
     const OnDevice device(in.pixels);
     in.enter_selection(image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin);
     DensePair found = in.selected();
-    Tensor memory = in.pixels;
-    const auto x = on_device(in, dense_select_workspace(in.p), memory, device.stream());
-    check_launch("dense_contrastive_select", dense_select(x));
+    const Tensor memory = workspace_of(in.pixels, dense_select_workspace(in.p));
+    check_launch("dense_contrastive_select", dense_select(on_device(in, memory, device)));
     return found;
   });
 }
@@ -36,8 +34,7 @@ DensePair gather(Tensor pixels, Tensor texts, Tensor index, int64_t rows) {
     const OnDevice device(in.pixels);
     in.enter_index(index, rows);
     DensePair found = in.gathered();
-    Tensor memory = in.pixels;
-    check_launch("dense_contrastive_gather", dense_gather(on_device(in, 0, memory, device.stream())));
+    check_launch("dense_contrastive_gather", dense_gather(on_device(in, workspace_of(in.pixels, 0), device)));
     return found;
   });
 }
@@ -48,9 +45,8 @@ DensePair backward(Optional grad_similarity, Optional grad_unit, Tensor pixels, 
     const OnDevice device(in.pixels);
     in.enter_index(index, rows), in.enter_gradients(grad_similarity, grad_unit, order);
     DensePair found = in.gradients(need_pixels, need_texts);
-    Tensor memory = in.pixels;
-    const auto x = on_device(in, dense_backward_workspace(in.p), memory, device.stream());
-    check_launch("dense_contrastive_gather_backward", dense_backward(x));
+    const Tensor memory = workspace_of(in.pixels, dense_backward_workspace(in.p));
+    check_launch("dense_contrastive_gather_backward", dense_backward(on_device(in, memory, device)));
     return found;
   });
 }

@@ -1,7 +1,10 @@
-// dense_contrastive_loss on CUDA, sm_80 and newer. Selection: a block owns 64 texts and a share of the pixels; their
-// similarities meet in shared memory, where one thread a text keeps a sorted list of the best. The order of candidates
-// is total, so the merged lists do not depend on the shares. Similarities of 16-bit pixels are tf32 products, others
-// exact. Equation numbers: ovseg_kernels/ops/dense_contrastive_loss.py.
+// dense_contrastive_loss on CUDA, sm_80 and newer. Selection: similarities of a chunk of pixels with all texts go
+// through memory, a product that fills the GPU whatever the number of texts; then one block a text walks its row of
+// them and keeps what beats the worst of its best, sorted whenever its room is full. The order of candidates is total,
+// so the result depends on neither chunks nor threads. Similarities of 16-bit pixels are tf32 products, others exact.
+// Equation numbers: ovseg_kernels/ops/dense_contrastive_loss.py.
+#include "../common/block.cuh"
+#include "../common/device_workspace.h"
 #include "../common/philox.h"
 #include "../common/tile.cuh"
 #include "dense_contrastive_loss_cuda.h"
@@ -16,19 +19,54 @@ struct DenseKind {
   using A = typename P_::Sum;
 };
 
-constexpr int64_t kMostShares = 64;
+constexpr unsigned kSelectThreads = 256;
+constexpr int kInFlight = 4;  // loads of a thread of the selection
+constexpr int kSelectStep = static_cast<int>(kSelectThreads) * kInFlight;
+constexpr int64_t kMostShared = 97 * 1024;
+
+// Candidates of one text, in any order until they are sorted.
+template <typename A>
+struct Best {
+  A* keys;
+  int64_t* indices;
+
+  // The total order: by key, then by the smaller index.
+  __device__ bool before(int i, int j) const {
+    return keys[i] > keys[j] || (keys[i] == keys[j] && indices[i] < indices[j]);
+  }
+  __device__ void put(int i, A key, int64_t index) const { keys[i] = key, indices[i] = index; }
+  __device__ void swap(int i, int j) const {
+    const A key = keys[i];
+    const int64_t index = indices[i];
+    put(i, keys[j], indices[j]);
+    put(j, key, index);
+  }
+};
 
 template <typename A>
-struct Lists {
+struct Selection {
   DenseCuda<A> x;
-  bool positives;      // own images, by (2); else all others, by (3)
-  int64_t capacity;    // k_pos, or k_neg + skip
-  int64_t shares;      // of the pixels
-  A* inverse;          // [B N]
-  A* lowest;           // [T]
-  Selected<A>* lists;  // [shares, T, capacity]
-  int32_t* lengths;    // [shares, T]
-  int32_t* cursors;    // [shares, T]
+  int64_t chunk;         // pixels that fit into a row of `similarity`
+  int64_t first, count;  // pixels of this chunk
+  bool own_only;         // similarities of texts with their own images suffice
+  A* inverse;            // [B N]
+  A* similarity;         // [T, chunk]
+  A* lowest;             // [T]
+
+  // Of the positives, or of the negatives.
+  struct Side {
+    bool positives;    // own images, by (2); else all others, by (3)
+    int64_t capacity;  // k_pos, or k_neg + skip, or all pixels
+    int64_t room;      // of candidates: a power of two, the capacity and a step of the walk at least
+    Best<A> kept;      // [T, capacity], from chunk to chunk
+    int32_t* lengths;  // [T]
+    Best<A> memory;    // [T, room] where shared memory is too small
+
+    int64_t shared_bytes() const { return 16 + room * static_cast<int64_t>(sizeof(A) + sizeof(int64_t)); }
+  } side[2];
+
+  __host__ __device__ bool last() const { return first + count == x.p.B * x.p.N; }
+  __host__ __device__ bool several() const { return chunk < x.p.B * x.p.N; }
 };
 
 template <typename A>
@@ -56,103 +94,153 @@ __device__ typename K::A inverse_norm(const DenseParams<typename K::A>& p, int64
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kThreads) dense_contrastive_loss_select_norms_kernel(Lists<typename K::A> c) {
+__global__ void __launch_bounds__(kThreads) dense_contrastive_loss_select_norms_kernel(Selection<typename K::A> c) {
   const int64_t x = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (x >= c.x.p.B * c.x.p.N) return;
   const typename K::A inverse = inverse_norm<K>(c.x.p, x);
   if (threadIdx.x % 32 == 0) c.inverse[x] = inverse;
 }
 
-// The key of pixel x for text j; -infinity: not eligible.
-template <typename A>
-__device__ A key_of(const Lists<A>& c, int64_t j, int64_t x, A s) {
+// (1) for 64 texts and 64 pixels of the chunk.
+template <typename K>
+__global__ void __launch_bounds__(kThreads)
+    dense_contrastive_loss_select_similarity_kernel(Selection<typename K::A> c) {
+  using A = typename K::A;
+  using P = typename K::P;
+  OVSEG_DYNAMIC_SHARED(memory);
   const DenseParams<A>& p = c.x.p;
-  if (own(p, x / p.N, j) != c.positives) return minus_infinity<A>();
-  if (!c.positives) {
-    if (p.sampling == Sampling::semi) {
-      return s < c.lowest[j] && s >= c.lowest[j] - p.margin ? s : minus_infinity<A>();
-    }
-    if (p.sampling != Sampling::topk) {
-      const uint32_t bits = philox_bits(p.rng[0], p.rng[1], j * p.B * p.N + x);
-      if (p.sampling == Sampling::random) return static_cast<A>(uniform_from_bits(bits));
-      s = s * p.inverse_temperature + static_cast<A>(gumbel_from_bits(bits));
-    }
+  const int64_t j0 = static_cast<int64_t>(blockIdx.x) * kTile, end = c.first + c.count;
+  const int64_t x0 = c.first + static_cast<int64_t>(blockIdx.y) * kTile, x1 = x0 + kTile < end ? x0 + kTile : end;
+  if (c.own_only) {  // most tiles hold no pair of a text with its own image
+    const int64_t j = j0 + threadIdx.x;
+    int any = 0;
+    for (int64_t i = x0 / p.N; threadIdx.x < kTile && j < p.T && i <= (x1 - 1) / p.N; ++i) any |= own(p, i, j);
+    if (block_max<kThreads>(any, reinterpret_cast<int*>(memory)) == 0) return;
+  }
+  const Operand<A, A> texts = {p.texts, p.D, 1, p.T, p.D};
+  const Operand<typename K::T, A> pixels = {static_cast<const typename K::T*>(p.pixels), p.strides[1], p.strides[2],
+                                            end, p.D};
+  A acc[kAccumulators];
+  clear<P>(acc);
+  product<P>(texts, j0, pixels, x0, memory, acc);
+#pragma unroll
+  for (int i = 0; i < kAccumulators; ++i) {
+    const int64_t j = j0 + tile_row<P>(i), x = x0 + tile_column<P>(i);
+    if (j < p.T && x < end) c.similarity[j * c.chunk + (x - c.first)] = acc[i] * c.inverse[x];
+  }
+}
+
+// The key of pixel x for text j, which has passed by own(); -infinity: not eligible.
+template <typename A>
+__device__ A key_of(const Selection<A>& c, bool positives, int64_t j, int64_t x, A lowest) {
+  const DenseParams<A>& p = c.x.p;
+  A s = c.similarity[j * c.chunk + (x - c.first)];
+  if (!positives && p.sampling != Sampling::topk) {
+    if (p.sampling == Sampling::semi) return s < lowest && s >= lowest - p.margin ? s : minus_infinity<A>();
+    const uint32_t bits = philox_bits(p.rng[0], p.rng[1], j * p.B * p.N + x);
+    if (p.sampling == Sampling::random) return static_cast<A>(uniform_from_bits(bits));
+    s = s * p.inverse_temperature + static_cast<A>(gumbel_from_bits(bits));
   }
   return s != s ? infinite<A>() : s;
 }
 
-template <typename K>
-__global__ void __launch_bounds__(kThreads) dense_contrastive_loss_select_lists_kernel(Lists<typename K::A> c) {
-  using A = typename K::A;
-  using P = typename K::P;
-  OVSEG_DYNAMIC_SHARED(memory);
-  A* tile = reinterpret_cast<A*>(memory + kStageBytes);
-  int* wanted = reinterpret_cast<int*>(tile + kTile * kTilePitch);
-  const DenseParams<A>& p = c.x.p;
-  const int64_t j0 = static_cast<int64_t>(blockIdx.x) * kTile, j = j0 + threadIdx.x, all = p.B * p.N;
-  const int64_t tiles = ceil_div(all, kTile), each = ceil_div(tiles, c.shares);
-  const int64_t begin = blockIdx.y * each, end = begin + each < tiles ? begin + each : tiles;
-  const Operand<A, A> texts = {p.texts, p.D, 1, p.T, p.D};
-  const Operand<typename K::T, A> pixels = {static_cast<const typename K::T*>(p.pixels), p.strides[1], p.strides[2],
-                                            all, p.D};
-  const bool mine = threadIdx.x < kTile && j < p.T;
-  Selected<A>* list = c.lists + (blockIdx.y * p.T + j) * c.capacity;
-  int64_t length = 0;
-  A threshold = minus_infinity<A>();
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t x0 = t * kTile, x1 = x0 + kTile < all ? x0 + kTile : all;
-    if (c.positives) {  // most tiles hold no pair of a text with its own image
-      int any = 0;
-      for (int64_t i = x0 / p.N; mine && i <= (x1 - 1) / p.N; ++i) any |= own(p, i, j);
-      if (threadIdx.x == 0) *wanted = 0;
-      __syncthreads();
-      if (any) *wanted = 1;
-      __syncthreads();
-      any = *wanted;
-      __syncthreads();
-      if (!any) continue;
-    }
-    A acc[kAccumulators];
-    clear<P>(acc);
-    product<P>(texts, j0, pixels, x0, memory, acc);
-    store_tile<P>(acc, tile);
-    __syncthreads();
-    for (int64_t x = x0; mine && x < x1; ++x) {
-      const A key = key_of(c, j, x, tile[threadIdx.x * kTilePitch + (x - x0)] * c.inverse[x]);
-      if (key <= threshold) continue;  // pixels come by rising index: of equals the first stays
-      int64_t at = length < c.capacity ? length++ : c.capacity - 1;
-      for (; at > 0 && list[at - 1].key < key; --at) list[at] = list[at - 1];
-      list[at] = {key, x};
-      if (length == c.capacity) threshold = list[length - 1].key;
-    }
-    __syncthreads();
+// Bitonic, by the block: best first. Room up to the next power of two is overwritten.
+template <typename A>
+__device__ void sort(const Best<A>& best, int length) {
+  int size = 1;
+  while (size < length) size *= 2;
+  for (int i = length + static_cast<int>(threadIdx.x); i < size; i += kSelectThreads) {
+    best.put(i, minus_infinity<A>(), INT64_MAX);
   }
-  if (mine) c.lengths[blockIdx.y * p.T + j] = static_cast<int32_t>(length);
+  __syncthreads();
+  for (int run = 2; run <= size; run *= 2) {
+    for (int apart = run / 2; apart > 0; apart /= 2) {
+      for (int i = threadIdx.x; i < size / 2; i += kSelectThreads) {
+        const int low = 2 * i - (i & (apart - 1)), high = low + apart;
+        if (best.before(high, low) == ((low & run) == 0)) best.swap(low, high);
+      }
+      __syncthreads();
+    }
+  }
 }
 
-// The best of all shares, best first: one thread a text.
+// The best of a text in this chunk and those before: one block a text.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) dense_contrastive_loss_select_merge_kernel(Lists<A> c) {
+__global__ void __launch_bounds__(kSelectThreads)
+    dense_contrastive_loss_select_best_kernel(Selection<A> c, typename Selection<A>::Side side) {
+  OVSEG_DYNAMIC_SHARED(memory);
   const DenseParams<A>& p = c.x.p;
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (j >= p.T) return;
-  for (int64_t s = 0; s < c.shares; ++s) c.cursors[s * p.T + j] = 0;
-  const int64_t skip = c.positives ? 0 : p.skip;
-  int64_t* out = c.positives ? p.positive + j * p.k_pos : p.negative + j * p.k_neg;
-  A last = infinite<A>();
-  for (int64_t k = 0; k < c.capacity; ++k) {
-    int64_t best = -1;
-    Selected<A> found = {minus_infinity<A>(), -1};
-    for (int64_t s = 0; s < c.shares; ++s) {  // shares hold rising indices: of equals the first share wins
-      const int32_t at = c.cursors[s * p.T + j];
-      if (at >= c.lengths[s * p.T + j]) continue;
-      const Selected<A> head = c.lists[(s * p.T + j) * c.capacity + at];
-      if (best < 0 || head.key > found.key) best = s, found = head;
-    }
-    if (best >= 0) ++c.cursors[best * p.T + j], last = found.key;
-    if (k >= skip) out[k - skip] = found.index;
+  const int64_t j = blockIdx.x, end = c.first + c.count;
+  int* held = reinterpret_cast<int*>(memory);
+  Best<A> best = {side.memory.keys + j * side.room, side.memory.indices + j * side.room};
+  if (!side.memory.keys) {
+    best.indices = reinterpret_cast<int64_t*>(memory + 16);
+    best.keys = reinterpret_cast<A*>(best.indices + side.room);
   }
-  if (c.positives) c.lowest[j] = last;
+  const Best<A> kept = {side.kept.keys + j * side.capacity, side.kept.indices + j * side.capacity};
+  const A lowest = side.positives ? A(0) : c.lowest[j];
+  int length = c.first > 0 ? side.lengths[j] : 0;
+  for (int i = threadIdx.x; i < length; i += kSelectThreads) best.put(i, kept.keys[i], kept.indices[i]);
+  // What comes later has a larger index: it must beat the worst, not equal it.
+  A threshold = length == side.capacity ? kept.keys[length - 1] : minus_infinity<A>();
+  if (threadIdx.x == 0) *held = length;
+  __syncthreads();
+  auto shorten = [&] {
+    sort(best, length);
+    if (length >= side.capacity) length = static_cast<int>(side.capacity), threshold = best.keys[length - 1];
+  };
+  auto walk = [&](int64_t from, int64_t to) {
+    for (; from < to; from += kSelectStep) {
+      length = *held;
+      __syncthreads();
+      if (length + kSelectStep > side.room) {
+        shorten();
+        if (threadIdx.x == 0) *held = length;
+        __syncthreads();
+      }
+      A keys[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        const int64_t x = from + k * static_cast<int>(kSelectThreads) + threadIdx.x;
+        keys[k] = x < to ? key_of(c, side.positives, j, x, lowest) : minus_infinity<A>();
+      }
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        // Where a candidate waits does not matter, only how many there are: the sum is atomic, the result is not left
+        // to it.
+        const unsigned votes = __ballot_sync(kFullWarp, keys[k] > threshold), lane = threadIdx.x % 32;
+        if (votes == 0) continue;
+        const int base = __shfl_sync(kFullWarp, lane == 0 ? atomicAdd(held, __popc(votes)) : 0, 0);
+        if (keys[k] > threshold) {
+          best.put(base + __popc(votes & ((1u << lane) - 1)), keys[k],
+                   from + k * static_cast<int>(kSelectThreads) + threadIdx.x);
+        }
+      }
+      __syncthreads();
+    }
+  };
+  // Runs of neighbouring images that are all the text's own, or all others.
+  for (int64_t image = c.count > 0 ? c.first / p.N : p.B; image < p.B && image * p.N < end;) {
+    const int64_t from = image * p.N < c.first ? c.first : image * p.N;
+    const bool taken = own(p, image, j) == side.positives;
+    do {
+      ++image;
+    } while (image < p.B && image * p.N < end && (own(p, image, j) == side.positives) == taken);
+    if (taken) walk(from, image * p.N < end ? image * p.N : end);
+  }
+  length = *held;
+  shorten();
+  if (!c.last()) {
+    for (int i = threadIdx.x; i < length; i += kSelectThreads) kept.put(i, best.keys[i], best.indices[i]);
+    if (threadIdx.x == 0) side.lengths[j] = length;
+    return;
+  }
+  const int64_t skip = side.positives ? 0 : p.skip, count = side.positives ? p.k_pos : p.k_neg;
+  int64_t* out = (side.positives ? p.positive : p.negative) + j * count;
+  for (int64_t i = threadIdx.x; i < count; i += kSelectThreads) {
+    out[i] = i + skip < length ? best.indices[i + skip] : -1;
+  }
+  if (side.positives && threadIdx.x == 0) c.lowest[j] = length > 0 ? best.keys[length - 1] : infinite<A>();
 }
 
 // Similarity of every selected pixel, and the unit vectors of the first ones: one warp an entry.
@@ -237,50 +325,80 @@ __global__ void __launch_bounds__(kThreads) dense_contrastive_loss_bwd_pixels_ke
 }
 
 template <typename A>
-Lists<A> plan(const DenseCuda<A>& x, size_t* bytes) {
+Selection<A> layout(const DenseCuda<A>& x, DeviceWorkspace& memory) {
   const DenseParams<A>& p = x.p;
-  Lists<A> c{};
+  const int64_t all = p.B * p.N, row = static_cast<int64_t>(sizeof(A)) * (p.T < 1 ? 1 : p.T);
+  Selection<A> c{};
   c.x = x;
-  const int64_t wanted = ceil_div(256, ceil_div(p.T < 1 ? 1 : p.T, kTile)), most = ceil_div(p.B * p.N, kTile);
-  c.shares = wanted < most ? wanted : most < 1 ? 1 : most;
-  if (c.shares > kMostShares) c.shares = kMostShares;
-  const int64_t capacity = p.k_pos > p.k_neg + p.skip ? p.k_pos : p.k_neg + p.skip;
-  unsigned char* at = x.workspace;
-  size_t used = 0;
-  auto take = [&](int64_t size) {
-    unsigned char* found = at ? at + used : nullptr;
-    used += static_cast<size_t>(round_up(size, 256));
-    return found;
-  };
-  c.inverse = reinterpret_cast<A*>(take(p.B * p.N * static_cast<int64_t>(sizeof(A))));
-  c.lowest = reinterpret_cast<A*>(take(p.T * static_cast<int64_t>(sizeof(A))));
-  c.lists = reinterpret_cast<Selected<A>*>(take(c.shares * p.T * capacity * static_cast<int64_t>(sizeof(Selected<A>))));
-  c.lengths = reinterpret_cast<int32_t*>(take(c.shares * p.T * 4));
-  c.cursors = reinterpret_cast<int32_t*>(take(c.shares * p.T * 4));
-  if (bytes) *bytes = used;
+  c.chunk = dense_limit / row / kTile * kTile;
+  if (c.chunk < kSelectStep) c.chunk = kSelectStep;
+  if (c.chunk > 65535 * kTile) c.chunk = 65535 * kTile;
+  if (c.chunk > all) c.chunk = all;
+  c.inverse = memory.take<A>(all);
+  c.similarity = memory.take<A>(p.T * c.chunk);
+  c.lowest = memory.take<A>(p.T);
+  for (auto& side : c.side) {
+    side.positives = &side == c.side;
+    const int64_t wanted = side.positives ? p.k_pos : p.k_neg + p.skip;
+    side.capacity = wanted < all ? wanted : all < 1 ? 1 : all;
+    for (side.room = kSelectStep; side.room < side.capacity + kSelectStep;) side.room *= 2;
+    if (c.several()) {
+      side.kept = {memory.take<A>(p.T * side.capacity), memory.take<int64_t>(p.T * side.capacity)};
+      side.lengths = memory.take<int32_t>(p.T);
+    }
+    if (side.shared_bytes() > kMostShared) {
+      side.memory = {memory.take<A>(p.T * side.room), memory.take<int64_t>(p.T * side.room)};
+    }
+  }
   return c;
 }
 
 unsigned warps(int64_t count) { return static_cast<unsigned>(ceil_div(count, kThreads / 32)); }
 
+// Chunks of pixels, and of each the positives, the negatives or both.
+template <typename K>
+const char* sweep(Selection<typename K::A>& c, bool positives, bool negatives) {
+  using A = typename K::A;
+  const DenseParams<A>& p = c.x.p;
+  const int64_t all = p.B * p.N;
+  c.own_only = !negatives;
+  c.first = 0;
+  do {
+    c.count = all - c.first < c.chunk ? all - c.first : c.chunk;
+    if (c.count > 0) {
+      const dim3 grid(static_cast<unsigned>(ceil_div(p.T, kTile)), static_cast<unsigned>(ceil_div(c.count, kTile)));
+      OVSEG_TRY(
+          OVSEG_LAUNCH(dense_contrastive_loss_select_similarity_kernel<K>, grid, kThreads, kStageBytes, c.x.stream, c));
+    }
+    for (const auto& side : c.side) {
+      if (!(side.positives ? positives : negatives)) continue;
+      const size_t shared = side.memory.keys ? 16 : static_cast<size_t>(side.shared_bytes());
+      OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_best_kernel<A>, static_cast<unsigned>(p.T), kSelectThreads,
+                             shared, c.x.stream, c, side));
+    }
+    c.first += c.chunk;
+  } while (c.first < all);
+  return nullptr;
+}
+
 template <typename K>
 const char* select(const DenseCuda<typename K::A>& x) {
   using A = typename K::A;
   const DenseParams<A>& p = x.p;
-  Lists<A> c = plan(x, nullptr);
   if (p.T == 0) return nullptr;
+  DeviceWorkspace memory(x.workspace);
+  Selection<A> c = layout(x, memory);
+  for (const auto& side : c.side) {
+    if (side.capacity > 1 << 28)
+      return "more than 2^28 pixels of a text to select; use OVSEG_BACKEND=triton or reference";
+  }
   if (p.B * p.N > 0) {
     OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_norms_kernel<K>, warps(p.B * p.N), kThreads, 0, x.stream, c));
   }
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.T, kTile)), static_cast<unsigned>(c.shares));
-  const unsigned texts = static_cast<unsigned>(ceil_div(p.T, kThreads));
-  const size_t shared = kStageBytes + kTile * kTilePitch * sizeof(A) + 16;
-  for (int pass = 0; pass < 2; ++pass) {
-    c.positives = pass == 0, c.capacity = c.positives ? p.k_pos : p.k_neg + p.skip;
-    OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_lists_kernel<K>, grid, kThreads, shared, x.stream, c));
-    OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_merge_kernel<A>, texts, kThreads, 0, x.stream, c));
-  }
-  return nullptr;
+  if (p.sampling != Sampling::semi || !c.several()) return sweep<K>(c, true, true);
+  // The negatives need the lowest of all positives.
+  OVSEG_TRY(sweep<K>(c, true, false));
+  return sweep<K>(c, false, true);
 }
 
 template <typename K>
@@ -309,9 +427,9 @@ template <typename A>
 size_t dense_select_workspace(const DenseParams<A>& p) {
   DenseCuda<A> x{};
   x.p = p;
-  size_t bytes = 0;
-  plan(x, &bytes);
-  return bytes;
+  DeviceWorkspace counted;
+  layout(x, counted);
+  return counted.bytes();
 }
 template <typename A>
 size_t dense_backward_workspace(const DenseParams<A>& p) {

@@ -14,6 +14,13 @@ struct DenseCuda {
   void* stream;
 };
 
+// Bytes that the similarities of a chunk of pixels aim at: they stay in the second-level cache of an A100 or H100.
+#ifdef OVSEG_EMULATED
+inline int64_t dense_limit = int64_t(32) << 20;  // a test lowers it, so that a small batch takes several chunks
+#else
+constexpr int64_t dense_limit = int64_t(32) << 20;
+#endif
+
 template <typename A>
 size_t dense_select_workspace(const DenseParams<A>& p);
 template <typename A>

@@ -100,18 +100,11 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
     p.along[(i * gridDim.x + blockIdx.x) * p.N + n0 + threadIdx.x] = sum;
   }
   __syncthreads();
-  double* partial = reinterpret_cast<double*>(memory);
-  d_scale = warp_sum(d_scale), d_bias = warp_sum(d_bias);
-  if (threadIdx.x % 32 == 0) {
-    partial[threadIdx.x / 32 * 2] = d_scale;
-    partial[threadIdx.x / 32 * 2 + 1] = d_bias;
-  }
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    double sum = 0;
-    for (int w = 0; w < kThreads / 32; ++w) sum += partial[2 * w + threadIdx.x];
+  double both[2] = {d_scale, d_bias};
+  block_sum<kThreads>(both, reinterpret_cast<double*>(memory));
+  if (threadIdx.x == 0) {
     const int64_t block = (i * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    p.scalars[2 + 2 * block + threadIdx.x] = sum;  // the first two hold the sum of all chunks
+    p.scalars[2 + 2 * block] = both[0], p.scalars[3 + 2 * block] = both[1];  // the first two: the sum of all chunks
   }
 }
 
@@ -226,17 +219,14 @@ template <typename A>
 __global__ void __launch_bounds__(kThreads)
     patch_text_similarity_bwd_scalars_kernel(double* scalars, int64_t blocks, bool first, A* d_scale, A* d_bias) {
   OVSEG_DYNAMIC_SHARED(memory);
-  double* part = reinterpret_cast<double*>(memory);
-  const int which = threadIdx.x % 2;
-  double sum = 0;
-  for (int64_t block = threadIdx.x / 2; block < blocks; block += kThreads / 2) sum += scalars[2 + 2 * block + which];
-  part[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    double all = first ? 0 : scalars[threadIdx.x];
-    for (int k = threadIdx.x; k < kThreads; k += 2) all += part[k];
-    scalars[threadIdx.x] = all;
-    *(threadIdx.x == 0 ? d_scale : d_bias) = static_cast<A>(all);
+  double sum[2] = {0, 0};
+  for (int64_t block = threadIdx.x; block < blocks; block += kThreads) {
+    sum[0] += scalars[2 + 2 * block], sum[1] += scalars[3 + 2 * block];
+  }
+  block_sum<kThreads>(sum, reinterpret_cast<double*>(memory));
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < 2; ++k) scalars[k] = sum[k] += first ? 0 : scalars[k];
+    *d_scale = static_cast<A>(sum[0]), *d_bias = static_cast<A>(sum[1]);
   }
 }
 

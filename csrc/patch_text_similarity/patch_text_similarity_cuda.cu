@@ -1,142 +1,24 @@
-// patch_text_similarity on CUDA, sm_80 and newer: the memory plan and the launches. Kernels: _fwd.cuh and _bwd.cuh.
+// patch_text_similarity on CUDA, sm_80 and newer: the memory plan, and the way to the code of each kind of arithmetic.
+// Kernels: _fwd.cuh and _bwd.cuh; launches: _launch.cuh.
 //
 // Texts lie on the rows of a tile, patches on its columns. Raw operands go into the products, the float sums are scaled
 // by the norms. Forward: the cosines of 64 texts with up to 256 patches stay in shared memory; |v| comes from the Gram
 // matrix of the image (N within one window), or from the pooled vectors, whose weights go through memory, a chunk of
 // images at a time. Backward: recompute, turn cosines into coefficients per chunk, then plain products. Every output
 // element has one owner and every sum a fixed order: two runs give the same bits.
-#include "patch_text_similarity_bwd.cuh"
+#include <algorithm>
+
+#include "../common/device_workspace.h"
+#include "../common/tile.cuh"
 #include "patch_text_similarity_cuda.h"
 
 namespace ovseg {
-namespace {
-
-template <typename K>
-Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
-  using A = typename K::A;
-  Args<K> x{};
-  x.T = p.T, x.N = p.N, x.D = p.D, x.pitch = plan.pitch, x.pitch_d = plan.pitch_d;
-  x.pool = p.pool, x.weight = p.weight, x.gram = plan.gram, x.slots = plan.slots;
-  x.patches = static_cast<const typename K::T*>(p.patches), x.texts = static_cast<const typename K::T*>(p.texts);
-  x.patch_b = p.patch_strides[0], x.patch_n = p.patch_strides[1], x.patch_d = p.patch_strides[2];
-  x.text_t = p.text_strides[0], x.text_d = p.text_strides[1];
-  x.mask = p.mask, x.mask_b = p.mask_strides[0], x.mask_n = p.mask_strides[1];
-  x.scale = static_cast<const A*>(p.scale), x.bias = static_cast<const A*>(p.bias);
-  x.similarity = static_cast<A*>(p.similarity), x.lse = static_cast<A*>(p.lse), x.norm = static_cast<A*>(p.norm);
-  x.grad = static_cast<const A*>(p.grad);
-  x.grad_patches = static_cast<typename K::T*>(p.grad_patches);
-  x.grad_texts = static_cast<typename K::T*>(p.grad_texts);
-  auto at = [&](size_t offset) { return p.workspace + offset; };
-  x.norms = reinterpret_cast<A*>(at(plan.norms)), x.longest = reinterpret_cast<A*>(at(plan.longest));
-  x.text_norms = reinterpret_cast<A*>(at(plan.text_norms));
-  x.gram_matrix = reinterpret_cast<typename K::G*>(at(plan.gram_matrix));
-  x.gram_back = reinterpret_cast<typename K::W*>(at(plan.gram_matrix));
-  x.weights = reinterpret_cast<typename K::W*>(at(plan.weights));
-  x.vectors = reinterpret_cast<typename K::W*>(at(plan.vectors));
-  x.coefficients = reinterpret_cast<typename K::W*>(at(plan.coefficients));
-  x.hessian = reinterpret_cast<typename K::W*>(at(plan.hessian));
-  x.along = reinterpret_cast<A*>(at(plan.along)), x.factors = reinterpret_cast<A*>(at(plan.factors));
-  x.slot_texts = reinterpret_cast<A*>(at(plan.slot_texts));
-  x.best = p.grad && p.pool == Pool::max ? reinterpret_cast<int32_t*>(at(plan.best)) : nullptr;
-  x.scalars = reinterpret_cast<double*>(at(plan.scalars));
-  return x;
-}
-
-unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }
-
-template <typename K>
-const char* prepare(Args<K>& x, const PatchTextCuda& p, int64_t images) {
-  if (x.first == 0) {
-    const unsigned blocks = static_cast<unsigned>(ceil_div(p.T, kThreads / 32));
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_text_norms_kernel<K>, blocks, kThreads, 0, p.stream, x));
-  }
-  const unsigned count = static_cast<unsigned>(images);
-  return OVSEG_LAUNCH(patch_text_similarity_patch_norms_kernel<K>, count, kThreads, 64, p.stream, x);
-}
-
-template <typename K>
-const char* weights(Args<K>& x, const PatchTextCuda& p, unsigned images) {
-  const dim3 grid(tiles(p.T), tiles(p.N), images);
-  return OVSEG_LAUNCH(patch_text_similarity_weights_kernel<K>, grid, kThreads, kStages<typename K::A>, p.stream, x);
-}
-
-template <typename K>
-const char* forward(const PatchTextCuda& p) {
-  using A = typename K::A;
-  const PatchTextPlan plan = patch_text_plan(p, false);
-  Args<K> x = arguments<K>(p, plan);
-  for (x.first = 0; x.first < p.B; x.first += plan.chunk) {
-    const unsigned images = static_cast<unsigned>(p.B - x.first < plan.chunk ? p.B - x.first : plan.chunk);
-    OVSEG_TRY(prepare(x, p, images));
-    if (p.pool == Pool::vector && plan.gram) {
-      const dim3 grid(tiles(p.N), tiles(p.N), images);
-      OVSEG_TRY(OVSEG_LAUNCH((patch_text_similarity_gram_kernel<K, typename K::G>), grid, kThreads, kStageBytes,
-                             p.stream, x, x.gram_matrix));
-    }
-    const dim3 grid(tiles(p.T), 1, images);
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
-    if (p.pool != Pool::vector || plan.gram) continue;
-    OVSEG_TRY(weights(x, p, images));
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_pooled_norms_kernel<K>, grid, kThreads, kStages<A>, p.stream, x));
-  }
-  return nullptr;
-}
-
-template <typename K>
-const char* backward(const PatchTextCuda& p) {
-  using A = typename K::A;
-  const PatchTextPlan plan = patch_text_plan(p, true);
-  Args<K> x = arguments<K>(p, plan);
-  for (x.first = 0; x.first < p.B; x.first += plan.chunk) {
-    const unsigned images = static_cast<unsigned>(p.B - x.first < plan.chunk ? p.B - x.first : plan.chunk);
-    const dim3 square(tiles(p.N), tiles(p.N), images), cosines(tiles(p.T), tiles(p.N), images);
-    OVSEG_TRY(prepare(x, p, images));
-    if (p.pool == Pool::max) {  // which patch it was
-      const dim3 grid(tiles(p.T), 1, images);
-      OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_kernel<K>, grid, kThreads, kForwardShared<A>, p.stream, x));
-    }
-    if (p.pool == Pool::vector) {
-      OVSEG_TRY(weights(x, p, images));
-      if (plan.gram) {
-        OVSEG_TRY(OVSEG_LAUNCH((patch_text_similarity_gram_kernel<K, typename K::W>), square, kThreads, kStageBytes,
-                               p.stream, x, x.gram_back));
-      } else {
-        const dim3 grid(tiles(p.T), tiles(p.D), images);
-        OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_vectors_kernel<K>, grid, kThreads, kStageBytes, p.stream, x));
-      }
-    }
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_coefficients_kernel<K>, cosines, kThreads,
-                           kStages<A> + kSumBytes<A>, p.stream, x));
-    const int64_t blocks = static_cast<int64_t>(cosines.x) * cosines.y * images;
-    OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_scalars_kernel<A>, 1, kThreads, kThreads * 8, p.stream, x.scalars,
-                           blocks, x.first == 0, static_cast<A*>(p.grad_scale), static_cast<A*>(p.grad_bias)));
-    if (p.grad_patches) {
-      if (p.pool == Pool::vector && plan.gram) {
-        OVSEG_TRY(
-            OVSEG_LAUNCH(patch_text_similarity_bwd_hessian_kernel<K>, square, kThreads, kStageBytes, p.stream, x));
-      }
-      const dim3 grid(tiles(p.N), tiles(p.D), images);
-      OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_patches_kernel<K>, grid, kThreads, kStageBytes, p.stream, x,
-                             static_cast<int64_t>(tiles(p.T))));
-    }
-    if (p.grad_texts) {
-      const dim3 grid(tiles(p.T), tiles(p.D), static_cast<unsigned>(plan.slots));
-      OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_bwd_texts_kernel<K>, grid, kThreads, kStageBytes, p.stream, x,
-                             static_cast<int64_t>(images)));
-    }
-  }
-  if (!p.grad_texts) return nullptr;
-  const unsigned blocks = static_cast<unsigned>(ceil_div(p.T, kThreads / 32));
-  return OVSEG_LAUNCH(patch_text_similarity_bwd_finish_kernel<K>, blocks, kThreads, 0, p.stream, x);
-}
-
-}  // namespace
 
 PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const bool wide = p.type == Type::float64;
   const int64_t a = wide ? 8 : 4, w = wide ? 8 : p.type == Type::bfloat16 ? 2 : 4;
   PatchTextPlan plan{};
-  plan.gram = p.N <= (wide ? kWindow<double> : kWindow<float>);
+  plan.gram = p.N <= patch_text_window(wide);
   plan.pitch = round_up(p.N, 8), plan.pitch_d = round_up(p.D, 8);
   const bool vector = p.pool == Pool::vector, pooled = vector && !plan.gram;
   const int64_t text_tiles = ceil_div(p.T, kTile), patch_tiles = ceil_div(p.N, kTile);
@@ -146,7 +28,9 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const int64_t coefficient_size = backward ? p.T * plan.pitch * w : 0;
   const int64_t along_size = backward ? text_tiles * p.N * a : 0;
   const int64_t scalar_size = backward ? 16 * text_tiles * patch_tiles : 0;
-  const int64_t per_image = 2 * gram_size + weight_size + vector_size + coefficient_size + along_size + scalar_size + 1;
+  const int64_t cancelled_size = vector && !backward ? 8 * text_tiles : 0;
+  const int64_t per_image =
+      cancelled_size + 2 * gram_size + weight_size + vector_size + coefficient_size + along_size + scalar_size + 1;
   const int64_t limit = patch_text_limit / per_image;
   plan.chunk = limit < 1 ? 1 : limit > 65535 ? 65535 : limit;
   if (plan.chunk > p.B) plan.chunk = p.B < 1 ? 1 : p.B;
@@ -154,42 +38,47 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   const int64_t owners = text_tiles * ceil_div(p.D, kTile), wanted = ceil_div(256, owners);
   plan.slots = wanted < plan.chunk ? wanted : plan.chunk;
   if (plan.slots > 16) plan.slots = 16;
-  size_t bytes = 0;
-  auto take = [&](int64_t size) {
-    const size_t at = bytes;
-    bytes += static_cast<size_t>(round_up(size, 256));
-    return at;
-  };
+  DeviceWorkspace memory(p.workspace);
+  auto take = [&](int64_t bytes) { return memory.take<unsigned char>(bytes); };
   plan.norms = take(plan.chunk * p.N * a);
   plan.longest = take(plan.chunk * a);
   plan.text_norms = take(p.T * a);
   plan.gram_matrix = take(plan.chunk * gram_size);
   plan.hessian = take(backward ? plan.chunk * gram_size : 0);
-  plan.weights = take(plan.chunk * weight_size);
+  const int64_t scratch = round_up(p.D, kTile) * kTile * a;  // of a block of cancelled_kernel, in their place
+  const int64_t all_weights = std::max(plan.chunk * weight_size, pooled && !backward ? scratch : 0);
+  plan.weights = take(all_weights);
+  plan.cancelled_blocks = all_weights / scratch;
   plan.vectors = take(plan.chunk * vector_size);
   plan.coefficients = take(plan.chunk * coefficient_size);
   plan.along = take(plan.chunk * along_size);
   plan.factors = take(backward && vector ? plan.chunk * p.T * a : 0);
   plan.best = take(backward && p.pool == Pool::max ? plan.chunk * p.T * 4 : 0);
+  plan.cancelled = take(plan.chunk * cancelled_size);
   plan.scalars = take(backward ? 16 + plan.chunk * scalar_size : 0);
   plan.slot_texts = take(backward ? plan.slots * p.T * p.D * a : 0);
-  plan.bytes = bytes;
+  plan.bytes = memory.bytes();
   return plan;
 }
 
-#define OVSEG_DISPATCH(function)                                       \
-  switch (p.type) {                                                    \
-    case Type::float64:                                                \
-      return function<Float64>(p);                                     \
-    case Type::float16:                                                \
-      return function<Float16>(p);                                     \
-    case Type::bfloat16:                                               \
-      return function<BFloat16>(p);                                    \
-    default:                                                           \
-      return p.tf32 ? function<Float32Fast>(p) : function<Float32>(p); \
+#define OVSEG_DECLARE(kind)                                      \
+  const char* patch_text_forward_##kind(const PatchTextCuda& p); \
+  const char* patch_text_backward_##kind(const PatchTextCuda& p);
+OVSEG_PATCH_TEXT_KINDS(OVSEG_DECLARE)
+
+#define OVSEG_DISPATCH(function)                                         \
+  switch (p.type) {                                                      \
+    case Type::float64:                                                  \
+      return function##_Float64(p);                                      \
+    case Type::float16:                                                  \
+      return function##_Float16(p);                                      \
+    case Type::bfloat16:                                                 \
+      return function##_BFloat16(p);                                     \
+    default:                                                             \
+      return p.tf32 ? function##_Float32Fast(p) : function##_Float32(p); \
   }
 
-const char* patch_text_forward(const PatchTextCuda& p) { OVSEG_DISPATCH(forward) }
-const char* patch_text_backward(const PatchTextCuda& p) { OVSEG_DISPATCH(backward) }
+const char* patch_text_forward(const PatchTextCuda& p) { OVSEG_DISPATCH(patch_text_forward) }
+const char* patch_text_backward(const PatchTextCuda& p) { OVSEG_DISPATCH(patch_text_backward) }
 
 }  // namespace ovseg

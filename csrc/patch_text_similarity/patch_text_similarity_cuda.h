@@ -32,16 +32,17 @@ struct PatchTextCuda {
   void* stream;
 };
 
-// What lies where in the workspace. Images are worked off in chunks that keep it near 64 MiB.
+// What lies where in the workspace, and how large that must be. Images are worked off in chunks that keep it near 64
+// MiB.
 struct PatchTextPlan {
-  bool gram;        // Gram form, else the pooled vectors themselves
-  int64_t chunk;    // images at a time
-  int64_t slots;    // partial sums of the text gradient, a function of the shapes alone
-  int64_t pitch;    // of rows of N elements, a multiple of 16 bytes
-  int64_t pitch_d;  // of rows of D elements
-  size_t norms, longest, text_norms, gram_matrix, weights, vectors, coefficients, along, factors, hessian, best,
-      scalars,
-      slot_texts;  // offsets in bytes
+  bool gram;                 // Gram form, else the pooled vectors themselves
+  int64_t chunk;             // images at a time
+  int64_t slots;             // partial sums of the text gradient, a function of the shapes alone
+  int64_t pitch;             // of rows of N elements, a multiple of 16 bytes
+  int64_t pitch_d;           // of rows of D elements
+  int64_t cancelled_blocks;  // of cancelled_kernel for whose v there is room where the weights were
+  unsigned char *norms, *longest, *text_norms, *gram_matrix, *weights, *vectors, *coefficients, *along, *factors,
+      *hessian, *best, *cancelled, *scalars, *slot_texts;  // null while p.workspace is
   size_t bytes;
 };
 
@@ -51,6 +52,12 @@ inline int64_t patch_text_limit = int64_t(64) << 20;  // a test lowers it, so th
 #else
 constexpr int64_t patch_text_limit = int64_t(64) << 20;
 #endif
+
+// What a kind is: patch_text_similarity_fwd.cuh. The list stands in CMakeLists.txt too, one object file each.
+#define OVSEG_PATCH_TEXT_KINDS(each) each(Float64) each(Float32) each(Float32Fast) each(Float16) each(BFloat16)
+
+// Patches whose cosines a block holds at once, and so the most for which the Gram form is taken.
+constexpr int patch_text_window(bool float64) { return float64 ? 64 : 256; }
 
 PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward);
 const char* patch_text_forward(const PatchTextCuda& p);  // null, or the text of an error

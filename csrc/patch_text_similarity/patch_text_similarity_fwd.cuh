@@ -1,21 +1,24 @@
 // patch_text_similarity on CUDA: arithmetic of each input type, arguments, and the kernels of the forward.
 // Equation numbers: ovseg_kernels/ops/patch_text_similarity.py.
 #pragma once
+#include "../common/block.cuh"
 #include "../common/tile.cuh"
-#include "patch_text_similarity.h"
+#include "patch_text_similarity_cuda.h"
 
 namespace ovseg {
 namespace {
 
 // How the products of one input type are computed: cosines, Gram form of the forward, everything in the backward.
 // Weights lie in 0 .. 1 and the Gram matrix in -1 .. 1, where float16 has three bits more than bfloat16. Coefficients
-// can be of any size: bfloat16 keeps its range, and float16 inputs, which are exact in tf32, go through that.
+// can be of any size: bfloat16 keeps its range, and float16 inputs, which are exact in tf32, go through that. Careful:
+// with all digits of the operands.
 template <typename T_, typename Cosine_, typename Gram_, typename Back_>
 struct Kind {
   using T = T_;
   using Cosine = Cosine_;
   using Gram = Gram_;
   using Back = Back_;
+  using Careful = std::conditional_t<std::is_same_v<Cosine, Tf32>, Tf32Twice, Cosine>;
   using A = typename Cosine::Sum;
   using G = typename Gram::Element;
   using W = typename Back::Element;
@@ -27,13 +30,16 @@ using Float16 = Kind<half, Mma16<half>, Mma16<half>, Tf32>;
 using BFloat16 = Kind<bfloat16, Mma16<bfloat16>, Mma16<half>, Mma16<bfloat16>>;
 
 template <typename A>
-constexpr int kWindow = sizeof(A) == 8 ? 64 : 256;  // patches whose cosines are held at once
+constexpr int kWindow = patch_text_window(sizeof(A) == 8);
 template <typename A>
 constexpr int kScorePitch = kWindow<A> + 16 / sizeof(A);
 template <typename A>
 constexpr int kSumBytes = kTile * kTilePitch * sizeof(A);
 template <typename A>
 constexpr int kStages = kStageBytes > kSumBytes<A> ? kStageBytes : kSumBytes<A>;  // products, and tiles being summed
+// Below this share of sum (a |u|)^2, what rounding leaves of |v|^2 is no longer enough: the row has cancelled.
+template <typename P>
+constexpr float kCancelled = P::tensor ? 0.25f : 0.02f;
 template <typename A>
 constexpr A kEps = A(1e-12);  // of norms, as in torch.nn.functional.normalize
 
@@ -56,6 +62,7 @@ struct Args {
   typename K::W *gram_back, *weights, *vectors, *coefficients, *hessian;
   A *along, *factors, *slot_texts;
   int32_t* best;
+  uint32_t* cancelled;  // [chunk, tiles of T, 2]: a bit for each text whose |v|^2 has cancelled
   double* scalars;
   int64_t slots;
 
@@ -67,8 +74,12 @@ struct Args {
     return {patches + b * patch_b, patch_n, patch_d, N, D, mask ? mask + b * mask_b : nullptr, mask_n, false};
   }
   __device__ Operand<typename K::T, A> patch_columns(int64_t i) const {  // row d, depth N
+    return patch_columns(i, 0, N);
+  }
+  __device__ Operand<typename K::T, A> patch_columns(int64_t i, int64_t n, int64_t count) const {  // patches n and on
     const int64_t b = first + i;
-    return {patches + b * patch_b, patch_d, patch_n, D, N, mask ? mask + b * mask_b : nullptr, mask_n, true};
+    const bool* keep = mask ? mask + b * mask_b + n * mask_n : nullptr;
+    return {patches + b * patch_b + n * patch_n, patch_d, patch_n, D, count, keep, mask_n, true};
   }
   __device__ Operand<typename K::T, A> text_rows() const { return {texts, text_t, text_d, T, D}; }
 
@@ -76,8 +87,7 @@ struct Args {
   __device__ A logit(A s) const {
     const A x = *scale * s;
     if (weight == Weight::softmax) return x;
-    const A y = x + *bias;
-    return (y < A(0) ? y : A(0) * y) - log1p(exp(-fabs(y)));
+    return -softplus(-(x + *bias));
   }
   __device__ A slope(A s) const { return weight == Weight::softmax ? A(1) : A(1) / (A(1) + exp(*scale * s + *bias)); }
 };
@@ -87,7 +97,6 @@ template <typename K>
 __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_kernel(Args<K> p) {
   using A = typename K::A;
   OVSEG_DYNAMIC_SHARED(memory);
-  A* tops = reinterpret_cast<A*>(memory);
   const int64_t i = blockIdx.x, b = p.first + i;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   A top = 0;
@@ -103,12 +112,8 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_ke
     if (lane == 0) p.norms[i * p.N + n] = norm;
     top = larger(top, norm);
   }
-  if (lane == 0) tops[warp] = top;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kThreads / 32; ++w) top = larger(top, tops[w]);
-    p.longest[i] = top;
-  }
+  top = block_max<kThreads>(top, reinterpret_cast<A*>(memory));
+  if (threadIdx.x == 0) p.longest[i] = top;
 }
 
 template <typename K>
@@ -145,35 +150,12 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Ar
   }
 }
 
-// |v| and v . q of one row straight from the patches: where the Gram form has cancelled, as for u and -u. One warp.
+// A bit for each text of this block, for cancelled_kernel: two whole warps call.
 template <typename K>
-__device__ void pooled_directly(const Args<K>& p, int64_t i, int64_t t, typename K::A top, typename K::A* weights,
-                                typename K::A& squared, typename K::A& dot) {
-  using A = typename K::A;
-  const int64_t b = p.first + i;
-  const int lane = threadIdx.x % 32;
-  for (int64_t n = 0; n < p.N; ++n) {
-    const bool keep = p.kept(b, n);
-    A sum = 0;
-    for (int64_t d = lane; keep && d < p.D; d += 32) {
-      sum += to_float(p.patches[b * p.patch_b + n * p.patch_n + d * p.patch_d]) *
-             static_cast<A>(to_float(p.texts[t * p.text_t + d * p.text_d]));
-    }
-    const A s = warp_sum(sum) * p.inverse_norm(i, n) * p.inverse_text(t);
-    if (lane == 0) weights[n] = keep ? exp(p.logit(s) - top) : A(0);
-  }
-  __syncwarp();
-  squared = dot = 0;
-  for (int64_t d = lane; d < p.D; d += 32) {
-    A v = 0;
-    for (int64_t n = 0; n < p.N; ++n) {
-      if (p.kept(b, n)) v += weights[n] * to_float(p.patches[b * p.patch_b + n * p.patch_n + d * p.patch_d]);
-    }
-    squared += v * v;
-    dot += v * to_float(p.texts[t * p.text_t + d * p.text_d]);
-  }
-  squared = warp_sum(squared);
-  dot = warp_sum(dot) * p.inverse_text(t);
+__device__ void mark_cancelled(const Args<K>& p, bool cancelled) {
+  const unsigned bits = __ballot_sync(kFullWarp, cancelled);
+  const int64_t tile = blockIdx.z * static_cast<int64_t>(gridDim.x) + blockIdx.x;
+  if (threadIdx.x % 32 == 0) p.cancelled[2 * tile + threadIdx.x / 32] = bits;
 }
 
 // Forward of 64 texts with one image: cosines window by window, running maximum and sums, then |v| in Gram form.
@@ -189,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
   int32_t* best = reinterpret_cast<int32_t*>(rows + 5 * kTile);
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kTile, i = blockIdx.z, b = p.first + i;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool in_gram = p.pool == Pool::vector && p.gram;
+  const bool pooled = p.pool == Pool::vector, in_gram = pooled && p.gram;
   const A longest = larger(p.longest[i], kEps<A>);
   if (threadIdx.x < kTile) {
     top[threadIdx.x] = minus_infinity<A>();
@@ -245,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
         A e = 0;
         if (n < width && p.kept(b, w0 + n)) {
           e = exp(p.logit(s[n]) - now);
-          const A length = in_gram ? p.norms[i * p.N + w0 + n] / longest : A(1);
+          const A length = pooled ? p.norms[i * p.N + w0 + n] / longest : A(1);
           sum += e;
           with_s += e * length * s[n];
           squares += e * length * e * length;
@@ -264,7 +246,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
         const A factor = before == now ? A(1) : exp(before - now);
         total[row] = total[row] * factor + sum;
         along[row] = along[row] * factor + with_s;
-        spread[row] = squares;
+        spread[row] = spread[row] * factor * factor + squares;
         top[row] = now;
       }
       __syncwarp();
@@ -294,8 +276,6 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       __syncthreads();
     }
   }
-  // Relative error of |v|^2 in Gram form: the rounding of one product times sum (a |u|)^2 / |v|^2.
-  const A threshold = K::Gram::tensor ? A(0.25) : A(0.02);
   for (int row = warp; row < kTile && t0 + row < p.T; row += kThreads / 32) {
     const int64_t out = b * p.T + t0 + row;
     const bool some = p.pool == Pool::max ? best[row] >= 0 : !(total[row] == A(0));
@@ -305,23 +285,25 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       continue;
     }
     if (lane == 0) p.lse[out] = some ? top[row] + log(total[row]) : minus_infinity<A>();
-    if (p.pool == Pool::vector && !in_gram) continue;         // pooled_norms_kernel follows
+    if (pooled && !in_gram) {  // pooled_norms_kernel follows, and finds sum (a |u|)^2 in place of the norm
+      if (lane == 0) p.norm[out] = some ? spread[row] * longest * longest / (total[row] * total[row]) : A(0);
+      continue;
+    }
     A phi = some ? along[row] / total[row] : A(0), norm = 0;  // (3)
     if (in_gram && some) {
-      A squared = quad[row], unit = longest;
-      A dot = along[row];
-      if (squared < threshold * spread[row]) {
-        pooled_directly(p, i, t0 + row, top[row], scores + row * kScorePitch<A>, squared, dot);
-        unit = 1;
-      }
-      norm = sqrt(squared) * unit / total[row];
-      phi = dot * unit / total[row] / larger(norm, kEps<A>);  // (4)
+      // The error of |v|^2 in Gram form is the rounding of one product times sum (a |u|)^2.
+      if (lane == 0) best[row] = quad[row] < A(kCancelled<typename K::Gram>) * spread[row] ? 1 : 0;
+      norm = sqrt(quad[row]) * longest / total[row];
+      phi = along[row] * longest / total[row] / larger(norm, kEps<A>);  // (4)
     }
     if (lane == 0) {
       p.similarity[out] = phi;
       if (in_gram) p.norm[out] = norm;
     }
   }
+  if (!in_gram) return;
+  __syncthreads();
+  if (threadIdx.x < kTile) mark_cancelled(p, best[threadIdx.x] == 1);
 }
 
 // Weights a [64 texts, 64 patches] with their log-sum known.
@@ -360,6 +342,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
   A* sums = reinterpret_cast<A*>(memory);
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kTile, i = blockIdx.z, b = p.first + i;
   const int64_t t = t0 + threadIdx.x;
+  bool cancelled = false;
   A acc[kAccumulators], squared = 0, dot = 0;
   for (int64_t d0 = 0; d0 < p.D; d0 += kTile) {
     clear<P>(acc);
@@ -376,10 +359,13 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
     __syncthreads();
   }
   if (threadIdx.x < kTile && t < p.T) {
-    const A norm = sqrt(squared);
+    const A norm = sqrt(squared), spread = p.norm[b * p.T + t];
+    cancelled = squared < A(kCancelled<P>) * spread;
     p.norm[b * p.T + t] = norm;
     p.similarity[b * p.T + t] = dot * p.inverse_text(t) / larger(norm, kEps<A>);  // (4)
   }
+  // The weights of a tensor-core product were rounded; those of an exact one have all their digits.
+  if (P::tensor && threadIdx.x < kTile) mark_cancelled(p, cancelled);
 }
 
 template <typename A>

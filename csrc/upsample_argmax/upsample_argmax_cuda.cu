@@ -6,10 +6,8 @@
 namespace ovseg {
 namespace {
 
-constexpr unsigned kThreads = kPruningThreads;
-
 template <typename A>
-__global__ void __launch_bounds__(kThreads) upsample_argmax_fwd_kernel(UpsampleParams<A> p) {
+__global__ void __launch_bounds__(kPruningThreads) upsample_argmax_fwd_kernel(UpsampleParams<A> p) {
   OVSEG_DYNAMIC_SHARED(memory);
   const int64_t x = blockIdx.x, y = blockIdx.y, b = blockIdx.z;
   const int64_t X0 = first_output<A>(x, p.w, p.W), X1 = first_output<A>(x + 1, p.w, p.W);
@@ -25,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) upsample_argmax_fwd_kernel(UpsampleP
     most = fmax(fmax(corners[0], corners[1]), fmax(corners[2], corners[3])) + add;
   };
   const Candidates<A> found = find_candidates<A>(p.C, memory, bounds);
-  for (int64_t i = threadIdx.x; i < (X1 - X0) * (Y1 - Y0); i += kThreads) {
+  for (int64_t i = threadIdx.x; i < (X1 - X0) * (Y1 - Y0); i += kPruningThreads) {
     const int64_t Y = Y0 + i / (X1 - X0), X = X0 + i % (X1 - X0);
     const Between<A> v = between<A>(Y, p.h, p.H), u = between<A>(X, p.w, p.W);
     A best = minus_infinity<A>();
@@ -50,7 +48,7 @@ const char* upsample_argmax_on_device(const UpsampleParams<A>& p, void* stream) 
   if (p.h > 65535 || p.B > 65535) return "more than 65535 rows of samples or images; use OVSEG_BACKEND=reference";
   if (p.B == 0) return nullptr;
   const dim3 grid(static_cast<unsigned>(p.w), static_cast<unsigned>(p.h), static_cast<unsigned>(p.B));
-  return OVSEG_LAUNCH(upsample_argmax_fwd_kernel<A>, grid, kThreads, shared, stream, p);
+  return OVSEG_LAUNCH(upsample_argmax_fwd_kernel<A>, grid, kPruningThreads, shared, stream, p);
 }
 
 template const char* upsample_argmax_on_device(const UpsampleParams<float>&, void*);

@@ -2,13 +2,13 @@
 // adds their parts in order. Backward: a block owns a row of samples of a map; it gathers (5) of the output rows around
 // it into one row in shared memory, and each thread then gathers the columns around its sample. No atomics: each output
 // pixel is computed for the two rows of samples around it. Equation numbers: ovseg_kernels/ops/upsample_mask_loss.py.
-#include "../common/device.cuh"
+#include "../common/block.cuh"
 #include "upsample_mask_loss_cuda.h"
 
 namespace ovseg {
 namespace {
 
-constexpr unsigned kThreads = 128;
+constexpr unsigned kPixelThreads = 128;
 
 // Everything (2) and (5) need of one pixel. Logarithms by softplus: log(1 - q) would be -infinity from x = 17 on.
 template <typename A>
@@ -19,7 +19,7 @@ struct Pixel {
     const A e = exp(-fabs(x)), large = A(1) / (A(1) + e), small = e * large, t = positive ? x : -x;
     q = x < A(0) ? small : large;
     v = t < A(0) ? large : small;
-    softplus = (t < A(0) ? -t : A(0)) + log1p(e);
+    softplus = softplus_with(-t, e);
     slope = large * small;
   }
 };
@@ -37,20 +37,7 @@ __device__ A upsampled(const A* map, int64_t w, const Between<A>& y, const Betwe
 }
 
 template <typename A>
-__device__ void block_sum(A* shared, A (&value)[5]) {
-  for (int k = 0; k < 5; ++k) shared[k * kThreads + threadIdx.x] = value[k];
-  __syncthreads();
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) {
-      for (int k = 0; k < 5; ++k) shared[k * kThreads + threadIdx.x] += shared[k * kThreads + threadIdx.x + half];
-    }
-    __syncthreads();
-  }
-  for (int k = 0; k < 5; ++k) value[k] = shared[k * kThreads];
-}
-
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPixelThreads)
     upsample_mask_loss_fwd_kernel(MaskLossParams<A> p, int64_t splits, A* parts) {
   OVSEG_DYNAMIC_SHARED(memory);
   const int64_t plane = blockIdx.x, split = blockIdx.y, c = plane % p.C, all = p.H * p.W;
@@ -58,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t* codes = p.codes + plane / p.C * all;
   A sum[5] = {0, 0, 0, 0, 0};
   const int64_t end = all * (split + 1) / splits;
-  for (int64_t i = all * split / splits + threadIdx.x; i < end; i += kThreads) {
+  for (int64_t i = all * split / splits + threadIdx.x; i < end; i += kPixelThreads) {
     const int32_t code = codes[i];
     if (code == kIgnored) continue;
     const Between<A> y = between<A>(i / p.W, p.h, p.H), x = between<A>(i % p.W, p.w, p.W);
@@ -68,16 +55,16 @@ __global__ void __launch_bounds__(kThreads)
     sum[1] += at.q, sum[4] += A(1);
     if (positive) sum[2] += at.q, sum[3] += A(1);
   }
-  block_sum(reinterpret_cast<A*>(memory), sum);
+  block_sum<kPixelThreads>(sum, reinterpret_cast<A*>(memory));
   if (threadIdx.x == 0) {
     for (int64_t k = 0; k < 5; ++k) parts[(split * 5 + k) * p.B * p.C + plane] = sum[k];
   }
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPixelThreads)
     upsample_mask_loss_finish_kernel(MaskLossParams<A> p, int64_t splits, const A* parts) {
-  const int64_t plane = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, maps = p.B * p.C;
+  const int64_t plane = static_cast<int64_t>(blockIdx.x) * kPixelThreads + threadIdx.x, maps = p.B * p.C;
   if (plane >= maps) return;
   A sum[5] = {0, 0, 0, 0, 0};
   for (int64_t split = 0; split < splits; ++split) {
@@ -88,18 +75,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // How many pixels of an image count.
 template <typename A>
-__global__ void __launch_bounds__(kThreads) upsample_mask_loss_count_kernel(MaskLossParams<A> p, A* counts) {
+__global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_count_kernel(MaskLossParams<A> p, A* counts) {
   OVSEG_DYNAMIC_SHARED(memory);
-  A sum[5] = {0, 0, 0, 0, 0};
-  for (int64_t i = threadIdx.x; i < p.H * p.W; i += kThreads) {
-    sum[0] += p.codes[blockIdx.x * p.H * p.W + i] == kIgnored ? A(0) : A(1);
+  A sum = 0;
+  for (int64_t i = threadIdx.x; i < p.H * p.W; i += kPixelThreads) {
+    sum += p.codes[blockIdx.x * p.H * p.W + i] == kIgnored ? A(0) : A(1);
   }
-  block_sum(reinterpret_cast<A*>(memory), sum);
-  if (threadIdx.x == 0) counts[blockIdx.x] = sum[0];
+  sum = block_sum<kPixelThreads>(sum, reinterpret_cast<A*>(memory));
+  if (threadIdx.x == 0) counts[blockIdx.x] = sum;
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) upsample_mask_loss_bwd_kernel(MaskLossParams<A> p, const A* counts) {
+__global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_bwd_kernel(MaskLossParams<A> p, const A* counts) {
   OVSEG_DYNAMIC_SHARED(memory);
   A* row = reinterpret_cast<A*>(memory);  // [W]: gradients of the outputs, gathered for this row of samples
   const int64_t plane = blockIdx.x, sample = blockIdx.y, c = plane % p.C;
@@ -107,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) upsample_mask_loss_bwd_kernel(MaskLo
   const int32_t* codes = p.codes + plane / p.C * p.H * p.W;
   const MaskLossWeights<A> weights = mask_loss_weights(p, plane, counts[plane / p.C]);
   const int64_t Y0 = sample ? first_output<A>(sample - 1, p.h, p.H) : 0, Y1 = first_output<A>(sample + 1, p.h, p.H);
-  for (int64_t X = threadIdx.x; X < p.W; X += kThreads) {
+  for (int64_t X = threadIdx.x; X < p.W; X += kPixelThreads) {
     const Between<A> x = between<A>(X, p.w, p.W);
     A sum = A(0);
     for (int64_t Y = Y0; Y < Y1; ++Y) {
@@ -124,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) upsample_mask_loss_bwd_kernel(MaskLo
     row[X] = sum;
   }
   __syncthreads();
-  for (int64_t column = threadIdx.x; column < p.w; column += kThreads) {
+  for (int64_t column = threadIdx.x; column < p.w; column += kPixelThreads) {
     const int64_t X0 = column ? first_output<A>(column - 1, p.w, p.W) : 0, X1 = first_output<A>(column + 1, p.w, p.W);
     A sum = A(0);
     for (int64_t X = X0; X < X1; ++X) {
@@ -142,22 +129,22 @@ const char* upsample_mask_loss_on_device(const MaskLossParams<A>& p, A* parts, v
   const int64_t maps = p.B * p.C, splits = mask_loss_splits(p);
   if (maps == 0) return nullptr;
   const dim3 grid(static_cast<unsigned>(maps), static_cast<unsigned>(splits));
-  const size_t shared = 5 * kThreads * sizeof(A);
-  OVSEG_TRY(OVSEG_LAUNCH(upsample_mask_loss_fwd_kernel<A>, grid, kThreads, shared, stream, p, splits, parts));
-  const unsigned blocks = static_cast<unsigned>(ceil_div(maps, kThreads));
-  return OVSEG_LAUNCH(upsample_mask_loss_finish_kernel<A>, blocks, kThreads, 0, stream, p, splits, parts);
+  const size_t shared = 5 * kPixelThreads / 32 * sizeof(A);
+  OVSEG_TRY(OVSEG_LAUNCH(upsample_mask_loss_fwd_kernel<A>, grid, kPixelThreads, shared, stream, p, splits, parts));
+  const unsigned blocks = static_cast<unsigned>(ceil_div(maps, kPixelThreads));
+  return OVSEG_LAUNCH(upsample_mask_loss_finish_kernel<A>, blocks, kPixelThreads, 0, stream, p, splits, parts);
 }
 
 template <typename A>
 const char* upsample_mask_loss_backward_on_device(const MaskLossParams<A>& p, A* counts, void* stream) {
   if (p.B == 0) return nullptr;
   if (p.h > 65535) return "more than 65535 rows of samples; use OVSEG_BACKEND=reference";
-  const size_t row = p.W * sizeof(A), sums = 5 * kThreads * sizeof(A);
+  const size_t row = p.W * sizeof(A), sums = 5 * kPixelThreads / 32 * sizeof(A);
   if (row > 96 * 1024) return "labels wider than 24576 pixels (float64: 12288); use OVSEG_BACKEND=reference";
   const unsigned images = static_cast<unsigned>(p.B);
-  OVSEG_TRY(OVSEG_LAUNCH(upsample_mask_loss_count_kernel<A>, images, kThreads, sums, stream, p, counts));
+  OVSEG_TRY(OVSEG_LAUNCH(upsample_mask_loss_count_kernel<A>, images, kPixelThreads, sums, stream, p, counts));
   const dim3 grid(static_cast<unsigned>(p.B * p.C), static_cast<unsigned>(p.h));
-  return OVSEG_LAUNCH(upsample_mask_loss_bwd_kernel<A>, grid, kThreads, row, stream, p, counts);
+  return OVSEG_LAUNCH(upsample_mask_loss_bwd_kernel<A>, grid, kPixelThreads, row, stream, p, counts);
 }
 
 template const char* upsample_mask_loss_on_device(const MaskLossParams<float>&, float*, void*);

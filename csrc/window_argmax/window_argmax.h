@@ -8,7 +8,7 @@ namespace ovseg {
 enum class Activation : int { none = 0, sigmoid = 1, softmax = 2 };
 enum class Stage : int { window = 0, merged = 1, output = 2 };
 
-constexpr int64_t kTile = 16;  // outputs a side that are pruned together
+constexpr int64_t kPrunedTile = 16;  // outputs a side that are pruned together
 
 // A is the type of all arithmetic: double for float64 values, float for all others. Everything is contiguous.
 template <typename A>

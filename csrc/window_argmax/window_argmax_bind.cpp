@@ -11,7 +11,7 @@ LabelOutputs run_as(WindowInputs<A> in, int64_t type, bool want_value) {
   const WindowTable<A>& table = OVSEG_BEST_ISA(window_table<A>());
   LabelOutputs found = in.outputs(type, want_value);
   const int64_t size = table.workspace_size(in.p);
-  const int64_t count = ((in.p.H + kTile - 1) / kTile) * ((in.p.W + kTile - 1) / kTile);
+  const int64_t count = ((in.p.H + kPrunedTile - 1) / kPrunedTile) * ((in.p.W + kPrunedTile - 1) / kPrunedTile);
   parallel_with_workspace<A>(in.values, count, size, in.values.scalar_type(),
                              [&](int64_t begin, int64_t end, A* memory) { table.tiles(in.p, begin, end, memory); });
   return found;

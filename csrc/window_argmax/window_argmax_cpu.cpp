@@ -9,7 +9,8 @@ namespace ovseg {
 namespace OVSEG_ISA {
 namespace {
 
-constexpr int64_t kLines = 2 * kTile, kArea = kLines * kLines;  // canvas rows or columns between which a tile lies
+constexpr int64_t kLines = 2 * kPrunedTile,
+                  kArea = kLines * kLines;  // canvas rows or columns between which a tile lies
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 template <typename A>
@@ -24,13 +25,13 @@ A sigmoid(A x) {
 // Rows or columns of a tile, outputs and the canvas lines between which they lie.
 template <typename A>
 struct Axis {
-  int64_t first, count, lines;      // outputs; canvas lines
-  int64_t line[kLines];             // on the canvas, rising
-  int32_t low[kTile], high[kTile];  // of an output: places in line
-  A to_low[kTile], to_high[kTile];
+  int64_t first, count, lines;                  // outputs; canvas lines
+  int64_t line[kLines];                         // on the canvas, rising
+  int32_t low[kPrunedTile], high[kPrunedTile];  // of an output: places in line
+  A to_low[kPrunedTile], to_high[kPrunedTile];
 
   void open(int64_t start, int64_t outputs, int64_t samples) {
-    first = start, count = outputs - start < kTile ? outputs - start : kTile, lines = 0;
+    first = start, count = outputs - start < kPrunedTile ? outputs - start : kPrunedTile, lines = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Between<A> at = between<A>(first + i, samples, outputs);
       low[i] = place(at.low), high[i] = place(at.high);
@@ -96,11 +97,11 @@ struct Workspace {
     windows = arena.template take<Window<A>>(p.n);
     least = arena.template take<A>(p.C), most = arena.template take<A>(p.C), line = arena.template take<A>(p.w);
     raw = arena.template take<A>(kArea), merged = arena.template take<A>(kArea),
-    output = arena.template take<A>(kTile * kTile);
-    inverse = arena.template take<A>(kArea), best = arena.template take<A>(kTile * kTile);
+    output = arena.template take<A>(kPrunedTile * kPrunedTile);
+    inverse = arena.template take<A>(kArea), best = arena.template take<A>(kPrunedTile * kPrunedTile);
     top = arena.template take<A>(norms), sum = arena.template take<A>(norms);
     list = arena.template take<int32_t>(p.C), loud = arena.template take<int32_t>(norms ? p.C : 0);
-    winner = arena.template take<int32_t>(kTile * kTile),
+    winner = arena.template take<int32_t>(kPrunedTile * kPrunedTile),
     present = arena.template take<int32_t>(p.index ? p.n * p.G : 0);
     size = arena.size();
   }
@@ -389,9 +390,9 @@ int64_t workspace_size(const WindowParams<A>& p) {
 template <typename A>
 void tiles(const WindowParams<A>& p, int64_t begin, int64_t end, A* memory) {
   Workspace<A> ws(p, memory);
-  const int64_t across = (p.W + kTile - 1) / kTile;
+  const int64_t across = (p.W + kPrunedTile - 1) / kPrunedTile;
   for (int64_t tile = begin; tile < end; ++tile) {
-    Tile<A>(p, ws, tile / across * kTile, tile % across * kTile).run();
+    Tile<A>(p, ws, tile / across * kPrunedTile, tile % across * kPrunedTile).run();
   }
 }
 

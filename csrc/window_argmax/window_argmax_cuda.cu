@@ -7,8 +7,6 @@
 namespace ovseg {
 namespace {
 
-constexpr unsigned kThreads = kPruningThreads;
-
 template <typename A>
 struct Values {
   const WindowParams<A>& p;
@@ -61,10 +59,11 @@ struct Values {
 };
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) window_argmax_norm_kernel(WindowParams<A> p, int64_t pixels, A* norms) {
+__global__ void __launch_bounds__(kPruningThreads)
+    window_argmax_norm_kernel(WindowParams<A> p, int64_t pixels, A* norms) {
   const Values<A> values{p, nullptr, nullptr, true};
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < pixels; at += stride) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kPruningThreads;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kPruningThreads + threadIdx.x; at < pixels; at += stride) {
     A top = minus_infinity<A>(), sum = A(0);
     for (int64_t c = 0; c < p.C; ++c) {
       A x;
@@ -83,13 +82,14 @@ __global__ void __launch_bounds__(kThreads) window_argmax_norm_kernel(WindowPara
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPruningThreads)
     window_argmax_fwd_kernel(WindowParams<A> p, const A* norms, int64_t pixels) {
   OVSEG_DYNAMIC_SHARED(memory);
   unsigned char* present = memory + candidates_bytes<A>(p.C);  // [G]: groups that lie in the tile
   const Values<A> values{p, norms, norms + pixels, false};
-  const int64_t Y0 = blockIdx.y * kTile, X0 = blockIdx.x * kTile;
-  const int64_t Y1 = Y0 + kTile < p.H ? Y0 + kTile : p.H, X1 = X0 + kTile < p.W ? X0 + kTile : p.W;
+  const int64_t Y0 = blockIdx.y * kPrunedTile, X0 = blockIdx.x * kPrunedTile;
+  const int64_t Y1 = Y0 + kPrunedTile < p.H ? Y0 + kPrunedTile : p.H,
+                X1 = X0 + kPrunedTile < p.W ? X0 + kPrunedTile : p.W;
   const int64_t v0 = between<A>(Y0, p.Hc, p.H).low, v1 = between<A>(Y1 - 1, p.Hc, p.H).high + 1;
   const int64_t u0 = between<A>(X0, p.Wc, p.W).low, u1 = between<A>(X1 - 1, p.Wc, p.W).high + 1;
   // f(window, rows and columns of its crop [y0, y1) x [x0, x1) that reach the tile) for each window that covers some of
@@ -103,10 +103,10 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
   if (p.index) {
-    for (int64_t g = threadIdx.x; g < p.G; g += kThreads) present[g] = 0;
+    for (int64_t g = threadIdx.x; g < p.G; g += kPruningThreads) present[g] = 0;
     __syncthreads();
     each_window([&](int64_t k, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
-      for (int64_t i = threadIdx.x; i < (y1 - y0) * (x1 - x0); i += kThreads) {
+      for (int64_t i = threadIdx.x; i < (y1 - y0) * (x1 - x0); i += kPruningThreads) {
         const int64_t g = p.index[(k * p.hc + y0 + i / (x1 - x0)) * p.wc + x0 + i % (x1 - x0)], G = p.G - 1;
         present[g < 0 ? 0 : g < G ? g : G] = 1;
       }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     most = bounded ? (sigmoids ? Values<A>::sigmoid(high) : high) + add : static_cast<A>(INFINITY);
   };
   const Candidates<A> found = find_candidates<A>(p.C, memory, bounds);
-  for (int64_t i = threadIdx.x; i < (X1 - X0) * (Y1 - Y0); i += kThreads) {
+  for (int64_t i = threadIdx.x; i < (X1 - X0) * (Y1 - Y0); i += kPruningThreads) {
     const int64_t Y = Y0 + i / (X1 - X0), X = X0 + i % (X1 - X0);
     A best = minus_infinity<A>();
     int64_t winner = found.list[0];
@@ -160,14 +160,14 @@ const char* window_argmax_on_device(const WindowParams<A>& p, A* norms, void* st
   const int64_t pixels = window_norms(p) / 2;
   const size_t shared = candidates_bytes<A>(p.C) + (p.index ? p.G : 0);
   if (shared > 96 * 1024) return "too many classes and groups for shared memory; use OVSEG_BACKEND=reference";
-  const int64_t down = ceil_div(p.H, kTile), across = ceil_div(p.W, kTile);
+  const int64_t down = ceil_div(p.H, kPrunedTile), across = ceil_div(p.W, kPrunedTile);
   if (down > 65535) return "more than a million rows of labels; use OVSEG_BACKEND=reference";
   if (pixels) {
-    const unsigned blocks = static_cast<unsigned>(pixels < (1 << 20) ? ceil_div(pixels, kThreads) : 8192);
-    OVSEG_TRY(OVSEG_LAUNCH(window_argmax_norm_kernel<A>, blocks, kThreads, 0, stream, p, pixels, norms));
+    const unsigned blocks = static_cast<unsigned>(pixels < (1 << 20) ? ceil_div(pixels, kPruningThreads) : 8192);
+    OVSEG_TRY(OVSEG_LAUNCH(window_argmax_norm_kernel<A>, blocks, kPruningThreads, 0, stream, p, pixels, norms));
   }
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
-  return OVSEG_LAUNCH(window_argmax_fwd_kernel<A>, grid, kThreads, shared, stream, p, norms, pixels);
+  return OVSEG_LAUNCH(window_argmax_fwd_kernel<A>, grid, kPruningThreads, shared, stream, p, norms, pixels);
 }
 
 template const char* window_argmax_on_device(const WindowParams<float>&, float*, void*);

@@ -23,7 +23,7 @@ Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; 
   float64). Autocast lowers nothing.
 Noise    pixel x of text j takes Philox number j B N + x (ovseg_kernels/philox.py).
 Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2 T (k_pos + k_neg) numbers, and
-  T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU) or share of the pixels (CUDA), or a chunk of keys (Triton).
+  T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton).
 Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1, one id vector without the other, B != T without ids, a noisy
   sampling without rng or rng without one; TypeError for dtypes. A NaN similarity is chosen before all others (not by semi and random):
   the loss is NaN.

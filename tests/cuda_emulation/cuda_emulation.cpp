@@ -12,6 +12,7 @@
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace ovseg::emulation {
@@ -90,8 +91,10 @@ struct Machine {
   Fiber* current = nullptr;
   jmp_buf scheduler;
   std::string kernel, error;
+  std::map<std::string, uint64_t> steps;
 };
 Machine machine;
+uint64_t steps = 0;
 
 std::string where(const Fiber& f) {
   std::ostringstream out;
@@ -256,6 +259,8 @@ void wait_async(int pending) {
   }
 }
 
+std::map<std::string, uint64_t> take_steps() { return std::exchange(machine.steps, {}); }
+
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   const unsigned count = block.x * block.y * block.z;
   machine.kernel = name, machine.error.clear(), machine.body = &body;
@@ -266,6 +271,7 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   machine.shared = shared_bytes ? std::make_unique<Guarded>(shared_bytes) : nullptr;
   machine.warps.resize((count + kWarp - 1) / kWarp);
   while (machine.fibers.size() < count) machine.fibers.push_back(std::make_unique<Fiber>());
+  const uint64_t steps_before = steps;
   struct sigaction action{}, before{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -280,6 +286,7 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
     machine.error = "kernel " + machine.kernel + ": wrote outside its shared memory";
   }
   machine.current = nullptr, machine.body = nullptr;
+  machine.steps[machine.kernel] += steps - steps_before;
   if (!machine.error.empty()) machine.fibers.clear();  // some stopped in the middle
   return machine.error.empty() ? nullptr : machine.error.c_str();
 }
@@ -299,3 +306,6 @@ std::string release_all() {
 }
 
 }  // namespace ovseg::emulation
+
+// The compiler calls this at every basic block of the kernels (-fsanitize-coverage=trace-pc).
+extern "C" void __sanitizer_cov_trace_pc() { ++ovseg::emulation::steps; }

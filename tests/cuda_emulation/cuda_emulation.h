@@ -6,11 +6,16 @@
 // of memory nobody wrote (all memory starts as NaN). What it cannot: timing, memory-model subtleties, occupancy. Static
 // __shared__ arrays are not guarded and keep what the block before left: kernels here use dynamic shared memory. A
 // warp's lanes meet only in warp operations; everything between two synchronisation points runs thread by thread.
+//
+// It counts steps: the basic blocks that all threads of a kernel have gone through, a stand-in for executed
+// instructions by which the costs of two inputs can be compared. What an mma or a warp operation does inside costs
+// nothing.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -21,6 +26,7 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define OVSEG_UNCOUNTED __attribute__((noinline, no_sanitize_coverage))
 #ifndef __align__
 #define __align__(n) alignas(n)
 #endif
@@ -52,7 +58,8 @@ unsigned char* dynamic_shared();
 
 // Runs the kernel; returns null, or the first error as text that lives until the next launch.
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
-void set_seed(uint64_t seed);  // of the order in which threads run
+std::map<std::string, uint64_t> take_steps();  // of each kernel since the last call
+void set_seed(uint64_t seed);                  // of the order in which threads run
 
 // "Device memory": ends at a page that may not be touched, starts as NaN, and is checked for writes before its start.
 // The emulation looks after it until release_all, which says what was overwritten; a holder keeps it readable for
@@ -61,7 +68,7 @@ std::shared_ptr<unsigned char> allocate(size_t bytes);
 std::string release_all();
 
 template <typename T>
-T exchange(unsigned mask, T value, int source) {
+OVSEG_UNCOUNTED T exchange(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= kSlotBytes && std::is_trivially_copyable_v<T>);
   std::memcpy(warp_slot(lane()), &value, sizeof(T));
   warp_barrier(mask);
@@ -96,7 +103,7 @@ T __shfl_down_sync(unsigned mask, T value, int delta) {
   const int source = ovseg::emulation::lane() + delta;
   return ovseg::emulation::exchange(mask, value, source < 32 ? source : ovseg::emulation::lane());
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+OVSEG_UNCOUNTED inline unsigned __ballot_sync(unsigned mask, int predicate) {
   unsigned result = 0;
   const unsigned mine = predicate != 0;
   std::memcpy(ovseg::emulation::warp_slot(ovseg::emulation::lane()), &mine, sizeof(mine));
@@ -111,6 +118,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 template <typename T>
 T atomicAdd(T* at, T value) {

@@ -2,9 +2,11 @@
 // registers the CUDA bind files under torch.ops.ovseg_emulated.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../../csrc/common/philox.h"
 #include "../../csrc/contrastive_loss/contrastive_loss_cuda.h"
+#include "../../csrc/dense_contrastive_loss/dense_contrastive_loss_cuda.h"
 #include "../../csrc/patch_text_similarity/patch_text_similarity_cuda.h"
 #include "cuda_emulation.h"
 #include "selftest.h"
@@ -27,6 +29,7 @@ T* at(uintptr_t address) {
 }  // namespace
 
 PYBIND11_MODULE(ovseg_cuda_emulation, m) {
+  m.def("take_steps", &emulation::take_steps, "Basic blocks run, of each kernel since the last call.");
   m.def("set_seed", &emulation::set_seed, "Seed of the order in which threads run.");
   m.def(
       "allocate",
@@ -49,6 +52,7 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("warps", [](uintptr_t x, uintptr_t y, uintptr_t counts) {
     check(selftest::warps(at<float>(x), at<float>(y), at<float>(counts)));
   });
+  m.def("blocks", [](uintptr_t x, uintptr_t y) { check(selftest::blocks(at<float>(x), at<float>(y))); });
   m.def("out_of_bounds",
         [](uintptr_t y, int64_t index, bool shared) { check(selftest::out_of_bounds(at<float>(y), index, shared)); });
   m.def("divergent", [](int kind, uintptr_t y) { check(selftest::divergent(kind, at<float>(y))); });
@@ -72,6 +76,7 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("uniform_from_bits", &ovseg::uniform_from_bits);
   m.def("gumbel_from_bits", &ovseg::gumbel_from_bits);
   m.def("set_contrastive_limit", [](int64_t bytes) { ovseg::contrastive_limit = bytes; });
+  m.def("set_dense_limit", [](int64_t bytes) { ovseg::dense_limit = bytes; });
   m.def("set_patch_text_limit", [](int64_t bytes) { ovseg::patch_text_limit = bytes; });
   m.def("patch_text_plan", [](int64_t B, int64_t T, int64_t N, int64_t D, int pool, int type, bool backward) {
     ovseg::PatchTextCuda p{};

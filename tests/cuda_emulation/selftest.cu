@@ -1,5 +1,7 @@
 // Kernels that test the emulation itself, the mma and cp.async wrappers and Philox. nvcc compiles this file too.
+#include "../../csrc/common/block.cuh"
 #include "../../csrc/common/philox.h"
+#include "../../csrc/common/row_statistics.cuh"
 #include "../../csrc/common/tile.cuh"
 #include "selftest.h"
 
@@ -47,6 +49,24 @@ __global__ void warp_kernel(const float* x, float* y, float* counts) {
   atomicAdd(&counts[value > 0], 1.0f);
 }
 
+// The block reductions, twice each with the same shared memory: sum, largest, three sums at once, and log-sum-exps of
+// the threads that are four apart.
+__global__ void block_kernel(const float* x, float* y) {
+  OVSEG_DYNAMIC_SHARED(memory);
+  float* shared = reinterpret_cast<float*>(memory);
+  const float value = x[threadIdx.x];
+  const float sum = block_sum<128>(value, shared), top = block_max<128>(value, shared);
+  float three[3] = {value, 2 * value, value * value};
+  block_sum<128>(three, shared);
+  RowStatistics<float> mine;
+  mine.clear();
+  mine.add(value, value > 0);
+  const auto all = block_merge<128, 4>(mine, reinterpret_cast<RowStatistics<float>*>(memory));
+  float* out = y + 8 * threadIdx.x;
+  out[0] = sum, out[1] = top, out[2] = three[0], out[3] = three[1], out[4] = three[2];
+  out[5] = all.log_sum_exp(), out[6] = all.hits, out[7] = all.positives;
+}
+
 __global__ void out_of_bounds_kernel(float* y, int64_t index, bool shared) {
   OVSEG_DYNAMIC_SHARED(memory);
   float* line = shared ? reinterpret_cast<float*>(memory) : y;
@@ -72,6 +92,24 @@ __global__ void __launch_bounds__(kThreads)
   typename P::Sum acc[kAccumulators];
   clear<P>(acc);
   ovseg::product<P>(a, 0, b, 0, memory, acc);
+  for (int i = 0; i < kAccumulators; ++i) c[tile_row<P>(i) * kTile + tile_column<P>(i)] = acc[i];
+}
+
+// The same with A [64, K] contiguous, and first in shared memory.
+constexpr int kResidentPitch = 164;
+template <typename P, typename TA, typename TB>
+__global__ void __launch_bounds__(kThreads)
+    resident_kernel(const TA* a, Operand<TB, typename P::Sum> b, typename P::Sum* c) {
+  OVSEG_DYNAMIC_SHARED(memory);
+  TA* resident = reinterpret_cast<TA*>(memory + kStageBytes);
+  for (int i = threadIdx.x; i < kTile * kResidentPitch; i += kThreads) {
+    const int row = i / kResidentPitch, k = i % kResidentPitch;
+    resident[i] = k < b.depth ? a[row * b.depth + k] : TA(0);
+  }
+  __syncthreads();
+  typename P::Sum acc[kAccumulators];
+  clear<P>(acc);
+  product_resident<P>(resident, kResidentPitch, b, 0, memory, acc);
   for (int i = 0; i < kAccumulators; ++i) c[tile_row<P>(i) * kTile + tile_column<P>(i)] = acc[i];
 }
 
@@ -108,6 +146,15 @@ const char* run_product(const void* a, const void* b, void* c, int64_t depth, bo
   return OVSEG_LAUNCH((product_kernel<P, T>), 1, kThreads, kStageBytes, nullptr, x, y, static_cast<A*>(c));
 }
 
+template <typename P, typename TA, typename TB>
+const char* run_resident(const void* a, const void* b, void* c, int64_t depth, bool b_by_k, int64_t pitch) {
+  using A = typename P::Sum;
+  const Operand<TB, A> y = {static_cast<const TB*>(b), b_by_k ? 1 : pitch, b_by_k ? kTile : 1, kTile, depth};
+  const size_t shared = kStageBytes + kTile * kResidentPitch * sizeof(TA);
+  return OVSEG_LAUNCH((resident_kernel<P, TA, TB>), 1, kThreads, shared, nullptr, static_cast<const TA*>(a), y,
+                      static_cast<A*>(c));
+}
+
 }  // namespace
 
 const char* reverse(const float* x, float* y, int blocks, bool barrier) {
@@ -121,6 +168,9 @@ const char* tree(const float* x, float* y, bool race) {
 }
 const char* warps(const float* x, float* y, float* counts) {
   return OVSEG_LAUNCH(warp_kernel, 1, 128, 0, nullptr, x, y, counts);
+}
+const char* blocks(const float* x, float* y) {
+  return OVSEG_LAUNCH(block_kernel, 1, 128, 128 * sizeof(RowStatistics<float>), nullptr, x, y);
 }
 const char* out_of_bounds(float* y, int64_t index, bool shared) {
   return OVSEG_LAUNCH(out_of_bounds_kernel, 2, 32, 256, nullptr, y, index, shared);
@@ -143,6 +193,16 @@ const char* product(int kind, const void* a, const void* b, void* c, int64_t dep
       return run_product<Mma16<half>, half>(a, b, c, depth, a_by_k, b_by_k, pitch);
     case 4:
       return run_product<Mma16<bfloat16>, bfloat16>(a, b, c, depth, a_by_k, b_by_k, pitch);
+    case 6:
+      return run_product<Tf32Twice, float>(a, b, c, depth, a_by_k, b_by_k, pitch);
+    case 7:
+      return run_resident<Exact<float>, float, float>(a, b, c, depth, b_by_k, pitch);
+    case 8:
+      return run_resident<Tf32Twice, float, float>(a, b, c, depth, b_by_k, pitch);
+    case 9:
+      return run_resident<Mma16<half>, float, half>(a, b, c, depth, b_by_k, pitch);
+    case 10:
+      return run_resident<Mma16<bfloat16>, float, bfloat16>(a, b, c, depth, b_by_k, pitch);
     default:  // float16 in memory, tf32 in the product
       return run_product<Tf32, half>(a, b, c, depth, a_by_k, b_by_k, pitch);
   }

@@ -7,6 +7,7 @@ namespace ovseg::selftest {
 const char* reverse(const float* x, float* y, int blocks, bool barrier);
 const char* tree(const float* x, float* y, bool race);
 const char* warps(const float* x, float* y, float* counts);
+const char* blocks(const float* x, float* y);
 const char* out_of_bounds(float* y, int64_t index, bool shared);
 const char* divergent(int kind, float* y);
 const char* copies(const float* x, float* y, int valid, bool early);

@@ -62,6 +62,24 @@ def test_shuffles_votes_and_atomics(machine):
     assert counts.tolist() == [float((x <= 0).sum()), float((x > 0).sum())]
 
 
+@pytest.mark.parametrize("hole", [False, True])
+def test_block_reductions(machine, hole):
+    """Every thread gets them, in any order of the threads; a NaN is not lost on the way to the largest value."""
+    x = torch.randn(128)
+    if hole:
+        x[77] = torch.nan
+    for seed in range(5):
+        machine.set_seed(seed)
+        y = buffer(128, 8)
+        machine.blocks(x.data_ptr(), y.data_ptr())
+        whole = torch.stack([x.sum(), x.max(), x.sum(), 2 * x.sum(), (x * x).sum()])
+        torch.testing.assert_close(y[:, :5], whole.expand(128, 5), equal_nan=True)
+        fours = x.view(32, 4)
+        above = fours > 0
+        apart = torch.stack([fours.logsumexp(0), torch.where(above, fours, 0).sum(0), above.float().sum(0)], 1)
+        torch.testing.assert_close(y[:, 5:], apart.repeat(32, 1), equal_nan=True)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("index,where", [(64, "byte 256 of 256"), (1_000_000, "byte 4000000 of 256"), (2000, "byte 8000 of 256")])
 def test_out_of_bounds_names_kernel_block_and_thread(machine, shared, index, where):
@@ -110,7 +128,8 @@ def test_asynchronous_copies_arrive_only_when_waited_for(machine):
 
 
 KINDS = {"float": (0, torch.float32, 1e-6), "double": (1, torch.float64, 1e-14), "tf32": (2, torch.float32, 1e-3),
-         "half": (3, torch.float16, 1e-6), "bfloat16": (4, torch.bfloat16, 1e-6), "half by tf32": (5, torch.float16, 1e-6)}  # fmt: skip
+         "half": (3, torch.float16, 1e-6), "bfloat16": (4, torch.bfloat16, 1e-6), "half by tf32": (5, torch.float16, 1e-6),
+         "tf32 twice": (6, torch.float32, 1e-6)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -138,6 +157,25 @@ def test_tile_product(machine, name, depth, layout):
             return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
         torch.testing.assert_close(c.double(), rounded(a) @ rounded(b).T, rtol=1e-5, atol=1e-5)
+
+
+RESIDENT = {"float": (7, torch.float32), "tf32 twice": (8, torch.float32), "half": (9, torch.float16), "bfloat16": (10, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("name", RESIDENT)
+@pytest.mark.parametrize("depth", [1, 37, 130])
+@pytest.mark.parametrize("by_k", [False, True])
+def test_floats_keep_their_digits_in_a_product_with_16_bits(machine, name, depth, by_k):
+    """The left operand is float32 in shared memory; rounded once to the type of the product it would be off by 1e-3."""
+    kind, dtype = RESIDENT[name]
+    a, b = torch.rand(64, depth), torch.randn(64, depth).to(dtype)
+    pitch = -(-depth // 8) * 8
+    left, right, c = buffer(64, depth), buffer(depth, 64, dtype=dtype) if by_k else buffer(64, pitch, dtype=dtype), buffer(64, 64)
+    left.copy_(a)
+    (right if by_k else right[:, :depth]).copy_(b.T if by_k else b)
+    machine.product(kind, left.data_ptr(), right.data_ptr(), c.data_ptr(), depth, False, by_k, pitch)
+    truth = a.double() @ b.double().T
+    assert float((c - truth).abs().max()) <= 2 * float((a @ b.float().T - truth).abs().max()) + 1e-6 * depth**0.5
 
 
 def test_the_order_of_threads_follows_the_seed(machine):

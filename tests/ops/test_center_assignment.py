@@ -139,6 +139,20 @@ def test_strides_and_mixed_dtypes(backend):
         assert pooled.dtype == torch.float16  # of the values; scores in float32 from promoted operands
 
 
+@pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda")))
+@pytest.mark.parametrize("hard", [True, False])
+def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
+    """Channels at a whole number of 16 bytes, and one element further; the sums have one order, and masked tokens are not read."""
+    with torch.device(device_of(backend)), running_on(backend):
+        mask = torch.rand(2, 139) > 0.3
+        for dtype in dtypes(backend):
+            queries, keys, base = (torch.randn(2, n, d).to(dtype) for n, d in ((5, 8), (139, 8), (139, 41)))
+            base[~mask] = torch.nan
+            narrow = base[..., 1:]
+            found = [ok.center_assignment(queries, keys, v, hard=hard, mask=mask)[0] for v in (narrow.contiguous(), narrow)]
+            assert bool(found[0].isfinite().all()) and torch.equal(*found)
+
+
 @on
 @pytest.mark.parametrize("shape", [(0, 3, 4, 2, 2), (2, 3, 0, 2, 2), (2, 3, 4, 2, 0)])
 def test_empty(shape, backend):

@@ -107,6 +107,55 @@ def test_selection_against_sorting(B, N, k_pos, k_neg, skip, seed):
             assert negative[j].tolist() == others + [-1] * (k_neg - len(others))
 
 
+def _by_reference(*args, **options):
+    with ok.backend("reference"):
+        return ok.select_pixels(*args, **options)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("limit", [32 << 20, 1])
+def test_full_lists_and_chunks_of_the_emulated_launcher(limit, sampling):
+    """3000 pixels in one chunk or in three, by rising similarity: each beats all before it, and the lists fill again and again."""
+    import emulation
+
+    angle = torch.linspace(1.5, 0.0, 3000, dtype=torch.float64)
+    pixels, texts = torch.stack([angle.cos(), angle.sin()], 1).view(4, 750, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    ids = {"image_ids": torch.tensor([0, 1, 0, 2]), "text_ids": torch.tensor([2, 0])}
+    options = {"k_pos": 30, "k_neg": 40, "skip": 5, "margin": 0.2, "sampling": sampling, **ids, **noise(sampling)}
+    with running_on("cuda-emulated"):
+        emulation.load().set_dense_limit(limit)
+        try:
+            found = ok.select_pixels(pixels, texts, **options)
+        finally:
+            emulation.load().set_dense_limit(32 << 20)
+    assert all(torch.equal(a, b) for a, b in zip(found, _by_reference(pixels, texts, **options), strict=True))
+
+
+@pytest.mark.parametrize("k_neg", [16, 256])
+@pytest.mark.parametrize("rising", [False, True])
+def test_steps_of_the_emulated_selection(rising, k_neg):
+    """Basic blocks a pixel, shared by 256 threads: few where most pixels are not among the best, and never in proportion to k."""
+    import emulation
+
+    angle = torch.linspace(1.5, 0.0, 6000)
+    angle = angle if rising else angle[torch.randperm(6000)]
+    pixels, texts = torch.stack([angle.cos(), angle.sin()], 1)[None], torch.tensor([[1.0, 0.0]])
+    with running_on("cuda-emulated"):
+        emulation.load().take_steps()
+        ok.select_pixels(pixels, texts, k_pos=1, k_neg=k_neg, image_ids=torch.tensor([0]), text_ids=torch.tensor([1]))
+        (steps,) = (n for name, n in emulation.load().take_steps().items() if "select_best" in name)
+    assert steps / 6000 < (500 if rising else 150)
+
+
+@pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda")))
+def test_lists_too_long_for_shared_memory(backend):
+    device = device_of(backend)
+    pixels, texts = torch.randn(2, 3400, 4, dtype=torch.float64, device=device), torch.randn(2, 4, dtype=torch.float64, device=device)
+    with running_on(backend):
+        found = ok.select_pixels(pixels, texts, k_pos=2, k_neg=3300, skip=30)
+    assert all(torch.equal(a, b) for a, b in zip(found, _by_reference(pixels, texts, k_pos=2, k_neg=3300, skip=30), strict=True))
+
+
 def test_chunks_of_the_gpu_launcher_do_not_matter(monkeypatch):
     from ovseg_kernels.triton import dense_contrastive_loss as kernels
 
