@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ._checking import looks_at_values
+from . import _checking
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -71,7 +71,7 @@ def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: to
             raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}; expected {like.device}, where the features are")
-        if looks_at_values(value) and type(value) in (torch.Tensor, torch.nn.Parameter):
+        if _checking.looks_at_values(value) and type(value) in (torch.Tensor, torch.nn.Parameter):
             _number(name, float(value.detach()), wanted, positive)
         return value.to(dtype).reshape(())
     if isinstance(value, bool) or not isinstance(value, (int, float)):

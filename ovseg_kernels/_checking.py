@@ -58,15 +58,18 @@ class _Flags:
             self.copy = torch.zeros(1 + len(DEFERRED), dtype=torch.int32, pin_memory=device.type == "cuda")
         self.landed: torch.cuda.Event | None = None  # of a copy on its way to the host
 
-    def poll(self) -> None:
-        """Raise what has arrived, if anything; send for more. Waits for nothing."""
+    def raise_arrived(self) -> None:
+        """Raise what the last copy holds, if it has landed. Waits for nothing."""
         landed = self.landed
-        if landed is None:
-            self.copy.copy_(self.found, non_blocking=True)
-            self.landed = _event(self.found)
-        elif landed.query():
+        if landed is not None and landed.query():
             self.landed = None
             self.raise_for(self.copy.tolist())
+
+    def send(self) -> None:
+        """A copy to the host, behind what is queued now, if none is on its way."""
+        if self.landed is None:
+            self.copy.copy_(self.found, non_blocking=True)
+            self.landed = _event(self.found)
 
     def raise_for(self, found: list[int]) -> None:
         messages = [message for message, seen in zip(DEFERRED, found[1:], strict=True) if seen]
@@ -95,15 +98,17 @@ def defer(good: torch.Tensor, message: str) -> None:
 
     A captured graph flags at every replay, into the memory that calls before the capture have made; without one it does not.
     """
-    flags = _flags.get(good.device)
-    if capturing():
-        if flags is None:
+    flags, captured = _flags.get(good.device), capturing()
+    if flags is None:
+        if captured:
             return
-    else:
-        flags = flags or _flags.setdefault(good.device, _Flags(good.device))
-        flags.poll()
+        flags = _flags.setdefault(good.device, _Flags(good.device))
+    if not captured:  # inside a capture no event may be asked
+        flags.raise_arrived()
     slot = torch.where(good, 0, 1 + DEFERRED.index(message))
     flags.found.index_fill_(0, slot.reshape(1), 1)
+    if not captured:
+        flags.send()
 
 
 def check_errors() -> None:

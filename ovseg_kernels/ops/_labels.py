@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _check
-from .._checking import looks_at_values
+from .. import _check, _checking
 from ..reference.upsample_argmax import LABEL_TYPES
 
 
@@ -37,7 +36,7 @@ def label_rule(like_name, like, classes, size, bias, threshold, background, clas
         _check.shape("class_labels", class_labels, (classes,), "one label for each class")
         _check.same("class_labels", class_labels, like_name, like, dtype=False)
         # int64 holds every label. The other types take what is not looked at as torch's casts do: modulo their range.
-        if label_type != torch.int64 and looks_at_values(like):
+        if label_type != torch.int64 and _checking.looks_at_values(like):
             largest = int(class_labels.max())
             if int(class_labels.min()) < limits.min:
                 raise ValueError(f"class_labels holds {int(class_labels.min())}; expected {limits.min} to {limits.max}")

@@ -29,9 +29,8 @@ from typing import Literal, overload
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _checking
 from .. import _library as lib
-from .._checking import DEFERRED, defer, defers, looks_at_values
 from ..reference import upsample_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 from . import _labels
@@ -93,13 +92,13 @@ def upsample_argmax(
     if 0 in logits.shape[1:]:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
     _labels.label_rule("logits", logits, logits.shape[1], size, bias, threshold, background, class_labels, label_type)
-    if looks_at_values(logits):
+    if _checking.looks_at_values(logits):
         if bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any())):
             raise ValueError("logits or bias holds NaN; expected numbers")
-    elif defers(logits) and logits.numel():
+    elif _checking.defers(logits) and logits.numel():
         most = logits.detach().amax()  # NaN, if there is one
         most = most if bias is None else torch.maximum(most, bias.detach().amax())
-        defer(most == most, DEFERRED[0])
+        _checking.defer(most == most, _checking.DEFERRED[0])
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)
     logits = logits.detach().to(dtype)

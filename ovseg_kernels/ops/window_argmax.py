@@ -29,13 +29,12 @@ Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegC
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Literal, TypeAlias, overload
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _checking
 from .. import _library as lib
-from .._checking import DEFERRED, capturing, defer, defers, looks_at_values
 from ..reference import window_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 from ..reference.upsample_argmax import LABEL_TYPES
@@ -43,7 +42,7 @@ from . import _labels
 from .upsample_argmax import upsample_argmax
 
 ACTIVATIONS, STAGES = reference.ACTIVATIONS, reference.STAGES
-Origins = torch.Tensor | Sequence[tuple[int, int]]
+Origins: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
 
 lib.define(
     "window_argmax",
@@ -125,7 +124,7 @@ def window_argmax(
     values = logits if tables is None else _tables(tables, logits)
     classes = values.shape[1 if tables is None else 2]
     _labels.label_rule("logits", logits, classes, size, bias, threshold, background, class_labels, label_type)
-    if looks_at_values(origins):
+    if _checking.looks_at_values(origins):
         _covered(origins, crop, canvas)
     origins = _beside(origins, logits)
     _numbers("tables" if tables is not None else "logits", values, bias, softmax=activation == "softmax")
@@ -166,7 +165,7 @@ def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if origins.device.type != "cpu":
         raise ValueError(f"origins is on {origins.device} and logits is on {logits.device}; expected the CPU or one device")
     if logits.device.type == "cuda" and not torch.compiler.is_compiling():
-        if capturing():
+        if _checking.capturing():
             # A replay would read host memory that is long something else's.
             raise ValueError(f"origins is on the CPU while a CUDA graph is captured; expected it on {logits.device}")
         origins = origins.pin_memory()
@@ -174,7 +173,7 @@ def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int]) -> None:
-    """Windows inside of the canvas, and no pixel without one. Between the windows' borders all pixels are alike: one of each is looked at."""
+    """Windows inside of the canvas, and no pixel without one. Between the borders of windows all pixels are alike: one is looked at."""
     corners = origins.tolist()
     for y, x in corners:
         if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
@@ -193,17 +192,17 @@ def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, in
 
 def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: bool) -> None:
     """No NaN, no +infinity; with softmax no infinity in ``x`` at all."""
-    if looks_at_values(x):
+    if _checking.looks_at_values(x):
         if softmax and not bool(x.isfinite().all()):
             raise ValueError(f"{name} holds NaN or an infinity; expected finite numbers for softmax")
         for what, numbers in ((name, x), ("bias", bias)):
             if numbers is not None and not bool((numbers < torch.inf).all()):  # false for NaN
                 raise ValueError(f"{what} holds NaN or +infinity; expected numbers, or -infinity where a class is switched off")
-    elif defers(x):
+    elif _checking.defers(x):
         most = x.detach().amax()  # NaN, if there is one
         most = most if bias is None else torch.maximum(most, bias.detach().amax())
         good = most < torch.inf
-        defer(good & (x.detach().amin() > -torch.inf) if softmax else good, DEFERRED[2 if softmax else 1])
+        _checking.defer(good & (x.detach().amin() > -torch.inf) if softmax else good, _checking.DEFERRED[2 if softmax else 1])
 
 
 @lib.fake("window_argmax")
