@@ -2,6 +2,7 @@
 
 from . import distributed, philox
 from ._backends import available_backends, backend, explain
+from ._checking import check_errors, checking
 from ._library import BackendError
 from ._version import __version__
 from .ops.center_assignment import center_assignment
@@ -35,6 +36,8 @@ __all__ = [
     "available_backends",
     "backend",
     "center_assignment",
+    "check_errors",
+    "checking",
     "contrastive_loss",
     "dense_contrastive_loss",
     "distributed",

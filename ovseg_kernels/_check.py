@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from . import _checking
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -41,6 +43,12 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {list(allowed)}")
 
 
+def no_tensor(name: str, value: object) -> None:
+    """For options that are numbers of the host: comparing a tensor with one would wait for the GPU, or break a compilation."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
+
+
 def pair_ids(image_ids, images: int, text_ids, texts: int, like_name: str, like: torch.Tensor) -> None:
     """Both or neither; int64, one for each image and text."""
     if (image_ids is None) != (text_ids is None):
@@ -54,7 +62,7 @@ def pair_ids(image_ids, images: int, text_ids, texts: int, like_name: str, like:
 
 
 def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: torch.dtype, *, positive: bool = False) -> torch.Tensor:
-    """A 0-dim tensor on ``like``'s device. Values are checked where that costs no synchronisation with a GPU."""
+    """A 0-dim tensor on ``like``'s device, made without a copy from the host. Its value is checked where values are looked at."""
     wanted = "a positive finite number" if positive else "a finite number"
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
@@ -63,7 +71,7 @@ def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: to
             raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}; expected {like.device}, where the features are")
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) in (torch.Tensor, torch.nn.Parameter):
+        if _checking.looks_at_values(value) and type(value) in (torch.Tensor, torch.nn.Parameter):
             _number(name, float(value.detach()), wanted, positive)
         return value.to(dtype).reshape(())
     if isinstance(value, bool) or not isinstance(value, (int, float)):

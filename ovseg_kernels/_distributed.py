@@ -7,8 +7,13 @@ import torch.distributed as dist
 
 
 def sizes_of_ranks(sizes: tuple[int, ...], group: dist.ProcessGroup, device: torch.device) -> list[tuple[int, ...]]:
-    """What every rank passed, in the order of the ranks."""
-    mine = torch.tensor(sizes, device=device)
+    """What every rank passed, in the order of the ranks.
+
+    The host must know it, for shapes follow from it. Where the group has a backend for the CPU (torch's default, "cpu:gloo,cuda:nccl",
+    has), it travels beside the GPU, whose queue is left alone; with nccl alone the host waits for all the work of the GPU.
+    """
+    beside = "cpu:" in dist.get_backend_config(group)
+    mine = torch.tensor(sizes, device="cpu" if beside else device)
     found = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
     return [tuple(int(n) for n in x) for x in found]

@@ -30,13 +30,14 @@ def make_rng(seed: int | None = None, offset: int = 0, device: torch.device | st
     for name, value in (("seed", seed), ("offset", offset)):
         if not isinstance(value, int) or not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is {value!r}; expected an integer of 64 bits")
-    return torch.tensor([seed, offset], dtype=torch.int64, device=device)
+    # Filled, not copied: a copy from the host would wait for the GPU.
+    return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in (seed, offset)])
 
 
 def advance(rng: torch.Tensor, elements: int) -> torch.Tensor:
     """``rng`` past a tensor of ``elements`` elements: what follows shares no number with it."""
     check(rng)
-    return rng + torch.tensor([0, -(-elements // 4)], dtype=torch.int64, device=rng.device)
+    return rng + -(-elements // 4) * torch.arange(2, device=rng.device)
 
 
 def check(rng: torch.Tensor) -> None:

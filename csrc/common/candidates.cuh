@@ -53,6 +53,8 @@ __device__ Candidates<A> find_candidates(int64_t classes, unsigned char* memory,
   for (int64_t c = first; c < last; ++c) {
     if (possible(c)) list[at++] = static_cast<int32_t>(c);
   }
+  // NaN alone, or pixels that no window covers, have bounds that no class satisfies. A winner is a class nevertheless.
+  if (threadIdx.x == 0 && counts[kPruningThreads] == 0) list[0] = 0, counts[kPruningThreads] = 1;
   __syncthreads();
   return {list, counts[kPruningThreads]};
 }

@@ -56,7 +56,7 @@ void candidates(const UpsampleParams<A>& p, int64_t b, int64_t y0, int64_t y1, W
   for (int64_t c = 0; c < p.C; ++c) {
     cells(c, [&](int64_t x, A, A most) {
       ws.list[x * p.C + ws.count[x]] = static_cast<int32_t>(c);
-      ws.count[x] += most >= ws.floor[x] ? 1 : 0;
+      ws.count[x] += most < ws.floor[x] ? 0 : 1;  // NaN stays: a cell must have a class
     });
   }
 }

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(kPruningThreads)
   auto each_window = [&](const auto& f) {
     for (int64_t k = 0; k < p.n; ++k) {
       const int64_t y = p.origins[2 * k], x = p.origins[2 * k + 1];
+      if (y <= -p.hc || x <= -p.wc) continue;  // origins may be anything: v0 - y must not overflow
       const int64_t y0 = v0 > y ? v0 - y : 0, y1 = v1 - y < p.hc ? v1 - y : p.hc;
       const int64_t x0 = u0 > x ? u0 - x : 0, x1 = u1 - x < p.wc ? u1 - x : p.wc;
       if (y0 < y1 && x0 < x1) f(k, y0, y1, x0, x1);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _check
+from .. import _check, _checking
 from ..reference.upsample_argmax import LABEL_TYPES
 
 
@@ -12,11 +12,6 @@ def pair(name: str, value: object, meaning: str) -> None:
     parts = value if isinstance(value, (tuple, list)) else ()
     if len(parts) != 2 or not all(isinstance(n, (int, torch.SymInt)) and n > 0 for n in parts):
         raise ValueError(f"{name} is {value!r}; expected two positive integers, {meaning}")
-
-
-def looks_at_values(x: torch.Tensor) -> bool:
-    """Whether checks may read numbers: not while a call is being compiled, nor where there are none."""
-    return not torch.compiler.is_compiling() and x.device.type != "meta"
 
 
 def label_rule(like_name, like, classes, size, bias, threshold, background, class_labels, label_type):
@@ -31,14 +26,17 @@ def label_rule(like_name, like, classes, size, bias, threshold, background, clas
     limits = torch.iinfo(label_type)
     if threshold is not None and not limits.min <= background <= limits.max:
         raise ValueError(f"background is {background}; expected {limits.min} to {limits.max}, what {label_type} holds")
-    if threshold is not None and not abs(threshold) < float("inf"):
-        raise ValueError(f"threshold is {threshold}; expected a finite number")
-    largest = classes - 1
+    if threshold is not None:
+        _check.no_tensor("threshold", threshold)
+        if not abs(threshold) < float("inf"):
+            raise ValueError(f"threshold is {threshold}; expected a finite number")
+    largest = classes - 1 if class_labels is None else 0
     if class_labels is not None:
         _check.tensor("class_labels", class_labels, 1, "[C]", (torch.int64,))
         _check.shape("class_labels", class_labels, (classes,), "one label for each class")
         _check.same("class_labels", class_labels, like_name, like, dtype=False)
-        if looks_at_values(like):
+        # int64 holds every label. The other types take what is not looked at as torch's casts do: modulo their range.
+        if label_type != torch.int64 and _checking.looks_at_values(like):
             largest = int(class_labels.max())
             if int(class_labels.min()) < limits.min:
                 raise ValueError(f"class_labels holds {int(class_labels.min())}; expected {limits.min} to {limits.max}")

@@ -179,6 +179,7 @@ def select_pixels(
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
     for name, number in (("sampling_temperature", sampling_temperature), ("margin", margin)):
+        _check.no_tensor(name, number)
         if not 0 < number < float("inf"):
             raise ValueError(f"{name} is {number}; expected a positive finite number")
     _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)

@@ -81,6 +81,7 @@ def segclip_center_assignment(
     D = tokens.shape[2]
     _check.shape("queries", queries, (tokens.shape[0], queries.shape[1], D), "the B and D of tokens")
     _check.same("queries", queries, "tokens", tokens, dtype=False)
+    _check.no_tensor("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps is {eps}; expected a positive number")
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):

@@ -17,9 +17,9 @@ Shapes   logits [B, C, h, w]; size (H, W), larger or smaller; bias [C]; class_la
 Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in float32 or float64. No gradient.
 Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
   thread. Nothing of size C H W.
-Errors   ValueError for ranks, sizes, devices, NaN logits (looked for wherever the call is not being compiled), labels or a background
-  that the label type cannot hold; TypeError for dtypes. Infinite logits are fine, unless one class has both
-  signs around a pixel: a sample of weight zero does not count.
+Errors   ValueError for ranks, sizes, devices, NaN logits, labels or a background that the label type cannot hold; TypeError for dtypes.
+  Infinite logits are fine, unless one class has both signs around a pixel: a sample of weight zero does not count. On a GPU NaN
+  is found there and raised by a later call or by ``check_errors``; its pixels get the label of some class (docs/checks.md).
 Source   The pruning rule and its proof are ours.
 """
 
@@ -29,7 +29,7 @@ from typing import Literal, overload
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _checking
 from .. import _library as lib
 from ..reference import upsample_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
@@ -92,8 +92,13 @@ def upsample_argmax(
     if 0 in logits.shape[1:]:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
     _labels.label_rule("logits", logits, logits.shape[1], size, bias, threshold, background, class_labels, label_type)
-    if _labels.looks_at_values(logits) and (bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any()))):
-        raise ValueError("logits or bias holds NaN; expected numbers")
+    if _checking.looks_at_values(logits):
+        if bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any())):
+            raise ValueError("logits or bias holds NaN; expected numbers")
+    elif _checking.defers(logits) and logits.numel():
+        most = logits.detach().amax()  # NaN, if there is one
+        most = most if bias is None else torch.maximum(most, bias.detach().amax())
+        _checking.defer(most == most, _checking.DEFERRED[0])
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)
     logits = logits.detach().to(dtype)

@@ -82,6 +82,8 @@ def upsample_mask_loss(
     if labels.shape[0] != logits.shape[0] or 0 in labels.shape[1:]:
         raise ValueError(f"labels has shape {list(labels.shape)}; expected [{logits.shape[0]}, H, W] with at least one pixel")
     _check.same("labels", labels, "logits", logits, dtype=False)
+    _check.no_tensor("alpha", alpha)
+    _check.no_tensor("gamma", gamma)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected 0 to 1")
     if not 0 <= gamma < math.inf:

@@ -19,18 +19,21 @@ Cost     about 10 C comparisons for each tile of 16 x 16 outputs and window, and
   passes over the classes that are not negligible. Extra memory: a few tiles for each thread; with tables n hc wc int16; on a GPU
   softmax keeps two numbers for each pixel. Nothing of size C H W.
 Errors   ValueError for ranks, sizes, devices, windows that leave the canvas or do not cover it, NaN or +infinity (softmax: any infinity),
-  labels that the label type cannot hold; TypeError for dtypes. Values are looked at wherever the call is not being compiled.
+  labels that the label type cannot hold; TypeError for dtypes. On a GPU numbers are found there and raised by a later call or by
+  ``check_errors``, origins that are there already are not looked at (docs/checks.md), and no call is while it is compiled: pixels that
+  such numbers or no window reach get the label of some class.
 Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegCLIP, arXiv:2212.03588; (2): GroupViT, arXiv:2202.11094,
   and SegCLIP, arXiv:2211.14813. The bounds are ours.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, overload
 
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _checking
 from .. import _library as lib
 from ..reference import window_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
@@ -39,6 +42,7 @@ from . import _labels
 from .upsample_argmax import upsample_argmax
 
 ACTIVATIONS, STAGES = reference.ACTIVATIONS, reference.STAGES
+Origins: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
 
 lib.define(
     "window_argmax",
@@ -51,7 +55,7 @@ lib.fallback("window_argmax", reference.window_argmax)
 
 @overload
 def window_argmax(
-    logits: torch.Tensor, origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
+    logits: torch.Tensor, origins: Origins, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
     tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
     threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
     return_value: Literal[True],
@@ -60,7 +64,7 @@ def window_argmax(
 
 @overload
 def window_argmax(
-    logits: torch.Tensor, origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
+    logits: torch.Tensor, origins: Origins, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
     tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
     threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
     return_value: Literal[False] = ...,
@@ -69,7 +73,7 @@ def window_argmax(
 
 def window_argmax(
     logits: torch.Tensor,
-    origins: torch.Tensor,
+    origins: Origins,
     crop: tuple[int, int],
     canvas: tuple[int, int],
     size: tuple[int, int],
@@ -88,7 +92,8 @@ def window_argmax(
 
     Args:
         logits: [n, C, h, w], or [n, G, h, w] group maps with ``tables``.
-        origins: [n, 2] int64, the upper left corner (row, column) of each window on the canvas.
+        origins: [n, 2] int64 or a list of pairs, the upper left corner (row, column) of each window on the canvas. Best on the CPU, be
+            the logits on a GPU: there they are checked, and reach the GPU without waiting.
         crop: (hc, wc), size of every window in pixels of the canvas.
         canvas: (Hc, Wc), size of the picture as it was cut into windows. The windows cover it.
         size: (H, W) of the labels.
@@ -108,9 +113,9 @@ def window_argmax(
     _check.tensor("logits", logits, 4, "[n, C, h, w]")
     if 0 in logits.shape:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one window, one class and one sample")
+    origins = origins if isinstance(origins, torch.Tensor) else _tensor_of(origins)
     _check.tensor("origins", origins, 2, "[n, 2]", (torch.int64,))
     _check.shape("origins", origins, (logits.shape[0], 2), "row and column of each window")
-    _check.same("origins", origins, "logits", logits, dtype=False)
     _labels.pair("crop", crop, "(hc, wc)")
     _labels.pair("canvas", canvas, "(Hc, Wc)")
     if activation is not None:
@@ -119,11 +124,10 @@ def window_argmax(
     values = logits if tables is None else _tables(tables, logits)
     classes = values.shape[1 if tables is None else 2]
     _labels.label_rule("logits", logits, classes, size, bias, threshold, background, class_labels, label_type)
-    if _labels.looks_at_values(logits):
+    if _checking.looks_at_values(origins):
         _covered(origins, crop, canvas)
-        _numbers("tables" if tables is not None else "logits", values, softmax=activation == "softmax")
-        if bias is not None:
-            _numbers("bias", bias, softmax=False)
+    origins = _beside(origins, logits)
+    _numbers("tables" if tables is not None else "logits", values, bias, softmax=activation == "softmax")
     dtype = accumulation_dtype(values)
     bias = None if bias is None else bias.detach().to(dtype)
     index = None if tables is None else upsample_argmax(logits, crop, label_type=torch.int16)
@@ -147,23 +151,58 @@ def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return tables
 
 
+def _tensor_of(origins: Sequence[tuple[int, int]]) -> torch.Tensor:
+    try:
+        return torch.tensor(origins)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"origins is a {type(origins).__name__}; expected a tensor [n, 2] or a list of pairs of integers") from error
+
+
+def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """``origins`` on the device of the logits. From pinned memory: a copy from any other waits for the GPU."""
+    if origins.device == logits.device:
+        return origins
+    if origins.device.type != "cpu":
+        raise ValueError(f"origins is on {origins.device} and logits is on {logits.device}; expected the CPU or one device")
+    if logits.device.type == "cuda" and not torch.compiler.is_compiling():
+        if _checking.capturing():
+            # A replay would read host memory that is long something else's.
+            raise ValueError(f"origins is on the CPU while a CUDA graph is captured; expected it on {logits.device}")
+        origins = origins.pin_memory()
+    return origins.to(logits.device, non_blocking=True)
+
+
 def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int]) -> None:
-    covered = torch.zeros(canvas, dtype=torch.bool)
-    for y, x in origins.tolist():
+    """Windows inside of the canvas, and no pixel without one. Between the borders of windows all pixels are alike: one is looked at."""
+    corners = origins.tolist()
+    for y, x in corners:
         if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
             raise ValueError(f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected rows 0 to {canvas[0] - crop[0]} and "
                              f"columns 0 to {canvas[1] - crop[1]}, inside the canvas {tuple(canvas)}")  # fmt: skip
-        covered[y : y + crop[0], x : x + crop[1]] = True
+    borders = [sorted({0, canvas[i], *(at[i] for at in corners), *(at[i] + crop[i] for at in corners)}) for i in (0, 1)]
+    rows, columns = ({at: place for place, at in enumerate(some)} for some in borders)
+    covered = torch.zeros(len(rows) - 1, len(columns) - 1, dtype=torch.bool)
+    for y, x in corners:
+        covered[rows[y] : rows[y + crop[0]], columns[x] : columns[x + crop[1]]] = True
     if not bool(covered.all()):
-        y, x = (~covered).nonzero()[0].tolist()
+        row, column = (~covered).nonzero()[0].tolist()
+        y, x = borders[0][row], borders[1][column]
         raise ValueError(f"origins leaves row {y}, column {x} of the canvas without a window; expected every pixel covered")
 
 
-def _numbers(name: str, x: torch.Tensor, *, softmax: bool) -> None:
-    if softmax and not bool(x.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or an infinity; expected finite numbers for softmax")
-    if not bool((x < torch.inf).all()):  # false for NaN
-        raise ValueError(f"{name} holds NaN or +infinity; expected numbers, or -infinity where a class is switched off")
+def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: bool) -> None:
+    """No NaN, no +infinity; with softmax no infinity in ``x`` at all."""
+    if _checking.looks_at_values(x):
+        if softmax and not bool(x.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or an infinity; expected finite numbers for softmax")
+        for what, numbers in ((name, x), ("bias", bias)):
+            if numbers is not None and not bool((numbers < torch.inf).all()):  # false for NaN
+                raise ValueError(f"{what} holds NaN or +infinity; expected numbers, or -infinity where a class is switched off")
+    elif _checking.defers(x):
+        most = x.detach().amax()  # NaN, if there is one
+        most = most if bias is None else torch.maximum(most, bias.detach().amax())
+        good = most < torch.inf
+        _checking.defer(good & (x.detach().amin() > -torch.inf) if softmax else good, _checking.DEFERRED[2 if softmax else 1])
 
 
 @lib.fake("window_argmax")

@@ -73,8 +73,9 @@ def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, row
     if grad_unit is not None:
         v[:, :rows] = v[:, :rows] + grad_unit
     radial = torch.where(norm > 1e-12, (v * unit).sum(-1, keepdim=True) * unit, 0)
-    v = ((v - radial) / norm.clamp(min=1e-12))[there]                                                          # (8)
-    d_pixels.view(-1, D).index_put_((index[there],), v, accumulate=True)
+    v = ((v - radial) / norm.clamp(min=1e-12)).masked_fill(~there[..., None], 0)                               # (8)
+    if d_pixels.numel():
+        d_pixels.view(-1, D).index_put_((index.clamp(min=0),), v, accumulate=True)
     d_pixels = d_pixels.to(pixels.dtype)
     return d_pixels if need_pixels else d_pixels[:0], d_texts if need_texts else d_texts[:0]
 

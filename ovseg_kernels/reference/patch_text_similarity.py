@@ -78,11 +78,10 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
         image = slice(b, b + 1)
         parts = _prepare(patches[image], texts, None if mask is None else mask[image], scale, bias, weight)
         u, r, q, _, s, x, keep = (part[0] if part.ndim > 2 or i in (1, 6) else part for i, part in enumerate(parts))
-        if not bool(keep.any()):
-            continue
         g, phi = grad[b][:, None], similarity[b][:, None]
         if pool == 2:
             total = g * F.one_hot(s.masked_fill(~keep, float("-inf")).argmax(-1), s.shape[-1]).to(acc)
+            total = total.masked_fill(~keep, 0)  # where no patch is kept, the first is not the largest
             m, along, value = total / r, (total * s).sum(0), 0
         else:
             a = (x - lse[b][:, None]).exp().masked_fill(~keep, 0)

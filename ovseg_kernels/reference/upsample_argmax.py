@@ -10,10 +10,10 @@ LABEL_TYPES = (torch.int64, torch.int16, torch.uint8)
 def between(samples, outputs, dtype, device):
     """(lower sample, upper sample, weight of the upper) of every output, (1)."""
     scale = torch.tensor(samples, dtype=dtype) / torch.tensor(outputs, dtype=dtype)
-    source = ((torch.arange(outputs, dtype=dtype) + 0.5) * scale - 0.5).clamp(min=0)
-    twice = (2 * torch.arange(outputs) + 1) * samples - outputs  # source, times 2 outputs
+    source = ((torch.arange(outputs, dtype=dtype, device=device) + 0.5) * scale - 0.5).clamp(min=0)
+    twice = (2 * torch.arange(outputs, device=device) + 1) * samples - outputs  # source, times 2 outputs
     # Rounding must not give a sample a weight that has none: it may be infinite.
-    source = torch.where((twice >= 0) & (twice % (2 * outputs) == 0), twice // (2 * outputs), source).to(device)
+    source = torch.where((twice >= 0) & (twice % (2 * outputs) == 0), twice // (2 * outputs), source)
     low = source.to(torch.int64).clamp(max=samples - 1)
     return low, (low + 1).clamp(max=samples - 1), source - low
 

@@ -89,6 +89,7 @@ SEGCLIP_CENTER_ASSIGNMENT_REFUSED = [
     ({"norm_bias": torch.randn(4)}, ValueError, r"norm_bias has shape \[4\]; expected \[8\], one number for each channel"),
     ({"key_norm_weight": torch.ones(8, dtype=torch.int64)}, TypeError, "key_norm_weight has dtype int64; expected float32"),
     ({"eps": 0.0}, ValueError, "eps is 0.0; expected a positive number"),
+    ({"eps": torch.tensor(1e-5)}, TypeError, "eps is a Tensor; expected a number"),
     ({"mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"mask has shape \[2, 4\]; expected \[2, 5\]"),
 ]
 
@@ -119,6 +120,7 @@ DENSE_CONTRASTIVE_LOSS_REFUSED = [
     ({"k_neg": 2.5}, ValueError, "k_neg is 2.5; expected an integer of at least 1"),
     ({"skip": -1}, ValueError, "skip is -1; expected an integer of at least 0"),
     ({"margin": float("nan")}, ValueError, "margin is nan; expected a positive finite number"),
+    ({"margin": torch.tensor(0.1)}, TypeError, "margin is a Tensor; expected a number"),
     ({"sampling": "hardest"}, ValueError, r"sampling is 'hardest'; expected one of \['topk', 'semi', 'gumbel', 'random'\]"),
     ({"sampling": "gumbel"}, ValueError, "sampling is 'gumbel' and rng is missing"),
     ({"rng": philox.make_rng(0)}, ValueError, "sampling is 'topk' and rng is given"),
@@ -145,6 +147,7 @@ UPSAMPLE_ARGMAX_REFUSED = [
     ({"logits": torch.randn(1, 257, 2, 2), "label_type": torch.uint8}, ValueError, "the largest label is 256; torch.uint8 holds 255"),
     ({"threshold": 0.5, "label_type": torch.uint8}, ValueError, "background is -1; expected 0 to 255, what torch.uint8 holds"),
     ({"threshold": float("nan")}, ValueError, "threshold is nan; expected a finite number"),
+    ({"threshold": torch.tensor(0.5)}, TypeError, "threshold is a Tensor; expected a number"),
     ({"label_type": torch.int32}, TypeError, "label_type is torch.int32; expected one of"),
 ]
 
@@ -161,6 +164,11 @@ WINDOW_ARGMAX_REFUSED = [
     ({"origins": ORIGINS.float()}, TypeError, "origins has dtype float32; expected int64"),
     ({"origins": ORIGINS[:1]}, ValueError, r"origins has shape \[1, 2\]; expected \[2, 2\], row and column of each window"),
     ({"origins": ORIGINS + 1}, ValueError, r"origins holds \(1, 1\); with a crop of \(8, 8\) expected rows 0 to 0 and columns 0 to 4"),
+    ({"origins": ORIGINS.tolist()[:1]}, ValueError, r"origins has shape \[1, 2\]; expected \[2, 2\]"),
+    ({"origins": [(0, 0), (0, 5)]}, ValueError, r"origins holds \(0, 5\); with a crop of \(8, 8\) expected rows 0 to 0"),
+    ({"origins": [(0, 0), (0,)]}, TypeError, r"origins is a list; expected a tensor \[n, 2\] or a list of pairs of integers"),
+    ({"origins": [(0.0, 0.0), (0.0, 4.0)]}, TypeError, "origins has dtype float32; expected int64"),
+    ({"origins": ORIGINS.to("meta")}, ValueError, "origins is on meta and logits is on cpu; expected the CPU or one device"),
     ({"origins": ORIGINS - 1}, ValueError, r"origins holds \(-1, -1\); with a crop of \(8, 8\) expected rows 0 to 0"),
     ({"origins": ORIGINS * 0}, ValueError, "origins leaves row 0, column 8 of the canvas without a window; expected every pixel covered"),
     ({"crop": (8, 0)}, ValueError, r"crop is \(8, 0\); expected two positive integers, \(hc, wc\)"),
@@ -174,6 +182,7 @@ WINDOW_ARGMAX_REFUSED = [
     ({"bias": torch.randn(4)}, ValueError, r"bias has shape \[4\]; expected \[3\], one number for each class"),
     ({"class_labels": torch.arange(4)}, ValueError, r"class_labels has shape \[4\]; expected \[3\], one label for each class"),
     ({"threshold": float("nan")}, ValueError, "threshold is nan; expected a finite number"),
+    ({"threshold": torch.tensor(0.5)}, TypeError, "threshold is a Tensor; expected a number"),
     ({"label_type": torch.int32}, TypeError, "label_type is torch.int32; expected one of"),
 ]
 
@@ -190,6 +199,8 @@ UPSAMPLE_MASK_LOSS_REFUSED = [
     ({"labels": LABELS.to("meta")}, ValueError, "labels is on meta and logits is on cpu; expected one device"),
     ({"alpha": 1.5}, ValueError, "alpha is 1.5; expected 0 to 1"),
     ({"alpha": float("nan")}, ValueError, "alpha is nan; expected 0 to 1"),
+    ({"alpha": torch.tensor(0.5)}, TypeError, "alpha is a Tensor; expected a number"),
+    ({"gamma": torch.tensor(2.0)}, TypeError, "gamma is a Tensor; expected a number"),
     ({"gamma": -1.0}, ValueError, "gamma is -1.0; expected a finite number of at least 0"),
     ({"gamma": float("inf")}, ValueError, "gamma is inf; expected a finite number of at least 0"),
     ({"ignore_index": 255.0}, TypeError, "ignore_index is a float; expected an integer or None"),
