@@ -13,6 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -60,6 +62,17 @@ def measure(cubin: bytes) -> dict:
     return {"registers": int(registers), "stack": int(stack)}
 
 
+def memory(ttgir: str, ptx: str) -> dict:
+    """Global loads by the bytes of one, asynchronous copies by theirs, and the buffers of loops that hold a product."""
+    loads, copies = Counter(), Counter()
+    for vector, bits in re.findall(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        loads[int(vector or 1) * int(bits) // 8] += 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], \[[^;]*?\], (0x[0-9a-f]+|\d+)", ptx):
+        copies[int(size, 0)] += 1
+    stages = [int(n) for n in re.findall(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)]
+    return {"loads": dict(loads), "copies": dict(copies), "stages": stages, "dots": len(re.findall(r"tt\.dot |warp_group_dot ", ttgir)), "loops": ttgir.count("scf.for")}
+
+
 def compile_instead(kernel, *args, grid, warmup, **kwargs):
     src = source(kernel, args, kwargs)
     key = f"{kernel.__name__} {src.signature} {src.constants} {src.attrs}"
@@ -68,13 +81,15 @@ def compile_instead(kernel, *args, grid, warmup, **kwargs):
     seen.add(key)
     options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
     for arch in TARGETS:
+        began = time.perf_counter()
         compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
         ptx = compiled.asm["ptx"]
         print(json.dumps({
             "kernel": kernel.__name__, "case": label, "arch": arch, "shared": compiled.metadata.shared,
             "tensor_core": "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "",
+            **memory(compiled.asm["ttgir"], ptx),
             "tf32": "tf32" in ptx, "global_int64": "mul.wide" in ptx or "mul.lo.s64" in ptx or "mad.lo.s64" in ptx,
-            **measure(compiled.asm["cubin"]),
+            **measure(compiled.asm["cubin"]), "seconds": round(time.perf_counter() - began, 3),
         }), flush=True)  # fmt: skip
 
 
