@@ -60,9 +60,9 @@ def halves(x: float) -> tuple[float, float]:
 @triton.jit
 def joined(high, low, ACC: tl.constexpr):
     """What :func:`halves` took apart, in ``ACC``."""
-    x = high.to(ACC)
+    x = tl.full((), high, ACC)
     if tl.float64 == ACC:
-        x += low.to(ACC)
+        x += tl.full((), low, ACC)
     return x
 
 

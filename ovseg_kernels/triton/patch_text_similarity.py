@@ -85,7 +85,7 @@ def _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n,
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_fwd_kernel(
     patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, best, first, T, N, D,
-    patch_b, patch_n, text_t,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +134,7 @@ def patch_text_similarity_fwd_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_weights_kernel(
     patches, texts, mask, scale_at, bias_at, norms, text_norms, lse, weights, first, T, N, P, D,
-    patch_b, patch_n, text_t,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def _pooled(weights, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED: tl
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_pooled_norms_kernel(
-    weights, patches, texts, mask, text_norms, similarity, norm, first, T, N, P, D, patch_b, patch_n, text_t,
+    weights, patches, texts, mask, text_norms, similarity, norm, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +194,7 @@ def patch_text_similarity_pooled_norms_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_vectors_kernel(
-    weights, patches, mask, vectors, first, T, N, P, D, patch_b, patch_n,
+    weights, patches, mask, vectors, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +212,7 @@ def patch_text_similarity_vectors_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_coefficients_kernel(
     patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, norm, best, grad, vectors,
-    coefficients, factors, along, scalars, first, T, N, P, D, patch_b, patch_n, text_t,
+    coefficients, factors, along, scalars, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BACK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +278,7 @@ def patch_text_similarity_bwd_coefficients_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_patches_kernel(
     coefficients, texts, weights, vectors, factors, along, patches, mask, out, first, T, N, P, D,
-    patch_b, patch_n, text_t,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -311,7 +311,7 @@ def patch_text_similarity_bwd_patches_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_texts_kernel(
-    coefficients, patches, mask, out, first, images, slots, T, N, P, D, patch_b, patch_n,
+    coefficients, patches, mask, out, first, images, slots, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -352,7 +352,7 @@ class _Call:
         self.strides = *self.patches.stride()[:2], self.texts.stride(0)
         self.aligned = aligned(self.patches, self.texts)
         self.keep = mask
-        self.masked, self.sigmoid, self.acc = mask is not None, weight == 1, ACC[acc]
+        self.masked, self.sigmoid, self.acc = mask is not None, weight == 1 and pool != 2, ACC[acc]
 
     def norms(self, image: slice) -> torch.Tensor:
         """[chunk, N]; a masked patch has none, whatever it holds."""
