@@ -279,7 +279,7 @@ def patch_text_similarity_bwd_coefficients_kernel(
 def patch_text_similarity_bwd_patches_kernel(
     coefficients, texts, weights, vectors, factors, along, patches, mask, out, first, T, N, P, D,
     patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dU = m^T q - sum_t h_t a_t v_t, minus the part along each patch."""
@@ -295,7 +295,7 @@ def patch_text_similarity_bwd_patches_kernel(
         m = _tile(coefficients + i * T * P, n, t, 1, P, P, T)
         q = _tile(texts, t, d, text_t, 1, T, D)
         du = tl.dot(m, q.to(m.dtype), du, input_precision=PRECISION, out_dtype=ACC)
-        if POOL == 0:
+        if VECTOR:
             h = tl.load(factors + i * T + t, mask=t < T, other=0.0)
             a = _tile(weights + i * T * P, n, t, 1, P, P, T)
             v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
@@ -453,7 +453,7 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
                 back = (along.sum(1) / norms.square()).masked_fill_(norms < EPS, 0)
                 patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN) * tiles(x.D, BD) * images,)](
                     coefficients, x.texts, weights, vectors, factors, back, x.patches, x.mask, d_patches, first, x.T, x.N, x.P, x.D,
-                    *x.strides, ALIGNED=x.aligned, MASKED=x.masked, POOL=pool, ACC=x.acc, PRECISION=x.back,
+                    *x.strides, ALIGNED=x.aligned, MASKED=x.masked, VECTOR=pool == 0, ACC=x.acc, PRECISION=x.back,
                     BT=BT, BN=BN, BD=BD, num_warps=warps, num_stages=2,  # three would not fit the shared memory of sm_86 to sm_120
                 )  # fmt: skip
             if need_texts:
