@@ -1,14 +1,17 @@
-"""What the launchers share: the device of a call, chunks of images, and the grid."""
+"""What the launchers share: the device of a call, chunks of images, rows that copies like, numbers as arguments, and the grid."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import math
 
 import torch
 import triton
 import triton.language as tl
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+PITCH = tl.constexpr(16)  # rows between kernels start at multiples of this many elements
 
 
 def on_device(x: torch.Tensor):
@@ -20,6 +23,59 @@ def tiles(count: int, size: int) -> int:
     return triton.cdiv(count, size)
 
 
+def pitch(count: int) -> int:
+    """Elements from one row to the next of a buffer of ours: its copies are then of 16 bytes, whatever the length of a row."""
+    return tiles(count, PITCH.value) * PITCH.value
+
+
 def chunk_size(images: int, bytes_per_image: int, limit: int) -> int:
     """Images at a time, so that what lies between two kernels stays near ``limit`` bytes."""
     return max(1, min(images, limit // max(1, bytes_per_image), 65535))
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with its last dimension side by side in memory: a copy where it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether all rows of ``tensors`` start at 16 bytes and are multiples of 16 elements: the form that copies of 16 bytes serve.
+
+    One flag and not the specialisation of every size and stride: two compilations of a kernel and not dozens.
+    """
+    for x in tensors:
+        strides = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+        if x.data_ptr() % 16 or x.shape[-1] % 16 or any(stride % 16 for stride in strides):
+            return False
+    return True
+
+
+def halves(x: float) -> tuple[float, float]:
+    """``x`` as two float32, which is what Triton makes of a number: as arguments they cost no copy to the device, and float64
+    inputs keep 48 bits."""
+    high = ctypes.c_float(x).value
+    return high, x - high if math.isfinite(high) else 0.0
+
+
+@triton.jit
+def joined(high, low, ACC: tl.constexpr):
+    """What :func:`halves` took apart, in ``ACC``."""
+    x = tl.full((), high, ACC)
+    if tl.float64 == ACC:
+        x += tl.full((), low, ACC)
+    return x
+
+
+@triton.jit
+def whole(x, ALIGNED: tl.constexpr):
+    """``x``, of which the compiler learns that it is a multiple of 16 where the launcher has found it so."""
+    if ALIGNED:
+        x = x // 16 * 16
+    return x
+
+
+@triton.jit
+def program(n0, n1):
+    """Coordinates of a program in a grid of n0 x n1 x the rest, the last one int64. All of it lies along x: y and z end at 65535."""
+    p = tl.program_id(0)
+    return p % n0, p // n0 % n1, (p // n0 // n1).to(tl.int64)

@@ -1,7 +1,6 @@
 """center_assignment in Triton: tokens on rows, all centers on the columns of one block. Equation numbers: ``ovseg_kernels/ops``.
 
 Scores, noise, softmax and counts are float32 (float64 for float64) whatever the inputs. Sums have one owner and a fixed order.
-scale and tau are constants of a model and of a compilation: as arguments they would be float32, float64 inputs or not.
 """
 
 from __future__ import annotations
@@ -11,12 +10,14 @@ import triton
 import triton.language as tl
 
 from ..reference.patch_text_similarity import accumulation_dtype
-from ._launch import ACC, on_device, tiles
+from ._launch import ACC, aligned, halves, joined, on_device, program, rows, tiles, whole
 from .philox import gumbel_from_bits, philox_bits
 
 TOKENS = {2: 32, 4: 32, 8: 16}  # of a tile, by bytes of an accumulator
 CHANNELS = {2: 64, 4: 32, 8: 16}  # of a step, by bytes of an element
 WARPS = 4
+# Never a reason to compile again; what copies need to know of the sizes and strides, ALIGNED says.
+SIZES = ["G", "L", "D", "E", "q_b", "q_g", "k_b", "k_l", "v_b", "v_l", "normalizer"]
 
 
 @triton.jit
@@ -30,23 +31,31 @@ def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC: tl.constexpr, BD: tl.constexpr):
-    """q . k of a tile [tokens, centers], without scale and bias; 16-bit operands are exact in the float32 sums."""
+def _rows(x, i, d, some, D, stride):
+    """[rows, channels] of one image."""
+    return tl.load(x + i.to(tl.int64)[:, None] * stride + d[None, :], mask=some[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _turned(x, i, d, some, D, stride):
+    """[channels, rows] of one image."""
+    return tl.load(x + i.to(tl.int64)[None, :] * stride + d[:, None], mask=some[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC: tl.constexpr, BD: tl.constexpr):
+    """q . k of a tile [tokens, centers] of one image, without scale and bias; 16-bit operands are exact in the float32 sums."""
     z = tl.zeros((l.shape[0], g.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        k = tl.load(keys + b * k_b + l.to(tl.int64)[:, None] * k_l + d.to(tl.int64)[None, :] * k_d,
-                    mask=keep[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-        q = tl.load(queries + b * q_b + g.to(tl.int64)[None, :] * q_g + d.to(tl.int64)[:, None] * q_d,
-                    mask=(g < G)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
-        z = _dot(k, q, z, "ieee", ACC)
+        z = _dot(_rows(keys, l, d, keep, D, k_l), _turned(queries, g, d, g < G, D, q_g), z, "ieee", ACC)
     return z
 
 
 @triton.jit
-def _factor(key_scale, b, l, L, scale: tl.constexpr, SCALED: tl.constexpr, ACC: tl.constexpr):
+def _factor(key_scale, b, l, L, scale, SCALED: tl.constexpr, ACC: tl.constexpr):
     """What a token's scores are multiplied by, [tokens]."""
-    factor = tl.full((l.shape[0],), scale, ACC)
+    factor = tl.zeros((l.shape[0],), ACC) + scale
     if SCALED:
         factor *= tl.load(key_scale + b * L + l, mask=l < L, other=0.0)
     return factor
@@ -60,11 +69,11 @@ def _biased(z, center_bias, b, g, G, BIASED: tl.constexpr):
 
 
 @triton.jit
-def _noise(noise, rng, b, g, l, G, L, n_b, n_g, n_l, NOISE: tl.constexpr, ACC: tl.constexpr):
+def _noise(noise, rng, b, g, l, G, L, NOISE: tl.constexpr, ACC: tl.constexpr):
     """Gumbel noise [tokens, centers]: given, from Philox, or none."""
     inside = (l < L)[:, None] & (g < G)[None, :]
     if NOISE == 1:
-        u = tl.load(noise + b * n_b + g.to(tl.int64)[None, :] * n_g + l.to(tl.int64)[:, None] * n_l, mask=inside, other=0.0).to(ACC)
+        u = tl.load(noise + (b * G + g)[None, :] * L + l[:, None], mask=inside, other=0.0).to(ACC)
     elif NOISE == 2:
         index = (b * L + l.to(tl.int64)[:, None]) * G + g.to(tl.int64)[None, :]
         u = gumbel_from_bits(philox_bits(tl.load(rng), tl.load(rng + 1), index)).to(ACC)
@@ -82,113 +91,116 @@ def _softmax(y, g, G):
 
 
 @triton.jit
-def _keep(mask, b, l, L, m_b, m_l, MASKED: tl.constexpr):
+def _keep(mask, b, l, L, MASKED: tl.constexpr):
     keep = l < L
     if MASKED:
-        keep = keep & (tl.load(mask + b * m_b + l.to(tl.int64) * m_l, mask=keep, other=0) != 0)
+        keep = keep & (tl.load(mask + b * L + l, mask=keep, other=0) != 0)
     return keep
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=SIZES)
 def center_assignment_fwd_scores_kernel(
-    queries, keys, center_bias, key_scale, mask, noise, rng, index, weights, soft, G, L, D, scale: tl.constexpr, tau: tl.constexpr,
-    q_b, q_g, q_d, k_b, k_l, k_d, m_b, m_l, n_b, n_g, n_l,
+    queries, keys, center_bias, key_scale, mask, noise, rng, index, weights, soft, G, L, D,
+    q_b: tl.int64, q_g: tl.int64, k_b: tl.int64, k_l: tl.int64, scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
     BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
     ACC: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Winner (3), and where they are wanted the soft weights (2) and the softmax without noise (5)."""
-    b = tl.program_id(1).to(tl.int64)
-    l, g = tl.program_id(0) * BL + tl.arange(0, BL), tl.arange(0, BG)
-    keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
-    z = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD)
+    tile, _, b = program(tl.cdiv(L, BL), 1)
+    D, q_g, k_l = whole(D, ALIGNED), whole(q_g, ALIGNED), whole(k_l, ALIGNED)
+    queries += b * whole(q_b, ALIGNED)
+    keys += b * whole(k_b, ALIGNED)
+    scale, tau = joined(scale, scale_low, ACC), joined(tau, tau_low, ACC)
+    l, g = tile * BL + tl.arange(0, BL), tl.arange(0, BG)
+    keep = _keep(mask, b, l, L, MASKED)
+    z = _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC, BD)
     z = _biased(z * _factor(key_scale, b, l, L, scale, SCALED, ACC)[:, None], center_bias, b, g, G, BIASED)
     if SOFT:
         at = soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None]
         tl.store(at, tl.where(keep[:, None], _softmax(z, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
-    y = (z + _noise(noise, rng, b, g, l, G, L, n_b, n_g, n_l, NOISE, ACC)) / tl.full((), tau, ACC)
+    y = (z + _noise(noise, rng, b, g, l, G, L, NOISE, ACC)) / tau
     y = tl.where((g < G)[None, :], y, float("-inf"))
     top = tl.max(y, 1)[:, None]
     best = tl.min(tl.where((y == top) | (y != y), g[None, :], G - 1), 1)
     tl.store(index + b * L + l, tl.where(keep, best, -1).to(tl.int64), mask=l < L)
     if not HARD:
-        at = weights + (b * L + l.to(tl.int64)[:, None]) * G + g[None, :]
-        tl.store(at, tl.where(keep[:, None], _softmax(y, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
+        at = weights + (b * L + l)[:, None] * BG + g[None, :]
+        tl.store(at, tl.where(keep[:, None], _softmax(y, g, G), 0.0), mask=(l < L)[:, None])
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=SIZES)
 def center_assignment_fwd_pool_kernel(
-    values, mask, index, weights, pooled, count, G, L, E, v_b, v_l, v_e, m_b, m_l,
-    MASKED: tl.constexpr, HARD: tl.constexpr, NORMALIZER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    values, mask, index, weights, pooled, count, G, L, E, v_b: tl.int64, v_l: tl.int64, normalizer, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr, HARD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BL: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """pooled and counts, (4) and (5): tokens in order; a one-hot exists in registers only."""
-    b = tl.program_id(1).to(tl.int64)
-    e, g = tl.program_id(0) * BE + tl.arange(0, BE), tl.arange(0, BG)
+    tile, _, b = program(tl.maximum(tl.cdiv(E, BE), 1), 1)
+    E, v_l = whole(E, ALIGNED), whole(v_l, ALIGNED)
+    values += b * whole(v_b, ALIGNED)
+    e, g = tile * BE + tl.arange(0, BE), tl.arange(0, BG)
     sums, held = tl.zeros((BG, BE), ACC), tl.zeros((BG, BL), ACC)
     for l0 in range(0, L, BL):
         l = l0 + tl.arange(0, BL)
-        keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
-        v = tl.load(values + b * v_b + l.to(tl.int64)[:, None] * v_l + e.to(tl.int64)[None, :] * v_e,
-                    mask=keep[:, None] & (e < E)[None, :], other=0.0)  # fmt: skip
+        keep = _keep(mask, b, l, L, MASKED)
+        v = _rows(values, l, e, keep, E, v_l)
         if HARD:
             winner = tl.load(index + b * L + l, mask=l < L, other=-1)
             a = ((winner[None, :] == g[:, None]) & keep[None, :]).to(ACC)
             sums = _dot(a.to(v.dtype), v, sums, PRECISION, ACC)
         else:
-            at = weights + (b * L + l.to(tl.int64)[None, :]) * G + g[:, None]
-            a = tl.load(at, mask=keep[None, :] & (g < G)[:, None], other=0.0)
+            a = tl.load(weights + (b * L + l)[None, :] * BG + g[:, None], mask=keep[None, :], other=0.0)
             sums = _dot(a, v.to(ACC), sums, PRECISION, ACC)
         held += a  # summed once at the end: a sum in this loop breaks a pass of Triton 3.8
     total = tl.sum(held, 1)
-    if NORMALIZER == 0:
-        n = tl.where(total < 1.0, 1.0, total)
-    elif NORMALIZER == 1:
-        n = total + 1.0
-    else:
-        n = tl.full((BG,), 1.0, ACC)
+    n = tl.where(normalizer == 0, tl.where(total < 1.0, 1.0, total), tl.where(normalizer == 1, total + 1.0, 1.0))
     row = b * G + g.to(tl.int64)
     tl.store(pooled + row[:, None] * E + e[None, :], sums / n[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
-    if tl.program_id(0) == 0:
+    if tile == 0:
         tl.store(count + row, total, mask=g < G)
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=SIZES)
 def center_assignment_bwd_tokens_kernel(
     queries, keys, values, center_bias, key_scale, mask, noise, rng, index, scaled, rho, grad_soft,
-    d_scores, d_scale, d_keys, d_values, G, L, D, E, scale: tl.constexpr, tau: tl.constexpr,
-    q_b, q_g, q_d, k_b, k_l, k_d, v_b, v_l, v_e, m_b, m_l, n_b, n_g, n_l,
+    d_scores, d_scale, d_keys, d_values, G, L, D, E,
+    q_b: tl.int64, q_g: tl.int64, k_b: tl.int64, k_l: tl.int64, v_b: tl.int64, v_l: tl.int64,
+    scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
     BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
     SHARED: tl.constexpr, NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
-    b = tl.program_id(1).to(tl.int64)
-    l, g = tl.program_id(0) * BL + tl.arange(0, BL), tl.arange(0, BG)
-    keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
-    raw = _scores(queries, keys, b, g, l, keep, G, D, q_b, q_g, q_d, k_b, k_l, k_d, ACC, BD)
+    tile, _, b = program(tl.cdiv(L, BL), 1)
+    D, E, q_g, k_l, v_l = whole(D, ALIGNED), whole(E, ALIGNED), whole(q_g, ALIGNED), whole(k_l, ALIGNED), whole(v_l, ALIGNED)
+    queries += b * whole(q_b, ALIGNED)
+    keys += b * whole(k_b, ALIGNED)
+    values += b * whole(v_b, ALIGNED)
+    scaled += b * G * E
+    scale, tau = joined(scale, scale_low, ACC), joined(tau, tau_low, ACC)
+    l, g = tile * BL + tl.arange(0, BL), tl.arange(0, BG)
+    keep = _keep(mask, b, l, L, MASKED)
+    raw = _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC, BD)
     factor = _factor(key_scale, b, l, L, scale, SCALED, ACC)[:, None]
     z = _biased(raw * factor, center_bias, b, g, G, BIASED)
     ds = tl.zeros((BL, BG), ACC)
     for e0 in range(0, E, BD):
         e = e0 + tl.arange(0, BD)
-        v = tl.load(values + b * v_b + l.to(tl.int64)[:, None] * v_l + e.to(tl.int64)[None, :] * v_e,
-                    mask=keep[:, None] & (e < E)[None, :], other=0.0)  # fmt: skip
-        p = tl.load(scaled + (b * G + g.to(tl.int64)[None, :]) * E + e[:, None], mask=(g < G)[None, :] & (e < E)[:, None], other=0.0)
-        ds = _dot(v.to(ACC), p, ds, PRECISION, ACC)
-    t = tl.full((), tau, ACC)
-    s = _softmax((z + _noise(noise, rng, b, g, l, G, L, n_b, n_g, n_l, NOISE, ACC)) / t, g, G)
+        v = _rows(values, l, e, keep, E, v_l)
+        ds = _dot(v.to(ACC), _turned(scaled, g, e, g < G, E, E), ds, PRECISION, ACC)
+    s = _softmax((z + _noise(noise, rng, b, g, l, G, L, NOISE, ACC)) / tau, g, G)
     s = tl.where(keep[:, None], s, 0.0)
     ds -= tl.load(rho + b * G + g, mask=g < G, other=0.0)[None, :]
-    dz = s * (ds - tl.sum(s * ds, 1)[:, None]) / t
+    dz = s * (ds - tl.sum(s * ds, 1)[:, None]) / tau
     inside = keep[:, None] & (g < G)[None, :]
     if SOFT:
         plain = tl.where(inside, _softmax(z, g, G), 0.0)
         upstream = tl.load(grad_soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None], mask=inside, other=0.0)
         dz += plain * (upstream - tl.sum(plain * upstream, 1)[:, None])
     dz = tl.where(inside, dz, 0.0)
-    tl.store(d_scores + (b * L + l.to(tl.int64)[:, None]) * G + g[None, :], dz, mask=(l < L)[:, None] & (g < G)[None, :])
+    tl.store(d_scores + (b * L + l)[:, None] * BG + g[None, :], dz, mask=(l < L)[:, None])
     if SCALED:
-        tl.store(d_scale + b * L + l, tl.sum(dz * raw, 1) * tl.full((), scale, ACC), mask=l < L)  # (10)
+        tl.store(d_scale + b * L + l, tl.sum(dz * raw, 1) * scale, mask=l < L)  # (10)
     if HARD:  # from here on s are the weights of (9)
         winner = tl.load(index + b * L + l, mask=l < L, other=-1)
         s = ((winner[:, None] == g[None, :]) & inside).to(ACC)
@@ -196,40 +208,37 @@ def center_assignment_bwd_tokens_kernel(
         dk_scores = dz * factor
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            q = tl.load(queries + b * q_b + g.to(tl.int64)[:, None] * q_g + d.to(tl.int64)[None, :] * q_d,
-                        mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-            dk = _dot(dk_scores, q.to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            dk = _dot(dk_scores, _rows(queries, g, d, g < G, D, q_g).to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
             if SHARED:
-                p = tl.load(scaled + (b * G + g.to(tl.int64)[:, None]) * D + d[None, :],
-                            mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
-                dk = _dot(s, p, dk, PRECISION, ACC)
-            at = d_keys + (b * L + l.to(tl.int64)[:, None]) * D + d[None, :]
+                dk = _dot(s, _rows(scaled, g, d, g < G, D, D), dk, PRECISION, ACC)
+            at = d_keys + (b * L + l)[:, None] * D + d[None, :]
             tl.store(at, dk.to(d_keys.dtype.element_ty), mask=(l < L)[:, None] & (d < D)[None, :])
     if NEED_VALUES:
         for e0 in range(0, E, BD):
             e = e0 + tl.arange(0, BD)
-            p = tl.load(scaled + (b * G + g.to(tl.int64)[:, None]) * E + e[None, :], mask=(g < G)[:, None] & (e < E)[None, :], other=0.0)
-            dv = _dot(s, p, tl.zeros((BL, BD), ACC), PRECISION, ACC)
-            at = d_values + (b * L + l.to(tl.int64)[:, None]) * E + e[None, :]
+            dv = _dot(s, _rows(scaled, g, e, g < G, E, E), tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            at = d_values + (b * L + l)[:, None] * E + e[None, :]
             tl.store(at, dv.to(d_values.dtype.element_ty), mask=(l < L)[:, None] & (e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=SIZES)
 def center_assignment_bwd_queries_kernel(
-    keys, key_scale, mask, d_scores, d_queries, G, L, D, scale: tl.constexpr, k_b, k_l, k_d, m_b, m_l,
+    keys, key_scale, mask, d_scores, d_queries, G, L, D, k_b: tl.int64, k_l: tl.int64, scale, scale_low, ALIGNED: tl.constexpr,
     SCALED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d q = sum_l d scores k, (8): tokens in order."""
-    b = tl.program_id(1).to(tl.int64)
-    d, g = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BG)
+    tile, _, b = program(tl.cdiv(D, BD), 1)
+    D, k_l = whole(D, ALIGNED), whole(k_l, ALIGNED)
+    keys += b * whole(k_b, ALIGNED)
+    scale = joined(scale, scale_low, ACC)
+    d, g = tile * BD + tl.arange(0, BD), tl.arange(0, BG)
     dq = tl.zeros((BG, BD), ACC)
     for l0 in range(0, L, BL):
         l = l0 + tl.arange(0, BL)
-        keep = _keep(mask, b, l, L, m_b, m_l, MASKED)
-        dz = tl.load(d_scores + (b * L + l.to(tl.int64)[None, :]) * G + g[:, None], mask=(l < L)[None, :] & (g < G)[:, None], other=0.0)
-        k = tl.load(keys + b * k_b + l.to(tl.int64)[:, None] * k_l + d.to(tl.int64)[None, :] * k_d,
-                    mask=keep[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
+        keep = _keep(mask, b, l, L, MASKED)
+        dz = tl.load(d_scores + (b * L + l)[None, :] * BG + g[:, None], mask=(l < L)[None, :], other=0.0)
+        k = _rows(keys, l, d, keep, D, k_l)
         dz *= _factor(key_scale, b, l, L, scale, SCALED, ACC)[None, :]
         dq = _dot(dz, k.to(ACC), dq, PRECISION, ACC)
     at = d_queries + (b * G + g.to(tl.int64)[:, None]) * D + d[None, :]
@@ -239,21 +248,24 @@ def center_assignment_bwd_queries_kernel(
 class _Call:
     """What forward and backward share. Absent tensors are stood in for by one that is there, and never read."""
 
-    def __init__(self, queries, keys, values, center_bias, key_scale, mask, noise, rng, hard):
+    def __init__(self, queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau):
         self.B, self.G, self.D = queries.shape
+        self.queries, self.keys = rows(queries), rows(keys)
+        self.values = self.keys if values is keys else rows(values)
+        self.q_strides, self.k_strides, self.v_strides = (x.stride()[:2] for x in (self.queries, self.keys, self.values))
+        self.scale, self.tau = halves(scale), halves(tau)
         self.L, self.E = keys.shape[1], values.shape[2]
         acc = accumulation_dtype(queries)
         self.center_bias = queries if center_bias is None else center_bias
         self.key_scale = queries if key_scale is None else key_scale
-        self.mask = queries if mask is None else mask.view(torch.uint8)
-        self.noise, self.rng = queries if noise is None else noise, queries if rng is None else rng
-        self.m_strides = (0, 0) if mask is None else mask.stride()
-        self.n_strides = (0, 0, 0) if noise is None else noise.stride()
+        self.mask = queries if mask is None else mask.contiguous().view(torch.uint8)
+        self.noise, self.rng = queries if noise is None else noise.contiguous(), queries if rng is None else rng
         step = CHANNELS[queries.element_size()]
         self.tokens = TOKENS[acc.itemsize]
-        self.step = {"BL": self.tokens, "BG": max(16, triton.next_power_of_2(self.G)), "num_warps": WARPS}
+        self.BG = max(16, triton.next_power_of_2(self.G))  # and the pitch of what lies between the kernels
+        self.step = {"BL": self.tokens, "BG": self.BG, "num_warps": WARPS}
         self.BD, self.wide = step, CHANNELS[torch.empty((), dtype=acc).element_size()]
-        self.options = {"MASKED": mask is not None, "ACC": ACC[acc]}
+        self.options = {"MASKED": mask is not None, "ACC": ACC[acc], "ALIGNED": aligned(self.queries, self.keys, self.values)}
         self.extras = {"BIASED": center_bias is not None, "SCALED": key_scale is not None}
         self.kind = {"NOISE": 1 if noise is not None else 2 if rng is not None else 0, "HARD": hard}
         # Products with d scores, which can be of any size: 16-bit operands are exact in tf32, and so is a one-hot.
@@ -263,23 +275,23 @@ class _Call:
 
 def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
     """(pooled, index, count, soft) as ``ovseg::center_assignment`` returns them."""
-    x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard)
+    x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau)
     pooled, count = (queries.new_empty(shape, dtype=x.dtype) for shape in ((x.B, x.G, x.E), (x.B, x.G)))
     index = queries.new_empty((x.B, x.L), dtype=torch.int64)
     soft = queries.new_empty((x.B if want_soft else 0, x.G, x.L), dtype=x.dtype)
-    weights = queries.new_empty((0 if hard else x.B, x.L, x.G), dtype=x.dtype)
+    weights = queries.new_empty((0 if hard else x.B, x.L, x.BG), dtype=x.dtype)
     if x.B == 0:
         return pooled, index, count, soft
     with on_device(queries):
         if x.L:
-            center_assignment_fwd_scores_kernel[(tiles(x.L, x.tokens), x.B)](
-                queries, keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D, scale, tau,
-                *queries.stride(), *keys.stride(), *x.m_strides, *x.n_strides,
+            center_assignment_fwd_scores_kernel[(tiles(x.L, x.tokens) * x.B,)](
+                x.queries, x.keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D,
+                *x.q_strides, *x.k_strides, *x.scale, *x.tau,
                 SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
             )  # fmt: skip
-        center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)), x.B)](
-            values, x.mask, index, weights, pooled, count, x.G, x.L, x.E, *values.stride(), *x.m_strides,
-            HARD=hard, NORMALIZER=normalizer, PRECISION=x.precision, BE=x.BD, **x.step, **x.options,
+        center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)) * x.B,)](
+            x.values, x.mask, index, weights, pooled, count, x.G, x.L, x.E, *x.v_strides, normalizer,
+            HARD=hard, PRECISION=x.precision, BE=x.BD, **x.step, **x.options,
         )  # fmt: skip
     return pooled, index, count, soft
 
@@ -287,7 +299,7 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
 def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
              scale, tau, hard, normalizer, need_queries, need_keys, need_values, shared):  # fmt: skip
     """(d queries, d keys, d values, d center_bias, d key_scale) as ``ovseg::center_assignment_backward`` returns them."""
-    x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard)
+    x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau)
     d_queries, d_keys, d_values = (
         like.new_empty((like.shape[0] if need else 0, *like.shape[1:]))
         for like, need in ((queries, need_queries), (keys, need_keys), (values, need_values))
@@ -303,21 +315,21 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
         rho = torch.where((count >= 1) & (normalizer == 0), rho, 0)
     if grad_count is not None:
         rho = rho - grad_count
-    d_scores = queries.new_empty((x.B, x.L, x.G), dtype=x.dtype)
+    d_scores = queries.new_empty((x.B, x.L, x.BG), dtype=x.dtype)
     soft = queries if grad_soft is None else grad_soft.contiguous()
     with on_device(queries):
-        center_assignment_bwd_tokens_kernel[(tiles(x.L, x.tokens), x.B)](
-            queries, keys, values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
-            d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E, scale, tau,
-            *queries.stride(), *keys.stride(), *values.stride(), *x.m_strides, *x.n_strides,
+        center_assignment_bwd_tokens_kernel[(tiles(x.L, x.tokens) * x.B,)](
+            x.queries, x.keys, x.values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
+            d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E,
+            *x.q_strides, *x.k_strides, *x.v_strides, *x.scale, *x.tau,
             SOFT=grad_soft is not None, SHARED=shared, NEED_KEYS=need_keys, NEED_VALUES=need_values, PRECISION=x.precision, BD=x.wide,
             **x.step, **x.options, **x.kind, **x.extras,
         )  # fmt: skip
         if need_queries:
-            center_assignment_bwd_queries_kernel[(tiles(x.D, x.wide), x.B)](
-                keys, x.key_scale, x.mask, d_scores, d_queries, x.G, x.L, x.D, scale, *keys.stride(), *x.m_strides,
+            center_assignment_bwd_queries_kernel[(tiles(x.D, x.wide) * x.B,)](
+                x.keys, x.key_scale, x.mask, d_scores, d_queries, x.G, x.L, x.D, *x.k_strides, *x.scale,
                 SCALED=key_scale is not None, PRECISION=x.precision, BD=x.wide, **x.step, **x.options,
             )  # fmt: skip
     if center_bias is not None:
-        d_bias = d_scores.sum(1)  # (10)
+        d_bias = d_scores[..., : x.G].sum(1)  # (10)
     return d_queries, d_keys, d_values, d_bias, d_scale

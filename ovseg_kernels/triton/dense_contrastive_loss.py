@@ -10,25 +10,29 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ACC, chunk_size, on_device, tiles
+from ._launch import ACC, aligned, chunk_size, halves, joined, on_device, program, rows, tiles, whole
 from .center_assignment import _dot
 from .philox import gumbel_from_bits, philox_bits, uniform_from_bits
 
 CHUNK_BYTES = 64 << 20
 TILE = {torch.float32: (64, 32), torch.float64: (16, 16)}  # texts and pixels, and a step of depth
 WARPS = 4
+# Never a reason to compile again; what copies need to know of D and the strides, ALIGNED says.
+SIZES = ["T", "N", "D", "K", "units", "entries", "first", "count", "pixels_in_all", "p_b", "p_n"]
 
 
-@triton.jit(do_not_specialize=["first", "count", "pixels_in_all"])
+@triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_select_keys_kernel(
     pixels, texts, inverse, image_ids, text_ids, rng, lowest, keys, T, N, D, first, count, pixels_in_all,
-    p_b, p_n, p_d, inverse_temperature, margin,
+    p_b: tl.int64, p_n: tl.int64, inverse_temperature, inverse_temperature_low, margin, margin_low, ALIGNED: tl.constexpr,
     IDS: tl.constexpr, POSITIVES: tl.constexpr, SAMPLING: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Keys of (2) or (3) of a tile; -infinity where a pixel is not eligible."""
-    j = tl.program_id(1) * BT + tl.arange(0, BT)
-    at = tl.program_id(0) * BT + tl.arange(0, BT)
+    D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
+    pixel_tile, text_tile, _ = program(tl.cdiv(count, BT), tl.cdiv(T, BT))
+    j = text_tile * BT + tl.arange(0, BT)
+    at = pixel_tile * BT + tl.arange(0, BT)
     x = first + at.to(tl.int64)
     i = x // N
     inside = (j < T)[:, None] & (at < count)[None, :]
@@ -43,16 +47,19 @@ def dense_contrastive_loss_select_keys_kernel(
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
             q = tl.load(texts + j.to(tl.int64)[:, None] * D + d[None, :], mask=(j < T)[:, None] & (d < D)[None, :], other=0.0)
-            u = tl.load(pixels + (i * p_b + (x - i * N) * p_n)[None, :] + d.to(tl.int64)[:, None] * p_d,
+            u = tl.load(pixels + (i * p_b + (x - i * N) * p_n)[None, :] + d[:, None],
                         mask=(at < count)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
             s = _dot(q, u.to(ACC), s, PRECISION, ACC)
         s *= tl.load(inverse + x, mask=at < count, other=0.0)[None, :]
         if (not POSITIVES) and SAMPLING == 1:
             top = tl.load(lowest + j, mask=j < T, other=float("inf"))[:, None]
-            eligible = eligible & (s < top) & (s >= top - tl.load(margin))
+            eligible = eligible & (s < top) & (s >= top - joined(margin, margin_low, ACC))
         if (not POSITIVES) and SAMPLING >= 2:
             bits = philox_bits(tl.load(rng), tl.load(rng + 1), j.to(tl.int64)[:, None] * pixels_in_all + x[None, :])
-            s = s * tl.load(inverse_temperature) + gumbel_from_bits(bits).to(ACC) if SAMPLING == 2 else uniform_from_bits(bits).to(ACC)
+            if SAMPLING == 2:
+                s = s * joined(inverse_temperature, inverse_temperature_low, ACC) + gumbel_from_bits(bits).to(ACC)
+            else:
+                s = uniform_from_bits(bits).to(ACC)
         key = tl.where(eligible, tl.where(s != s, float("inf"), s), float("-inf"))
     tl.store(keys + j.to(tl.int64)[:, None] * count + at[None, :], key, mask=inside)
 
@@ -64,44 +71,49 @@ def _inverse_norm(u):
 
 
 @triton.jit
-def _pixel(pixels, index, N, D, d, p_b, p_n, p_d, ACC: tl.constexpr):
+def _pixel(pixels, index, N, D, d, p_b, p_n, ACC: tl.constexpr):
     i = index // N
-    return tl.load(pixels + i * p_b + (index - i * N) * p_n + d.to(tl.int64) * p_d, mask=(d < D) & (index >= 0), other=0.0).to(ACC)
+    return tl.load(pixels + i * p_b + (index - i * N) * p_n + d, mask=(d < D) & (index >= 0), other=0.0).to(ACC)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_fwd_gather_kernel(
-    pixels, texts, index, similarity, unit, K, rows, N, D, p_b, p_n, p_d, ACC: tl.constexpr, BD: tl.constexpr,
+    pixels, texts, index, similarity, unit, K, units, N, D, p_b: tl.int64, p_n: tl.int64,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Similarity of one entry, and its unit vector if it is among the first of its text."""
+    D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     entry = tl.program_id(0).to(tl.int64)
     j, k, d, x = entry // K, entry % K, tl.arange(0, BD), tl.load(index + entry)
-    u = _pixel(pixels, x, N, D, d, p_b, p_n, p_d, ACC)
+    u = _pixel(pixels, x, N, D, d, p_b, p_n, ACC)
     u = tl.where(x >= 0, u * _inverse_norm(u), 0.0)
     tl.store(similarity + entry, tl.sum(u * tl.load(texts + j * D + d, mask=d < D, other=0.0), 0))
-    tl.store(unit + (j * rows + k) * D + d, u, mask=(d < D) & (k < rows))
+    tl.store(unit + (j * units + k) * D + d, u, mask=(d < D) & (k < units))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_bwd_texts_kernel(
-    pixels, index, grad, d_texts, K, N, D, p_b, p_n, p_d, ACC: tl.constexpr, BD: tl.constexpr,
+    pixels, index, grad, d_texts, K, N, D, p_b: tl.int64, p_n: tl.int64,
+    ALIGNED: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """(9) of one text."""
+    D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     sums = tl.zeros((BD,), ACC)
     for k in range(0, K):
         x = tl.load(index + j * K + k)
-        u = _pixel(pixels, x, N, D, d, p_b, p_n, p_d, ACC)
+        u = _pixel(pixels, x, N, D, d, p_b, p_n, ACC)
         sums += tl.where(x >= 0, tl.load(grad + j * K + k) * u * _inverse_norm(u), 0.0)
     tl.store(d_texts + j * D + d, sums, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["N", "entries"])
+@triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_bwd_pixels_kernel(
-    pixels, texts, index, order, grad, grad_unit, d_pixels, K, rows, entries, N, D, p_b, p_n, p_d,
-    SIMILARITY: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
+    pixels, texts, index, order, grad, grad_unit, d_pixels, K, units, entries, N, D, p_b: tl.int64, p_n: tl.int64,
+    ALIGNED: tl.constexpr, SIMILARITY: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """(8) of one pixel, by the program of its first entry."""
+    D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     e, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     x = tl.load(index + tl.load(order + e))
     before = tl.load(index + tl.load(order + e - 1, mask=e > 0, other=0), mask=e > 0, other=-1)
@@ -114,11 +126,11 @@ def dense_contrastive_loss_bwd_pixels_kernel(
             if SIMILARITY:
                 v += tl.load(grad + entry) * tl.load(texts + j * D + d, mask=d < D, other=0.0)
             if UNIT:
-                v += tl.load(grad_unit + (j * rows + k) * D + d, mask=(d < D) & (k < rows), other=0.0)
+                v += tl.load(grad_unit + (j * units + k) * D + d, mask=(d < D) & (k < units), other=0.0)
             e += 1
             following = tl.load(order + e, mask=e < entries, other=0)
             more = tl.load(index + following, mask=e < entries, other=-1) == x
-        u = _pixel(pixels, x, N, D, d, p_b, p_n, p_d, ACC)
+        u = _pixel(pixels, x, N, D, d, p_b, p_n, ACC)
         inverse = _inverse_norm(u)
         # A clamped norm: u / eps has no radial part to remove.
         along = tl.where(inverse < 1e12, tl.sum(v * u, 0) * inverse * inverse, 0.0)
@@ -143,23 +155,23 @@ def _best(keys, count):
 def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin):
     """(positive, negative) as ``ovseg::dense_contrastive_select`` returns them."""
     (B, N, D), T, acc = pixels.shape, texts.shape[0], texts.dtype
-    texts, total = texts.contiguous(), B * N
+    pixels, texts, total = rows(pixels), texts.contiguous(), B * N
     inverse = 1 / torch.linalg.vector_norm(pixels, dim=-1, dtype=acc).clamp(min=1e-12)
     ids = (texts, texts) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
     tile, step = TILE[acc]
     size = chunk_size(triton.cdiv(max(1, total), 4096), 4096 * max(1, T) * acc.itemsize, CHUNK_BYTES) * 4096
-    one = torch.tensor([1 / temperature, margin], dtype=acc, device=texts.device)
+    numbers = *halves(1 / temperature), *halves(margin)
     options = {"IDS": image_ids is not None, "ACC": ACC[acc], "PRECISION": "tf32" if pixels.element_size() == 2 else "ieee",
-               "BT": tile, "BD": step, "num_warps": WARPS}
+               "ALIGNED": aligned(pixels, texts), "BT": tile, "BD": step, "num_warps": WARPS}  # fmt: skip
 
     def stream(positives, lowest, wanted):
         best, where = texts.new_empty(T, 0), torch.empty(T, 0, dtype=torch.int64, device=texts.device)
         for first in range(0, total if T else 0, size):
             count = min(size, total - first)
             keys = texts.new_empty(T, count)
-            dense_contrastive_loss_select_keys_kernel[(tiles(count, tile), tiles(T, tile))](
+            dense_contrastive_loss_select_keys_kernel[(tiles(count, tile) * tiles(T, tile),)](
                 pixels, texts, inverse, *ids, inverse if rng is None else rng, lowest, keys, T, N, D, first, count, total,
-                *pixels.stride(), one, one[1:], POSITIVES=positives, SAMPLING=sampling, **options,
+                *pixels.stride()[:2], *numbers, POSITIVES=positives, SAMPLING=0 if positives else sampling, **options,
             )  # fmt: skip
             found, places = _best(keys, wanted)
             best, where = torch.cat([best, found], 1), torch.cat([where, places + first], 1)
@@ -174,32 +186,33 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
         return positive, stream(False, lowest, k_neg + skip)[1][:, skip:].contiguous()
 
 
-def gather(pixels, texts, index, rows):
+def gather(pixels, texts, index, units):
     """(similarity, unit) as ``ovseg::dense_contrastive_gather`` returns them."""
-    (B, N, D), (T, K), texts = pixels.shape, index.shape, texts.contiguous()
-    similarity, unit = texts.new_zeros(T, K), texts.new_zeros(T, rows, D)
+    (B, N, D), (T, K), pixels, texts = pixels.shape, index.shape, rows(pixels), texts.contiguous()
+    similarity, unit = texts.new_zeros(T, K), texts.new_zeros(T, units, D)
     if T * K * B * N:
         with on_device(pixels):
             dense_contrastive_loss_fwd_gather_kernel[(T * K,)](
-                pixels, texts, index.contiguous(), similarity, unit, K, rows, N, D, *pixels.stride(),
-                ACC=ACC[texts.dtype], BD=triton.next_power_of_2(D), num_warps=WARPS,
+                pixels, texts, index.contiguous(), similarity, unit, K, units, N, D, *pixels.stride()[:2],
+                ALIGNED=aligned(pixels, texts), ACC=ACC[texts.dtype], BD=triton.next_power_of_2(D), num_warps=WARPS,
             )  # fmt: skip
     return similarity, unit
 
 
-def backward(grad_similarity, grad_unit, pixels, texts, index, order, rows, need_pixels, need_texts):
+def backward(grad_similarity, grad_unit, pixels, texts, index, order, units, need_pixels, need_texts):
     """(d pixels, d texts) as ``ovseg::dense_contrastive_gather_backward`` returns them."""
     (B, N, D), (T, K), texts, index = pixels.shape, index.shape, texts.contiguous(), index.contiguous()
+    pixels, strides = rows(pixels), rows(pixels).stride()[:2]
     d_pixels, d_texts = pixels.new_zeros(B if need_pixels else 0, N, D), texts.new_zeros(T if need_texts else 0, D)
     grads = [texts if g is None else g.contiguous() for g in (grad_similarity, grad_unit)]
-    options = {"ACC": ACC[texts.dtype], "BD": triton.next_power_of_2(D), "num_warps": WARPS}
+    options = {"ALIGNED": aligned(pixels, texts), "ACC": ACC[texts.dtype], "BD": triton.next_power_of_2(D), "num_warps": WARPS}
     if T * K * B * N:
         with on_device(pixels):
             if need_texts and grad_similarity is not None:
-                dense_contrastive_loss_bwd_texts_kernel[(T,)](pixels, index, grads[0], d_texts, K, N, D, *pixels.stride(), **options)
+                dense_contrastive_loss_bwd_texts_kernel[(T,)](pixels, index, grads[0], d_texts, K, N, D, *strides, **options)
             if need_pixels:
                 dense_contrastive_loss_bwd_pixels_kernel[(T * K,)](
-                    pixels, texts, index, order.contiguous(), *grads, d_pixels, K, rows, T * K, N, D, *pixels.stride(),
+                    pixels, texts, index, order.contiguous(), *grads, d_pixels, K, units, T * K, N, D, *strides,
                     SIMILARITY=grad_similarity is not None, UNIT=grad_unit is not None, **options,
                 )  # fmt: skip
     return d_pixels, d_texts

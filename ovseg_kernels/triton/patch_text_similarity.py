@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 
 from ..reference.patch_text_similarity import EPS, accumulation_dtype
-from ._launch import ACC, chunk_size, on_device, tiles
+from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, rows, tiles, whole
 
 CHUNK_BYTES = 64 << 20
 SLOTS = 16
 # (texts, patches, channels) of a tile and warps, by bytes of an element: fixed, so that two machines choose equally. Chosen
 # by what the compiler says of registers, spills and shared memory (tests/packaging/triton_gate.py); not tuned on a GPU.
 CONFIGS = {2: (64, 64, 64, 4), 4: (64, 64, 32, 8), 8: (32, 32, 16, 4)}
-LENGTHS = ["T", "N", "D", "first", "images"]  # never a reason to compile again
+# Never a reason to compile again; what copies need to know of D and the strides, ALIGNED says. P is the pitch of N.
+SIZES = ["T", "N", "P", "D", "first", "images", "slots", "patch_b", "patch_n", "text_t"]
 
 
 @triton.jit
@@ -47,50 +48,61 @@ def _tile(base, rows, columns, row_stride, column_stride, n_rows, n_columns):
 
 
 @triton.jit
-def _kept(mask, image, n, N, mask_b, mask_n, MASKED: tl.constexpr):
+def _patches(patches, n, d, keep, D, patch_n):
+    """[patches, channels] of one image."""
+    return tl.load(patches + n.to(tl.int64)[:, None] * patch_n + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _turned(patches, n, d, keep, D, patch_n):
+    """[channels, patches] of one image."""
+    return tl.load(patches + n.to(tl.int64)[None, :] * patch_n + d[:, None], mask=keep[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def _kept(mask, image, n, N, MASKED: tl.constexpr):
     keep = n < N
     if MASKED:
-        keep = keep & (tl.load(mask + image * mask_b + n.to(tl.int64) * mask_n, mask=keep, other=0) != 0)
+        keep = keep & (tl.load(mask + image * N + n, mask=keep, other=0) != 0)
     return keep
 
 
 @triton.jit
-def _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
+def _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t,
              ACC: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr):
-    """(1) of one tile: raw operands into the product, norms onto its sums."""
+    """(1) of one tile of one image: raw operands into the product, norms onto its sums."""
     s = tl.zeros((t.shape[0], n.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        q = _tile(texts, t, d, text_t, text_d, T, D)
-        at = patches + image * patch_b + n.to(tl.int64)[None, :] * patch_n + d.to(tl.int64)[:, None] * patch_d
-        u = tl.load(at, mask=keep[None, :] & (d < D)[:, None], other=0.0)
-        s = tl.dot(q, u, s, input_precision=PRECISION, out_dtype=ACC)
+        q = _tile(texts, t, d, text_t, 1, T, D)
+        s = tl.dot(q, _turned(patches, n, d, keep, D, patch_n), s, input_precision=PRECISION, out_dtype=ACC)
     r = tl.load(norms + i * N + n, mask=n < N, other=1.0)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
     eps = tl.full((), 1e-12, ACC)
     return s / _larger(r, eps)[None, :] / _larger(rq, eps)[:, None]
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_fwd_kernel(
     patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, best, first, T, N, D,
-    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
-    MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Running maximum and sums over the patches: log-sum of the weights, and (3) for score and max."""
-    i = tl.program_id(1).to(tl.int64)
+    text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    D, patch_n, text_t = whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    patches += image * whole(patch_b, ALIGNED)
+    t = text_tile * BT + tl.arange(0, BT)
     scale, bias = tl.load(scale_at), tl.load(bias_at)
     top = tl.full((BT,), float("-inf"), ACC)
     total, along = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC)
     found = tl.full((BT,), -1, tl.int32)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
-        s = _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
-                     ACC, PRECISION, BD)  # fmt: skip
+        keep = _kept(mask, image, n, N, MASKED)
+        s = _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t, ACC, PRECISION, BD)
         x = s if POOL == 2 else _logit(s, scale, bias, SIGMOID)
         x = tl.where(keep[None, :], x, float("-inf"))
         here = tl.max(x, 1)
@@ -119,60 +131,60 @@ def patch_text_similarity_fwd_kernel(
             tl.store(similarity + out, tl.where(some, along / tl.where(some, total, 1.0), 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_weights_kernel(
-    patches, texts, mask, scale_at, bias_at, norms, text_norms, lse, weights, first, T, N, D,
-    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
-    MASKED: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    patches, texts, mask, scale_at, bias_at, norms, text_norms, lse, weights, first, T, N, P, D,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Weights a of one tile with their log-sum known, equation (2)."""
-    i = tl.program_id(2).to(tl.int64)
+    """Weights a of one tile with their log-sum known, equation (2); zero up to the pitch."""
+    text_tile, patch_tile, i = program(tl.cdiv(T, BT), tl.cdiv(N, BN))
     image = first + i
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
-    s = _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
-                 ACC, PRECISION, BD)  # fmt: skip
+    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    patches += image * whole(patch_b, ALIGNED)
+    t = text_tile * BT + tl.arange(0, BT)
+    n = patch_tile * BN + tl.arange(0, BN)
+    keep = _kept(mask, image, n, N, MASKED)
+    s = _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t, ACC, PRECISION, BD)
     known = tl.load(lse + image * T + t, mask=t < T, other=0.0)
     x = _logit(s, tl.load(scale_at), tl.load(bias_at), SIGMOID)
     a = tl.where(keep[None, :], tl.exp(tl.where(keep[None, :], x - known[:, None], 0.0)), 0.0)
-    at = weights + (i * T + t)[:, None] * N + n[None, :]
-    tl.store(at, a.to(weights.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+    at = weights + (i * T + t)[:, None] * P + n[None, :]
+    tl.store(at, a.to(weights.dtype.element_ty), mask=(t < T)[:, None] & (n < P)[None, :])
 
 
 @triton.jit
-def _pooled(weights, patches, mask, image, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n,
-            MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
-    """v = sum_n a_n u_n of one tile of texts and channels."""
+def _pooled(weights, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED: tl.constexpr, ACC: tl.constexpr,
+            PRECISION: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """v = sum_n a_n u_n of one tile of texts and channels of one image."""
     v = tl.zeros((t.shape[0], d.shape[0]), ACC)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
-        a = _tile(weights + i * T * N, t, n, N, 1, T, N)
-        at = patches + image * patch_b + n.to(tl.int64)[:, None] * patch_n + d.to(tl.int64)[None, :] * patch_d
-        u = tl.load(at, mask=keep[:, None] & (d < D)[None, :], other=0.0)
+        a = _tile(weights, t, n, P, 1, T, P)
+        u = _patches(patches, n, d, _kept(mask, image, n, N, MASKED), D, patch_n)
         v = tl.dot(a, u.to(a.dtype), v, input_precision=PRECISION, out_dtype=ACC)
     return v
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_pooled_norms_kernel(
-    weights, patches, texts, mask, text_norms, similarity, norm, first, T, N, D,
-    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
-    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    weights, patches, texts, mask, text_norms, similarity, norm, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """|v| and (4); v never leaves the program."""
-    i = tl.program_id(1).to(tl.int64)
+    text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    patches += image * whole(patch_b, ALIGNED)
+    t = text_tile * BT + tl.arange(0, BT)
     squared, dot = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        v = _pooled(weights, patches, mask, image, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n, MASKED, ACC,
-                    PRECISION, BN)  # fmt: skip
+        v = _pooled(weights + i * T * P, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
         squared += tl.sum(v * v, 1)
-        dot += tl.sum(v * _tile(texts, t, d, text_t, text_d, T, D).to(ACC), 1)
+        dot += tl.sum(v * _tile(texts, t, d, text_t, 1, T, D).to(ACC), 1)
     length = tl.sqrt(squared)
     eps = tl.full((), 1e-12, ACC)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
@@ -180,35 +192,40 @@ def patch_text_similarity_pooled_norms_kernel(
     tl.store(similarity + image * T + t, dot / _larger(rq, eps) / _larger(length, eps), mask=t < T)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_vectors_kernel(
-    weights, patches, mask, vectors, first, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n,
-    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    weights, patches, mask, vectors, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    v = _pooled(weights, patches, mask, first + i, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n, MASKED, ACC,
-                PRECISION, BN)  # fmt: skip
+    text_tile, channel_tile, i = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
+    image = first + i
+    P, D, patch_n = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED)
+    patches += image * whole(patch_b, ALIGNED)
+    t = text_tile * BT + tl.arange(0, BT)
+    d = channel_tile * BD + tl.arange(0, BD)
+    v = _pooled(weights + i * T * P, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
     at = vectors + (i * T + t)[:, None] * D + d[None, :]
     tl.store(at, v.to(vectors.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_coefficients_kernel(
     patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, norm, best, grad, vectors,
-    coefficients, factors, along, scalars, first, T, N, D, patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
-    MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    coefficients, factors, along, scalars, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BACK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """From cosines to the coefficients m with dU = m^T q + .., dq = m U; equations (5)-(7)."""
-    i = tl.program_id(2).to(tl.int64)
+    text_tiles, patch_tiles = tl.cdiv(T, BT), tl.cdiv(N, BN)
+    text_tile, patch_tile, i = program(text_tiles, patch_tiles)
     image = first + i
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
-    s = _cosines(patches, texts, norms, text_norms, image, i, t, n, keep, T, N, D, patch_b, patch_n, patch_d, text_t, text_d,
-                 ACC, PRECISION, BD)  # fmt: skip
+    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    patches += image * whole(patch_b, ALIGNED)
+    t = text_tile * BT + tl.arange(0, BT)
+    n = patch_tile * BN + tl.arange(0, BN)
+    keep = _kept(mask, image, n, N, MASKED)
+    s = _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t, ACC, PRECISION, BD)
     scale, bias = tl.load(scale_at), tl.load(bias_at)
     eps = tl.full((), 1e-12, ACC)
     r = tl.load(norms + i * N + n, mask=n < N, other=1.0)
@@ -240,72 +257,74 @@ def patch_text_similarity_bwd_coefficients_kernel(
             for d0 in range(0, D, BD):
                 d = d0 + tl.arange(0, BD)
                 v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
-                at = patches + image * patch_b + n.to(tl.int64)[None, :] * patch_n + d.to(tl.int64)[:, None] * patch_d
-                u = tl.load(at, mask=keep[None, :] & (d < D)[:, None], other=0.0)
+                u = _turned(patches, n, d, keep, D, patch_n)
                 uv = tl.dot(v, u.to(v.dtype), uv, input_precision=BACK, out_dtype=ACC)
             c = g[:, None] * a * slope * (r[None, :] * s * rho[:, None] - back[:, None] * uv)  # (6)
             m = scale * c / _larger(r, eps)[None, :] + g[:, None] * a * rho[:, None]  # (7)
             parallel = scale * c * s
-            if tl.program_id(1) == 0:
+            if patch_tile == 0:
                 tl.store(factors + i * T + t, -g * back, mask=t < T)
-    at = coefficients + (i * T + t)[:, None] * N + n[None, :]
+    at = coefficients + (i * T + t)[:, None] * P + n[None, :]
     m = tl.where(inside, m / _larger(rq, eps)[:, None], 0.0)
-    tl.store(at, m.to(coefficients.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
-    tiles = tl.num_programs(0)
+    tl.store(at, m.to(coefficients.dtype.element_ty), mask=(t < T)[:, None] & (n < P)[None, :])
     parallel = tl.where(inside, parallel, 0.0)
-    tl.store(along + (i * tiles + tl.program_id(0)) * N + n, tl.sum(parallel, 0), mask=n < N)
-    block = (i * tl.num_programs(1) + tl.program_id(1)) * tiles + tl.program_id(0)
+    tl.store(along + (i * text_tiles + text_tile) * N + n, tl.sum(parallel, 0), mask=n < N)
+    block = (i * patch_tiles + patch_tile) * text_tiles + text_tile
     c = tl.where(inside, c, 0.0)
     tl.store(scalars + 2 * block, tl.sum(tl.sum(tl.where(inside, c * s, 0.0), 1).to(tl.float64), 0))
     tl.store(scalars + 2 * block + 1, tl.sum(tl.sum(c, 1).to(tl.float64), 0))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_patches_kernel(
-    coefficients, texts, weights, vectors, factors, along, patches, mask, out, first, T, N, D,
-    patch_b, patch_n, patch_d, text_t, text_d, mask_b, mask_n,
-    MASKED: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    coefficients, texts, weights, vectors, factors, along, patches, mask, out, first, T, N, P, D,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dU = m^T q - sum_t h_t a_t v_t, minus the part along each patch."""
-    i = tl.program_id(2).to(tl.int64)
+    patch_tile, channel_tile, i = program(tl.cdiv(N, BN), tl.cdiv(D, BD))
     image = first + i
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    patches += image * whole(patch_b, ALIGNED)
+    n = patch_tile * BN + tl.arange(0, BN)
+    d = channel_tile * BD + tl.arange(0, BD)
     du = tl.zeros((BN, BD), ACC)
     for t0 in range(0, T, BT):
         t = t0 + tl.arange(0, BT)
-        m = _tile(coefficients + i * T * N, n, t, 1, N, N, T)
-        q = _tile(texts, t, d, text_t, text_d, T, D)
+        m = _tile(coefficients + i * T * P, n, t, 1, P, P, T)
+        q = _tile(texts, t, d, text_t, 1, T, D)
         du = tl.dot(m, q.to(m.dtype), du, input_precision=PRECISION, out_dtype=ACC)
-        if POOL == 0:
+        if VECTOR:
             h = tl.load(factors + i * T + t, mask=t < T, other=0.0)
-            a = _tile(weights + i * T * N, n, t, 1, N, N, T)
+            a = _tile(weights + i * T * P, n, t, 1, P, P, T)
             v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
             du = tl.dot((a.to(ACC) * h[None, :]).to(a.dtype), v, du, input_precision=PRECISION, out_dtype=ACC)
-    keep = _kept(mask, image, n, N, mask_b, mask_n, MASKED)
+    keep = _kept(mask, image, n, N, MASKED)
     inside = keep[:, None] & (d < D)[None, :]
-    u = tl.load(patches + image * patch_b + n.to(tl.int64)[:, None] * patch_n + d.to(tl.int64)[None, :] * patch_d, mask=inside, other=0.0)
+    u = _patches(patches, n, d, keep, D, patch_n)
     back = tl.load(along + i * N + n, mask=n < N, other=0.0)
     du = tl.where(inside, du - back[:, None] * u.to(ACC), 0.0)
     at = out + (image * N + n)[:, None] * D + d[None, :]
     tl.store(at, du.to(out.dtype.element_ty), mask=(n < N)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_texts_kernel(
-    coefficients, patches, mask, out, first, images, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n,
-    MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    coefficients, patches, mask, out, first, images, slots, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dq of one slot: its images of this chunk, in order, onto what earlier chunks left there."""
-    slot, slots = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    text_tile, channel_tile, slot = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
+    P, D, patch_n, patch_b = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(patch_b, ALIGNED)
+    t = text_tile * BT + tl.arange(0, BT)
+    d = channel_tile * BD + tl.arange(0, BD)
     dq = tl.zeros((BT, BD), ACC)
     for k in range(images * slot // slots, images * (slot + 1) // slots):
         i = tl.cast(k, tl.int64)
-        dq += _pooled(coefficients, patches, mask, first + i, i, t, d, T, N, D, patch_b, patch_n, patch_d, mask_b, mask_n, MASKED,
-                      ACC, PRECISION, BN)  # fmt: skip
+        u = patches + (first + i) * patch_b
+        dq += _pooled(coefficients + i * T * P, u, mask, first + i, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
     at = out + (slot * T + t)[:, None] * D + d[None, :]
     inside = (t < T)[:, None] & (d < D)[None, :]
     if first > 0:
@@ -318,10 +337,10 @@ class _Call:
 
     def __init__(self, patches, texts, mask, scale, bias, pool, weight, tf32):
         acc = accumulation_dtype(patches)
-        self.patches, self.texts, self.scale, self.bias, self.pool = patches, texts, scale, bias, pool
-        self.mask = patches if mask is None else mask.view(torch.uint8)
+        self.patches, self.texts, self.scale, self.bias, self.pool = rows(patches), rows(texts), scale, bias, pool
+        self.mask = patches if mask is None else mask.contiguous().view(torch.uint8)
         self.B, self.N, self.D = patches.shape
-        self.T = texts.shape[0]
+        self.T, self.P = texts.shape[0], pitch(patches.shape[1])
         self.dtype = acc
         # Coefficients can be of any size: bfloat16 keeps its range; float16 is exact in tf32 and its products go through it.
         self.between = patches.dtype if patches.dtype == torch.bfloat16 else acc
@@ -330,10 +349,10 @@ class _Call:
         self.text_norms = torch.linalg.vector_norm(texts, dim=-1, dtype=acc)
         self.BT, self.BN, self.BD, self.warps = CONFIGS[patches.element_size()]
         self.back_blocks = CONFIGS[torch.empty((), dtype=self.between).element_size()]
-        mask_strides = (0, 0) if mask is None else mask.stride()
-        self.patch_strides, self.text_strides, self.mask_strides = patches.stride(), texts.stride(), mask_strides
+        self.strides = *self.patches.stride()[:2], self.texts.stride(0)
+        self.aligned = aligned(self.patches, self.texts)
         self.keep = mask
-        self.masked, self.sigmoid, self.acc = mask is not None, weight == 1, ACC[acc]
+        self.masked, self.sigmoid, self.acc = mask is not None, weight == 1 and pool != 2, ACC[acc]
 
     def norms(self, image: slice) -> torch.Tensor:
         """[chunk, N]; a masked patch has none, whatever it holds."""
@@ -349,18 +368,18 @@ class _Call:
             yield first, min(size, self.B - first)
 
     def fwd(self, first, images, norms, similarity, lse, best):
-        patch_text_similarity_fwd_kernel[(tiles(self.T, self.BT), images)](
+        patch_text_similarity_fwd_kernel[(tiles(self.T, self.BT) * images,)](
             self.patches, self.texts, self.mask, self.scale, self.bias, norms, self.text_norms, similarity, lse, best, first,
-            self.T, self.N, self.D, *self.patch_strides, *self.text_strides, *self.mask_strides,
+            self.T, self.N, self.D, *self.strides, ALIGNED=self.aligned,
             MASKED=self.masked, SIGMOID=self.sigmoid, POOL=self.pool, ACC=self.acc, PRECISION=self.precision,
             BT=self.BT, BN=self.BN, BD=self.BD, num_warps=self.warps,
         )  # fmt: skip
 
     def weights(self, first, images, norms, lse):
-        out = self.new(images, self.T, self.N, dtype=self.between)
-        patch_text_similarity_weights_kernel[(tiles(self.T, self.BT), tiles(self.N, self.BN), images)](
+        out = self.new(images, self.T, self.P, dtype=self.between)
+        patch_text_similarity_weights_kernel[(tiles(self.T, self.BT) * tiles(self.N, self.BN) * images,)](
             self.patches, self.texts, self.mask, self.scale, self.bias, norms, self.text_norms, lse, out, first,
-            self.T, self.N, self.D, *self.patch_strides, *self.text_strides, *self.mask_strides,
+            self.T, self.N, self.P, self.D, *self.strides, ALIGNED=self.aligned,
             MASKED=self.masked, SIGMOID=self.sigmoid, ACC=self.acc, PRECISION=self.precision,
             BT=self.BT, BN=self.BN, BD=self.BD, num_warps=self.warps,
         )  # fmt: skip
@@ -376,17 +395,16 @@ def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
         return similarity, lse, norm
     BT, BN, BD, warps = x.back_blocks
     with on_device(patches):
-        for first, images in x.chunks(x.T * x.N * 4):
+        for first, images in x.chunks(x.T * x.P * 4):
             norms = x.norms(slice(first, first + images))
             best = x.new(images if pool == 2 else 0, x.T, dtype=torch.int32)
             x.fwd(first, images, norms, similarity, lse, best)
             if pool != 0:
                 continue
             weights = x.weights(first, images, norms, lse)
-            patch_text_similarity_pooled_norms_kernel[(tiles(x.T, BT), images)](
-                weights, patches, texts, x.mask, x.text_norms, similarity, norm, first, x.T, x.N, x.D,
-                *x.patch_strides, *x.text_strides, *x.mask_strides,
-                MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
+            patch_text_similarity_pooled_norms_kernel[(tiles(x.T, BT) * images,)](
+                weights, x.patches, x.texts, x.mask, x.text_norms, similarity, norm, first, x.T, x.N, x.P, x.D,
+                *x.strides, ALIGNED=x.aligned, MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
             )  # fmt: skip
     return similarity, lse, norm
 
@@ -401,7 +419,7 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
         return d_patches.zero_(), d_texts.zero_(), d_scale, d_bias
     grad = grad.contiguous()
     BT, BN, BD, warps = x.back_blocks
-    per_image = x.T * (2 * x.N + x.D) * x.new(0, dtype=x.between).element_size() + tiles(x.T, x.BT) * x.N * grad.element_size()
+    per_image = x.T * (2 * x.P + x.D) * x.new(0, dtype=x.between).element_size() + tiles(x.T, x.BT) * x.N * grad.element_size()
     size = chunk_size(x.B, per_image, CHUNK_BYTES)
     slots = min(SLOTS, size, tiles(256, tiles(x.T, BT) * tiles(x.D, BD)))
     sums = x.new(slots if need_texts else 0, x.T, x.D)
@@ -415,34 +433,32 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
                 x.fwd(first, images, norms, x.new(x.B, x.T), lse, best)
             if pool == 0:
                 weights, vectors = x.weights(first, images, norms, lse), x.new(images, x.T, x.D, dtype=x.between)
-                patch_text_similarity_vectors_kernel[(tiles(x.T, BT), tiles(x.D, BD), images)](
-                    weights, patches, x.mask, vectors, first, x.T, x.N, x.D, *x.patch_strides, *x.mask_strides,
+                patch_text_similarity_vectors_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * images,)](
+                    weights, x.patches, x.mask, vectors, first, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
                     MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
                 )  # fmt: skip
             text_tiles, patch_tiles = tiles(x.T, x.BT), tiles(x.N, x.BN)
-            coefficients = x.new(images, x.T, x.N, dtype=x.between)
+            coefficients = x.new(images, x.T, x.P, dtype=x.between)
             factors, along = x.new(images, x.T), x.new(images, text_tiles, x.N)
             scalars = x.new(images * text_tiles * patch_tiles, 2, dtype=torch.float64)
-            patch_text_similarity_bwd_coefficients_kernel[(text_tiles, patch_tiles, images)](
-                patches, texts, x.mask, scale, bias, norms, x.text_norms, similarity, lse, norm, best, grad, vectors,
-                coefficients, factors, along, scalars, first, x.T, x.N, x.D,
-                *x.patch_strides, *x.text_strides, *x.mask_strides,
-                MASKED=x.masked, SIGMOID=x.sigmoid, POOL=pool, ACC=x.acc, PRECISION=x.precision, BACK=x.back,
+            patch_text_similarity_bwd_coefficients_kernel[(text_tiles * patch_tiles * images,)](
+                x.patches, x.texts, x.mask, scale, bias, norms, x.text_norms, similarity, lse, norm, best, grad, vectors,
+                coefficients, factors, along, scalars, first, x.T, x.N, x.P, x.D,
+                *x.strides, ALIGNED=x.aligned, MASKED=x.masked, SIGMOID=x.sigmoid, POOL=pool, ACC=x.acc, PRECISION=x.precision, BACK=x.back,
                 BT=x.BT, BN=x.BN, BD=x.BD, num_warps=8,  # two accumulators: with 4 they spill
             )  # fmt: skip
             d_scalars += scalars.sum(0)
             if need_patches:
                 # What the projection onto the sphere takes away; a norm clamped at EPS is a constant and has none.
                 back = (along.sum(1) / norms.square()).masked_fill_(norms < EPS, 0)
-                patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN), tiles(x.D, BD), images)](
-                    coefficients, texts, weights, vectors, factors, back, patches, x.mask, d_patches, first, x.T, x.N, x.D,
-                    *x.patch_strides, *x.text_strides, *x.mask_strides,
-                    MASKED=x.masked, POOL=pool, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
-                    num_stages=2,  # three would not fit the shared memory of sm_86 to sm_120
+                patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN) * tiles(x.D, BD) * images,)](
+                    coefficients, x.texts, weights, vectors, factors, back, x.patches, x.mask, d_patches, first, x.T, x.N, x.P, x.D,
+                    *x.strides, ALIGNED=x.aligned, MASKED=x.masked, VECTOR=pool == 0, ACC=x.acc, PRECISION=x.back,
+                    BT=BT, BN=BN, BD=BD, num_warps=warps, num_stages=2,  # three would not fit the shared memory of sm_86 to sm_120
                 )  # fmt: skip
             if need_texts:
-                patch_text_similarity_bwd_texts_kernel[(tiles(x.T, BT), tiles(x.D, BD), slots)](
-                    coefficients, patches, x.mask, sums, first, images, x.T, x.N, x.D, *x.patch_strides, *x.mask_strides,
+                patch_text_similarity_bwd_texts_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * slots,)](
+                    coefficients, x.patches, x.mask, sums, first, images, slots, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
                     MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
                 )  # fmt: skip
     if need_texts:

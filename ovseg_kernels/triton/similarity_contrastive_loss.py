@@ -10,6 +10,7 @@ from ._launch import ACC, on_device, tiles
 from .patch_text_similarity import _larger
 
 ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
+SIZES = ["B", "T", "offset", "stride", "pair_stride"]  # never a reason to compile again
 
 
 @triton.jit
@@ -29,21 +30,27 @@ def lse_of(top, total):
 
 
 @triton.jit
-def _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS: tl.constexpr, PAIRS: tl.constexpr):
+def _at(matrix, i, j, stride, TURNED: tl.constexpr):
+    """Elements of a tile of a matrix whose rows, or columns if TURNED, lie ``stride`` apart and are dense."""
+    return matrix + (j.to(tl.int64)[None, :] * stride + i[:, None] if TURNED else i.to(tl.int64)[:, None] * stride + j[None, :])
+
+
+@triton.jit
+def _pairs(i, j, mine, others, offset, pairs, stride, inside, TURNED: tl.constexpr, IDS: tl.constexpr, PAIRS: tl.constexpr):
     """(kept, positive) of a tile; ``mine`` and ``others`` are the ids of its rows and columns."""
     kept = inside
     if PAIRS:
-        kept = kept & (tl.load(pairs + i.to(tl.int64)[:, None] * pair_i + j.to(tl.int64)[None, :] * pair_j, mask=inside, other=0) != 0)
+        kept = kept & (tl.load(_at(pairs, i, j, stride, TURNED), mask=inside, other=0) != 0)
     same = mine[:, None] == others[None, :] if IDS else j[None, :] == i[:, None] + offset
     return kept, kept & same
 
 
-@triton.jit(do_not_specialize=["B", "T", "offset"])
+@triton.jit(do_not_specialize=SIZES)
 def similarity_contrastive_loss_fwd_kernel(
-    similarity, scale_at, own_ids, other_ids, pairs, out, B, T, offset, stride_i, stride_j, pair_i, pair_j,
+    similarity, scale_at, own_ids, other_ids, pairs, out, B, T, offset, stride: tl.int64, pair_stride: tl.int64, TURNED: tl.constexpr,
     IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp, sum and number of positives of BI rows; called with the strides swapped, of columns."""
+    """Log-sum-exp, sum and number of positives of BI rows; called with TURNED the other way round, of columns."""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale = tl.load(scale_at)
     mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
@@ -53,9 +60,8 @@ def similarity_contrastive_loss_fwd_kernel(
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
         others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
-        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS, PAIRS)
-        at = similarity + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
-        z = scale * tl.load(at, mask=inside, other=0.0)
+        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS)
+        z = scale * tl.load(_at(similarity, i, j, stride, TURNED), mask=inside, other=0.0)
         x = tl.where(kept, z, float("-inf"))
         top, total = add_to_lse(top, total, x)
         hits += tl.sum(tl.where(positive, z, 0.0), 1)
@@ -65,10 +71,10 @@ def similarity_contrastive_loss_fwd_kernel(
     tl.store(out + 2 * B + i, count, mask=i < B)
 
 
-@triton.jit(do_not_specialize=["B", "T", "offset"])
+@triton.jit(do_not_specialize=SIZES)
 def similarity_contrastive_loss_bwd_kernel(
     similarity, scale_at, grad_at, own_ids, other_ids, pairs, rows, columns, row_weight, column_weight, out, partial,
-    B, T, offset, stride_i, stride_j, pair_i, pair_j,
+    B, T, offset, stride: tl.int64, pair_stride: tl.int64, TURNED: tl.constexpr,
     IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Equation (4), and the rows' shares of d scale."""
@@ -83,12 +89,11 @@ def similarity_contrastive_loss_bwd_kernel(
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
         others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
-        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_i, pair_j, inside, IDS, PAIRS)
+        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS)
         lse_j = tl.load(columns + j, mask=j < T, other=0.0)
         weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
         share_j = weight_j / tl.maximum(tl.load(columns + 2 * T + j, mask=j < T, other=1.0), 1.0)
-        at = similarity + i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
-        phi = tl.load(at, mask=inside, other=0.0)
+        phi = tl.load(_at(similarity, i, j, stride, TURNED), mask=inside, other=0.0)
         z = scale * phi
         # A row or column of weight 0 has no positive and may have no finite log-sum-exp.
         by_row, by_column = kept & (weight_i != 0.0)[:, None], kept & (weight_j != 0.0)[None, :]
@@ -102,42 +107,45 @@ def similarity_contrastive_loss_bwd_kernel(
 
 
 def _options(similarity, image_ids, text_ids, pair_mask):
-    """Pointers of optional arguments (anything valid where absent) and their flags."""
+    """Pointers of optional arguments (anything valid where absent), the layout of the matrices, and flags of the kernels."""
     ids = (similarity, similarity) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
-    pairs = similarity if pair_mask is None else pair_mask.view(torch.uint8)
-    flags = {"IDS": image_ids is not None, "PAIRS": pair_mask is not None, "ACC": ACC[similarity.dtype]}
-    return ids, pairs, (0, 0) if pair_mask is None else pair_mask.stride(), flags
+    turned = similarity.stride(1) != 1 and similarity.stride(0) == 1
+    dense = similarity if turned or similarity.stride(1) == 1 else similarity.contiguous()
+    pairs = dense
+    if pair_mask is not None:  # dense along the same dimension
+        pairs = (pair_mask.T.contiguous().T if turned else pair_mask.contiguous()).view(torch.uint8)
+    flags = {"IDS": image_ids is not None, "PAIRS": pair_mask is not None, "ACC": ACC[similarity.dtype],
+             "BI": ROWS, "BJ": COLUMNS, "num_warps": WARPS}  # fmt: skip
+    return ids, (dense, pairs), (dense.stride(int(turned)), pairs.stride(int(turned))), turned, flags
 
 
 def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
     """(rows [3, B], columns [3, T]) as ``ovseg::similarity_contrastive_stats`` returns them."""
-    (B, T), (si, sj) = similarity.shape, similarity.stride()
-    ids, pairs, (pi, pj), flags = _options(similarity, image_ids, text_ids, pair_mask)
+    B, T = similarity.shape
+    ids, (dense, pairs), strides, turned, flags = _options(similarity, image_ids, text_ids, pair_mask)
     rows, columns = similarity.new_empty(3, B), similarity.new_empty(3, T)
     with on_device(similarity):
-        for out, size, other, own, its, start, strides in (
-            (rows, B, T, ids[0], ids[1], offset, (si, sj, pi, pj)),
-            (columns, T, B, ids[1], ids[0], -offset, (sj, si, pj, pi)),
+        for out, size, other, own, its, start, side in (
+            (rows, B, T, ids[0], ids[1], offset, turned),
+            (columns, T, B, ids[1], ids[0], -offset, not turned),
         ):
             if size:
                 similarity_contrastive_loss_fwd_kernel[(tiles(size, ROWS),)](
-                    similarity, logit_scale, own, its, pairs, out, size, other, start, *strides,
-                    BI=ROWS, BJ=COLUMNS, num_warps=WARPS, **flags,
-                )  # fmt: skip
+                    dense, logit_scale, own, its, pairs, out, size, other, start, *strides, TURNED=side, **flags
+                )
     return rows, columns
 
 
 def backward(grad, similarity, logit_scale, image_ids, text_ids, pair_mask, rows, columns, row_weight, column_weight, offset):
     """(d similarity, d logit_scale) as ``ovseg::similarity_contrastive_loss_backward`` returns them."""
     B, T = similarity.shape
-    ids, pairs, pair_strides, flags = _options(similarity, image_ids, text_ids, pair_mask)
+    ids, (dense, pairs), strides, turned, flags = _options(similarity, image_ids, text_ids, pair_mask)
     out = similarity.new_empty(B, T)
     partial = torch.zeros(B, dtype=torch.float64, device=similarity.device)
     if out.numel():
         with on_device(similarity):
             similarity_contrastive_loss_bwd_kernel[(tiles(B, ROWS),)](
-                similarity, logit_scale, grad, *ids, pairs, *(x.contiguous() for x in (rows, columns, row_weight, column_weight)),
-                out, partial, B, T, offset, *similarity.stride(), *pair_strides,
-                BI=ROWS, BJ=COLUMNS, num_warps=WARPS, **flags,
+                dense, logit_scale, grad, *ids, pairs, *(x.contiguous() for x in (rows, columns, row_weight, column_weight)),
+                out, partial, B, T, offset, *strides, TURNED=turned, **flags,
             )  # fmt: skip
     return out, partial.sum().to(similarity.dtype)

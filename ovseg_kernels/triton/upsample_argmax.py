@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..reference.upsample_argmax import LABEL_TYPES
-from ._launch import ACC, on_device, tiles
+from ._launch import ACC, on_device, program, tiles
 
 PIXELS, WARPS = 256, 4  # of a row
 
@@ -46,13 +46,13 @@ def _store_label(labels, value, at, winner, best, inside, class_labels, threshol
         tl.store(value + at, best, mask=inside)
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "background"])
 def upsample_argmax_fwd_kernel(
     logits, bias, class_labels, threshold, labels, value, C, h, w, H, W, background,
     BIASED: tl.constexpr, LABELLED: tl.constexpr, LIMITED: tl.constexpr, VALUE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    b, Y = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    X = tl.program_id(0) * BW + tl.arange(0, BW)
+    tile, Y, b = program(tl.cdiv(W, BW), H)
+    X = tile * BW + tl.arange(0, BW)
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
     y0, y1, g = _between(Y + tl.zeros((BW,), tl.int32), h, H, ACC)
     x0, x1, f = _between(X, w, W, ACC)
@@ -82,7 +82,7 @@ def forward(logits, bias, class_labels, height, width, threshold, background, la
     limit = logits if threshold is None else logits.new_full((1,), threshold)
     if B:
         with on_device(logits):
-            upsample_argmax_fwd_kernel[(tiles(width, PIXELS), height, B)](
+            upsample_argmax_fwd_kernel[(tiles(width, PIXELS) * height * B,)](
                 logits, logits if bias is None else bias.contiguous(), logits if class_labels is None else class_labels.contiguous(),
                 limit, labels, value, C, h, w, height, width, background, BIASED=bias is not None, LABELLED=class_labels is not None,
                 LIMITED=threshold is not None, VALUE=want_value, ACC=ACC[logits.dtype], BW=PIXELS, num_warps=WARPS,

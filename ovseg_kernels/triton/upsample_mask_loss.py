@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference.upsample_argmax import between
-from ._launch import ACC, chunk_size, on_device, tiles
+from ._launch import ACC, chunk_size, halves, joined, on_device, program, tiles
 from .upsample_argmax import _between
 
 PIXELS, COLUMNS, WARPS = 512, 128, 4
@@ -44,11 +44,13 @@ def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr,
 
 @triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "maps", "splits"])
 def upsample_mask_loss_fwd_kernel(
-    logits, codes, parts, exponents, C, h, w, H, W, maps, splits, SQUARE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
+    logits, codes, parts, alpha, alpha_low, gamma, gamma_low, C, h, w, H, W, maps, splits,
+    SQUARE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    plane, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    place = program(splits, 1)
+    split, plane = place[0].to(tl.int64), place[2]
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
-    alpha, gamma = tl.load(exponents), tl.load(exponents + 1)
+    alpha, gamma = joined(alpha, alpha_low, ACC), joined(gamma, gamma_low, ACC)
     c, pixels = plane % C, H * W
     focal, q_sum, qy_sum = tl.zeros((BP,), ACC), tl.zeros((BP,), ACC), tl.zeros((BP,), ACC)
     y_sum, count = tl.zeros((BP,), ACC), tl.zeros((BP,), ACC)
@@ -74,13 +76,14 @@ def upsample_mask_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
 def upsample_mask_loss_rows_kernel(
-    logits, codes, weights, starts, rows, exponents, C, h, w, H, W, SQUARE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
+    logits, codes, weights, starts, rows, alpha, alpha_low, gamma, gamma_low, C, h, w, H, W,
+    SQUARE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """(5) gathered for the rows of samples: rows [maps, h, W]."""
-    plane, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    X = tl.program_id(2).to(tl.int64) * BW + tl.arange(0, BW)
+    tile, sample, plane = program(tl.cdiv(W, BW), h)
+    sample, X = sample.to(tl.int64), tile.to(tl.int64) * BW + tl.arange(0, BW)
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
-    alpha, gamma = tl.load(exponents), tl.load(exponents + 1)
+    alpha, gamma = joined(alpha, alpha_low, ACC), joined(gamma, gamma_low, ACC)
     c, inside = plane % C, X < W
     to_focal, to_dice, to_dice_y = tl.load(weights + 3 * plane), tl.load(weights + 3 * plane + 1), tl.load(weights + 3 * plane + 2)
     total = tl.zeros((BW,), ACC)
@@ -99,8 +102,8 @@ def upsample_mask_loss_rows_kernel(
 @triton.jit(do_not_specialize=["lines", "w", "W", "taps"])
 def upsample_mask_loss_columns_kernel(rows, starts, grad, lines, w, W, taps, ACC: tl.constexpr, BW: tl.constexpr):
     """Rows of outputs, gathered for the columns of samples."""
-    line = tl.program_id(0).to(tl.int64)
-    x = tl.program_id(1).to(tl.int64) * BW + tl.arange(0, BW)
+    tile, _, line = program(tl.cdiv(w, BW), 1)
+    x = tile.to(tl.int64) * BW + tl.arange(0, BW)
     w, W = w.to(tl.int64), W.to(tl.int64)
     inside = x < w
     first = tl.load(starts + tl.maximum(x - 1, 0), mask=inside, other=0)
@@ -121,8 +124,8 @@ def forward(logits, codes, alpha, gamma):
     parts = logits.new_zeros(splits, 5, B, C)
     if B:
         with on_device(logits):
-            upsample_mask_loss_fwd_kernel[(B * C, splits)](
-                logits, codes, parts, logits.new_tensor([alpha, gamma]), C, h, w, H, W, B * C, splits, SQUARE=gamma == 2,
+            upsample_mask_loss_fwd_kernel[(B * C * splits,)](
+                logits, codes, parts, *halves(alpha), *halves(gamma), C, h, w, H, W, B * C, splits, SQUARE=gamma == 2,
                 ACC=ACC[logits.dtype], BP=PIXELS, num_warps=WARPS,
             )  # fmt: skip
     focal, *sums, pixels = parts.sum(0)
@@ -142,7 +145,7 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     q, qy, y = sums
     pixels, below = (codes != -2).sum((1, 2))[:, None].clamp_min(1), q + y + 1
     weights = torch.stack([grad_focal / pixels, grad_dice * (2 * qy + 1) / below**2, 2 * grad_dice / below], -1).contiguous()
-    grad, exponents = torch.empty_like(logits), logits.new_tensor([alpha, gamma])
+    grad = torch.empty_like(logits)
     down, across = _starts(h, H, logits), _starts(w, W, logits)
     taps = 5 * W // (2 * w) + 4  # at least the outputs of two neighbouring cells; the first is half as wide again
     size = chunk_size(B, C * h * W * logits.element_size(), LIMIT)
@@ -152,8 +155,11 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
             some = slice(first, first + size)
             maps = logits[some].shape[0] * C
             rows = logits.new_empty(maps, h, W)
-            upsample_mask_loss_rows_kernel[(maps, h, tiles(W, COLUMNS))](
-                logits[some], codes[some], weights[some], down, rows, exponents, C, h, w, H, W, SQUARE=gamma == 2, **same,
+            upsample_mask_loss_rows_kernel[(maps * h * tiles(W, COLUMNS),)](
+                logits[some], codes[some], weights[some], down, rows, *halves(alpha), *halves(gamma),
+                C, h, w, H, W, SQUARE=gamma == 2, **same,
             )  # fmt: skip
-            upsample_mask_loss_columns_kernel[(maps * h, tiles(w, COLUMNS))](rows, across, grad[some], maps * h, w, W, taps, **same)
+            upsample_mask_loss_columns_kernel[(maps * h * tiles(w, COLUMNS),)](
+                rows, across, grad[some], maps * h, w, W, taps, **same
+            )
     return grad

@@ -15,6 +15,7 @@ from ._launch import ACC, on_device, tiles
 from .upsample_argmax import _between, _store_label, _weighted
 
 PIXELS, WARPS = 128, 4
+SIZES = ["pixels", "background", "n", "G", "C", "h", "w", "hc", "wc", "Hc", "Wc", "H", "W"]  # never a reason to compile again
 WINDOW, MERGED, OUTPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -81,7 +82,7 @@ def _output(values, index, origins, norms, c, Y, X, wanted, n, G, C, h, w, hc, w
     return _activated(z, norms, Y * W + X, pixels, wanted, ACTIVATION if STAGE == OUTPUT else 0)
 
 
-@triton.jit(do_not_specialize=["n", "G", "C", "h", "w", "hc", "wc", "Hc", "Wc", "H", "W"])
+@triton.jit(do_not_specialize=SIZES)
 def window_argmax_norm_kernel(
     values, index, origins, norms, pixels, n, G, C, h, w, hc, wc, Hc, Wc, H, W,
     TABLES: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
@@ -108,7 +109,7 @@ def window_argmax_norm_kernel(
     tl.store(norms + pixels + at, total, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["n", "G", "C", "h", "w", "hc", "wc", "Hc", "Wc", "H", "W"])
+@triton.jit(do_not_specialize=SIZES)
 def window_argmax_fwd_kernel(
     values, index, origins, bias, class_labels, threshold, norms, labels, best_value, pixels, background,
     n, G, C, h, w, hc, wc, Hc, Wc, H, W,
@@ -147,7 +148,7 @@ def forward(
     pixels = (n * crop_height * crop_width, canvas_height * canvas_width, height * width)[stage] if activation == 2 else 0
     norms = values.new_empty(2 * pixels) if pixels else values
     maps = (values, index.contiguous() if tables else values, origins)
-    same = {"TABLES": tables, "STAGE": stage, "ACC": ACC[values.dtype], "BW": PIXELS, "num_warps": WARPS}
+    same = {"TABLES": tables, "STAGE": stage if activation else 0, "ACC": ACC[values.dtype], "BW": PIXELS, "num_warps": WARPS}
     with on_device(values):
         if pixels:
             window_argmax_norm_kernel[(tiles(pixels, PIXELS),)](*maps, norms, pixels, *sizes, **same)

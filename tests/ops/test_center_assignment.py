@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backends import device_of, dtypes, parameters, running_on
+from backends import COMPILED, device_of, dtypes, parameters, running_on
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
@@ -51,12 +51,14 @@ def test_golden_tensors_of_the_official_module(case, mode, backend):
 @pytest.mark.parametrize("B,G,L,D,E", [(1, 1, 1, 1, 1), (2, 8, 7, 16, 24), (1, 8, 196, 72, 40), (2, 3, 257, 24, 5), (1, 70, 65, 20, 33)])
 def test_sizes(B, G, L, D, E, backend):
     """Tails of tiles, one of everything, more centers than a tile; a flipped token is allowed only within rounding of a tie."""
+    if G > 64 and backend in COMPILED:
+        pytest.skip("twelve compilations: the golden tensors have many centers too")
     device = device_of(backend)
     mask = (torch.rand(B, L) > 0.2).to(device)
     mask[:, 0] = True
     noise, grad = (torch.randn(B, G, L)).to(device), torch.randn(B, G, E, device=device)
     inputs = torch.randn(B, G, D), torch.randn(B, L, D), torch.randn(B, L, E)
-    for dtype in dtypes(backend)[1:]:
+    for dtype in dtypes(backend):
         q, k, v = (x.to(device, dtype) for x in inputs)
         for hard, normalizer in ((True, "mean"), (False, "mean_plus_one")):
             options = {"mask": mask, "noise": noise, "scale": D**-0.5, "tau": 0.8, "hard": hard, "normalizer": normalizer}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import device_of, dtypes, parameters, running_on
+from backends import COMPILED, device_of, dtypes, exact, parameters, running_on
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
@@ -33,7 +33,9 @@ def test_sizes(B, T, N, D, pool, backend):
     options = {"patch_mask": mask.to(device), "temperature": 0.2, "pool": pool}
     inputs = torch.randn(B, N, D), torch.randn(T, D), torch.randn(B, T)
     common = 2 * torch.randn(D)
-    for dtype in dtypes(backend)[1:]:
+    for dtype in dict.fromkeys([*dtypes(backend), torch.float16]):  # whose products are not those of bfloat16
+        if backend in COMPILED and dtype.itemsize == 2 and D % 16:
+            continue
         # Thousands of independent patches average out to the text's own direction: phi = 1, and in 16 bits no gradient to measure.
         correlated = N > 1000 and (dtype == torch.bfloat16 or (dtype == torch.float16 and backend not in ("reference", "cpu")))
         patches, texts, grad = (inputs[0] + correlated * common).to(device, dtype), inputs[1].to(device, dtype), inputs[2].to(device)
@@ -123,11 +125,12 @@ def test_order_of_patches_does_not_matter(backend):
 @on
 def test_length_of_texts_does_not_matter_and_gradients_are_tangent(backend):
     with torch.device(device_of(backend)), running_on(backend):
-        patches, texts = torch.randn(2, 9, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+        wide = {"dtype": exact(backend)[-1]}
+        patches, texts = torch.randn(2, 9, 6, **wide), torch.randn(3, 6, **wide)
         for pool in POOLS:
-            out, _, d_texts = both(patches, texts, torch.randn(2, 3, dtype=torch.float64), pool=pool)
+            out, _, d_texts = both(patches, texts, torch.randn(2, 3, **wide), pool=pool)
             torch.testing.assert_close(out, ok.patch_text_similarity(patches, 7 * texts, pool=pool))
-            torch.testing.assert_close((d_texts * texts).sum(-1), torch.zeros(3, dtype=torch.float64))
+            torch.testing.assert_close((d_texts * texts).sum(-1), torch.zeros(3, **wide))
 
 
 @on
@@ -199,12 +202,13 @@ def test_offsets_beyond_32_bits(backend):
     """Views whose elements lie more than 2^31 apart; of the memory between them no page is touched."""
     device = device_of(backend)
     storage = torch.empty(2**31 + 2**12, dtype=torch.float16, device=device)
-    patches = storage.as_strided((2, 3, 4), (2**31, 4, 1)).copy_(torch.randn(2, 3, 4))
-    texts = storage.as_strided((3, 4), (2**30, 1), 64).copy_(torch.randn(3, 4))
+    patches = storage.as_strided((2, 3, 16), (2**31, 16, 1)).copy_(torch.randn(2, 3, 16))
+    texts = storage.as_strided((3, 16), (2**30, 1), 64).copy_(torch.randn(3, 16))
+    mask, grad = torch.ones(2, 3, dtype=torch.bool, device=device), torch.ones(2, 3, device=device)
     for pool in ("vector", "score", "max"):
         with running_on(backend):
-            results = both(patches, texts, torch.ones(2, 3, device=device), pool=pool)
-            near = both(patches.contiguous(), texts.contiguous(), torch.ones(2, 3, device=device), pool=pool)
+            results = both(patches, texts, grad, pool=pool, patch_mask=mask)
+            near = both(patches.contiguous(), texts.contiguous(), grad, pool=pool, patch_mask=mask)
         for a, b in zip(results, near, strict=True):
             torch.testing.assert_close(a, b)
 

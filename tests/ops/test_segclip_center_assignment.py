@@ -30,7 +30,7 @@ def test_sizes(B, G, L, D, size, backend):
     inputs = [torch.randn(B, G, D), torch.randn(B, L, D), *weights(D, size)]
     upstream, noise = torch.randn(B, G, D, device=device), torch.randn(B, G, L, device=device)
     options = {"scale": D**-0.5, "hard": False, "tau": 0.9, "noise": noise}
-    for dtype in dtypes(backend)[1:]:
+    for dtype in dtypes(backend):
         tensors = [x.to(device, dtype if i < 2 else torch.float32) for i, x in enumerate(inputs)]
         with running_on(backend):
             found = run(tensors, upstream, **options)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import SLOW, device_of, parameters, running_on
+from backends import SLOW, device_of, exact, parameters, running_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ def test_sizes(shape, size, backend):
     device = device_of(backend)
     if backend in SLOW:
         shape, size = (shape[0], min(shape[1], 9), *shape[2:]), tuple(min(n, 20) for n in size)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in exact(backend):
         logits, bias = torch.randn(shape, dtype=dtype).to(device), torch.randn(shape[1], dtype=dtype).to(device)
         with running_on(backend):
             labels, value = ok.upsample_argmax(logits, size, bias=bias, return_value=True)

@@ -233,6 +233,38 @@ def test_triton_products_are_what_they_should_be(triton_rows):
         assert row["global_int64"], row
 
 
+@pytest.mark.slow
+def test_triton_rows_are_copied_while_products_run(triton_rows):
+    """Aligned shapes: nothing is read two bytes at a time, and every loop with a product has the copies of its next step under way."""
+    products = set()
+    for row in triton_rows:
+        if row["case"].startswith("float64"):
+            continue  # for checking
+        # A gather by pixel, whose indices are 16 bits wide, has no neighbours to read with.
+        assert "2" not in row["loads"] or "tables" in row["case"], row
+        assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), row  # masks are bytes
+        assert all(count >= 2 for count in row["stages"]), row
+        assert not row["stages"] or row["copies"].get("16"), row
+        products |= {row["kernel"]} if row["stages"] else set()
+    written = set()
+    for path in ROOT.glob("ovseg_kernels/triton/*.py"):
+        for name, body in re.findall(r"def (\w+_kernel)\((.*?)(?=\n@triton|\n\ndef |\nclass |\Z)", path.read_text(), re.DOTALL):
+            written |= {name} if re.search(r"_dot\(|tl\.dot\(|_scores\(|_cosines\(|_pooled\(|_logits\(", body) else set()
+    assert products == written and len(products) >= 15
+
+
+@pytest.mark.slow
+def test_the_suite_needs_few_triton_compilations():
+    """On a GPU each of them takes about a second of a processor, and `scripts/gpu_check.sh test` has minutes for all."""
+    pytest.importorskip("triton")
+    script = ROOT / "tests" / "packaging" / "triton_count.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert set(counted["broken"]) <= {"test_contract.py::test_export", "test_philox.py::test_triton_equals_python"}, counted
+    assert 200 <= counted["specialisations"] <= 350, counted
+
+
 def test_planted_faults_can_still_be_planted():
     """The list of docs/testing.md against the source as it is; whether each is caught, `make faults` shows."""
     spec = importlib.util.spec_from_file_location("plant_faults", ROOT / "scripts" / "plant_faults.py")

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel, as the launchers call it, for real GPUs on a machine without one; prints JSON lines.
 
 A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they are defined. The
-launchers run on CPU tensors; in place of a launch, the kernel is compiled for each target with the types, the strides of
-one and the divisibility by 16 that Triton would find in these arguments.
+launchers run on CPU tensors; in place of a launch, the kernel is compiled for each target as Triton would compile it for these
+arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -20,35 +21,22 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 TARGETS = [int(x) for x in sys.argv[1:]] or [80, 90]
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32",
-         torch.int64: "*i64", torch.int16: "*i16", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 seen: set[str] = set()
 label = ""
 
 
-def source(kernel: JITFunction, args: tuple, kwargs: dict) -> ASTSource:
-    values = dict(zip([p.name for p in kernel.params], args, strict=False))
-    values.update({k: v for k, v in kwargs.items() if k not in ("num_warps", "num_stages")})
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        else:
-            raise TypeError(f"{kernel.__name__}: {parameter.name} is {type(value).__name__}")
-        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+def specialised(kernel: JITFunction, target: GPUTarget, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """What Triton would compile for these arguments: their types, ones, and what is divisible by 16."""
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options.__dict__
 
 
 def measure(cubin: bytes) -> dict:
@@ -60,21 +48,59 @@ def measure(cubin: bytes) -> dict:
     return {"registers": int(registers), "stack": int(stack)}
 
 
+def memory(ttgir: str, ptx: str) -> dict:
+    """Global loads by the bytes of one, asynchronous copies by theirs, and the stages of every loop that holds a product."""
+    loads, copies = Counter(), Counter()
+    for vector, bits in re.findall(r"ld\.global(?:\.(?!v\d)\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+        loads[int(vector or 1) * int(bits) // 8] += 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], \[[^;]*?\], (0x[0-9a-f]+|\d+)", ptx):
+        copies[int(size, 0)] += 1
+    return {"loads": loads, "copies": copies, "stages": stages(ttgir)}
+
+
+def stages(ttgir: str) -> list[int]:
+    """1 + the iterations whose copies are started before the loop; 1 where a product waits for loads of its own iteration."""
+    found, loops, depth, before = [], [], 0, 0
+    for line in ttgir.splitlines():
+        if "scf.for" in line:
+            loops.append({"depth": depth, "before": before, "copies": 0, "products": 0})
+            before = 0
+        depth += line.count("{") - line.count("}")
+        if "ttg.async_copy_global_to_local" in line:
+            before += 1
+            if loops:
+                loops[-1]["copies"] += 1
+        if loops and ("tt.dot " in line or "warp_group_dot " in line):
+            loops[-1]["products"] += 1
+        if loops and depth <= loops[-1]["depth"]:
+            loop = loops.pop()
+            if loop["products"]:
+                found.append(1 + loop["before"] // loop["copies"] if loop["copies"] else 1)
+            before = 0
+    return found
+
+
+def seconds() -> float:
+    """Of this process and of those it started: ptxas takes its share of a compilation."""
+    return sum(os.times()[:4])
+
+
 def compile_instead(kernel, *args, grid, warmup, **kwargs):
-    src = source(kernel, args, kwargs)
-    key = f"{kernel.__name__} {src.signature} {src.constants} {src.attrs}"
-    if key in seen:
-        return
-    seen.add(key)
-    options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages")}
     for arch in TARGETS:
-        compiled = triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+        target = GPUTarget("cuda", arch, 32)
+        src, options = specialised(kernel, target, args, kwargs)
+        key = f"{arch} {kernel.__name__} {src.signature} {src.constants} {src.attrs} {options}"
+        if key in seen:
+            continue
+        seen.add(key)
+        began = seconds()
+        compiled = triton.compile(src, target=target, options=options)
         ptx = compiled.asm["ptx"]
         print(json.dumps({
             "kernel": kernel.__name__, "case": label, "arch": arch, "shared": compiled.metadata.shared,
             "tensor_core": "wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "",
             "tf32": "tf32" in ptx, "global_int64": "mul.wide" in ptx or "mul.lo.s64" in ptx or "mad.lo.s64" in ptx,
-            **measure(compiled.asm["cubin"]),
+            **memory(compiled.asm["ttgir"], ptx), **measure(compiled.asm["cubin"]), "seconds": round(seconds() - began, 2),
         }), flush=True)  # fmt: skip
 
 

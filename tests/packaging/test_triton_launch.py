@@ -1,0 +1,138 @@
+"""Triton's launchers on tensors that hold nothing: grids of sizes that no test can run, and no word between host and device."""
+
+import re
+
+import pytest
+import torch
+from native_build import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+LIMITS = (2**31 - 1, 65535, 65535)  # programs along x, y and z
+MANY = 5_000_000  # more than 65535 tiles of 64
+
+
+def nothing(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Mute(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, or a CUDA graph impossible: numbers read, and tensors made of numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name
+        assert name not in ("aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"), f"{name} in a launcher"
+        out = function(*args, **kwargs)
+        devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor) and x.dim()}
+        assert len(devices) <= 1, f"{name} copies between host and device"
+        return out
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """[(kernel, grid)] in place of running anything."""
+    from ovseg_kernels.triton.philox import philox_kernel
+
+    found = []
+    monkeypatch.setattr(type(philox_kernel), "run", lambda kernel, *_, grid, **__: found.append((kernel.fn.__name__, grid)))
+    return found
+
+
+def patch_text(B, T, N, D=16):
+    from ovseg_kernels.triton import patch_text_similarity as op
+
+    shared = (nothing(B, N, D), nothing(T, D), nothing(B, N, dtype=torch.bool), nothing(), nothing())
+    for pool in (0, 2):
+        saved = op.forward(*shared, pool, 0, False)
+        op.backward(nothing(B, T), *shared, *saved, pool, 0, False, True, True)
+
+
+def matrix(B, T):
+    from ovseg_kernels.triton import similarity_contrastive_loss as op
+
+    inputs = nothing(B, T), nothing(), nothing(B, dtype=torch.int64), nothing(T, dtype=torch.int64), nothing(B, T, dtype=torch.bool)
+    rows, columns = op.stats(*inputs, 0)
+    op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0)
+
+
+def features(B, T, D=16):
+    from ovseg_kernels.triton import contrastive_loss as op
+
+    inputs = nothing(B, D), nothing(T, D), nothing(), nothing(), nothing(B, dtype=torch.int64), nothing(T, dtype=torch.int64)
+    rows, columns = op.stats(*inputs, 0, False, False)
+    op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0, False, False, True, True)
+
+
+def assignment(B, L, D=16, G=8):
+    from ovseg_kernels.triton import center_assignment as op
+
+    inputs = nothing(B, G, D), nothing(B, L, D), nothing(B, L, D), None, None, None, None, nothing(2, dtype=torch.int64)
+    pooled, index, count, _ = op.forward(*inputs, 0.1, 0.9, True, 0, False)
+    op.backward(pooled, None, None, *inputs, pooled, index, count, 0.1, 0.9, True, 0, True, True, True, False)
+
+
+def pixels(B, N, T, D=16):
+    from ovseg_kernels.triton import dense_contrastive_loss as op
+
+    inputs = nothing(B, N, D), nothing(T, D)
+    ids = nothing(B, dtype=torch.int64), nothing(T, dtype=torch.int64)
+    found = op.select(*inputs, *ids, nothing(2, dtype=torch.int64), 3, 4, 0, 2, 0.3, 0.1)
+    index = torch.cat(found, 1)
+    similarity, unit = op.gather(*inputs, index, 3)
+    op.backward(similarity, unit, *inputs, index, nothing(index.numel(), dtype=torch.int64), 3, True, True)
+
+
+def labels(B, H, W):
+    from ovseg_kernels.triton import upsample_argmax as op
+
+    op.forward(nothing(B, 3, 4, 4), nothing(3), None, H, W, 0.5, 255, 2, True)
+
+
+def windows(H, W):
+    from ovseg_kernels.triton import window_argmax as op
+
+    op.forward(nothing(2, 3, 4, 4), None, nothing(2, 2, dtype=torch.int64), None, None, H, W, H, W, H, W, 2, 2, 0.5, 255, 2, True)
+
+
+def maps(B, C, h, w, H, W):
+    from ovseg_kernels.triton import upsample_mask_loss as op
+
+    logits, codes = nothing(B, C, h, w), nothing(B, H, W, dtype=torch.int32)
+    _, dice, _, sums = op.forward(logits, codes, 0.25, 1.5)
+    op.backward(dice, dice, logits, codes, sums, 0.25, 1.5)
+
+
+SHAPES = {
+    patch_text: [(70_000, 3, 5), (1, 3, MANY), (1, MANY, 3)],
+    matrix: [(3, MANY), (MANY, 3)],
+    features: [(3, MANY), (MANY, 3)],
+    assignment: [(70_000, 5), (2, MANY), (1, 5, 2 * MANY)],
+    pixels: [(70_000, 100, 2), (2, 5, MANY)],
+    labels: [(70_000, 9, 9), (2, 70_000, 9), (1, 9, 4 * MANY)],
+    windows: [(20_000, 20_000)],
+    maps: [(70_000, 3, 2, 2, 8, 8), (1, 2, 70_000, 2, 9, 9), (1, 2, 2, 2 * MANY, 2, 2 * MANY)],
+}
+written = {name for path in ROOT.glob("ovseg_kernels/triton/*.py") for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+
+
+def test_grids_fit_and_the_host_is_not_asked(launches):
+    before = 0
+    for call, shape in ((call, shape) for call, shapes in SHAPES.items() for shape in shapes):
+        with Mute():
+            call(*shape)
+        for kernel, grid in launches[before:]:
+            fits = all(1 <= count <= limit for count, limit in zip(grid, LIMITS, strict=False))
+            assert fits, f"{kernel}: {grid} for {call.__name__}{shape}"
+        assert max(max(grid) for _, grid in launches[before:]) > 65535, f"{call.__name__}{shape} is no test"
+        before = len(launches)
+    assert {kernel for kernel, _ in launches} == written - {"philox_kernel"}
+
+
+@pytest.mark.parametrize("line", [
+    lambda x: x.new_tensor([0.25, 2.0]), lambda x: torch.tensor([0.25], device=x.device), lambda x: x.copy_(torch.zeros(3)),
+    lambda x: torch.zeros(3).to(x.device), lambda x: bool(x.isnan().any()), lambda x: x.tolist(), lambda x: x.nonzero(),
+])  # fmt: skip
+def test_the_refusal_itself(line):
+    with Mute(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+        line(nothing(3))
