@@ -10,6 +10,7 @@ OVSEG_WERROR        1: warnings are errors
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -96,11 +97,15 @@ class CMakeBuild(build_ext):
         jobs = max_jobs()
         subprocess.check_call(["cmake", str(ROOT), *generator, *(f"-D{k}={v}" for k, v in options.items())], cwd=work)
         subprocess.check_call(["cmake", "--build", ".", "--parallel", str(jobs)], cwd=work)
+        build = runpy.run_path(str(ROOT / "ovseg_kernels" / "_build.py"))
         info = {
             "torch": torch.__version__,
             "torch_floor": "2.10",
+            "source": build["source_hash"](ROOT),
+            "libraries": build["records"](out),
             "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
             "machine": platform.machine(),
+            "libc": build["libc"](),
             "instruction_sets": ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"],
             "cuda": first_line("nvcc", "--version", last=True) if cuda else "off",
             "cuda_archs": [arch.replace(".", "") for arch in archs] if cuda else [],
