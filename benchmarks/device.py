@@ -103,7 +103,8 @@ class Gpu:
 
         def output(*command: str) -> str:
             try:
-                return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent, timeout=20).stdout.strip()
+                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent, timeout=20)
+                return done.stdout.strip()
             except (OSError, subprocess.TimeoutExpired):
                 return "unknown"
 
@@ -127,5 +128,5 @@ def tf32(dtype: str) -> dict[str, bool]:
 
 def lost(error: BaseException) -> bool:
     """The GPU context of this process is gone: every later call would fail too."""
-    words = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure", "CUDA driver error")
+    words = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
     return any(word in str(error) for word in words) and "out of memory" not in str(error)

@@ -74,3 +74,13 @@ def unfinished(rows: Iterable[Row]) -> dict[str, Row]:
         elif "key" in row:
             found.pop(row["key"], None)
     return found
+
+
+def planned(rows: Iterable[Row]) -> list[str]:
+    """Every key that was to come, since the last line that begins a run."""
+    found: dict[str, None] = {}
+    for row in rows:
+        if row.get("op") == "environment":
+            found = {}
+        found |= dict.fromkeys(row.get("planned", ()))
+    return list(found)

@@ -96,7 +96,7 @@ def stop(process: subprocess.Popen, number: int) -> None:
 
 
 def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results: lines.Lines | None = None,
-        report: Callable[[Outcome], None] | None = None, clock: Callable[[], float] = time.monotonic,
+        report: Callable[[Outcome], None] | None = None, tick: Callable[[], None] | None = None, clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep) -> list[Outcome]:  # fmt: skip
     """All jobs, at most ``workers`` at once, none beyond ``until`` on the clock. In the order they ended.
 
@@ -107,6 +107,7 @@ def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results:
         logs: folder for the output of each, a file a job.
         results: where a worker writes its rows; what it began and did not finish is written there as failed.
         report: called with each outcome at once.
+        tick: called again and again while something runs.
     """
     waiting, running, outcomes = list(jobs), list[_Running](), list[Outcome]()
     logs.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,10 @@ def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results:
                     file.seek(r.output_began)
                     output = file.read().decode(errors="replace")
                 done(Outcome(r.job.name, status, round(now - r.began, 1), why, output))
+            if tick:
+                tick()
             if running:
-                sleep(0.05)
+                sleep(0.1)
     finally:
         for r in running:  # this process is being ended itself
             stop(r.process, signal.SIGKILL)
