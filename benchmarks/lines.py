@@ -52,6 +52,14 @@ def read(path: str | os.PathLike) -> tuple[list[Row], int]:
     return rows, cut
 
 
+def last_run(rows: list[Row]) -> list[Row]:
+    """From the first line of the run that was begun last; all rows where no run has a name."""
+    names = [row.get("run") for row in rows if row.get("op") == "environment"]
+    if not names or not names[-1]:
+        return rows
+    return rows[next(i for i, row in enumerate(rows) if row.get("op") == "environment" and row.get("run") == names[-1]) :]
+
+
 def finished(rows: Iterable[Row]) -> dict[str, Row]:
     """Key to its last result, since the last line that begins a run."""
     found: dict[str, Row] = {}

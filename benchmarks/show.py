@@ -21,7 +21,8 @@ def tables(path: str | Path) -> str:
     rows, cut = lines.read(path)
     if not rows:
         raise ValueError(f"{path} holds no row of results; expected lines of scripts/gpu_check.sh, or the file of `ovseg bench --json`")
-    parts = []
+    parts, everything = [], len(rows)
+    rows = lines.last_run(rows)
     for row in rows:
         if row.get("op") == "environment":
             names = ("device", "torch", "cuda", "triton", "driver", "commit", "date", "time", "allow_tf32")
@@ -44,6 +45,8 @@ def tables(path: str | Path) -> str:
     left = [key for key in planned if key not in results and key not in begun]
     if left:
         parts.append(f"not reached: {len(left)} of {len(planned)} rows, the first of them: {', '.join(left[:5])}")
+    if len(rows) < everything:
+        parts.append(f"{everything - len(rows)} lines of earlier runs in this file, not shown")
     if cut:
         parts.append(f"{cut} line{'s' * (cut > 1)} cut off in the middle, not shown")
     return "\n\n".join(parts)

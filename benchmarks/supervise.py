@@ -21,7 +21,6 @@ from typing import IO
 from . import lines
 
 GRACE = 3.0  # seconds between asking a process to end and killing it; part of every limit
-ENDED = (0, 1)  # exit statuses of a worker that came to its end, with or without failures
 AGAIN = 70  # of one whose GPU context is lost: its row is written, the others need a new process
 
 
@@ -35,6 +34,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     resume: bool = False
     stall: float = float("inf")
+    ended: tuple[int, ...] = (0, 1)  # exit statuses of a command that came to its end, with or without failures
 
 
 @dataclass
@@ -54,18 +54,19 @@ class _Running:
         self.log, self.asked, self.reason = log, 0.0, ""
         self.output_began = log.stat().st_size if log.exists() else 0
         self.process = self._start()
-        self.size, self.changed = -1, now
+        self.size, self.changed = self.output_began, now
 
     def _start(self) -> subprocess.Popen:
         with open(self.log, "ab") as file:
             return start(self.job.command, file, self.job.environment)
 
     def again(self, now: float) -> None:
+        self.output_began = self.size = self.log.stat().st_size
         self.process, self.asked, self.reason, self.changed = self._start(), 0.0, "", now
 
     def silent(self, now: float) -> float:
-        """Seconds since its output last grew."""
-        if (size := self.log.stat().st_size) != self.size:
+        """Seconds since its output last grew; before the first of it, while it imports, none."""
+        if (size := self.log.stat().st_size) != self.size or size == self.output_began:
             self.size, self.changed = size, now
         return now - self.changed
 
@@ -96,8 +97,8 @@ def stop(process: subprocess.Popen, number: int) -> None:
 
 
 def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results: lines.Lines | None = None,
-        report: Callable[[Outcome], None] | None = None, tick: Callable[[], None] | None = None, clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep) -> list[Outcome]:  # fmt: skip
+        report: Callable[[Outcome], None] | None = None, tick: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> list[Outcome]:  # fmt: skip
     """All jobs, at most ``workers`` at once, none beyond ``until`` on the clock. In the order they ended.
 
     Args:
@@ -129,7 +130,9 @@ def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results:
                     running.append(_Running(job, limit, logs / f"{job.name.replace(' ', '-')}.log", now))
             for r in list(running):
                 status = r.process.poll()
-                if status is None:
+                if status is None and r.asked and now - r.asked > 2 * GRACE:
+                    status, r.reason = -signal.SIGKILL, f"{r.reason}, and cannot be killed"  # it sits in the driver
+                elif status is None:
                     if now >= r.until:
                         r.end(f"ended by its limit of {r.until + GRACE - r.began:.0f} s", now)
                     elif r.silent(now) > r.job.stall:
@@ -138,7 +141,7 @@ def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results:
                         r.end(r.reason, now)
                     continue
                 stop(r.process, signal.SIGKILL)  # what it left behind
-                why = r.reason or ("" if status in ENDED else _cause(status))
+                why = r.reason or ("" if status in r.job.ended else _cause(status))
                 lost = settle(results, r.job.name, why) if why and results else 0
                 # Without a row lost it died before it began one, and would again.
                 if r.job.resume and (lost or status == AGAIN) and r.until - now > 3 * GRACE:

@@ -57,7 +57,7 @@ class Place:
     cores: int = field(default_factory=lambda: os.cpu_count() or 1)
     run: Callable[..., list[Outcome]] = run
     clock: Callable[[], float] = time.monotonic
-    missing: Callable[[str], bool] = lambda name: (find_spec(name) if "." not in name else None) is None
+    missing: Callable[[str], bool] = lambda name: find_spec(name) is None
     tool: Callable[[str], str | None] = shutil.which
     say: Callable[[str], None] = lambda text: print(text, flush=True)
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
@@ -78,11 +78,17 @@ class Part:
         self._seen, self._looked, self._quiet = 0, 0.0, name == "test"
 
     def begin(self) -> None:
-        """The line that begins a run; the bench writes its own, with the device's facts."""
-        if self.name != "bench":
-            facts = {"device": self.place.device, "capability": self.place.capability, "date": self.place.date,
-                     "time": time.strftime("%H:%M:%S"), "run": self.run_id}
-            self.file.write({"op": "environment", **facts})
+        """The line that begins a run."""
+        self.file.write({"op": "environment", "device": self.place.device, "capability": self.place.capability, "date": self.place.date,
+                         "time": time.strftime("%H:%M:%S"), "run": self.run_id})
+
+    def left(self, step: str) -> float:
+        """Seconds that this step may take: its own, and what those before it left over."""
+        return self.until[step] - self.place.clock()
+
+    def results(self) -> list[lines.Row]:
+        """Of this run."""
+        return list(lines.finished(lines.read(self.file.path)[0]).values())
 
     def step(self, name: str, jobs: Sequence[Job], workers: int, resume: bool = False) -> list[Outcome]:
         """Runs them, and writes how it ended. Rows appear on the screen while they run."""
@@ -127,27 +133,30 @@ class Part:
 
 
 def build(part: Part) -> None:
-    python = sys.executable
-    (ready,) = part.step("prebuilt", [Job("prebuilt", [python, "-W", "ignore", "-m", "ovseg_kernels.info", "--ready"], part.steps["prebuilt"])], 1)
+    ready = [*gpu_jobs.QUIET, "-m", "ovseg_kernels.info", "--ready"]
+    (found,) = part.step("prebuilt", [Job("prebuilt", ready, part.left("prebuilt"))], 1)
     part.failed = False  # not being built yet is no failure
-    part.place.say(ready.output.strip()[-600:])
-    if ready.status != 0:
+    part.place.say(found.output.strip()[-600:])
+    if found.status != 0:
         tools = [name for name in ("cmake", "nvcc", "c++") if part.place.tool(name) is None]
         if tools or part.missing(["setuptools", "numpy"], "the build needs them"):
             part.note("compile", "FAILED", 0, f"needs {', '.join(tools) or 'setuptools, numpy'}; or libraries that "
                       "`FORCE_CUDA=1 make gpu-build` made from these sources on another x86-64 machine, in ovseg_kernels/")
         else:
-            part.step("compile", [gpu_jobs.build(part.place.capability, part.place.cores, part.steps["compile"])], 1)
-    part.step("info", [Job("info", [python, "-W", "ignore", "-m", "ovseg_kernels.info", "--ready"], part.steps["info"])], 1)
+            part.step("compile", [gpu_jobs.build(part.place.capability, part.place.cores, part.left("compile"))], 1)
+        part.step("info", [Job("info", ready, part.left("info"))], 1)
 
 
 def smoke(part: Part) -> None:
     part.missing(["triton"], "its rows will fail")
     jobs = gpu_jobs.smoke(part.file.path, part.steps["smoke"])
     before = gpu_jobs.compiled(part.place.work)
-    part.step("smoke", jobs, len(jobs), resume=True)
-    rows = list(lines.finished(lines.read(part.file.path)[0]).values())
-    spent = sum(max(0.0, row["first_ms"] - row["ms_with_host"]) for row in rows if row.get("backend") == "triton" and "first_ms" in row) / 1000
+    for outcome in part.step("smoke", jobs, len(jobs), resume=True):
+        if outcome.reason:  # the rows that it had not begun
+            op, backend = outcome.name.split()[1:3]
+            part.file.write({"key": f"the rest of {outcome.name}", "op": op, "backend": backend, "failed": outcome.reason})
+    rows = [row for row in part.results() if row.get("backend") == "triton" and "first_ms" in row]
+    spent = sum(max(0.0, row["first_ms"] - row["ms_with_host"]) for row in rows) / 1000
     if count := gpu_jobs.compiled(part.place.work) - before:
         part.file.write({"compiled": count, "compile_seconds": round(spent, 1)})
         part.place.say(f"{count} Triton kernels compiled, {spent / count:.2f} s each")
@@ -155,11 +164,10 @@ def smoke(part: Part) -> None:
 
 def bench(part: Part) -> None:
     if "compile kernels" in part.steps:
-        jobs = gpu_jobs.warm(part.steps["compile kernels"])
+        jobs = gpu_jobs.warm(part.left("compile kernels"))
         part.step("compile kernels", jobs, min(14, part.place.cores))
         part.failed = False  # what does not run here, the bench says row by row
-    left = part.until["bench"] - part.place.clock()
-    part.step("bench", [gpu_jobs.bench(part.file.path, left, part.run_id)], 1, resume=True)
+    part.step("bench", [gpu_jobs.bench(part.file.path, part.left("bench"), part.run_id)], 1, resume=True)
 
 
 def test(part: Part) -> None:
@@ -170,7 +178,9 @@ def test(part: Part) -> None:
         step = f"{group} tests"
         if group == "triton":
             part.place.say(gpu_jobs.estimate(part.place.results, workers))
-        part.step(step, gpu_jobs.tests(group, workers, part.file.path, part.steps[step]), workers, resume=True)
+        part.step(step, gpu_jobs.tests(group, workers, part.file.path, part.left(step)), workers, resume=True)
+        if not any(row.get("group") == group for row in part.results()):
+            part.note(step, "FAILED", 0, "no test ran")
         gpu_jobs.junit(part.file.path, group, part.place.results / f"{part.place.date}-test-{group}.xml")
 
 
@@ -197,15 +207,15 @@ def main(verb: str, place: Place) -> int:
     """Runs a verb; 0 if nothing failed."""
     began = place.clock() - FACTS
     place.results.mkdir(parents=True, exist_ok=True)
-    place.say(f"gpu_check {verb} on {place.device}, sm_{place.capability.replace('.', '')}, {place.cores} cores; writing to {place.results}")
+    where = f"{place.device}, sm_{place.capability.replace('.', '')}, {place.cores} cores"
+    place.say(f"gpu_check {verb} on {where}; writing to {place.results}")
     status, start = 0, began + FACTS
     for name, steps in limits(verb).items():
         part = Part(place, name, start, steps)
         part.begin()
         PARTS[name](part)
         part.place.say("\n" + show.tables(part.file.path)[-6000:])
-        results = lines.finished(lines.read(part.file.path)[0]).values()
-        failed = part.failed or any("failed" in row for row in results)
+        failed = part.failed or any("failed" in row for row in part.results())
         place.say(f"{name}: {'NOT passed' if failed else 'passed'}")
         status |= failed
         start += sum(steps.values())
@@ -217,7 +227,8 @@ def facts() -> tuple[str, str]:
     """Name and capability of the first GPU, without torch: the driver's own tool answers at once."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        name, capability = subprocess.run(query, capture_output=True, text=True, check=True, timeout=FACTS).stdout.splitlines()[0].rsplit(",", 1)
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=FACTS).stdout
+        name, capability = told.splitlines()[0].rsplit(",", 1)
     except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
         sys.exit(f"gpu_check.sh needs an NVIDIA GPU, and nvidia-smi shows none: {error}")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), capability.strip()

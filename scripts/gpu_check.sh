@@ -15,6 +15,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu_check.sh: ${PYTHON:-python3} is not there; PYTHON chooses the interpreter" >&2; exit 2; }
 export PATH="$(dirname "$python"):$PATH"  # cmake and ninja may lie beside it, in a virtual environment
+command -v nvcc >/dev/null || export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 export PYTHONPATH="$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
 unset TRITON_INTERPRET OVSEG_BACKEND
 exec "$python" scripts/gpu_check.py "$@"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import lines  # noqa: E402
 from benchmarks.supervise import Job, Outcome  # noqa: E402
 
-SCRIPTS = ROOT / "scripts"
+QUIET = (sys.executable, "-W", "ignore")
 CACHES = {"TRITON_CACHE_DIR": str(ROOT / "build" / "gpu" / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "gpu" / "inductor")}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", **CACHES}  # for processes that run side by side
 OPERATORS = ("patch_text_similarity", "similarity_contrastive_loss", "center_assignment", "folded_center_assignment",
@@ -44,26 +44,25 @@ def smoke(out: Path, limit: float) -> list[Job]:
             dtypes = ["float32", "bfloat16", "float16"] + (["float64"] if backend == "cuda" else [])
             for part in [[d] for d in dtypes] if backend == "triton" and op in SPLIT else [dtypes]:
                 name = f"smoke {op} {backend} {'' if len(part) > 1 else part[0]}".strip()
-                command = [sys.executable, "-W", "ignore", "scripts/gpu_smoke.py", op, backend, "--out", str(out), "--worker", name, "--dtypes", *part]
-                jobs.append(Job(name, command, limit, ONE_THREAD, resume=True, stall=20))
+                command = [*QUIET, "scripts/gpu_smoke.py", op, backend, "--out", str(out), "--worker", name, "--dtypes", *part]
+                jobs.append(Job(name, command, limit, ONE_THREAD, resume=True, stall=15))
     return jobs
 
 
 def warm(limit: float) -> list[Job]:
     """Compiles the Triton kernels of the bench side by side, for its one process to find them."""
-    return [Job(f"compile {op}", [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--warm", op], limit, ONE_THREAD)
-            for op in OPERATORS]
+    return [Job(f"compile {op}", [*QUIET, "-m", "benchmarks.gpu", "--warm", op], limit, ONE_THREAD) for op in OPERATORS]
 
 
 def bench(out: Path, seconds: float, run_id: str) -> Job:
     # Imports and a row under way need the rest. Silent it is for as long as torch.compile takes.
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--out", str(out), "--budget", str(max(10, round(seconds - 40))), "--run", run_id]
+    command = [*QUIET, "-m", "benchmarks.gpu", "--out", str(out), "--budget", str(max(10, round(seconds - 40))), "--run", run_id]
     return Job("bench", command, seconds, CACHES, resume=True, stall=75)
 
 
 def tests(group: str, workers: int, out: Path, limit: float) -> list[Job]:
     command = [sys.executable, "-m", "pytest", "tests/ops", "-m", "gpu", "-k", "cuda" if group == "cuda" else "not cuda", "-q",
-               "-p", "gpu_pytest", "-p", "no:cacheprovider", "--tb=short"]
+               "-p", "gpu_pytest", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors"]
     return [Job(f"{group} tests {i}", command, limit, resume=True, stall=90,
                 environment={**ONE_THREAD, "OVSEG_LINES": str(out), "OVSEG_SHARD": f"{i}/{workers}", "OVSEG_WORKER": f"{group} tests {i}",
                              "OVSEG_GROUP": group}) for i in range(workers)]  # fmt: skip
@@ -80,15 +79,16 @@ def sanitize(sanitizer: str, no_triton: bool, limit: float = 75) -> list[Job]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50", "--target-processes", "application-only"]
         if tool != "initcheck":
             # initcheck must see torch's kernels too, or what they write would count as never written; its report is sifted below.
-            command += [word for name in (CUDA_KERNELS if backend == "cuda" else TRITON_KERNELS) for word in ("--kernel-name", f"kns={name}")]
+            names = CUDA_KERNELS if backend == "cuda" else TRITON_KERNELS
+            command += [word for name in names for word in ("--kernel-name", f"kns={name}")]
         if tool == "memcheck":
             command += ["--report-api-errors", "no"]  # torch's probes of what the driver can do are no errors
         dtypes = ["float32", "float16", "bfloat16"] if backend == "cuda" else ["float32", "bfloat16"]
         for op in OPERATORS:
             # Without the allocator's pool every tensor ends where its memory ends, and begins as memory nobody wrote.
             environment = {**ONE_THREAD, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            jobs.append(Job(f"{tool} {op} {backend}", [*command, sys.executable, "-W", "ignore", "scripts/gpu_small.py", op, backend, *dtypes],
-                            limit, environment))
+            watched = [*command, *QUIET, "scripts/gpu_small.py", op, backend, *dtypes]
+            jobs.append(Job(f"{tool} {op} {backend}", watched, limit, environment, ended=(0, 1, 9)))
     return jobs
 
 
@@ -107,14 +107,14 @@ def sanitized(outcome: Outcome) -> dict[str, Any]:
     found = [place for place in places if ours(place)]
     if outcome.status is None:
         return {**row, "state": "not reached", "failed": outcome.reason}
-    if outcome.reason and outcome.status != 9:
+    if outcome.reason:
         row["failed"] = outcome.reason
     elif outcome.status == 9 and tool == "initcheck" and not found and places:
         row["elsewhere"] = len(places)  # in torch's own kernels
     elif outcome.status != 0:
-        first = next((line for line in told if not line.startswith(("COMPUTE", "SUMMARY"))), "")
-        said = next((line for line in reversed(outcome.output.splitlines()) if line.strip() and not line.startswith("=")), "")
-        row["failed"] = f"exit status {outcome.status}: " + "; ".join(filter(None, [first if outcome.status == 9 else said, *found[:3]]))[:600]
+        said = [line for line in outcome.output.splitlines() if line.strip() and not line.startswith("=")]
+        first = [line for line in told if not line.startswith("COMPUTE")][:1] if outcome.status == 9 else said[-1:]
+        row["failed"] = f"exit status {outcome.status}: {'; '.join([*first, *dict.fromkeys(found[:3])])[:600]}"
     elif not summary:
         row["failed"] = "the tool gave no summary: it has not watched the process"
     return row
@@ -147,18 +147,20 @@ def estimate(results: Path, workers: int) -> str:
 def short(row: dict[str, Any]) -> str:
     """A row on the screen."""
     state = f"FAILED: {row['failed']}" if "failed" in row else row.get("state", "passed")
-    facts = [f"{name} {row[key]:.3g}" for name, key in (("error", "error"), ("of", "allowed"), ("ms", "ms"), ("ms", "ms_with_host")) if key in row]
-    facts += [f"{name} {row[f'{name}_percent_of_{rate}']}% of {rate}" for name in ("forward", "backward") for rate in ("product", "copy")
-              if f"{name}_percent_of_{rate}" in row]
+    numbers = (("error", "error"), ("of", "allowed"), ("ms", "ms"), ("ms", "ms_with_host"))
+    facts = [f"{name} {row[key]:.3g}" for name, key in numbers if key in row]
+    for name in ("forward", "backward"):
+        rates = [rate for rate in ("product", "copy") if f"{name}_percent_of_{rate}" in row]
+        facts += [f"{name} {row[f'{name}_percent_of_{rate}']}% of {rate}" for rate in rates]
     return " | ".join([row["key"], state, *facts, *filter(None, [row.get("summary")])])
 
 
 def junit(path: Path, group: str, out: Path) -> None:
     """The group's results in the form that CI systems read, from the lines: so that killed workers are in it too."""
     rows = [row for row in lines.finished(lines.read(path)[0]).values() if row.get("group") == group]
-    failed, skipped = (sum(row.get("state") == state or (state == "failed" and "failed" in row) for row in rows) for state in ("failed", "skipped"))
+    failed, skipped = sum("failed" in row for row in rows), sum(row.get("state") == "skipped" for row in rows)
     suite = ElementTree.Element("testsuite", name=group, tests=str(len(rows)), failures=str(failed), skipped=str(skipped), errors="0",
-                                time=f"{sum(row.get('seconds', 0) for row in rows):.3f}")
+                                time=f"{sum(row.get('seconds', 0) for row in rows):.3f}")  # fmt: skip
     for row in rows:
         file, _, name = row["key"].partition("::")
         case = ElementTree.SubElement(suite, "testcase", classname=file.removesuffix(".py").replace("/", "."), name=name,
