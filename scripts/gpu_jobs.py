@@ -108,7 +108,7 @@ def sanitized(outcome: Outcome) -> dict[str, Any]:
     if outcome.status is None:
         return {**row, "state": "not reached", "failed": outcome.reason}
     if outcome.reason:
-        row["failed"] = outcome.reason
+        row["failed"] = ": ".join([outcome.reason, *[line for line in told if not line.startswith("COMPUTE")][:1]])[:600]
     elif outcome.status == 9 and tool == "initcheck" and not found and places:
         row["elsewhere"] = len(places)  # in torch's own kernels
     elif outcome.status != 0:

@@ -163,7 +163,9 @@ def test_inputs_are_drawn_on_the_device(monkeypatch):
     """Every random number: 8 GB from the host would take half a minute."""
     places = []
     for name in ("randn", "rand", "randint"):
-        def drawn(*args, right=getattr(torch, name), **kwargs):
+        right = getattr(torch, name)
+
+        def drawn(*args, right=right, **kwargs):
             places.append((kwargs["device"], kwargs["generator"].device.type))
             return right(*args, **kwargs)
 
