@@ -5,6 +5,7 @@ FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
 TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset: 8.0;9.0;10.0;12.0+PTX
 MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
 OVSEG_WERROR        1: warnings are errors
+OVSEG_KEEP_BUILD    1: go on with the objects of an earlier build that was cut short; unset: build everything anew
 """
 
 import json
@@ -78,8 +79,9 @@ class CMakeBuild(build_ext):
         # Stale files of an editable install must not end in a wheel of another build.
         out = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "ovseg_kernels"
         work = Path(self.build_temp).resolve() / "cmake"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        if os.environ.get("OVSEG_KEEP_BUILD") != "1":
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         torch_root = Path(torch.__file__).parent
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS

@@ -97,15 +97,15 @@ class Part:
         """Of this run."""
         return list(lines.finished(lines.read(self.file.path)[0]).values())
 
-    def step(self, name: str, jobs: Sequence[Job], workers: int, resume: bool = False) -> list[Outcome]:
-        """Runs them, and writes how it ended. Rows appear on the screen while they run."""
+    def step(self, name: str, jobs: Sequence[Job], workers: int, resume: bool = False, bad: str = "FAILED") -> list[Outcome]:
+        """Runs them, and writes how it ended, ``bad`` if not well. Rows appear on the screen while they run."""
         began = self.place.clock()
         outcomes = self.place.run(jobs, workers=workers, until=self.until[name], logs=self.place.work / "logs",
                                   results=self.file if resume else None, report=self._log, tick=self._show_new_rows)
         self._show_new_rows(last=True)
         stopped = sorted({o.reason for o in outcomes if o.reason})
         unclean = [o for o in outcomes if o.status != 0]
-        state = "passed" if not unclean else "ended early" if stopped else "FAILED"
+        state = "passed" if not unclean else "ended early" if stopped else bad
         self.note(name, state, round(self.place.clock() - began, 1), "; ".join(stopped)[:300])
         return outcomes
 
@@ -141,7 +141,7 @@ class Part:
 
 def build(part: Part) -> None:
     ready = [*gpu_jobs.QUIET, "-m", "ovseg_kernels.info", "--ready"]
-    (found,) = part.step("prebuilt", [Job("prebuilt", ready, part.left("prebuilt"))], 1)
+    (found,) = part.step("prebuilt", [Job("prebuilt", ready, part.left("prebuilt"))], 1, bad="not accepted")
     part.failed = False  # not being built yet is no failure
     part.place.say(found.output.strip()[-600:])
     if found.status != 0:

@@ -32,7 +32,8 @@ TRITON_KERNELS = ("patch_text_similarity_", "contrastive_loss_", "center_assignm
 def build(capability: str, cores: int, limit: float) -> Job:
     """setup.py in place: it writes build_info.json, which the libraries are known by."""
     arch = capability + ("a" if capability.startswith("9.") else "")
-    environment = {"FORCE_CUDA": "1", "OVSEG_BUILD_NATIVE": "1", "TORCH_CUDA_ARCH_LIST": arch, "MAX_JOBS": str(cores)}
+    environment = {"FORCE_CUDA": "1", "OVSEG_BUILD_NATIVE": "1", "TORCH_CUDA_ARCH_LIST": arch, "MAX_JOBS": str(cores),
+                   "OVSEG_KEEP_BUILD": "1"}  # a build that its limit cut short goes on the next time
     return Job("compile", [sys.executable, "setup.py", "build_ext", "--inplace"], limit, environment)
 
 

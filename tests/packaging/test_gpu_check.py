@@ -377,7 +377,8 @@ ELSEWHERE = FOUND.replace("ovseg::<unnamed>::center_assignment_fwd_kernel", "at:
     ("memcheck", 0, CLEAN, "", ""), ("memcheck", 9, FOUND, "", "center_assignment_fwd_kernel"),
     ("initcheck", 9, FOUND, "", "Invalid __global__ read"), ("initcheck", 9, ELSEWHERE, "", ""), ("memcheck", 9, ELSEWHERE, "", "Invalid"),
     ("memcheck", 1, "Traceback\nRuntimeError: no kernel\n", "", "RuntimeError: no kernel"), ("memcheck", 0, "", "", "no summary"),
-    ("racecheck", -9, CLEAN, "ended by its limit of 75 s", "limit"), ("racecheck", None, "", "not reached: the time was spent", "not reached"),
+    ("racecheck", -9, CLEAN, "ended by its limit of 75 s", "limit"),
+    ("racecheck", None, "", "not reached: the time was spent", "not reached"),
 ])
 def test_what_the_sanitizer_said(tool, status, output, reason, expected):
     row = gpu_jobs.sanitized(Outcome(f"{tool} center_assignment cuda", status, 3.0, reason, output))
@@ -419,6 +420,22 @@ def test_what_libraries_say_they_were_built_from(tmp_path, monkeypatch):
     assert "another file" in _build.stale()["_C_cuda.so"] and _build.cuda_archs() == [] and "_C_cpu.so" not in _build.stale()
     (tmp_path / "csrc" / "op" / "op_cuda.cu").unlink()
     assert _build.source_hash(tmp_path) == ""  # an installed package: nothing to compare with
+
+
+def test_info_accepts_libraries_of_another_machine_only_if_they_fit(monkeypatch):
+    from ovseg_kernels import info
+
+    monkeypatch.setattr(_build, "stale", lambda: {})
+    monkeypatch.setattr(_build, "cuda_archs", lambda: ["80", "90a"])
+    monkeypatch.setattr(info.lib.CUDA, "loaded", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, fits in (((9, 0), True), ((8, 6), True), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, capability=capability: capability)
+        assert (info.problems() == []) == fits
+    monkeypatch.setattr(_build, "stale", lambda: {"_C_cuda.so": "built from other sources"})
+    assert info.problems() == ["_C_cuda.so: built from other sources"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in info.problems()[-1]
 
 
 def test_a_closed_screen_ends_nothing(tmp_path, monkeypatch):
