@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export FORCE_CUDA ?= 0
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench gpu faults clean
+.PHONY: demo test lint bench gpu gpu-build faults clean
 
 $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,15 @@ bench: $(STAMP)
 	$(BIN)/ovseg bench
 
 gpu:
-	scripts/gpu_check.sh
+	scripts/gpu_check.sh all
+
+# For a GPU elsewhere: both libraries in place, for every architecture or those of TORCH_CUDA_ARCH_LIST. They run on any x86-64
+# with torch >= 2.10, and gpu_check.sh there accepts them as long as csrc/ is the same.
+gpu-build: export FORCE_CUDA = 1
+gpu-build: export OVSEG_BUILD_NATIVE = 1
+gpu-build: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m ovseg_kernels.info
 
 faults: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/plant_faults.py

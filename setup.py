@@ -5,11 +5,13 @@ FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
 TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset: 8.0;9.0;10.0;12.0+PTX
 MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
 OVSEG_WERROR        1: warnings are errors
+OVSEG_KEEP_BUILD    1: go on with the objects of an earlier build that was cut short; unset: build everything anew
 """
 
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -77,8 +79,9 @@ class CMakeBuild(build_ext):
         # Stale files of an editable install must not end in a wheel of another build.
         out = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "ovseg_kernels"
         work = Path(self.build_temp).resolve() / "cmake"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        if os.environ.get("OVSEG_KEEP_BUILD") != "1":
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         torch_root = Path(torch.__file__).parent
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
@@ -96,11 +99,15 @@ class CMakeBuild(build_ext):
         jobs = max_jobs()
         subprocess.check_call(["cmake", str(ROOT), *generator, *(f"-D{k}={v}" for k, v in options.items())], cwd=work)
         subprocess.check_call(["cmake", "--build", ".", "--parallel", str(jobs)], cwd=work)
+        build = runpy.run_path(str(ROOT / "ovseg_kernels" / "_build.py"))
         info = {
             "torch": torch.__version__,
             "torch_floor": "2.10",
+            "source": build["source_hash"](ROOT),
+            "libraries": build["records"](out),
             "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
             "machine": platform.machine(),
+            "libc": build["libc"](),
             "instruction_sets": ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"],
             "cuda": first_line("nvcc", "--version", last=True) if cuda else "off",
             "cuda_archs": [arch.replace(".", "") for arch in archs] if cuda else [],

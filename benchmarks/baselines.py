@@ -1,4 +1,8 @@
-"""What our operators are compared with: name to function of the inputs, the first is ours."""
+"""What our operators are compared with: name to function of the inputs, the first is ours.
+
+In float32 "eager" is the definition. In 16 bits the definition would compute in float32; there "eager" has the dtype's own products,
+and softmax and losses in float32, as autocast gives them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import ovseg_kernels as ok
 from ovseg_kernels.reference.center_assignment import center_assignment
 from ovseg_kernels.reference.folded_center_assignment import folded_center_assignment
 from ovseg_kernels.reference.patch_text_similarity import patch_text_similarity
-from ovseg_kernels.reference.segclip_center_assignment import segclip_center_assignment
+from ovseg_kernels.reference.segclip_center_assignment import grouped_linear, segclip_center_assignment
 from ovseg_kernels.reference.similarity_contrastive_loss import similarity_contrastive_loss
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ def patch_text(case: Case) -> Functions:
     scale, bias = (1 / options.get("temperature", 1.0), 0.0) if weight == "softmax" else (10.0, -2.5)
 
     def eager(patches, texts):
+        if patches.dtype.itemsize == 2:
+            return part_of(F.normalize(patches, dim=-1), patches, texts)
         return patch_text_similarity(patches, texts, None, scale, bias, pool, weight)
 
     def part_of(unit, patches, texts):
@@ -81,6 +87,17 @@ def similarity_loss(case: Case) -> Functions:
             "torch.compile": torch.compile(cross_entropy)}
 
 
+def _assign(queries, keys, values, noise, scale=1.0, tau=1.0, normalizer="mean_plus_one"):
+    """The definition of ``center_assignment``, its products in the dtype that the inputs have: (pooled,)."""
+    if queries.dtype.itemsize > 2:
+        return center_assignment(queries, keys, values, scale=scale, tau=tau, noise=noise, normalizer=normalizer)
+    s = ((scale * (queries @ keys.transpose(1, 2)) + noise) / tau).softmax(1)
+    a = torch.zeros_like(s).scatter_(1, s.argmax(1, keepdim=True), 1.0) + (s - s.detach())
+    n = a.sum(-1, keepdim=True)
+    n = {"mean": n.clamp(min=1), "mean_plus_one": n + 1}[normalizer].to(values.dtype)
+    return ((a.to(values.dtype) @ values) / n,)
+
+
 def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]) -> Functions:
     """A training step of the assignment: the same Gumbel noise for all, drawn inside by ours and given to the others."""
     noises: dict[tuple, torch.Tensor] = {}
@@ -109,19 +126,24 @@ def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]
 
 
 def assignment(case: Case) -> Functions:
-    return _training(case, ok.center_assignment, ("eager", center_assignment))
+    return _training(case, ok.center_assignment, ("eager", _assign))
 
 
 def folded_assignment(case: Case) -> Functions:
+    def eager(queries, tokens, key_weight, value_weight, key_bias, value_bias, **options):
+        if tokens.dtype.itemsize > 2:
+            return folded_center_assignment(queries, tokens, key_weight, value_weight, key_bias, value_bias, **options)
+        return _assign(queries, F.linear(tokens, key_weight, key_bias), F.linear(tokens, value_weight, value_bias), **options)
+
     def batched(queries, tokens, key_weight, value_weight, key_bias, value_bias, noise, scale):
         """The same algebra in plain torch: the fastest that it does here."""
         z = (queries @ key_weight) @ tokens.transpose(1, 2) + (queries @ key_bias)[..., None]
         s = (scale * z + noise).softmax(1)
         a = torch.zeros_like(s).scatter_(1, s.argmax(1, keepdim=True), 1.0) + (s - s.detach())
         n = a.sum(-1, keepdim=True)
-        return ((a @ tokens) @ value_weight.T + n * value_bias) / (n + 1), None
+        return ((a.to(tokens.dtype) @ tokens) @ value_weight.T + n * value_bias) / (n + 1), None
 
-    return _training(case, ok.folded_center_assignment, ("eager", folded_center_assignment), ("eager, folded", batched))
+    return _training(case, ok.folded_center_assignment, ("eager", eager), ("eager, folded", batched))
 
 
 def segclip_assignment(case: Case) -> Functions:
@@ -130,20 +152,28 @@ def segclip_assignment(case: Case) -> Functions:
         D, groups = tokens.shape[-1:], tokens.shape[-1] // key_weight.shape[1]
         x = F.layer_norm(tokens, D, norm_weight, norm_bias).transpose(1, 2)
         keys, values = (F.conv1d(x, w[..., None], groups=groups).transpose(1, 2) for w in (key_weight, value_weight))
-        return center_assignment(queries, F.layer_norm(keys, D, key_norm_weight, key_norm_bias), values, **options)
+        return _assign(queries, F.layer_norm(keys, D, key_norm_weight, key_norm_bias), values, **options)
 
-    return _training(case, ok.segclip_center_assignment, ("eager", segclip_center_assignment), ("eager, Conv1d", convolutions))
+    def eager(queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias, **options):
+        if tokens.dtype.itemsize > 2:
+            weights = (key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias)
+            return segclip_center_assignment(queries, tokens, *weights, **options)
+        x = F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias)
+        keys = F.layer_norm(grouped_linear(x, key_weight), tokens.shape[-1:], key_norm_weight, key_norm_bias)
+        return _assign(queries, keys, grouped_linear(x, value_weight), **options)
+
+    return _training(case, ok.segclip_center_assignment, ("eager", eager), ("eager, Conv1d", convolutions))
 
 
 def contrastive(case: Case) -> Functions:
     """InfoNCE of unit features, as CLIP trains."""
 
     def eager(image, text, logit_scale):
-        z, target = logit_scale * image @ text.T, torch.arange(len(image), device=image.device)
+        z, target = (logit_scale * image @ text.T).float(), torch.arange(len(image), device=image.device)
         return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
 
     def half(image, text, logit_scale, target):
-        return F.cross_entropy(logit_scale * image @ text.T, target, reduction="sum")
+        return F.cross_entropy((logit_scale * image @ text.T).float(), target, reduction="sum")
 
     def in_blocks(image, text, logit_scale, step=512):
         """Each side in blocks of rows, checkpointed: the usual way to save the matrix."""
@@ -213,6 +243,7 @@ def dense(case: Case) -> Functions:
         return min(case.options["k_pos"], N), min(case.options["k_neg"], (B - 1) * N)
 
     def loss(z_p, z_n, logits):
+        z_p, z_n, logits = z_p.float(), z_n.float(), logits.float()
         text_to_pixel = (torch.logaddexp(z_p, z_n.logsumexp(1, keepdim=True)) - z_p).mean()
         target = torch.arange(len(z_p), device=z_p.device).repeat_interleave(z_p.shape[1])
         return text_to_pixel + F.cross_entropy(logits, target)

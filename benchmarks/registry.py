@@ -21,6 +21,8 @@ class Case:
     shape: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ()  # implementations to run; all if empty
+    dtypes: tuple[str, ...] = ("float32",)  # on a GPU; the first is the table's
+    compiled: bool = False  # on a GPU: the table needs torch.compile's row
 
 
 _SHORT = (FUSED, "eager", "torch.compile")
@@ -62,87 +64,96 @@ CASES = (
 
 
 _PACL_GPU = {"pool": "vector", "temperature": 0.1}
-GPU_CASES = (
-    Case("patch_text_similarity", "pacl", _PACL, _PACL_GPU),
-    Case("patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}),
-    Case("patch_text_similarity", "pacl-576", {"B": 256, "T": 256, "N": 576, "D": 512}, _PACL_GPU),
-    Case("patch_text_similarity", "pacl-1024", {"B": 1024, "T": 1024, "N": 196, "D": 512}, _PACL_GPU),
-    Case("patch_text_similarity", "pacl-4096", {"B": 4096, "T": 4096, "N": 196, "D": 512}, _PACL_GPU, only=(FUSED,)),
-    Case("center_assignment", "segclip", {"B": 768, "L": 196, "G": 8, "D": 768}, {"tau": 0.9, "normalizer": "mean"}),
-    Case("folded_center_assignment", "ovsegmentor", {"B": 128, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
-    Case("segclip_center_assignment", "training", {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
-    Case("contrastive_loss", "clip", {"B": 32768, "D": 512}),
-    Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}),
-    Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
+_LOW = ("bfloat16", "float32")
+_ALL = ("bfloat16", "float32", "float16")
+_SEGCLIP = {"tau": 0.9, "normalizer": "mean"}
+GPU_CASES = (  # the most wanted first
+    Case("patch_text_similarity", "pacl", _PACL, _PACL_GPU, dtypes=_ALL, compiled=True),
+    Case("center_assignment", "segclip-448", {"B": 768, "L": 784, "G": 8, "D": 768}, _SEGCLIP, dtypes=_ALL, compiled=True),
+    Case("contrastive_loss", "clip", {"B": 32768, "D": 512}, dtypes=_LOW, compiled=True),
+    Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}, dtypes=_LOW,
+         compiled=True),
+    Case("segclip_center_assignment", "training", {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12}, _SEGCLIP, dtypes=_LOW,
+         compiled=True),
+    Case("folded_center_assignment", "ovsegmentor", {"B": 128, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}, dtypes=_LOW,
+         compiled=True),
+    Case("upsample_mask_loss", "zegclip", {"B": 4, "C": 156, "h": 32, "H": 512}, compiled=True),
+    Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}, compiled=True),
     Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}),
-    Case("upsample_mask_loss", "zegclip", {"B": 4, "C": 156, "h": 32, "H": 512}),
-    Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
+    Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}, compiled=True),
+    Case("center_assignment", "segclip", {"B": 768, "L": 196, "G": 8, "D": 768}, _SEGCLIP, dtypes=_LOW),
+    Case("patch_text_similarity", "pacl-576", {"B": 256, "T": 256, "N": 576, "D": 512}, _PACL_GPU, dtypes=_LOW),
+    Case("patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}, dtypes=_LOW),
+    Case("patch_text_similarity", "pacl-1024", {"B": 1024, "T": 1024, "N": 196, "D": 512}, _PACL_GPU, dtypes=_LOW),
+    Case("patch_text_similarity", "pacl-4096", {"B": 4096, "T": 4096, "N": 196, "D": 512}, _PACL_GPU, only=(FUSED,), dtypes=("bfloat16",)),
 )
 
 
-def useful_flops(case: Case) -> int:
-    """Of the products of one forward + backward in the cheaper form (docs/ops): what a rate in TFLOP/s is counted by."""
+def useful_flops(case: Case) -> tuple[int, int]:
+    """Of the products of a forward and a backward in the cheaper form (docs/ops); zeros where memory is what bounds it."""
     if case.op == "contrastive_loss":
-        return 8 * case.shape["B"] ** 2 * case.shape["D"]
+        once = 2 * case.shape["B"] ** 2 * case.shape["D"]
+        return once, 3 * once
+    if case.op == "dense_contrastive_loss":
+        return 2 * case.shape["B"] ** 2 * case.shape["N"] * case.shape["D"], 0
     if case.op != "patch_text_similarity":
-        return 0
+        return 0, 0
     B, T, N, D = (case.shape[key] for key in "BTND")
     if case.options.get("pool", "vector") != "vector":
-        return 8 * B * T * N * D
-    gram, pooled = 2 * N * (D + N) + 6 * N * D + 4 * N * N, 16 * N * D
-    return B * T * min(gram, pooled)
+        return 2 * B * T * N * D, 6 * B * T * N * D
+    gram, pooled = (2 * N * (D + N), 6 * N * D + 4 * N * N), (4 * N * D, 12 * N * D)
+    forward, backward = min(gram, pooled, key=sum)
+    return B * T * forward, B * T * backward
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Random tensors of a case, with gradients; never zeros, which run faster on some hardware."""
-    if device != "cpu":
-        with torch.no_grad():
-            drawn = inputs(case, dtype, seed)
-        return {name: x.detach().to(device).requires_grad_(x.is_floating_point()) for name, x in drawn.items()}
-    g = torch.Generator().manual_seed(seed)
+    """Random tensors of a case, with gradients, drawn on the device; never zeros, which run faster on some hardware."""
+    g = torch.Generator(device).manual_seed(seed)
     s = case.shape
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, device=device)
+
+    def leaves(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
+
     if case.op == "patch_text_similarity":
-        tensors = {"patches": (s["B"], s["N"], s["D"]), "texts": (s["T"], s["D"])}
-        return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in tensors.items()}
+        return leaves({"patches": randn(s["B"], s["N"], s["D"]), "texts": randn(s["T"], s["D"])})
     if case.op == "center_assignment":
-        tensors = {"queries": (s["B"], s["G"], s["D"]), "keys": (s["B"], s["L"], s["D"]), "values": (s["B"], s["L"], s["D"])}
-        return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in tensors.items()}
+        return leaves({name: randn(s["B"], s[count], s["D"]) for name, count in (("queries", "G"), ("keys", "L"), ("values", "L"))})
     if case.op in ("folded_center_assignment", "segclip_center_assignment"):
         D, rows = s["D"], s["D"] if case.op.startswith("folded") else s["D"] // s["groups"]
-        tensors = {"queries": (s["B"], s["G"], D), "tokens": (s["B"], s["L"], D), "key_weight": (D, rows), "value_weight": (D, rows)}
         names = ("key_bias", "value_bias") if rows == D else ("norm_weight", "norm_bias", "key_norm_weight", "key_norm_bias")
-        found = {name: torch.randn(shape, generator=g) / (rows**0.5 if "weight" in name else 1) for name, shape in tensors.items()}
-        found |= {name: ("norm_weight" in name) + 0.1 * torch.randn(D, generator=g) for name in names}
-        return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
+        found = {"queries": randn(s["B"], s["G"], D), "tokens": randn(s["B"], s["L"], D)}
+        found |= {name: randn(D, rows) / rows**0.5 for name in ("key_weight", "value_weight")}
+        return leaves(found | {name: ("norm_weight" in name) + 0.1 * randn(D) for name in names})
     if case.op == "upsample_argmax":
-        return {"logits": maps(1, s["C"], s["h"], 6, case.name == "noise", g).to(dtype)}
+        return {"logits": maps(randn, 1, s["C"], s["h"], 6, case.name == "noise").to(dtype)}
     if case.op == "upsample_mask_loss":
-        labels = torch.randint(0, s["C"] + 4, (s["B"], 1, 16, 16), generator=g).float()
+        labels = torch.randint(0, s["C"] + 4, (s["B"], 1, 16, 16), generator=g, device=device).float()
         labels = F.interpolate(labels, (s["H"], s["H"]), mode="nearest")[:, 0].to(torch.int64)
-        logits = 2.5 * torch.randn(s["B"], s["C"], s["h"], s["h"], generator=g)
-        return {"logits": logits.to(dtype).requires_grad_(), "labels": labels.where(labels < s["C"], 255)}
+        return {**leaves({"logits": 2.5 * randn(s["B"], s["C"], s["h"], s["h"])}), "labels": labels.where(labels < s["C"], 255)}
     if case.op == "window_argmax":
-        found = {"logits": maps(2, s.get("G", s["C"]), s["h"], 2.5, case.name == "noise", g).to(dtype)}
-        found["origins"] = torch.tensor([[0, 0], [0, round(s["side"] * 4 / 3) - s["side"]]])
+        found = {"logits": maps(randn, 2, s.get("G", s["C"]), s["h"], 2.5, case.name == "noise").to(dtype)}
+        found["origins"] = torch.tensor([[0, 0], [0, round(s["side"] * 4 / 3) - s["side"]]], device=device)
         if "G" in s:
-            found["tables"] = (5 * torch.randn(2, s["G"], s["C"], generator=g)).softmax(-1).to(dtype)
+            found["tables"] = (5 * randn(2, s["G"], s["C"])).softmax(-1).to(dtype)
         return found
     if case.op == "dense_contrastive_loss":
-        shapes = {"pixels": (s["B"], s["N"], s["D"]), "texts": (s["B"], s["D"])}
-        return {name: torch.randn(shape, generator=g).to(dtype).requires_grad_() for name, shape in shapes.items()}
+        return leaves({"pixels": randn(s["B"], s["N"], s["D"]), "texts": randn(s["B"], s["D"])})
     if case.op == "contrastive_loss":
-        found = {name: F.normalize(torch.randn(s["B"], s["D"], generator=g), dim=-1) for name in ("image", "text")}
-        return {name: x.to(dtype).requires_grad_() for name, x in {**found, "logit_scale": torch.tensor(14.3)}.items()}
-    similarity = torch.rand(s["B"], s["T"], generator=g).mul(2).sub(1).to(dtype).requires_grad_()
-    return {"similarity": similarity, "logit_scale": torch.tensor(14.3).to(dtype).requires_grad_()}
+        found = {name: F.normalize(randn(s["B"], s["D"]), dim=-1) for name in ("image", "text")}
+        return leaves({**found, "logit_scale": torch.tensor(14.3, device=device)})
+    similarity = torch.rand(s["B"], s["T"], generator=g, device=device).mul_(2).sub_(1)
+    return leaves({"similarity": similarity, "logit_scale": torch.tensor(14.3, device=device)})
 
 
-def maps(images: int, classes: int, side: int, scale: float, noise: bool, g: torch.Generator) -> torch.Tensor:
+def maps(randn: Callable[..., torch.Tensor], images: int, classes: int, side: int, scale: float, noise: bool) -> torch.Tensor:
     """Logits: noise alone, or smooth as a network's with a little noise."""
-    fine = torch.randn(images, classes, side, side, generator=g)
+    fine = randn(images, classes, side, side)
     if noise:
         return fine
-    return F.interpolate(scale * torch.randn(images, classes, 5, 5, generator=g), (side, side), mode="bicubic") + scale / 20 * fine
+    return F.interpolate(scale * randn(images, classes, 5, 5), (side, side), mode="bicubic") + scale / 20 * fine
 
 
 def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from . import _library as lib
+from ._build import cuda_archs
 from .triton import IMPLEMENTATIONS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -113,7 +114,7 @@ def _find_reason(name: str) -> str:
         return native.reason
     if not torch.cuda.is_available():
         return "no GPU is visible to torch"
-    return unsupported(lib.build_info().get("cuda_archs", []), torch.cuda.get_device_capability())
+    return unsupported(cuda_archs(), torch.cuda.get_device_capability())
 
 
 def unsupported(archs: list[str], capability: tuple[int, int]) -> str:

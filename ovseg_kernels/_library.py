@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import library as torch_library
+
+from ._build import FOLDER, build_info, libc
 
 LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
 COMPOSITES: set[str] = set()  # a handful of torch calls, the same on every device: no kernel is wanted
-FOLDER = Path(__file__).parent
 
 
 class BackendError(RuntimeError):
@@ -42,15 +41,10 @@ class _Native:
             torch.ops.load_library(self.path)
             self.loaded = True
         except (OSError, RuntimeError) as error:
-            built = build_info().get("torch", "unknown")
-            self.reason = f"built against torch {built} and does not load under {torch.__version__}: {error}"
+            built = build_info()
+            there = f"built against torch {built.get('torch', 'unknown')} with {built.get('libc') or 'an unknown libc'}"
+            self.reason = f"{there}, and does not load under {torch.__version__} with {libc() or 'another libc'}: {error}"
             warnings.warn(f"ovseg_kernels: {self.path.name} {self.reason}", RuntimeWarning, stacklevel=2)
-
-
-def build_info() -> dict:
-    """What setup.py wrote when it built the native part; empty if it did not."""
-    path = FOLDER / "build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def define(op: str, schema: str) -> None:

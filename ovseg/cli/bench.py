@@ -4,6 +4,7 @@
   ovseg bench patch_text_similarity --case pacl --json out.json
   ovseg bench --whole pictures                           a picture from pixels to labels, ViT-B/16
   ovseg bench --whole segclip                            SegCLIP: inference, and memory of a training step
+  ovseg bench show results/*.jsonl                       tables of result files, of a run that was killed too
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("ops", nargs="*", help="operators; all if none is given")
+    sub.add_argument("ops", nargs="*", help="operators, all if none is given; or show and result files")
     sub.add_argument("--case", action="append", default=[], help="name of a case; may be repeated")
     sub.add_argument("--whole", choices=("pictures", "segclip"), help="a whole procedure in place of operators")
     sub.add_argument("--repeats", type=int, default=7)
@@ -20,6 +21,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.ops[:1] == ["show"]:
+        if options.case or options.whole or options.out:
+            raise ValueError("bench show reads files and measures nothing; expected paths and no option beside it")
+        from ovseg_benchmarks.show import run as show
+
+        return show(options.ops[1:])
     if options.whole:
         from importlib import import_module
 

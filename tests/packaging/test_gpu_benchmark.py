@@ -1,56 +1,208 @@
-"""The GPU benchmark's own logic, with the clock and the allocator of CUDA replaced: what it writes, and what it refuses."""
+"""The GPU benchmark's own logic, with clock, allocator and device replaced: what it writes, in which order, and what it refuses."""
 
-import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from ovseg_benchmarks import gpu, lines, registry, show
+from ovseg_benchmarks.registry import FUSED
+from ovseg_benchmarks.supervise import AGAIN
+from stand_in import CASES, StandIn
 
-pytest.importorskip("triton")
-from ovseg_benchmarks import gpu, registry
-from ovseg_benchmarks.registry import FUSED, Case
+from ovseg.cli.main import main as ovseg
 
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "do_bench", lambda function, **_: (function(), [1.0, 2.0, 3.0])[1])
-    monkeypatch.setattr(gpu, "rooflines", lambda seconds: [{"op": "roofline", "dtype": d, "tflops": 100.0} for d in gpu.DTYPES])
-    monkeypatch.setattr(gpu, "environment", lambda: {"op": "environment", "device": "none"})
-    monkeypatch.setattr(gpu, "ours", lambda: {f"{FUSED} (cpu)": "cpu"})
-    for name in ("reset_peak_memory_stats", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    small = Case("patch_text_similarity", "small", {"B": 3, "T": 5, "N": 7, "D": 8}, {"temperature": 0.1}, only=(FUSED, "eager"))
-    monkeypatch.setattr(gpu, "GPU_CASES", (small,))
-    return small
+ROOT = Path(__file__).parents[2]
+PLAIN = (CASES[0], CASES[2])  # nothing that torch.compile would have to compile
 
 
-def test_rows(on_cpu, tmp_path):
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch):
+    """Even asking for torch.compile imports for seconds."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def rows_of(path):
+    rows, cut = lines.read(path)
+    assert cut == 0
+    return rows
+
+
+def test_ours_first_then_eager_then_compile_then_the_rest():
+    planned = list(gpu.plan(CASES, ("cuda", "triton")))
+    keys, labels = [p.key for p in planned], [p.label for p in planned]
+    assert list(dict.fromkeys(labels)) == ["ovseg (cuda)", "ovseg (triton)", "eager", "torch.compile", "eager, 10 classes at a time"]
+    assert len(keys) == len(set(keys)) == 4 + 4 + 4 + 1 + 1
+    assert labels == sorted(labels, key=list(dict.fromkeys(labels)).index)
+
+
+def test_rows(tmp_path):
+    """Forward and backward apart, their shares of both rates, the switch for tf32, memory."""
     out = tmp_path / "deep" / "x.jsonl"
-    assert gpu.run(str(out), 0.1, 100) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    measured = [row for row in rows if row["op"] == "patch_text_similarity"]
-    assert {(row["dtype"], row["implementation"]) for row in measured} == {(d, i) for d in gpu.DTYPES for i in ("eager", f"{FUSED} (cpu)")}
-    flops = registry.useful_flops(on_cpu)
-    assert flops == 3 * 5 * (2 * 7 * (8 + 7) + 6 * 7 * 8 + 4 * 7 * 7)
-    for row in measured:
-        assert row["ms"] == 2.0 and row["tflops"] == round(flops / 2e-3 / 1e12, 1) and "percent_of_product" in row
-        assert row["difference_from_eager"] <= gpu.TOLERANCE[row["dtype"]]
+    assert gpu.run(StandIn(), out, budget=100, cases=PLAIN) == 0
+    found = lines.finished(rows_of(out))
+    assert list(found) == [p.key for p in gpu.plan(PLAIN, ("cpu",))] == lines.planned(rows_of(out))
+    forward, backward = registry.useful_flops(CASES[0])
+    assert forward + backward == 3 * 5 * (2 * 7 * (8 + 7) + 6 * 7 * 8 + 4 * 7 * 7)
+    for row in found.values():
+        assert row["forward_ms"] == row["backward_ms"] == 2.0 and row["ms"] == 4.0 and row["forward_ms_p80"] == 3.0
+        for part in ("forward", "backward"):
+            assert f"{part}_percent_of_product" in row and f"{part}_percent_of_copy" in row
+        assert ("allow_tf32" in row) == (row["dtype"] == "float32") and row["extra_mib"] <= 3
+        assert row["implementation"] != "eager" or row["difference"] <= gpu.TOLERANCE[row["dtype"]]
+    row = found["patch_text_similarity small float32 ovseg (cpu)"]
+    assert row["forward_gb_per_s"] == round(4 * (3 * 7 * 8 + 5 * 8 + 3 * 5) / 2.0 / 1e6, 1)
 
 
-def test_a_wrong_kernel_is_not_timed(on_cpu, tmp_path, monkeypatch):
-    right = registry.implementations(on_cpu)
-    monkeypatch.setattr(registry, "implementations", lambda case: {**right, FUSED: lambda **x: 1.5 * right[FUSED](**x)})
-    out = tmp_path / "x.jsonl"
-    assert gpu.run(str(out), 0.1, 100) == 1
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    bad = [row for row in rows if row.get("implementation") == f"{FUSED} (cpu)"]
-    assert bad and all("values differ" in row["failed"] and "ms" not in row for row in bad)
+def test_a_compiled_row_and_labels(tmp_path):
+    assert gpu.run(StandIn(), tmp_path / "x", budget=100, cases=CASES[1:2]) == 0
+    found = lines.finished(rows_of(tmp_path / "x"))
+    assert [row["implementation"] for row in found.values()] == ["ovseg (cpu)", "eager", "torch.compile", "eager, 10 classes at a time"]
+    assert all("backward_ms" not in row and row["ms"] == 2.0 for row in found.values())
 
 
-def test_what_time_did_not_allow_is_written_down(on_cpu, tmp_path):
-    out = tmp_path / "x.jsonl"
-    gpu.run(str(out), 0.1, budget=-1)
-    rows = [json.loads(line) for line in out.read_text().splitlines() if "patch_text" in line]
-    assert len(rows) == len(gpu.DTYPES) and all(row["failed"] == "not measured: the time was spent" for row in rows)
+def test_different_values_are_not_timed(tmp_path, monkeypatch):
+    right = registry.implementations
+
+    def wrong(case):
+        found = right(case)
+        return {**found, FUSED: lambda **x: 1.5 * found[FUSED](**x)}
+
+    monkeypatch.setattr(registry, "implementations", wrong)
+    assert gpu.run(StandIn(), tmp_path / "x", budget=100, cases=PLAIN) == 1
+    eager = [row for row in lines.finished(rows_of(tmp_path / "x")).values() if row["implementation"] == "eager"]
+    assert eager and all("values differ from ovseg (cpu)" in row["failed"] and "ms" not in row for row in eager)
+
+
+def test_a_failing_row_stops_nothing(tmp_path, monkeypatch):
+    right = registry.implementations
+
+    def raising(**_):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), **({FUSED: raising} if case is CASES[0] else {})})
+    assert gpu.run(StandIn(), tmp_path / "x", budget=100, cases=PLAIN) == 1
+    found = lines.finished(rows_of(tmp_path / "x"))
+    assert found["patch_text_similarity small float32 ovseg (cpu)"]["failed"] == "out of memory"
+    assert "ms" in found["contrastive_loss small float32 ovseg (cpu)"]
+
+
+def test_what_time_did_not_allow_is_written_down(tmp_path):
+    device = StandIn(took=10)  # a row takes twenty seconds
+    gpu.run(device, tmp_path / "x", budget=50, cases=PLAIN)
+    found = list(lines.finished(rows_of(tmp_path / "x")).values())
+    assert [("ms" in row) for row in found] == [True, True, True] + [False] * (len(found) - 3) and len(found) == 6
+    assert all(row["failed"] == "not measured: the time was spent" for row in found[3:])
+    assert device.clock() == 60
+
+
+def test_a_lost_context_ends_the_process_and_the_next_goes_on(tmp_path, monkeypatch):
+    right, calls = registry.implementations, []
+
+    def lost(**_):
+        calls.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), **({FUSED: lost} if case is CASES[2] else {})})
+    out = tmp_path / "x"
+    assert gpu.run(StandIn(), out, budget=100, cases=PLAIN, again="a") == AGAIN
+    assert gpu.run(StandIn(), out, budget=100, cases=PLAIN, again="a") == 1
+    found = lines.finished(rows_of(out))
+    assert len(found) == 6 and "illegal memory" in found["contrastive_loss small float32 ovseg (cpu)"]["failed"]
+    assert len([row for row in rows_of(out) if row.get("op") == "environment"]) == 1
+    assert "ms" in found["patch_text_similarity small float32 eager"] and len(calls) == 1
+    # A new run measures everything anew.
+    monkeypatch.setattr(registry, "implementations", right)
+    assert gpu.run(StandIn(), out, budget=100, cases=PLAIN, again="b") == 0
+    assert all("failed" not in row for row in lines.finished(rows_of(out)).values())
+    assert "earlier runs" in show.tables(out)
+
+
+def test_a_killed_bench_leaves_rows_that_show_reads(tmp_path, capsys):
+    """SIGKILL in the middle of a row: all rows before it are there, the file says where it was, and the same run goes on."""
+    out = tmp_path / "bench.jsonl"
+    code = ("import sys, torch; torch.compile = lambda f: f; sys.path.insert(0, sys.argv[1]);"
+            "from stand_in import CASES, StandIn; from ovseg_benchmarks import gpu;"
+            f"gpu.run(StandIn(pause=0.3), {str(out)!r}, budget=100, cases=(CASES[0], CASES[2]), again='a')")
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)], stdout=subprocess.DEVNULL)
+    deadline, rows = time.monotonic() + 60, []
+    while time.monotonic() < deadline and not (len(lines.finished(rows)) > 1 and lines.unfinished(rows)):
+        time.sleep(0.02)
+        rows = lines.read(out)[0] if out.exists() else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open(out, "ab") as file:
+        file.write(b'{"key": "cut in the mid')  # as a full disk or a lost machine would leave it
+    done = lines.finished(lines.read(out)[0])
+    assert 2 <= len(done) < 6 and all(row["ms"] == 4.0 for row in done.values())
+    assert ovseg(["bench", "show", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("2.000 (1.000-3.000)") == 2 * len(done) and "1 line cut off" in text
+    assert "was running when it was killed" in text and "not reached: " in text
+    assert gpu.run(StandIn(), out, budget=100, cases=PLAIN, again="a") == 0
+    rows = lines.read(out)[0]
+    assert len(lines.finished(rows)) == 6 and len([row for row in rows if "key" in row]) == 6
+
+
+def test_show_refuses_what_holds_no_results(tmp_path, capsys):
+    (tmp_path / "x").write_text("nothing\n")
+    assert ovseg(["bench", "show", str(tmp_path / "x")]) == 1
+    assert "holds no row of results" in capsys.readouterr().err
+    assert ovseg(["bench", "show"]) == 1
+
+
+def test_show_reads_the_json_of_ovseg_bench(capsys):
+    assert ovseg(["bench", "show", str(ROOT / "benchmarks" / "results" / "cpu" / "2026-11-21-resolution.json")]) == 0
+    assert "| upsample_argmax | structured | eager |" in capsys.readouterr().out
+
+
+def test_inputs_are_drawn_on_the_device(monkeypatch):
+    """Every random number: 8 GB from the host would take half a minute."""
+    places = []
+    for name in ("randn", "rand", "randint"):
+        right = getattr(torch, name)
+
+        def drawn(*args, right=right, **kwargs):
+            places.append((kwargs["device"], kwargs["generator"].device.type))
+            return right(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, drawn)
+    for case in registry.GPU_CASES:
+        small = registry.Case(case.op, case.name, {k: min(v, 32) for k, v in case.shape.items()}, case.options)
+        count = len(places)
+        tensors = registry.inputs(small, device="cpu")
+        assert len(places) > count and all(bool(x.isfinite().all()) for x in tensors.values())
+    assert set(places) == {("cpu", "cpu")}
+
+
+def test_16_bit_baselines_compute_in_16_bits():
+    """Their products, that is; the definition would compute them in float32, which no user does."""
+    small = {"B": 4, "T": 4, "N": 20, "D": 24, "L": 30, "G": 4, "groups": 3}
+    for case in registry.GPU_CASES:
+        if "bfloat16" not in case.dtypes or "eager" not in registry.implementations(case):
+            continue
+        options = case.options | ({"k_pos": 3, "k_neg": 5} if "k_pos" in case.options else {})
+        case = registry.Case(case.op, case.name, {k: small[k] for k in case.shape}, options)
+        seen = []
+
+        class Products(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, seen=seen):
+                if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+                    seen.append(args[-1].dtype)
+                return function(*args, **(kwargs or {}))
+
+        with Products():
+            registry.implementations(case)["eager"](**registry.inputs(case, torch.bfloat16))
+        assert seen and set(seen) == {torch.bfloat16}, (case, seen)
+
+
+def test_every_case_of_the_issue_is_there():
+    shapes = {(case.op, case.shape.get("B"), case.shape.get("L")) for case in registry.GPU_CASES}
+    assert ("center_assignment", 768, 784) in shapes
+    for op in ("contrastive_loss", "folded_center_assignment", "segclip_center_assignment", "dense_contrastive_loss"):
+        assert next(case for case in registry.GPU_CASES if case.op == op).dtypes[0] == "bfloat16"
+
+
