@@ -2,7 +2,7 @@
 
 OVSEG_BUILD_NATIVE  1: a failing native build is an error; 0: no native build; unset: try, and go on without it
 FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
-TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset: 8.0;9.0;10.0;12.0+PTX
+TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset: 8.0;9.0a;10.0;12.0+PTX, those of them that nvcc knows
 MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
 OVSEG_WERROR        1: warnings are errors
 OVSEG_KEEP_BUILD    1: go on with the objects of an earlier build that was cut short; unset: build everything anew
@@ -23,8 +23,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-# sm_80 code serves 8.6 and 8.9 too; 9.0a would run on no other chip; +PTX serves chips to come.
-DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+# sm_80 code serves 8.6 and 8.9 too; 9.0a is Hopper and nothing else; the last one's PTX serves chips to come.
+DEFAULT_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
 
 
 def max_jobs() -> int:
@@ -40,6 +40,22 @@ def max_jobs() -> int:
 def use_cuda() -> bool:
     forced = os.environ.get("FORCE_CUDA")
     return shutil.which("nvcc") is not None if forced in (None, "") else forced == "1"
+
+
+def nvcc_codes() -> str:
+    """The chips that the compiler knows, as it lists them: ``sm_80 sm_86 ...``; empty where it cannot be asked."""
+    done = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def default_archs(codes: str) -> str:
+    """Of ``DEFAULT_ARCHS`` those among ``codes``, the last one with PTX; all where nothing is known."""
+    known = {int(code.removeprefix("sm_").rstrip("af")) for code in codes.split()}
+    chosen = [arch for arch in DEFAULT_ARCHS if not known or int(arch.rstrip("a").replace(".", "")) in known]
+    if not chosen:
+        raise RuntimeError(f"nvcc compiles for {codes} and for none of {DEFAULT_ARCHS}; expected TORCH_CUDA_ARCH_LIST to be set")
+    # Code for one chip alone ("a") has no PTX that later chips could take.
+    return ";".join([*chosen[:-1], chosen[-1].rstrip("a") + "+PTX"])
 
 
 def first_line(*command: str, last: bool = False) -> str:
@@ -84,7 +100,7 @@ class CMakeBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         torch_root = Path(torch.__file__).parent
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(nvcc_codes() if cuda else "")
         archs = [arch for arch in archs.replace(" ", ";").replace(",", ";").split(";") if arch]
         options = {
             "CMAKE_BUILD_TYPE": "Release",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CUDA = "csrc/patch_text_similarity/patch_text_similarity_cuda.cu"
+LAUNCH = "csrc/patch_text_similarity/patch_text_similarity_launch.cuh"
 FORWARD = "csrc/patch_text_similarity/patch_text_similarity_fwd.cuh"
 BACKWARD = "csrc/patch_text_similarity/patch_text_similarity_bwd.cuh"
 TILE = "csrc/common/tile.cuh"
@@ -54,8 +54,10 @@ FAULTS = (
     Fault("swapped stride", FORWARD, "patch_n, patch_d, N, D, mask", "patch_d, patch_n, N, D, mask"),
     Fault("missing barrier", TILE, "    __syncthreads();\n    if constexpr (kFlush)", "    if constexpr (kFlush)"),
     Fault("wrong tail", TILE, "return row < rows && k < depth &&", "return row < rows && k <= depth &&"),
-    Fault("wrong norm", FORWARD, "norm = sqrt(squared) * unit / total[row];", "norm = squared * unit / total[row];"),
-    Fault("lost text tile", CUDA, "unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }",
+    Fault("wrong norm", FORWARD, "norm = sqrt(quad[row]) * longest / total[row];", "norm = quad[row] * longest / total[row];"),
+    Fault("cancelled rows with half their norm", "csrc/patch_text_similarity/patch_text_similarity_cancelled.cuh",
+          "sqrt(squared) / kUnit;", "sqrt(squared) / (2 * kUnit);", "emulated and cancel"),
+    Fault("lost text tile", LAUNCH, "unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }",
           "unsigned tiles(int64_t n) { return static_cast<unsigned>(n > kTile ? n / kTile : 1); }"),
     Fault("int32 offset", FORWARD, "return {patches + b * patch_b, patch_n",
           "return {patches + static_cast<int32_t>(b * patch_b), patch_n"),
@@ -152,7 +154,7 @@ FAULTS += (
     _system("shift not seen", "data/check.py", "< _CLEARLY * misfit[0]", "< 0", _SETS, "shifted"),
     _system("removed values counted", "data/segmentation_sets.py", "while value in removed:", "while False:", _SETS, "layout"),
     _system("cut member taken", "inference/sources.py", "+ member.size > whole:", "+ member.size > 10 * whole:", _SOURCES, "shards"),
-    _system("superpixels detached", "losses/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
+    _system("superpixels detached", "objectives/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
     _system("slope of QuickGELU", "layers/quick_gelu.py", ".mul_(1.702)", ".mul_(1.0)", _SEGCLIP, "training_step"),
     _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
 )

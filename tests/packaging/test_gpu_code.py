@@ -82,6 +82,8 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
             registers_allowed, stack_allowed = 64, 0
         if kernel.endswith("fwd_pool_kernel"):  # blocks of one warp; eight loads of 16 bytes wait in 32 registers
             registers_allowed, stack_allowed = 128, 16 if kind_of(rest) == "double" else 0  # float64's division is a call
+        if kernel.endswith("fwd_cancelled_kernel"):  # for the few rows that cancel; two blocks on an SM are enough
+            registers_allowed = 255
         for arch, (registers, stack, shared) in by_arch.items():
             # Shared memory is dynamic (static_assert in the source: 99 KiB); 1 KiB belongs to the system from sm_90 on.
             if registers > registers_allowed or stack > stack_allowed or shared > 1024:

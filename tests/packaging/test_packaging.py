@@ -140,3 +140,14 @@ def test_files_are_short():
     long = {p: n for p in paths if p.endswith((".py", ".cpp", ".h", ".cu", ".cuh")) and (ROOT / p).exists()
             and (n := len((ROOT / p).read_text().splitlines())) > (800 if p.startswith("csrc/") else 500)}
     assert not long, f"over 500 lines, 800 for kernels: {long}"
+
+
+@pytest.mark.parametrize("codes,expected", [
+    ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 sm_121", "8.0;9.0a;10.0;12.0+PTX"),
+    ("sm_80 sm_86 sm_90", "8.0;9.0+PTX"),  # CUDA 12.0; code for Hopper alone has no PTX for later chips
+    ("", "8.0;9.0a;10.0;12.0+PTX"),
+])  # fmt: skip
+def test_default_architectures_are_those_the_compiler_knows(codes, expected):
+    code = f"import runpy, setuptools; setuptools.setup = lambda **_: None; print(runpy.run_path('setup.py')['default_archs']({codes!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == expected

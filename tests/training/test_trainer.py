@@ -187,7 +187,8 @@ def test_half_precision(tmp_path, precision):
 
 def test_bad_settings(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.root is null"):
-        train(load_recipe("pacl_vit_b16", ["model.name=pacl_tiny", "model.options.clip=null", "train.device=cpu"]), tmp_path / "a", quiet=True)
+        bad = load_recipe("pacl_vit_b16", ["model.name=pacl_tiny", "model.options.clip=null", "train.device=cpu"])
+        train(bad, tmp_path / "a", quiet=True)
     with pytest.raises(ConfigError, match="form is 'photos'"):
         train(recipe("data.style=photos"), tmp_path / "b", quiet=True)
     with pytest.raises(ConfigError, match=r"init\.backbone is 'nowhere': nowhere does not exist"):
