@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +125,15 @@ def scenarios(folder):
     attempt("ids", "train.steps=3")
     Loader._batches = batches
     found["ids"] = [seen, np.random.rand()]
-    attempt("fsdp", "train.parallel=fsdp", "train.steps=3")
-    attempt("fsdp", "train.parallel=fsdp", "train.steps=3", resume=True)
+    attempt("averaged", "train.ema=0.5")
+    attempt("fsdp", "train.parallel=fsdp", "train.ema=0.5")
+    attempt("fsdp", "train.parallel=fsdp", "train.ema=0.5", resume=True)
+    halves = ("train.parallel=fsdp", "train.ema=0.5", "checkpoint.every_steps=3", "checkpoint.keep=9", "train.chunk=2")
+    attempt("halves", *halves)
+    if distributed.is_main():
+        shutil.rmtree(state.complete(Path(folder) / "halves" / "checkpoints")[-1])
+    distributed.barrier()
+    attempt("halves", *halves, resume=True)
     attempt("other", "optim.lr=1")
     attempt("other", "optim.lr=2", resume=True)
     distributed.close()
@@ -136,6 +144,10 @@ def scenarios(folder):
 def met(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     return folder, [json.loads(text.splitlines()[-1]) for text in run(__file__, "scenarios", 2, folder, seconds=120)]
+
+
+def curve(folder):
+    return [entry["loss"] for entry in log_of(folder)]
 
 
 def same(met, name):
@@ -181,21 +193,20 @@ def test_ids_and_random_numbers_differ_by_rank(met):
 
 
 def test_sharded_checkpoints_hold_whole_tensors(met):
+    """Trained through FSDP2: the curve, the model and its average are those of DDP, also in chunks and after going on half-way."""
     assert same(met, "fsdp") == ["done", 0]  # the second life had nothing left to do
-    losses = [[entry["loss"] for entry in log_of(met[0] / name)][:3] for name in ("plain", "fsdp")]
-    assert losses[0] == pytest.approx(losses[1], abs=0.05)
-    model = state.load_tensors(met[0] / "fsdp" / "model" / "model.safetensors")
-    plain = state.load_tensors(met[0] / "plain" / "model" / "model.safetensors")
-    assert {name: x.shape for name, x in model.items()} == {name: x.shape for name, x in plain.items()}
+    assert same(met, "halves") == ["done", 3]
+    for name in ("fsdp", "halves"):
+        assert curve(met[0] / name) == pytest.approx(curve(met[0] / "averaged"), abs=1e-3)
+        places = ("model", f"checkpoints/{state.complete(met[0] / name / 'checkpoints')[-1].name}")
+        for place in places:
+            ours, theirs = (state.load_tensors(met[0] / run / place / "model.safetensors") for run in (name, "averaged"))
+            assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in ours), place
 
 
 def test_another_recipe_is_refused_in_all(met):
     outcome, steps = same(met, "other")
     assert steps == 0 and outcome.startswith("ConfigError: optim.lr is 2.0")
-
-
-def curve(folder):
-    return [entry["loss"] for entry in log_of(folder)]
 
 
 def test_torchrun_trains_to_the_curve_of_one_process(tmp_path):
