@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,9 @@ class Gradients:
         if self.group is None:
             return
         if parallel == "fsdp":
-            self._by_hand = shard(objective)
+            self._by_hand = shard(objective, objective.model.blocks)
+            for name in ("encode", "loss"):  # chunks call them in place of forward
+                register_fsdp_forward_method(objective, name)
         elif chunk is None:
             # Parameters that a batch does not reach are usual here: ZegCLIP's last layer, SegCLIP without superpixels.
             self.wrapped = DistributedDataParallel(objective, find_unused_parameters=True, broadcast_buffers=False)
@@ -92,18 +94,15 @@ class Gradients:
         return losses
 
 
-def shard(objective: Objective) -> list[nn.Parameter]:
+def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
     """FSDP2 over all processes: block by block, then the rest. Returns the parameters that stay whole: it takes no scalars."""
-    synchronize(objective)
-    device = next(objective.parameters()).device
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    scalars = {p for p in objective.parameters() if p.ndim == 0}
-    for block in objective.model.blocks:
+    synchronize(module)
+    mesh = init_device_mesh(next(module.parameters()).device.type, (distributed.world_size(),))
+    scalars = {p for p in module.parameters() if p.ndim == 0}
+    for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(objective, mesh=mesh, ignored_params=scalars)
-    for name in ("encode", "loss"):  # chunks call them in place of forward
-        register_fsdp_forward_method(objective, name)
-    return [p for p in objective.parameters() if p in scalars and p.requires_grad]
+    fully_shard(module, mesh=mesh, ignored_params=scalars)
+    return [p for p in module.parameters() if p in scalars and p.requires_grad]
 
 
 def synchronize(module: nn.Module) -> None:

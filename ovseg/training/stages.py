@@ -45,16 +45,16 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
         if source is None:
             continue
         where, prefix = f"init.{part} is {source!r}", "" if part == "model" else f"{part}."
+        own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
+        if not own:
+            parts = [name for name, _ in model.named_children()]
+            raise ConfigError(f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of {parts}")
         if source == PREVIOUS:
             if previous is None:
                 raise ConfigError(f"{where} and no stage comes before; expected a folder of a run")
             weights = {name: x.detach().cpu() for name, x in previous.state_dict().items()}
         else:
             weights = _weights(run / BEST if source == BEST else Path(str(source)), where)
-        own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
-        if not own:
-            parts = [name for name, _ in model.named_children()]
-            raise ConfigError(f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of {parts}")
         taken = {name: x for name, x in weights.items() if name.startswith(prefix)}
         try:
             check_fit(str(source), taken, own)

@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from .. import distributed
 from ..data.batch_types import Batch
 from ..data.skips import SkipLimit
-from ..errors import ConfigError, DataError, InputError
+from ..errors import DataError, InputError
 from ..models import OVSegModel, save_pretrained
 from ..objectives import Progress
 from ..progress import bar
 from . import state as checkpoints
-from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, trained
+from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
 from .hooks import Checkpoints, Evaluate, Hook, Log, Step, Validation
 from .plots import plot_loss
 from .recipe import Recipe, stages_of
@@ -119,10 +119,11 @@ class Trainer:
             start(model, recipe, folder, previous)
         objective = build_objective(model.to(device).train(), recipe).train()
         cast, precision = cast_for(recipe.train.precision, device)
+        average = average_of(model, recipe.train.ema, sharded=recipe.train.parallel == "fsdp" and distributed.world_size() > 1)
         self.gradients = Gradients(objective, recipe.train.parallel, recipe.train.chunk, cast)
         loader = build_loader(recipe, objective, device, progress=not quiet and distributed.is_main())
         self.state = State(objective, build_optimizer(objective, recipe), loader, SkipLimit(len(loader.source)),
-                           LossScaler(precision == "fp16"), self._average(), number, 0, done)
+                           LossScaler(precision == "fp16"), average, number, 0, done)
         self.steps = recipe.train.steps if recipe.train.epochs is None else len(loader)
         _seed(distributed.seed_for(recipe.train.seed, distributed.rank()))  # what is drawn in training, dropout, is not
         if at is not None:
@@ -217,13 +218,16 @@ class Trainer:
             torch.distributed.broadcast(tensor, 0, group=distributed.group())
         return model
 
-    def _average(self) -> AveragedModel | None:
-        decay = self.recipe.train.ema
-        if decay is None:
-            return None
-        if is_sharded(self.gradients.objective):
-            raise ConfigError("train.ema is given and train.parallel is 'fsdp'; expected 'ddp': an average of shards is not built yet")
-        return AveragedModel(self.gradients.objective.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+def average_of(model: OVSegModel, decay: float | None, *, sharded: bool) -> AveragedModel | None:
+    """A copy of the model that will follow it; None without a decay. Before the model itself is sharded."""
+    if decay is None:
+        return None
+    if not sharded:
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # one by one: shards and scalars do not mix in one call
+    shard(average.module, average.module.blocks)
+    return average
 
 
 def _seed(seed: int) -> None:

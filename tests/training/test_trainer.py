@@ -178,7 +178,7 @@ def test_schedules_of_other_systems():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(tmp_path, precision):
-    model = train(recipe(f"train.precision={precision}", "train.chunk=3"), tmp_path, quiet=True)
+    model = train(recipe(f"train.precision={precision}", "train.chunk=4", "train.steps=4"), tmp_path, quiet=True)
     assert bool(weights(model).isfinite().all()) and next(model.parameters()).dtype == torch.float32
     facts = state.facts_of(state.complete(tmp_path / "checkpoints")[-1])
     skipped = [json.loads(line).get("skipped", False) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -186,9 +186,14 @@ def test_half_precision(tmp_path, precision):
 
 
 def test_bad_settings(tmp_path):
+    (tmp_path / "folder.yaml").write_text("{model: {name: pacl_tiny}, data: {kind: folder}, train: {device: cpu}}")
     with pytest.raises(ConfigError, match=r"data\.root is null"):
-        bad = load_recipe("pacl_vit_b16", ["model.name=pacl_tiny", "model.options.clip=null", "train.device=cpu"])
-        train(bad, tmp_path / "a", quiet=True)
+        train(load_recipe(tmp_path / "folder.yaml"), tmp_path / "a", quiet=True)
+    with pytest.raises(ConfigError, match=r"data\.kind is 'mask'; expected one of"):
+        load_recipe(tmp_path / "folder.yaml", ["data.kind=mask"])
+    (tmp_path / "masks.yaml").write_text("{model: {name: pacl_tiny}, data: {kind: masks, train_size: 80}, train: {device: cpu}}")
+    with pytest.raises(ConfigError, match="which gives MaskBatch; the objective PACLObjective expects PairBatch"):
+        train(load_recipe(tmp_path / "masks.yaml"), tmp_path / "m", quiet=True)
     with pytest.raises(ConfigError, match="form is 'photos'"):
         train(recipe("data.style=photos"), tmp_path / "b", quiet=True)
     with pytest.raises(ConfigError, match=r"init\.backbone is 'nowhere': nowhere does not exist"):
