@@ -1,10 +1,12 @@
 """GPU code on a machine without a GPU: it compiles for real chips, fits their limits, and the libraries keep their promises."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -112,6 +114,22 @@ def test_the_center_pool_has_eight_loads_of_16_bytes_under_way(sass):
             assert not {"LDS.128", "STS.128"} & set(moves[loads[0] : loads[7]]) and "LDG.E.U16" not in moves, name
             wide += 1
     assert wide == 4 * len(ARCHS)
+
+
+@needs_nvcc
+def test_products_copy_16_bytes_with_few_instructions(library):
+    """On sm_90a, where the compiler unrolls the copies of a step: the middle number of instructions from one of 16 bytes to the next."""
+    command = [nvidia_tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"\n\s*Function : ", text)[1:]:
+        moves = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", part, re.MULTILINE)
+        places = [i for i, move in enumerate(moves) if move.startswith("LDGSTS")]
+        if places:
+            assert all("128" in moves[i] for i in places)
+            found[part.split("\n", 1)[0]] = statistics.median(b - a for a, b in itertools.pairwise(places))
+    over = {name: count for name, count in found.items() if count > 72}  # the highest was 65 when this was written
+    assert len(found) >= 50 and not over, over
 
 
 @needs_nvcc
