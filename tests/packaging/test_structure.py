@@ -1,0 +1,38 @@
+"""What the layers of the model package promise each other, beside the directions of imports that import-linter holds."""
+
+import re
+
+from native_build import ROOT
+
+
+def sources(*left_out):
+    for path in sorted((ROOT / "ovseg").rglob("*.py")):
+        name = path.relative_to(ROOT / "ovseg").as_posix()
+        if not name.startswith(left_out):
+            yield name, path.read_text()
+
+
+def test_towers_are_known_to_models_and_backbones_alone():
+    reached = [name for name, text in sources("models/", "backbones/") if re.search(r"(?<!init)\.backbone\b", text)]
+    assert not reached
+
+
+def test_ranks_are_known_to_one_file():
+    """Everybody else asks ``ovseg.distributed``; objectives get a group and hand it on."""
+    known = [name for name, text in sources("distributed.py", "objectives/") if re.search(r"^\s*(import|from) torch\.distributed", text, re.M)]
+    allowed = {"training/gradients.py", "training/trainer.py", "training/state.py"}  # wrappers of DDP and FSDP2
+    assert set(known) <= allowed, known
+
+
+def test_rules_and_objectives_do_not_ask_which_system_it_is():
+    asking = [name for name, text in sources("models/", "backbones/") if re.search(r"isinstance\(\w*model\w*, (?!str|\(?torch)", text)]
+    assert not asking
+
+
+def test_library_code_does_not_print():
+    printing = [name for name, text in sources("cli/") if re.search(r"^\s*print\(", text, re.M)]
+    assert not printing
+
+
+def test_files_of_the_package_are_short():
+    assert not {name: count for name, text in sources() if (count := len(text.splitlines())) > 400}
