@@ -19,7 +19,7 @@ def test_train_on_a_folder_and_segment(tmp_path, capsys):
     (pairs / "bad.txt").write_text("a red circle")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
-        f"model: {{name: pacl_tiny, options: {{backbone: {{width: 16, embed_dim: 16, local_depth: 1}}, trained: [embedder, vision, text]}}}}\n"
+        "model: {name: pacl_tiny, options: {backbone: {width: 16, embed_dim: 16, local_depth: 1}, trained: [embedder, vision, text]}}\n"
         f"data: {{kind: folder, root: {tmp_path / 'pairs'}, image_size: 48, workers: 1}}\n"
         "optim: {lr: 2.0e-3}\nschedule: {warmup_steps: 2}\n"
         "train: {steps: 8, batch_size: 7, device: cpu}\nlog: {every_steps: 1}\ncheckpoint: {every_steps: 4}\n")

@@ -19,7 +19,8 @@ def test_towers_are_known_to_models_and_backbones_alone():
 
 def test_ranks_are_known_to_one_file():
     """Everybody else asks ``ovseg.distributed``; objectives get a group and hand it on."""
-    known = [name for name, text in sources("distributed.py", "objectives/") if re.search(r"^\s*(import|from) torch\.distributed", text, re.M)]
+    asked = re.compile(r"^\s*(import|from) torch\.distributed", re.MULTILINE)
+    known = [name for name, text in sources("distributed.py", "objectives/") if asked.search(text)]
     allowed = {"training/gradients.py", "training/trainer.py", "training/state.py"}  # wrappers of DDP and FSDP2
     assert set(known) <= allowed, known
 
