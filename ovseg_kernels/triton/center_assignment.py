@@ -17,7 +17,7 @@ TOKENS = {2: 32, 4: 32, 8: 16}  # of a tile, by bytes of an accumulator
 CHANNELS = {2: 64, 4: 32, 8: 16}  # of a step, by bytes of an element
 WARPS = 4
 # Never a reason to compile again; what copies need to know of the sizes and strides, ALIGNED says.
-SIZES = ["G", "L", "D", "E", "q_b", "q_g", "k_b", "k_l", "v_b", "v_l", "normalizer"]
+SIZES = ["G", "L", "D", "E", "q_b", "q_g", "k_b", "k_l", "v_b", "v_l", "normalizer", "need_keys", "need_values"]
 
 
 @triton.jit
@@ -165,9 +165,9 @@ def center_assignment_bwd_tokens_kernel(
     queries, keys, values, center_bias, key_scale, mask, noise, rng, index, scaled, rho, grad_soft,
     d_scores, d_scale, d_keys, d_values, G, L, D, E,
     q_b: tl.int64, q_g: tl.int64, k_b: tl.int64, k_l: tl.int64, v_b: tl.int64, v_l: tl.int64,
-    scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
+    need_keys, need_values, scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
     BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
-    SHARED: tl.constexpr, NEED_KEYS: tl.constexpr, NEED_VALUES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
@@ -204,7 +204,7 @@ def center_assignment_bwd_tokens_kernel(
     if HARD:  # from here on s are the weights of (9)
         winner = tl.load(index + b * L + l, mask=l < L, other=-1)
         s = ((winner[:, None] == g[None, :]) & inside).to(ACC)
-    if NEED_KEYS:
+    if need_keys:
         dk_scores = dz * factor
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
@@ -213,7 +213,7 @@ def center_assignment_bwd_tokens_kernel(
                 dk = _dot(s, _rows(scaled, g, d, g < G, D, D), dk, PRECISION, ACC)
             at = d_keys + (b * L + l)[:, None] * D + d[None, :]
             tl.store(at, dk.to(d_keys.dtype.element_ty), mask=(l < L)[:, None] & (d < D)[None, :])
-    if NEED_VALUES:
+    if need_values:
         for e0 in range(0, E, BD):
             e = e0 + tl.arange(0, BD)
             dv = _dot(s, _rows(scaled, g, e, g < G, E, E), tl.zeros((BL, BD), ACC), PRECISION, ACC)
@@ -321,8 +321,8 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
         center_assignment_bwd_tokens_kernel[(tiles(x.L, x.tokens) * x.B,)](
             x.queries, x.keys, x.values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
             d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E,
-            *x.q_strides, *x.k_strides, *x.v_strides, *x.scale, *x.tau,
-            SOFT=grad_soft is not None, SHARED=shared, NEED_KEYS=need_keys, NEED_VALUES=need_values, PRECISION=x.precision, BD=x.wide,
+            *x.q_strides, *x.k_strides, *x.v_strides, int(need_keys), int(need_values), *x.scale, *x.tau,
+            SOFT=grad_soft is not None, SHARED=shared, PRECISION=x.precision, BD=x.wide,
             **x.step, **x.options, **x.kind, **x.extras,
         )  # fmt: skip
         if need_queries:

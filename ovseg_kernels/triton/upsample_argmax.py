@@ -34,22 +34,21 @@ def _weighted(weight, x):
 
 
 @triton.jit
-def _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, LABELLED: tl.constexpr,
-                 LIMITED: tl.constexpr, VALUE: tl.constexpr):  # fmt: skip
-    """From the winning class and its value to what is written."""
-    if LABELLED:
-        winner = tl.load(class_labels + winner, mask=inside, other=0)
-    if LIMITED:
-        winner = tl.where(best < tl.load(threshold), background, winner)
+def _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, labelled, limited, valued):
+    """From the winning class and its value to what is written. Options are looked at when it runs: each would be a compilation."""
+    if labelled:
+        winner = tl.load(class_labels + winner, mask=inside, other=0).to(tl.int64)
+    if limited:
+        winner = tl.where(best < tl.load(threshold), background, winner).to(tl.int64)
     tl.store(labels + at, winner.to(labels.dtype.element_ty), mask=inside)
-    if VALUE:
+    if valued:
         tl.store(value + at, best, mask=inside)
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "background"])
+@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "background", "biased", "labelled", "limited", "valued"])
 def upsample_argmax_fwd_kernel(
-    logits, bias, class_labels, threshold, labels, value, C, h, w, H, W, background,
-    BIASED: tl.constexpr, LABELLED: tl.constexpr, LIMITED: tl.constexpr, VALUE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
+    logits, bias, class_labels, threshold, labels, value, C, h, w, H, W, background, biased, labelled, limited, valued,
+    ACC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     tile, Y, b = program(tl.cdiv(W, BW), H)
     X = tile * BW + tl.arange(0, BW)
@@ -65,13 +64,13 @@ def upsample_argmax_fwd_kernel(
         right = _weighted(1.0 - g, tl.load(plane + y0 * w + x1, mask=inside, other=0.0))
         right += _weighted(g, tl.load(plane + y1 * w + x1, mask=inside, other=0.0))
         z = _weighted(1.0 - f, left) + _weighted(f, right)
-        if BIASED:
+        if biased:
             z += tl.load(bias + c)
         better = z > best
         winner = tl.where(better, c, winner)
         best = tl.where(better, z, best)
     at = (b * H + Y) * W + X
-    _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, LABELLED, LIMITED, VALUE)
+    _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, labelled, limited, valued)
 
 
 def forward(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
@@ -83,8 +82,9 @@ def forward(logits, bias, class_labels, height, width, threshold, background, la
     if B:
         with on_device(logits):
             upsample_argmax_fwd_kernel[(tiles(width, PIXELS) * height * B,)](
-                logits, logits if bias is None else bias.contiguous(), logits if class_labels is None else class_labels.contiguous(),
-                limit, labels, value, C, h, w, height, width, background, BIASED=bias is not None, LABELLED=class_labels is not None,
-                LIMITED=threshold is not None, VALUE=want_value, ACC=ACC[logits.dtype], BW=PIXELS, num_warps=WARPS,
+                logits, logits if bias is None else bias.contiguous(), labels if class_labels is None else class_labels.contiguous(),
+                limit, labels, value, C, h, w, height, width, background,
+                int(bias is not None), int(class_labels is not None), int(threshold is not None), int(want_value),
+                ACC=ACC[logits.dtype], BW=PIXELS, num_warps=WARPS,
             )  # fmt: skip
     return labels, value

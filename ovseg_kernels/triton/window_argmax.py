@@ -15,7 +15,8 @@ from ._launch import ACC, on_device, tiles
 from .upsample_argmax import _between, _store_label, _weighted
 
 PIXELS, WARPS = 128, 4
-SIZES = ["pixels", "background", "n", "G", "C", "h", "w", "hc", "wc", "Hc", "Wc", "H", "W"]  # never a reason to compile again
+# Never a reason to compile again.
+SIZES = ["pixels", "background", "biased", "labelled", "limited", "valued", "n", "G", "C", "h", "w", "hc", "wc", "Hc", "Wc", "H", "W"]
 WINDOW, MERGED, OUTPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -111,10 +112,9 @@ def window_argmax_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def window_argmax_fwd_kernel(
-    values, index, origins, bias, class_labels, threshold, norms, labels, best_value, pixels, background,
+    values, index, origins, bias, class_labels, threshold, norms, labels, best_value, pixels, background, biased, labelled, limited, valued,
     n, G, C, h, w, hc, wc, Hc, Wc, H, W,
-    TABLES: tl.constexpr, ACTIVATION: tl.constexpr, STAGE: tl.constexpr, BIASED: tl.constexpr, LABELLED: tl.constexpr,
-    LIMITED: tl.constexpr, VALUE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
+    TABLES: tl.constexpr, ACTIVATION: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     h, w, hc, wc, H, W = h.to(tl.int64), w.to(tl.int64), hc.to(tl.int64), wc.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
@@ -125,12 +125,12 @@ def window_argmax_fwd_kernel(
     for c in range(0, C):
         z = _output(values, index, origins, norms, c, Y, X, wanted, n, G, C, h, w, hc, wc, Hc, Wc, H, W, pixels, TABLES, ACTIVATION, STAGE,
                     ACC, BW)  # fmt: skip
-        if BIASED:
+        if biased:
             z += tl.load(bias + c)
         better = z > best
         winner = tl.where(better, c, winner)
         best = tl.where(better, z, best)
-    _store_label(labels, best_value, at, winner, best, wanted, class_labels, threshold, background, LABELLED, LIMITED, VALUE)
+    _store_label(labels, best_value, at, winner, best, wanted, class_labels, threshold, background, labelled, limited, valued)
 
 
 def forward(
@@ -153,8 +153,8 @@ def forward(
         if pixels:
             window_argmax_norm_kernel[(tiles(pixels, PIXELS),)](*maps, norms, pixels, *sizes, **same)
         window_argmax_fwd_kernel[(tiles(height * width, PIXELS),)](
-            *maps, values if bias is None else bias.contiguous(), values if class_labels is None else class_labels.contiguous(), limit,
-            norms, labels, value, pixels, background, *sizes, ACTIVATION=activation, BIASED=bias is not None,
-            LABELLED=class_labels is not None, LIMITED=threshold is not None, VALUE=want_value, **same,
+            *maps, values if bias is None else bias.contiguous(), labels if class_labels is None else class_labels.contiguous(), limit,
+            norms, labels, value, pixels, background, int(bias is not None), int(class_labels is not None), int(threshold is not None),
+            int(want_value), *sizes, ACTIVATION=activation, **same,
         )  # fmt: skip
     return labels, value

@@ -26,9 +26,15 @@ def samples(wanted=lambda sample: True, names=BACKENDS, few=()):
     """Every sample on every implementation, on those of ``few`` one of an operator. Those on a GPU are made there when the test runs."""
     places = [place for place, sample in enumerate(SAMPLES) if wanted(sample)]
     first = {SAMPLES[place].op: place for place in sorted(places, key=lambda i: (not SAMPLES[i].smooth, i), reverse=True)}
+
+    def needed(place, name):
+        op = SAMPLES[place].op
+        if name in COMPILED and op in COMPOSED:
+            return place == first[op] and not few
+        return name not in few or place == first[op]
+
     pairs = [pytest.param(place, name, id=f"{SAMPLES[place]}-{name}", marks=[pytest.mark.gpu] if name in GPU else [])
-             for place in places for name in names
-             if place == first[SAMPLES[place].op] or name not in (COMPILED if SAMPLES[place].op in COMPOSED else few)]  # fmt: skip
+             for place in places for name in names if needed(place, name)]  # fmt: skip
     return pytest.mark.parametrize("place,backend", pairs)
 
 

@@ -71,15 +71,8 @@ class _NoKernel:
         return lambda *arguments, **options: None
 
 
-# Numbers that two launchers still copy from the host at every call.
-COPIED = {op: pytest.mark.xfail(reason="a copy of two numbers from the host", strict=False)
-          for op in ("dense_contrastive_loss", "upsample_mask_loss")}  # fmt: skip
-
-
-LAUNCHERS = [pytest.param(op, marks=COPIED.get(op, ())) for op in dict.fromkeys(module for module, _ in KERNELS.values())]
-
-
-@pytest.mark.parametrize("op", LAUNCHERS)
+@pytest.mark.filterwarnings("ignore:.*data pointer")  # of a tensor that has none: launchers look at its alignment
+@pytest.mark.parametrize("op", dict.fromkeys(module for module, _ in KERNELS.values()))
 def test_no_triton_launcher_reads_the_device(op, unreadable, monkeypatch):
     """The launchers without their kernels."""
     module = importlib.import_module(f"ovseg_kernels.triton.{op}")

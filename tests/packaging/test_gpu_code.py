@@ -264,7 +264,8 @@ def test_triton_rows_are_copied_while_products_run(triton_rows):
         assert "2" not in row["loads"] or "tables" in row["case"], row
         assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), row  # masks are bytes
         assert all(count >= 2 for count in row["stages"]), row
-        assert not row["stages"] or row["copies"].get("16"), row
+        turned = row["tensor_core"] == "wgmma" and row["tf32"]  # such operands are turned on their way, four bytes at a time
+        assert not row["stages"] or row["copies"].get("16") or (turned and row["copies"].get("4")), row
         products |= {row["kernel"]} if row["stages"] else set()
     written = set()
     for path in ROOT.glob("ovseg_kernels/triton/*.py"):
