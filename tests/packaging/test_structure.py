@@ -37,3 +37,9 @@ def test_library_code_does_not_print():
 
 def test_files_of_the_package_are_short():
     assert not {name: count for name, text in sources() if (count := len(text.splitlines())) > 400}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest would collect only the first of them, here without packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names)) == len(names)
