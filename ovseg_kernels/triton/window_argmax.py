@@ -153,7 +153,7 @@ def forward(
         if pixels:
             window_argmax_norm_kernel[(tiles(pixels, PIXELS),)](*maps, norms, pixels, *sizes, **same)
         window_argmax_fwd_kernel[(tiles(height * width, PIXELS),)](
-            *maps, values if bias is None else bias.contiguous(), labels if class_labels is None else class_labels.contiguous(), limit,
+            *maps, values if bias is None else bias.contiguous(), origins if class_labels is None else class_labels.contiguous(), limit,
             norms, labels, value, pixels, background, int(bias is not None), int(class_labels is not None), int(threshold is not None),
             int(want_value), *sizes, ACTIVATION=activation, **same,
         )  # fmt: skip

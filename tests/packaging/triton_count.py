@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +26,12 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 OPS = Path(__file__).parents[1] / "ops"
+CHUNK = 4  # as scripts/gpu_pytest.py deals tests out
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 binders: dict[str, object] = {}
 found: dict[tuple[str, str], str] = {}  # (kernel, key) -> the test that needs it first
+shards: dict[int, set] = defaultdict(set)  # of 14 processes -> what its tests need
+order: dict[str, int] = {}
 broken: set[str] = set()
 test = ""
 
@@ -39,7 +42,9 @@ def note(kernel: JITFunction, *args, grid, warmup, **kwargs):
     if name not in binders:
         binders[name] = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
     _, specialization, options = binders[name](*args, **kwargs)
-    found.setdefault((name, f"{specialization} {options}"), test)
+    key = name, f"{specialization} {options}"
+    found.setdefault(key, test)
+    shards[order[test] // CHUNK % 14].add(key)
 
 
 def launcher_and_closed_form(name: str):
@@ -89,6 +94,7 @@ class Stand:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = mine
+        order.update({item.nodeid.split("/")[-1]: i for i, item in enumerate(mine)})
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -103,7 +109,8 @@ def main() -> None:
     pytest.main([str(OPS), *sys.argv[1:], "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"], plugins=[Stand()])
     for (name, key), needed_by in sorted(found.items()):
         print(name, needed_by, key)
-    print(json.dumps({"broken": sorted(broken), "specialisations": len(found), "by_kernel": Counter(name for name, _ in found),
+    print(json.dumps({"broken": sorted(broken), "specialisations": len(found), "of_the_largest_shard": max(map(len, shards.values())),
+                      "by_kernel": Counter(name for name, _ in found),
                       "by_test": Counter(t.split("[")[0] for t in found.values())}))
 
 
