@@ -136,7 +136,7 @@ FAULTS += (
     _system("shift not seen", "data/check.py", "< _CLEARLY * misfit[0]", "< 0", _SETS, "shifted"),
     _system("removed values counted", "data/segmentation_sets.py", "while value in removed:", "while False:", _SETS, "layout"),
     _system("cut member taken", "inference/sources.py", "+ member.size > whole:", "+ member.size > 10 * whole:", _SOURCES, "shards"),
-    _system("superpixels detached", "losses/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
+    _system("superpixels detached", "objectives/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
     _system("slope of QuickGELU", "layers/quick_gelu.py", ".mul_(1.702)", ".mul_(1.0)", _SEGCLIP, "training_step"),
     _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
 )
@@ -164,6 +164,36 @@ FAULTS += (
     _data("the last word is cut off", "pairs.py", "int(used[-1]) + 1", "int(used[-1])", "test_sources", "padding"),
     _data("segments of the whole picture", "sources/folder.py", "patch_labels(crops[0][0].numpy()", "patch_labels(maps[0]", "test_sources",
           "segments_are"),
+)
+
+
+def _train(name: str, file: str, right: str, wrong: str, tests: str, folder: str = "training/test_trainer") -> Fault:
+    return Fault(f"training: {name}", f"ovseg/{file}", right, wrong, tests, folder=f"tests/{folder}.py")
+
+
+_GRADIENTS, _TOGETHER = "distributed/test_gradients", "distributed/test_together"
+FAULTS += (
+    _train("a chunk draws anew in its second pass", "training/gradients.py", "_set_random_state(states[i])", "pass",
+           "draw_the_same", _GRADIENTS),
+    _train("the norm of one shard", "training/gradients.py", "dist.all_reduce(square, group=distributed.group())", "pass", "equal_one",
+           _GRADIENTS),
+    _train("scalars are not averaged", "training/gradients.py", "distributed.average_gradients(self._by_hand)", "pass",
+           "equal_one", _GRADIENTS),
+    _train("chunks see their own rank", "training/gradients.py", "losses = self.objective.loss(rows, batch, progress, self.group)",
+           "losses = self.objective.loss(rows, batch, progress, None)", "equal_one", _GRADIENTS),
+    _train("each process decides alone", "distributed.py", "    all_reduce_sum(found)\n    return tuple", "    return tuple",
+           "not_finite or error", _TOGETHER),
+    _train("bad pictures of one process", "training/trainer.py", "self.state.skips.add(distributed.gather_strings(list(skipped)))",
+           "self.state.skips.add(skipped)", "bad_pictures", _TOGETHER),
+    _train("steps that are not finite are done", "training/trainer.py", "if not infinite:", "if True:", "finite"),
+    _train("no seed of its own for a rank", "training/trainer.py", "distributed.seed_for(recipe.train.seed, distributed.rank())",
+           "recipe.train.seed", "random_numbers", _TOGETHER),
+    _train("data begin anew", "training/state.py", 'state.loader.load_state_dict(mine["loader"])', "pass", "six_steps"),
+    _train("the average begins anew", "training/state.py", 'state.average.n_averaged.fill_(facts["averaged"])', "pass", "average"),
+    _train("moments begin anew", "training/state.py", "fill(entry[key], value)", "pass", "six_steps"),
+    _train("any recipe goes on", "training/stages.py", "[] if old is None else differences(old, plain)", "[]", "refused"),
+    _train("the clock of the curve", "training/schedule.py", "(done - warm) / max", "done / max", "schedule"),
+    _train("a stage begins with its own weights", "training/stages.py", "            own[name].copy_(value)", "            pass", "stage"),
 )
 
 
