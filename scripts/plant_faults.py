@@ -185,6 +185,36 @@ FAULTS += (
 )
 
 
+def _train(name: str, file: str, right: str, wrong: str, tests: str, folder: str = "training/test_trainer") -> Fault:
+    return Fault(f"training: {name}", f"ovseg/{file}", right, wrong, tests, folder=f"tests/{folder}.py")
+
+
+_GRADIENTS, _TOGETHER = "distributed/test_gradients", "distributed/test_together"
+FAULTS += (
+    _train("a chunk draws anew in its second pass", "training/gradients.py", "_set_random_state(states[i])", "pass",
+           "draw_the_same", _GRADIENTS),
+    _train("the norm of one shard", "training/gradients.py", "dist.all_reduce(square, group=distributed.group())", "pass", "equal_one",
+           _GRADIENTS),
+    _train("scalars are not averaged", "training/gradients.py", "distributed.average_gradients(self._by_hand)", "pass",
+           "equal_one", _GRADIENTS),
+    _train("chunks see their own rank", "training/gradients.py", "losses = self.objective.loss(rows, batch, progress, self.group)",
+           "losses = self.objective.loss(rows, batch, progress, None)", "equal_one", _GRADIENTS),
+    _train("each process decides alone", "distributed.py", "    all_reduce_sum(found)\n    return tuple", "    return tuple",
+           "not_finite or error", _TOGETHER),
+    _train("bad pictures of one process", "training/trainer.py", "self.state.skips.add(distributed.gather_strings(list(skipped)))",
+           "self.state.skips.add(skipped)", "bad_pictures", _TOGETHER),
+    _train("steps that are not finite are done", "training/trainer.py", "if not infinite:", "if True:", "finite"),
+    _train("no seed of its own for a rank", "training/trainer.py", "distributed.seed_for(recipe.train.seed, distributed.rank())",
+           "recipe.train.seed", "random_numbers", _TOGETHER),
+    _train("data begin anew", "training/state.py", 'state.loader.load_state_dict(mine["loader"])', "pass", "six_steps"),
+    _train("the average begins anew", "training/state.py", 'state.average.n_averaged.fill_(facts["averaged"])', "pass", "average"),
+    _train("moments begin anew", "training/state.py", "fill(entry[key], value)", "pass", "six_steps"),
+    _train("any recipe goes on", "training/stages.py", "[] if old is None else differences(old, plain)", "[]", "refused"),
+    _train("the clock of the curve", "training/schedule.py", "(done - warm) / max", "done / max", "schedule"),
+    _train("a stage begins with its own weights", "training/stages.py", "            own[name].copy_(value)", "            pass", "stage"),
+)
+
+
 def copy_tree(to: Path) -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):

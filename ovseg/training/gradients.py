@@ -74,7 +74,7 @@ class Gradients:
         states, parts = [], []
         for i, chunk in enumerate(chunks):
             states.append(_random_state())
-            with torch.no_grad(), self.cast():  # a cast of its own: it keeps copies of weights, here without a graph
+            with torch.no_grad(), self.cast():
                 parts.append(self.objective.encode(chunk, replace(progress, chunk=i)))
         after = _random_state()
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -135,7 +135,7 @@ def test_both_passes_of_a_chunk_draw_the_same():
 
 
 def test_chunks_in_bf16_reach_every_weight():
-    """Autocast keeps copies of weights: those of the pass without a graph must not be used in the other."""
+    """Autocast keeps copies of weights; those of the pass without a graph would be of no use in the other."""
     sizes = []
     for chunk in (None, 3):
         objective = an_objective("clip_dense").float()

@@ -12,10 +12,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import ovseg
 from ovseg.checkpoints.files import load_tensors
+from ovseg.cli.main import main
 from ovseg.cli.train import validation
+from ovseg.data.scenes import Scenes
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import CheckpointError, ConfigError, DataError
 from ovseg.objectives.clip_dense import ClipDenseObjective
@@ -384,3 +387,23 @@ def test_too_many_bad_pictures_end_training(tmp_path, monkeypatch):
     monkeypatch.setattr(ScenePairs, "collate", bad)
     with pytest.raises(DataError, match="2 of 40 pictures cannot be used, 1 % may; the last: picture 2 is bad"):
         train(recipe(), tmp_path, quiet=True)
+
+
+def test_a_folder_of_pictures_from_training_to_labels(tmp_path, capsys):
+    """Pictures with captions beside them, two workers, one picture that is damaged; then the run segments one of them."""
+    scenes = Scenes("shapes", "train", 110, 0)
+    for i in range(len(scenes)):
+        Image.fromarray(scenes[i].image).save(tmp_path / f"{i:03}.png")
+        (tmp_path / f"{i:03}.txt").write_text("\n".join(caption.text for caption in scenes[i].captions))
+    (tmp_path / "007.png").write_bytes(b"no picture")
+    (tmp_path / "folder.yaml").write_text(
+        "{model: {name: pacl_tiny, options: {trained: [embedder, vision, text], backbone: {width: 16, embed_dim: 16, local_depth: 1}}},"
+        f" data: {{kind: folder, root: '{tmp_path}', workers: 2}}, train: {{epochs: 1, batch_size: 11, device: cpu}}, log: {{every_steps: 1}}}}")
+    run = tmp_path / "run"
+    assert main(["train", str(tmp_path / "folder.yaml"), f"run={run}"]) == 0
+    assert len((run / "log.jsonl").read_text().splitlines()) == 10
+    facts = state.facts_of(state.complete(run / "checkpoints")[-1])
+    assert len(facts["skips"]["seen"]) == 1 and "007.png" in facts["skips"]["seen"][0]
+    assert main(["segment", str(tmp_path / "001.png"), "--model", str(run), "--labels", "red,blue", "-o", str(tmp_path / "out"),
+                 "--device", "cpu"]) == 0  # fmt: skip
+    assert (tmp_path / "out" / "001_overlay.png").exists(), list((tmp_path / "out").iterdir())
