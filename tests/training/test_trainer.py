@@ -398,7 +398,8 @@ def test_a_folder_of_pictures_from_training_to_labels(tmp_path, capsys):
     (tmp_path / "007.png").write_bytes(b"no picture")
     (tmp_path / "folder.yaml").write_text(
         "{model: {name: pacl_tiny, options: {trained: [embedder, vision, text], backbone: {width: 16, embed_dim: 16, local_depth: 1}}},"
-        f" data: {{kind: folder, root: '{tmp_path}', workers: 2}}, train: {{epochs: 1, batch_size: 11, device: cpu}}, log: {{every_steps: 1}}}}")
+        f" data: {{kind: folder, root: '{tmp_path}', workers: 2}}, train: {{epochs: 1, batch_size: 11, device: cpu}},"
+        " log: {every_steps: 1}}")
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "folder.yaml"), f"run={run}"]) == 0
     assert len((run / "log.jsonl").read_text().splitlines()) == 10
