@@ -188,7 +188,7 @@ def test_limits_are_kept_and_the_rest_is_said(tmp_path, monkeypatch):
     found = supervise.run(jobs, workers=1, until=began + 1.8, logs=tmp_path / "logs")
     assert time.monotonic() - began < 2.6
     assert [o.status for o in found] == [-signal.SIGKILL, None, None]
-    assert "limit" in found[0].reason and found[1].reason.startswith("not reached")
+    assert "limit" in found[0].reason and "cannot be killed" not in found[0].reason and found[1].reason.startswith("not reached")
     time.sleep(1.5)
     assert not mark.exists(), "a child of the killed worker lives on"
 
@@ -319,7 +319,7 @@ def test_smoke_notices_a_wrong_gradient_a_nan_and_wrong_labels(tmp_path, monkeyp
 
     floor = 1e-5
     assert "failed" not in gpu_smoke.judge(right, right, right, floor)
-    assert "tensor 1" in gpu_smoke.judge(changed(1, right[0][1] * 1.001), right, right, floor)["failed"]
+    assert "tensor 1" in gpu_smoke.judge(changed(1, right[0][1] * 1.00005), right, right, floor)["failed"]
     assert "not finite" in gpu_smoke.judge(changed(0, right[0][0] / 0), right, right, floor)["failed"]
     labels = torch.arange(3000) % 7
     assert "failed" not in gpu_smoke.judge(([], [labels]), ([], [labels]), ([], [labels]), floor)
