@@ -22,7 +22,8 @@ OPERATORS = ("patch_text_similarity", "similarity_contrastive_loss", "center_ass
              "window_argmax")  # fmt: skip
 # Many kernels to compile: a process a dtype.
 SPLIT = ("patch_text_similarity", "center_assignment", "folded_center_assignment", "segclip_center_assignment")
-SPECIALISATIONS, COMPILE_SECONDS = 350, 1.5  # of the Triton tests, at most; measured with ptxas of CUDA 13 on one core of an EPYC
+# What the Triton tests compile, and the most of one of 14 processes: tests/packaging/triton_count.py. Seconds each: docs/testing.md.
+SPECIALISATIONS, FULLEST, COMPILE_SECONDS = 336, 111, 0.57
 # Substrings of the mangled names: CUDA's are in a namespace, Triton's begin with their operator's or a part's of it.
 CUDA_KERNELS = ("ovseg",)
 TRITON_KERNELS = ("patch_text_similarity_", "contrastive_loss_", "center_assignment_", "upsample_argmax_", "upsample_mask_loss_",
@@ -134,15 +135,15 @@ def compiled(work: Path) -> int:
 
 
 def estimate(results: Path, workers: int) -> str:
-    """How long the Triton tests take, by the compile times that smoke measured on this machine, if it has run."""
-    seconds, origin = COMPILE_SECONDS, "as measured on another machine; smoke measures it here"
+    """How long the Triton tests compile, by the times that smoke measured on this machine, if it has run."""
+    seconds, origin = COMPILE_SECONDS, "measured on another machine; smoke measures it here"
     for path in sorted(results.glob("*-smoke.jsonl")):
         for row in lines.read(path)[0]:
             if row.get("compiled"):
                 seconds, origin = row["compile_seconds"] / row["compiled"], "as smoke measured it here"
-    took = SPECIALISATIONS * seconds / workers
-    return (f"estimate: at most {SPECIALISATIONS} Triton kernels x {seconds:.2f} s ({origin}) in {workers} processes: "
-            f"{took:.0f} s of compiling if no two compile the same, and the start of {workers} processes")
+    return (f"estimate: {SPECIALISATIONS} Triton kernels x {seconds:.2f} s ({origin}) in {workers} processes: "
+            f"{SPECIALISATIONS * seconds / workers:.0f} s of compiling if no two compile the same, "
+            f"{max(FULLEST, SPECIALISATIONS / workers) * seconds:.0f} s if the fullest finds none made by another; imports and tests come on top")
 
 
 def short(row: dict[str, Any]) -> str:
