@@ -143,7 +143,8 @@ def estimate(results: Path, workers: int) -> str:
                 seconds, origin = row["compile_seconds"] / row["compiled"], "as smoke measured it here"
     return (f"estimate: {SPECIALISATIONS} Triton kernels x {seconds:.2f} s ({origin}) in {workers} processes: "
             f"{SPECIALISATIONS * seconds / workers:.0f} s of compiling if no two compile the same, "
-            f"{max(FULLEST, SPECIALISATIONS / workers) * seconds:.0f} s if the fullest finds none made by another; imports and tests come on top")
+            f"{max(FULLEST, SPECIALISATIONS / workers) * seconds:.0f} s if the fullest finds none made by another; "
+            "imports and tests come on top")
 
 
 def short(row: dict[str, Any]) -> str:
