@@ -12,7 +12,7 @@ from PIL import Image
 from ovseg.cli.main import VERBS, main
 from ovseg.data.scenes import Scenes
 
-SMALL = ["data.form=shapes", "data.train_size=30", "train.batch_size=8", "train.steps=2",
+SMALL = ["data.style=shapes", "data.train_size=30", "train.batch_size=8", "train.steps=2",
          "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]
 
 
