@@ -351,3 +351,48 @@ def test_sizes_of_ranks_travel_beside_the_device(config, device, monkeypatch):
     with contextlib.suppress(RuntimeError):  # a meta tensor stands for the device, and has no numbers
         _distributed.sizes_of_ranks((3, 4), None, torch.device("meta"))
     assert seen == [device]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", MAKERS)
+def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
+    """torch's own debug mode, on the real device."""
+    for sample in MAKERS[op](torch.float32, "cuda"):
+        def run(sample=sample):
+            out = sample.call(*sample.tensors)
+            if not sample.discrete:
+                torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
+
+        with running_on(backend):
+            run()  # what is made once
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    ok.check_errors()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_of_a_gpu_flags_at_every_replay(backend):
+    logits, origins = torch.randn(2, 3, 4, 4, device="cuda"), torch.tensor([[0, 0], [0, 4]], device="cuda")
+
+    def run():
+        return ok.window_argmax(logits, origins, (8, 8), (8, 12), (16, 24))
+
+    with running_on(backend):
+        expected = run()
+        ok.check_errors()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        graph.replay()
+        assert torch.equal(found, expected)
+        ok.check_errors()
+        logits.fill_(float("nan"))
+        graph.replay()
+        with pytest.raises(ValueError, match="an earlier call of window_argmax"):
+            ok.check_errors()
