@@ -84,6 +84,10 @@ class ClipBlock(AttentionBlock):
             return self.ls_2(quick_gelu_linear(mlp.c_fc(normed), last.weight, last.bias))
         return self.ls_2(mlp(normed))
 
+    def get_weight_dtype(self) -> torch.dtype:
+        """open_clip's text transformer asks its first block what to compute in."""
+        return self.mlp.c_fc.weight.dtype
+
     def reset_parameters(self) -> None:
         """Fresh weights, as torch draws them."""
         for module in self.modules():
