@@ -184,14 +184,14 @@ class NoReads(TorchDispatchMode):
     ("segclip_tiny", {"crop": 24, "background_threshold": 0.3}),
 ])
 def test_nothing_is_read_from_the_device_before_the_result(pictures, monkeypatch, name, options):
-    """From pixels to labels. The operators' own checks of values are another matter: they are off here."""
-    from ovseg_kernels.ops import _labels
+    """From pixels to labels. The operators look at values as they do on a GPU: not at all."""
+    from ovseg_kernels import _checking
 
     model = ovseg.create_model(name, "digits")
     predictor = ovseg.Predictor(model, {"seven": ["a red seven", "a blue seven"], "grass": "grass"}, **options)
     queries = predictor._asked()
     prepared = [predictor.prepare(picture) for picture in pictures[:3]]
-    monkeypatch.setattr(_labels, "looks_at_values", lambda x: False)
+    monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)
     with torch.no_grad(), NoReads():
         for seen in predictor.see(prepared):
             predictor.decision.label_map(model, seen.features, queries, seen.prepared.placement, allowed=queries.allowed(["grass"]))
