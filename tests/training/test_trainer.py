@@ -407,4 +407,4 @@ def test_a_folder_of_pictures_from_training_to_labels(tmp_path, capsys):
     assert len(facts["skips"]["seen"]) == 1 and "007.png" in facts["skips"]["seen"][0]
     assert main(["segment", str(tmp_path / "001.png"), "--model", str(run), "--labels", "red,blue", "-o", str(tmp_path / "out"),
                  "--device", "cpu"]) == 0  # fmt: skip
-    assert (tmp_path / "out" / "001_overlay.png").exists(), list((tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "001.overlay.png").exists(), list((tmp_path / "out").iterdir())
