@@ -91,5 +91,5 @@ class CrossImageBatch(PairBatch):
         entity_ids: [B] int64, the shared entity.
     """
 
-    partner: torch.Tensor = field(default=None, kw_only=True)
-    entity_ids: torch.Tensor = field(default=None, kw_only=True)
+    partner: torch.Tensor = field(kw_only=True)
+    entity_ids: torch.Tensor = field(kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import distributed
 from ..data.scenes import VOCABULARIES, Scenes
 from ..data.segmentation_sets import SetDescription
 from ..inference import Predictor, Segmentation
@@ -53,7 +54,7 @@ def evaluate_scenes(model: OVSegModel, scenes: Scenes, *, keep: int = 0, progres
 
 def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **options: Any) -> Report:
     """``evaluate``, by ``chosen`` or the protocol ``plain``, and what only scenes can tell."""
-    words, hits = data.scenes.vocabulary, [0, 0]
+    words, hits = data.scenes.vocabulary, np.zeros(2, np.int64)
     things = set(words.things)
 
     def observe(i: int, predictor: Predictor, found: Segmentation) -> None:
@@ -63,6 +64,7 @@ def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **opti
         hits[1] += bool(present)
 
     report = evaluate(model, data, chosen or protocol("plain", data.description, model), observe=observe, **options)
+    distributed.all_reduce_sum(hits)
     split = np.array(["stuff" if name not in things else "thing" for name in report.scores.classes])
     matrix = report.scores.matrix[:, : len(split)]
     confused = matrix[split == "thing"]
@@ -72,7 +74,7 @@ def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **opti
     if not data.things_only:
         report.summary["stuff_miou"] = round(report.scores.miou_of(words.stuff), 2)
     report.summary["things_called_stuff"] = round(100 * float(confused[:, split == "stuff"].sum()) / max(1, int(confused.sum())), 2)
-    report.summary["classification"] = round(100 * hits[0] / max(1, hits[1]), 2)
+    report.summary["classification"] = round(100 * int(hits[0]) / max(1, int(hits[1])), 2)
     return report
 
 

@@ -95,8 +95,3 @@ class Objective(nn.Module):
     def images(self, batch: Batch) -> torch.Tensor:
         """The batch's pictures as the model takes them: uint8 is normalised here, floats are so already."""
         return batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Losses are computed in float32, whatever autocast made of the features, and in float64 for float64."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -13,7 +13,7 @@ from ovseg_kernels.distributed import gather_rows
 
 from ..data.batch_types import PairBatch
 from ..data.pairs import countable_pairs
-from .base import at_least_float32
+from ..layers.precision import at_least_float32
 
 Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -55,7 +55,7 @@ def mean_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch
     """Mean of one number a picture [B] over the pictures of all ranks, with the ranks' convention of gradients."""
     if group is None:
         return values.mean()
-    whole = torch.stack([values.detach().sum(), values.new_tensor(float(len(values)))])
+    whole = torch.stack([values.detach().sum(), values.new_full((), len(values))])
     dist.all_reduce(whole, group=group)
     share = dist.get_world_size(group) * values.sum() / whole[1]
     return share + (whole[0] / whole[1] - share).detach()

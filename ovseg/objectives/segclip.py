@@ -18,8 +18,9 @@ from ovseg_kernels import philox
 from ..data.batch_types import PairBatch
 from ..errors import ConfigError, InputError
 from ..layers.mae_decoder import patchify
+from ..layers.precision import at_least_float32
 from ..models.segclip.model import SegCLIP
-from .base import Losses, Objective, Progress, Rows, at_least_float32
+from .base import Losses, Objective, Progress, Rows
 from .contrast import image_text_contrast, mean_of_rows
 from .superpixel import superpixel_loss
 

@@ -89,21 +89,31 @@ def free_port():
         return str(s.getsockname()[1])
 
 
+def one_and_two(command, tmp_path, code=0):
+    """The results of one process and of two."""
+    assert main([*command, "--out", str(tmp_path / "one")]) == code
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    line = [sys.executable, "-m", "ovseg", *command, "--out", str(tmp_path / "two")]
+    children = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": str(rank)})
+                for rank in range(2)]
+    printed = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [code] * 2 and "mIoU" in printed[0] and printed[1] == ""
+    return [json.loads((tmp_path / name / "results.json").read_text())["results"][0] for name in ("one", "two")]
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_two_processes_count_what_one_counts(folder, tmp_path, bad):
     make(tmp_path, "voc21", 7)
     if bad:
         (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2008_000004.png").write_bytes(b"junk")
     command = ["eval", str(folder), "--data", "voc21", "--root", str(tmp_path), "--boundary", "--sweep", "--skip-bad"]
-    assert main([*command, "--out", str(tmp_path / "one")]) == (3 if bad else 0)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    line = [sys.executable, "-m", "ovseg", *command, "--out", str(tmp_path / "two")]
-    children = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": str(rank)})
-                for rank in range(2)]
-    printed = [child.communicate(timeout=120)[0] for child in children]
-    assert [child.returncode for child in children] == [3 if bad else 0] * 2 and "mIoU" in printed[0] and printed[1] == ""
-    one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"][0] for name in ("one", "two"))
+    one, two = one_and_two(command, tmp_path, 3 if bad else 0)
     assert one == two and one["pictures"] == 7 - bad
+
+
+def test_two_processes_classify_what_one_classifies(tmp_path):
+    one, two = one_and_two(["eval", "clip_dense_tiny", "--data", "digits", "--scenes", "7"], tmp_path)
+    assert one == two and one["summary"]["classification"] not in (0, 100)  # the hits of one process alone would give another share
 
 
 def test_sweep_is_each_threshold_on_its_own(model):

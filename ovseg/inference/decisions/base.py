@@ -57,8 +57,3 @@ class Decision:
     def describe(self) -> dict[str, Any]:
         """Every choice in words, for result files and people."""
         return {}
-
-
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Scores are compared and exponentiated in float32 whatever the model computes in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

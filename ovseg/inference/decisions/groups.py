@@ -19,11 +19,12 @@ from torch.nn import functional as F
 import ovseg_kernels as ok
 
 from ...errors import InputError
+from ...layers.precision import at_least_float32
 from ...models import GroupFeatures
 from ..fields import option, positive
 from ..queries import EncodedQueries
 from ..windows import Placement
-from .base import Decision, at_least_float32
+from .base import Decision
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class GroupTables(Decision):
             offsets = None if offsets is None else F.pad(offsets, (1, 0))
         origins, *sizes = placement.windows
         maps = features.soft.unflatten(2, features.grid)
-        labels, value = ok.window_argmax(maps, origins.to(maps.device), *sizes, tables=tables, class_labels=owners, bias=offsets,
+        labels, value = ok.window_argmax(maps, origins, *sizes, tables=tables, class_labels=owners, bias=offsets,
                                          label_type=torch.int16, return_value=True)
         if allowed is not None:
             labels = labels.masked_fill(value == -torch.inf, -1)

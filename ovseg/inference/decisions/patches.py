@@ -17,11 +17,12 @@ from ovseg_kernels.reference.upsample_argmax import winners
 from ovseg_kernels.reference.window_argmax import window_maps
 
 from ...errors import InputError
+from ...layers.precision import at_least_float32
 from ..fields import one_of, option
 from ..pamr import pamr
 from ..queries import EncodedQueries
 from ..windows import Placement
-from .base import Decision, at_least_float32
+from .base import Decision
 
 ACTIVATIONS, STAGES = (None, "sigmoid", "softmax"), ("window", "merged", "output")
 
@@ -114,7 +115,7 @@ class PatchArgmax(Decision):
                 labels, value = ok.upsample_argmax(scores, placement.size, bias=offsets, **options)
                 return labels[0], value[0]
             origins, *sizes = placement.windows
-            return ok.window_argmax(scores, origins.to(scores.device), *sizes, activation=self.activation, stage=self.stage, bias=offsets,
+            return ok.window_argmax(scores, origins, *sizes, activation=self.activation, stage=self.stage, bias=offsets,
                                     **options)
 
         return decide
