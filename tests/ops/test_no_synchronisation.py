@@ -358,7 +358,7 @@ def test_sizes_of_ranks_travel_beside_the_device(config, device, monkeypatch):
 @pytest.mark.parametrize("op", MAKERS)
 def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
     """torch's own debug mode, on the real device."""
-    for sample in MAKERS[op](torch.float32, "cuda"):
+    for sample in MAKERS[op](torch.float32, device_of(backend)):
         def run(sample=sample):
             out = sample.call(*sample.tensors)
             if not sample.discrete:
@@ -378,7 +378,8 @@ def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_graph_of_a_gpu_flags_at_every_replay(backend):
-    logits, origins = torch.randn(2, 3, 4, 4, device="cuda"), torch.tensor([[0, 0], [0, 4]], device="cuda")
+    device = device_of(backend)
+    logits, origins = torch.randn(2, 3, 4, 4, device=device), torch.tensor([[0, 0], [0, 4]], device=device)
 
     def run():
         return ok.window_argmax(logits, origins, (8, 8), (8, 12), (16, 24))

@@ -83,6 +83,7 @@ class Stand:
         torch.library.opcheck = lambda operator, arguments, **_: operator(*arguments)
         torch.compile = lambda function, **_: function
         torch.export.export = lambda module, *_: SimpleNamespace(module=lambda: module, graph_module=torch.nn.Module())
+        torch.cuda.synchronize = torch.cuda.set_sync_debug_mode = lambda *_: None
         torch.set_num_threads(1)
         torch.testing.assert_close = lambda *_, **__: None
 
