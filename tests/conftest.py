@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))  # emulation.py, for the tests of the operators
+sys.path.insert(0, str(Path(__file__).parent / "ops"))  # unreadable.py, for tests in other folders too
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))  # emulation.py likewise
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download fails at once
 
 import pytest

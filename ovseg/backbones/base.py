@@ -93,7 +93,8 @@ class ClipBackbone(nn.Module):
         raise NotImplementedError
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, E], not normalised."""
+        """Text embeddings [T, E], not normalised. Ids may be on the CPU wherever the tower is: texts shorter than the context are
+        cheaper from there, because their length is known."""
         raise NotImplementedError
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

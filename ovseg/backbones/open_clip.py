@@ -186,9 +186,11 @@ class OpenClipBackbone(ClipBackbone):
         clip = self.clip
         if not isinstance(getattr(clip, "text_projection", None), nn.Parameter) or clip.text_pool_type != "argmax":
             return clip.encode_text(token_ids)
-        end = token_ids.argmax(-1)
-        if not torch.compiler.is_compiling():  # the length is a number that a graph does not have
-            token_ids = token_ids[:, : int(end.max()) + 1]  # nothing looks behind the end: attention is causal
+        end, device = token_ids.argmax(-1), clip.token_embedding.weight.device
+        # Nothing looks behind the end: attention is causal. A graph does not have that number, a GPU would have to be waited for.
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            token_ids = token_ids[:, : int(end.max()) + 1]
+        token_ids, end = token_ids.to(device), end.to(device)
         x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
         mask = None if clip.attn_mask is None else clip.attn_mask[: x.shape[1], : x.shape[1]].to(x.dtype)
         for block in self.text_blocks:

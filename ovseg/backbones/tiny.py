@@ -170,6 +170,7 @@ class TinyClip(ClipBackbone):
         return self.project(self.norm(self.vision_blocks[-1](x, first=1)[:, 0]))
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        token_ids = token_ids.to(self.words.weight.device)
         keep = token_ids != PAD
         x = F.embedding(token_ids, self.words.weight) + self.word_positions[: token_ids.shape[1]]
         for block in self.text_blocks:

@@ -12,6 +12,7 @@ from ..data.labels import LabelSet
 from ..errors import InputError
 from ..models import OVSegModel
 from .fields import one_of, option
+from .reading import upload
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class EncodedQueries:
         unknown = sorted(given - set(self.names))
         if unknown:
             raise InputError(f"allowed names {unknown[0]!r}; expected some of the labels")
-        of_name = torch.tensor([name in given for name in self.names] + [True], device=self.texts.device)
+        of_name = upload(torch.tensor([name in given for name in self.names] + [True]), self.texts.device)
         return of_name[self.owners]  # the background's -1 takes the last
 
     def offsets(self, bias: dict[str, float] | None, allowed: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -97,7 +98,7 @@ class EncodedQueries:
             unknown = sorted(set(bias) - set(self.names))
             if unknown:
                 raise InputError(f"bias names {unknown[0]!r}; expected some of the labels")
-            of_name = torch.tensor([bias.get(name, 0.0) for name in self.names] + [0.0], device=self.texts.device, dtype=dtype)
+            of_name = upload(torch.tensor([bias.get(name, 0.0) for name in self.names] + [0.0], dtype=dtype), self.texts.device)
             found = of_name[self.owners]
         if allowed is not None:
             base = torch.zeros(len(self.owners), device=self.texts.device, dtype=dtype) if found is None else found

@@ -44,7 +44,7 @@ class Prepared:
 
     def unit(self, device: torch.device) -> torch.Tensor:
         """[3, H, W] in 0..1, of the picture's own size."""
-        return to_tensor(self.source).to(device) if isinstance(self.source, Image.Image) else self.source.to(device) / 255
+        return upload(to_tensor(self.source), device) if isinstance(self.source, Image.Image) else self.source.to(device) / 255
 
 
 def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from .attention import attention
 
 
-def sincos_positions(grid: tuple[int, int], width: int) -> torch.Tensor:
+def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | None = None) -> torch.Tensor:
     """[1 + h w, width]: row 0 is zero; the first half encodes the column, the second the row, each sin then cos, base 10000."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4))
     halves = []
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64, device=device) for side in grid), indexing="ij")
     for place in (columns, rows):
         angle = place.flatten()[:, None] * frequencies
         halves += [angle.sin(), angle.cos()]
@@ -79,7 +79,7 @@ class MaeDecoder(nn.Module):
         B, N, width = restore.shape[0], restore.shape[1], x.shape[2]
         patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(B, N - kept.shape[1], -1)], 1)
         patches = patches.gather(1, restore[..., None].expand(-1, -1, width))
-        x = torch.cat([x[:, :1], patches], 1) + sincos_positions(grid, width).to(x)
+        x = torch.cat([x[:, :1], patches], 1) + sincos_positions(grid, width, x.device).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
         x = x[:, 1:] if wanted is None else x[:, 1:].gather(1, wanted[..., None].expand(-1, -1, width))

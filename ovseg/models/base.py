@@ -144,7 +144,7 @@ class OVSegModel(nn.Module):
         return F.normalize(features.embedding, dim=-1) @ F.normalize(texts.to(features.embedding.dtype), dim=-1).T
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, E], not normalised."""
+        """Text embeddings [T, E], not normalised; ``token_ids`` on the CPU, which is cheaper, or on the model's device."""
         return self.backbone.encode_text(token_ids)
 
     def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
@@ -203,12 +203,11 @@ class OVSegModel(nn.Module):
         """
         labels = check_labels(labels)
         chosen = resolve_templates(templates or self.templates)
-        device = next(self.parameters()).device
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
         for start in bar(starts, show=len(starts) > 4, desc="encoding labels", leave=False):
-            rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE]).to(device)))
+            rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 

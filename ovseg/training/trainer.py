@@ -171,8 +171,10 @@ class Trainer:
         state.optimizer.zero_grad(set_to_none=True)
         losses = self.gradients(batch.to(self.device), progress, state.scaler.scale)
         state.scaler.unscale(trained(state.objective))
-        norm = float(clip(trained(state.objective), recipe.optim.clip_grad))
-        values = {name: float(loss) for name, loss in losses.items()}
+        norm = clip(trained(state.objective), recipe.optim.clip_grad)
+        numbers = [x.to(self.device, torch.float64) for x in (*losses.values(), norm)]
+        *found, norm = torch.stack(numbers).tolist()  # the step's one wait for the device
+        values = dict(zip(losses, found, strict=True))
         infinite, stopping = distributed.any_flag(not (math.isfinite(values["total"]) and math.isfinite(norm)), stop)
         if not infinite:  # a step that would write NaN into the weights is left out and counted
             state.optimizer.step()

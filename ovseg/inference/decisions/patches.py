@@ -21,6 +21,7 @@ from ...layers.precision import at_least_float32
 from ..fields import one_of, option
 from ..pamr import pamr
 from ..queries import EncodedQueries
+from ..reading import upload
 from ..windows import Placement
 from .base import Decision
 
@@ -90,7 +91,7 @@ class PatchArgmax(Decision):
         elif picture is None:
             raise InputError("refine needs the picture and none is given")
         else:
-            maps = pamr(picture.to(scores), window_maps(scores, None, *placement.windows, self.activation, self.stage))
+            maps = pamr(picture.to(scores), _maps(scores, placement, self.activation, self.stage))
 
             def decide(offsets):
                 return winners(maps, offsets, queries.owners, None, -1, 1, True)
@@ -104,7 +105,7 @@ class PatchArgmax(Decision):
             labels = labels.masked_fill(value < self.background_threshold, -1)
         if self.background_entropy is not None:
             entropy = torch.special.entr(scores.float().softmax(1)).sum(1, keepdim=True)
-            labels = labels.masked_fill(window_maps(entropy, None, *placement.windows)[0] > self.background_entropy, -1)
+            labels = labels.masked_fill(_maps(entropy, placement)[0] > self.background_entropy, -1)
         return labels, value
 
     def _from_patches(self, scores: torch.Tensor, owners: torch.Tensor, placement: Placement):
@@ -139,6 +140,12 @@ class PatchArgmax(Decision):
         scores = "cosines" + (f" times {self.scale:g}" if self.scale else "")
         scores += f", {self.activation} at the {self.stage} stage" if self.activation else ""
         return {"scores": scores, "area_threshold": self.area_threshold, "bias": self.bias or {}, "refine": self.refine}
+
+
+def _maps(scores: torch.Tensor, placement: Placement, *activation: str | None) -> torch.Tensor:
+    """(2), whole: [C, H, W]."""
+    origins, *sizes = placement.windows
+    return window_maps(scores, None, upload(origins, scores.device), *sizes, *activation)
 
 
 Rule = PatchArgmax
