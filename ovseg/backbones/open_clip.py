@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,19 +19,7 @@ from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.positions import resize_positions
 from ..layers.readout import READOUTS, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
-
-
-def import_open_clip() -> ModuleType:
-    """open_clip, or an error that names the usual cause: a torchvision that does not match torch."""
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            f"open_clip does not import ({error}). It needs open_clip_torch and a torchvision built for torch "
-            f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and torchvision of one release "
-            "(torchvision has no CPU wheel on PyPI; the CUDA build of torch runs without a GPU)"
-        ) from error
-    return open_clip
+from .weights import create_clip, import_open_clip
 
 
 class ClipTokenizer:
@@ -76,15 +63,7 @@ class OpenClipBackbone(ClipBackbone):
     def __init__(self, architecture: str | dict[str, Any], weights: str | None = None, stride: int | None = None,
                  attention_backend: str = "sdpa"):
         super().__init__()
-        open_clip = import_open_clip()
-        if isinstance(architecture, dict):
-            if weights is not None:
-                raise ValueError(f"weights is {weights!r} and architecture a configuration; expected a name of open_clip's beside weights")
-            clip = open_clip.CLIP(**architecture)
-        elif architecture in open_clip.list_models():
-            clip = open_clip.create_model(architecture, pretrained=weights, weights_only=True, pretrained_text=False)
-        else:
-            raise ValueError(f"architecture is {architecture!r}; expected one of open_clip.list_models()")
+        open_clip, clip = import_open_clip(), create_clip(architecture, weights)
         visual = clip.visual
         if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool is not None:
             raise ValueError(f"architecture is {architecture!r}; expected a CLIP ViT without attention pooling")
