@@ -26,7 +26,7 @@ LAUNCH = "csrc/patch_text_similarity/patch_text_similarity_launch.cuh"
 FORWARD = "csrc/patch_text_similarity/patch_text_similarity_fwd.cuh"
 BACKWARD = "csrc/patch_text_similarity/patch_text_similarity_bwd.cuh"
 TILE = "csrc/common/tile.cuh"
-ASSIGNMENT = "csrc/center_assignment/center_assignment_cuda.cu"
+ASSIGNMENT = "csrc/center_assignment/center_assignment_launch.cuh"
 CONTRASTIVE = "csrc/contrastive_loss/contrastive_loss_{}"
 WINDOWS = "csrc/window_argmax/window_argmax_{}"
 MASK_LOSS = "csrc/upsample_mask_loss/upsample_mask_loss_{}"
@@ -154,7 +154,7 @@ FAULTS += (
     _system("shift not seen", "data/check.py", "< _CLEARLY * misfit[0]", "< 0", _SETS, "shifted"),
     _system("removed values counted", "data/segmentation_sets.py", "while value in removed:", "while False:", _SETS, "layout"),
     _system("cut member taken", "inference/sources.py", "+ member.size > whole:", "+ member.size > 10 * whole:", _SOURCES, "shards"),
-    _system("superpixels detached", "objectives/superpixel.py", ")[inverse]", ")[inverse].detach()", _SEGCLIP, "superpixel_loss"),
+    _system("superpixels detached", "objectives/superpixel.py", "sums[rows]", "sums.detach()[rows]", _SEGCLIP, "superpixel_loss"),
     _system("slope of QuickGELU", "layers/quick_gelu.py", ".mul_(1.702)", ".mul_(1.0)", _SEGCLIP, "training_step"),
     _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
 )

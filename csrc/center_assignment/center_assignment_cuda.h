@@ -15,8 +15,15 @@ struct CenterCuda {
   void* stream;
 };
 
-// Bytes of the workspace: weights [B, L, G] of the soft forward; d scores, weights, d pooled / n and rho of the
-// backward.
+// What lies between the kernels, in the workspace.
+template <typename A>
+struct CenterBuffers {
+  A *weights, *d_scores;  // [B, L, G]: of the soft forward and the backward; d z of (7)
+  A *scaled, *rho;        // [B, G, E] d pooled / n, and [B, G] rho / n
+  size_t bytes;           // of all of these
+};
+template <typename A>
+CenterBuffers<A> center_buffers(const CenterParams<A>& p, bool backward, unsigned char* workspace);
 template <typename A>
 size_t center_workspace(const CenterParams<A>& p, bool backward);
 template <typename A>

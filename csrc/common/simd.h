@@ -49,6 +49,19 @@ inline float exp_fast(float x) {
 }
 inline double exp_fast(double x) { return __builtin_exp(x); }
 
+// log(1 + e) for 0 <= e <= 1: the series of 2 atanh(e / (2 + e)), whose argument is at most 1/3.
+inline float log1p_fast(float e) {
+  const float z = e / (2.0f + e), s = z * z;
+  float p = 1.0f / 13.0f;
+  p = p * s + 1.0f / 11.0f;
+  p = p * s + 1.0f / 9.0f;
+  p = p * s + 1.0f / 7.0f;
+  p = p * s + 1.0f / 5.0f;
+  p = p * s + 1.0f / 3.0f;
+  return 2.0f * z * (p * s + 1.0f);
+}
+inline double log1p_fast(double e) { return __builtin_log1p(e); }
+
 inline float sqrt_of(float x) { return __builtin_sqrtf(x); }
 inline double sqrt_of(double x) { return __builtin_sqrt(x); }
 inline float log_of(float x) { return __builtin_logf(x); }

@@ -106,8 +106,10 @@ void add_to_lse(A& top, A& sum, A other_top, A other_sum) {
   top = now;
 }
 
-inline float softplus(float z) { return (z > 0 ? z : 0) + __builtin_log1pf(exp_fast(z > 0 ? -z : z)); }
-inline double softplus(double z) { return (z > 0 ? z : 0) + __builtin_log1p(exp_fast(z > 0 ? -z : z)); }
+template <typename A>
+A softplus(A z) {
+  return (z > A(0) ? z : A(0)) + log1p_fast(exp_fast(z > A(0) ? -z : z));
+}
 
 template <typename A>
 void stats(const ContrastiveParams<A>& p, int64_t first, int64_t count, int64_t begin, int64_t end, const A* packed,

@@ -8,18 +8,6 @@ namespace ovseg {
 namespace OVSEG_ISA {
 namespace {
 
-// log(1 + e) for 0 <= e <= 1: the series of 2 atanh(e / (2 + e)), whose argument is at most 1/3.
-inline float log1p_fast(float e) {
-  const float z = e / (2.0f + e), s = z * z;
-  float p = 1.0f / 13.0f;
-  p = p * s + 1.0f / 11.0f;
-  p = p * s + 1.0f / 9.0f;
-  p = p * s + 1.0f / 7.0f;
-  p = p * s + 1.0f / 5.0f;
-  p = p * s + 1.0f / 3.0f;
-  return 2.0f * z * (p * s + 1.0f);
-}
-inline double log1p_fast(double e) { return __builtin_log1p(e); }
 inline float power(float x, float y) { return __builtin_powf(x, y); }
 inline double power(double x, double y) { return __builtin_pow(x, y); }
 

@@ -67,6 +67,13 @@ def joined(high, low, ACC: tl.constexpr):
 
 
 @triton.jit
+def log1p_of(e):
+    """log(1 + e) without losing a small e: Kahan's correction of the rounded 1 + e."""
+    one = 1.0 + e
+    return tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
+
+
+@triton.jit
 def whole(x, ALIGNED: tl.constexpr):
     """``x``, of which the compiler learns that it is a multiple of 16 where the launcher has found it so."""
     if ALIGNED:

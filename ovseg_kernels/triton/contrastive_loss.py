@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, tiles, whole
+from ._launch import ACC, aligned, chunk_size, log1p_of, on_device, pitch, program, tiles, whole
 from .center_assignment import _dot
 from .similarity_contrastive_loss import add_to_lse, lse_of
 
@@ -59,11 +59,8 @@ def contrastive_loss_fwd_kernel(
         z = scale * _logits(own, other, i, j, B, T, D, PRECISION, ACC, BD) + bias
         if SIGMOID:  # (4)
             x = tl.where(positive, -z, z)
-            e = tl.exp(-tl.abs(x))
-            # log(1 + e) without losing a small e: Kahan's correction of the rounded 1 + e.
-            one = 1.0 + e
-            log1p = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
-            total += tl.sum(tl.where(inside, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p, 0.0), 1)
+            softplus = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_of(tl.exp(-tl.abs(x)))
+            total += tl.sum(tl.where(inside, softplus, 0.0), 1)
         else:
             x = tl.where(inside, z, float("-inf"))
             top, total = add_to_lse(top, total, x)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference.upsample_argmax import between
-from ._launch import ACC, chunk_size, halves, joined, on_device, program, tiles
+from ._launch import ACC, chunk_size, halves, joined, log1p_of, on_device, program, tiles
 from .upsample_argmax import _between
 
 PIXELS, COLUMNS, WARPS = 512, 128, 4
@@ -34,9 +34,7 @@ def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr,
     small = e * large
     t = tl.where(positive, x, -x)
     v = tl.where(t < 0.0, large, small)
-    # log(1 + e): the logarithm of what was rounded, corrected by what rounding lost.
-    one = 1.0 + e
-    softplus = tl.maximum(-t, 0.0) + tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
+    softplus = tl.maximum(-t, 0.0) + log1p_of(e)
     softplus = tl.where(t != t, t, softplus)  # a maximum may lose NaN
     power = v * v if SQUARE else tl.where(v > 0.0, tl.exp(gamma * tl.log(tl.where(v > 0.0, v, 1.0))), tl.where(gamma > 0.0, 0.0, 1.0))
     return positive, tl.where(x < 0.0, small, large), power, v, softplus, large * small, y0, y1, g

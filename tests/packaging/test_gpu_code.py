@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_build import ROOT, cmake
+from native_build import ROOT
+from wheels import install, smoke
 
 from ovseg_kernels import _library
 
@@ -30,10 +31,24 @@ def nvidia_tool(name):
 
 
 @pytest.fixture(scope="module")
-def library():
-    """_C_cuda.so for all three architectures, built as setup.py builds it."""
-    cmake(ROOT / "build" / "cuda", "-DOVSEG_CPU=OFF", "-DOVSEG_CUDA=ON", "-DOVSEG_CUDA_ARCHS=8.0;9.0a;12.0", "-DOVSEG_WERROR=ON")
-    return ROOT / "build" / "cuda" / "lib" / "_C_cuda.so"
+def site(tmp_path_factory):
+    """What a wheel of the checkout holds, with CUDA for all three architectures. Objects of the install are taken as they are."""
+    environment = {"OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1", "OVSEG_KEEP_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a;12.0"}
+    return install(ROOT, tmp_path_factory.mktemp("cuda"), OVSEG_WERROR="1", **environment)[1]
+
+
+@pytest.fixture(scope="module")
+def library(site):
+    return site / "ovseg_kernels" / "_C_cuda.so"
+
+
+@needs_nvcc
+def test_wheel_with_cuda(site):
+    """Built without a GPU; where there is none the CPU answers."""
+    info = json.loads((site / "ovseg_kernels" / "build_info.json").read_text())
+    assert info["cuda_archs"] == ["80", "90a", "120"] and "cuda_" in info["cuda"]
+    if not torch.cuda.is_available():
+        assert smoke(site) == "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +110,20 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
 
 @pytest.fixture(scope="module")
 def sass(library):
-    """(mangled name, machine code as text) of every kernel for every architecture."""
-    text = subprocess.run([nvidia_tool("cuobjdump"), "-sass", str(library)], capture_output=True, text=True, check=True).stdout
-    return [(part.split("\n", 1)[0], part) for part in re.split(r"\n\s*Function : ", text)[1:]]
+    """architecture -> (mangled name, machine code as text) of every kernel."""
+    found = {}
+    for arch in ARCHS:
+        command = [nvidia_tool("cuobjdump"), "-sass", "-arch", arch, str(library)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found[arch] = [(part.split("\n", 1)[0], part) for part in re.split(r"\n\s*Function : ", text)[1:]]
+    return found
 
 
 @needs_nvcc
 def test_the_center_pool_has_eight_loads_of_16_bytes_under_way(sass):
     """Of each dtype, before the first sum is touched; the narrow twin is for strides that allow no such load."""
     wide = 0
-    for name, part in sass:
+    for name, part in itertools.chain(*sass.values()):
         if "center_assignment_fwd_pool_kernel" not in name:
             continue
         moves = re.findall(r"\b(?:LDG|LDS|STS)[.\w]*", part)
@@ -117,17 +136,15 @@ def test_the_center_pool_has_eight_loads_of_16_bytes_under_way(sass):
 
 
 @needs_nvcc
-def test_products_copy_16_bytes_with_few_instructions(library):
+def test_products_copy_16_bytes_with_few_instructions(sass):
     """On sm_90a, where the compiler unrolls the copies of a step: the middle number of instructions from one of 16 bytes to the next."""
-    command = [nvidia_tool("cuobjdump"), "-sass", "-arch", "sm_90a", str(library)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {}
-    for part in re.split(r"\n\s*Function : ", text)[1:]:
+    for name, part in sass["sm_90a"]:
         moves = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", part, re.MULTILINE)
         places = [i for i, move in enumerate(moves) if move.startswith("LDGSTS")]
         if places:
             assert all("128" in moves[i] for i in places)
-            found[part.split("\n", 1)[0]] = statistics.median(b - a for a, b in itertools.pairwise(places))
+            found[name] = statistics.median(b - a for a, b in itertools.pairwise(places))
     over = {name: count for name, count in found.items() if count > 72}  # the highest was 65 when this was written
     assert len(found) >= 50 and not over, over
 
@@ -135,7 +152,7 @@ def test_products_copy_16_bytes_with_few_instructions(library):
 @needs_nvcc
 def test_launchers_neither_wait_nor_copy(library):
     """All they want of the CUDA runtime is to launch and to hear of errors: no copy, no allocation, no synchronisation."""
-    objects = list((ROOT / "build" / "cuda" / "CMakeFiles" / "_C_cuda.dir").glob("**/*.o"))
+    objects = list((ROOT / "build").glob("temp.*/cmake/CMakeFiles/_C_cuda.dir/**/*.o"))
     assert len(objects) >= 16
     for path in objects:
         symbols = subprocess.run(["nm", "--undefined-only", str(path)], capture_output=True, text=True, check=True).stdout
@@ -147,7 +164,7 @@ def test_launchers_neither_wait_nor_copy(library):
 @needs_nvcc
 def test_tensor_cores_are_used(sass):
     """16-bit and tf32 kernels hold HMMA on every architecture; exact float ones hold none, or float32 would not be exact."""
-    for name, part in sass:
+    for name, part in itertools.chain(*sass.values()):
         if re.search(r"patch_text\w*(_fwd|_weights|_vectors|_coefficients|_hessian|_patches|_texts|_gram)_kernel", name):
             expected = kind_of(name.split("_kernel", 1)[1]) == "tensor core"
             assert ("HMMA" in part) == expected, name
