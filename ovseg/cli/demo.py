@@ -44,6 +44,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--steps", type=int, nargs="+", help="training steps of each stage, in order")
+    sub.add_argument("--train-scenes", type=int, help="scenes to train on (default: those of the recipes)")
     sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
     sub.add_argument("--quiet", action="store_true")
 
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
         recipe = load_recipe(stage.recipe, [f"data.style={options.data}", f"train.seed={options.seed}", *start])
         if options.steps:
             recipe.train.steps = options.steps[i]
+        if options.train_scenes:
+            recipe.data["train_size"] = options.train_scenes
         folder = out / stage.folder
         saved = folder / "config.yaml"
         if saved.exists() and load_recipe(saved) != recipe:  # another seed or data: going on would mix two runs

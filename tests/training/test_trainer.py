@@ -86,15 +86,22 @@ def test_segclips_schedule_and_rates():
             load_recipe("segclip_scenes", [bad])
 
 
+KILLED = ["train.steps=90", "checkpoint.every_steps=5"]
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    torch.manual_seed(0)
+    return weights(train(recipe(*KILLED), tmp_path_factory.mktemp("whole"), quiet=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number,expected", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)],
                          ids=["kill", "terminate", "usr1"])  # fmt: skip
-def test_killed_run_goes_on_to_the_same_weights(tmp_path, number, expected):
+def test_killed_run_goes_on_to_the_same_weights(tmp_path, never_killed, number, expected):
     """Through the command line; twenty moments are in tests/distributed/test_resume.py."""
-    steps = ["train.steps=120", "checkpoint.every_steps=5"]
-    whole = weights(train(recipe(*steps), tmp_path / "whole", quiet=True))
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "ovseg", "train", "clip_scenes", *SMALL, *steps, f"run={run}"]
+    command = [sys.executable, "-m", "ovseg", "train", "clip_scenes", *SMALL, *KILLED, f"run={run}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     deadline = time.time() + 120
@@ -103,9 +110,9 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path, number, expected):
     process.send_signal(number)
     assert process.wait(60) == expected
     done = state.complete(run / "checkpoints")
-    assert done and done[-1].name < "step_00000120" and not (run / "model").exists()
-    resumed = train(recipe(*steps), run, resume=True, quiet=True)
-    assert torch.equal(whole, weights(resumed))
+    assert done and done[-1].name < "step_00000090" and not (run / "model").exists()
+    resumed = train(recipe(*KILLED), run, resume=True, quiet=True)
+    assert torch.equal(never_killed, weights(resumed))
 
 
 def test_a_run_is_not_overwritten(tmp_path):
