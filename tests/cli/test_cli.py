@@ -102,7 +102,8 @@ def test_usage():
 
 def test_demo_end_to_end(tmp_path, capsys):
     out = tmp_path / "demo"
-    arguments = ["demo", "--data", "shapes", "--steps", "3", "2", "2", "--train-scenes", "200", "--scenes", "12", "--out", str(out), "--quiet"]
+    small = ["--data", "shapes", "--train-scenes", "200", "--scenes", "12", "--out", str(out), "--quiet"]
+    arguments = ["demo", "--steps", "3", "2", "2", *small]
     assert main(arguments) == 0
     results = json.loads((out / "results.json").read_text())
     assert [row["model"] for row in results["rows"]] == ["CLIP, image level", "PACL, CLIP frozen", "PACL, nothing frozen"]
@@ -113,10 +114,10 @@ def test_demo_end_to_end(tmp_path, capsys):
     (out / "results.json").unlink()  # as if it had been stopped before the end
     assert main([*arguments, "--seed", "5"]) == 2 and "was begun with other settings" in capsys.readouterr().err
     assert main(arguments) == 0
-    more = ["demo", "--system", "segclip", "--data", "shapes", "--steps", "2", "--train-scenes", "200", "--scenes", "12", "--out", str(out), "--quiet"]
+    more = ["demo", "--system", "segclip", "--steps", "2", *small]
     assert main(more) == 0 and "| SegCLIP |" in capsys.readouterr().out  # its rows beside the others'
     assert len(json.loads((out / "results.json").read_text())["rows"]) == 4
-    assert main([*more[:6], "1", "1", *more[7:]]) == 2 and "--steps holds 2 numbers" in capsys.readouterr().err
+    assert main(["demo", "--system", "segclip", "--steps", "1", "1", *small]) == 2 and "--steps holds 2 numbers" in capsys.readouterr().err
     assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
     found = json.loads((out / "eval" / "results.json").read_text())["results"][0]
     assert found["summary"]["model"] == "pacl" and found["protocol"]["model"] == "pacl_tiny"
