@@ -108,11 +108,11 @@ class OpenClipBackbone(ClipBackbone):
         return self.clip.logit_scale
 
     @property
-    def logit_bias(self) -> nn.Parameter | None:
+    def logit_bias(self) -> nn.Parameter | None:  # type: ignore[override]
         return getattr(self.clip, "logit_bias", None)
 
     @property
-    def antialias_positions(self) -> bool:  # type: ignore[override]
+    def antialias_positions(self) -> bool:
         return self.tower.antialias
 
     @antialias_positions.setter

@@ -79,8 +79,10 @@ def text_configuration(name, *_, **__):
 
 
 @contextlib.contextmanager
-def reduced(name):
+def reduced(name, **beside):
+    """Inside, open_clip's ``name`` is the reduced one; ``beside`` is told to timm as well."""
     config, trunk = configuration(name)
+    trunk |= beside
     create = timm.create_model
 
     def small(model, **arguments):
@@ -120,13 +122,13 @@ def lively(module):
     return module
 
 
-def twins(name, **options):
+def twins(name, **beside):
     """(our backbone, open_clip's own module with the same weights), both at the reduced size."""
     from ovseg.backbones.open_clip import OpenClipBackbone
 
-    with reduced(name):
+    with reduced(name, **beside):
         theirs = lively(open_clip.create_model(name, pretrained_text=False)).eval()
-        ours = OpenClipBackbone(name, **options).eval()
+        ours = OpenClipBackbone(name).eval()
     state = {key: copy.copy(value) for key, value in theirs.state_dict().items() if not key.startswith("text_decoder.")}
     ours.clip.load_state_dict(state)
     return ours, theirs

@@ -36,7 +36,8 @@ class ImageTower:
         pooling: in words: what makes one vector of the tokens.
         token_dim, embed_dim: D and E.
         patch_size, image_size: in pixels.
-        stride: step between patches in pixels.
+        overlaps: whether the step between patches can be smaller than a patch.
+        stride: that step in pixels.
         antialias: how positions are resized to another grid, where there are any.
     """
 
@@ -46,6 +47,7 @@ class ImageTower:
     embed_dim: int
     patch_size: int
     image_size: int
+    overlaps: bool = False
     stride: int
     antialias: bool = True
 
@@ -67,6 +69,15 @@ class ImageTower:
 
     def check_readout(self, readout: Readout) -> None:
         """Raises ValueError for a readout that this tower does not have."""
+
+    def step(self, stride: int | None) -> int:
+        """``stride``, or the patch size if None; ValueError for one that this tower cannot have."""
+        if stride is not None and not 1 <= stride <= self.patch_size:
+            raise ValueError(f"stride is {stride}; expected 1 to {self.patch_size}, the patch size")
+        if stride not in (None, self.patch_size) and not self.overlaps:
+            raise ValueError(f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller step needs a tower that "
+                             "cuts the picture into patches by one convolution")
+        return self.patch_size if stride is None else stride
 
     def check_size(self, images: torch.Tensor) -> None:
         if images.shape[-1] < self.patch_size or images.shape[-2] < self.patch_size:
@@ -104,12 +115,6 @@ class BlockTower(ImageTower):
 
 class MapTower(ImageTower):
     """Towers that end in a map of features and have no attention that a readout could change."""
-
-    def __init__(self, stride: int | None):
-        if stride not in (None, self.patch_size):
-            raise ValueError(f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller step needs a tower that cuts "
-                             "the picture into patches by one convolution")
-        self.stride = self.patch_size
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """[B, D, h, w] before the pooling."""
@@ -149,10 +154,3 @@ def timm_embed_dim(visual: Any) -> int:
     """E of timm's tower: of open_clip's head, or of timm's own where that is the projection."""
     linear = [module for module in visual.head.modules() if isinstance(module, nn.Linear)]
     return linear[-1].out_features if linear else visual.trunk.num_classes or visual.trunk.num_features
-
-
-def checked_stride(stride: int | None, patch_size: int) -> int:
-    """The step between patches: from one pixel to a whole patch, which is the default."""
-    if stride is not None and not 1 <= stride <= patch_size:
-        raise ValueError(f"stride is {stride}; expected 1 to {patch_size}, the patch size")
-    return patch_size if stride is None else stride

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...layers.block import AttentionBlock, ClipBlock
 from ...layers.positions import resize_positions
 from ...layers.readout import ProxyFeatures, Readout, run_blocks
-from .base import BlockTower, checked_stride, image_size_of, patch_size_of
+from .base import BlockTower, image_size_of, patch_size_of
 
 
 class ClipVit(BlockTower):
@@ -31,6 +31,7 @@ class ClipVit(BlockTower):
     """
 
     prefix = 1
+    overlaps = True
 
     def __init__(self, visual: Any, stride: int | None = None, attention_backend: str = "sdpa"):
         self.visual = visual
@@ -46,7 +47,7 @@ class ClipVit(BlockTower):
             raise ValueError(f"the image tower has blocks of type {type(blocks[0]).__name__}; expected CLIP's")
         visual.transformer.resblocks = nn.ModuleList(ClipBlock(block, attention_backend) for block in blocks)
         self.patch_size, self.image_size = patch_size_of(visual.patch_size), image_size_of(visual)
-        self.stride = checked_stride(stride, self.patch_size)
+        self.stride = self.step(stride)
         self.token_dim, self.embed_dim = visual.conv1.out_channels, visual.output_dim
 
     @property

@@ -26,7 +26,7 @@ class FeatureMap(MapTower):
         self.kind = f"timm's {type(trunk).__name__}, convolutional"
         self.patch_size = int(trunk.feature_info[-1]["reduction"])
         self.image_size, self.token_dim, self.embed_dim = image_size_of(visual), trunk.num_features, timm_embed_dim(visual)
-        super().__init__(stride)
+        self.stride = self.step(stride)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self.visual.trunk.forward_features(images)

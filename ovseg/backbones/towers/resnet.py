@@ -27,7 +27,7 @@ class ClipResNet(MapTower):
     def __init__(self, visual: Any, stride: int | None = None):
         self.visual = visual
         self.image_size, self.token_dim, self.embed_dim = image_size_of(visual), visual.attnpool.v_proj.in_features, visual.output_dim
-        super().__init__(stride)
+        self.stride = self.step(stride)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         visual = self.visual

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ...layers.block import AttentionBlock
 from ...layers.positions import resize_positions
 from ...layers.timm_block import TimmBlock
-from .base import BlockTower, checked_stride, image_size_of, patch_size_of, timm_embed_dim
+from .base import BlockTower, image_size_of, patch_size_of, timm_embed_dim
 
 POOLINGS = {"token": "class token", "avg": "average", "map": "attention"}
 
@@ -55,10 +55,8 @@ class TimmVit(BlockTower):
         self.first = 1 if trunk.global_pool == "token" else None
         patch = patch_size_of(self.embedder.patch_size)
         self.patch_size = patch * patch_size_of(self.embedder.feature_ratio) if self.hybrid else patch
-        if self.hybrid and stride not in (None, self.patch_size):
-            raise ValueError(f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller step needs a tower that cuts "
-                             "the picture into patches by one convolution")
-        self.stride = checked_stride(stride, self.patch_size)
+        self.overlaps = not self.hybrid
+        self.stride = self.step(stride)
         self.image_size, self.token_dim, self.embed_dim = image_size_of(visual), trunk.embed_dim, timm_embed_dim(visual)
 
     @property

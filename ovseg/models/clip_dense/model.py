@@ -25,7 +25,8 @@ from ..base import OVSegModel, PatchFeatures, SystemOptions, check_images
 class ClipDenseOptions(SystemOptions):
     """Attributes:
         readout: a name of ``layers.readout.NAMED``, or the fields of a ``Readout``.
-        proxy: the second encoder that ``proxyclip`` asks: the fields of ``backbones.proxy.ProxyOptions``, or None.
+        proxy: the second encoder that ``proxyclip`` asks: the fields of ``backbones.proxy.ProxyOptions``, or None. It is no part of what
+            ``save_pretrained`` writes: the folder names it.
     """
 
     templates: str = "clip80"
@@ -38,10 +39,12 @@ class ClipDense(OVSegModel):
     Options = ClipDenseOptions
     objective = "clip_dense"
     options: ClipDenseOptions
+    proxy: ProxyEncoder | None
 
     def __init__(self, options: ClipDenseOptions):
         super().__init__(options)
-        self.proxy = None if options.proxy is None else ProxyEncoder(options_of(ProxyOptions, options.proxy, "proxy"))
+        # Beside the model, not in it: no parameter, no part of its file, which any readout reads.
+        self.__dict__["proxy"] = None if options.proxy is None else ProxyEncoder(options_of(ProxyOptions, options.proxy, "proxy"))
         self.readout = self._checked(options.readout)
         self.train_parts(options.trained)
 
@@ -49,6 +52,12 @@ class ClipDense(OVSegModel):
         """Another readout from now on; nothing is trained in it."""
         self.readout = self._checked(readout)
         self.config["readout"] = readout
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ClipDense:
+        """What ``to``, ``half`` and the like do: the second encoder goes along."""
+        if self.proxy is not None:
+            self.proxy._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def _checked(self, readout: str | dict[str, Any] | Readout) -> Readout:
         found = resolve_readout(readout)
@@ -59,7 +68,7 @@ class ClipDense(OVSegModel):
         return found
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """SigLIP's bias is in none: the objective has no use for it. Nor is the second encoder."""
+        """SigLIP's bias is in none: the objective has no use for it."""
         text, scale = self.backbone.text_parameters(), self.backbone.logit_scale
         others = {id(p) for p in (*text, scale, self.backbone.logit_bias)}
         return {"vision": [p for p in self.backbone.parameters() if id(p) not in others], "text": text, "scale": [scale]}
