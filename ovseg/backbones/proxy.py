@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..checkpoints.published import read_published
 from ..errors import CheckpointError, ConfigError
+from ..layers.precision import at_least_float32
 from ..layers.readout import ProxyFeatures
 
 GRIDS = ("clip", "finer")
@@ -34,7 +35,7 @@ class ProxyOptions:
 
 
 class ProxyEncoder(nn.Module):
-    """``forward``: pictures to ``ProxyFeatures``."""
+    """``forward``: pictures to ``ProxyFeatures``. timm makes DINOv3's rotary positions on the host, anew for each batch."""
 
     def __init__(self, options: ProxyOptions):
         super().__init__()
@@ -72,12 +73,12 @@ class ProxyEncoder(nn.Module):
     def forward(self, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> ProxyFeatures:
         """``images`` [B, 3, H, W] as CLIP takes them, normalised by its ``mean`` and ``std`` [3, 1, 1]; sides that are no whole number of
         this encoder's patches are resized to the nearest one."""
-        pixels = (images * std + mean - self.mean) / self.std
+        pixels = (at_least_float32(images) * std + mean - self.mean) / self.std  # in which resizing is possible
         grid = tuple(max(1, round(side / self.patch_size)) for side in images.shape[-2:])
         size = [side * self.patch_size for side in grid]
         if size != list(images.shape[-2:]):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-        tokens = self.vit.forward_features(pixels)[:, self.vit.num_prefix_tokens :]
+        tokens = self.vit.forward_features(pixels.to(images.dtype))[:, self.vit.num_prefix_tokens :]
         return ProxyFeatures(tokens, (grid[0], grid[1]), self.finer)
 
 

@@ -85,8 +85,8 @@ def reduced(name, **beside):
     trunk |= beside
     create = timm.create_model
 
-    def small(model, **arguments):
-        return create(model, **{**arguments, **trunk})
+    def small(model, *options, **arguments):
+        return create(model, *options, **(arguments | (trunk if model == config["vision_cfg"].get("timm_model_name") else {})))
 
     with mock.patch.dict(open_clip.factory._MODEL_CONFIGS, {name: config}), \
             mock.patch.object(open_clip.timm_model.timm, "create_model", small), \

@@ -73,6 +73,16 @@ class ClipDense(OVSegModel):
         others = {id(p) for p in (*text, scale, self.backbone.logit_bias)}
         return {"vision": [p for p in self.backbone.parameters() if id(p) not in others], "text": text, "scale": [scale]}
 
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """CLIP's was held below 100 in its training; a model with a bias (SigLIP) was not, and is published beyond."""
+        return super().logit_scale if self.logit_bias is None else self.backbone.logit_scale.exp()
+
+    @property
+    def logit_bias(self) -> torch.Tensor | None:
+        """What SigLIP adds to its scaled cosines before a sigmoid; None for models of a softmax."""
+        return self.backbone.logit_bias
+
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
         check_images(images)
         found = self.backbone.encode_dense(images, self.readout, self._seen_by_proxy(images))
