@@ -84,7 +84,7 @@ class ClipBackbone(nn.Module):
     image_std: tuple[float, float, float]
     tokenizer: Tokenizer
     logit_scale: nn.Parameter
-    logit_bias: nn.Parameter | None
+    logit_bias: nn.Parameter | None = None
     text_blocks: Sequence[AttentionBlock]
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
     antialias_positions: bool = True

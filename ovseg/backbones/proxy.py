@@ -39,8 +39,7 @@ class ProxyEncoder(nn.Module):
 
     def __init__(self, options: ProxyOptions):
         super().__init__()
-        import timm
-
+        timm = _import_timm()
         if options.grid not in GRIDS:
             raise ConfigError(f"proxy.grid is {options.grid!r}; expected one of {list(GRIDS)}")
         self.finer = options.grid == "finer"
@@ -82,7 +81,15 @@ class ProxyEncoder(nn.Module):
         return ProxyFeatures(tokens, (grid[0], grid[1]), self.finer)
 
 
-def _takes_sizes(timm, architecture: str) -> bool:
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"the option proxy needs timm, which does not import ({error}): pip install 'ovseg-kernels[models]'") from error
+    return timm
+
+
+def _takes_sizes(timm: Any, architecture: str) -> bool:
     """Whether the model is of timm's files of ViTs that are made for any size by this argument."""
     module = getattr(timm.models.model_entrypoint(architecture), "__module__", "")
     return module.rsplit(".", 1)[-1] in ("vision_transformer", "eva", "deit")

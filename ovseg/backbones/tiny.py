@@ -80,7 +80,6 @@ class TinyClip(ClipBackbone):
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.25, 0.25, 0.25)
     taps = ("local", "pre_norm", "post_norm")
-    logit_bias = None
 
     def __init__(self, **options: int):
         super().__init__()
