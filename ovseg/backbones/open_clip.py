@@ -19,13 +19,13 @@ from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.positions import resize_positions
 from ..layers.readout import READOUTS, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
-from .weights import create_clip, import_open_clip
+from .weights import clip_tokenizer, create_clip, import_open_clip
 
 
 class ClipTokenizer:
-    """CLIP's byte-pair tokenizer as open_clip ships it; loaded on first use. ``[T, 77]`` int64."""
+    """The architecture's tokenizer, mostly CLIP's byte pairs as open_clip ships them; loaded on first use. ``[T, L]`` int64."""
 
-    def __init__(self, architecture: str):
+    def __init__(self, architecture: str | dict[str, Any]):
         self.architecture = architecture
         self._tokenizer: Callable | None = None
 
@@ -34,7 +34,7 @@ class ClipTokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         if self._tokenizer is None:
-            self._tokenizer = import_open_clip().get_tokenizer(self.architecture)
+            self._tokenizer = clip_tokenizer(self.architecture)
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
 
 
@@ -88,7 +88,7 @@ class OpenClipBackbone(ClipBackbone):
         self.embed_dim = visual.output_dim
         self.image_mean = tuple(visual.preprocess_cfg["mean"]) if hasattr(visual, "preprocess_cfg") else open_clip.OPENAI_DATASET_MEAN
         self.image_std = tuple(visual.preprocess_cfg["std"]) if hasattr(visual, "preprocess_cfg") else open_clip.OPENAI_DATASET_STD
-        self.tokenizer = ClipTokenizer(architecture if isinstance(architecture, str) else "ViT-B-16")
+        self.tokenizer = ClipTokenizer(architecture)
 
     @property
     def logit_scale(self) -> nn.Parameter:

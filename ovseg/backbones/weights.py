@@ -1,7 +1,7 @@
 """An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder, or drawn at random.
 
-An architecture is a name of open_clip's or its configuration, a dictionary as ``open_clip_config.json`` has it under ``model_cfg``, with two
-keys more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` in ``vision_cfg``, a ViT of timm of any size.
+An architecture is a name of open_clip's or its configuration, a dictionary as ``model_cfg`` in ``open_clip_config.json``, with two keys
+more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` in ``vision_cfg``, a ViT of timm of any size.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -119,7 +120,7 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
 
 def fetch_folder(repo: str) -> Path:
     """The folder of the cache that holds a repository's configuration and weights, of open_clip's, transformers' or ``save_pretrained``."""
-    config = fetch(repo, ("open_clip_config.json", "config.json"), ways=f", all of it into a folder that -m names: {PREFIX}{repo} -> FOLDER")
+    config = fetch(repo, ("open_clip_config.json", "config.json"), ways=", with its weights in a folder that -m names")
     ours = config.name == "config.json"
     files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin") if ours else CLIP_FILES
     path = fetch(repo, files, ways=f", beside {config.name} in a folder that -m names")
@@ -204,13 +205,13 @@ def fitting(state: dict[str, torch.Tensor]) -> list[str]:
     """Architectures of open_clip whose tensors have these names and shapes. Two activations look alike."""
     open_clip, shapes = import_open_clip(), {name: tuple(x.shape) for name, x in state.items() if name not in _NUMBERS}
     prefix = "text." if "text.token_embedding.weight" in shapes else ""
-    words, places = shapes.get(f"{prefix}token_embedding.weight"), shapes.get(f"{prefix}positional_embedding")
+    words = shapes.get(f"{prefix}token_embedding.weight")
     found = []
-    for name in open_clip.list_models() if words and places else ():
+    for name in open_clip.list_models() if words else ():
         config = open_clip.get_model_config(name)
         vision, text = config["vision_cfg"], config["text_cfg"]
         width = shapes.get("visual.conv1.weight", (None,))[0]
-        if (text.get("vocab_size", 49408), text.get("width", 512)) != words or text.get("context_length", 77) not in (places[0], places[0] - 1):
+        if (text.get("vocab_size", 49408), text.get("width", 512)) != words:
             continue
         if "hf_model_name" in text or ("timm_model_name" in vision) != any(key.startswith("visual.trunk.") for key in shapes) or (
                 "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int) and vision.get("width", 768) != width):
@@ -333,7 +334,5 @@ def _title(architecture: Architecture) -> str:
 
 
 def _fetch_optional(repo: str, files: Sequence[str]) -> None:
-    try:
+    with suppress(WeightsError):  # many models have none
         fetch(repo, files)
-    except WeightsError:
-        pass  # many models have none

@@ -1,4 +1,4 @@
-"""The folder for what can be made again: ``OVSEG_CACHE``, else ``$XDG_CACHE_HOME/ovseg`` or ``~/.cache/ovseg``; ``OVSEG_CACHE=off``: none."""
+"""The folder for what can be made again: ``OVSEG_CACHE`` (``off``: none), else ``$XDG_CACHE_HOME/ovseg`` or ``~/.cache/ovseg``."""
 
 from __future__ import annotations
 

@@ -124,8 +124,8 @@ def check_hash(path: Path, source: str) -> None:
         while part := file.read(1 << 22):
             digest.update(part)
     if digest.hexdigest() != expected:
-        raise CheckpointError(f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is {digest.hexdigest()[:12]}..., "
-                              f"the Hub's is {expected[:12]}...; remove {blob} and fetch it again")
+        raise CheckpointError(f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is {digest.hexdigest()[:12]}... "
+                              f"and the Hub's is {expected[:12]}...; remove {blob} and fetch it again")
     if seen is not None:
         try:
             with replacing(seen) as part_file:
@@ -163,5 +163,5 @@ def _licence(repo: str, endpoint: str | None) -> str:
 
 
 def _unavailable(repo: str, files: Sequence[str], why: str, ways: str) -> WeightsError:
-    return WeightsError(f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with a network, the same command; "
-                        f"from elsewhere, https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}")
+    return WeightsError(f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with a network, the same "
+                        f"command; from elsewhere, https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}")

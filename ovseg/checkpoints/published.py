@@ -35,8 +35,8 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return load_tensors(path)
     if _is_script(path):
-        raise CheckpointError(f"{path} is a TorchScript archive, as OpenAI published its models: it holds code, and weights are read without "
-                              "running any. The same weights as safetensors: -m ViT-B-16:openai (ViT-L-14:openai, ...), or "
+        raise CheckpointError(f"{path} is a TorchScript archive, as OpenAI published its models: it holds code, and weights are read "
+                              "without running any. The same weights as safetensors: -m ViT-B-16:openai (ViT-L-14:openai, ...), or "
                               "open_clip_model.safetensors of https://huggingface.co/timm/vit_base_patch16_clip_224.openai")
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)

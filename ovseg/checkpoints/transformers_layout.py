@@ -130,8 +130,9 @@ def _clip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         words |= _tokenizer(folder)
     act = dict(_ACTIVATIONS[vision["act"]])
     quick = act.pop("quick_gelu", False)
-    pictures = {"image_size": vision["image_size"], "layers": vision["layers"], "width": vision["width"], "patch_size": vision["patch_size"],
-                "head_width": vision["width"] // vision["heads"], "mlp_ratio": vision["mlp_ratio"], **_norm(vision, 1e-5)}
+    pictures = {"image_size": vision["image_size"], "layers": vision["layers"], "width": vision["width"],
+                "patch_size": vision["patch_size"], "head_width": vision["width"] // vision["heads"],
+                "mlp_ratio": vision["mlp_ratio"], **_norm(vision, 1e-5)}
     return {"embed_dim": config.get("projection_dim", 512), "quick_gelu": quick, "vision_cfg": {**pictures, **act},
             "text_cfg": {**words, **act}, "preprocess_cfg": _preprocess(folder, _CLIP_MEAN, _CLIP_STD)}
 

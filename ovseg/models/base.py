@@ -214,6 +214,10 @@ class OVSegModel(nn.Module):
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
+    def text_parameters(self) -> list[nn.Parameter]:
+        """What ``encode_text`` depends on."""
+        return self.backbone.text_parameters()
+
     def save_pretrained(self, folder: str | Path, **facts: Any) -> Path:
         """A folder for ``from_pretrained``; see ``saving.save_pretrained``."""
         from .saving import save_pretrained

@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from ..backbones.weights import ClipSource, configuration, fetch_folder, find_clip, is_clip_file, is_clip_folder, load_clip, settled, tags_of
+from ..backbones.weights import (
+    ClipSource,
+    configuration,
+    fetch_folder,
+    find_clip,
+    is_clip_file,
+    is_clip_folder,
+    load_clip,
+    settled,
+    tags_of,
+)
 from ..checkpoints.files import check_fit, load_weights
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
@@ -169,14 +179,14 @@ def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[st
 def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path | None = None,
           state: dict[str, torch.Tensor] | None = None) -> OVSegModel:
     """A CLIP as it is, below the system that needs no more."""
-    if name is not None and preset_of(name)["system"] != CLIP_SYSTEM:
+    architecture = architecture_of(name) if name else None
+    if name is not None and name != CLIP_SYSTEM and (architecture is None or preset_of(name)["system"] != CLIP_SYSTEM):
         raise InputError(f"pretrained is {weights!r}, a CLIP, and {name} is trained upon one; expected weights of {name} itself. "
                          f"create_model({name!r}, clip={weights!r}) trains from that CLIP")
-    architecture = architecture_of(name) if name else None
     source = ClipSource(lambda: state, str(weights)) if state is not None else find_clip(str(folder or weights), architecture)
-    chosen = settled(source, options.get("architecture") or architecture)
-    plain_name = name is None or name not in list_models()
-    if plain_name:
+    asked = options.get("architecture") or (options.get("backbone") or {}).get("architecture")
+    chosen = settled(source, asked or architecture)
+    if name is None or name not in list_models():
         name = chosen if isinstance(chosen, str) else CLIP_SYSTEM
     options = dict(options)
     if chosen != architecture_of(name):
@@ -185,7 +195,7 @@ def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path 
         options.setdefault("readout", DEFAULT_READOUT)
     model = build(name, options)
     load_clip(model.backbone.clip, source)
-    model.source = source.where
+    model.source = weights if architecture is None or folder or state else source.where
     return model
 
 

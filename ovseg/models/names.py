@@ -87,8 +87,8 @@ def unknown(text: str) -> InputError:
     if name.count("/") == 1 and not colon and not name.startswith("."):
         ways.append(f"{PREFIX}{text}")
     hint = f"did you mean {' or '.join(ways)}? " if ways else ""
-    return InputError(f"model is {text!r}, no path that exists and no known name; {hint}expected NAME, NAME:TAG, {PREFIX}OWNER/NAME or PATH "
-                      "(ovseg models lists names)")
+    return InputError(f"model is {text!r}, no path that exists and no known name; {hint}expected NAME, NAME:TAG, {PREFIX}OWNER/NAME or "
+                      "PATH (ovseg models lists names)")
 
 
 def unknown_tag(name: str | None, weights: str) -> InputError:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .base import OVSegModel
 
 _TOKENIZER = "tokenizer"  # a folder in the folder, where the words are not open_clip's own
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.json", "merges.txt",
+                    "vocab.txt", "config.json")  # the last where the others do not say what kind of tokenizer it is
 
 
 def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:
@@ -105,10 +107,7 @@ def _with_tokenizer(architecture: dict[str, Any], folder: Path) -> dict[str, Any
     if not source.is_absolute():
         return architecture
     (folder / _TOKENIZER).mkdir(exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"):
+    for name in _TOKENIZER_FILES:
         if (source / name).is_file() and (source / name).resolve() != (folder / _TOKENIZER / name).resolve():
             shutil.copyfile(source / name, folder / _TOKENIZER / name)
-    # transformers asks the configuration for the kind of tokenizer where tokenizer_config.json does not say it
-    if (source / "config.json").is_file() and source.resolve() != (folder / _TOKENIZER).resolve():
-        shutil.copyfile(source / "config.json", folder / _TOKENIZER / "config.json")
     return {**architecture, "text_cfg": {**architecture["text_cfg"], "hf_tokenizer_name": _TOKENIZER}}
