@@ -1,7 +1,7 @@
 """Files of the Hugging Face Hub: from the cache, else by one attempt; whole by their hash, or refused.
 
 Offline is what ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` say at the moment of the call. The Hub's own client asks again for half a
-minute where there is no network; here the first answer, or its absence after ``HF_HUB_ETAG_TIMEOUT`` seconds (3), is the last.
+minute where there is no network; here the first answer, or its absence after ``HF_HUB_ETAG_TIMEOUT`` seconds (2), is the last.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         if (facts.size or 0) > 10**6:
             note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
         try:
-            path = Path(hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint, etag_timeout=_seconds()))
+            path = Path(hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
         except Exception as error:
             raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
         check_hash(path, f"{PREFIX}{repo}")
@@ -145,7 +145,7 @@ def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Up
 
 
 def _seconds() -> float:
-    return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 3)
+    return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 2)
 
 
 def _line(error: Exception) -> str:

@@ -24,7 +24,6 @@ DEFAULT_MODEL = "clip_dense_vit_b16:openai"
 DEFAULT_REPO = "timm/vit_base_patch16_clip_224.openai"  # where open_clip has it: asked before anything else is loaded
 DEFAULT_READOUT = "naclip"
 DEFAULT_VIEW = {"short_side": 336, "crop": 224, "stride": 112}
-_SOME = 12  # tags that a message lists
 
 
 class Named(NamedTuple):
@@ -47,7 +46,7 @@ def parse(text: str) -> Named:
     if Path(text).exists():
         if named:
             raise InputError(f"model is {text!r}, which is a path here and a name; expected ./{text} for the path or "
-                             + (f"{text}:TAG ({', '.join(tags(text)[:_SOME])})" if is_name(text) else "another folder to work in")
+                             + (f"{text}:TAG ({', '.join(tags(text))})" if is_name(text) else "another folder to work in")
                              + " for the name")
         return Named(None, text)
     if not named:
