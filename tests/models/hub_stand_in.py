@@ -8,7 +8,8 @@ from threading import Thread
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ARCHITECTURE = "small-clip"
-CONFIG = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+CONFIG = {"embed_dim": 24, "quick_gelu": True,
+          "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
           "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2}}
 PREPROCESS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 

@@ -46,7 +46,8 @@ def clip():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(3)
     text = {"vocab_size": 49408, "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +123,7 @@ def test_a_tag_decides_the_activation(monkeypatch):
     assert settled(find_clip("openai", "ViT-L-14"), "ViT-L-14") == "ViT-L-14-quickgelu"
     repo = ClipSource(dict, "hf-hub:a/b", {**open_clip.get_model_config("ViT-B-16"), "quick_gelu": True})
     assert settled(repo, "ViT-B-16") == "ViT-B-16-quickgelu"
-    with pytest.raises(ValueError, match=r"trained with QuickGELU, and architecture 'ViT-B-16'; expected architecture='ViT-B-16-quickgelu'"):
+    with pytest.raises(ValueError, match=r"trained with QuickGELU, and architecture 'ViT-B-16'; expected .*'ViT-B-16-quickgelu'"):
         ovseg.create_model("pacl_vit_b16", architecture="ViT-B-16", clip="openai")
 
 
@@ -228,9 +229,9 @@ def test_a_damaged_file_of_the_cache_is_refused_by_its_hash(clip, cache, tmp_pat
 
 
 def test_published_checkpoints_are_known_by_their_names(tmp_path, monkeypatch):
-    model = ovseg.create_model("segclip_vit_b16", architecture={**CONFIG}, second_stage=1, heads=4, decoder={"width": 32, "depth": 1, "heads": 4})
-    torch.save(ovseg.official_state_dict(model), tmp_path / "segclip.bin")
     options = {"architecture": {**CONFIG}, "second_stage": 1, "heads": 4, "decoder": {"width": 32, "depth": 1, "heads": 4}}
+    model = ovseg.create_model("segclip_vit_b16", **options)
+    torch.save(ovseg.official_state_dict(model), tmp_path / "segclip.bin")
     found = ovseg.from_pretrained(str(tmp_path / "segclip.bin"), **options)
     assert found.name == "segclip_vit_b16" and torch.equal(found.reconstruct.weight, model.reconstruct.weight)
 

@@ -153,7 +153,7 @@ def test_a_download_that_is_cut_is_refused(lie, message, photo, weights, online,
 
 
 def test_a_licence_that_must_be_accepted_and_names_of_files(online, monkeypatch):
-    with hub({("me/clip", "open_clip_pytorch_model.bin"): b"x" * 50}) as (address, asked):
+    with hub({("me/clip", "open_clip_pytorch_model.bin"): b"x" * 50}) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
         from ovseg.checkpoints.hub import CLIP_FILES, fetch
 

@@ -167,7 +167,7 @@ def test_folders_that_open_clip_has_no_word_for(change, message, tmp_path):
 
 def test_folders_that_are_not_whole(tmp_path):
     clip().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="a vocabulary of its own and no tokenizer; expected one of tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"a vocabulary of its own and no tokenizer; expected one of tokenizer\.json"):
         from_pretrained(str(tmp_path))
     words(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
@@ -178,7 +178,7 @@ def test_folders_that_are_not_whole(tmp_path):
     tensors = load_file(tmp_path / "elsewhere")
     del tensors["text_projection.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="has no tensor 'text_projection.weight'; expected all of transformers' clip"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'text_projection\.weight'; expected all of transformers' clip"):
         from_pretrained(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "elsewhere").read_bytes()[:5000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors \(5000 bytes\) is no complete safetensors file"):
