@@ -122,14 +122,19 @@ def fetch_folder(repo: str) -> Path:
     """The folder of the cache that holds a repository's configuration and weights, of open_clip's, transformers' or ``save_pretrained``."""
     config = fetch(repo, ("open_clip_config.json", "config.json"), ways=", with its weights in a folder that -m names")
     ours = config.name == "config.json"
+    if ours and _kind(config) is None:
+        raise CheckpointError(f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of ovseg; expected "
+                              "open_clip_config.json, or a config.json with model_type or model")
     files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin") if ours else CLIP_FILES
     path = fetch(repo, files, ways=f", beside {config.name} in a folder that -m names")
     if path.name.endswith(".index.json"):
         for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
             fetch(repo, (part,))
-    for names in (("preprocessor_config.json",), *_TOKENIZER_FILES) if ours else ():
+    if path.parent != config.parent:  # the repository has moved on since the configuration was cached
+        fetch(repo, (config.name,))
+    for names in (("preprocessor_config.json",), *_TOKENIZER_FILES) if _model_type(path.parent) else ():
         _fetch_optional(repo, names)
-    return config.parent
+    return path.parent
 
 
 def is_clip_folder(folder: Path) -> bool:
@@ -301,11 +306,16 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
     return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
 
 
-def _model_type(folder: Path) -> str | None:
+def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | None:
     try:
-        return json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        tree = json.loads(config.read_text("utf-8"))
+        return next((tree[key] for key in keys if key in tree), None)
+    except (OSError, ValueError, TypeError):
         return None
+
+
+def _model_type(folder: Path) -> str | None:
+    return _kind(folder / "config.json", ("model_type",))
 
 
 def _fetch_tag(facts: dict[str, Any], ways: str) -> Path:

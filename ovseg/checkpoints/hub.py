@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,23 @@ def check_repo(repo: str) -> str:
     return repo
 
 
-def hub_cache() -> Path:
-    from huggingface_hub import constants
+def client() -> Any:
+    """The Hub's client, which comes with open_clip."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"weights of the Hub need huggingface_hub ({error}): pip install 'ovseg-kernels[models]'") from error
+    return huggingface_hub
 
-    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+
+def hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE") or client().constants.HF_HUB_CACHE)
 
 
 def cached(repo: str, files: Sequence[str]) -> Path | None:
     """The first of ``files`` that the cache holds, whole."""
-    from huggingface_hub import try_to_load_from_cache
-
     for file in files:
-        found = try_to_load_from_cache(repo, file, cache_dir=hub_cache())
+        found = client().try_to_load_from_cache(repo, file, cache_dir=hub_cache())
         if isinstance(found, str):
             check_hash(Path(found), f"{PREFIX}{repo}")
             return Path(found)
@@ -75,12 +81,11 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         return found
     if offline():
         raise _unavailable(repo, files, "the Hub may not be asked (--offline, HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)", ways)
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    hub, endpoint = client(), os.environ.get("HF_ENDPOINT") or None
+    errors, once = hub.errors, {"retry_on_errors": False} if "retry_on_errors" in signature(hub.get_hf_file_metadata).parameters else {}
     for file in files:
         try:
-            facts = get_hf_file_metadata(hf_hub_url(repo, file, endpoint=endpoint), timeout=_seconds(), retry_on_errors=False)
+            facts = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=endpoint), timeout=_seconds(), **once)
         except errors.EntryNotFoundError:
             continue
         except errors.GatedRepoError as error:
@@ -93,7 +98,7 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         if (facts.size or 0) > 10**6:
             note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
         try:
-            path = Path(hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
+            path = Path(hub.hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
         except Exception as error:
             raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
         check_hash(path, f"{PREFIX}{repo}")
@@ -136,9 +141,7 @@ def check_hash(path: Path, source: str) -> None:
 
 def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Upload model", token: str | None = None) -> str:
     """A folder as a repository of the Hub, made if there is none; returns its address."""
-    from huggingface_hub import HfApi
-
-    api: Any = HfApi(token=token)
+    api = client().HfApi(token=token)
     api.create_repo(check_repo(repo), private=private, exist_ok=True)
     api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message=message)
     return f"https://huggingface.co/{repo}"
@@ -153,10 +156,8 @@ def _line(error: Exception) -> str:
 
 
 def _licence(repo: str, endpoint: str | None) -> str:
-    from huggingface_hub import HfApi
-
     try:
-        card = HfApi(endpoint=endpoint).model_info(repo, timeout=_seconds()).card_data
+        card = client().HfApi(endpoint=endpoint).model_info(repo, timeout=_seconds()).card_data
         return str(card["license"]) if card and card.get("license") else f"not stated, see https://huggingface.co/{repo}"
     except Exception:  # the file is what was asked for
         return f"see https://huggingface.co/{repo}"

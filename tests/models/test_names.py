@@ -158,6 +158,18 @@ def test_a_path_and_a_name_alike(tmp_path, monkeypatch):
     assert ovseg.from_pretrained("pacl_tiny:digits").name == "pacl_tiny"
 
 
+def test_repositories_of_something_else(cache):
+    fill_cache(cache, "timm/vit", {"config.json": b'{"architecture": "vit_base_patch16_clip_224"}'})
+    with pytest.raises(CheckpointError, match="hf-hub:timm/vit holds no CLIP of open_clip's or transformers' and no model of ovseg"):
+        ovseg.from_pretrained("hf-hub:timm/vit")  # before its weights are fetched
+    fill_cache(cache, "small/half", {"open_clip_config.json": open_clip_config()})
+    with pytest.raises(WeightsError, match=r"small/half is not in the cache .*open_clip_model\.safetensors, beside open_clip_config\.json"):
+        ovseg.from_pretrained("hf-hub:small/half")
+    fill_cache(cache, "small/odd", {"open_clip_config.json": b"{}", "open_clip_model.safetensors": b"x"})
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json is damaged \('model_cfg'\)"):
+        ovseg.from_pretrained("hf-hub:small/odd")
+
+
 def test_weights_of_another_kind(clip, cache, tmp_path):
     save_file(state_of(clip), tmp_path / "clip.safetensors")
     for name in ("pacl_vit_b16", "clip_dense_tiny"):

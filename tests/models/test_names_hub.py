@@ -65,7 +65,7 @@ def online(monkeypatch):
 def test_a_photograph_from_the_cache(photo, weights, tmp_path, monkeypatch, capsys):
     """No network is asked; the readout and the view are the published ones."""
     fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", None)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", None)  # whoever asks falls over
     for names in ([], ["--offline"]):
         assert main(["segment", photo, "--labels", "cat,wall", "--format", "overlay,mask", "-o", str(tmp_path / "out"), *names]) == 0
         assert "cat" in capsys.readouterr().out
