@@ -33,8 +33,9 @@ def fill_cache(cache, repo, files):
 
 
 @contextmanager
-def hub(files=None, *, status=200, lie=None):
-    """A server that answers for ``files``, (repo, name) -> bytes; yields (address, requests so far). ``lie``: what comes in their place."""
+def hub(files=None, *, status=200, error="EntryNotFound", lie=None):
+    """A server that answers for ``files``, (repo, name) -> bytes; yields (address, requests so far). ``lie``: what comes in
+    their place; ``status`` and ``error``: of every answer that is not 200."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -50,8 +51,8 @@ def hub(files=None, *, status=200, lie=None):
                 self.send_header("ETag", f'"{hash_of(data)}"')
                 self.send_header("Content-Length", str(len(data)))
             else:
-                if code == 404:
-                    self.send_header("X-Error-Code", "EntryNotFound")
+                if code < 500:
+                    self.send_header("X-Error-Code", error)
                 self.send_header("Content-Length", "0")
             self.end_headers()
             if body and data is not None:

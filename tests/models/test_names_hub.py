@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 import ovseg
 from ovseg.cli.main import main
-from ovseg.errors import CheckpointError, WeightsError
+from ovseg.errors import CheckpointError, InputError, WeightsError
 from ovseg.models.names import DEFAULT_REPO
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
@@ -102,8 +102,10 @@ def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
 
 
 def test_the_network_is_asked_once(photo, tmp_path, online, monkeypatch, capsys):
-    for status, message in ((503, "the Hub does not answer"), (401, "the Hub knows no|the Hub does not answer"), (500, "does not answer")):
-        with hub(status=status) as (address, asked):
+    for status, error, message in ((503, "", "the Hub does not answer"), (500, "", "does not answer"),
+                                   (401, "RepoNotFound", f"the Hub knows no {DEFAULT_REPO}, or it is private"),
+                                   (403, "GatedRepo", "asks for a licence to be accepted first")):
+        with hub(status=status, error=error) as (address, asked):
             monkeypatch.setenv("HF_ENDPOINT", address)
             with pytest.raises(WeightsError, match=message):
                 ovseg.segment(photo, ["cat"])
@@ -152,7 +154,7 @@ def test_a_download_that_is_cut_is_refused(lie, message, photo, weights, online,
             ovseg.segment(photo, ["cat"])
 
 
-def test_a_licence_that_must_be_accepted_and_names_of_files(online, monkeypatch):
+def test_the_second_name_of_a_file(online, monkeypatch):
     with hub({("me/clip", "open_clip_pytorch_model.bin"): b"x" * 50}) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
         from ovseg.checkpoints.hub import CLIP_FILES, fetch
@@ -160,6 +162,25 @@ def test_a_licence_that_must_be_accepted_and_names_of_files(online, monkeypatch)
         assert fetch("me/clip", CLIP_FILES).name == "open_clip_pytorch_model.bin"
         with pytest.raises(WeightsError, match=r"me/other holds none of open_clip_model\.safetensors, open_clip_pytorch_model\.bin"):
             fetch("me/other", CLIP_FILES)
+
+
+def test_a_blob_that_is_shared(weights, tmp_path):
+    """Caches may share blobs, whose names in the store are no hashes of the file."""
+    snapshot = fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
+    blob = (snapshot / FILE).resolve()
+    blob.rename(tmp_path / ("f" * 64))
+    blob.symlink_to(tmp_path / ("f" * 64))
+    assert ovseg.create_model("clip_dense_vit_b16", "openai").source == "ViT-B-16-quickgelu:openai"
+    (tmp_path / ("f" * 64)).write_bytes(weights[:-5])
+    with pytest.raises(CheckpointError, match=f"is cut or damaged.*remove {blob} and"):
+        ovseg.create_model("clip_dense_vit_b16", "openai")
+
+
+def test_words_that_a_model_does_not_know():
+    picture = np.zeros((48, 48, 3), dtype=np.uint8)
+    with pytest.raises(InputError, match=r"pacl_tiny does not know: zebra; .*allow_unknown"):
+        ovseg.segment(picture, {"stripes": ["a zebra"], "gravel": "gravel"}, model="pacl_tiny")
+    assert ovseg.segment(picture, ["zebra", "gravel"], model="pacl_tiny", allow_unknown=True).labels.shape == (48, 48)
 
 
 def test_texts_are_remembered_on_disk(weights, tmp_path, monkeypatch):
