@@ -6,7 +6,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -86,12 +85,14 @@ def list_bundled() -> list[tuple[str, str]]:
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """(model, tag) of the weights that can be named: those inside the package, then open_clip's, if it is installed, for each of its
+    """(model, tag) of the weights that can be named: those inside the package, then open_clip's, if it can be imported, for each of its
     architectures that can be walked."""
-    if importlib.util.find_spec("open_clip") is None:
+    try:
+        theirs = import_open_clip().list_pretrained()
+    except ImportError:  # not installed, or a torchvision that does not fit: the tiny models do without
         return list_bundled()
     known = functools.cache(supported)
-    return list_bundled() + [(name, tag) for name, tag in import_open_clip().list_pretrained() if known(name)]
+    return list_bundled() + [(name, tag) for name, tag in theirs if known(name)]
 
 
 def build(name: str, options: dict[str, Any]) -> OVSegModel:
