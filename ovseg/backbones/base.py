@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..layers.block import AttentionBlock
-from ..layers.readout import READOUTS, Readout
+from ..layers.readout import READOUTS, ProxyFeatures, Readout
 
 Tokenizer = Callable[[str | Sequence[str]], torch.Tensor]
 
@@ -20,6 +20,14 @@ class PatchTokens(NamedTuple):
     tokens: torch.Tensor
     grid: tuple[int, int]
     cls: torch.Tensor | None
+
+
+class DenseTokens(NamedTuple):
+    """In the space of the texts, not normalised: ``embedding`` [B, E], ``tokens`` [B, N, E] in row-major order of ``grid`` (h, w)."""
+
+    embedding: torch.Tensor
+    tokens: torch.Tensor
+    grid: tuple[int, int]
 
 
 class VisionTower(Protocol):
@@ -65,6 +73,7 @@ class ClipBackbone(nn.Module):
     Attributes:
         taps: where ``encode_patches`` can take tokens.
         antialias_positions: how position embeddings are resized to another grid, where there are any.
+        logit_bias: what SigLIP adds to its scaled cosines, or None.
     """
 
     token_dim: int
@@ -75,14 +84,28 @@ class ClipBackbone(nn.Module):
     image_std: tuple[float, float, float]
     tokenizer: Tokenizer
     logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None = None
     text_blocks: Sequence[AttentionBlock]
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
     antialias_positions: bool = True
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
+                       proxy: ProxyFeatures | None = None) -> PatchTokens:
         """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm; ``readout`` changes the last
-        attention for the patches alone."""
+        attention for the patches alone, with a second encoder's patches ``proxy`` where it needs them."""
         raise NotImplementedError
+
+    def encode_dense(self, images: torch.Tensor, readout: Readout = READOUTS["clip"], proxy: ProxyFeatures | None = None) -> DenseTokens:
+        """The image embedding and the dense map of ``images``, whatever makes the embedding of the tokens (docs/towers.md)."""
+        found = self.encode_patches(images, readout=readout, proxy=proxy)
+        assert found.cls is not None
+        return DenseTokens(self.project(found.cls), self.project(found.tokens), found.grid)
+
+    def check_readout(self, readout: Readout) -> None:
+        """Raises ValueError for a readout that the vision tower does not have."""
+
+    def check_class_token(self, system: str) -> None:
+        """Raises ValueError unless the vision tower is what ``system`` builds on: blocks over a class token and patches."""
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Post-norm tokens [..., D_v] to the shared space [..., E], CLIP's own projection."""

@@ -1,7 +1,8 @@
-"""Any CLIP ViT of open_clip as a backbone, with patch tokens taken by our own code.
+"""Any image-text model of open_clip as a backbone, with patch tokens taken by our own code.
 
 open_clip has moved its final norm before and after pooling between releases; code that asks it for tokens silently
 changes with the installed version. Here the blocks are walked one by one, so the tap means the same everywhere.
+How a picture is seen is the image tower's (``towers/``); which of open_clip's models that covers is the table of docs/towers.md.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from ..errors import InputError
 from ..layers.block import AttentionBlock, ClipBlock
-from ..layers.positions import resize_positions
-from ..layers.readout import READOUTS, Readout, run_blocks
-from .base import ClipBackbone, PatchTokens
+from ..layers.readout import READOUTS, ProxyFeatures, Readout
+from .base import ClipBackbone, DenseTokens, PatchTokens
+from .towers import ClipVit, image_tower
 from .weights import clip_tokenizer, create_clip, import_open_clip
 
 
 class ClipTokenizer:
-    """The architecture's tokenizer, mostly CLIP's byte pairs as open_clip ships them; loaded on first use. ``[T, L]`` int64."""
+    """The tokenizer of an architecture as open_clip ships it; loaded on first use. ``[T, L]`` int64, L the architecture's context length.
+
+    Those of transformers (SigLIP, CLIPA, multilingual models) are downloaded once.
+    """
 
     def __init__(self, architecture: str | dict[str, Any]):
         self.architecture = architecture
@@ -34,8 +38,17 @@ class ClipTokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         if self._tokenizer is None:
-            self._tokenizer = clip_tokenizer(self.architecture)
+            try:
+                self._tokenizer = clip_tokenizer(self.architecture)
+            except (ImportError, OSError, ValueError, TypeError) as error:  # transformers fails in many ways where a file is missing
+                raise _download("tokenizer", self.architecture, error) from error
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
+
+
+def _download(what: str, architecture: str | dict[str, Any], error: Exception) -> InputError:
+    return InputError(f"the {what} of {architecture!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it is "
+                      "transformers', which must be installed (pip install transformers), and comes from the Hugging Face Hub once: "
+                      "expected a connection, without HF_HUB_OFFLINE, or its files in the cache that HF_HOME names")
 
 
 @dataclass
@@ -63,115 +76,143 @@ class OpenClipBackbone(ClipBackbone):
     def __init__(self, architecture: str | dict[str, Any], weights: str | None = None, stride: int | None = None,
                  attention_backend: str = "sdpa"):
         super().__init__()
-        open_clip, clip = import_open_clip(), create_clip(architecture, weights)
-        visual = clip.visual
-        if not isinstance(visual, open_clip.transformer.VisionTransformer) or visual.attn_pool is not None:
-            raise ValueError(f"architecture is {architecture!r}; expected a CLIP ViT without attention pooling")
-        if visual.pool_type != "tok":
-            raise ValueError(f"architecture {architecture!r} pools by {visual.pool_type!r}; expected a class token")
-        block = visual.transformer.resblocks[0]
-        if not isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
-            raise ValueError(f"architecture {architecture!r} has blocks of type {type(block).__name__}; expected CLIP's")
-        towers: list[Any] = [visual.transformer, getattr(clip, "transformer", None)]
-        plain = open_clip.transformer.ResidualAttentionBlock
-        for tower in towers:
-            if isinstance(getattr(tower, "resblocks", None), nn.ModuleList):
-                tower.resblocks = nn.ModuleList(ClipBlock(b, attention_backend) if type(b) is plain else b for b in tower.resblocks)
+        try:
+            clip: Any = create_clip(architecture, weights)
+        except OSError as error:
+            if not isinstance(architecture, str) or "hf_model_name" not in import_open_clip().get_model_config(architecture)["text_cfg"]:
+                raise
+            raise _download("text tower's configuration", architecture, error) from error
+        try:
+            self.tower = image_tower(clip.visual, stride, attention_backend)
+        except ValueError as error:
+            raise ValueError(f"architecture {architecture!r}: {error}") from error
+        if hasattr(clip, "text_decoder"):
+            del clip.text_decoder  # CoCa's, which writes captions and has no part in an embedding
+        text = getattr(clip, "text", clip)
+        blocks = getattr(getattr(text, "transformer", None), "resblocks", None)
+        # With a token of its own or padding open_clip's masks are [B heads, L, L], which only its own blocks read.
+        if isinstance(blocks, nn.ModuleList) and getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False):
+            plain = import_open_clip().transformer.ResidualAttentionBlock
+            text.transformer.resblocks = nn.ModuleList(ClipBlock(b, attention_backend) if type(b) is plain else b for b in blocks)
         self.clip = clip
         self.architecture = architecture
-        self.patch_size = visual.patch_size[0]
-        self.stride = self.patch_size if stride is None else stride
-        if not 1 <= self.stride <= self.patch_size:
-            raise ValueError(f"stride is {stride}; expected 1 to {self.patch_size}, the patch size")
-        self.image_size = visual.image_size[0]
-        self.token_dim = visual.conv1.out_channels
-        self.embed_dim = visual.output_dim
-        self.image_mean = tuple(visual.preprocess_cfg["mean"]) if hasattr(visual, "preprocess_cfg") else open_clip.OPENAI_DATASET_MEAN
-        self.image_std = tuple(visual.preprocess_cfg["std"]) if hasattr(visual, "preprocess_cfg") else open_clip.OPENAI_DATASET_STD
+        tower = self.tower
+        self.patch_size, self.stride, self.image_size = tower.patch_size, tower.stride, tower.image_size
+        self.token_dim, self.embed_dim = tower.token_dim, tower.embed_dim
+        seen = clip.visual.preprocess_cfg  # of the weights, else of those that the architecture has
+        self.image_mean, self.image_std = tuple(seen["mean"]), tuple(seen["std"])
         self.tokenizer = ClipTokenizer(architecture)
 
     @property
     def logit_scale(self) -> nn.Parameter:
         return self.clip.logit_scale
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
-        self._check_tap(tap)
-        visual = self.clip.visual
-        x, positions, grid = self._patches(images)
-        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
-        tokens, cls = run_blocks(self.vision_blocks, visual.ln_pre(x), readout, grid)
-        if tap == "post_norm":
-            tokens, cls = visual.ln_post(tokens), visual.ln_post(cls)
-        return PatchTokens(tokens, grid, cls)
-
-    def _patches(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        """(patches [B, N, D], positions [1 + N, D] of this grid, grid)."""
-        visual = self.clip.visual
-        if images.shape[-1] < self.patch_size or images.shape[-2] < self.patch_size:
-            raise ValueError(f"images have size {tuple(images.shape[-2:])}; expected at least one patch of {self.patch_size}")
-        x = F.conv2d(images, visual.conv1.weight, visual.conv1.bias, stride=self.stride)
-        grid = (x.shape[2], x.shape[3])
-        trained = (visual.grid_size[0], visual.grid_size[1])
-        positions = resize_positions(visual.positional_embedding, trained, grid, antialias=self.antialias_positions)
-        return x.flatten(2).transpose(1, 2), positions, grid
-
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        x, positions, grid = self._patches(images)
-        return self.clip.visual.ln_pre(x + positions[1:].to(x.dtype)), grid
+    @property
+    def logit_bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        return getattr(self.clip, "logit_bias", None)
 
     @property
-    def class_token(self) -> nn.Parameter:
-        return self.clip.visual.class_embedding
+    def antialias_positions(self) -> bool:
+        return self.tower.antialias
 
-    @property
-    def vision_blocks(self) -> Sequence[AttentionBlock]:
-        return self.clip.visual.transformer.resblocks
+    @antialias_positions.setter
+    def antialias_positions(self, value: bool) -> None:
+        self.tower.antialias = value
 
-    @property
-    def text_blocks(self) -> Sequence[AttentionBlock]:  # type: ignore[override]
-        return self.clip.transformer.resblocks if isinstance(getattr(self.clip, "transformer", None), nn.Module) else ()
+    def check_readout(self, readout: Readout) -> None:
+        self.tower.check_readout(readout)
 
-    def new_blocks(self, count: int) -> nn.ModuleList:
-        new = nn.ModuleList(copy.deepcopy(self.vision_blocks[-1]) for _ in range(count))
-        for block in new:
-            block.reset_parameters()
-        return new
+    def check_class_token(self, system: str) -> None:
+        if not (isinstance(self.tower, ClipVit) and self.tower.first == 1):
+            raise ValueError(f"{system} needs blocks over a class token and patches, and architecture {self.architecture!r} is "
+                             f"{self.tower.kind}; expected open_clip's ViT pooled by class token, or the system clip_dense")
 
-    def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.clip.visual.ln_post(tokens)
-
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        visual = self.clip.visual
-        modules = [*visual.conv1.parameters(), *visual.ln_pre.parameters(), *self.clip.token_embedding.parameters()]
-        return [visual.positional_embedding, self.clip.positional_embedding, *modules]
-
-    def vision_parameters(self, tap: str = "post_norm") -> list[nn.Parameter]:
-        self._check_tap(tap)
-        visual = self.clip.visual
-        modules = [visual.conv1, visual.ln_pre, visual.transformer] + ([visual.ln_post] if tap == "post_norm" else [])
-        return [visual.class_embedding, visual.positional_embedding, *(p for m in modules for p in m.parameters())]
-
-    def text_parameters(self) -> list[nn.Parameter]:
-        return [p for name, p in self.clip.named_parameters() if not name.startswith(("visual.", "logit_"))]
-
-    def project(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if self.clip.visual.proj is None else tokens @ self.clip.visual.proj
+    def encode_dense(self, images: torch.Tensor, readout: Readout = READOUTS["clip"], proxy: ProxyFeatures | None = None) -> DenseTokens:
+        found = self.tower.encode(images, readout, proxy)
+        return DenseTokens(found.embedding, self.tower.dense(found.tokens), found.grid)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        return self.project(self.encode_patches(images).cls)
+        return self.tower.encode_image(images)
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """As open_clip does it, but for texts of any length up to the context's, and only as far as the longest one goes."""
-        clip = self.clip
-        if not isinstance(getattr(clip, "text_projection", None), nn.Parameter) or clip.text_pool_type != "argmax":
-            return clip.encode_text(token_ids)
-        end, device = token_ids.argmax(-1), clip.token_embedding.weight.device
+        """As open_clip does it, but for texts of any length up to the context's, and only as far as the longest one goes, where nothing
+        looks behind a text's end."""
+        text = getattr(self.clip, "text", self.clip)
+        pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+        causal = getattr(text, "attn_mask", None) is not None and not getattr(text, "use_pad_mask", False)
+        projection = getattr(text, "text_projection", None)
+        walked = causal and pool in ("argmax", "eos") and getattr(text, "cls_emb", None) is None
+        if not walked or not isinstance(projection, nn.Parameter):
+            return self.clip.encode_text(token_ids.to(self.clip.logit_scale.device), normalize=False)
+        end = token_ids.argmax(-1)
+        if pool == "eos":
+            end = (token_ids == (text.text_eos_id if text is self.clip else text.eos_id)).int().argmax(-1)
+        device = text.token_embedding.weight.device
         # Nothing looks behind the end: attention is causal. A graph does not have that number, a GPU would have to be waited for.
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             token_ids = token_ids[:, : int(end.max()) + 1]
         token_ids, end = token_ids.to(device), end.to(device)
-        x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
-        mask = None if clip.attn_mask is None else clip.attn_mask[: x.shape[1], : x.shape[1]].to(x.dtype)
+        x = text.token_embedding(token_ids) + text.positional_embedding[: token_ids.shape[1]]
+        mask = text.attn_mask[: x.shape[1], : x.shape[1]].to(x.dtype)
         for block in self.text_blocks:
             x = block(x, attn_mask=mask)
-        return clip.ln_final(x[torch.arange(len(x), device=x.device), end]) @ clip.text_projection
+        return text.ln_final(x[torch.arange(len(x), device=x.device), end]) @ projection
+
+    @property
+    def vision_blocks(self) -> Sequence[AttentionBlock]:
+        return self.tower.blocks
+
+    @property
+    def text_blocks(self) -> Sequence[AttentionBlock]:  # type: ignore[override]
+        blocks = getattr(getattr(getattr(self.clip, "text", self.clip), "transformer", None), "resblocks", None)
+        return blocks if isinstance(blocks, nn.ModuleList) else ()
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        return [p for name, p in self.clip.named_parameters() if not name.startswith(("visual.", "logit_"))]
+
+    # What follows is of towers with a class token alone: PACL and SegCLIP take the parts of a ViT, not only its answers.
+
+    @property
+    def _vit(self) -> ClipVit:
+        self.check_class_token("what was asked")
+        assert isinstance(self.tower, ClipVit)
+        return self.tower
+
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
+                       proxy: ProxyFeatures | None = None) -> PatchTokens:
+        self._check_tap(tap)
+        vit = self._vit
+        tokens, cls, grid = vit.tokens(images, readout, proxy)
+        if tap == "post_norm":
+            tokens, cls = self.final_norm(tokens), self.final_norm(cls)
+        return PatchTokens(tokens, grid, cls)
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._vit.project(tokens)
+
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        return self._vit.embed(images)
+
+    def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._vit.visual.ln_post(tokens)
+
+    @property
+    def class_token(self) -> nn.Parameter:
+        return self._vit.visual.class_embedding
+
+    def new_blocks(self, count: int) -> nn.ModuleList:
+        new = nn.ModuleList(copy.deepcopy(self._vit.blocks[-1]) for _ in range(count))
+        for block in new:
+            block.reset_parameters()
+        return new
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        visual, text = self._vit.visual, getattr(self.clip, "text", self.clip)
+        modules = [*visual.conv1.parameters(), *visual.ln_pre.parameters(), *text.token_embedding.parameters()]
+        return [visual.positional_embedding, text.positional_embedding, *modules]
+
+    def vision_parameters(self, tap: str = "post_norm") -> list[nn.Parameter]:
+        self._check_tap(tap)
+        visual = self._vit.visual
+        modules = [visual.conv1, visual.ln_pre, visual.transformer] + ([visual.ln_post] if tap == "post_norm" else [])
+        return [visual.class_embedding, visual.positional_embedding, *(p for m in modules for p in m.parameters())]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..data.tokenizers import END, PAD, WordTokenizer
 from ..layers.block import AttentionBlock
-from ..layers.readout import READOUTS, Readout, run_blocks
+from ..layers.readout import READOUTS, ProxyFeatures, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
 
@@ -31,7 +31,7 @@ class _Block(AttentionBlock):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, normed: torch.Tensor, rope: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         B, L, D = normed.shape
         q, k, v = self.qkv(normed).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         return q, k, v
@@ -114,12 +114,14 @@ class TinyClip(ClipBackbone):
     def _with_cls(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"]) -> PatchTokens:
+    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
+                       proxy: ProxyFeatures | None = None) -> PatchTokens:
         self._check_tap(tap)
         x, size = self._local_tokens(images)
         if tap == "local":
             return PatchTokens(x, size, None)
-        tokens, cls = run_blocks(self.vision_blocks, self._with_cls(x), readout, size)
+        tokens, own, size = run_blocks(self.vision_blocks, self._with_cls(x), readout, size, proxy=proxy)
+        cls = own[:, 0]
         if tap == "post_norm":
             tokens, cls = self.norm(tokens), self.norm(cls)
         return PatchTokens(tokens, size, cls)

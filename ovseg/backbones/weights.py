@@ -73,11 +73,8 @@ def architectures() -> list[str]:
 
 def supported(architecture: str) -> bool:
     """Whether ``OpenClipBackbone`` can walk it."""
-    config = import_open_clip().get_model_config(architecture)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    plain = isinstance(vision.get("layers", 12), int) and vision.get("pool_type", "tok") == "tok" and not config.get("multimodal_cfg")
-    others = ("timm_model_name", "attentional_pool", "block_type", "qk_norm", "scale_heads", "scale_attn", "scale_fc")
-    return plain and not any(vision.get(key) for key in others) and "hf_model_name" not in text
+    tower = import_open_clip().get_model_config(architecture)["vision_cfg"].get("timm_model_name", "")
+    return not tower.startswith("swin") and "relpos" not in tower  # their tables of positions are those of one picture size
 
 
 def tags_of(architecture: str) -> dict[str, dict[str, Any]]:
@@ -278,6 +275,8 @@ def _state_for(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, to
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = factory.convert_to_custom_text_state_dict(state)
     own = model.state_dict()
+    if not hasattr(model, "text_decoder"):  # CoCa's, which writes captions, may have been left out
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")}
     for name in (*_NUMBERS, "text.transformer.embeddings.position_ids", "attn_mask"):
         if name not in own:
             state.pop(name, None)

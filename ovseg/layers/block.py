@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of CLIP as a module in parts: called as a whole, or walked over by a readout."""
+"""The transformer blocks of image and text towers as modules in parts: called as a whole, or walked over by a readout."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class AttentionBlock(nn.Module):
     norm_1: Callable[[torch.Tensor], torch.Tensor]
     attention_backend: str = "sdpa"
 
-    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, [B, heads, L, d] each."""
+    def project(self, normed: torch.Tensor, rope: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, [B, heads, L, d] each; ``rope`` turns queries and keys of rotary blocks by their patch's place."""
         raise NotImplementedError
 
     def merge(self, o: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class AttentionBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, k_x: None = None, v_x: None = None, attn_mask: torch.Tensor | None = None, *,
-                first: int | None = None) -> torch.Tensor:
+                first: int | None = None, rope: torch.Tensor | None = None) -> torch.Tensor:
         """The block as it is; positional arguments as open_clip's own blocks take them.
 
         Args:
@@ -44,8 +44,9 @@ class AttentionBlock(nn.Module):
             k_x, v_x: not used; None.
             attn_mask: broadcastable to [B, heads, L, L]; bool (True = keep) or added to the scores.
             first: only so many of the leading positions are computed, for a last block read at its class token.
+            rope: of ``project``.
         """
-        q, k, v = self.project(self.norm_1(x))
+        q, k, v = self.project(self.norm_1(x), rope)
         x = x[:, :first] + self.merge(attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend))
         return x + self.feed(x)
 
@@ -66,7 +67,7 @@ class ClipBlock(AttentionBlock):
     def norm_1(self) -> nn.Module:  # type: ignore[override]
         return self.ln_1
 
-    def project(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, normed: torch.Tensor, rope: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn, (B, L, D) = self.attn, normed.shape
         qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
         q, k, v = qkv.view(B, L, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)

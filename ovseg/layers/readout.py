@@ -3,8 +3,12 @@
     o = sum over the terms t of softmax(s Q_t K_t^T + b) V,    (Q_t, K_t) in {(q, k), (q, q), (k, k), (v, v)}      (1)
     o = V                                                                                     without terms     (2)
     x' = x + out(o), then x' + mlp(norm(x')); either residual branch may be left out                            (3)
+    o = softmax(A) V,  A = gamma (S - beta mean(S)) where that is not negative, else -inf       the term proxy  (4)
 
-q, k, v are the block's own, s = 1 / sqrt(d), b an additive bias. Published methods are settings of these three lines:
+q, k, v are the block's own, s = 1 / sqrt(d), b an additive bias. q and k are taken as the block's attention takes them, normed and turned
+by their place where it does so; v is neither. S [N, N] are the cosines of a second encoder's patches, its mean is over all of them, and
+(4) is over patches alone. A row of (4) of which nothing is left, as in a picture of one colour, is not cut. Published methods are settings
+of these lines:
 
 =========  ============================================  ==============================================================
 clip       (q, k)                                        CLIP as it is
@@ -14,6 +18,7 @@ clearclip  (q, q), out(o) alone                          Lan et al., arXiv:2407.
 naclip     (k, k) + Gaussian of std 5 patches, out(o)    Hajimiri et al., arXiv:2404.08181
 gem        mean of (q, q), (k, k), (v, v) of unit        Bousselham et al., arXiv:2312.00878: a path beside the last 7
            vectors, smoothed once by themselves          blocks, which sums their out(o) and leaves their MLPs out
+proxyclip  proxy (4), out(o) alone                       Lan et al., arXiv:2408.04883; needs a second encoder
 =========  ============================================  ==============================================================
 """
 
@@ -22,29 +27,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from .attention import attention
 from .block import AttentionBlock
+from .precision import at_least_float32
 
 TERMS = ("qk", "qq", "kk", "vv")
+PROXY = "proxy"
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Settings of equations (1) to (3).
+    """Settings of equations (1) to (4).
 
     Attributes:
-        terms: of (1); empty is (2).
+        terms: of (1); empty is (2); ``proxy`` alone is (4).
         mean: over the terms, in place of their sum.
         residual, mlp: whether the branches of (3) are kept.
         window_std: of a Gaussian over the distance of two patches, in patches, added to the scores; None without.
         depth: how many of the last blocks are changed.
         parallel: the changed attention runs beside unchanged blocks, on their input, and its outputs are summed (GEM).
         iterations: how often each of Q_t = K_t, made of unit vectors, is replaced by its own attention of itself (GEM).
+        beta, gamma: of (4).
     """
 
     terms: tuple[str, ...] = ("qk",)
@@ -55,16 +63,31 @@ class Readout:
     depth: int = 1
     parallel: bool = False
     iterations: int | None = None
+    beta: float = 1.2
+    gamma: float = 3.0
 
     def __post_init__(self):
-        if not set(self.terms) <= set(TERMS):
-            raise ValueError(f"readout.terms is {list(self.terms)}; expected some of {list(TERMS)}")
+        if self.proxy:
+            self._check_proxy()
+        elif not set(self.terms) <= set(TERMS):
+            raise ValueError(f"readout.terms is {list(self.terms)}; expected some of {list(TERMS)}, or {PROXY!r} alone")
         if self.depth < 1 or (self.depth > 1 and not self.parallel):
             raise ValueError(f"readout.depth is {self.depth}; expected 1, or more with parallel=True")
         if self.window_std is not None and not self.window_std > 0:
             raise ValueError(f"readout.window_std is {self.window_std}; expected a positive number of patches, or None")
         if self.iterations is not None and (self.iterations < 0 or "qk" in self.terms):
             raise ValueError(f"readout.iterations is {self.iterations} with terms {list(self.terms)}; expected 0 or more, without 'qk'")
+
+    @property
+    def proxy(self) -> bool:
+        """Whether a second encoder says who attends to whom."""
+        return self.terms == (PROXY,)
+
+    def _check_proxy(self) -> None:
+        if self.depth != 1 or self.parallel or self.window_std is not None or self.iterations is not None or self.residual:
+            raise ValueError(f"readout is {self}; expected depth 1, and no residual, parallel, window_std or iterations beside 'proxy'")
+        if not (self.beta >= 0 and self.gamma > 0):
+            raise ValueError(f"readout has beta {self.beta} and gamma {self.gamma}; expected 0 or more, and more than 0")
 
 
 READOUTS = {
@@ -74,7 +97,17 @@ READOUTS = {
     "clearclip": Readout(("qq",), residual=False, mlp=False),
     "naclip": Readout(("kk",), residual=False, mlp=False, window_std=5.0),
     "gem": Readout(("qq", "kk", "vv"), mean=True, mlp=False, depth=7, parallel=True, iterations=1),
-}
+}  # of the CLIP alone
+NAMED = {**READOUTS, "proxyclip": Readout((PROXY,), residual=False, mlp=False)}
+
+
+class ProxyFeatures(NamedTuple):
+    """A second encoder's patches [B, N, C] over its ``grid``. ``finer``: where the grid is finer than CLIP's, CLIP's values are resized to
+    it, and the answer has this grid; else these patches are resized to CLIP's grid."""
+
+    patches: torch.Tensor
+    grid: tuple[int, int]
+    finer: bool = False
 
 
 def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
@@ -82,53 +115,107 @@ def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
     if isinstance(which, Readout):
         return which
     if isinstance(which, str):
-        if which not in READOUTS:
-            raise ValueError(f"readout is {which!r}; expected one of {list(READOUTS)}, or the fields of a Readout")
-        return READOUTS[which]
+        if which not in NAMED:
+            raise ValueError(f"readout is {which!r}; expected one of {list(NAMED)}, or the fields of a Readout")
+        return NAMED[which]
     unknown = set(which) - {field.name for field in fields(Readout)}
     if unknown:
         raise ValueError(f"readout has unknown fields {sorted(unknown)}; expected some of {[field.name for field in fields(Readout)]}")
     return Readout(**{**which, "terms": tuple(which.get("terms", ("qk",)))})
 
 
-def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Readout,
-               grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(patch tokens [B, N, D], class token [B, D]) of ``x`` [B, 1 + N, D], class token first, before the final norm.
+class Read(NamedTuple):
+    """``patches`` [B, N, D] over ``grid``; ``own`` [B, >= first, D], CLIP's own tokens whatever the readout; before the final norm."""
 
-    The class token is CLIP's own, whatever the readout.
+    patches: torch.Tensor
+    own: torch.Tensor
+    grid: tuple[int, int]
+
+
+def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Readout, grid: tuple[int, int], *, prefix: int = 1,
+               first: int | None = 1, rope: torch.Tensor | None = None, proxy: ProxyFeatures | None = None) -> Read:
+    """Walk over the blocks.
+
+    Args:
+        x: [B, prefix + N, D], the class token and registers before the patches.
+        first: how many of the leading tokens of ``own`` are needed; None for all.
+        rope: of rotary blocks, see ``layers.positions.rotate``.
+        proxy: for the term ``proxy``.
     """
     if readout == READOUTS["clip"]:
-        for block in blocks:
-            x = block(x)
-        return x[:, 1:], x[:, 0]
+        x = run_plain(blocks, x, rope=rope)
+        return Read(x[:, prefix:], x, grid)
     depth = min(readout.depth, len(blocks))
-    for block in blocks[:-depth]:
-        x = block(x)
-    bias = None if readout.window_std is None else gaussian_window(grid, readout.window_std, x)
+    x = run_plain(blocks[:-depth], x, rope=rope)
+    if readout.proxy:
+        patches, grid = _proxy_patches(blocks[-1], x[:, prefix:], readout, grid, proxy)
+        return Read(patches, run_plain(blocks[-1:], x, rope=rope, first=first), grid)
+    bias = None if readout.window_std is None else gaussian_window(grid, readout.window_std, x, prefix=prefix)
     dense = x
     for block in blocks[-depth:]:
-        o = block.merge(_attend(block, x, readout, bias))
+        o = block.merge(_attend(block, x, readout, bias, rope))
         if readout.parallel:
             dense = dense + o
         else:
             dense = x + o if readout.residual else o
             dense = dense + block.feed(dense) if readout.mlp else dense
-        x = block(x, first=1 if block is blocks[-1] else None)
-    return dense[:, 1:], x[:, 0]
+        x = block(x, first=first if block is blocks[-1] else None, rope=rope)
+    return Read(dense[:, prefix:], x, grid)
 
 
-def gaussian_window(grid: tuple[int, int], std: float, like: torch.Tensor) -> torch.Tensor:
-    """[1 + N, 1 + N]: exp(-distance^2 / (2 std^2)) between patches, 0 where the class token takes part."""
+def run_plain(blocks: Sequence[AttentionBlock], x: torch.Tensor, *, rope: torch.Tensor | None = None,
+              first: int | None = None) -> torch.Tensor:
+    """The blocks as they are; of the last one only the ``first`` tokens."""
+    for i, block in enumerate(blocks):
+        x = block(x, first=first if i == len(blocks) - 1 else None, rope=rope)
+    return x
+
+
+def gaussian_window(grid: tuple[int, int], std: float, like: torch.Tensor, *, prefix: int = 1) -> torch.Tensor:
+    """[prefix + N, prefix + N]: exp(-distance^2 / (2 std^2)) between patches, 0 where the class token or a register takes part."""
     rows, columns = (torch.arange(side, device=like.device, dtype=like.dtype) for side in grid)
     at = torch.cartesian_prod(rows, columns)
     near = torch.exp(-(at[:, None] - at[None]).square().sum(-1) / (2 * std * std))
-    return F.pad(near, (1, 0, 1, 0))
+    return F.pad(near, (prefix, 0, prefix, 0))
 
 
-def _attend(block: AttentionBlock, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None) -> torch.Tensor:
+def proxy_attention(patches: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+    """softmax(A) of (4) [B, N, N] from a second encoder's ``patches`` [B, N, C]."""
+    unit = F.normalize(at_least_float32(patches), dim=-1)
+    s = unit @ unit.transpose(1, 2)
+    a = gamma * (s - beta * s.mean((1, 2), keepdim=True))
+    cut = a < 0
+    return a.masked_fill(cut & ~cut.all(-1, keepdim=True), float("-inf")).softmax(-1)
+
+
+def resize_patches(patches: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """[B, N, D] over ``grid`` to [B, M, D] over ``size``, bilinear."""
+    if grid == size:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, grid)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+
+def _proxy_patches(block: AttentionBlock, x: torch.Tensor, readout: Readout, grid: tuple[int, int],
+                   proxy: ProxyFeatures | None) -> tuple[torch.Tensor, tuple[int, int]]:
+    """(patches [B, N, D] of (3) and (4), their grid) from the patches ``x`` that go into the block."""
+    if proxy is None:
+        raise ValueError("the readout has the term 'proxy' and proxy is None; expected a second encoder's patches")
+    v = block.project(block.norm_1(x))[2]
+    patches, size = proxy.patches, grid
+    if proxy.finer and proxy.grid[0] * proxy.grid[1] > grid[0] * grid[1]:
+        size = proxy.grid
+        v = resize_patches(v.transpose(1, 2).flatten(2), grid, size).unflatten(2, (v.shape[1], -1)).transpose(1, 2)
+    weights = proxy_attention(resize_patches(patches, proxy.grid, size), readout.beta, readout.gamma)
+    dense = block.merge(weights[:, None].to(v.dtype) @ v)
+    return dense + block.feed(dense) if readout.mlp else dense, size
+
+
+def _attend(block: AttentionBlock, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None,
+            rope: torch.Tensor | None) -> torch.Tensor:
     """o of (1) and (2), [B, heads, L, d]."""
     normed = block.norm_1(x)
-    named = dict(zip("qkv", block.project(normed), strict=True))
+    named = dict(zip("qkv", block.project(normed, rope), strict=True))
     v = named["v"]
     if not readout.terms:
         return v

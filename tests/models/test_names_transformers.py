@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import ovseg
 from ovseg.backbones.weights import ClipSource, clip_tokenizer, create_clip, find_clip, load_clip
 from ovseg.checkpoints.transformers_layout import transformers_config, transformers_state
 from ovseg.errors import CheckpointError
@@ -85,6 +87,43 @@ def test_embeddings_are_transformers(build, tmp_path):
             torch.testing.assert_close(found.logit_bias, model.logit_bias.reshape(()), rtol=0, atol=0)
     assert json.loads(json.dumps(architecture))["embed_dim"] == image.shape[1]
     assert clip_tokenizer(architecture)(["a red cat"]).tolist() == [[1, 4, 6, 5, 89] + [0] * 11]
+
+
+def test_a_folder_of_siglip_is_a_model(tmp_path):
+    """From the folder to labels, and from the folder that is saved of it."""
+    theirs = siglip()
+    theirs.save_pretrained(tmp_path / "theirs")
+    words(tmp_path / "theirs")
+    model = from_pretrained(str(tmp_path / "theirs"))
+    images, ids = torch.randn(2, 3, 32, 32), model.tokenizer(["a red cat", "wall"])
+    with torch.no_grad():
+        image, text = embeddings(theirs, images, ids)
+        torch.testing.assert_close(model(images).embedding, image, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.encode_text(ids), text, rtol=0, atol=1e-5)
+    assert model.spec.mean == (0.5, 0.5, 0.5) and float(model.logit_bias.detach()) == pytest.approx(float(theirs.logit_bias.detach()))
+    picture = torch.randint(0, 255, (3, 50, 60), dtype=torch.uint8)
+    again = from_pretrained(model.save_pretrained(tmp_path / "ours"))
+    found = [ovseg.segment(picture, ["cat", "wall"], model=one).scores for one in (model, again)]
+    assert np.array_equal(*found)
+
+
+def test_coca_without_its_caption_writer(tmp_path):
+    import open_clip
+    from safetensors.torch import save_file
+
+    words = {"context_length": 77, "vocab_size": 49408, "layers": 1, "heads": 2, "width": 24}
+    config = {"embed_dim": 24, "custom_text": True, "text_cfg": {**words, "embed_cls": True, "output_tokens": True, "context_length": 76},
+              "multimodal_cfg": {**words, "attn_pooler_heads": 2, "context_length": 76},
+              "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True,
+                             "attn_pooler_heads": 2, "attn_pooler_queries": 4, "output_tokens": True}}
+    coca = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"}).eval()
+    save_file({name: x.contiguous() for name, x in coca.state_dict().items()}, tmp_path / "open_clip_model.safetensors")
+    seen = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": seen}))
+    model, images = from_pretrained(tmp_path), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = coca.encode_image(images, normalize=False)
+        torch.testing.assert_close(model(images).embedding, expected, rtol=0, atol=1e-5)
 
 
 def test_names_are_open_clips_siglip(tmp_path):

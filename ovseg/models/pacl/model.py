@@ -57,6 +57,7 @@ class PACL(OVSegModel):
 
     def __init__(self, options: PACLOptions):
         super().__init__(options)
+        self.backbone.check_class_token("pacl")
         if options.tap not in self.backbone.taps:
             raise ValueError(f"tap is {options.tap!r}; expected one of {list(self.backbone.taps)}")
         self.embedder = VisionEmbedder(self.backbone.token_dim, self.backbone.embed_dim, options.hidden_dim)

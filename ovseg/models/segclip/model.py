@@ -55,6 +55,7 @@ class SegCLIP(OVSegModel):
 
     def __init__(self, options: SegCLIPOptions):
         super().__init__(options)
+        self.backbone.check_class_token("segclip")
         blocks = len(self.backbone.vision_blocks)
         if not 0 <= options.second_stage <= blocks:
             raise ValueError(f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of the backbone")
