@@ -278,6 +278,8 @@ def _state_for(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, to
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = factory.convert_to_custom_text_state_dict(state)
     own = model.state_dict()
+    if not hasattr(model, "text_decoder"):  # CoCa's, which writes captions, may have been left out
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")}
     for name in (*_NUMBERS, "text.transformer.embeddings.position_ids", "attn_mask"):
         if name not in own:
             state.pop(name, None)
