@@ -15,3 +15,7 @@ class ConfigError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, incomplete or belongs to another model."""
+
+
+class WeightsError(InputError):
+    """Weights that can be had neither from the cache nor from the network."""

@@ -20,17 +20,17 @@ from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.readout import READOUTS, ProxyFeatures, Readout
 from .base import ClipBackbone, DenseTokens, PatchTokens
 from .towers import ClipVit, image_tower
-from .weights import create_clip, import_open_clip
+from .weights import clip_tokenizer, create_clip, import_open_clip
 
 
 class ClipTokenizer:
     """The tokenizer of an architecture as open_clip ships it; loaded on first use. ``[T, L]`` int64, L the architecture's context length.
 
-    Those of transformers (SigLIP, CLIPA, multilingual models) are downloaded once by open_clip.
+    Those of transformers (SigLIP, CLIPA, multilingual models) are downloaded once.
     """
 
-    def __init__(self, architecture: str, context_length: int | None = None):
-        self.architecture, self.context_length = architecture, context_length
+    def __init__(self, architecture: str | dict[str, Any]):
+        self.architecture = architecture
         self._tokenizer: Callable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -39,13 +39,13 @@ class ClipTokenizer:
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         if self._tokenizer is None:
             try:
-                self._tokenizer = import_open_clip().get_tokenizer(self.architecture, context_length=self.context_length)
+                self._tokenizer = clip_tokenizer(self.architecture)
             except (ImportError, OSError, ValueError, TypeError) as error:  # transformers fails in many ways where a file is missing
                 raise _download("tokenizer", self.architecture, error) from error
         return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
 
 
-def _download(what: str, architecture: str, error: Exception) -> InputError:
+def _download(what: str, architecture: str | dict[str, Any], error: Exception) -> InputError:
     return InputError(f"the {what} of {architecture!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it is "
                       "transformers', which must be installed (pip install transformers), and comes from the Hugging Face Hub once: "
                       "expected a connection, without HF_HUB_OFFLINE, or its files in the cache that HF_HOME names")
@@ -99,9 +99,9 @@ class OpenClipBackbone(ClipBackbone):
         tower = self.tower
         self.patch_size, self.stride, self.image_size = tower.patch_size, tower.stride, tower.image_size
         self.token_dim, self.embed_dim = tower.token_dim, tower.embed_dim
-        self.image_mean, self.image_std = _normalisation(architecture, clip.visual)
-        context = None if isinstance(architecture, str) else clip.context_length
-        self.tokenizer = ClipTokenizer(architecture if isinstance(architecture, str) else "ViT-B-16", context)
+        seen = clip.visual.preprocess_cfg  # of the weights, else of those that the architecture has
+        self.image_mean, self.image_std = tuple(seen["mean"]), tuple(seen["std"])
+        self.tokenizer = ClipTokenizer(architecture)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -216,17 +216,3 @@ class OpenClipBackbone(ClipBackbone):
         visual = self._vit.visual
         modules = [visual.conv1, visual.ln_pre, visual.transformer] + ([visual.ln_post] if tap == "post_norm" else [])
         return [visual.class_embedding, visual.positional_embedding, *(p for m in modules for p in m.parameters())]
-
-
-def _normalisation(architecture: str | dict[str, Any], visual: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """(mean, std) of RGB: those on which all published weights of the architecture agree, whatever file these come from (SigLIP's 0.5);
-    else what open_clip set for these weights."""
-    open_clip = import_open_clip()
-    known: set[tuple[tuple[float, ...], tuple[float, ...]]] = set()
-    if isinstance(architecture, str):
-        published = [open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)]
-        default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-        known = {tuple(tuple(cfg.get(key) or default[key]) for key in ("mean", "std")) for cfg in published}  # type: ignore[misc]
-    given = getattr(visual, "preprocess_cfg", {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD})
-    mean, std = known.pop() if len(known) == 1 else (tuple(given["mean"]), tuple(given["std"]))
-    return mean, std  # type: ignore[return-value]

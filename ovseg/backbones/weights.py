@@ -1,12 +1,52 @@
-"""An open_clip model with its weights: by architecture and tag, from a file, or drawn at random."""
+"""An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder, or drawn at random.
+
+An architecture is a name of open_clip's or its configuration, a dictionary as ``model_cfg`` in ``open_clip_config.json``, with two keys
+more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` in ``vision_cfg``, a ViT of timm of any size.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..checkpoints.files import check_fit
+from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
+from ..checkpoints.published import read_published
+from ..checkpoints.transformers_layout import MODEL_TYPES, transformers_config, transformers_state
+from ..errors import CheckpointError, InputError, WeightsError
+
+Architecture = str | dict[str, Any]
+QUICK = "-quickgelu"  # how open_clip names an architecture with OpenAI's activation
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's state dicts hold them as tensors
+_TOKENIZER_FILES = (("tokenizer.json", "spiece.model", "vocab.txt"), ("tokenizer_config.json",), ("special_tokens_map.json",))
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """Weights of a CLIP that have been found.
+
+    Attributes:
+        read: gives the tensors under open_clip's names.
+        where: for messages.
+        architecture: what they belong to; None where the file does not say.
+        preprocess: mean and std that they were trained with, where that is known.
+    """
+
+    read: Callable[[], dict[str, torch.Tensor]]
+    where: str
+    architecture: Architecture | None = None
+    preprocess: dict[str, Any] | None = None
 
 
 def import_open_clip() -> ModuleType:
@@ -22,13 +62,286 @@ def import_open_clip() -> ModuleType:
     return open_clip
 
 
-def create_clip(architecture: str | dict[str, Any], weights: str | None = None) -> nn.Module:
-    """Arguments as ``OpenClipOptions.architecture`` and ``clip``."""
+def architectures() -> list[str]:
+    """open_clip's names, without importing it; none where it is not installed."""
+    loaded = sys.modules.get("open_clip")
+    if loaded is not None:
+        return loaded.list_models()
+    spec = find_spec("open_clip")
+    return sorted(path.stem for path in (Path(spec.origin).parent / "model_configs").glob("*.json")) if spec and spec.origin else []
+
+
+def supported(architecture: str) -> bool:
+    """Whether ``OpenClipBackbone`` can walk it."""
+    tower = import_open_clip().get_model_config(architecture)["vision_cfg"].get("timm_model_name", "")
+    return not tower.startswith("swin") and "relpos" not in tower  # their tables of positions are those of one picture size
+
+
+def tags_of(architecture: str) -> dict[str, dict[str, Any]]:
+    """open_clip's pretrained tags of an architecture: tag -> its facts. Those of both activations: the tag decides between them."""
     open_clip = import_open_clip()
+    stem = architecture.removesuffix(QUICK)
+    names = [name for name in (architecture, stem, stem + QUICK) if name in open_clip.list_models()]
+    return {tag: open_clip.pretrained.get_pretrained_cfg(name, tag)
+            for name in reversed(names) for tag in open_clip.pretrained.list_pretrained_tags_by_model(name)}
+
+
+def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSource:
+    """Find weights; those that are not here are fetched.
+
+    Args:
+        weights: a pretrained tag of open_clip's for ``architecture``; ``hf-hub:owner/name``; a checkpoint of open_clip's, ``.safetensors``,
+            ``.pt`` or ``.bin``; a folder of open_clip's or of transformers' CLIP or SigLIP.
+        architecture: for a tag, and for the message where a file cannot be told.
+
+    Raises:
+        InputError: for a name that is none of these; WeightsError: for weights that cannot be had.
+    """
+    if weights.startswith(PREFIX):
+        return _of_folder(fetch_folder(weights.removeprefix(PREFIX)), weights)
+    if isinstance(architecture, str) and weights in (tags := tags_of(architecture)):
+        facts = tags[weights]
+        path = _fetch_tag(facts, f" and -m {architecture}:FILE" if "/" not in architecture else "")
+        return ClipSource(lambda: read_published(path), f"{architecture}:{weights}", _of_activation(architecture, facts),
+                          {key: tuple(facts[key]) for key in ("mean", "std")})
+    path = Path(weights)
+    if is_clip_file(path):
+        path = path.parent
+    if path.is_dir():
+        return _of_folder(path, str(path))
+    if path.is_file():
+        return ClipSource(lambda: read_published(path), str(path))
+    known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
+    raise InputError(f"clip is {weights!r}; expected a file or folder that exists, {PREFIX}owner/name{known}")
+
+
+def fetch_folder(repo: str) -> Path:
+    """The folder of the cache that holds a repository's configuration and weights, of open_clip's, transformers' or ``save_pretrained``."""
+    config = fetch(repo, ("open_clip_config.json", "config.json"), ways=", with its weights in a folder that -m names")
+    ours = config.name == "config.json"
+    if ours and _kind(config) is None:
+        raise CheckpointError(f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of ovseg; expected "
+                              "open_clip_config.json, or a config.json with model_type or model")
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin") if ours else CLIP_FILES
+    path = fetch(repo, files, ways=f", beside {config.name} in a folder that -m names")
+    if path.name.endswith(".index.json"):
+        for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            fetch(repo, (part,))
+    if path.parent != config.parent:  # the repository has moved on since the configuration was cached
+        fetch(repo, (config.name,))
+    for names in (("preprocessor_config.json",), *_TOKENIZER_FILES) if _model_type(path.parent) else ():
+        _fetch_optional(repo, names)
+    return path.parent
+
+
+def is_clip_folder(folder: Path) -> bool:
+    """Whether open_clip or transformers wrote it."""
+    return (folder / "open_clip_config.json").is_file() or _model_type(folder) is not None
+
+
+def is_clip_file(path: Path) -> bool:
+    """Whether it is the file of weights of such a folder, which says what they are."""
+    return path.is_file() and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin") and is_clip_folder(path.parent)
+
+
+def create_clip(architecture: Architecture, weights: str | None = None) -> nn.Module:
+    """Arguments as ``OpenClipOptions.architecture`` and ``clip``."""
+    source = None if weights is None else find_clip(weights, architecture)
+    if source is not None and source.architecture is not None and _quick(source.architecture) != _quick(architecture):
+        raise ValueError(f"clip is {weights!r}, trained with{'' if _quick(source.architecture) else 'out'} QuickGELU, and architecture "
+                         f"{_title(architecture)}; expected architecture={_title(source.architecture)}")
+    model = _build(architecture, source.preprocess if source else None)
+    if source is not None:
+        load_clip(model, source)
+    return model
+
+
+def load_clip(model: nn.Module, source: ClipSource) -> None:
+    """Load weights into open_clip's model, strictly.
+
+    Raises:
+        CheckpointError: for files that are damaged, and weights of another architecture.
+    """
+    state = _state_for(model, source.read())
+    check_fit(source.where, state, model.state_dict())
+    model.load_state_dict(state)
+
+
+def configuration(architecture: Architecture) -> dict[str, Any]:
+    """A copy of the configuration, with ``preprocess_cfg``."""
     if isinstance(architecture, dict):
-        if weights is not None:
-            raise ValueError(f"weights is {weights!r} and architecture a configuration; expected a name of open_clip's beside weights")
-        return open_clip.CLIP(**architecture)
-    if architecture not in open_clip.list_models():
+        return deepcopy(architecture)
+    open_clip = import_open_clip()
+    config = open_clip.get_model_config(architecture)
+    if config is None:
         raise ValueError(f"architecture is {architecture!r}; expected one of open_clip.list_models()")
-    return open_clip.create_model(architecture, pretrained=weights, weights_only=True, pretrained_text=False)
+    seen = [(tuple(facts["mean"]), tuple(facts["std"])) for facts in tags_of(architecture).values()]
+    mean, std = max(seen, key=seen.count) if seen else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return {**config, "preprocess_cfg": {"mean": mean, "std": std}}
+
+
+def settled(source: ClipSource, architecture: Architecture | None) -> Architecture:
+    """The architecture to build for these weights, and to write down beside them: ``architecture`` with their activation, else their
+    own, else the one they fit.
+
+    Raises:
+        InputError: if they fit none of open_clip's, or several.
+    """
+    own = source.architecture
+    if isinstance(architecture, str) and isinstance(own, dict):
+        own = _of_activation(architecture, own)
+    found = own or architecture
+    if found is None:
+        fits = fitting(source.read())
+        if len(fits) != 1:
+            ways = " or ".join(f"{name}:{source.where}" for name in fits)
+            raise InputError(f"{source.where} fits {len(fits)} architectures of open_clip and does not say which; expected -m "
+                             + (ways or "NAME:PATH with the name of its architecture (ovseg models)"))
+        found = fits[0]
+    if source.preprocess and source.preprocess != configuration(found)["preprocess_cfg"]:
+        return {**configuration(found), "preprocess_cfg": source.preprocess}
+    return found
+
+
+def fitting(state: dict[str, torch.Tensor]) -> list[str]:
+    """Architectures of open_clip whose tensors have these names and shapes. Two activations look alike."""
+    open_clip, shapes = import_open_clip(), {name: tuple(x.shape) for name, x in state.items() if name not in _NUMBERS}
+    prefix = "text." if "text.token_embedding.weight" in shapes else ""
+    words = shapes.get(f"{prefix}token_embedding.weight")
+    found = []
+    for name in open_clip.list_models() if words else ():
+        config = open_clip.get_model_config(name)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        width = shapes.get("visual.conv1.weight", (None,))[0]
+        if (text.get("vocab_size", 49408), text.get("width", 512)) != words:
+            continue
+        if "hf_model_name" in text or ("timm_model_name" in vision) != any(key.startswith("visual.trunk.") for key in shapes) or (
+                "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int) and vision.get("width", 768) != width):
+            continue
+        with torch.device("meta"):
+            own = _build(name).state_dict()
+        if {key: tuple(x.shape) for key, x in own.items()} == shapes:
+            found.append(name)
+    return found
+
+
+def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torch.Tensor]:
+    """Texts to ids [T, L]: open_clip's byte pairs, or a tokenizer of transformers whose files are fetched."""
+    open_clip, text = import_open_clip(), configuration(architecture)["text_cfg"]
+    length, name = text.get("context_length", 77), text.get("hf_tokenizer_name")
+    if not name:
+        if isinstance(architecture, str):
+            return open_clip.get_tokenizer(architecture)
+        return open_clip.tokenizer.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = fetch(name, _TOKENIZER_FILES[0], ways=f", with tokenizer_config.json, into {name} below the present folder").parent
+        for files in _TOKENIZER_FILES[1:]:
+            _fetch_optional(name, files)
+    try:
+        return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, tokenizer_mode=text.get("tokenizer_mode"),
+                                               **text.get("tokenizer_kwargs") or {})
+    except ImportError as error:
+        raise ImportError(f"the words of {_title(architecture)} need transformers ({error}): pip install transformers") from error
+
+
+def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None) -> nn.Module:
+    open_clip, config = import_open_clip(), configuration(architecture)
+    known = config.pop("preprocess_cfg", None)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    hf, coca, kwargs = "hf_model_name" in text, "multimodal_cfg" in config, vision.pop("timm_kwargs", None)
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    if hf:
+        text["hf_model_pretrained"] = False
+    if kwargs:
+        import timm
+
+        vision |= {"timm_model_name": "test_vit", "timm_pool": "avg"}  # a small one, in place of which comes the tower of these sizes
+    custom = config.pop("custom_text", False) or hf
+    kind = (open_clip.CoCa if coca else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
+    model = kind(**config)
+    if kwargs:
+        model.visual.trunk = timm.models.VisionTransformer(num_classes=0, **kwargs)
+    open_clip.model.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), **(known or {}), **(preprocess or {}),
+                                                     "size": model.visual.image_size})
+    return model
+
+
+def _state_for(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What open_clip's own loading changes before it loads: foreign names, older names, scalars."""
+    factory = import_open_clip().factory
+    state = factory.convert_state_dict(model, dict(state))
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = factory.convert_to_custom_text_state_dict(state)
+    own = model.state_dict()
+    if not hasattr(model, "text_decoder"):  # CoCa's, which writes captions, may have been left out
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")}
+    for name in (*_NUMBERS, "text.transformer.embeddings.position_ids", "attn_mask"):
+        if name not in own:
+            state.pop(name, None)
+    for name in ("logit_scale", "logit_bias"):
+        if name in own and name in state:
+            state[name] = state[name].reshape(own[name].shape)
+    return state
+
+
+def _of_folder(folder: Path, where: str) -> ClipSource:
+    if (folder / "open_clip_config.json").is_file():
+        path = folder / "open_clip_config.json"
+        try:
+            tree = json.loads(path.read_text("utf-8"))
+            config = {**tree["model_cfg"], "preprocess_cfg": {key: tuple(tree["preprocess_cfg"][key]) for key in ("mean", "std")}}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg") from error
+        if (folder / "tokenizer.json").is_file() and config["text_cfg"].get("hf_tokenizer_name"):
+            config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
+        files = [folder / name for name in CLIP_FILES if (folder / name).is_file()]
+        if not files:
+            raise CheckpointError(f"{folder} has no weights; expected {' or '.join(CLIP_FILES)}")
+        return ClipSource(lambda: read_published(files[0]), where, config)
+    if _model_type(folder) is None:
+        raise CheckpointError(f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of transformers' {MODEL_TYPES}")
+    return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
+
+
+def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | None:
+    try:
+        tree = json.loads(config.read_text("utf-8"))
+        return next((tree[key] for key in keys if key in tree), None)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _model_type(folder: Path) -> str | None:
+    return _kind(folder / "config.json", ("model_type",))
+
+
+def _fetch_tag(facts: dict[str, Any], ways: str) -> Path:
+    if "file" in facts:
+        return Path(facts["file"])
+    repo, _, file = facts.get("hf_hub", "").rpartition("/")
+    if not repo:
+        raise WeightsError(f"open_clip has these weights at {facts.get('url')} only; fetch the file and give its path{ways}")
+    return fetch(repo, (file,) if file else CLIP_FILES, ways=ways)
+
+
+def _of_activation(architecture: str, facts: dict[str, Any]) -> Architecture:
+    """The architecture with the activation that the tag was trained with. open_clip's names of OpenAI's models leave it out."""
+    if facts.get("quick_gelu") and not _quick(architecture):
+        quick = architecture + QUICK
+        return quick if quick in import_open_clip().list_models() else {**configuration(architecture), "quick_gelu": True}
+    return architecture if facts.get("quick_gelu") else architecture.removesuffix(QUICK)
+
+
+def _quick(architecture: Architecture) -> bool:
+    return bool(configuration(architecture).get("quick_gelu"))
+
+
+def _title(architecture: Architecture) -> str:
+    return repr(architecture) if isinstance(architecture, str) else "a configuration of its own"
+
+
+def _fetch_optional(repo: str, files: Sequence[str]) -> None:
+    with suppress(WeightsError):  # many models have none
+        fetch(repo, files)

@@ -3,6 +3,7 @@ fallback. What their names mean is ``models/<system>/published.py``."""
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -33,6 +34,10 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} does not exist; expected a checkpoint file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
+    if _is_script(path):
+        raise CheckpointError(f"{path} is a TorchScript archive, as OpenAI published its models: it holds code, and weights are read "
+                              "without running any. The same weights as safetensors: -m ViT-B-16:openai (ViT-L-14:openai, ...), or "
+                              "open_clip_model.safetensors of https://huggingface.co/timm/vit_base_patch16_clip_224.openai")
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
@@ -43,3 +48,11 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     if not isinstance(tree, dict) or not tree or not all(isinstance(value, torch.Tensor) for value in tree.values()):
         raise CheckpointError(f"{path} holds no state dict; expected names and tensors")
     return {name.removeprefix("module."): tensor for name, tensor in tree.items()}
+
+
+def _is_script(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False

@@ -20,13 +20,13 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.published import read_published, write_published
     from ..errors import InputError
     from ..models import create_model, load_official_state_dict, official_state_dict, save_pretrained
-    from .segment import load_model
+    from .weights_options import load_model
 
     out = Path(options.out)
     if Path(options.source).is_dir():
         if options.model:
             raise InputError(f"model is {options.model!r} and the source a folder; expected a folder to know its model")
-        write_published(official_state_dict(load_model(options.source, "cpu")), out)
+        write_published(official_state_dict(load_model(options.source)), out)
         print(out)
         return 0
     if options.model is None:

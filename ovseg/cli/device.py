@@ -1,4 +1,4 @@
-"""``--device`` and ``--dtype`` of every command that runs a model: where it runs and in which numbers."""
+"""``--device``, ``--dtype`` and ``--compile`` of every command that runs a model: where it runs, in which numbers, and how."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto",
                      help="auto (a GPU where there is one), cpu, cuda, cuda:1; of several processes each takes the GPU of its local rank")
     sub.add_argument("--dtype", default="auto", choices=DTYPES, help="of the model; auto: half precision on a GPU, float32 on the CPU")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the model: slow at first, then faster where shapes repeat")
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -44,4 +45,7 @@ def to_device(model: Any, options: argparse.Namespace, *, quiet: bool = False) -
     dtype = dtype_of(options, device)
     if not quiet and (device.type, dtype) != ("cpu", torch.float32):
         print(f"{model.name} runs on {device} in {str(dtype).removeprefix('torch.')}; --device and --dtype change that", file=sys.stderr)
-    return model.to(device, dtype)
+    model = model.to(device, dtype)
+    if options.compile:
+        model.compile()  # in place: it keeps its name, options and methods
+    return model

@@ -2,6 +2,7 @@
 
   ovseg eval pacl_tiny --data digits                                        the embedded scenes
   ovseg eval clip_dense_tiny --readout clip,sclip,naclip --data digits_things --sweep
+  ovseg eval ViT-B-16:openai ViT-B-16:laion2b_s34b_b88k --data voc21 --root /data --protocol naclip
   ovseg eval runs/mine --data voc21,context59 --root /data --protocol sclip --plots --out results
   torchrun --nproc-per-node 2 -m ovseg eval runs/mine --data ade150 --root /data
   ovseg eval runs/mine --data imagefolder --root /data/imagenet/val         zero-shot classification
@@ -17,11 +18,11 @@ from typing import Any
 
 from .device import add_device, device_of, to_device
 from .inference_options import add_inference_options, given_inference_options
-from .segment import load_model
+from .weights_options import MODEL_HELP, add_weights, load_model
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("models", nargs="+", metavar="model", help="models with bundled weights, or folders of runs or of save_pretrained")
+    sub.add_argument("models", nargs="+", metavar="model", help=MODEL_HELP)
     sub.add_argument("--data", default="digits",
                      help="comma-separated: digits, shapes, digits_things, shapes_things; a benchmark; a .yaml description; imagefolder")
     sub.add_argument("--root", help="the folder that holds the benchmarks, or one of them")
@@ -40,6 +41,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
     sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
     sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1, exact counts)")
+    add_weights(sub)
     add_device(sub)
     add_inference_options(sub)
 
@@ -74,7 +76,7 @@ def _models(options: argparse.Namespace, quiet: bool):
     several = len({Path(name).name for name in options.models}) < len(options.models)
     for name in options.models:
         title = name if several else Path(name).name
-        model = to_device(load_model(name, "cpu"), options, quiet=quiet)
+        model = to_device(load_model(name), options, quiet=quiet)
         set_readout = getattr(model, "set_readout", None)  # of training-free models
         if options.readout and set_readout:
             for readout in options.readout.split(","):

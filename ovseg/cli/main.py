@@ -9,6 +9,7 @@ from importlib import import_module
 
 from .. import __version__, distributed
 from ..errors import CheckpointError, ConfigError, DataError, InputError
+from .weights_options import in_force
 
 VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")
 
@@ -29,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        return options.run(options) or 0
+        with in_force(options):
+            return options.run(options) or 0
     except (InputError, ConfigError) as error:
         print(f"ovseg {options.verb}: {error}", file=sys.stderr)
         return 2

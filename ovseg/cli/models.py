@@ -1,12 +1,15 @@
-"""List the models and which weights come with the package.
+"""List the models and the weights that -m can name.
 
   ovseg models
-  ovseg models "pacl*"
+  ovseg models "ViT-B-16*"
+
+Beside the presets stand open_clip's architectures, each with its tags: NAME:TAG. Others: hf-hub:OWNER/NAME and paths.
 """
 
 from __future__ import annotations
 
 import argparse
+from fnmatch import fnmatch
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -14,11 +17,16 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..models import list_models, list_pretrained
+    from ..models import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
 
+    bundled = list_bundled()
     tags: dict[str, list[str]] = {}
     for model, tag in list_pretrained():
         tags.setdefault(model, []).append(tag)
     for name in list_models(options.pattern):
-        print(f"{name:24} {'bundled: ' + ', '.join(tags[name]) if name in tags else 'no weights bundled'}")
+        own = [tag for model, tag in bundled if model == name]
+        print(f"{name:24} {'bundled: ' + ', '.join(own) if own else 'weights by tag, Hub or path' if 'clip_dense' in name else 'by path'}")
+    for name in (name for name in tags if name not in list_models() and fnmatch(name, options.pattern)):
+        print(f"{name:24} {', '.join(tags[name])}")
+    print(f"default: {DEFAULT_MODEL}; forms: NAME:TAG, NAME:PATH, hf-hub:OWNER/NAME, PATH")
     return 0

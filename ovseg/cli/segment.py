@@ -1,6 +1,8 @@
 """Segment pictures with free-text labels.
 
-  ovseg segment street.png --labels "a red car,road,sky"
+  ovseg segment street.png --labels "a red car,road,sky"                        OpenAI's CLIP, from the cache or downloaded
+  ovseg segment street.png --labels "car,road" -m ViT-B-16:laion2b_s34b_b88k    or other weights: ovseg models
+  ovseg segment --demo                                                          a built-in scene, nothing downloaded
   ovseg segment photos/ --labels "person|man|woman,road" --background "wall,sky" -o out/
   ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt --format overlay,mask,json,rle
   torchrun --nproc-per-node 2 -m ovseg segment photos/ --labels-file names.txt       # each process takes its share
@@ -15,11 +17,13 @@ import argparse
 import json
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .device import add_device, to_device
 from .inference_options import add_inference_options, given_inference_options
+from .weights_options import MODEL_HELP, add_weights, load_model
 
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
@@ -35,11 +39,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     source.add_argument("--labels", help="comma-separated; synonyms separated by |")
     source.add_argument("--labels-file", help=".txt: a label on each line, synonyms after it, separated by commas; or .yaml, .json")
     source.add_argument("--classes", help="the classes of a data set: voc20, context59, coco_stuff, coco_object, ade150, cityscapes")
-    sub.add_argument("-m", "--model", default="pacl_tiny", help="a model with bundled weights, or a save_pretrained folder")
+    sub.add_argument("-m", "--model", help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip; pacl_tiny with --demo)")
     sub.add_argument("--readout", help="of a clip_dense model: clip, maskclip, sclip, clearclip, naclip, gem")
     sub.add_argument("-o", "--out", default="segmented", help="output folder (default: %(default)s)")
     sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json, rle (default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
+    sub.add_argument("--allow-unknown", action="store_true", help="let a model that knows few words be asked for others")
+    add_weights(sub)
     add_device(sub)
     add_inference_options(sub)
 
@@ -49,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import InputError
     from ..inference import Predictor
     from ..inference.folder import Journal, fingerprint
+    from ..inference.predictor import as_published, check_words
     from ..inference.sources import Source, find_pictures
     from ..progress import bar
 
@@ -57,7 +64,6 @@ def run(options: argparse.Namespace) -> int:
         if name not in _ENDINGS:
             raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
     labels = _labels(options)
-    model = load_model(options.model, "cpu", **({"readout": options.readout} if options.readout else {}))
     sources, bad = find_pictures(options.images)
     demo = None
     if options.demo:
@@ -71,16 +77,29 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
+    if len(sources) == 1 and demo is None and not sources[0].path.exists():  # before the weights, which may be large
+        raise InputError(f"image {str(sources[0].path)!r} does not exist")
+    name = "pacl_tiny" if options.model is None and options.demo else options.model
+    model = load_model(name, **({"readout": options.readout} if options.readout else {}))
     rank, world = distributed.rank(), distributed.world_size()
     if world > 1:
         sources = [source for source in sources if zlib.crc32(source.name.encode()) % world == rank]
         bad = bad if rank == 0 else []
     given = given_inference_options(options)
-    predictor = Predictor(to_device(model, options, quiet=rank > 0), labels, **given)
-    _warn_unknown(model, [*labels.queries, *predictor.queries.background])
+    if name is None:
+        given = as_published(given)
+    predictor = Predictor(to_device(model, options, quiet=rank > 0), **given)
+    queries = replace(predictor.queries, labels=labels)
+    try:
+        check_words(model, queries)
+    except InputError as error:
+        if not options.allow_unknown:
+            raise
+        print(str(error).partition(";")[0], file=sys.stderr)
+    predictor.set_labels(queries)
     out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
     asked = [labels.names, labels.texts, labels.templates]
-    journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": options.readout})
+    journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": str(model.config.get("readout"))})
     for problem in bad:
         print(f"skipped: {problem}", file=sys.stderr)
 
@@ -145,24 +164,3 @@ def _labels(options: argparse.Namespace) -> LabelSet | None:
 
         return describe(options.classes).label_set
     return None if options.labels is None else LabelSet.parse(options.labels)
-
-
-def load_model(name: str, device: str, **options: Any):
-    """A model with bundled weights by its name, or from a folder; ``options`` change how it was built."""
-    from ..models import create_model, from_pretrained, list_pretrained
-
-    if Path(name).is_dir():
-        return from_pretrained(Path(name) / "model" if (Path(name) / "model").is_dir() else name, device=device, **options)
-    tags = [tag for known, tag in list_pretrained() if known == name]
-    if not tags:
-        raise ValueError(f"--model is {name!r}; expected a folder or one of {sorted({m for m, _ in list_pretrained()})}")
-    if name.endswith("_tiny"):
-        print(f"{name}: trained on synthetic scenes; it knows their words only", file=sys.stderr)
-    return create_model(name, tags[0], device=device, **options)
-
-
-def _warn_unknown(model, labels: list[str]) -> None:
-    unknown = getattr(model.tokenizer, "unknown", None)
-    words = sorted({word for label in labels for word in unknown(label)}) if unknown else []
-    if words:
-        print(f"this model does not know: {', '.join(words)}", file=sys.stderr)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.labels import LabelSet
 from ..errors import InputError
-from ..models import OVSegModel, PatchFeatures, create_model, list_pretrained
+from ..models import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
 from .decisions import Decision, rule
 from .queries import EncodedQueries, Queries
 from .reading import Prepared, prepare, prepare_tensors, read_ahead, upload
@@ -175,30 +176,49 @@ class Predictor:
         return self._encoded[key]
 
 
-def bundled(name: str) -> OVSegModel:
-    """A model with the weights inside the package."""
-    tags = [tag for known, tag in list_pretrained() if known == name]
-    if not tags:
-        raise InputError(f"model {name!r} has no bundled weights; expected one of "
-                         f"{sorted({known for known, _ in list_pretrained()})} or a model object")
-    return create_model(name, tags[0])
+def check_words(model: OVSegModel, queries: Queries) -> None:
+    """Models with a vocabulary of their own label by its words alone: another word is the same to them as any other.
+
+    Raises:
+        InputError: naming the words that ``model`` does not know.
+    """
+    tokenizer: Any = model.tokenizer
+    if not hasattr(tokenizer, "unknown") or queries.labels is None:
+        return
+    words = sorted({word for text in (*queries.labels.queries, *queries.background) for word in tokenizer.unknown(text)})
+    if words:
+        raise InputError(f"{model.name} does not know: {', '.join(words)}; it was trained on synthetic scenes and knows their words: "
+                         f"{', '.join(tokenizer.words)}. Any words: the default model, or allow_unknown (--allow-unknown)")
 
 
-def segment(image: Any, labels: Labels, *, model: OVSegModel | str | None = None, **options: Any) -> Segmentation:
+def as_published(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for the default model: the view that it was published with, unless they say how pictures are seen."""
+    said = {"view", "short_side", "long_side", "crop", "stride"} & {name for name, value in options.items() if value is not None}
+    return dict(options) if said else {**DEFAULT_VIEW, **options}
+
+
+def segment(image: Any, labels: Labels, *, model: OVSegModel | str | None = None, allow_unknown: bool = False,
+            **options: Any) -> Segmentation:
     """Label every pixel of a picture with one of ``labels``.
 
     Args:
         image: path, bytes, PIL image, array or tensor.
-        labels: names, in any words the model knows; ``{name: texts}`` gives synonyms.
-        model: a model, the name of one with bundled weights, or None for the embedded ``pacl_tiny``, which knows only the
-            words of the synthetic scenes.
+        labels: names, in any words; ``{name: texts}`` gives synonyms.
+        model: a model, or what ``from_pretrained`` takes: ``pacl_tiny``, ``ViT-B-16:laion2b_s34b_b88k``, ``hf-hub:owner/name``, a path.
+            None: OpenAI's CLIP, ViT-B/16, read out by NACLIP, from the cache or downloaded (600 MB).
+        allow_unknown: ask a model that knows few words, as the bundled ones do, for others.
         options: of ``Predictor``: templates, background, background_threshold, short_side, crop, stride, ...
 
     Example:
-        >>> result = ovseg.segment("street.jpg", ["car", "road"], model=model)
+        >>> result = ovseg.segment("street.jpg", ["car", "road"])
         >>> result.save("out.png")
     """
     if not isinstance(labels, Queries):
         labels = LabelSet.of(labels)
-    model = bundled(model or "pacl_tiny") if model is None or isinstance(model, str) else model
-    return Predictor(model, labels, **options).set_image(image).predict()
+    if model is None:
+        model, options = default_model(), as_published(options)
+    predictor = Predictor(from_pretrained(model) if isinstance(model, str | Path) else model, **options)
+    queries = labels if isinstance(labels, Queries) else replace(predictor.queries, labels=labels)
+    if not allow_unknown:
+        check_words(predictor.model, queries)
+    return predictor.set_labels(queries).set_image(image).predict()

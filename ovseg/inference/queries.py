@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..models import OVSegModel
 from .fields import one_of, option
 from .reading import upload
+from .text_cache import encode_labels
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class EncodedQueries:
         labels, background = queries.labels, queries.background
         if labels is None:
             raise InputError("no labels are set; call set_labels first, or give labels")
-        texts = model.encode_labels([*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
+        texts = encode_labels(model, [*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
         owners = torch.tensor(labels.owners + [-1] * len(background))
         if queries.synonyms == "mean" and len(labels.queries) > len(labels):
             of_classes = owners.to(texts.device)[: len(labels.queries)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -114,6 +115,7 @@ class OVSegModel(nn.Module):
         decision: name of its rule of labelling, a file of ``inference/decisions``.
         objective: name of what trains it, a file of ``objectives``.
         published: the layout of published checkpoints, or None.
+        source: where its weights come from, as ``from_pretrained`` or a tag names it; None for random weights.
     """
 
     Options: ClassVar[type[SystemOptions]] = SystemOptions
@@ -122,6 +124,7 @@ class OVSegModel(nn.Module):
     published: Published | None = None
     backbone: ClipBackbone
     name: str = ""
+    source: str | None = None
     config: dict[str, Any]
     templates: str
 
@@ -210,6 +213,22 @@ class OVSegModel(nn.Module):
             rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """What ``encode_text`` depends on."""
+        return self.backbone.text_parameters()
+
+    def save_pretrained(self, folder: str | Path, **facts: Any) -> Path:
+        """A folder for ``from_pretrained``; see ``saving.save_pretrained``."""
+        from .saving import save_pretrained
+
+        return save_pretrained(self, folder, **facts)
+
+    def push_to_hub(self, repo: str, *, licence: str, **options: Any) -> str:
+        """A repository of the Hub for ``from_pretrained("hf-hub:...")``; see ``saving.push_to_hub``."""
+        from .saving import push_to_hub
+
+        return push_to_hub(self, repo, licence=licence, **options)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The parts that can be trained or kept, by name; parameters in none of them are never trained."""

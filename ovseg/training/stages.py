@@ -17,8 +17,8 @@ from ..checkpoints.files import check_fit, load_tensors
 from ..data.loader import Loader
 from ..data.sources import ModelInputs, create_source, load_options
 from ..environment import environment
-from ..errors import CheckpointError, ConfigError
-from ..models import OVSegModel, create_model
+from ..errors import CheckpointError, ConfigError, InputError
+from ..models import OVSegModel, create_model, from_pretrained
 from ..objectives import Objective, create_objective
 from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
 from .state import complete, facts_of
@@ -36,7 +36,8 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
     """Take over the weights that ``recipe.init`` names: part of the model -> where from.
 
     The part is ``model`` or a submodule such as ``backbone``. Where from: a folder of a run, of one of its checkpoints or of
-    ``save_pretrained``, a safetensors file; ``previous``, the model of the stage before; ``best``, the best of it in validation.
+    ``save_pretrained``, a safetensors file, or whatever ``from_pretrained`` takes (``ViT-B-16:openai``); ``previous``, the model of
+    the stage before; ``best``, the best of it in validation.
 
     Raises:
         ConfigError: if there is nothing there, or it does not fit; the message names the key.
@@ -54,7 +55,7 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
                 raise ConfigError(f"{where} and no stage comes before; expected a folder of a run")
             weights = {name: x.detach().cpu() for name, x in previous.state_dict().items()}
         else:
-            weights = _weights(run / BEST if source == BEST else Path(str(source)), where)
+            weights = _weights(str(run / BEST if source == BEST else source), where)
         taken = {name: x for name, x in weights.items() if name.startswith(prefix)}
         try:
             check_fit(str(source), taken, own)
@@ -170,14 +171,19 @@ def _everywhere(found: bool) -> bool:
     return here
 
 
-def _weights(path: Path, where: str) -> dict[str, torch.Tensor]:
-    for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
-        if file.is_file():
-            try:
-                return load_tensors(file)
-            except CheckpointError as error:
-                raise ConfigError(f"{where}: {error}") from error
-    raise ConfigError(f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of a run or of save_pretrained")
+def _weights(name: str, where: str) -> dict[str, torch.Tensor]:
+    path = Path(name)
+    try:
+        for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
+            found = load_tensors(file) if file.is_file() and file.suffix == ".safetensors" else {}
+            if any(key.startswith("backbone.") for key in found):
+                return found
+        return from_pretrained(name).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's
+    except CheckpointError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except InputError as error:
+        raise ConfigError(f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of a run or of "
+                          f"save_pretrained, or a model with weights: {error}") from error
 
 
 def _forget_after(log: Path, step: int) -> None:

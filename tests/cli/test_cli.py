@@ -34,7 +34,7 @@ def test_bundled_model_segments_from_a_cold_start(picture, tmp_path):
     """The promise of the README, an overlay with legend within 8 seconds: of the processor, as other tests run beside this one."""
     seconds = []
     for attempt in range(2):  # the better of two
-        command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel"]
+        command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel", "-m", "pacl_tiny"]
         command += ["-o", str(tmp_path / str(attempt))]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
     (["segment", "--labels", "cat"], 2, "no pictures"),
     (["segment", "{picture}", "--labels-file", "nowhere.txt"], 2, "label file 'nowhere.txt' does not exist"),
     (["segment", "{picture}", "--labels", "cat", "--format", "gif"], 2, "--format holds 'gif'"),
-    (["segment", "{picture}", "--labels", "cat", "-m", "sam"], 1, "--model is 'sam'; expected a folder or one of"),
+    (["segment", "{picture}", "--labels", "cat", "-m", "sam"], 2, "model is 'sam', no path that exists and no known name"),
     (["train", "clip_scenes"], 2, "run is missing"),
     (["train", "nothing", "run=x"], 2, "recipe is 'nothing'"),
     (["train", "clip_scenes", "optim.lrr=1", "run=x"], 2, "optim.lrr: unknown key, did you mean optim.lr?"),
@@ -84,9 +84,13 @@ def test_errors_are_one_line(arguments, code, message, picture, capsys, tmp_path
     assert message in printed and "Traceback" not in printed
 
 
-def test_unknown_words_are_named(picture, tmp_path, capsys):
-    assert main(["segment", str(picture), "--labels", "a zebra,gravel", "-o", str(tmp_path)]) == 0
-    assert "does not know: zebra" in capsys.readouterr().err
+def test_unknown_words_are_refused_by_name(picture, tmp_path, capsys):
+    command = ["segment", str(picture), "--labels", "a zebra,gravel", "-m", "pacl_tiny", "-o", str(tmp_path / "out")]
+    assert main(command) == 2 and not (tmp_path / "out").exists()
+    assert "pacl_tiny does not know: zebra; it was trained on synthetic scenes" in capsys.readouterr().err
+    assert main([*command, "--allow-unknown"]) == 0 and "does not know: zebra" in capsys.readouterr().err
+    assert main(["segment", "--demo", "--background", "wall", "-o", str(tmp_path / "out")]) == 2
+    assert "pacl_tiny does not know: wall" in capsys.readouterr().err
 
 
 def test_usage():

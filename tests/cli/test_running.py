@@ -42,7 +42,8 @@ def test_auto_is_half_precision_on_a_gpu_and_float32_elsewhere(monkeypatch):
 def test_the_dtype_is_printed_and_part_of_what_makes_a_result(picture, tmp_path, capsys):
     for i in range(3):
         Image.open(picture).rotate(90 * i).save(tmp_path / f"{i}.png")
-    command = ["segment", str(tmp_path), "--labels", "gravel,grass,a red seven", "--format", "json", "-o", str(tmp_path / "out")]
+    command = ["segment", "-m", "pacl_tiny", str(tmp_path), "--labels", "gravel,grass,a red seven", "--format", "json",
+               "-o", str(tmp_path / "out")]
     command += ["--device", "cpu"]
 
     def run(*more):
@@ -65,7 +66,7 @@ def test_the_dtype_is_printed_and_part_of_what_makes_a_result(picture, tmp_path,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
 def test_a_gpu_that_is_not_there(picture, capsys):
-    assert main(["segment", picture, "--labels", "grass", "--device", "cuda"]) == 2
+    assert main(["segment", "-m", "pacl_tiny", picture, "--labels", "grass", "--device", "cuda"]) == 2
     assert "device is 'cuda' and torch sees no GPU" in capsys.readouterr().err
 
 

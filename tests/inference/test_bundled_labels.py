@@ -10,6 +10,7 @@ from ovseg.data.scenes import Scenes
 from ovseg.evaluation.evaluate import evaluate
 from ovseg.evaluation.protocols import protocol
 from ovseg.evaluation.scenes import SceneSet
+from ovseg.models import list_bundled
 
 STORED = Path(__file__).parents[1] / "golden" / "bundled_labels.npz"
 LABELS = {"seven": ["a red seven", "a blue seven"], "zero": ["a blue zero"], "gravel": ["gravel", "brick"], "grass": "grass",
@@ -46,7 +47,7 @@ def stored():
     return dict(np.load(STORED))
 
 
-@pytest.mark.parametrize("name,tag", ovseg.list_pretrained())
+@pytest.mark.parametrize("name,tag", list_bundled())
 def test_labels_scores_and_classification(stored, name, tag):
     model = ovseg.create_model(name, tag)
     compared = 0
@@ -64,7 +65,7 @@ def test_labels_scores_and_classification(stored, name, tag):
 
 
 @pytest.mark.parametrize("data,present_only", [("digits", False), ("digits_things", False), ("digits", True)])
-@pytest.mark.parametrize("name,tag", ovseg.list_pretrained())
+@pytest.mark.parametrize("name,tag", list_bundled())
 def test_evaluation(stored, name, tag, data, present_only):
     model, scenes = ovseg.create_model(name, tag), SceneSet(data, 8)
     report = evaluate(model, scenes, protocol("plain", scenes.description, model, present_only=present_only))

@@ -64,7 +64,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 
 def test_done_pictures_are_skipped_until_something_changes(photos, tmp_path, capsys):
-    out, command = tmp_path / "out", ["segment", str(photos), *LABELS, "-o", str(tmp_path / "out")]
+    out, command = tmp_path / "out", ["segment", str(photos), "-m", "pacl_tiny", *LABELS, "-o", str(tmp_path / "out")]
 
     def run(*more):
         assert main([*command, *more]) == 0
@@ -88,7 +88,7 @@ def test_bad_pictures_are_named_and_the_rest_is_done(photos, tmp_path, capsys):
     whole = (photos / "b.jpg").read_bytes()
     (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
     for _ in range(2):  # they are tried again
-        assert main(["segment", str(photos), *LABELS, "-o", str(tmp_path / "out")]) == 3
+        assert main(["segment", str(photos), "-m", "pacl_tiny", *LABELS, "-o", str(tmp_path / "out")]) == 3
         printed = capsys.readouterr()
         assert "2 skipped" in printed.out and "bad pictures:" in printed.err
         assert all(str(photos / name) in printed.err.split("bad pictures:")[1] for name in ("broken.jpg", "half.jpg"))
@@ -102,7 +102,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path, capsys):
         draw(tmp_path / "in" / f"{i:03d}.{('png', 'jpg', 'webp', 'bmp')[i % 4]}", (20 + i % 50, 30 + i % 37))
     for i in range(20):
         (tmp_path / "in" / f"bad{i}.png").write_bytes(b"\x89PNG\r\n" + bytes(i))
-    out, command = tmp_path / "out", ["segment", str(tmp_path / "in"), *LABELS, "-o", str(tmp_path / "out")]
+    out, command = tmp_path / "out", ["segment", str(tmp_path / "in"), "-m", "pacl_tiny", *LABELS, "-o", str(tmp_path / "out")]
     child = subprocess.Popen([sys.executable, "-m", "ovseg", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.time()
     while len(list(out.glob("*.json"))) < 25 and time.time() - began < 60 and child.poll() is None:

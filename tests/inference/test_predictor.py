@@ -82,7 +82,7 @@ def test_legend_and_palette():
     ({"background_threshold": 3.0}, r"background_threshold is 3\.0; expected a cosine"),
     ({"short_side": 2}, "short_side is 2; expected at least a patch, 4 pixels"),
     ({"templates": "none"}, "templates is 'none'"),
-    ({"model": "pacl_vit_l14"}, "has no bundled weights"),
+    ({"model": "pacl_vit_l14"}, "of which no weights are published"),
     ({"image": np.zeros((2, 40000, 3), np.uint8)}, "the limit is 64000000|would have"),
 ])
 def test_bad_input(model, options, message):

@@ -98,7 +98,8 @@ def test_the_command_takes_all_kinds_and_counts_what_is_bad(tmp_path, capsys):
     with open(whole, "r+b") as file:
         file.truncate(last.offset + 50)
     (tmp_path / "list.txt").write_text("in/0.png\ngone.png\n")
-    command = ["segment", *(str(tmp_path / name) for name in ("in", "s.tar", "list.txt")), *LABELS, "-o", str(tmp_path / "out")]
+    command = ["segment", "-m", "pacl_tiny", *(str(tmp_path / name) for name in ("in", "s.tar", "list.txt")), *LABELS,
+               "-o", str(tmp_path / "out")]
     assert main(command) == 3
     printed = capsys.readouterr()
     assert "7 pictures into" in printed.out and "3 skipped" in printed.out  # 3 + 3 + 1; a bad file, a cut shard, a missing file
@@ -113,7 +114,7 @@ def test_two_processes_share_the_pictures(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(12):
         (tmp_path / "in" / f"{i}.png").write_bytes(picture(i))
-    command = [sys.executable, "-m", "ovseg", "segment", str(tmp_path / "in"), *LABELS, "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "ovseg", "segment", "-m", "pacl_tiny", str(tmp_path / "in"), *LABELS, "-o", str(tmp_path / "out")]
     children = [subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stdout=subprocess.PIPE, text=True)
                 for rank in range(2)]
     printed = [child.communicate()[0] for child in children]
@@ -195,7 +196,8 @@ def test_pictures_of_every_kind_have_a_defined_result(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name, (data, _) in KINDS.items():
         (tmp_path / "in" / name).write_bytes(data)
-    assert main(["segment", str(tmp_path / "in"), "--labels", "gravel,grass", "--format", "mask,json", "-o", str(tmp_path / "out")]) == 3
+    command = ["segment", "-m", "pacl_tiny", str(tmp_path / "in"), "--labels", "gravel,grass", "--format", "mask,json"]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 3
     printed = capsys.readouterr()
     bad = [name for name, (_, expected) in KINDS.items() if isinstance(expected, str)]
     assert f"{len(KINDS) - len(bad)} pictures into" in printed.out and f"{len(bad)} skipped" in printed.out

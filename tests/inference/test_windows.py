@@ -102,7 +102,7 @@ def test_refused(model, options, message):
 def test_command(tmp_path):
     picture(60, 90).save(tmp_path / "a.png")
     out = str(tmp_path / "out")
-    command = ["segment", str(tmp_path / "a.png"), "--labels", "gravel,grass", "--format", "json,overlay", "-o", out]
+    command = ["segment", "-m", "pacl_tiny", str(tmp_path / "a.png"), "--labels", "gravel,grass", "--format", "json,overlay", "-o", out]
     assert main([*command, "--crop", "24", "--stride", "12"]) == 0
     found = json.loads((tmp_path / "out" / "a.json").read_text())
     assert sum(row["area"] for row in found["labels"]) == pytest.approx(1, abs=1e-5)

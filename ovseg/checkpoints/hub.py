@@ -1,0 +1,169 @@
+"""Files of the Hugging Face Hub: from the cache, else by one attempt; whole by their hash, or refused.
+
+Offline is what ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` say at the moment of the call. The Hub's own client asks again for half a
+minute where there is no network; here the first answer, or its absence after ``HF_HUB_ETAG_TIMEOUT`` seconds (2), is the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, InputError, WeightsError
+from ..progress import note
+from ..replacing import replacing
+from .cache import cache_folder
+
+PREFIX = "hf-hub:"
+CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip names them, the better one first
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_YES = ("1", "on", "yes", "true")
+
+
+def offline() -> bool:
+    return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+def check_repo(repo: str) -> str:
+    """``repo`` itself.
+
+    Raises:
+        InputError: unless it is owner/name.
+    """
+    if not _REPO.fullmatch(repo):
+        raise InputError(f"repository is {repo!r}; expected owner/name, as in {PREFIX}timm/ViT-B-16-SigLIP")
+    return repo
+
+
+def client() -> Any:
+    """The Hub's client, which comes with open_clip."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"weights of the Hub need huggingface_hub ({error}): pip install 'ovseg-kernels[models]'") from error
+    return huggingface_hub
+
+
+def hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE") or client().constants.HF_HUB_CACHE)
+
+
+def cached(repo: str, files: Sequence[str]) -> Path | None:
+    """The first of ``files`` that the cache holds, whole."""
+    for file in files:
+        found = client().try_to_load_from_cache(repo, file, cache_dir=hub_cache())
+        if isinstance(found, str):
+            check_hash(Path(found), f"{PREFIX}{repo}")
+            return Path(found)
+    return None
+
+
+def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
+    """The first of ``files`` that the cache or the Hub's repository ``repo`` holds.
+
+    Args:
+        repo: owner/name.
+        files: names in it, the best first; any will do.
+        ways: what else the user may do, for the message where nothing can be had.
+
+    Raises:
+        WeightsError: where there is neither the file nor the network; CheckpointError: for a file that is cut or damaged.
+    """
+    check_repo(repo)
+    found = cached(repo, files)
+    if found is not None:
+        return found
+    if offline():
+        raise _unavailable(repo, files, "the Hub may not be asked (--offline, HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)", ways)
+    hub, endpoint = client(), os.environ.get("HF_ENDPOINT") or None
+    errors, once = hub.errors, {"retry_on_errors": False} if "retry_on_errors" in signature(hub.get_hf_file_metadata).parameters else {}
+    for file in files:
+        try:
+            facts = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=endpoint), timeout=_seconds(), **once)
+        except errors.EntryNotFoundError:
+            continue
+        except errors.GatedRepoError as error:
+            raise _unavailable(repo, files, f"{repo} asks for a licence to be accepted first, on https://huggingface.co/{repo}; then "
+                               "hf auth login", ways) from error
+        except errors.RepositoryNotFoundError as error:
+            raise _unavailable(repo, files, f"the Hub knows no {repo}, or it is private (hf auth login)", ways) from error
+        except Exception as error:  # httpx', requests' or urllib3's, as the client's version has it
+            raise _unavailable(repo, files, f"the Hub does not answer ({_line(error)})", ways) from error
+        if (facts.size or 0) > 10**6:
+            note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
+        try:
+            path = Path(hub.hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
+        except Exception as error:
+            raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
+        check_hash(path, f"{PREFIX}{repo}")
+        return path
+    raise _unavailable(repo, files, f"{repo} holds none of {', '.join(files)}", ways)
+
+
+def check_hash(path: Path, source: str) -> None:
+    """Compare a file of the Hub's cache with its name there: SHA-256 of large files, git's SHA-1 of others. Once for each state of it.
+
+    Raises:
+        CheckpointError: if it is not what the Hub has; the file may be cut.
+    """
+    # One step along the links: a store that caches share may lie behind the blob, under hashes of another kind.
+    blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    expected = blob.name
+    if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
+        return  # a file system without links: only its reader can tell
+    status = blob.stat()
+    state, folder = [status.st_size, status.st_mtime_ns], cache_folder()
+    seen = folder / "hashes" / f"{expected}.json" if folder else None
+    try:
+        if seen is not None and json.loads(seen.read_text()) == state:
+            return
+    except (OSError, ValueError):
+        pass
+    digest = hashlib.sha1(b"blob %d\0" % status.st_size) if len(expected) == 40 else hashlib.sha256()
+    with open(blob, "rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    if digest.hexdigest() != expected:
+        raise CheckpointError(f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is {digest.hexdigest()[:12]}... "
+                              f"and the Hub's is {expected[:12]}...; remove {blob} and fetch it again")
+    if seen is not None:
+        try:
+            with replacing(seen) as part_file:
+                part_file.write_text(json.dumps(state))
+        except OSError:
+            pass  # it is hashed again next time
+
+
+def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Upload model", token: str | None = None) -> str:
+    """A folder as a repository of the Hub, made if there is none; returns its address."""
+    api = client().HfApi(token=token)
+    api.create_repo(check_repo(repo), private=private, exist_ok=True)
+    api.upload_folder(folder_path=str(folder), repo_id=repo, commit_message=message)
+    return f"https://huggingface.co/{repo}"
+
+
+def _seconds() -> float:
+    return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 2)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _licence(repo: str, endpoint: str | None) -> str:
+    try:
+        card = client().HfApi(endpoint=endpoint).model_info(repo, timeout=_seconds()).card_data
+        return str(card["license"]) if card and card.get("license") else f"not stated, see https://huggingface.co/{repo}"
+    except Exception:  # the file is what was asked for
+        return f"see https://huggingface.co/{repo}"
+
+
+def _unavailable(repo: str, files: Sequence[str], why: str, ways: str) -> WeightsError:
+    return WeightsError(f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with a network, the same "
+                        f"command; from elsewhere, https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}")

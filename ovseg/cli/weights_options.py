@@ -1,0 +1,45 @@
+"""``--offline`` and ``--no-cache`` of every command that names a model, and the model that a name means."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+MODEL_HELP = ("NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of weights (pacl_tiny), "
+              "hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of open_clip, transformers or a system")
+
+
+def add_weights(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--offline", action="store_true", help="take weights from the cache and ask nobody (HF_HUB_OFFLINE=1 does the same)")
+    sub.add_argument("--no-cache", action="store_true", help="neither read nor write the cache of text embeddings (OVSEG_CACHE=off)")
+
+
+@contextmanager
+def in_force(options: argparse.Namespace) -> Iterator[None]:
+    """What the switches say, for the libraries that ask the environment."""
+    asked = {"HF_HUB_OFFLINE": "1"} if getattr(options, "offline", False) else {}
+    asked |= {"OVSEG_CACHE": "off"} if getattr(options, "no_cache", False) else {}
+    before = {name: os.environ.get(name) for name in asked}
+    os.environ.update(asked)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def load_model(name: str | None, **options: Any) -> Any:
+    """The model that ``-m`` names, on the CPU; the default one without it. ``options`` change how it was built."""
+    from ..models import default_model, from_pretrained
+    from ..progress import note
+
+    model = default_model(**options) if name is None else from_pretrained(name, **options)
+    if model.name.endswith("_tiny") and hasattr(model.tokenizer, "unknown"):
+        note(f"{model.name}: trained on synthetic scenes; it knows their words only")
+    return model

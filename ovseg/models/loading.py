@@ -1,0 +1,205 @@
+"""Models with weights: by tag, from the Hub, a folder or a file. All are read without running code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backbones.weights import (
+    ClipSource,
+    configuration,
+    fetch_folder,
+    find_clip,
+    is_clip_file,
+    is_clip_folder,
+    load_clip,
+    settled,
+    tags_of,
+)
+from ..checkpoints.files import check_fit, load_weights
+from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
+from ..checkpoints.published import read_published
+from ..errors import CheckpointError, InputError
+from .base import OVSegModel
+from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
+from .published import Published
+from .registry import BUNDLED, CLIP_SYSTEM, architecture_of, build, is_name, list_models, preset_of, system_type
+from .saving import is_saved, read_config
+
+_DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
+
+
+def create_model(name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu", **options: Any) -> OVSegModel:
+    """Build a model by name, in eval mode.
+
+    Args:
+        name: one of ``list_models()``, or an architecture of open_clip's: ``clip_dense`` on it. Alone also whatever ``from_pretrained``
+            takes.
+        pretrained: a tag of ``list_pretrained()``, ``hf-hub:owner/name``, a folder written by ``save_pretrained``, open_clip or
+            transformers, a safetensors file, a checkpoint of open_clip's or the system's published one; None for random weights.
+        device: where it goes.
+        options: of the system or of its backbone: ``clip`` (weights of the CLIP, to train from), ``stride``, ``tap``, ... Weights of a
+            CLIP that come as ``pretrained`` are read out by ``naclip`` unless ``readout`` is given.
+
+    Raises:
+        ValueError: for an unknown name, tag or option; CheckpointError: for weights that are damaged or of another model.
+    """
+    if not is_name(name):
+        if pretrained is None and (":" in name or Path(name).exists()):
+            return from_pretrained(name, device=device, **options)
+        raise InputError(f"{unknown(name)}; model is {name!r}; expected one of {list_models()}")
+    model = build(name, options) if pretrained is None else _load(name, str(pretrained), options)
+    if model.source is None and pretrained is not None:
+        model.source = str(pretrained)
+    return model.to(device).eval()
+
+
+def from_pretrained(source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> OVSegModel:
+    """A model with weights, in eval mode.
+
+    Args:
+        source: a name, a name and a tag, ``hf-hub:owner/name`` or a path: the forms of ``names.py``.
+        device: where it goes.
+        options: change how it was built (``readout``, ``stride``).
+    """
+    text = str(source)
+    if isinstance(source, Path) and not source.exists():
+        raise CheckpointError(f"{source} is not a folder; expected one written by save_pretrained")
+    name, weights = (None, text) if isinstance(source, Path) else parse(text)
+    model = _load(name, weights, options)
+    if model.source is None:
+        model.source = text
+    return model.to(device).eval()
+
+
+def default_model(**options: Any) -> OVSegModel:
+    """The model of those who name none: ``names.DEFAULT_MODEL``. Fetched first, so that a machine without it is told at once."""
+    fetch(DEFAULT_REPO, CLIP_FILES, ways=_DEMO.replace("PATH", "clip_dense_vit_b16:PATH"))
+    return from_pretrained(DEFAULT_MODEL, **options)
+
+
+def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) -> list[str]:
+    """Load the tensors of a published checkpoint, strictly; returns the names of those that only training needs and that it lacks.
+
+    Raises:
+        ValueError: for a system without a published layout; CheckpointError: for tensors that are missing, unexpected or of another shape.
+    """
+    return _published(model).load(model, state)
+
+
+def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names of the published checkpoint."""
+    return _published(model).state(model)
+
+
+def _published(model: OVSegModel) -> Published:
+    if model.published is None:
+        raise ValueError(f"{model.name} has no published layout; expected a model of a system that has one, on its published backbone")
+    return model.published
+
+
+def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel:
+    bundled = BUNDLED / f"{name}.{weights}"
+    if name and bundled.is_dir():
+        return _saved(name, bundled, options)
+    architecture = architecture_of(name) if name else None
+    if architecture is not None and weights in tags_of(architecture):
+        return _clip(name, weights, options)
+    if weights.startswith(PREFIX):
+        path = fetch_folder(weights.removeprefix(PREFIX))
+    else:
+        path = Path(weights)
+        if (path / "model" / "config.json").is_file():
+            path = path / "model"  # of a run
+    if path.is_file() and name is None and path.name == "model.safetensors" and is_saved(path.parent):
+        path = path.parent
+    if path.is_dir():
+        if is_clip_folder(path):
+            return _clip(name, weights, options, path)
+        return _saved(name, path, options)
+    if not path.is_file():
+        raise unknown_tag(name, weights)
+    return _file(name, path, options)
+
+
+def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegModel:
+    saved = read_config(folder)
+    if name is not None and saved["model"] != name:
+        raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
+    model = build(saved["model"], {**saved["options"], **options})
+    load_weights(model, folder / "model.safetensors")
+    return model
+
+
+def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
+    if is_clip_file(path):
+        return _clip(name, str(path), options)
+    state = read_published(path)
+    if _is_clip(state):
+        return _clip(name, str(path), options, state=state)
+    if name is None:
+        return _published_file(path, state, options)
+    model = build(name, options)
+    if model.published is not None and model.published.recognises(state):
+        model.published.load(model, state)
+    elif path.suffix == ".safetensors":
+        check_fit(path, state, model.state_dict())
+        model.load_state_dict(state)
+    else:
+        load_weights(model, path)  # ours are safetensors: it says so
+    return model
+
+
+def _is_clip(state: dict[str, torch.Tensor]) -> bool:
+    return "logit_scale" in state and any(name.startswith(("visual.", "image_encoder.")) for name in state)
+
+
+def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[str, Any]) -> OVSegModel:
+    """A published checkpoint without the name of its model: of the systems that recognise it, the preset that it fits."""
+    refusal = None
+    for name in list_models():
+        if not is_name(name) or architecture_of(name) is None or system_type(preset_of(name)["system"]).published is None:
+            continue
+        model = build(name, options)
+        if model.published is None or not model.published.recognises(state):
+            continue
+        try:
+            model.published.load(model, state)
+            return model
+        except CheckpointError as error:
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+    raise CheckpointError(f"{path} holds no CLIP and no published checkpoint that is known (tensors such as {next(iter(state))}); expected "
+                          "NAME:PATH with the name of its model, or the folder with its config.json")
+
+
+def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path | None = None,
+          state: dict[str, torch.Tensor] | None = None) -> OVSegModel:
+    """A CLIP as it is, below the system that needs no more."""
+    architecture = architecture_of(name) if name else None
+    if name is not None and name != CLIP_SYSTEM and (architecture is None or preset_of(name)["system"] != CLIP_SYSTEM):
+        raise InputError(f"pretrained is {weights!r}, a CLIP, and {name} is trained upon one; expected weights of {name} itself. "
+                         f"create_model({name!r}, clip={weights!r}) trains from that CLIP")
+    source = ClipSource(lambda: state, str(weights)) if state is not None else find_clip(str(folder or weights), architecture)
+    asked = options.get("architecture") or (options.get("backbone") or {}).get("architecture")
+    chosen = settled(source, asked or architecture)
+    if name is None or name not in list_models():
+        name = chosen if isinstance(chosen, str) else CLIP_SYSTEM
+    options = dict(options)
+    if chosen != architecture_of(name):
+        options["architecture"] = chosen
+    if _has_class_token(chosen):
+        options.setdefault("readout", DEFAULT_READOUT)
+    model = build(name, options)
+    load_clip(model.backbone.clip, source)
+    model.source = weights if architecture is None or folder or state else source.where
+    return model
+
+
+def _has_class_token(architecture: str | dict[str, Any]) -> bool:
+    """Readouts are of the last attention: of CLIP's own transformer, not of convolutions."""
+    vision = configuration(architecture)["vision_cfg"]
+    return isinstance(vision.get("layers", 12), int) and not {"timm_model_name", "timm_kwargs"} & vision.keys()
