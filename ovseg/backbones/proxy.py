@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..checkpoints.hub import fetch
 from ..checkpoints.published import read_published
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, WeightsError
 from ..layers.precision import at_least_float32
 from ..layers.readout import ProxyFeatures
 
@@ -46,19 +47,20 @@ class ProxyEncoder(nn.Module):
         architecture = options.name.split(".")[0]
         if not timm.is_model(architecture):
             raise ConfigError(f"proxy.name is {options.name!r}; expected the name of a ViT of timm's, such as 'vit_small_patch16_dinov3'")
-        local = options.weights not in (None, "timm")
-        overlay = {"state_dict": read_published(str(options.weights))} if local else None
         sizes: dict[str, Any] = {"dynamic_img_size": True} if _takes_sizes(timm, architecture) else {}
+        with torch.device("meta"):
+            kind = timm.create_model(architecture, num_classes=0, **sizes)
+        if not getattr(kind, "dynamic_img_size", False) or not hasattr(kind, "num_prefix_tokens"):
+            raise ConfigError(f"proxy.name is {options.name!r}, a {type(kind).__name__}; expected a ViT that takes pictures of any size")
+        path = _weights(timm, options)
+        overlay = None if path is None else {"state_dict": _without_classifier(timm, options.name, read_published(path))}
         try:
-            self.vit = timm.create_model(options.name, options.weights is not None, overlay, num_classes=0, **sizes)
+            self.vit = timm.create_model(options.name, path is not None, overlay, num_classes=0, **sizes)
         except (RuntimeError, KeyError) as error:
-            if not local:
+            if path is None:
                 raise
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{Path(str(options.weights))} does not fit timm's {options.name}: {reason[:300]}") from error
-        if not getattr(self.vit, "dynamic_img_size", False) or not hasattr(self.vit, "num_prefix_tokens"):
-            kind = type(self.vit).__name__
-            raise ConfigError(f"proxy.name is {options.name!r}, a {kind}; expected a ViT that takes pictures of any size")
+            raise CheckpointError(f"{path} does not fit timm's {options.name}: {reason[:300]}") from error
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         cfg = self.vit.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"])[:, None, None], persistent=False)
@@ -87,6 +89,27 @@ def _import_timm() -> Any:
     except ImportError as error:
         raise ImportError(f"the option proxy needs timm, which does not import ({error}): pip install 'ovseg-kernels[models]'") from error
     return timm
+
+
+def _weights(timm: Any, options: ProxyOptions) -> Path | None:
+    """The file of ``options.weights``; timm's own is fetched as every other, with one attempt."""
+    if options.weights != "timm":
+        return None if options.weights is None else Path(options.weights)
+    ways = f", and proxy={{name: {options.name}, weights: FILE}} or --proxy {options.name}:FILE"
+    facts = timm.models.get_pretrained_cfg(options.name)
+    repo, file = (facts.hf_hub_id, facts.hf_hub_filename) if facts is not None else (None, None)
+    if not repo:
+        where = f"has them at {facts.url} only" if facts is not None and facts.url else "names none"
+        raise WeightsError(f"proxy.weights is 'timm', which {where} for {options.name!r}; expected a file{ways}")
+    return fetch(repo, (file,) if file else ("model.safetensors", "pytorch_model.bin"), ways=ways)
+
+
+def _without_classifier(timm: Any, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a patch's features do not need: the layer that was trained with them to name classes."""
+    facts = timm.models.get_pretrained_cfg(name)
+    found = facts.classifier if facts is not None and facts.classifier else ()
+    layers = tuple(f"{layer}." for layer in ([found] if isinstance(found, str) else found))
+    return {key: x for key, x in state.items() if not key.startswith(layers)} if layers else state
 
 
 def _takes_sizes(timm: Any, architecture: str) -> bool:

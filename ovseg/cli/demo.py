@@ -99,13 +99,14 @@ def run(options: argparse.Namespace) -> int:
     gallery(reports).save(out / "gallery.png")
     curve = join_curves({stage.title: out / stage.folder / "log.jsonl" for stage in done}, out / "loss.png")
     (out / "table.md").write_text(text + "\n")
-    baseline = max(rows[0]["seen_miou"], 1e-9)
-    facts = {"data": options.data, "seed": options.seed, "rows": rows, "seen_miou_over_first": [r["seen_miou"] / baseline for r in rows],
+    seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
+    ratios = [value / max(seen[0], 1e-9) for value in seen]
+    facts = {"data": options.data, "seed": options.seed, "rows": rows, "seen_miou_over_first": ratios,
              "seconds": round(time.time() - began, 1), "environment": json.loads((out / stages[-1].folder / "env.json").read_text())}
     results.write_text(json.dumps(facts, indent=2) + "\n")
     print(text)
-    ratios = ", ".join(f"{row['model']} {row['seen_miou'] / baseline:.1f}" for row in rows[1:])
-    compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {ratios}; " if ratios else ""
+    shown = ", ".join(f"{row['model']} {ratio:.1f}" for row, ratio in zip(rows[1:], ratios[1:], strict=True))
+    compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {shown}; " if shown else ""
     print(f"\n{compared}{facts['seconds']:.0f} s in all.")
     print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
     print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")

@@ -18,7 +18,7 @@ from typing import Any
 
 from .device import add_device, device_of, to_device
 from .inference_options import add_inference_options, given_inference_options
-from .weights_options import MODEL_HELP, add_weights, load_model
+from .weights_options import MODEL_HELP, add_weights, load_model, proxy_option
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -30,7 +30,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--protocol", default="plain", help="a named protocol (--list-protocols) or a .yaml file (default: %(default)s)")
     sub.add_argument("--list-protocols", action=_ListProtocols, nargs=0, help="name the protocols and stop")
     sub.add_argument("--labels-file", help="texts of the classes in their order, in place of the protocol's; see ovseg segment")
-    sub.add_argument("--readout", help="comma-separated, of clip_dense models: clip, maskclip, sclip, clearclip, naclip, gem")
     sub.add_argument("--present-only", action="store_true", help="only the classes of a picture's truth compete in it (uses the truth)")
     sub.add_argument("--boundary", action="store_true", help="Boundary IoU too")
     sub.add_argument("--sweep", action="store_true", help="mIoU at 101 background thresholds, in one pass")
@@ -41,7 +40,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
     sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
     sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1, exact counts)")
-    add_weights(sub)
+    add_weights(sub, several=True)
     add_device(sub)
     add_inference_options(sub)
 
@@ -76,7 +75,7 @@ def _models(options: argparse.Namespace, quiet: bool):
     several = len({Path(name).name for name in options.models}) < len(options.models)
     for name in options.models:
         title = name if several else Path(name).name
-        model = to_device(load_model(name), options, quiet=quiet)
+        model = to_device(load_model(name, **proxy_option(options)), options, quiet=quiet)
         set_readout = getattr(model, "set_readout", None)  # of training-free models
         if options.readout and set_readout:
             for readout in options.readout.split(","):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from .device import add_device, to_device
 from .inference_options import add_inference_options, given_inference_options
-from .weights_options import MODEL_HELP, add_weights, load_model
+from .weights_options import MODEL_HELP, add_weights, load_model, proxy_option
 
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
@@ -34,13 +34,13 @@ _ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json", "rl
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("images", nargs="*", help="picture files, folders, patterns, lists (.txt, a picture on each line) and shards (.tar)")
-    sub.add_argument("--demo", action="store_true", help="segment a built-in scene with its own labels")
+    sub.add_argument("--demo", action="store_true", help="segment a built-in scene, by its own labels unless others are given")
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--labels", help="comma-separated; synonyms separated by |")
     source.add_argument("--labels-file", help=".txt: a label on each line, synonyms after it, separated by commas; or .yaml, .json")
     source.add_argument("--classes", help="the classes of a data set: voc20, context59, coco_stuff, coco_object, ade150, cityscapes")
-    sub.add_argument("-m", "--model", help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip; pacl_tiny with --demo)")
-    sub.add_argument("--readout", help="of a clip_dense model: clip, maskclip, sclip, clearclip, naclip, gem")
+    sub.add_argument("-m", "--model", help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip; "
+                     "segclip_tiny with --demo)")
     sub.add_argument("-o", "--out", default="segmented", help="output folder (default: %(default)s)")
     sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json, rle (default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
@@ -55,9 +55,11 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import InputError
     from ..inference import Predictor
     from ..inference.folder import Journal, fingerprint
+    from ..inference.pictures import strip
     from ..inference.predictor import as_published, check_words
     from ..inference.sources import Source, find_pictures
     from ..progress import bar
+    from .built_in import MODEL, built_in
 
     formats = options.format.split(",")
     for name in formats:
@@ -65,22 +67,17 @@ def run(options: argparse.Namespace) -> int:
             raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
     labels = _labels(options)
     sources, bad = find_pictures(options.images)
-    demo = None
-    if options.demo:
-        from ..data.labels import LabelSet
-        from ..data.scenes import Scenes
-
-        scenes = Scenes("digits", "val", 8)
-        labels = labels or LabelSet.of(scenes.vocabulary.prompts)
-        demo = next(scene for scene in scenes if len(scene.things) == 2).image
+    demo = built_in() if options.demo else None
+    own = demo is not None and labels is None  # then its truth is known
+    labels = demo.labels if demo is not None and labels is None else labels
     if not sources and demo is None:
         raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
     if len(sources) == 1 and demo is None and not sources[0].path.exists():  # before the weights, which may be large
         raise InputError(f"image {str(sources[0].path)!r} does not exist")
-    name = "pacl_tiny" if options.model is None and options.demo else options.model
-    model = load_model(name, **({"readout": options.readout} if options.readout else {}))
+    name = MODEL if options.model is None and options.demo else options.model
+    model = load_model(name, **({"readout": options.readout} if options.readout else {}), **proxy_option(options))
     rank, world = distributed.rank(), distributed.world_size()
     if world > 1:
         sources = [source for source in sources if zlib.crc32(source.name.encode()) % world == rank]
@@ -115,7 +112,12 @@ def run(options: argparse.Namespace) -> int:
             print(*files(name), sep="\n")
 
     if demo is not None:
-        write(predictor.set_image(demo).predict(), "demo", "demo")
+        found = predictor.set_image(demo.image).predict()
+        write(found, "demo", "demo")
+        if own:
+            path = out / "demo.strip.png"
+            strip(found.image, {"truth": demo.truth, model.name: found.labels}, found.names).save(path)
+            print(path)
     todo = [source for source in sources if few or options.overwrite or not journal.has(source, files(source.name))]
     before, written = len(sources) - len(todo), 0
     progress = bar(total=len(sources), initial=before, show=not few and rank == 0, unit="picture")

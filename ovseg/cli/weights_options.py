@@ -1,4 +1,4 @@
-"""``--offline`` and ``--no-cache`` of every command that names a model, and the model that a name means."""
+"""``--offline``, ``--no-cache``, ``--readout`` and ``--proxy`` of every command that names a model, and the model that a name means."""
 
 from __future__ import annotations
 
@@ -12,9 +12,21 @@ MODEL_HELP = ("NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai),
               "hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of open_clip, transformers or a system")
 
 
-def add_weights(sub: argparse.ArgumentParser) -> None:
+def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
     sub.add_argument("--offline", action="store_true", help="take weights from the cache and ask nobody (HF_HUB_OFFLINE=1 does the same)")
     sub.add_argument("--no-cache", action="store_true", help="neither read nor write the cache of text embeddings (OVSEG_CACHE=off)")
+    sub.add_argument("--readout", help=("comma-separated, of" if several else "of a") + " clip_dense model" + ("s" if several else "")
+                     + ": clip, maskclip, sclip, clearclip, naclip, gem, proxyclip")
+    sub.add_argument("--proxy", metavar="NAME[:FILE]", help="second encoder, for proxyclip: a ViT of timm's, such as "
+                     "vit_base_patch8_224.dino, and its weights where timm shall not fetch them")
+
+
+def proxy_option(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--proxy`` says, as an option of clip_dense."""
+    if options.proxy is None:
+        return {}
+    name, _, file = options.proxy.partition(":")
+    return {"proxy": {"name": name, "weights": file or "timm"}}
 
 
 @contextmanager

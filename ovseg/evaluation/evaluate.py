@@ -66,12 +66,12 @@ class Report:
         """For ``results.json``: summary, classes, what was left out and the whole protocol."""
         rows = {}
         for i, name in enumerate(self.scores.classes):
-            rows[name] = {"iou": _round(self.scores.iou[i]), "accuracy": _round(self.scores.accuracy[i])}
+            rows[name] = {"iou": rounded(self.scores.iou[i]), "accuracy": rounded(self.scores.accuracy[i])}
             if self.boundary is not None:
-                rows[name]["boundary_iou"] = _round(self.boundary[i])
+                rows[name]["boundary_iou"] = rounded(self.boundary[i])
         found: dict[str, Any] = {"summary": self.summary, "pictures": self.pictures, "skipped": self.skipped, "classes": rows}
         if self.sweep is not None:
-            found["sweep"] = {"threshold": [round(float(t), 6) for t in self.sweep[0]], "miou": [_round(v) for v in self.sweep[1]]}
+            found["sweep"] = {"threshold": [round(float(t), 6) for t in self.sweep[0]], "miou": [rounded(v) for v in self.sweep[1]]}
         return {**found, "protocol": self.choices, "confusion": self.scores.matrix.tolist()}
 
 
@@ -193,10 +193,11 @@ def _summary(model, about, protocol, scores, band_iou, curve, pictures) -> dict[
     if curve is not None:
         best = int(np.nanargmax(curve[1]))
         found |= {"best_threshold": float(curve[0][best]), "best_miou": float(curve[1][best])}
-    return {key: _round(value) if isinstance(value, float) and key != "best_threshold" else value for key, value in found.items()}
+    return {key: rounded(value) if isinstance(value, float) and key != "best_threshold" else value for key, value in found.items()}
 
 
-def _round(value: float) -> float | None:
+def rounded(value: float) -> float | None:
+    """Two digits; None for a mean over classes that do not occur."""
     return None if np.isnan(value) else round(float(value), 2)
 
 
@@ -218,8 +219,8 @@ def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> 
 
 def class_table(report: Report) -> str:
     """IoU and accuracy of each class."""
-    rows = [{"class": name, "iou": _round(report.scores.iou[i]), "acc": _round(report.scores.accuracy[i]),
-             "band": None if report.boundary is None else _round(report.boundary[i]),
+    rows = [{"class": name, "iou": rounded(report.scores.iou[i]), "acc": rounded(report.scores.accuracy[i]),
+             "band": None if report.boundary is None else rounded(report.boundary[i]),
              "split": "unseen" if name in report.data.unseen else "seen" if report.data.unseen else None}
             for i, name in enumerate(report.scores.classes)]
     return table(rows, {"class": "class", "split": "split", "iou": "IoU", "acc": "accuracy", "band": "boundary IoU"})
@@ -234,7 +235,7 @@ def write_results(reports: list[Report], out: Path, **facts: Any) -> list[Path]:
     for report in reports:
         for i, name in enumerate(report.scores.classes):
             row = [report.summary["model"], report.data.name, report.summary["protocol"], f'"{name}"',
-                   _round(report.scores.iou[i]), _round(report.scores.accuracy[i])]
+                   rounded(report.scores.iou[i]), rounded(report.scores.accuracy[i])]
             lines.append(",".join("" if value is None else str(value) for value in row))
     (out / "classes.csv").write_text("\n".join(lines) + "\n")
     return [out / name for name in ("results.json", "table.md", "classes.csv")]

@@ -182,8 +182,8 @@ def kept_pixels(prediction, truth, classes: int, ignore_index: int, *, none: boo
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
-    """hIoU = 2 s u / (s + u); 0 if both are 0."""
-    return 2 * seen * unseen / (seen + unseen) if seen + unseen > 0 else 0.0
+    """hIoU = 2 s u / (s + u); 0 if both are 0, NaN if one is."""
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen != 0 else 0.0
 
 
 def _mean(values: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from ..data.segmentation_sets import SetDescription
 from ..inference import Predictor, Segmentation
 from ..inference.pictures import colour, contact_sheet, palette
 from ..models import OVSegModel
-from .evaluate import Report, evaluate, table
+from .evaluate import Report, evaluate, rounded, table
 from .metrics import harmonic_mean
 from .protocols import protocol
 
@@ -69,10 +69,10 @@ def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **opti
     matrix = report.scores.matrix[:, : len(split)]
     confused = matrix[split == "thing"]
     seen = [name for name, split_ in zip(words.classes, words.split_of_class, strict=True) if split_ == "seen"]  # without the stuff
-    report.summary["seen_miou"] = round(report.scores.miou_of(seen), 2)
-    report.summary["hiou"] = round(harmonic_mean(report.summary["seen_miou"], report.summary["unseen_miou"]), 2)
+    seen_miou, unseen_miou = report.scores.miou_of(seen), report.scores.miou_of(data.description.unseen)
+    report.summary |= {"seen_miou": rounded(seen_miou), "hiou": rounded(harmonic_mean(seen_miou, unseen_miou))}
     if not data.things_only:
-        report.summary["stuff_miou"] = round(report.scores.miou_of(words.stuff), 2)
+        report.summary["stuff_miou"] = rounded(report.scores.miou_of(words.stuff))
     report.summary["things_called_stuff"] = round(100 * float(confused[:, split == "stuff"].sum()) / max(1, int(confused.sum())), 2)
     report.summary["classification"] = round(100 * int(hits[0]) / max(1, int(hits[1])), 2)
     return report

@@ -52,6 +52,23 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
     return _stack([picture, legend_strip(entries, picture.width)])
 
 
+def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str], *, side: int = 320) -> Image.Image:
+    """The picture and its label maps in a row, a title above each, the names that occur below. Small pictures are enlarged to ``side``."""
+    factor = max(1, -(-side // max(image.size)))
+    panels = {"picture": np.asarray(image.convert("RGB"))} | {title: colour(labels, len(names)) for title, labels in maps.items()}
+    font, margin, top = ImageFont.load_default(15), 8, 26
+    width, height = image.width * factor, image.height * factor
+    row = Image.new("RGB", (len(panels) * (width + margin) + margin, top + height + margin), _PAPER)
+    draw = ImageDraw.Draw(row)
+    for i, (title, panel) in enumerate(panels.items()):
+        x = margin + i * (width + margin)
+        draw.text((x, 5), title, fill=_INK, font=font)
+        row.paste(Image.fromarray(panel.repeat(factor, 0).repeat(factor, 1)), (x, top))
+    present = sorted({int(i) for labels in maps.values() for i in np.unique(labels)}, key=lambda i: (i < 0, i))
+    entries = [(tuple(int(v) for v in palette(len(names))[i]), names[i]) if i >= 0 else (_NONE, "background") for i in present]
+    return _stack([row, legend_strip(entries, row.width)])
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 

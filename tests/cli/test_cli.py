@@ -7,10 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
+from ovseg.cli.built_in import built_in
 from ovseg.cli.main import VERBS, main
 from ovseg.data.scenes import Scenes
+from ovseg.inference.pictures import colour
 
 SMALL = ["data.style=shapes", "data.train_size=30", "train.batch_size=8", "train.steps=2",
          "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]
@@ -90,7 +94,35 @@ def test_unknown_words_are_refused_by_name(picture, tmp_path, capsys):
     assert "pacl_tiny does not know: zebra; it was trained on synthetic scenes" in capsys.readouterr().err
     assert main([*command, "--allow-unknown"]) == 0 and "does not know: zebra" in capsys.readouterr().err
     assert main(["segment", "--demo", "--background", "wall", "-o", str(tmp_path / "out")]) == 2
-    assert "pacl_tiny does not know: wall" in capsys.readouterr().err
+    assert "segclip_tiny does not know: wall" in capsys.readouterr().err
+
+
+def test_the_demo_draws_a_strip(tmp_path, capsys):
+    assert main(["segment", "--demo", "-o", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "demo.strip.png" in printed
+    found, own = np.asarray(Image.open(tmp_path / "demo.strip.png")), built_in()
+    width = 48 * 7
+    panels = [found[26 : 26 + width, 8 + i * (width + 8) :][:, :width] for i in range(3)]
+    assert np.array_equal(panels[0][3::7, 3::7], own.image)
+    assert np.array_equal(panels[1][3::7, 3::7], colour(own.truth, len(own.labels.names)))
+    assert (panels[2] == panels[1]).all(-1).mean() > 0.5  # most pixels are right
+    assert len(own.labels.names) == 9 and set(np.unique(own.truth)) == {0, 1, own.labels.names.index("grass")}
+    other = ["segment", "--demo", "--labels", "gravel,grass", "-m", "clip_dense_tiny", "-o", str(tmp_path / "b")]
+    assert main(other) == 0 and not (tmp_path / "b" / "demo.strip.png").exists()  # of other labels there is no truth
+
+
+def test_second_encoder_by_name(picture, tmp_path, capsys):
+    command = ["segment", str(picture), "--labels", "gravel", "-m", "clip_dense_tiny", "--readout", "proxyclip", "-o", str(tmp_path)]
+    weights = tmp_path / "vit.safetensors"
+    save_file({key: x.contiguous() for key, x in timm.create_model("vit_tiny_patch16_224").state_dict().items()}, weights)
+    assert main([*command, "--proxy", f"vit_tiny_patch16_224:{weights}"]) == 0
+    assert main(["eval", "clip_dense_tiny", "--readout", "clip,proxyclip", "--proxy", f"vit_tiny_patch16_224:{weights}", "--scenes", "2",
+                 "--data", "shapes"]) == 0
+    assert "clip_dense_tiny proxyclip" in capsys.readouterr().out
+    assert main(command) == 2 and "proxy is None; expected a second encoder" in capsys.readouterr().err
+    assert main([*command, "--proxy", "vit_tiny_patch16_224", "--offline"]) == 2
+    assert "--proxy vit_tiny_patch16_224:FILE" in capsys.readouterr().err
 
 
 def test_usage():

@@ -17,11 +17,12 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import ovseg
 from ovseg.cli.main import main
 from ovseg.data.labels import LabelSet
+from ovseg.data.scenes import Scenes
 from ovseg.data.segmentation_sets import SegmentationSet, describe
 from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.evaluation.evaluate import evaluate
 from ovseg.evaluation.protocols import list_protocols, protocol
-from ovseg.evaluation.scenes import SceneSet
+from ovseg.evaluation.scenes import SceneSet, evaluate_scenes
 from ovseg.inference import Predictor
 
 CHOICES = ("protocol", "source", "classes", "background", "class_texts", "template_texts", "text_mean", "synonyms", "resize", "seen",
@@ -264,3 +265,16 @@ def test_limit_and_missing_things(model):
     assert evaluate(model, data, chosen, limit=2).pictures == 2
     with pytest.raises(DataError, match="none of 0 pictures"):
         evaluate(model, SceneSet("shapes", 0), chosen)
+
+
+def test_few_scenes_may_lack_a_split():
+    """No class of it in the truth or in the answers: no mean, and none that counts as zero."""
+    model = ovseg.create_model("clip_dense_tiny")
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.zero_()  # one class everywhere
+    seeds = (Scenes("digits", "val", 1, seed) for seed in range(100))
+    held_out = {f"{colour} {kind}" for colour, kind in Scenes("digits").vocabulary.unseen}
+    report = evaluate_scenes(model, next(scenes for scenes in seeds if not held_out & set(scenes[0].things)))
+    assert report.summary["unseen_miou"] is None and report.summary["hiou"] is None and report.summary["seen_miou"] is not None
+    assert json.loads(json.dumps(report.to_dict()))["summary"]["hiou"] is None

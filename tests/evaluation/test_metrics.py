@@ -1,5 +1,7 @@
 """mIoU: a 4x4 example by hand, torchmetrics as an oracle, absent classes, ignored pixels, labels out of range."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_everything_ignored_and_harmonic_mean():
     matrix = ConfusionMatrix("ab")
     matrix.update(np.zeros((2, 2), int), np.full((2, 2), 255))
     assert np.isnan(matrix.scores().miou)
-    assert harmonic_mean(30, 60) == pytest.approx(40) and harmonic_mean(0, 0) == 0
+    assert harmonic_mean(30, 60) == pytest.approx(40) and harmonic_mean(0, 0) == 0 and math.isnan(harmonic_mean(30, math.nan))
 
 
 def test_a_perfect_model_scores_a_hundred():

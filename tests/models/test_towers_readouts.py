@@ -6,13 +6,14 @@ from unittest import mock
 import pytest
 import timm
 import torch
+from hub_stand_in import fill_cache
 from reduced_towers import lively, reduced, twins
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch.nn import functional as F
 
 import ovseg
 from ovseg.backbones.proxy import ProxyEncoder, ProxyOptions
-from ovseg.errors import CheckpointError, ConfigError
+from ovseg.errors import CheckpointError, ConfigError, WeightsError
 from ovseg.layers.readout import NAMED, READOUTS, ProxyFeatures, Readout, proxy_attention, resolve_readout, run_blocks
 
 TOWERS = {
@@ -234,6 +235,19 @@ def test_second_encoders_from_files(tmp_path):
         small_encoder("vit_small_patch16_dinov3", weights=str(tmp_path / "b.safetensors"))
     with pytest.raises(CheckpointError, match=r"c.pth does not exist"):
         small_encoder("vit_small_patch16_dinov3", weights=str(tmp_path / "c.pth"))
+
+
+def test_second_encoders_of_timm_come_from_the_cache(tmp_path, monkeypatch):
+    """With the classifier they were trained with; where they are not cached one answer is enough."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("OVSEG_CACHE", "off")
+    name, repo = "vit_small_patch16_dinov3", "timm/vit_small_patch16_dinov3.lvd1689m"
+    with pytest.raises(WeightsError, match=rf"{repo} is not in the cache .* may not be asked .*weights: FILE"):  # conftest: offline
+        small_encoder(name, weights="timm")
+    state = {key: value.contiguous() for key, value in lively(small_encoder(name)).vit.state_dict().items()}
+    fill_cache(tmp_path, repo, {"model.safetensors": save({**state, "head.weight": torch.ones(7, 32), "head.bias": torch.ones(7)})})
+    again = small_encoder(name, weights="timm")
+    assert all(torch.equal(value, state[key]) for key, value in again.vit.state_dict().items())
 
 
 def test_second_encoders_that_are_none():

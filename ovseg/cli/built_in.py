@@ -1,0 +1,37 @@
+"""The picture of ``--demo``: a scene of held-out handwriting with its truth, and what it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..data.labels import LabelSet
+from ..data.scenes import Scenes
+
+MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/segclip.md
+_DISTRACTORS = 4  # things that are not there
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """``truth`` [H, W]: index into ``labels``."""
+
+    image: np.ndarray
+    truth: np.ndarray
+    labels: LabelSet
+
+
+def built_in() -> BuiltIn:
+    """The first scene with two things; asked for what is there, all stuff, and things that share a colour or a kind with what is there."""
+    scenes = Scenes("digits", "val", 20)
+    words = scenes.vocabulary
+    scene = next(scene for scene in scenes if len(set(scene.things)) == 2)
+    parts = {part for thing in scene.things for part in thing.split()}
+    near = [name for name in words.things if name not in scene.things and parts & set(name.split())]
+    step = max(1, len(near) // _DISTRACTORS)  # not all of one colour
+    chosen = [*dict.fromkeys(scene.things), *near[::step][:_DISTRACTORS], *words.stuff]
+    places = [words.classes.index(name) for name in chosen]
+    place_of = np.full(len(words.classes), -1)
+    place_of[places] = np.arange(len(places))
+    return BuiltIn(scene.image, place_of[scene.mask], LabelSet.of([words.prompts[place] for place in places]))
