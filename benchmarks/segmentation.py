@@ -1,8 +1,8 @@
 """A picture from pixels to labels: ``Predictor`` against the procedure as published code runs it.
 
-One 4:3 picture, ViT-B/16 with random weights, 171 random unit vectors for texts, two windows of 512 with stride 426 on a canvas of
-683 x 512. ``windows one by one`` encodes each window alone, upsamples all classes to the window, adds them up on the canvas, divides by
-the count, resizes to the picture and takes the argmax. Pixels are ready in memory; texts are encoded before.
+One 4:3 picture, random weights, 171 random unit vectors for texts, two windows of 512 with stride 426 on a canvas of 683 x 512.
+``windows one by one`` encodes each window alone, upsamples all classes to the window, adds them up on the canvas, divides by the count,
+resizes to the picture and takes the argmax. Pixels are ready in memory; texts are encoded before.
 
 The picture is a photograph of scikit-image. Neighbouring patches of a photograph resemble each other, on which the time of the label map
 depends; ``noise`` is the other extreme, a label map from features without any structure.
@@ -30,6 +30,9 @@ from ovseg.models import PatchFeatures
 from .run import environment
 
 CLASSES, CANVAS, CROP, STRIDE = 171, (512, 683), 512, 426
+TOWERS = {  # architecture and readout
+    "ViT-B/16": ("ViT-B-16-quickgelu", "sclip"), "SigLIP-B/16": ("ViT-B-16-SigLIP", "sclip"), "ConvNeXt-B": ("convnext_base_w", "clip"),
+}
 
 
 def photograph() -> torch.Tensor:
@@ -55,19 +58,32 @@ def one_by_one(model, pixels: torch.Tensor, texts: torch.Tensor, origins: torch.
 
 
 def run(*, repeats: int = 7, out: str | None = None, layers: int | None = None) -> list[dict[str, Any]]:
-    """Measure, print, and write JSON if ``out`` is given. ``layers`` cuts the model down, for tests."""
-    torch.manual_seed(0)
-    model = ovseg.create_model("clip_dense_vit_b16", readout="sclip")
-    if layers is not None:
-        blocks = model.backbone.clip.visual.transformer.resblocks
-        del blocks[layers:]
+    """Measure, print, and write JSON if ``out`` is given. ``layers`` cuts the first model down, the only one then, for tests."""
+    rows = []
+    for title, (architecture, readout) in TOWERS.items():
+        torch.manual_seed(0)
+        model = ovseg.create_model("clip_dense", architecture=architecture, readout=readout)
+        if layers is not None:
+            del model.backbone.clip.visual.transformer.resblocks[layers:]
+        rows += [{"tower": title, **row} for row in measure(model, repeats, title)]
+        if layers is not None:
+            break
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+    return rows
+
+
+def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
+    """The rows of one model."""
     texts = F.normalize(torch.randn(CLASSES, model.spec.embed_dim), dim=-1)
     queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
-    picture, facts, rows, rule = photograph(), environment(), [], PatchArgmax()
+    picture, rule = photograph(), PatchArgmax()
+    rows: list[dict[str, Any]] = []
     pixels = model.normalize(picture[None])[0]
     for name, size in (("683x512", CANVAS), ("640x480", (480, 640))):
         view = View(short_side=512, crop=CROP, stride=STRIDE)
-        placement = place(size, view, patch=16, trained=224)
+        placement = place(size, view, patch=model.spec.patch_size, trained=model.spec.image_size)
         assert placement.canvas == CANVAS and placement.origins is not None
         times: dict[str, list[float]] = {"ours": [], "label map": [], "windows one by one": [], "label map, noise": []}
         noise = None
@@ -96,12 +112,9 @@ def run(*, repeats: int = 7, out: str | None = None, layers: int | None = None) 
             "differing labels": int((ours != theirs).sum()), "pixels": ours.numel(), "labels that occur": len(ours.unique()),
         })  # fmt: skip
         share = 100 * rows[-1]["label map share"]
-        print(f"{name}: ours {ms['ours']:.0f} ms, of which the label map {ms['label map']:.1f} = {share:.1f} %; "
+        print(f"{title} {name}: ours {ms['ours']:.0f} ms, of which the label map {ms['label map']:.1f} = {share:.1f} %; "
               f"windows one by one {ms['windows one by one']:.0f}; ratio {rows[-1]['ours over one by one']}; "
               f"{rows[-1]['differing labels']} of {ours.numel()} labels differ, {rows[-1]['labels that occur']} occur; "
               f"label map of noise {ms['label map, noise']:.0f}", flush=True)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
     return rows
 
