@@ -317,4 +317,4 @@ def test_planted_faults_can_still_be_planted():
     for fault in module.FAULTS:
         source = (ROOT / fault.file).read_text()
         assert fault.after in source and fault.right in source[source.index(fault.after) :], fault.name
-        assert fault.right != fault.wrong
+        assert fault.right != fault.wrong and (ROOT / fault.folder).exists(), fault
