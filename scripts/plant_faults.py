@@ -180,8 +180,8 @@ FAULTS += (
     _data("any picture as a replacement", "sources/base.py", "mix(rng_seed, index, attempt) % len(self)",
           "int(torch.randint(len(self), ()))", "test_loader", "depend_on_workers"),
     _data("the last word is cut off", "pairs.py", "int(used[-1]) + 1", "int(used[-1])", "test_data_sources", "padding"),
-    _data("segments of the whole picture", "sources/folder.py", "patch_labels(crops[0][0].numpy()", "patch_labels(maps[0]", "test_data_sources",
-          "segments_are"),
+    _data("segments of the whole picture", "sources/folder.py", "patch_labels(crops[0][0].numpy()", "patch_labels(maps[0]",
+          "test_data_sources", "segments_are"),
 )
 
 
