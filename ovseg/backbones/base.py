@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -100,6 +100,14 @@ class ClipBackbone(nn.Module):
         found = self.encode_patches(images, readout=readout, proxy=proxy)
         assert found.cls is not None
         return DenseTokens(self.project(found.cls), self.project(found.tokens), found.grid)
+
+    def text_facts(self) -> Any:
+        """What a text's embedding depends on beside ``text_parameters``, for JSON: two architectures may hold the same tensors."""
+        return None
+
+    def lasting_options(self) -> dict[str, Any]:
+        """Options beside those that built it which a saved folder needs, because they came with weights that it does not name."""
+        return {}
 
     def check_readout(self, readout: Readout) -> None:
         """Raises ValueError for a readout that the vision tower does not have."""

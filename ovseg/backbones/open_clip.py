@@ -20,7 +20,7 @@ from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.readout import READOUTS, ProxyFeatures, Readout
 from .base import ClipBackbone, DenseTokens, PatchTokens
 from .towers import ClipVit, image_tower
-from .weights import clip_tokenizer, create_clip, import_open_clip
+from .weights import clip_tokenizer, configuration, create_clip, import_open_clip
 
 
 class ClipTokenizer:
@@ -118,6 +118,14 @@ class OpenClipBackbone(ClipBackbone):
     @antialias_positions.setter
     def antialias_positions(self, value: bool) -> None:
         self.tower.antialias = value
+
+    def text_facts(self) -> Any:
+        """The configuration: activation, heads, pooling and tokenizer are in no tensor."""
+        return configuration(self.architecture)
+
+    def lasting_options(self) -> dict[str, Any]:
+        known, seen = configuration(self.architecture), {"mean": self.image_mean, "std": self.image_std}
+        return {} if known.get("preprocess_cfg") == seen else {"architecture": {**known, "preprocess_cfg": seen}}
 
     def check_readout(self, readout: Readout) -> None:
         self.tower.check_readout(readout)

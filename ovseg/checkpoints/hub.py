@@ -93,13 +93,13 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
                                "hf auth login", ways) from error
         except errors.RepositoryNotFoundError as error:
             raise _unavailable(repo, files, f"the Hub knows no {repo}, or it is private (hf auth login)", ways) from error
-        except Exception as error:  # httpx', requests' or urllib3's, as the client's version has it
+        except Exception as error:  # of httpx, httpx2 or requests, as the client's version has it; most are no OSError
             raise _unavailable(repo, files, f"the Hub does not answer ({_line(error)})", ways) from error
         if (facts.size or 0) > 10**6:
             note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
         try:
             path = Path(hub.hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
-        except Exception as error:
+        except Exception as error:  # likewise
             raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
         check_hash(path, f"{PREFIX}{repo}")
         return path

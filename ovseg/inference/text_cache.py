@@ -1,7 +1,8 @@
 """Text embeddings of label sets on disk: 171 classes in 80 templates are 13 680 texts, a minute on a CPU and the same every time.
 
-A file is named by all that its numbers depend on: the weights of the text tower, the texts in their order, the templates, how they are
-averaged, the dtype. Only models with weights of their own are remembered, and not the tiny ones, which are faster than a disk.
+A file is named by all that its numbers depend on: the weights of the text tower, what is made of them (its activation is in no tensor),
+the texts in their order, the templates, how they are averaged, the dtype. Only models with weights of their own are remembered, and not
+the tiny ones, which are faster than a disk.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _path(model: OVSegModel, texts: Sequence[str], templates: str | Sequence[str
     folder = cache_folder()
     if folder is None or model.source is None or sum(p.numel() for p in model.text_parameters()) < _FEW:
         return None
-    asked = [_weights_hash(model), list(texts), list(resolve_templates(templates)), unit]
+    asked = [_weights_hash(model), model.text_facts(), list(texts), list(resolve_templates(templates)), unit]
     return folder / "texts" / f"{hashlib.blake2b(json.dumps(asked).encode(), digest_size=20).hexdigest()}.safetensors"
 
 

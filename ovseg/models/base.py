@@ -215,8 +215,12 @@ class OVSegModel(nn.Module):
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
     def text_parameters(self) -> list[nn.Parameter]:
-        """What ``encode_text`` depends on."""
+        """The parameters that ``encode_text`` depends on."""
         return self.backbone.text_parameters()
+
+    def text_facts(self) -> Any:
+        """What ``encode_text`` depends on beside them, for JSON."""
+        return self.backbone.text_facts()
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> Path:
         """A folder for ``from_pretrained``; see ``saving.save_pretrained``."""

@@ -49,7 +49,7 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
     if not is_name(name):
         if pretrained is None and (":" in name or Path(name).exists()):
             return from_pretrained(name, device=device, **options)
-        raise InputError(f"{unknown(name)}; model is {name!r}; expected one of {list_models()}")
+        raise InputError(f"model is {name!r}; expected one of {list_models()}, or one of open_clip's: {unknown(name)}")
     model = build(name, options) if pretrained is None else _load(name, str(pretrained), options)
     if model.source is None and pretrained is not None:
         model.source = str(pretrained)
@@ -191,7 +191,7 @@ def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path 
     options = dict(options)
     if chosen != architecture_of(name):
         options["architecture"] = chosen
-    if _has_class_token(chosen):
+    if _is_clips_own(chosen):
         options.setdefault("readout", DEFAULT_READOUT)
     model = build(name, options)
     load_clip(model.backbone.clip, source)
@@ -199,7 +199,8 @@ def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path 
     return model
 
 
-def _has_class_token(architecture: str | dict[str, Any]) -> bool:
-    """Readouts are of the last attention: of CLIP's own transformer, not of convolutions."""
+def _is_clips_own(architecture: str | dict[str, Any]) -> bool:
+    """Whether the image tower is open_clip's own transformer, for which the default readout was published; timm's are read out as they
+    are."""
     vision = configuration(architecture)["vision_cfg"]
     return isinstance(vision.get("layers", 12), int) and not {"timm_model_name", "timm_kwargs"} & vision.keys()

@@ -28,6 +28,7 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     options = {key: value for key, value in model.config.items() if key != "clip"}  # the weights are all in the file
     if isinstance(options.get("backbone"), dict):
         options["backbone"] = {key: value for key, value in options["backbone"].items() if key != "clip"}
+    options |= model.backbone.lasting_options()
     if isinstance(options.get("architecture"), dict):
         options["architecture"] = _with_tokenizer(options["architecture"], folder)
     text = json.dumps({"format": 1, "model": model.name, "options": options, **facts}, indent=2)

@@ -207,6 +207,10 @@ def test_texts_are_remembered_on_disk(weights, tmp_path, monkeypatch):
     with torch.no_grad():
         again.backbone.clip.ln_final.weight.mul_(1.5)
     assert not torch.equal(texts(again), first) and calls  # other weights
+    plain = {**CONFIG, "quick_gelu": False}  # the same tensors under another activation
+    (tmp_path / "clip.safetensors").write_bytes(weights)
+    other = ovseg.create_model("clip_dense", str(tmp_path / "clip.safetensors"), architecture=plain)
+    assert not torch.equal(texts(other), first) and calls
     monkeypatch.setenv("OVSEG_CACHE", "off")
     texts()
     assert calls
