@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))  # unreadable.py, for tests in other folders too
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))  # emulation.py likewise
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of two workers on two cores wait for each other a third of the time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks for a download fails at once
 
 import pytest
