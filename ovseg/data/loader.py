@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from .batch_types import Batch
 from .draws import mix
 from .order import EpochOrder, rank_slice
 from .sources.base import Source
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Waiting:
@@ -112,7 +115,8 @@ class Loader:
         places = count(first) if self.epochs is None else range(first, len(self))
         # A generator of its own: DataLoader would take its seed from torch's global one, and so change what training draws.
         loader = DataLoader(self._steps, batch_size=None, sampler=places, generator=torch.Generator().manual_seed(self.seed), **self._how)
-        iterator = iter(loader)
+        with _signals_held():
+            iterator = iter(loader)
         self.waiting.restart()
         atexit.register(self.close)  # Python's own end would send one SIGTERM to the workers and wait
         try:
@@ -226,6 +230,21 @@ def _start_worker(number: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _last_minute)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """A signal that comes while workers start waits, here until all of them run, in a worker until it knows what to do with it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _last_minute(*_: object) -> None:

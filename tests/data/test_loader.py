@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from loading import INPUTS, joined, pairs, same
 from PIL import Image
 
 import ovseg
+import ovseg.data.loader as loader_module
 from ovseg.data.loader import Loader
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, load_options
@@ -266,6 +268,34 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(folder):
             os.kill(pid, signal.SIGTERM)
         for _ in range(12):  # past what was read before
             next(iterator)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_signal_finds_workers_that_only_start(folder, monkeypatch):
+    def slow_start(number):
+        time.sleep(0.5)
+        start(number)
+
+    start = loader_module._start_worker
+    monkeypatch.setattr(loader_module, "_start_worker", slow_start)
+    before = set(children())
+    sent = []
+
+    def send():
+        while len(started := set(children()) - before) < 2:
+            time.sleep(0.01)
+        for pid in started:
+            os.kill(pid, signal.SIGTERM)
+            sent.append(pid)
+
+    sender = threading.Thread(target=send)
+    with Loader(folder, 4, workers=2) as loader:
+        sender.start()
+        iterator = iter(loader)
+        for _ in range(12):
+            next(iterator)
+    sender.join()
+    assert len(sent) == 2
 
 
 def test_an_error_of_the_data_crosses_as_it_is(tmp_path):
