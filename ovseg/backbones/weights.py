@@ -292,7 +292,7 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
         try:
             tree = json.loads(path.read_text("utf-8"))
             config = {**tree["model_cfg"], "preprocess_cfg": {key: tuple(tree["preprocess_cfg"][key]) for key in ("mean", "std")}}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg") from error
         if (folder / "tokenizer.json").is_file() and config["text_cfg"].get("hf_tokenizer_name"):
             config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
@@ -309,7 +309,7 @@ def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | 
     try:
         tree = json.loads(config.read_text("utf-8"))
         return next((tree[key] for key in keys if key in tree), None)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..text_files import records_of
 from .sources import Source
 
 
@@ -25,13 +26,11 @@ class Journal:
         self.path = folder / "ovseg_segment.jsonl"
         self.key = f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
         self._done: dict[str, list[Any]] = {}
-        if self.path.exists():
-            for line in self.path.read_text("utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._done[entry["name"]] = [entry["settings"], *entry["source"]]
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line that a kill cut off
+        for entry in records_of(self.path)[0]:  # without the line that a kill cut off
+            try:
+                self._done[entry["name"]] = [entry["settings"], *entry["source"]]
+            except (KeyError, TypeError):
+                continue
 
     def has(self, source: Source, files: Sequence[Path]) -> bool:
         """Whether this picture, as it is now, was written under these settings and its files are still there."""

@@ -143,7 +143,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
         plain: Any = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):

@@ -39,7 +39,7 @@ def batch_of(source, indices, seed=0):
     ({"kind": "folder", "augment": {"scal": [0.1, 1]}}, "data.augment.scal"),
     ({"kind": "scenes", "captions": "many"}, "data.captions"),
     ({"kind": "folder"}, "data.root is null; with data.kind=folder"),
-    ({"kind": "folder", "root": ".", "captions": 0}, "data.captions is 0; expected at least 1"),
+    ({"kind": "folder", "root": ".", "captions": 0}, "data.captions is 0; expected 1 to 1000"),
     ({"kind": "folder", "root": ".", "superpixel_labels": "mode"}, "data.superpixel_labels is 'mode'"),
     ({"kind": "folder", "root": ".", "augment": {"scale": [1, 0.5]}}, r"data.augment.scale is \[1.0, 0.5\]"),
     ({"kind": "scenes", "captions": 9}, "data.captions is 9; expected 1 to 5"),
@@ -236,9 +236,9 @@ def test_equal_captions_are_positives_of_each_other(tmp_path):
 
 @pytest.mark.parametrize("break_it,message", [
     (lambda root: (root / "003.png").write_bytes((root / "003.png").read_bytes()[:300]), "003.png"),
-    (lambda root: (root / "003.txt").write_text(" \n\n"), "003.txt is empty; expected one caption a line"),
-    (lambda root: (root / "003.txt").write_bytes(b"\xff\xfe\xff"), "cannot read captions .*003.txt"),
-    (lambda root: (root / "003.txt").unlink(), "cannot read captions .*003.txt"),
+    (lambda root: (root / "003.txt").write_text(" \n\n"), "003.txt' is empty; expected one caption a line"),
+    (lambda root: (root / "003.txt").write_bytes(b"\xff\xfe\xff"), "captions .*003.txt' is no UTF-8 text, line 1"),
+    (lambda root: (root / "003.txt").unlink(), "captions .*003.txt' does not exist"),
     (lambda root: (root / "003.png").unlink(), "003.png' does not exist"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_replaced_and_told(tmp_path, break_it, message):
@@ -264,10 +264,10 @@ def test_too_many_bad_ones_end_training():
 
 
 def test_folder_without_pairs(tmp_path):
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="data.root .*none' does not exist; expected a folder of pictures"):
         FolderPairs(tmp_path / "none", INPUTS)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"holds 1 pictures, 0 of them with a \.txt; expected at least one"):
+    with pytest.raises(DataError, match=r"holds 1 pictures, 0 of them with a \.txt; found there: 1 pictures; expected name"):
         FolderPairs(tmp_path, INPUTS)
 
 
