@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..paths import no_file
 from ..text_files import records_of
 from .sources import Source
 
@@ -34,8 +35,8 @@ class Journal:
 
     def has(self, source: Source, files: Sequence[Path]) -> bool:
         """Whether this picture, as it is now, was written under these settings and its files are still there."""
-        known = source.path.is_file() and self._done.get(source.name) == [self.key, *_state(source)]
-        return known and all(file.is_file() for file in files)
+        known = no_file(source.path) is None and self._done.get(source.name) == [self.key, *_state(source)]
+        return known and all(no_file(file) is None for file in files)
 
     def add(self, source: Source) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -102,8 +103,8 @@ def _result_names(found: Iterable[tuple[PurePosixPath, Source]]) -> dict[PurePos
         kept |= in_the_way
 
 
-def _place(source: Source) -> tuple[Path, int | None]:
-    return source.path.resolve(), source.offset
+def _place(source: Source) -> tuple[str, int | None]:
+    return os.path.realpath(source.path), source.offset  # Path.resolve fails on links that lead to each other
 
 
 class _Search:
