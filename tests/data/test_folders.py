@@ -90,7 +90,8 @@ def test_the_command_counts_them_and_goes_on(strange, tmp_path, capsys):
 HIDDEN = (".ipynb_checkpoints/a-checkpoint.png", "._a.png", ".hidden.png", ".part.a.png", "__MACOSX/a.png", "@eaDir/a.png")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.bad_input("pictures", f"hidden: {name}"), id=name) for name in HIDDEN])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.bad_input("pictures", f"hidden: {name}"), id=name)
+                                  for name in HIDDEN])
 def test_hidden_ones_are_left_out_everywhere_and_it_is_said_once(name, tmp_path, monkeypatch, capsys, caplog):
     for good in ("a.png", "deep/b.png"):
         picture(tmp_path / "in" / "one" / good).with_suffix(".txt").write_text("gravel")

@@ -39,9 +39,9 @@ def archive(members, **options):
 
 MEMBERS = [(f"{i}.png", picture(i)) for i in range(4)]
 WHOLE = archive(MEMBERS)
-STARTS = [member.offset for member in tarfile.open(fileobj=io.BytesIO(WHOLE))]  # of the headers
-END = STARTS[3] + (STARTS[1] - STARTS[0]) if len({len(data) for _, data in MEMBERS}) == 1 else (
-    STARTS[3] + 512 + -(-len(MEMBERS[3][1]) // 512) * 512)
+SIZES = [512 + -(-len(data) // 512) * 512 for _, data in MEMBERS]  # with header and padding
+STARTS = [sum(SIZES[:i]) for i in range(4)]  # of the headers
+END = sum(SIZES)
 
 
 def named(name, kind):
@@ -73,9 +73,9 @@ CUT = {  # bytes, pictures that can be used, what is said
     "put together by cat": (WHOLE + archive([("9.png", picture(9))]), 4, "more follows its end .* put together by cat"),
     "gzipped under the name of a .tar": (b"\x1f\x8b" + bytes(600), 0, "expected an uncompressed .tar"),
     "no archive": (b"<html>not found</html>" * 99, 0, "damaged or cut off after 0"),
-    "a size below zero": (WHOLE[: STARTS[2]] + header_of_size(b"\xff" * 10 + b"\xfc\x00") + WHOLE[STARTS[2] :], 2, "the header at byte"),
+    "a size below zero": (WHOLE[: STARTS[2]] + header_of_size(b"\xff" * 10 + b"\xfc\x00") + WHOLE[STARTS[2] :], 2, "header at byte"),
     "a size of 2^63": (WHOLE[: STARTS[2]] + header_of_size(b"\x80\0\0\0\x7f" + b"\xff" * 7), 2, "bytes behind the file"),
-    "a chain of long names": (WHOLE[: STARTS[2]] + archive([named("././@LongLink", tarfile.GNUTYPE_LONGNAME)] * 5000), 2, "cut off after 2"),
+    "a chain of long names": (WHOLE[: STARTS[2]] + archive([named("././@LongLink", tarfile.GNUTYPE_LONGNAME)] * 5000), 2, "off after 2"),
 }
 
 
