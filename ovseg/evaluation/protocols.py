@@ -125,14 +125,17 @@ def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: Labe
         raise InputError(f"labels holds {len(label_set)} classes; {data.name} has {data.number - data.background}"
                          + (" besides the background" if data.background else ""))
     background = own.pop("background", tree.get("background", [])) if data.background else []
-    settings = {**tree.get("settings", {}), **own, "background": tuple(background)}
+    wanted = Queries(label_set, background=tuple(background))
+    dropped = [text for text in wanted.background if text not in wanted.rivals]
+    notes = (*tree.get("notes", ()), *([f"left out of the background, being classes: {', '.join(dropped)}"] if dropped else []))
+    settings = {**tree.get("settings", {}), **own, "background": wanted.rivals}
     if "seen_bias" in tree and data.unseen:
         settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
     base = route(settings, View(), Queries(label_set), rule(model.decision)())
     own_values = {name: getattr(value, name) for value in base for name in option_names(value)}
     changed = tuple(f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value)
     changed += ("class texts",) if labels is not None else ()
-    return Protocol(Path(name).stem, int(tree["version"]), tree["title"], tree["source"], tuple(tree.get("notes", ())),
+    return Protocol(Path(name).stem, int(tree["version"]), tree["title"], tree["source"], notes,
                     *route(changes, *base), changed, present_only)
 
 
