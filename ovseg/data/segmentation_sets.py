@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, InputError
+from ..paths import no_file
 from ..text_files import text_of, tree_of
 from .folders import Folder
 from .images import orientation, read_image, upright
@@ -195,7 +196,8 @@ class SegmentationSet:
         if self.listed.repeated:
             logger.warning("%s: %d keys stand several times in the list and count once, the first: %r", self.root / part["list"],
                            len(self.listed.repeated), next(iter(self.listed.repeated)))
-        self.layout = next((layout for layout in layouts if any((self.root / layout.path.format(key)).is_file() for key in keys)), None)
+        self.layout = next((layout for layout in layouts if any(no_file(self.root / layout.path.format(key)) is None for key in keys)),
+                           None)
         if self.layout is None:
             tried = " and ".join(str(self.root / layout.path.format(keys[0])) for layout in layouts)
             raise DataError(f"{self.description.name}: no mask of {len(keys)} pictures is in {self.root}; for the first, {keys[0]!r}, "

@@ -1,14 +1,18 @@
 """Lists, journals and logs: named where they cannot be read, gone on with where a line is damaged."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ovseg.checkpoints.files import load_tensors
+from ovseg.checkpoints.published import read_published
 from ovseg.cli.main import main
 from ovseg.data.scenes import Scenes
-from ovseg.errors import ConfigError, DataError
+from ovseg.errors import CheckpointError, ConfigError, DataError
 from ovseg.inference.folder import Journal
 from ovseg.inference.sources import find_pictures
 from ovseg.models.saving import is_saved, read_config
@@ -120,3 +124,28 @@ def test_a_journal_of_a_name_that_is_too_long(tmp_path):
     (tmp_path / "list.txt").write_text("a.png\n" + "a very long caption " * 20 + ".png\nb.png\n")
     found, problems = find_pictures([str(tmp_path / "list.txt")])
     assert len(found) == 3 and problems == [] and [Journal(tmp_path, {}).has(source, []) for source in found] == [False] * 3
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=pytest.mark.bad_input("data", f"in place of a file: {what}")) for what in (
+    "a folder", "a FIFO", "a device", "a link to nothing")])
+def test_whatever_wants_a_file_says_what_is_there(tmp_path, what, capsys):
+    """Checkpoints, models, recipes, lists and tables alike; never that it does not exist, and never a hang."""
+    path = tmp_path / "x.pt"
+    {"a folder": path.mkdir, "a FIFO": lambda: os.mkfifo(path), "a link to nothing": lambda: path.symlink_to("gone"),
+     "a device": lambda: None}[what]()
+    path = Path("/dev/zero") if what == "a device" else path
+    for read in (load_tensors, read_published):
+        with pytest.raises(CheckpointError, match=f"is {what}; expected"):
+            read(path)
+    with pytest.raises(ConfigError, match=f"recipe is .*, which is {what}; expected a YAML file"):
+        load_recipe(path)
+    if what in ("a FIFO", "a device"):
+        assert main(["segment", "--demo", "-m", str(path), "-o", str(tmp_path / "out")]) in (1, 2)
+        assert f"is {what}; expected" in capsys.readouterr().err
+    with pytest.raises(DataError, match=f"list .* is {what}"):
+        lines_of(path, "list", "lines", DataError)
+    if what != "a folder":  # a folder of pictures may be called x.png
+        picture = tmp_path / "x.png"
+        picture.symlink_to(path)
+        assert main(["segment", str(picture), "--labels", "gravel", "-m", "pacl_tiny", "-o", str(tmp_path / "out")]) in (1, 2, 3)
+        assert f"x.png' is {what}" in capsys.readouterr().err
