@@ -17,6 +17,7 @@ UNREAD = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xc
           ".emf", ".ico", ".icns", ".cur", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ras", ".sgi", ".rgb", ".xbm", ".xpm", ".fits", ".dcm",
           ".djvu", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
           ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq", ".flif", ".bpg", ".pam")  # fmt: skip
+_READ = frozenset(SUFFIXES)
 _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # copies and thumbnails, never the pictures
 
 
@@ -63,30 +64,31 @@ class Folder:
             self.bad.append(f"{self.root / below}: the folder cannot be looked through: {error.strerror}")
             return [], [], []
         for entry in found:
-            name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()
-            looks = suffix in SUFFIXES or suffix in UNREAD
+            name = entry.name
+            suffix = os.path.splitext(name)[1].lower()
             if hidden(name):
                 self.hidden.append(f"{below}{name}")
-            elif _is(entry, "is_dir"):
-                if entry.is_symlink():
-                    self.bad.append(f"{entry.path}: a link to a folder, which is not followed; give that folder itself")
-                    continue
-                folders.append(name)
-                if looks:
-                    self.bad.append(f"{entry.path}: a folder that is named like a picture")
-            elif not _is(entry, "is_file"):
-                if looks or (entry.is_symlink() and not suffix):  # what it led to may have been a folder
+            elif entry.is_file(follow_symlinks=False) or _leads_to(entry, "is_file"):
+                if suffix in _READ:
+                    pictures.append(name)
+                elif suffix in UNREAD:
+                    self.bad.append(f"{entry.path}: pictures that end in {suffix} are not read; expected one of {', '.join(SUFFIXES)}")
+                else:
+                    others.append(name)
+            elif _leads_to(entry, "is_dir"):
+                self.bad.append(f"{entry.path}: a link to a folder, which is not followed; give that folder itself")
+            else:
+                looks = suffix in _READ or suffix in UNREAD
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                    if looks:
+                        self.bad.append(f"{entry.path}: a folder that is named like a picture")
+                elif looks or (entry.is_symlink() and not suffix):  # what it led to may have been a folder
                     self.bad.append(f"{entry.path} {no_file(entry.path) or 'is gone'}; expected a picture")
                 else:
-                    self.others[suffix or "no suffix"] += 1
-            elif suffix in SUFFIXES:
-                pictures.append(name)
-                self.pictures.append(f"{below}{name}")
-            elif suffix in UNREAD:
-                self.bad.append(f"{entry.path}: pictures that end in {suffix} are not read; expected one of {', '.join(SUFFIXES)}")
-            else:
-                others.append(name)
-                self.others[suffix or "no suffix"] += 1
+                    others.append(name)
+        self.pictures += [f"{below}{name}" for name in pictures]
+        self.others.update(os.path.splitext(name)[1].lower() or "no suffix" for name in others)
         return pictures, others, folders
 
     def found(self) -> str:
@@ -125,8 +127,9 @@ def look(root: str | Path) -> Folder:
     return folder
 
 
-def _is(entry: os.DirEntry, what: str) -> bool:
+def _leads_to(entry: os.DirEntry, what: str) -> bool:
+    """Whether it is a link to a file (``is_file``) or to a folder (``is_dir``)."""
     try:
-        return getattr(entry, what)()
+        return entry.is_symlink() and getattr(entry, what)()
     except OSError:  # a link that leads back to itself
         return False
