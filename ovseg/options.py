@@ -42,3 +42,13 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
+
+
+def within(name: str, value: int, low: int, high: int, error: type[Exception] = ConfigError) -> None:
+    """Whether an integer makes sense; what sizes memory or starts processes has an upper end too.
+
+    Raises:
+        error: naming it and both ends.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise error(f"{name} is {value!r}; expected {low} to {high}")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
+from ..paths import no_file
 from ..replacing import replacing
 
 
@@ -28,8 +29,8 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         CheckpointError: if the file is missing, truncated or no safetensors file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a safetensors file")
+    if (what := no_file(path)) is not None:
+        raise CheckpointError(f"{path} {what}; expected a safetensors file")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

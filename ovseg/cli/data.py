@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+_MOST_SCENES = 10_000  # of a contact sheet
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -43,6 +45,15 @@ def run(options: argparse.Namespace) -> int:
     return verbs[options.action](options)
 
 
+def _names(text: str) -> list[str]:
+    from ..errors import InputError
+
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"data is {text!r}; expected names separated by commas, such as voc21,ade150")
+    return names
+
+
 def _list(options: argparse.Namespace) -> int:
     from ..data.segmentation_sets import describe, list_sets
 
@@ -61,12 +72,15 @@ def _check(options: argparse.Namespace) -> int:
 
     from ..data.check import check_set
     from ..data.segmentation_sets import SegmentationSet
+    from ..errors import InputError
+    from ..paths import check_new_folder
 
     if options.sample is not None and options.sample < 1:
-        raise ValueError(f"--sample is {options.sample}; expected at least 1")
+        raise InputError(f"--sample is {options.sample}; expected at least 1")
+    if options.out:
+        check_new_folder(Path(options.out), "--out", InputError)
     wrong = 0
-    for name in options.data.split(","):
-        data = SegmentationSet(name, options.root, options.split)
+    for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
         report = check_set(data, sample=options.sample, progress=True)
         print(report)
         wrong += len(report.wrong)
@@ -74,7 +88,6 @@ def _check(options: argparse.Namespace) -> int:
             from ..evaluation.plots import plot_bars
 
             out = Path(options.out)
-            out.mkdir(parents=True, exist_ok=True)
             stem = f"{data.description.name}_{options.split}"
             (out / f"{stem}.json").write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
             plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
@@ -84,31 +97,42 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    import sys
+
     from ..data.check import convert_masks
     from ..data.segmentation_sets import SegmentationSet
 
-    for name in options.data.split(","):
-        data = SegmentationSet(name, options.root, options.split)
-        written, left = convert_masks(data, progress=True)
-        print(f"{name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there")
-    return 0
+    bad: list[str] = []
+    for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
+        written, left, failed = convert_masks(data, progress=True)
+        print(f"{data.description.name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there"
+              + (f", {len(failed)} skipped" if failed else ""))
+        bad += failed
+    for line in bad:
+        print(f"skipped: {line}", file=sys.stderr)
+    return 3 if bad else 0
 
 
 def _superpixels(options: argparse.Namespace) -> int:
     import sys
     from pathlib import Path
 
-    from ..data.images import SUFFIXES
+    from ..data.folders import look
     from ..data.superpixels import write_superpixels
     from ..errors import InputError
+    from ..paths import no_folder
+    from ..progress import note
 
-    root = Path(options.root)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES) if root.is_dir() else []
-    if not files:
-        raise InputError(f"{options.root!r} is no folder with pictures")
-    pictures = [(path.relative_to(root).as_posix(), path) for path in files]
-    count, bad = write_superpixels(pictures, Path(options.out), workers=options.workers, progress=True, scale=options.scale,
-                                   sigma=options.sigma, min_size=options.min_size)
+    if (what := no_folder(options.root)) is not None:
+        raise InputError(f"root {options.root!r} {what}; expected a folder of pictures")
+    seen = look(options.root)
+    if not seen.pictures:
+        raise InputError(f"root {options.root!r} holds no picture but {seen.found()}; expected pictures, in any depth of folders")
+    for line in seen.left_out():
+        note(line)
+    count, bad = write_superpixels([(name, seen.root / name) for name in seen.pictures], Path(options.out), workers=options.workers,
+                                   progress=True, scale=options.scale, sigma=options.sigma, min_size=options.min_size)
+    bad = seen.bad + bad
     print(f"{count} pictures cut up into {options.out} ({Path(options.out).stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)
@@ -116,11 +140,21 @@ def _superpixels(options: argparse.Namespace) -> int:
 
 
 def _browse(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
     import numpy as np
 
+    from ..data.images import SUFFIXES
     from ..data.scenes import Scenes
+    from ..errors import InputError
     from ..inference.pictures import colour, contact_sheet, palette
+    from ..paths import check_new_file
 
+    if not 1 <= options.count <= _MOST_SCENES:
+        raise InputError(f"--count is {options.count}; expected 1 to {_MOST_SCENES}")
+    if Path(options.out).suffix.lower() not in SUFFIXES:
+        raise InputError(f"--out is {options.out!r}; expected a picture's name, such as scenes.png")
+    check_new_file(Path(options.out), "--out", InputError)
     scenes = Scenes(options.form, options.split, options.count, options.seed)[:]
     vocabulary = Scenes(options.form, options.split, 0).vocabulary
     count = len(vocabulary.classes)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..paths import no_file
+from ..text_files import records_of
 from .sources import Source
 
 
@@ -25,18 +27,16 @@ class Journal:
         self.path = folder / "ovseg_segment.jsonl"
         self.key = f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
         self._done: dict[str, list[Any]] = {}
-        if self.path.exists():
-            for line in self.path.read_text("utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._done[entry["name"]] = [entry["settings"], *entry["source"]]
-                except (ValueError, KeyError, TypeError):
-                    continue  # the line that a kill cut off
+        for entry in records_of(self.path)[0]:  # without the line that a kill cut off
+            try:
+                self._done[entry["name"]] = [entry["settings"], *entry["source"]]
+            except (KeyError, TypeError):
+                continue
 
     def has(self, source: Source, files: Sequence[Path]) -> bool:
         """Whether this picture, as it is now, was written under these settings and its files are still there."""
-        known = source.path.is_file() and self._done.get(source.name) == [self.key, *_state(source)]
-        return known and all(file.is_file() for file in files)
+        known = no_file(source.path) is None and self._done.get(source.name) == [self.key, *_state(source)]
+        return known and all(no_file(file) is None for file in files)
 
     def add(self, source: Source) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import distributed
 from ..models import OVSegModel, save_pretrained
+from ..text_files import records_of
 from . import state
 from .stages import BEST, Run
 
@@ -107,8 +108,8 @@ class Validation(Hook):
         if not distributed.is_main():
             return
         path = self.folder / "validation.jsonl"
-        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        before = [entry for entry in before if entry["step"] < done]  # a killed run does some again
+        # A killed run does some again.
+        before = [entry for entry in records_of(path)[0] if isinstance(entry.get("step"), int) and entry["step"] < done]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})))
         logger.info("validation after step %d: %s", done, ", ".join(f"{name} {value}" for name, value in figures.items()))
         of_stage = [entry.get("miou", -math.inf) for entry in before if entry["step"] > trainer.state.done]

@@ -20,6 +20,7 @@ from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError
 from ..models import OVSegModel, create_model, from_pretrained
 from ..objectives import Objective, create_objective
+from ..text_files import records_of
 from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
 from .state import complete, facts_of
 
@@ -190,11 +191,8 @@ def _forget_after(log: Path, step: int) -> None:
     """Drop log lines that a killed run wrote after its last checkpoint, and a half-written last line."""
     if not log.exists():
         return
-    lines = []
-    for line in log.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] < step:
-                lines.append(line)
-        except (ValueError, KeyError):
-            continue
-    log.write_text("".join(line + "\n" for line in lines))
+    entries, damaged = records_of(log)
+    if damaged > 1:
+        logger.warning("%s: %d lines are damaged and are dropped", log, damaged)
+    kept = [entry for entry in entries if isinstance(entry.get("step"), int) and entry["step"] < step]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
