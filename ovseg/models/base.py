@@ -115,6 +115,7 @@ class OVSegModel(nn.Module):
         decision: name of its rule of labelling, a file of ``inference/decisions``.
         objective: name of what trains it, a file of ``objectives``.
         published: the layout of published checkpoints, or None.
+        model_types: what transformers calls the model, where it has it -> the preset that a folder of it is built on.
         source: where its weights come from, as ``from_pretrained`` or a tag names it; None for random weights.
     """
 
@@ -122,6 +123,7 @@ class OVSegModel(nn.Module):
     decision: ClassVar[str] = "patches"
     objective: ClassVar[str] = ""
     published: Published | None = None
+    model_types: ClassVar[dict[str, str]] = {}
     backbone: ClipBackbone
     name: str = ""
     source: str | None = None
@@ -132,6 +134,11 @@ class OVSegModel(nn.Module):
         super().__init__()
         self.options, self.templates, self.config = options, options.templates, {}
         self.backbone = build_backbone(**options.backbone)
+
+    @classmethod
+    def folder_options(cls, folder: Path) -> dict[str, Any]:
+        """The options of a folder of transformers that holds one of ``model_types``."""
+        raise NotImplementedError
 
     def forward(self, images: torch.Tensor) -> PatchFeatures:
         """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""
