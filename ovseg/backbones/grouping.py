@@ -80,6 +80,10 @@ class GroupingBackbone(ClipBackbone):
     def text_facts(self) -> Any:
         return self.text.facts()
 
+    def lasting_options(self) -> dict[str, Any]:
+        """Weights that the text tower began with are in the saved file."""
+        return {"text": {key: x for key, x in self.options.text.items() if key != "weights"}} if self.options.text.get("weights") else {}
+
     @property
     def vision_blocks(self) -> Sequence[AttentionBlock]:
         return self.image.blocks

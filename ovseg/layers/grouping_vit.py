@@ -142,13 +142,13 @@ class GroupingViT(nn.Module):
                              "depth and a number of group tokens a stage, tokens in the first, and groups for each stage with tokens")
         if local_depth is not None and patch_size != LOCAL_PATCH:
             raise ValueError(f"patch_size is {patch_size} and local_depth {local_depth}; expected {LOCAL_PATCH}, the step of the stem")
-        self.side = image_size // patch_size
+        self.side, self.patch_size = image_size // patch_size, patch_size
         if local_depth is None:
             self.patch_embed: nn.Module = _PatchEmbed(width, patch_size, patch_norm)
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.side**2, width), std=0.02))
         else:
             self.patch_embed, self.pos_embed = _LocalEmbed(width, local_depth), None
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        rates = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         left, stages, before = list(groups), [], 0
         for i, (depth, tokens) in enumerate(zip(depths, group_tokens, strict=True)):
             first = sum(depths[:i])
@@ -172,6 +172,12 @@ class GroupingViT(nn.Module):
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed[0], (self.side, self.side), grid, antialias=False, prefix=0)
         return x, grid
+
+    def grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """(h, w) of the tokens of pictures of (H, W) pixels."""
+        partial = self.pos_embed is None  # the stem sees what is left at the border, a convolution of patches does not
+        height, width = (-(-side // self.patch_size) if partial else side // self.patch_size for side in size)
+        return height, width
 
     def forward(self, images: torch.Tensor, noises: Sequence[Noise] | None = None) -> VisionGroups:
         """``images`` [B, 3, H, W], normalised; ``noises``: of each grouping block, see ``GroupingBlock``."""

@@ -19,7 +19,7 @@ from ..backbones.weights import (
     settled,
     tags_of,
 )
-from ..checkpoints.files import check_fit, load_weights
+from ..checkpoints.files import check_fit, load_tensors, load_weights
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..checkpoints.transformers_layout import folder_weights
@@ -133,7 +133,10 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     if name is not None and saved["model"] != name:
         raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
     model = build(saved["model"], {**saved["options"], **options})
-    load_weights(model, folder / "model.safetensors")
+    weights, own = load_tensors(folder / "model.safetensors"), model.state_dict()
+    weights = {name: x for name, x in weights.items() if name in own or not name.startswith(model.training_only or "\0")}
+    check_fit(folder / "model.safetensors", weights, own)
+    model.load_state_dict(weights)
     return model
 
 
@@ -187,7 +190,7 @@ def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[st
     """A published checkpoint without the name of its model: of the systems that recognise it, the preset that it fits."""
     refusal = None
     for name in list_models():
-        if not is_name(name) or architecture_of(name) is None or system_type(preset_of(name)["system"]).published is None:
+        if name.endswith("_tiny") or not system_type(preset_of(name)["system"]).may_have_published(state):
             continue
         model = build(name, options)
         if model.published is None or not model.published.recognises(state):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..base import MAX_SCALE
 from ..grouping import GroupingSystem, GroupingSystemOptions
-from ..published import Published
+from ..published import Published, State
 from .published import LAYOUT, folder_options
 
 
@@ -54,6 +54,10 @@ class GroupViT(GroupingSystem):
     def noun_scale(self) -> torch.Tensor | None:
         """As ``logit_scale``, for the contrast with nouns."""
         return None if self.multi_label_logit_scale is None else self.multi_label_logit_scale.exp().clamp(max=MAX_SCALE)
+
+    @classmethod
+    def may_have_published(cls, state: State) -> bool:
+        return LAYOUT.recognises(state)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found = super().parts()
