@@ -10,7 +10,7 @@ over the steps, which stops where they are there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,9 +89,9 @@ class OVSegmentorObjective(Objective):
         texts = {"text": batch.token_ids}
         texts |= {"question": batch.question_ids, "answer": batch.answer_ids} if entity else {}
         texts |= {"prompt": batch.entity_token_ids} if mask else {}
-        if any(len(ids) != len(batch) for ids in texts.values()):
-            counts = [len(ids) for ids in texts.values()]
-            raise InputError(f"the batch has {len(batch)} pictures and {counts} texts; expected one a picture")
+        counts = {name: len(ids) for name, ids in texts.items() if name != "text"}
+        if any(count != len(batch) for count in counts.values()):
+            raise InputError(f"the batch has {len(batch)} pictures and {counts}; expected one each a picture")
         states = dict(zip(texts, model.text.encode_together(list(texts.values()), pads=published), strict=True))
         images = self.images(batch)
         found = model.image(images, group_noises(model, batch, progress))
@@ -139,7 +139,8 @@ class OVSegmentorObjective(Objective):
         if self.weights["entity"]:
             assert model.bridge_projector is not None
             completed = model.bridge_projector(rows["completed"], group)
-            losses["entity"] = image_text_contrast(completed, projected["answer"], scale, batch, group)
+            answers = replace(batch, text_ids=batch.image_ids, text_entities=batch.answer_entities)
+            losses["entity"] = image_text_contrast(completed, projected["answer"], scale, answers, group)
         if self.weights["mask"]:
             losses["mask"] = self._mask(rows, groups, projected["prompt"], model.image.grid(batch.partner.shape[2:]), group)
         total = torch.stack([self.weights[name] * at_least_float32(loss) for name, loss in losses.items()]).sum()

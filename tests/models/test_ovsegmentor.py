@@ -456,7 +456,7 @@ def test_losses_and_options_that_cannot_be():
         ovseg.create_model("ovsegmentor_tiny", depths=[0, 0, 0], group_tokens=[32, 8, 0], groups=[32, 8])
     batch = tiny_batch(one)
     batch.question_ids = batch.question_ids[:2]
-    with pytest.raises(ValueError, match=r"the batch has 4 pictures and \[4, 2, 4\] texts; expected one a picture"):
+    with pytest.raises(ValueError, match=r"the batch has 4 pictures and \{'question': 2, 'answer': 4\}; expected one each a pict"):
         create_objective(one)(batch)
     without = create_objective(one, weights={"entity": 0.0})
     assert set(without(tiny_batch(one))) == {"total", "contrastive"} and "entities" not in one.options.trained
