@@ -16,12 +16,42 @@ kept for backward has the size of M.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..errors import InputError
 
 _ROWS = 4  # of the upsampled target at a time
+_PARTS = 8  # of the pictures, one after another
+
+
+class _Axis(NamedTuple):
+    """One axis of U: ``table`` [outputs, samples], and the ``outermost`` of its rows, first or last in their cell, [rows, samples]."""
+
+    table: torch.Tensor
+    outermost: torch.Tensor
+
+    @classmethod
+    def of(cls, samples: int, outputs: int, device: torch.device) -> _Axis:
+        steps, cells = max(1, outputs - 1), max(1, samples - 1)
+        at = torch.arange(outputs, dtype=torch.float64, device=device) * (samples - 1) / steps
+        table = (1 - (at[:, None] - torch.arange(samples, device=device)).abs()).clamp(min=0)
+        cell = [min(row * cells // steps, cells - 1) for row in range(outputs)]  # in integers
+        kept = [row for row in range(outputs) if row in (0, outputs - 1) or cell[row] != cell[row - 1] or cell[row] != cell[row + 1]]
+        return cls(table, table[kept])
+
+
+class _Target(NamedTuple):
+    """What is needed of some pictures: ``match`` [B, G]; ``marked`` [B, G, h, w], U^T t of the matched target, and ``count`` [B, G], the
+    sum of t; of the prediction's least and largest pixel the row and the column of U, [2, B, G, h] and [2, B, G, w]."""
+
+    match: torch.Tensor
+    marked: torch.Tensor
+    count: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
 
 
 def mask_consistency(prediction: torch.Tensor, target: torch.Tensor, size: tuple[int, int],
@@ -34,69 +64,51 @@ def mask_consistency(prediction: torch.Tensor, target: torch.Tensor, size: tuple
         size: (H, W), at least h and w.
         ratio: of (1), 0 .. 1.
     """
-    if prediction.shape != target.shape or prediction.dim() != 4:
+    if prediction.shape != target.shape or prediction.dim() != 4 or not len(prediction):
         raise InputError(f"prediction and target have shapes {list(prediction.shape)} and {list(target.shape)}; expected one [B, G, h, w]")
     if size[0] < prediction.shape[2] or size[1] < prediction.shape[3]:
         raise InputError(f"size is {tuple(size)} and the maps are {tuple(prediction.shape[2:])}; expected at least as much")
-    # Sums over 50 000 pixels, differences of large numbers: double precision costs nothing at the size of these maps.
-    kind = {"dtype": torch.float64, "device": prediction.device}
-    rows, columns = (upsampling(n, N, **kind) for n, N in zip(prediction.shape[2:], size, strict=True))
+    rows, columns = (_Axis.of(n, N, prediction.device) for n, N in zip(prediction.shape[2:], size, strict=True))
     with torch.no_grad():
-        match = matching(prediction, target, rows, columns)
-        marked, count = marked_samples(target, rows, columns, ratio)
-        marked, count = marked.gather(1, match[..., None, None].expand_as(marked)), count.gather(1, match)
-    m = prediction.double()
-    low, high = extremes(m, rows, columns)
+        pictures = max(1, len(prediction) // _PARTS)
+        pairs = zip(prediction.split(pictures), target.split(pictures), strict=True)
+        parts = [_prepare(a, b, rows, columns, ratio) for a, b in pairs]
+        match, marked, count = (torch.cat(part) for part in zip(*(part[:3] for part in parts), strict=True))
+        row, column = (torch.cat(part, 1) for part in zip(*(part[3:] for part in parts), strict=True))
+        del parts
+    m = prediction.double()  # differences of large sums
+    low, high = torch.einsum("xbgh,bghw,xbgw->xbg", row, m, column)
     span = (high - low).clamp(min=1e-12)  # a constant map predicts nothing
-    total = (m * (rows.sum(0)[:, None] * columns.sum(0))).sum((2, 3))
+    total = torch.einsum("bghw,h,w->bg", m, rows.table.sum(0), columns.table.sum(0))
     p = (total - size[0] * size[1] * low) / span
-    both = ((m * marked).sum((2, 3)) - count * low) / span
+    both = (torch.einsum("bghw,bghw->bg", m, marked) - count * low) / span
     dice = 1 - (2 * both.sum(1) + 1) / (p.sum(1) + count.sum(1) + 1)
     return dice.to(torch.promote_types(prediction.dtype, torch.float32)), match
 
 
-def upsampling(samples: int, outputs: int, **kind) -> torch.Tensor:
-    """[outputs, samples]: one axis of U."""
-    at = torch.arange(outputs, **kind) * ((samples - 1) / max(1, outputs - 1))
-    return (1 - (at[:, None] - torch.arange(samples, **kind)).abs()).clamp(min=0)
-
-
-def outermost(table: torch.Tensor) -> torch.Tensor:
-    """The rows of an axis of U that are first or last in their cell."""
-    outputs, samples = table.shape
-    # In integers: a row's cell is floor(row (samples - 1) / (outputs - 1)).
-    cell = [min(row * (samples - 1) // max(1, outputs - 1), max(0, samples - 2)) for row in range(outputs)]
-    kept = [row for row in range(outputs) if row in (0, outputs - 1) or cell[row] != cell[row - 1] or cell[row] != cell[row + 1]]
-    return table[kept]
-
-
-def extremes(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least and largest pixel [B, G] of upsampled maps, with their gradient."""
-    samples = (outermost(rows) @ maps @ outermost(columns).T).flatten(2)
-    return samples.min(-1).values, samples.max(-1).values
-
-
-def marked_samples(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(U^T t [B, G, h, w], sum of t [B, G]) of (1)."""
-    m = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    top = extremes(m.double(), rows, columns)[1]
-    limit = (ratio * top.sigmoid()).logit().to(m.dtype)[..., None, None]  # sigmoid is monotone: its argument is compared
-    across, down = columns.to(m.dtype), rows.to(m.dtype)
-    marked = torch.zeros_like(maps, dtype=torch.float64)
-    for start in range(0, len(down), _ROWS):
-        part = down[start : start + _ROWS]
-        t = (part @ m @ across.T >= limit).to(m.dtype)
-        marked += (part.T @ (t @ across)).double()
-    return marked, marked.sum((2, 3))  # each row of U sums to one
-
-
-def matching(prediction: torch.Tensor, target: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(2): [B, G], computed on the CPU for all pictures at once."""
-    gram = (rows.T @ rows), (columns.T @ columns)
+def _prepare(prediction: torch.Tensor, target: torch.Tensor, rows: _Axis, columns: _Axis, ratio: float) -> _Target:
     a, b = prediction.double(), target.double()
+    match = _matching(a, b, rows.table, columns.table)
+    b = b.gather(1, match[..., None, None].expand_as(b))
+    top = (rows.outermost @ b @ columns.outermost.T).amax((2, 3))
+    limit = (ratio * top.sigmoid()).logit()[..., None, None]  # sigmoid is monotone: its argument is compared
+    marked = torch.zeros_like(b)
+    across = columns.table.float()
+    for part in rows.table.float().split(_ROWS):
+        t = (part @ b.float() @ across.T >= limit.float()).float()
+        marked += part.T @ (t @ across)
+    corners = (rows.outermost @ a @ columns.outermost.T).flatten(2)
+    at = torch.stack([corners.argmin(-1), corners.argmax(-1)])
+    width = len(columns.outermost)
+    # Each row of U sums to one, so the sum of U^T t is that of t.
+    return _Target(match, marked, marked.sum((2, 3)), rows.outermost[at // width], columns.outermost[at % width])
+
+
+def _matching(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(2): [B, G], solved on the CPU."""
+    gram = rows.T @ rows, columns.T @ columns
     ga, gb = (gram[0] @ x @ gram[1] for x in (a, b))
     norms = [(x * gx).sum((2, 3)).clamp(min=1e-24).sqrt() for x, gx in ((a, ga), (b, gb))]
     cosine = torch.einsum("bghw,bkhw->bgk", a, gb) / (norms[0][:, :, None] * norms[1][:, None])
     cost = (2 - 2 * cosine).clamp(min=0).sqrt().cpu().numpy()
-    found = [torch.from_numpy(linear_sum_assignment(one)[1]) for one in cost]
-    return torch.stack(found).to(prediction.device) if found else torch.zeros(0, a.shape[1], dtype=torch.int64, device=a.device)
+    return torch.stack([torch.from_numpy(linear_sum_assignment(one)[1]) for one in cost]).to(a.device)
