@@ -172,13 +172,14 @@ def _row(case: str, mine: np.ndarray, other: np.ndarray, **more: Any) -> dict[st
             "repeats": len(mine)}  # fmt: skip
 
 
-def spread_texts(model: OVSegmentor, count: int) -> torch.Tensor:
-    """Random unit texts, some of them like single groups of random pictures: several classes win."""
+def spread_texts(model: OVSegmentor, count: int, images: torch.Tensor) -> torch.Tensor:
+    """Random unit texts, some of them like single groups of these pictures, none like what all groups have in common: several classes win."""
     with torch.no_grad():
-        groups = model(torch.randn(4, 3, 224, 224)).groups.flatten(0, 1)
-    texts = torch.randn(count, groups.shape[1])
-    texts[: len(groups)] += 3 * F.normalize(groups - groups.mean(0), dim=-1)[:count] * texts.norm(dim=-1)[: len(groups), None]
-    return F.normalize(texts, dim=-1)
+        groups = model(images).groups.flatten(0, 1)
+    common, texts = F.normalize(groups.mean(0), dim=0), torch.randn(count, groups.shape[1])
+    likeness = F.normalize(groups - groups.mean(0), dim=-1)[:count]
+    texts[: len(likeness)] += 3 * likeness * texts.norm(dim=-1)[: len(likeness), None]
+    return F.normalize(texts - (texts @ common)[:, None] * common, dim=-1)
 
 
 def inference(repeats: int) -> dict[str, Any]:
@@ -190,12 +191,14 @@ def inference(repeats: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = ovseg.create_model("ovsegmentor_vit_b16")
-    texts = spread_texts(model, CLASSES)
-    queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
+    with torch.no_grad():
+        model.image.layers[0].group_token.normal_()  # groups that differ, so that labels do
     rule = GroupTables(background_threshold=THRESHOLD)
     placement = place(SIZE, View(short_side=448, crop=448, stride=224), patch=16, trained=224)
     seen = resized(Image.fromarray(data.coffee()).resize(SIZE[::-1]), placement.canvas, "bilinear")
     pixels = model.normalize(seen[None])[0]
+    texts = spread_texts(model, CLASSES, pixels[None, :, :448, :448])
+    queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
 
     @torch.no_grad()
     def ours():

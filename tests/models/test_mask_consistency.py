@@ -111,7 +111,8 @@ def test_the_benchmarks_plain_versions_are_the_same_model():
     pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     model = ovseg.create_model("ovsegmentor_vit_b16", stage=1, **SMALL, text=TEXT)
-    texts, origins, pixels = plain.spread_texts(model, 12), torch.tensor([[0, 0], [0, 16]]), torch.randn(3, 64, 80)
+    origins, pixels = torch.tensor([[0, 0], [0, 16]]), torch.randn(3, 64, 80)
+    texts = plain.spread_texts(model, 12, pixels[None, :, :, :64])
     placement = Placement((50, 90), (64, 80), (64, 64), origins)
     expected = plain.published_labels(model, pixels, texts, placement, 0.3)
     with torch.no_grad():
