@@ -173,7 +173,7 @@ def _row(case: str, mine: np.ndarray, other: np.ndarray, **more: Any) -> dict[st
 
 
 def spread_texts(model: OVSegmentor, count: int, images: torch.Tensor) -> torch.Tensor:
-    """Random unit texts, some of them like single groups of these pictures, none like what all groups have in common: several classes win."""
+    """Random unit texts, some like single groups of these pictures, none like what all groups have in common: several classes win."""
     with torch.no_grad():
         groups = model(images).groups.flatten(0, 1)
     common, texts = F.normalize(groups.mean(0), dim=0), torch.randn(count, groups.shape[1])
