@@ -220,7 +220,12 @@ def test_padding_costs_nothing_and_changes_nothing(golden):
             close(model.text(text).sentence, transformers_states(model, text)[:, 0], 1e-6)
             found = model.image(batch.images, [batch.noise["groups_0"]]).groups
             tokens, seen = model.text(question).padded()
-            close(model.entities(tokens, found, seen), model.entities(dense, found, question != 0), 1e-6)
+            completed = model.entities(dense, found, question != 0)
+            close(model.entities(tokens, found, seen), completed, 1e-6)
+            answer = model.text_projector(transformers_states(model, batch.answer_ids)[:, 0])
+            logits = model.logit_scale * F.normalize(model.bridge_projector(completed), dim=-1) @ F.normalize(answer, dim=-1).T
+            plain = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.T, torch.arange(6))) / 2
+            close(losses[-1]["entity"], plain, 5e-6)  # statistics of six rows
     for name, loss in losses[0].items():
         close(losses[1][name], loss.detach(), 1e-6, name)
     published = create_objective(build(golden, 2).train(), padding="published", teacher="keep")(batch)
