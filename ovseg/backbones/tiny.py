@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..data.tokenizers import END, PAD, WordTokenizer
 from ..layers.block import AttentionBlock
+from ..layers.local_block import LOCAL_PATCH, LocalBlock, local_stem
 from ..layers.readout import READOUTS, ProxyFeatures, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
@@ -43,19 +44,6 @@ class _Block(AttentionBlock):
         return self.mlp(self.norm_2(x))
 
 
-class _LocalBlock(nn.Module):
-    """Depth-wise 3x3 convolution and an MLP over channels. Three of them see 30 pixels, an object and little else."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width, padding_mode="replicate")
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, D, h, w]
-        return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-
-
 @dataclass
 class TinyOptions:
     """``width`` of both towers, ``embed_dim`` E, depth of the local, global and text parts."""
@@ -76,7 +64,7 @@ class TinyClip(ClipBackbone):
     Without a global part (``depth=0``) there is no image embedding; systems that pool patches themselves, as SegCLIP does, need none.
     """
 
-    patch_size = 4
+    patch_size = LOCAL_PATCH
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.25, 0.25, 0.25)
     taps = ("local", "pre_norm", "post_norm")
@@ -87,13 +75,8 @@ class TinyClip(ClipBackbone):
         width, heads = o.width, o.heads
         self.token_dim, self.embed_dim, self.image_size, self.heads = width, o.embed_dim, o.image_size, heads
         self.tokenizer = WordTokenizer(context_length=o.context_length)
-        # Replicated borders: zeros would be a texture of their own along the edge of every picture.
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, 2, 1, padding_mode="replicate"),
-            nn.GELU(),
-            nn.Conv2d(width // 2, width, 3, 2, 1, padding_mode="replicate"),
-        )
-        self.local = nn.Sequential(*(_LocalBlock(width) for _ in range(o.local_depth)))
+        self.stem = local_stem(width)
+        self.local = nn.Sequential(*(LocalBlock(width) for _ in range(o.local_depth)))
         self.cls = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(o.depth))
         self.norm = nn.LayerNorm(width)

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError
 from ..paths import no_file
+from ..replacing import replacing
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write, flush, then rename: a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, part, metadata)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, part, metadata)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import ConfigError, InputError
 from ..progress import bar
-from .published import Published
+from .published import Published, State
 
 _TEXTS_AT_ONCE = 256
 MAX_SCALE = 100.0  # CLIP clips its logit scale there
@@ -115,6 +115,9 @@ class OVSegModel(nn.Module):
         decision: name of its rule of labelling, a file of ``inference/decisions``.
         objective: name of what trains it, a file of ``objectives``.
         published: the layout of published checkpoints, or None.
+        model_types: what transformers calls the model, where it has it -> the preset that a folder of it is built on.
+        starting_options: options that only say what to begin with: a saved folder, which holds all weights, leaves them out.
+        training_only: beginnings of the names of tensors that a saved folder may hold beside those of a model built without them.
         source: where its weights come from, as ``from_pretrained`` or a tag names it; None for random weights.
     """
 
@@ -122,6 +125,9 @@ class OVSegModel(nn.Module):
     decision: ClassVar[str] = "patches"
     objective: ClassVar[str] = ""
     published: Published | None = None
+    model_types: ClassVar[dict[str, str]] = {}
+    starting_options: ClassVar[tuple[str, ...]] = ("clip",)
+    training_only: ClassVar[tuple[str, ...]] = ()
     backbone: ClipBackbone
     name: str = ""
     source: str | None = None
@@ -132,6 +138,16 @@ class OVSegModel(nn.Module):
         super().__init__()
         self.options, self.templates, self.config = options, options.templates, {}
         self.backbone = build_backbone(**options.backbone)
+
+    @classmethod
+    def folder_options(cls, folder: Path) -> dict[str, Any]:
+        """The options of a folder of transformers that holds one of ``model_types``."""
+        raise NotImplementedError
+
+    @classmethod
+    def may_have_published(cls, state: State) -> bool:
+        """Whether a checkpoint could be one of this system's, told without building a model."""
+        return cls.published is not None
 
     def forward(self, images: torch.Tensor) -> PatchFeatures:
         """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""

@@ -25,9 +25,10 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     """Write ``config.json`` and ``model.safetensors``. ``facts`` (metrics, seed, ...) go into the config as they are."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {key: value for key, value in model.config.items() if key != "clip"}  # the weights are all in the file
+    # The weights are all in the file.
+    options = {key: value for key, value in model.config.items() if key not in model.starting_options}
     if isinstance(options.get("backbone"), dict):
-        options["backbone"] = {key: value for key, value in options["backbone"].items() if key != "clip"}
+        options["backbone"] = {key: value for key, value in options["backbone"].items() if key not in model.starting_options}
     options |= model.backbone.lasting_options()
     if isinstance(options.get("architecture"), dict):
         options["architecture"] = _with_tokenizer(options["architecture"], folder)
