@@ -86,7 +86,10 @@ def test_the_projections_fold_exactly(queries, keys):
                ((block.attn.q_proj, x), (block.attn.k_proj, y), (block.attn.v_proj, y)))
     o = ((q @ k.transpose(2, 3) * 8**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
     mid = x + block.attn.proj(o)
-    torch.testing.assert_close(block(x, y), block.norm_post(mid + block.mlp(block.norm2(mid))))
+    expected, called = block.norm_post(mid + block.mlp(block.norm2(mid))), []
+    block.attn.k_proj.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(block(x, y), expected)
+    assert bool(called) == (queries > keys)
 
 
 @pytest.mark.parametrize("pads", [False, True])
