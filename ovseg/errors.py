@@ -19,3 +19,12 @@ class CheckpointError(RuntimeError):
 
 class WeightsError(InputError):
     """Weights that can be had neither from the cache nor from the network."""
+
+
+class NoCheckpoint(CheckpointError, InputError):
+    """A checkpoint that is not where it was said to be."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its text; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -10,13 +11,15 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 
 _T = TypeVar("_T")
 
 
-def unknown_key(key: str, known: Iterable[str], where: str = "") -> ConfigError:
-    """The error for a key that does not exist."""
+def unknown_key(key: str, known: Iterable[str], where: str = "", moved: Mapping[str, str] | None = None) -> ConfigError:
+    """The error for a key that does not exist; ``moved``: names of earlier versions -> what stands for them now."""
+    if moved and key in moved:
+        return ConfigError(f"{where}{key}: unknown key; {moved[key]}")
     names = sorted(known)
     close = get_close_matches(key, names, 1, 0.4)
     return ConfigError(f"{where}{key}: unknown key, " + (f"did you mean {where}{close[0]}?" if close else f"expected one of {names}"))
@@ -31,9 +34,10 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         where: before the name in messages.
 
     Raises:
-        ConfigError: for an unknown key or a value of another type.
+        ConfigError: for an unknown key, a value of another type, NaN or an infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
+    check_finite(given, f"{where}.")
     for key in given:
         if key not in known:
             raise unknown_key(str(key), known, f"{where}.")
@@ -41,4 +45,22 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(given)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
+
+
+def not_finite(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(key, number) of what is NaN or infinite in mappings and lists of any depth: no option means anything then."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield prefix.rstrip("."), values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from not_finite(value, f"{prefix}{key}.")
+    elif isinstance(values, (list, tuple)):
+        for i, value in enumerate(values):
+            yield from not_finite(value, f"{prefix.rstrip('.')}[{i}].")
+
+
+def check_finite(values: Any, prefix: str = "") -> None:
+    """Raises ConfigError for the first of ``not_finite``."""
+    for key, value in not_finite(values, prefix):
+        raise ConfigError(f"{key} is {value}; expected a finite number")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.readout import READOUTS, ProxyFeatures, Readout
 from .base import ClipBackbone, DenseTokens, PatchTokens
@@ -46,7 +46,7 @@ class ClipTokenizer:
 
 
 def _download(what: str, architecture: str | dict[str, Any], error: Exception) -> InputError:
-    return InputError(f"the {what} of {architecture!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it is "
+    return InputError(f"the {what} of {architecture!r} cannot be loaded ({type(error).__name__}: {first_line(error)}); it is "
                       "transformers', which must be installed (pip install transformers), and comes from the Hugging Face Hub once: "
                       "expected a connection, without HF_HUB_OFFLINE, or its files in the cache that HF_HOME names")
 

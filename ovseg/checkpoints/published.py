@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NoCheckpoint, first_line
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
 
@@ -31,7 +31,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a checkpoint file")
+        raise NoCheckpoint(f"{path} does not exist; expected a checkpoint file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     if _is_script(path):
@@ -41,7 +41,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
-        raise CheckpointError(f"{path} cannot be read without running code, or is damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} cannot be read without running code, or is damaged: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]

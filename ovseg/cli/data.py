@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 
+from .numbers import above_zero, at_least
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the benchmarks, their classes and folders")
     check = actions.add_parser("check", help="find missing and damaged files, unequal sizes, labels off by one")
-    check.add_argument("--sample", type=int, help="look at so many pictures only, evenly spread")
+    check.add_argument("--sample", type=at_least(1), help="look at so many pictures only, evenly spread")
     check.add_argument("--out", help="folder for a JSON report and a plot of the classes")
     convert = actions.add_parser("convert", help="write masks with labels as values, for other tools")
     for one in (check, convert):
@@ -26,15 +28,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     cut = actions.add_parser("superpixels", help="cut pictures into superpixels (Felzenszwalb), into one side file")
     cut.add_argument("root", help="folder of pictures, searched recursively")
     cut.add_argument("--out", required=True, help="the .safetensors file")
-    cut.add_argument("--scale", type=float, default=224.0, help="larger gives larger segments (default: SegCLIP's)")
-    cut.add_argument("--sigma", type=float, default=0.9)
-    cut.add_argument("--min-size", type=int, default=224)
-    cut.add_argument("--workers", type=int, default=1, help="processes")
+    cut.add_argument("--scale", type=above_zero, default=224.0, help="larger gives larger segments (default: SegCLIP's)")
+    cut.add_argument("--sigma", type=above_zero, default=0.9)
+    cut.add_argument("--min-size", type=at_least(1), default=224)
+    cut.add_argument("--workers", type=at_least(1), default=1, help="processes")
     browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
     browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
     browse.add_argument("--split", default="train", choices=("train", "val"))
-    browse.add_argument("--count", type=int, default=36)
-    browse.add_argument("--seed", type=int, default=0)
+    browse.add_argument("--count", type=at_least(1), default=36)
+    browse.add_argument("--seed", type=at_least(0), default=0)
     browse.add_argument("--out", default="scenes.png")
 
 
@@ -61,9 +63,10 @@ def _check(options: argparse.Namespace) -> int:
 
     from ..data.check import check_set
     from ..data.segmentation_sets import SegmentationSet
+    from ..replacing import folder_for
 
-    if options.sample is not None and options.sample < 1:
-        raise ValueError(f"--sample is {options.sample}; expected at least 1")
+    if options.out is not None:
+        folder_for(options.out, "--out")
     wrong = 0
     for name in options.data.split(","):
         data = SegmentationSet(name, options.root, options.split)
@@ -101,15 +104,17 @@ def _superpixels(options: argparse.Namespace) -> int:
     from ..data.images import SUFFIXES
     from ..data.superpixels import write_superpixels
     from ..errors import InputError
+    from ..replacing import file_for
 
+    out = file_for(options.out, "--out")
     root = Path(options.root)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES) if root.is_dir() else []
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES) if options.root and root.is_dir() else []
     if not files:
         raise InputError(f"{options.root!r} is no folder with pictures")
     pictures = [(path.relative_to(root).as_posix(), path) for path in files]
-    count, bad = write_superpixels(pictures, Path(options.out), workers=options.workers, progress=True, scale=options.scale,
+    count, bad = write_superpixels(pictures, out, workers=options.workers, progress=True, scale=options.scale,
                                    sigma=options.sigma, min_size=options.min_size)
-    print(f"{count} pictures cut up into {options.out} ({Path(options.out).stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
+    print(f"{count} pictures cut up into {out} ({out.stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)
     return 3 if bad else 0
@@ -117,10 +122,14 @@ def _superpixels(options: argparse.Namespace) -> int:
 
 def _browse(options: argparse.Namespace) -> int:
     import numpy as np
+    from PIL import Image
 
     from ..data.scenes import Scenes
     from ..inference.pictures import colour, contact_sheet, palette
+    from ..replacing import file_for
 
+    Image.init()
+    out = file_for(options.out, "--out", tuple(sorted(end for end, kind in Image.EXTENSION.items() if kind in Image.SAVE)))
     scenes = Scenes(options.form, options.split, options.count, options.seed)[:]
     vocabulary = Scenes(options.form, options.split, 0).vocabulary
     count = len(vocabulary.classes)
@@ -131,8 +140,9 @@ def _browse(options: argparse.Namespace) -> int:
         titles += [f"{part[0].index}-{part[-1].index}", "mask"]
     present = sorted({int(i) for scene in scenes for i in np.unique(scene.mask)})
     legend = [(tuple(int(v) for v in palette(count)[i]), vocabulary.classes[i]) for i in present]
-    contact_sheet(rows, titles, legend).save(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows, titles, legend).save(out)
     for scene in scenes[:6]:
         print(f"{scene.index}: {', '.join(scene.things) or 'nothing'} on {scene.stuff}: {[c.text for c in scene.captions]}")
-    print(options.out)
+    print(out)
     return 0

@@ -14,7 +14,9 @@ command is given again.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 import zlib
 from dataclasses import replace
@@ -59,13 +61,17 @@ def run(options: argparse.Namespace) -> int:
     from ..inference.predictor import as_published, check_words
     from ..inference.sources import Source, find_pictures
     from ..progress import bar
+    from ..replacing import folder_for
     from .built_in import MODEL, built_in
 
     formats = options.format.split(",")
     for name in formats:
         if name not in _ENDINGS:
             raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
+    out = folder_for(options.out, "--out")
     labels = _labels(options)
+    if "" in options.images:  # as a path, the present folder
+        raise InputError("a picture's name is empty; expected files, folders, patterns, lists or shards")
     sources, bad = find_pictures(options.images)
     demo = built_in() if options.demo else None
     own = demo is not None and labels is None  # then its truth is known
@@ -77,10 +83,10 @@ def run(options: argparse.Namespace) -> int:
     if len(sources) == 1 and demo is None and not sources[0].path.exists():  # before the weights, which may be large
         raise InputError(f"image {str(sources[0].path)!r} does not exist")
     name = MODEL if options.model is None and options.demo else options.model
-    model = load_model(name, **({"readout": options.readout} if options.readout else {}), **proxy_option(options))
+    model = load_model(name, **({"readout": options.readout} if options.readout is not None else {}), **proxy_option(options))
     rank, world = distributed.rank(), distributed.world_size()
     if world > 1:
-        sources = [source for source in sources if zlib.crc32(source.name.encode()) % world == rank]
+        sources = [source for source in sources if zlib.crc32(os.fsencode(source.name)) % world == rank]
         bad = bad if rank == 0 else []
     given = given_inference_options(options)
     if name is None:
@@ -94,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         print(str(error).partition(";")[0], file=sys.stderr)
     predictor.set_labels(queries)
-    out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
+    few = len(sources) + (demo is not None) < 3 and world == 1
     asked = [labels.names, labels.texts, labels.templates]
     journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": str(model.config.get("readout"))})
     for problem in bad:
@@ -130,8 +136,17 @@ def run(options: argparse.Namespace) -> int:
             bad.append(str(source))
             print(f"skipped: {result}", file=sys.stderr)
             continue
-        write(result, source.name, str(source))
-        journal.add(source)
+        try:
+            write(result, source.name, str(source))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            if len(sources) == 1 and demo is None:
+                raise InputError(f"{source}: the names of its results are too long for the file system: {error}") from error
+            bad.append(str(source))
+            print(f"skipped: {source}: the names of its results are too long for the file system", file=sys.stderr)
+            continue
+        journal.add(source, files(source.name))
         written += 1
     progress.close()
     if not few or bad:
@@ -159,9 +174,9 @@ def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
 def _labels(options: argparse.Namespace) -> LabelSet | None:
     from ..data.labels import LabelSet
 
-    if options.labels_file:
+    if options.labels_file is not None:
         return LabelSet.read(options.labels_file)
-    if options.classes:
+    if options.classes is not None:
         from ..data.segmentation_sets import describe
 
         return describe(options.classes).label_set

@@ -7,6 +7,7 @@ the tiny ones, which are faster than a disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,11 +16,10 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.cache import cache_folder
-from ..checkpoints.files import load_tensors
+from ..checkpoints.files import load_tensors, save_tensors
 from ..data.templates import templates as resolve_templates
 from ..errors import CheckpointError
 from ..models import OVSegModel
-from ..replacing import replacing
 
 _FEW = 1_000_000  # parameters of a text tower that is not worth a file
 
@@ -41,13 +41,8 @@ def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequ
         except (CheckpointError, KeyError):
             pass
     rows = model.encode_labels(texts, templates, unit=unit)
-    try:
-        from safetensors.torch import save_file
-
-        with replacing(path) as part:
-            save_file({"texts": rows.detach().cpu().contiguous()}, part)
-    except OSError:
-        pass  # no space, no permission: the next run encodes them again
+    with contextlib.suppress(OSError):  # no space, no permission: the next run encodes them again
+        save_tensors({"texts": rows}, path)
     return rows
 
 

@@ -93,7 +93,10 @@ class SystemOptions:
         backbone: its kind and options.
         templates: prompt templates that ``encode_labels`` uses by default.
         trained: the parts that are trained, of those that the system's ``parts`` names.
+        moved: names of earlier versions -> what stands for them now, for the message where one is given.
     """
+
+    moved: ClassVar[dict[str, str]] = {}
 
     backbone: dict[str, Any] = field(default_factory=lambda: {"kind": "tiny"})
     templates: str = "simple"
@@ -101,7 +104,7 @@ class SystemOptions:
 
     @classmethod
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options under names of earlier versions, in saved folders, to the present ones."""
+        """Options of a saved folder, under names of earlier versions, to the present ones. What is asked for today is never renamed."""
         return options
 
 

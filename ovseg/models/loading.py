@@ -25,7 +25,7 @@ from ..errors import CheckpointError, InputError
 from .base import OVSegModel
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
 from .published import Published
-from .registry import BUNDLED, CLIP_SYSTEM, architecture_of, build, is_name, list_models, preset_of, system_type
+from .registry import BUNDLED, CLIP_SYSTEM, architecture_of, build, is_name, list_models, preset_of, system_type, upgraded
 from .saving import is_saved, read_config
 
 _DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
@@ -128,7 +128,7 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     saved = read_config(folder)
     if name is not None and saved["model"] != name:
         raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
-    model = build(saved["model"], {**saved["options"], **options})
+    model = build(saved["model"], {**upgraded(saved["model"], saved["options"]), **options})
     load_weights(model, folder / "model.safetensors")
     return model
 

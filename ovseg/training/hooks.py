@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
+from ..lines import read_lines, write_lines
 from ..models import OVSegModel, save_pretrained
 from . import state
 from .stages import BEST, Run
@@ -107,9 +108,8 @@ class Validation(Hook):
         if not distributed.is_main():
             return
         path = self.folder / "validation.jsonl"
-        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        before = [entry for entry in before if entry["step"] < done]  # a killed run does some again
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})))
+        before = [entry for entry in read_lines(path) if entry.get("step", done) < done]  # a killed run does some again
+        write_lines(path, [*before, {"step": done, **figures}])
         logger.info("validation after step %d: %s", done, ", ".join(f"{name} {value}" for name, value in figures.items()))
         of_stage = [entry.get("miou", -math.inf) for entry in before if entry["step"] > trainer.state.done]
         if figures.get("miou", -math.inf) > max(of_stage, default=-math.inf):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from pathlib import Path
+
+from ..lines import read_lines
 
 logger = logging.getLogger(__name__)
 _COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"), ("#a1d99b", "#00682a"))
@@ -43,5 +44,4 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
 
 
 def _points(log: Path) -> list[tuple[int, float]]:
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    return [(entry["step"], entry["loss"]) for entry in entries if "skipped" not in entry]
+    return [(entry["step"], entry["loss"]) for entry in read_lines(log) if "skipped" not in entry and {"step", "loss"} <= entry.keys()]

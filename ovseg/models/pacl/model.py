@@ -7,7 +7,7 @@ text's own weighted mean over the patches, for every pair of the batch (``ovseg_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ class PACLOptions(SystemOptions):
         temperature: of the softmax over patches. The paper shows none, which is 1; then pooling is close to a mean.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
     """
+
+    moved: ClassVar[dict[str, str]] = dict.fromkeys(("train_clip", "learn_logit_scale"),
+                                                    "it is trained now, a list of parts: embedder, scale, vision, text")
 
     templates: str = "pacl7"
     trained: list[str] = field(default_factory=lambda: ["embedder", "scale"])

@@ -7,7 +7,7 @@ blocks see the centers, and the image is the elementwise maximum over them. ``ob
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from ..published import Published
 from .published import layout
 
 _PARTS = ["embeddings", "vision", "text", "scale", "groups", "reconstruction"]
+_OF_TRAINING = ("tau", "weights", "kept")  # options of the model once
 
 
 @dataclass
@@ -32,6 +33,9 @@ class SegCLIPOptions(SystemOptions):
         mix_batch: the published training's mixing of images in the cross-attention, see ``layers/semantic_groups.py``.
     """
 
+    moved: ClassVar[dict[str, str]] = {"frozen": "it is trained now, a list of parts",
+                                       **{name: f"it is objective.options.{name} now" for name in _OF_TRAINING}}
+
     trained: list[str] = field(default_factory=lambda: _PARTS[1:])
     second_stage: int = 2
     centers: int = 8
@@ -43,7 +47,7 @@ class SegCLIPOptions(SystemOptions):
     @classmethod
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
         """``frozen`` became ``trained``; what only training needs went to the objective."""
-        options = {key: value for key, value in options.items() if key not in ("tau", "weights", "kept")}
+        options = {key: value for key, value in options.items() if key not in _OF_TRAINING}
         return {"trained": _PARTS, **options} if options.pop("frozen", True) is False else options
 
 
