@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"skipped: {source}: the names of its results are too long for the file system", file=sys.stderr)
             continue
         journal.add(source, files(source.name))
+        del result  # before the next one is read
         written += 1
     progress.close()
     if not few or bad:
@@ -166,9 +167,14 @@ def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
             result.save(part)
         elif kind == "mask":
             result.save_mask(part)
+        elif kind == "json":
+            part.write_text(json.dumps({"image": image, **result.to_dict()}, indent=2))
         else:
-            found = result.to_dict() if kind == "json" else {"labels": result.to_rle()}
-            part.write_text(json.dumps({"image": image, **found}, indent=2 if kind == "json" else None))
+            with open(part, "w") as file:
+                file.write(f'{{"image": {json.dumps(image)}, "labels": [')
+                for i, row in enumerate(result.rle_rows()):
+                    file.write(", " * (i > 0) + json.dumps(row))
+                file.write("]}")
 
 
 def _labels(options: argparse.Namespace) -> LabelSet | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # allow-list: security fixes of Pillow are mostly in rare formats
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MAX_PIXELS = 64_000_000
+_OPENING = threading.Lock()
 
 
 def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -43,16 +44,31 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     raise InputError(f"image is a {type(source).__name__}; expected a path, bytes, PIL image, array or tensor")
 
 
+def open_image(file: Any) -> Image.Image:
+    """``Image.open`` of ``FORMATS`` without Pillow's own limit of pixels: the caller's is the one that holds."""
+    with _OPENING:  # the limit is a global; only a header is read meanwhile
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def picture_size(header: bytes) -> int:
+    """Pixels of a picture by its first bytes; 0 where they do not tell."""
+    try:
+        with open_image(io.BytesIO(header)) as image:
+            return image.width * image.height
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return 0
+
+
 def _decode(file: Any, name: str, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
-            with Image.open(file, formats=FORMATS) as image:
-                return _to_rgb(image, name, max_pixels)
+        with open_image(file) as image:
+            return _to_rgb(image, name, max_pixels)
     except UnidentifiedImageError as error:
         raise InputError(f"cannot decode {name}: it is none of {', '.join(FORMATS)}, or its header is damaged") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large: {error}; the limit is {max_pixels} pixels") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, InputError):
             raise
@@ -64,8 +80,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise InputError(f"{name} is {width}x{height}; expected at least one pixel")
     if width * height > max_pixels:
-        raise InputError(f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}. "
-                         "Resize it or set max_pixels")
+        raise InputError(f"{name} is {width}x{height} = {width * height} pixels, which is too large; the limit is {max_pixels}. "
+                         "Resize it, or set max_pixels (--max-pixels where pictures are segmented)")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip at 255
         values = np.asarray(image).astype(np.float32)

@@ -83,6 +83,11 @@ class EncodedQueries:
             owners = torch.tensor([*range(len(labels))] + [-1] * len(background))
         return cls(labels.names, texts, owners.to(texts.device))
 
+    @property
+    def label_type(self) -> torch.dtype:
+        """What holds a label: two bytes, where that is enough."""
+        return torch.int16 if len(self.names) <= 2**15 else torch.int64
+
     def allowed(self, names: Sequence[str]) -> torch.Tensor:
         """[T] bool: the texts that may win where only the labels ``names`` may. Those of the background always may."""
         given = {names} if isinstance(names, str) else set(names)
