@@ -80,7 +80,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise InputError(f"{name} is {width}x{height}; expected at least one pixel")
     if width * height > max_pixels:
-        raise InputError(f"{name} is {width}x{height} = {width * height} pixels, which is too large; the limit is {max_pixels}. "
+        raise InputError(f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}: it is too large. "
                          "Resize it, or set max_pixels (--max-pixels where pictures are segmented)")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip at 255

@@ -74,7 +74,7 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
         raise InputError(f"images has dtype {images.dtype}; expected uint8 or floats in 0..1")
     height, width = images.shape[2:]
     if height * width > view.max_pixels:
-        raise InputError(f"images is {width}x{height} = {height * width} pixels, which is too large; the limit is {view.max_pixels}. "
+        raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}: it is too large. "
                          "Resize it, or set max_pixels")
     placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size)
     if placement.canvas == (height, width):
