@@ -64,7 +64,7 @@ class GroupTables(Decision):
         labels, value = ok.window_argmax(maps, origins, *sizes, tables=tables, class_labels=owners, bias=offsets,
                                          label_type=queries.label_type, return_value=True)
         if allowed is not None:
-            labels = labels.masked_fill(value == -torch.inf, -1)
+            labels.masked_fill_(value == -torch.inf, -1)
         return labels, value
 
     def background_rules(self) -> list[str]:

@@ -102,14 +102,18 @@ class PatchArgmax(Decision):
 
         labels, value = decide(offsets)
         if self.area_threshold:
-            labels, value = decide(self._without_small(labels, queries, offsets, scores.dtype))
+            offsets = self._without_small(labels, queries, offsets, scores.dtype)
+            del labels, value  # of a large picture: not beside the next ones
+            labels, value = decide(offsets)
         if allowed is not None:  # where none of them may win there is no label
-            labels = labels.masked_fill(value == -torch.inf, -1)
+            labels.masked_fill_(value == -torch.inf, -1)
         if self.background_threshold is not None:
-            labels = labels.masked_fill(value < self.background_threshold, -1)
+            labels.masked_fill_(value < self.background_threshold, -1)
         if self.background_entropy is not None:
             entropy = torch.special.entr(scores.float().softmax(1)).sum(1, keepdim=True)
-            labels = labels.masked_fill(_maps(entropy, placement)[0] > self.background_entropy, -1)
+            origins, *sizes = placement.windows
+            high = ok.window_argmax(-entropy, origins, *sizes, threshold=-self.background_entropy, background=1, label_type=torch.uint8)
+            labels.masked_fill_(high.bool(), -1)
         return labels, value
 
     def _from_patches(self, scores: torch.Tensor, queries: EncodedQueries, placement: Placement):
