@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .errors import ConfigError, first_line
+from .errors import ConfigError
 
 # torchrun's name, then srun's; SLURM_STEP_* exist inside srun only, so that the script that sbatch runs is one process.
 _NAMES = {"rank": ("RANK", "SLURM_PROCID"), "world": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), "local": ("LOCAL_RANK", "SLURM_LOCALID")}
@@ -50,11 +50,9 @@ def device(name: str = "auto") -> torch.device:
         raise ConfigError(f"device is {name!r} and torch sees no GPU; expected 'cpu' or 'auto'")
     try:
         found = torch.device(name)
-        if found.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(1, device=found).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a name torch does not know, or a device it cannot reach
-        raise ConfigError(f"device is {name!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:0': {first_line(error)}") from error
+        torch.empty(1, device=found).cpu()  # meta holds no numbers, others are not there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device is {name!r}, which torch cannot use here; expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
     if found.type == "cuda" and found.index is None and world_size() > 1:
         found = torch.device("cuda", local_rank())
         torch.cuda.set_device(found)  # NCCL and kernels without an explicit device use it

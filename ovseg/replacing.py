@@ -45,11 +45,8 @@ def folder_for(path: str | Path, option: str) -> Path:
     return Path(path)
 
 
-def file_for(path: str | Path, option: str, suffixes: tuple[str, ...] = ()) -> Path:
+def file_for(path: str | Path, option: str) -> Path:
     """``path``, if a file can be written there. Nothing is made.
-
-    Args:
-        suffixes: one of which it must have; any if empty.
 
     Raises:
         InputError: if it cannot, naming ``option``.
@@ -57,8 +54,6 @@ def file_for(path: str | Path, option: str, suffixes: tuple[str, ...] = ()) -> P
     _check(path, option, "a file")
     if os.path.lexists(path) and not os.path.isfile(path):  # a device would be replaced by a file
         raise InputError(f"{option} is {str(path)!r}, {_kind(path)}; expected a file")
-    if suffixes and Path(path).suffix.lower() not in suffixes:
-        raise InputError(f"{option} is {str(path)!r}; expected a name that ends in {', '.join(suffixes)}")
     return Path(path)
 
 

@@ -37,12 +37,23 @@ class ClipTokenizer:
         return {**self.__dict__, "_tokenizer": None}  # open_clip's holds caches that cannot be pickled
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        return self._loaded()([texts] if isinstance(texts, str) else list(texts))
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which of ``texts`` are longer than the context: a longer one holds more of them."""
+        short = self(texts)
+        context = short.shape[1]
+        long = self._loaded()([*texts, ""], context_length=8 * context)
+        pad = long[-1, -1]
+        return [not torch.equal(a, b[:context]) or bool((b[context:] != pad).any()) for a, b in zip(short, long[:-1], strict=True)]
+
+    def _loaded(self) -> Callable:
         if self._tokenizer is None:
             try:
                 self._tokenizer = clip_tokenizer(self.architecture)
             except (ImportError, OSError, ValueError, TypeError) as error:  # transformers fails in many ways where a file is missing
                 raise _download("tokenizer", self.architecture, error) from error
-        return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
+        return self._tokenizer
 
 
 def _download(what: str, architecture: str | dict[str, Any], error: Exception) -> InputError:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from .numbers import above_zero, at_least
 
@@ -41,6 +42,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..errors import InputError
+
+    if getattr(options, "root", None) is not None and not os.path.isdir(options.root):
+        raise InputError(f"root is {options.root!r}, no folder; expected the one that holds the data")
     verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "browse": _browse}
     return verbs[options.action](options)
 
@@ -108,7 +113,7 @@ def _superpixels(options: argparse.Namespace) -> int:
 
     out = file_for(options.out, "--out")
     root = Path(options.root)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES) if options.root and root.is_dir() else []
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise InputError(f"{options.root!r} is no folder with pictures")
     pictures = [(path.relative_to(root).as_posix(), path) for path in files]
@@ -125,11 +130,14 @@ def _browse(options: argparse.Namespace) -> int:
     from PIL import Image
 
     from ..data.scenes import Scenes
+    from ..errors import InputError
     from ..inference.pictures import colour, contact_sheet, palette
     from ..replacing import file_for
 
     Image.init()
-    out = file_for(options.out, "--out", tuple(sorted(end for end, kind in Image.EXTENSION.items() if kind in Image.SAVE)))
+    out = file_for(options.out, "--out")
+    if Image.EXTENSION.get(out.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"--out is {options.out!r}; expected a suffix that Pillow writes, such as .png")
     scenes = Scenes(options.form, options.split, options.count, options.seed)[:]
     vocabulary = Scenes(options.form, options.split, 0).vocabulary
     count = len(vocabulary.classes)

@@ -13,6 +13,7 @@ Benchmarks: ovseg data list. Check your copy first: ovseg data check.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
     if options.out is not None:
         folder_for(options.out, "--out")
-    for name in ("root", "labels_file"):
-        if getattr(options, name) == "":
-            raise InputError(f"--{name.replace('_', '-')} is ''; expected a path")
+    if options.root is not None and not os.path.isdir(options.root):
+        raise InputError(f"--root is {options.root!r}, no folder; expected the one that holds the data")
+    if options.labels_file == "":
+        raise InputError("--labels-file is ''; expected a file")
     rank = distributed.rank()
     return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)
 

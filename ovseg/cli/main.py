@@ -56,7 +56,7 @@ _FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError,
 
 def exit_code(error: Exception) -> int | None:
     """Of a command that ends so; None for what only a fault of this package raises, which is shown whole."""
-    if isinstance(error, (InputError, ConfigError, BackendError)):
+    if isinstance(error, (InputError, ConfigError, BackendError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
         return 2
     if isinstance(error, (*_FAILED, torch.OutOfMemoryError)):
         return 1

@@ -179,7 +179,10 @@ def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
 
 def _labels(options: argparse.Namespace) -> LabelSet | None:
     from ..data.labels import LabelSet
+    from ..errors import InputError
 
+    if options.labels_file == "":
+        raise InputError("--labels-file is ''; expected a file")
     if options.labels_file is not None:
         return LabelSet.read(options.labels_file)
     if options.classes is not None:

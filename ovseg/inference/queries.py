@@ -9,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from ..data.labels import LabelSet
+from ..data.templates import templates as resolve_templates
 from ..errors import InputError
 from ..models import OVSegModel
+from ..models.texts import check_reading
 from .fields import one_of, option
 from .reading import upload
 from .text_cache import encode_labels
@@ -74,8 +76,11 @@ class EncodedQueries:
         labels, background = queries.labels, queries.background
         if labels is None:
             raise InputError("no labels are set; call set_labels first, or give labels")
-        texts = encode_labels(model, [*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
-        owners = torch.tensor(labels.owners + [-1] * len(background))
+        asked, owned = [*labels.queries, *background], labels.owners + [-1] * len(background)
+        templates = resolve_templates(queries.templates_for(model))
+        check_reading(model.tokenizer, asked, owned, templates)
+        texts = encode_labels(model, asked, templates, unit=queries.text_mean == "unit")
+        owners = torch.tensor(owned)
         if queries.synonyms == "mean" and len(labels.queries) > len(labels):
             of_classes = owners.to(texts.device)[: len(labels.queries)]
             sums = texts.new_zeros(len(labels), texts.shape[1]).index_add(0, of_classes, texts[: len(labels.queries)])

@@ -25,13 +25,13 @@ _FEW = 1_000_000  # parameters of a text tower that is not worth a file
 
 
 def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequence[str], *, unit: bool) -> torch.Tensor:
-    """``model.encode_labels``, from the disk where it has been asked before.
+    """``model.encode_checked``, from the disk where it has been asked before.
 
     A file that is damaged is made again; a folder that cannot be written is left alone.
     """
     path = _path(model, texts, templates, unit)
     if path is None:
-        return model.encode_labels(texts, templates, unit=unit)
+        return model.encode_checked(texts, templates, unit=unit)
     parameter = model.text_parameters()[0]
     if path.is_file():
         try:
@@ -40,7 +40,7 @@ def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequ
                 return found.to(parameter.device, parameter.dtype)
         except (CheckpointError, KeyError):
             pass
-    rows = model.encode_labels(texts, templates, unit=unit)
+    rows = model.encode_checked(texts, templates, unit=unit)
     with contextlib.suppress(OSError):  # no space, no permission: the next run encodes them again
         save_tensors({"texts": rows}, path)
     return rows

@@ -138,12 +138,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}; expected key=value, e.g. optim.lr=1e-3")
+        if override.endswith("="):  # an unset variable of a script
+            raise ConfigError(f"override {override!r} has no value; expected key=value, or {override}null for none")
     try:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
-        if not loaded:
-            raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
         plain: Any = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
     except (OmegaConfBaseException, ValueError, OSError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
@@ -151,6 +151,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"recipe {path} is no YAML: {error}") from error
         raise
+    if not loaded:
+        raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
     return build_recipe(plain, str(path))
 
 

@@ -63,7 +63,7 @@ class PatchArgmax(Decision):
         one_of(self, "refine", (None, "pamr"))
         number(self, "scale", *SCALES, "a positive number, {:g} .. {:g}".format(*SCALES))
         number(self, "background_entropy", 0, 100, "nats, 0 .. 100")
-        number(self, "background_threshold", -torch.inf, torch.inf, "a number")
+        number(self, "background_threshold", -torch.inf, torch.inf, "a finite number")
         number(self, "area_threshold", 0, 1, "a share of 0 to below 1")
         biases(self, "bias")
         for name, needs in (("activation", self.activation == "softmax"), ("background_entropy", self.background_entropy is not None)):

@@ -14,6 +14,7 @@ from torch import nn
 
 import ovseg_kernels as ok
 
+from ...errors import ConfigError
 from ...layers.embedder import VisionEmbedder
 from ..base import MAX_SCALE, OVSegModel, PatchFeatures, SystemOptions, check_images
 
@@ -63,6 +64,9 @@ class PACL(OVSegModel):
         self.backbone.check_class_token("pacl")
         if options.tap not in self.backbone.taps:
             raise ValueError(f"tap is {options.tap!r}; expected one of {list(self.backbone.taps)}")
+        for name in ("temperature", "logit_scale"):
+            if not 0 < getattr(options, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(options, name)}; expected a positive finite number")
         self.embedder = VisionEmbedder(self.backbone.token_dim, self.backbone.embed_dim, options.hidden_dim)
         self.tap, self.temperature = options.tap, options.temperature
         self.log_scale = nn.Parameter(torch.tensor(float(options.logit_scale)).log())

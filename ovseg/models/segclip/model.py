@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...errors import ConfigError
 from ...layers.mae_decoder import MaeDecoder, sincos_positions
 from ...layers.quick_gelu import quick_gelu
 from ...layers.semantic_groups import Groups, SemanticGroups
@@ -63,6 +64,9 @@ class SegCLIP(OVSegModel):
         blocks = len(self.backbone.vision_blocks)
         if not 0 <= options.second_stage <= blocks:
             raise ValueError(f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of the backbone")
+        for name, least in (("centers", 1), ("cross_layers", 0)):
+            if getattr(options, name) < least:
+                raise ConfigError(f"{name} is {getattr(options, name)}; expected {least} or more")
         self.backbone.antialias_positions = False  # as published
         self.first_stage = blocks - options.second_stage
         width = self.backbone.token_dim
