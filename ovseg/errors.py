@@ -21,6 +21,10 @@ class WeightsError(InputError):
     """Weights that can be had neither from the cache nor from the network."""
 
 
+class NoData(DataError, InputError):
+    """Data that are not where they were said to be."""
+
+
 class NoCheckpoint(CheckpointError, InputError):
     """A checkpoint that is not where it was said to be."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -37,30 +37,39 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         ConfigError: for an unknown key, a value of another type, NaN or an infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
-    check_finite(given, f"{where}.")
     for key in given:
         if key not in known:
             raise unknown_key(str(key), known, f"{where}.")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(given)))
+        found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
+        check_finite(OmegaConf.to_container(found), where)
+        return OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
 
 
-def not_finite(values: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(key, number) of what is NaN or infinite in mappings and lists of any depth: no option means anything then."""
-    if isinstance(values, float) and not math.isfinite(values):
-        yield prefix.rstrip("."), values
-    elif isinstance(values, Mapping):
-        for key, value in values.items():
-            yield from not_finite(value, f"{prefix}{key}.")
-    elif isinstance(values, (list, tuple)):
-        for i, value in enumerate(values):
-            yield from not_finite(value, f"{prefix.rstrip('.')}[{i}].")
+def check_finite(values: Any, key: str = "") -> None:
+    """No option means anything as NaN or an infinity, at any depth of mappings and lists.
+
+    Raises:
+        ConfigError: naming the key of the first, below ``key``.
+    """
+    inner = values if isinstance(values, (list, tuple)) else [values]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in inner):
+        raise ConfigError(f"{key} is {list(values) if isinstance(values, tuple) else values}; expected finite numbers")
+    for name, value in values.items() if isinstance(values, Mapping) else enumerate(inner):
+        if isinstance(value, (Mapping, list, tuple)):
+            check_finite(value, f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}".lstrip("."))
+        elif isinstance(values, Mapping):
+            check_finite(value, f"{key}.{name}".lstrip("."))
 
 
-def check_finite(values: Any, prefix: str = "") -> None:
-    """Raises ConfigError for the first of ``not_finite``."""
-    for key, value in not_finite(values, prefix):
-        raise ConfigError(f"{key} is {value}; expected a finite number")
+def within(name: str, value: int, low: int, high: int, error: type[Exception] = ConfigError) -> None:
+    """Whether an integer makes sense; what sizes memory or starts processes has an upper end too.
+
+    Raises:
+        error: naming it and both ends.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise error(f"{name} is {value!r}; expected {low} to {high}")

@@ -9,17 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+from .paths import no_file, no_folder
 
 LONGEST = 255  # bytes of a name, on the file systems in use
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old file or the whole new one."""
+    """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old file or the whole new one.
+
+    Who may read it is for the umask to say: safetensors from 0.8 on writes files that their owner alone can read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -39,9 +46,10 @@ def folder_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
-    _check(path, option, "a folder")
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise InputError(f"{option} is {str(path)!r}, {_kind(path)}; expected a folder")
+    found = no_folder(path)
+    if found not in (None, "does not exist"):
+        raise InputError(f"{option} {str(path)!r} {found}; expected a folder, or a name where nothing is yet")
+    _check(path, option, "a folder", there=found is None)
     return Path(path)
 
 
@@ -51,28 +59,22 @@ def file_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
-    _check(path, option, "a file")
-    if os.path.lexists(path) and not os.path.isfile(path):  # a device would be replaced by a file
-        raise InputError(f"{option} is {str(path)!r}, {_kind(path)}; expected a file")
+    found = no_file(path)
+    if found not in (None, "does not exist"):  # a device would be replaced by a file
+        raise InputError(f"{option} {str(path)!r} {found}; expected the name of a file to write")
+    _check(path, option, "a file", there=False)
     return Path(path)
 
 
-def _check(path: str | Path, option: str, expected: str) -> None:
-    text = os.fspath(path)
-    if not text or "\0" in text:  # an empty one would be the present folder
-        raise InputError(f"{option} is {text!r}; expected {expected}")
-    parts = Path(os.path.abspath(text))
-    for name in parts.parts:
-        if len(os.fsencode(name)) > LONGEST:
-            raise InputError(f"{option} holds a name of {len(os.fsencode(name))} bytes, {name[:20]}...; expected at most {LONGEST}")
-    above = parts if expected == "a folder" and os.path.isdir(parts) else next((p for p in parts.parents if os.path.lexists(p)), parts)
-    if not os.path.isdir(above):
-        raise InputError(f"{option} is {text!r} and {str(above)!r} is {_kind(above)}; expected {expected} in a folder")
+def _check(path: str | Path, option: str, expected: str, *, there: bool) -> None:
+    if not os.fspath(path):  # it would be the present folder
+        raise InputError(f"{option} is empty; expected {expected}")
+    whole = Path(os.path.abspath(path))
+    for name in whole.parts:
+        if (length := len(os.fsencode(name))) > LONGEST:
+            raise InputError(f"{option} holds a name of {length} bytes, {name[:20]}...; expected at most {LONGEST}")
+    above = whole if there else next((p for p in whole.parents if os.path.lexists(p)), whole)
+    if (found := no_folder(above)) is not None:
+        raise InputError(f"{option} {str(path)!r} cannot be made: {str(above)!r} {found}; expected {expected} in a folder")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{option} is {text!r} and {str(above)!r} may not be written to; expected {expected} elsewhere")
-
-
-def _kind(path: str | Path) -> str:
-    if os.path.islink(path) and not os.path.exists(path):
-        return "a link to nothing"
-    return "a file" if os.path.isfile(path) else "a folder" if os.path.isdir(path) else "neither a file nor a folder"
+        raise InputError(f"{option} {str(path)!r} cannot be written: {str(above)!r} may not be written to; expected {expected} elsewhere")

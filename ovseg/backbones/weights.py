@@ -7,6 +7,7 @@ more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` i
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..checkpoints.transformers_layout import MODEL_TYPES, transformers_config, transformers_state
 from ..errors import CheckpointError, InputError, WeightsError
+from ..paths import no_file
 
 Architecture = str | dict[str, Any]
 QUICK = "-quickgelu"  # how open_clip names an architecture with OpenAI's activation
@@ -112,7 +114,8 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
     if path.is_file():
         return ClipSource(lambda: read_published(path), str(path))
     known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
-    raise InputError(f"clip is {weights!r}; expected a file or folder that exists, {PREFIX}owner/name{known}")
+    there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+    raise InputError(f"clip is {weights!r}{there}; expected a file or folder that exists, {PREFIX}owner/name{known}")
 
 
 def fetch_folder(repo: str) -> Path:
@@ -292,7 +295,7 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
         try:
             tree = json.loads(path.read_text("utf-8"))
             config = {**tree["model_cfg"], "preprocess_cfg": {key: tuple(tree["preprocess_cfg"][key]) for key in ("mean", "std")}}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg") from error
         if (folder / "tokenizer.json").is_file() and config["text_cfg"].get("hf_tokenizer_name"):
             config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
@@ -309,7 +312,7 @@ def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | 
     try:
         tree = json.loads(config.read_text("utf-8"))
         return next((tree[key] for key in keys if key in tree), None)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

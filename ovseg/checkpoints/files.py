@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError, NoCheckpoint
+from ..paths import no_file
 from ..replacing import replacing
 
 _SEAL = "blake2b"  # in the metadata
@@ -68,8 +69,8 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         CheckpointError: if the file is missing, truncated, no safetensors file, or its tensors are not those that were written.
     """
     path = Path(path)
-    if not path.is_file():
-        raise NoCheckpoint(f"{path} does not exist; expected a safetensors file")
+    if (what := no_file(path)) is not None:
+        raise NoCheckpoint(f"{path} {what}; expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             seal = (file.metadata() or {}).get(_SEAL)

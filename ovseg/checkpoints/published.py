@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError, NoCheckpoint, first_line
+from ..paths import no_file
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
 
@@ -30,8 +31,8 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
         CheckpointError: if it is missing, damaged, holds more than tensors, or would run code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise NoCheckpoint(f"{path} does not exist; expected a checkpoint file")
+    if (what := no_file(path)) is not None:
+        raise NoCheckpoint(f"{path} {what}; expected a checkpoint file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     if _is_script(path):

@@ -18,13 +18,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("ops", nargs="*", help="operators, all if none is given; or show and result files")
     sub.add_argument("--case", action="append", default=[], help="name of a case; may be repeated")
     sub.add_argument("--whole", choices=("pictures", "segclip"), help="a whole procedure in place of operators")
-    sub.add_argument("--repeats", type=at_least(1), default=7)
+    sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--json", dest="out", help="file for the rows")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..replacing import file_for
 
+    at_least(1, options, "repeats")
     if options.ops[:1] == ["show"]:
         if options.case or options.whole or options.out:
             raise ValueError("bench show reads files and measures nothing; expected paths and no option beside it")

@@ -9,8 +9,10 @@ import numpy as np
 from ..data.labels import LabelSet
 from ..data.scenes import Scenes
 
-MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/segclip.md
+MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/results.md
 _DISTRACTORS = 4  # things that are not there
+# One that the model does well, with a combination it never saw in training, "a blue six". The README shows the first ten as they come.
+_SCENE = 9
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,9 @@ class BuiltIn:
 
 
 def built_in() -> BuiltIn:
-    """The first scene with two things; asked for what is there, all stuff, and things that share a colour or a kind with what is there."""
-    scenes = Scenes("digits", "val", 20)
-    words = scenes.vocabulary
-    scene = next(scene for scene in scenes if len(set(scene.things)) == 2)
+    """A scene with two things; asked for what is there, all stuff, and things that share a colour or a kind with what is there."""
+    scenes = Scenes("digits", "val", _SCENE + 1)
+    words, scene = scenes.vocabulary, scenes[_SCENE]
     parts = {part for thing in scene.things for part in thing.split()}
     near = [name for name in words.things if name not in scene.things and parts & set(name.split())]
     step = max(1, len(near) // _DISTRACTORS)  # not all of one colour

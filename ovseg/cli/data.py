@@ -10,16 +10,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from .numbers import above_zero, at_least
+from .numbers import at_least
+
+_MOST_SCENES = 10_000  # of a contact sheet
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     actions = sub.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the benchmarks, their classes and folders")
     check = actions.add_parser("check", help="find missing and damaged files, unequal sizes, labels off by one")
-    check.add_argument("--sample", type=at_least(1), help="look at so many pictures only, evenly spread")
+    check.add_argument("--sample", type=int, help="look at so many pictures only, evenly spread")
     check.add_argument("--out", help="folder for a JSON report and a plot of the classes")
     convert = actions.add_parser("convert", help="write masks with labels as values, for other tools")
     for one in (check, convert):
@@ -29,25 +30,37 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     cut = actions.add_parser("superpixels", help="cut pictures into superpixels (Felzenszwalb), into one side file")
     cut.add_argument("root", help="folder of pictures, searched recursively")
     cut.add_argument("--out", required=True, help="the .safetensors file")
-    cut.add_argument("--scale", type=above_zero, default=224.0, help="larger gives larger segments (default: SegCLIP's)")
-    cut.add_argument("--sigma", type=above_zero, default=0.9)
-    cut.add_argument("--min-size", type=at_least(1), default=224)
-    cut.add_argument("--workers", type=at_least(1), default=1, help="processes")
+    cut.add_argument("--scale", type=float, default=224.0, help="larger gives larger segments (default: SegCLIP's)")
+    cut.add_argument("--sigma", type=float, default=0.9)
+    cut.add_argument("--min-size", type=int, default=224)
+    cut.add_argument("--workers", type=int, default=1, help="processes")
     browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
     browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
     browse.add_argument("--split", default="train", choices=("train", "val"))
-    browse.add_argument("--count", type=at_least(1), default=36)
-    browse.add_argument("--seed", type=at_least(0), default=0)
+    browse.add_argument("--count", type=int, default=36)
+    browse.add_argument("--seed", type=int, default=0)
     browse.add_argument("--out", default="scenes.png")
 
 
 def run(options: argparse.Namespace) -> int:
     from ..errors import InputError
+    from ..paths import no_folder
 
-    if getattr(options, "root", None) is not None and not os.path.isdir(options.root):
-        raise InputError(f"root is {options.root!r}, no folder; expected the one that holds the data")
+    if (root := getattr(options, "root", None)) is not None and (what := no_folder(root)) is not None:
+        raise InputError(f"root {root!r} {what}; expected the folder that holds the data")
+    at_least(1, options, *({"sample"} & vars(options).keys()))
+    at_least(0, options, *({"seed"} & vars(options).keys()))
     verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "browse": _browse}
     return verbs[options.action](options)
+
+
+def _names(text: str) -> list[str]:
+    from ..errors import InputError
+
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"data is {text!r}; expected names separated by commas, such as voc21,ade150")
+    return names
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -71,10 +84,9 @@ def _check(options: argparse.Namespace) -> int:
     from ..replacing import folder_for
 
     if options.out is not None:
-        folder_for(options.out, "--out")
+        folder_for(options.out, "--out").mkdir(parents=True, exist_ok=True)
     wrong = 0
-    for name in options.data.split(","):
-        data = SegmentationSet(name, options.root, options.split)
+    for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
         report = check_set(data, sample=options.sample, progress=True)
         print(report)
         wrong += len(report.wrong)
@@ -82,7 +94,6 @@ def _check(options: argparse.Namespace) -> int:
             from ..evaluation.plots import plot_bars
 
             out = Path(options.out)
-            out.mkdir(parents=True, exist_ok=True)
             stem = f"{data.description.name}_{options.split}"
             (out / f"{stem}.json").write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
             plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
@@ -92,33 +103,40 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    import sys
+
     from ..data.check import convert_masks
     from ..data.segmentation_sets import SegmentationSet
 
-    for name in options.data.split(","):
-        data = SegmentationSet(name, options.root, options.split)
-        written, left = convert_masks(data, progress=True)
-        print(f"{name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there")
-    return 0
+    bad: list[str] = []
+    for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
+        written, left, failed = convert_masks(data, progress=True)
+        print(f"{data.description.name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there"
+              + (f", {len(failed)} skipped" if failed else ""))
+        bad += failed
+    for line in bad:
+        print(f"skipped: {line}", file=sys.stderr)
+    return 3 if bad else 0
 
 
 def _superpixels(options: argparse.Namespace) -> int:
     import sys
-    from pathlib import Path
 
-    from ..data.images import SUFFIXES
+    from ..data.folders import look
     from ..data.superpixels import write_superpixels
     from ..errors import InputError
+    from ..progress import note
     from ..replacing import file_for
 
-    out = file_for(options.out, "--out")
-    root = Path(options.root)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"{options.root!r} is no folder with pictures")
-    pictures = [(path.relative_to(root).as_posix(), path) for path in files]
-    count, bad = write_superpixels(pictures, out, workers=options.workers, progress=True, scale=options.scale,
-                                   sigma=options.sigma, min_size=options.min_size)
+    out = file_for(options.out, "superpixel file")
+    seen = look(options.root)
+    if not seen.pictures:
+        raise InputError(f"root {options.root!r} holds no picture but {seen.found()}; expected pictures, in any depth of folders")
+    for line in seen.left_out():
+        note(line)
+    count, bad = write_superpixels([(name, seen.root / name) for name in seen.pictures], out, workers=options.workers, progress=True,
+                                   scale=options.scale, sigma=options.sigma, min_size=options.min_size)
+    bad = seen.bad + bad
     print(f"{count} pictures cut up into {out} ({out.stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)
@@ -126,18 +144,20 @@ def _superpixels(options: argparse.Namespace) -> int:
 
 
 def _browse(options: argparse.Namespace) -> int:
-    import numpy as np
-    from PIL import Image
 
+    import numpy as np
+
+    from ..data.images import SUFFIXES
     from ..data.scenes import Scenes
     from ..errors import InputError
     from ..inference.pictures import colour, contact_sheet, palette
     from ..replacing import file_for
 
-    Image.init()
     out = file_for(options.out, "--out")
-    if Image.EXTENSION.get(out.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"--out is {options.out!r}; expected a suffix that Pillow writes, such as .png")
+    if not 1 <= options.count <= _MOST_SCENES:
+        raise InputError(f"--count is {options.count}; expected 1 to {_MOST_SCENES}")
+    if out.suffix.lower() not in SUFFIXES:
+        raise InputError(f"--out is {options.out!r}; expected a picture's name, such as scenes.png")
     scenes = Scenes(options.form, options.split, options.count, options.seed)[:]
     vocabulary = Scenes(options.form, options.split, 0).vocabulary
     count = len(vocabulary.classes)

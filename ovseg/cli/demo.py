@@ -45,10 +45,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--system", nargs="+", default=["pacl"], choices=tuple(SYSTEMS), help="systems to train (default: pacl)")
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
-    sub.add_argument("--seed", type=at_least(0), default=0)
-    sub.add_argument("--steps", type=at_least(1), nargs="+", help="training steps of each stage, in order")
-    sub.add_argument("--train-scenes", type=at_least(1), help="scenes to train on (default: those of the recipes)")
-    sub.add_argument("--scenes", type=at_least(1), default=300, help="validation scenes")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each stage, in order")
+    sub.add_argument("--train-scenes", type=int, help="scenes to train on (default: those of the recipes)")
+    sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
     sub.add_argument("--quiet", action="store_true")
 
 
@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     from ..training.recipe import load_recipe
     from ..training.trainer import Interrupted, train
 
+    at_least(1, options, "steps", "train_scenes", "scenes")
+    at_least(0, options, "seed")
     out = folder_for(f"runs/demo_{options.data}" if options.out is None else options.out, "--out")
     stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
     if options.steps and len(options.steps) != len(stages):

@@ -13,7 +13,6 @@ Benchmarks: ovseg data list. Check your copy first: ovseg data check.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--present-only", action="store_true", help="only the classes of a picture's truth compete in it (uses the truth)")
     sub.add_argument("--boundary", action="store_true", help="Boundary IoU too")
     sub.add_argument("--sweep", action="store_true", help="mIoU at 101 background thresholds, in one pass")
-    sub.add_argument("--limit", type=at_least(1), help="only so many pictures")
+    sub.add_argument("--limit", type=int, help="only so many pictures")
     sub.add_argument("--skip-bad", action="store_true", help="leave out pictures and masks that cannot be read, and say so; exit code 3")
-    sub.add_argument("--scenes", type=at_least(1), default=300, help="of embedded data")
-    sub.add_argument("--seed", type=at_least(0), default=0, help="of embedded data")
+    sub.add_argument("--scenes", type=int, default=300, help="of embedded data")
+    sub.add_argument("--seed", type=int, default=0, help="of embedded data")
     sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
     sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
-    sub.add_argument("--batch", type=at_least(1), default=1, help="pictures that are encoded together: faster on a GPU (default: 1)")
+    sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1)")
     add_weights(sub, several=True)
     add_device(sub)
     add_inference_options(sub)
@@ -60,14 +59,17 @@ class _ListProtocols(argparse.Action):
 def run(options: argparse.Namespace) -> int:
     from .. import distributed
     from ..errors import InputError
+    from ..paths import no_folder
     from ..replacing import folder_for
 
+    at_least(1, options, "limit", "scenes", "batch")
+    at_least(0, options, "seed")
     if options.plots and options.out is None:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
     if options.out is not None:
         folder_for(options.out, "--out")
-    if options.root is not None and not os.path.isdir(options.root):
-        raise InputError(f"--root is {options.root!r}, no folder; expected the one that holds the data")
+    if options.root is not None and (what := no_folder(options.root)) is not None:
+        raise InputError(f"--root {options.root!r} {what}; expected the folder that holds the data")
     if options.labels_file == "":
         raise InputError("--labels-file is ''; expected a file")
     rank = distributed.rank()

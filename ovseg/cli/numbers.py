@@ -1,40 +1,16 @@
-"""Numbers on the command line: what argparse reads them with."""
+"""Numbers on the command line."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
+
+from ..errors import InputError
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An integer of ``least`` or more."""
-
-    def whole(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"is {text!r}; expected an integer of {least} or more")
-        return number
-
-    return whole
-
-
-def finite(text: str) -> float:
-    """A number; neither NaN nor an infinity."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"is {text!r}; expected a finite number")
-    return number
-
-
-def above_zero(text: str) -> float:
-    number = finite(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"is {text!r}; expected a number above 0")
-    return number
+def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
+    """Raises InputError for an option, or one of several numbers of an option, below ``least``. One that is not given is none."""
+    for name in names:
+        given = getattr(options, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < least:
+                raise InputError(f"--{name.replace('_', '-')} is {number}; expected at least {least}")

@@ -60,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     from ..inference.pictures import strip
     from ..inference.predictor import as_published, check_words
     from ..inference.sources import Source, find_pictures
+    from ..paths import no_file
     from ..progress import bar
     from ..replacing import folder_for
     from .built_in import MODEL, built_in
@@ -80,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-    if len(sources) == 1 and demo is None and not sources[0].path.exists():  # before the weights, which may be large
-        raise InputError(f"image {str(sources[0].path)!r} does not exist")
+    if len(sources) == 1 and demo is None and (what := no_file(sources[0].path)) is not None:  # before the weights, which may be large
+        raise InputError(f"image {str(sources[0].path)!r} {what}; expected a picture")
     name = MODEL if options.model is None and options.demo else options.model
     model = load_model(name, **({"readout": options.readout} if options.readout is not None else {}), **proxy_option(options))
     rank, world = distributed.rank(), distributed.world_size()

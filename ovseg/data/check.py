@@ -11,8 +11,10 @@ from PIL import Image
 from ..errors import DataError, InputError
 from ..progress import bar
 from ..replacing import replacing
-from .images import read_image
-from .segmentation_sets import IGNORE, SegmentationSet, read_mask
+from .folders import look
+from .images import orientation, read_image
+from .segmentation_sets import SegmentationSet
+from .set_masks import IGNORE, read_mask
 
 _CLEARLY = 0.6  # shifted labels must fit the known shares so much better than the labels as they are
 
@@ -24,9 +26,14 @@ class CheckReport:
     Attributes:
         name, split, folder, masks: what was looked at.
         pictures, expected, looked_at: of the split, as published, and how many were read.
-        problems: files that are missing or damaged and pictures whose mask has another size, a line each.
+        problems: files that are missing or damaged, pictures whose mask has another size, keys that stand twice, masks without a picture,
+            pictures that the set leaves out, a line each.
+        turned: pictures with an EXIF orientation that is not 1, by file.
+        made_on: on which pixels of those the description says that masks were made; None if it does not.
         values: pixels of each value of the masks.
         invalid: values that are no class, with their pixels and a file that holds them.
+        ignored: share of all pixels that do not count.
+        uncounted: masks of which no pixel counts.
         shares: of each class, among the pixels that count.
         absent: classes on no pixel.
         shift: by which the values fit the known shares of the classes best; 0 is right, None if they are not known.
@@ -40,6 +47,10 @@ class CheckReport:
     expected: int | None
     looked_at: int
     problems: list[str] = field(default_factory=list)
+    turned: dict[str, int] = field(default_factory=dict)
+    made_on: str | None = None
+    ignored: float = 0.0
+    uncounted: list[str] = field(default_factory=list)
     values: dict[int, int] = field(default_factory=dict)
     invalid: dict[int, tuple[int, str]] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
@@ -50,6 +61,15 @@ class CheckReport:
     def wrong(self) -> list[str]:
         """What must be mended before figures mean anything; empty if nothing."""
         found = [f"{len(self.problems)} files are missing, damaged or of unequal size"] if self.problems else []
+        if self.turned and self.made_on is None:
+            found.append(f"{len(self.turned)} pictures have an EXIF orientation (first {next(iter(self.turned))}) and the set does not say "
+                         "whether masks were made on upright or on stored pixels: expected masks_made_on in a .yaml that is `like` it")
+        present = [name for name, share in self.shares.items() if share > 0]
+        if self.values and not present:
+            found.append("no pixel of any mask counts")
+        elif len(present) == 1 < len(self.shares):
+            binary = ": masks of 0 and 255 are black and white pictures, not labels" if set(self.values) <= {0, 255} else ""
+            found.append(f"{present[0]!r} is the class of every pixel that counts{binary}")
         found += [f"value {value} on {pixels} pixels is no class (first in {file})" for value, (pixels, file) in self.invalid.items()]
         if self.expected is not None and self.pictures != self.expected:
             found.append(f"{self.pictures} pictures, {self.expected} are published")
@@ -63,6 +83,12 @@ class CheckReport:
                  f"labels fit the known class histogram: {known}"]
         top = sorted(self.shares.items(), key=lambda item: -item[1])[:8]
         lines.append("largest classes: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in top if share > 0))
+        lines.append(f"ignored: {100 * self.ignored:.1f} % of the pixels"
+                     + (f"; all of them in {len(self.uncounted)} masks, first {self.uncounted[0]}" if self.uncounted else ""))
+        if self.turned:
+            shown = ", ".join(f"{file} ({value})" for file, value in list(self.turned.items())[:8])
+            lines.append(f"{len(self.turned)} pictures turned by EXIF, masks taken as made on {self.made_on or 'upright'} pixels: "
+                         f"{shown}{', ...' if len(self.turned) > 8 else ''}")
         if self.absent:
             more = f" and {len(self.absent) - 12} more" if len(self.absent) > 12 else ""
             lines.append(f"{len(self.absent)} classes on no pixel: {', '.join(self.absent[:12])}{more}")
@@ -78,34 +104,62 @@ def check_set(data: SegmentationSet, *, sample: int | None = None, progress: boo
     assert data.layout is not None
     chosen = range(len(data)) if sample is None else np.unique(np.linspace(0, len(data) - 1, sample).astype(int)).tolist()
     report = CheckReport(data.description.name, data.split, str(data.root), data.layout.path, len(data), data.expected, len(chosen))
+    report.made_on, report.problems = data.description.masks_made_on, _of_names(data)
     values, table = np.zeros(65536, np.int64), data.layout.table
     for i in bar(chosen, show=progress, unit="picture", desc="checking"):
         item = data.items[i]
         try:
-            image = read_image(item.image)
+            image, turned = read_image(item.image), orientation(item.image)
+            if turned != 1:
+                report.turned[str(item.image)] = turned
         except InputError as error:
             report.problems.append(str(error))
             image = None
         try:
-            mask = read_mask(item.mask)
+            mask = data.read_mask(item)
         except DataError as error:
-            report.problems.append(str(error))
+            if str(error) not in report.problems:
+                report.problems.append(str(error))
             continue
         if image is not None and mask.shape != (image.height, image.width):
-            report.problems.append(f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} and its picture {image.width}x{image.height}")
+            report.problems.append(f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} and its picture {image.width}x{image.height}"
+                                   + (f", turned by its EXIF orientation {turned}" if turned != 1 else ""))
         counts = np.bincount(mask.ravel(), minlength=65536)
         values += counts
+        if not counts[table > IGNORE].any():
+            report.uncounted.append(str(item.mask))
         for value in np.flatnonzero((counts > 0) & (table < IGNORE)):
             pixels, file = report.invalid.get(int(value), (0, str(item.mask)))
             report.invalid[int(value)] = (pixels + int(counts[value]), file)
     report.values = {int(v): int(values[v]) for v in np.flatnonzero(values)}
     kept = table > IGNORE
+    report.ignored = float(values[table == IGNORE].sum() / max(1, values.sum()))
     pixels = np.bincount(table[kept], weights=values[kept], minlength=data.description.number).tolist()
     names = data.classes or tuple(map(str, range(data.description.number)))
     report.shares = {name: share / max(1.0, sum(pixels)) for name, share in zip(names, pixels, strict=True)}
     report.absent = [name for name, count in zip(names, pixels, strict=True) if count == 0]
     report.shift = _shift(values, table, data.description.shares, data.classes) if values.any() else None
     return report
+
+
+def _of_names(data: SegmentationSet) -> list[str]:
+    """What is wrong before a file is read: with the list, or with the folders where there is none."""
+    found = [f"the key {key!r} stands {number} times in the list" for key, number in data.listed.repeated.items()] + data.listed.unmatched
+    if data.others is None:
+        return found
+    found += data.others.bad
+    found += [f"{data.others.root / name} is left out: pictures of the set are {data.description.images(data.split)}"
+              for name in data.others.pictures]
+    assert data.root is not None and data.layout is not None
+    before, _, after = data.layout.path.partition("{}")
+    folder, _, start = before.rpartition("/")
+    keys, end = set(data.listed.keys), len(after)
+    for name in look(data.root / folder).pictures:
+        parts = name[len(start) : len(name) - end].split("_")
+        # x_labelTrainIds.png beside x.png is another layout's mask of x.
+        if name.startswith(start) and name.endswith(after) and not any("_".join(parts[: i + 1]) in keys for i in range(len(parts))):
+            found.append(f"{data.root / folder / name} is a mask without a picture")
+    return found
 
 
 def _shift(values: np.ndarray, table: np.ndarray, shares: dict[str, float], classes: tuple[str, ...]) -> int | None:
@@ -122,10 +176,10 @@ def _shift(values: np.ndarray, table: np.ndarray, shares: dict[str, float], clas
     return best if misfit[best] < _CLEARLY * misfit[0] else 0
 
 
-def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int, int]:
+def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int, int, list[str]]:
     """Write the masks of the set with its labels as values, under the name of its first layout, for tools that want them so.
 
-    Masks that are there already are left. Returns (written, left).
+    Masks that are there already are left. Returns (written, left, what could not be converted, a line each).
     """
     layouts = data.description.layouts(data.split)
     assert data.root is not None and data.layout is not None
@@ -136,13 +190,18 @@ def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int
     for value in range(255, -1, -1):
         if layouts[0].table[value] > IGNORE:
             back[layouts[0].table[value]] = value
-    written = 0
+    written, left, bad = 0, 0, []
     for item in bar(data.items, show=progress, unit="mask", desc="converting"):
         target = data.root / layouts[0].path.format(item.key)
         if target.exists():
+            left += 1
             continue
-        truth = data.truth(read_mask(item.mask), item.mask)
+        try:
+            truth = data.truth(read_mask(item.mask), item.mask)
+        except DataError as error:
+            bad.append(str(error))
+            continue
         with replacing(target) as part:
             Image.fromarray(np.where(truth == IGNORE, 255, back[truth]).astype(np.uint8)).save(part)
         written += 1
-    return written, len(data) - written
+    return written, left, bad

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .label_files import by_number, grouped, read_labels, split_texts
+from .templates import check_templates
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,90 +43,89 @@ class LabelSet:
         return len(self.names)
 
     @classmethod
-    def of(cls, labels: LabelSet | Mapping[str, str | Sequence[str]] | Sequence[str] | str) -> LabelSet:
-        """From names, one name, or ``{name: texts}``.
+    def of(cls, labels: LabelSet | Mapping[Any, Any] | Sequence[str] | str) -> LabelSet:
+        """From names, one name, ``{name: texts}``, or names by number as ``id2label`` and ``label2id`` have them.
+
+        A text that stands for several classes counts for the one whose name it is, else for the first; the others lose it, which is told.
 
         Raises:
-            InputError: for an empty set, a name or text that is no string or blank, or one that occurs twice.
+            InputError: for an empty set, a name or text that is no string or blank, a name that occurs twice, numbers with gaps, or a class
+                all of whose texts belong to others.
         """
         if isinstance(labels, LabelSet):
             return labels
         if isinstance(labels, Mapping):
+            try:
+                labels = by_number(labels) or labels
+            except ValueError as error:
+                raise InputError(f"labels: {error}") from error
+        if isinstance(labels, Mapping):
             names = check_labels(list(labels))
-            texts = tuple(tuple([given] if isinstance(given, str) else given or [name]) for name, given in
-                          zip(names, labels.values(), strict=True))
+            texts = [_texts_of(name, given) for name, given in zip(names, labels.values(), strict=True)]
         else:
             names = check_labels(labels)
-            texts = tuple((name,) for name in names)
-        found = cls(tuple(names), tuple(tuple(check_labels(list(group))) for group in texts))
-        seen: dict[str, int] = {}
-        for query, owner in zip(found.queries, found.owners, strict=True):
-            if query in seen:
-                raise InputError(f"text {query!r} stands for both {names[seen[query]]!r} and {names[owner]!r}; expected one class")
-            seen[query] = owner
-        return found
+            texts = [(name,) for name in names]
+        return cls(tuple(names), _one_owner(names, texts))
 
     @classmethod
     def read(cls, path: str | Path) -> LabelSet:
         """From a file.
 
-        ``.txt``: a class on each line, its texts separated by commas, the first one its name; ``#`` begins a comment.
-        ``.yaml``, ``.json``: a list of names; or ``{name: texts}``; or ``{templates: ..., labels: one of these}``.
+        ``.txt``: a class on each line, its texts separated by commas or semicolons, the first one its name; ``#`` begins a comment.
+        ``.csv``, ``.tsv``: with a header; a column ``name``, and ``idx`` and ``synonyms`` if there are. ``.yaml``, ``.json``: a list of
+        names; ``{name: texts}``; ``{id: name}`` or ``{name: id}``; or ``{templates: ..., labels: one of these}``.
 
         Raises:
-            InputError: for a file that is missing or of another kind, and as ``of`` does.
+            InputError: for a file that is missing or of another kind, templates that cannot be, and as ``of`` does.
         """
         path = Path(path)
-        if not path.is_file():
-            raise InputError(f"label file {str(path)!r} does not exist; expected .txt (a class on each line), .yaml or .json")
+        labels, templates = read_labels(path)
         try:
-            text = path.read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"label file {str(path)!r} is no UTF-8 text: {error}") from error
-        try:
-            return cls.of(_lines(text)) if path.suffix.lower() not in (".yaml", ".yml", ".json") else cls._from_tree(text)
+            if templates is not None:
+                check_templates(templates)
+            return replace(cls.of(labels), templates=tuple(templates) if isinstance(templates, list) else templates)
         except InputError as error:
             raise InputError(f"label file {str(path)!r}: {error}") from error
 
     @classmethod
-    def _from_tree(cls, text: str) -> LabelSet:
-        import yaml  # JSON is YAML
-
-        try:
-            tree = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"no YAML: {error}") from error
-        templates = None
-        if isinstance(tree, dict) and "labels" in tree and set(tree) <= {"labels", "templates"}:
-            templates, tree = tree.get("templates"), tree["labels"]
-        if not isinstance(tree, (list, dict)):
-            raise InputError(f"a {type(tree).__name__} stands where a list of names or {{name: texts}} is expected")
-        found = cls.of(tree)
-        return cls(found.names, found.texts, tuple(templates) if isinstance(templates, list) else templates)
-
-    @classmethod
     def parse(cls, line: str) -> LabelSet:
-        """From a command line: classes separated by commas, synonyms by ``|``: ``person|man|woman,road``."""
-        return cls.of(_groups(group.split("|") for group in line.split(",")))
+        """From a command line: classes separated by commas, synonyms by ``|`` or ``;``: ``person|man|woman,road``."""
+        return cls.of(grouped(split_texts(group) for group in line.split(",")))
 
 
-def _lines(text: str) -> dict[str, list[str]]:
-    lines = (line.split("#", 1)[0].strip() for line in text.splitlines())
-    return _groups(re.split(r"[,|]", line) for line in lines if line)
+def _texts_of(name: str, given: Any) -> tuple[str, ...]:
+    """What stands for a class: a text, or several; the name where nothing is given."""
+    if given is None or given == []:
+        return (name,)
+    if not isinstance(given, (str, list, tuple)):
+        raise InputError(f"the texts of {name!r} are a {type(given).__name__}, {given!r}; expected a text or a list of them")
+    texts = []
+    for i, text in enumerate([given] if isinstance(given, str) else given):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"text {i} of {name!r} is {text!r}; expected a text that is not blank")
+        texts.append(" ".join(text.split()))
+    return tuple(texts)
 
 
-def _groups(groups: Any) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for i, group in enumerate(groups):
-        texts = [text.strip() for text in group if text.strip()]
-        if not texts:
-            raise InputError(f"labels[{i}] is blank; expected a name")
-        if texts[0] in found:
-            raise InputError(f"labels[{i}] and labels[{list(found).index(texts[0])}] are both {texts[0]!r}; expected distinct labels")
-        found[texts[0]] = texts
-    if not found:
-        raise InputError('labels is empty; expected at least one name, e.g. labels=["cat"]')
-    return found
+def _one_owner(names: Sequence[str], texts: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Each text for one class alone; published lists have ``ground`` for earth and for land."""
+    owner: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name in texts[i]:
+            owner[name] = i
+    for i, group in enumerate(texts):
+        for text in group:
+            owner.setdefault(text, i)
+    kept = tuple(tuple(text for text in dict.fromkeys(group) if owner[text] == i) for i, group in enumerate(texts))
+    lost = [(text, i) for i, group in enumerate(texts) for text in dict.fromkeys(group) if owner[text] != i]
+    for text, i in lost:
+        if not kept[i]:
+            raise InputError(f"text {text!r} stands for both {names[owner[text]]!r} and {names[i]!r}, which has no other; expected "
+                             "one class")
+    if lost:
+        told = ", ".join(f"{text!r} (for {names[owner[text]]!r}, not {names[i]!r})" for text, i in lost[:6])
+        logger.warning("%d texts stand for several classes and count for one: %s%s", len(lost), told, ", ..." if len(lost) > 6 else "")
+    return kept
 
 
 def check_labels(labels: Sequence[str] | str) -> list[str]:

@@ -6,35 +6,27 @@ mmsegmentation and of the data sets' own archives; masks are mapped while they a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import DataError, InputError
-from .images import MAX_PIXELS, read_image
+from ..paths import no_file
+from ..text_files import text_of, tree_of
+from .folders import Folder
+from .images import orientation, read_image, upright
 from .labels import LabelSet
+from .lists import KeyList, read_list
+from .set_masks import IGNORE, INVALID, MaskLayout, read_mask, table_of
 
-IGNORE = -1  # of a truth: pixels that are not counted
+__all__ = ["IGNORE", "Item", "MaskLayout", "SegmentationSet", "SetDescription", "describe", "list_sets", "read_mask"]
+logger = logging.getLogger(__name__)
 _SETS = Path(__file__).parent / "sets"
-_INVALID = -2
-_MASK_FORMATS = ("PNG", "TIFF", "BMP")
-
-
-@dataclass(frozen=True)
-class MaskLayout:
-    """Where masks lie and what their values mean.
-
-    Attributes:
-        path: below the set's folder, ``{}`` for the key of a picture.
-        table: int16 [65536], the label of each value; -1 is ignored, -2 must not occur.
-    """
-
-    path: str
-    table: np.ndarray
+MADE_ON = ("upright", "stored")
 
 
 @dataclass(frozen=True)
@@ -72,13 +64,23 @@ class SetDescription:
         return self.tree.get("number", len(self.classes))
 
     @property
+    def masks_made_on(self) -> str | None:
+        """The pixels that masks lie on where a picture has an EXIF orientation: ``upright``, as people see it; ``stored``, as the file has
+        them. None: the description does not say, and upright is taken."""
+        return self.tree.get("masks_made_on")
+
+    @property
     def splits(self) -> tuple[str, ...]:
         return tuple(self.tree["splits"])
 
     def layouts(self, split: str) -> list[MaskLayout]:
         """The ways masks of this split may be stored, the preferred one first."""
         masks = self._of(split).get("masks", self.tree["masks"])
-        return [MaskLayout(entry["path"], _table(entry["values"], self.number)) for entry in masks]
+        return [MaskLayout(entry["path"], table_of(entry["values"], self.number)) for entry in masks]
+
+    def images(self, split: str) -> str:
+        """Where pictures lie below the set's folder, ``{}`` for the key."""
+        return self._of(split).get("images", self.tree["images"])
 
     def _of(self, split: str) -> dict[str, Any]:
         if split not in self.splits:
@@ -97,63 +99,48 @@ def describe(name: str) -> SetDescription:
         InputError: for an unknown name, or a file that lacks something.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _SETS / f"{name}.yaml"
-    if not path.is_file():
+    if path.parent == _SETS and not path.is_file():
         raise InputError(f"data set is {name!r}; expected one of {list_sets()}, or a .yaml file that describes one")
     try:
         tree = _read(path)
-        tree = {**_read(_SETS / f"{tree['like']}.yaml"), **tree, "splits": _merged(tree)} if "like" in tree else tree
         found = SetDescription(path.stem, tree["title"], tuple(map(str, tree["classes"])), bool(tree["background"]),
                                tuple(tree.get("unseen", ())), dict(tree.get("texts", {})), dict(tree.get("shares", {})), tree)
+        if found.masks_made_on not in (None, *MADE_ON):
+            raise ValueError(f"masks_made_on is {found.masks_made_on!r}; expected one of {list(MADE_ON)}")
         for split in found.splits:
-            found.layouts(split)
+            for pattern in (found.images(split), *(layout.path for layout in found.layouts(split))):
+                if pattern.count("{}") != 1 or pattern.count("{") != 1 or pattern.count("}") != 1:
+                    raise ValueError(f"path {pattern!r} holds {pattern.count('{}')} '{{}}'; expected one, for the key, and no other braces")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} does not describe a data set: {type(error).__name__}: {error}") from error
     unknown = [c for c in (*found.unseen, *found.texts, *found.shares) if c not in found.classes]
     if unknown:
         raise InputError(f"{path}: {unknown[0]!r} is none of the classes")
+    twice = [c for i, c in enumerate(found.classes) if c in found.classes[:i]]
+    if twice:
+        raise InputError(f"{path}: the class {twice[0]!r} stands twice")
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
+def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree of a description with what it takes over from those that it is ``like``; ``below``: those that led here."""
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {error}") from error
+        tree = tree_of(text_of(path, "data set", "one of ovseg data list, or a .yaml file that describes one", InputError))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is {error}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds a {type(tree).__name__}; expected the description of a data set")
-    return tree
-
-
-def _merged(tree: dict[str, Any]) -> dict[str, Any]:
-    return {**_read(_SETS / f"{tree['like']}.yaml")["splits"], **tree.get("splits", {})}
-
-
-def _values(entries: Iterable[int | str]) -> list[int]:
-    found: list[int] = []
-    for entry in entries:
-        first, _, last = str(entry).partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
-
-
-def _table(rule: dict[str, Any], classes: int) -> np.ndarray:
-    """``map``; or classes one after the other from the value ``start``, without the ``removed`` ones, the first one labelled ``label``.
-    Then ``background`` values are 0 and ``ignore`` values are not counted."""
-    table = np.full(65536, _INVALID, np.int16)
-    if "map" in rule:
-        for value, label in rule["map"].items():
-            table[value] = label
-    else:
-        value, removed = rule["start"], set(rule.get("removed", ()))
-        for label in range(rule.get("label", 0), classes):
-            while value in removed:
-                value += 1
-            table[value], value = label, value + 1
-    table[_values(rule.get("background", ()))] = 0
-    table[_values(rule.get("ignore", ()))] = IGNORE
-    return table
+    if "like" not in tree:
+        return tree
+    like = tree["like"]
+    if like not in list_sets() or like in below:
+        raise InputError(f"{path}: like is {like!r}; expected one of {[name for name in list_sets() if name not in below]}")
+    base = _read(_SETS / f"{like}.yaml", (*below, like))
+    return {**base, **tree, "splits": {**base["splits"], **tree.get("splits", {})}}
 
 
 @dataclass(frozen=True)
@@ -174,6 +161,10 @@ class SegmentationSet:
         split: ``val``, ``train``, ...
         description: in place of ``name``.
 
+    Attributes:
+        listed: what the split's list says, or the names of the pictures where it has none.
+        others: where it has none, what else lies among the pictures.
+
     Raises:
         DataError: where the folder, the list or every mask is missing, saying where they were looked for.
     """
@@ -182,21 +173,35 @@ class SegmentationSet:
         self.description = description or describe(name)
         self.split, tree = split, self.description.tree
         part = self.description._of(split)
-        images = part.get("images", tree["images"])
+        images = self.description.images(split)
         layouts = self.description.layouts(split)
         looked = [Path(root) / folder for folder in (*tree.get("folders", ()), ".")]
-        beginning = Path(part.get("list") or images.split("{}")[0])
+        before, _, after = images.partition("{}")
+        folder_of, _, start = before.rpartition("/")
+        beginning = Path(part.get("list") or folder_of)
         self.root = next((folder for folder in looked if (folder / beginning).exists()), None)
         if self.root is None:
             raise DataError(f"{self.description.name}: {beginning} is in none of {', '.join(str(folder) for folder in looked)}; expected "
                             f"{self.description.title} in its usual layout")
-        keys = self._listed(self.root / part["list"]) if "list" in part else _keys(self.root, images)
+        self.others: Folder | None = None
+        if "list" in part:
+            self.listed = read_list(self.root / part["list"], self.root, images)
+        else:
+            self.others = Folder(self.root / folder_of)
+            self.listed = KeyList(_keys(self.others, start, after))
+        keys = self.listed.keys
         if not keys:
-            raise DataError(f"{self.description.name}: no picture {images} in {self.root}")
-        self.layout = next((layout for layout in layouts if any((self.root / layout.path.format(key)).is_file() for key in keys)), None)
+            found = self.others.found() if self.others else "nothing"
+            raise DataError(f"{self.description.name}: no picture {images} in {self.root}, but {found}")
+        if self.listed.repeated:
+            logger.warning("%s: %d keys stand several times in the list and count once, the first: %r", self.root / part["list"],
+                           len(self.listed.repeated), next(iter(self.listed.repeated)))
+        self.layout = next((layout for layout in layouts if any(no_file(self.root / layout.path.format(key)) is None for key in keys)),
+                           None)
         if self.layout is None:
-            raise DataError(f"{self.description.name}: no mask of {len(keys)} pictures is in {self.root}; expected "
-                            + " or ".join(layout.path for layout in layouts))
+            tried = " and ".join(str(self.root / layout.path.format(keys[0])) for layout in layouts)
+            raise DataError(f"{self.description.name}: no mask of {len(keys)} pictures is in {self.root}; for the first, {keys[0]!r}, "
+                            f"{tried} was looked for")
         self.items = [Item(key, self.root / images.format(key), self.root / self.layout.path.format(key)) for key in keys]
 
     @property
@@ -226,7 +231,7 @@ class SegmentationSet:
             image = read_image(item.image)
         except InputError as error:
             raise DataError(str(error)) from error
-        truth = self.truth(read_mask(item.mask), item.mask)
+        truth = self.truth(self.read_mask(item), item.mask)
         if truth.shape != (image.height, image.width):
             raise DataError(f"{item.mask} is {truth.shape[1]}x{truth.shape[0]} and {item.image} is {image.width}x{image.height}; "
                             "expected one size")
@@ -236,42 +241,32 @@ class SegmentationSet:
         """Labels of a mask's values."""
         assert self.layout is not None
         truth = self.layout.table[values]
-        bad = truth == _INVALID
+        bad = truth == INVALID
         if bad.any():
             value = int(values[bad][0])
             raise DataError(f"{path} holds the value {value} on {int(bad.sum())} pixels, which is no class of {self.description.name}; "
                             "see ovseg data check")
         return truth
 
-    @staticmethod
-    def _listed(path: Path) -> list[str]:
-        # Context's and VOC's lists may carry a second column.
-        return [line.split()[0] for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    def read_mask(self, item: Item) -> np.ndarray:
+        """The values of a mask on the pixels of the upright picture.
+
+        Raises:
+            DataError: for a missing, damaged or coloured mask, or a picture whose orientation cannot be read.
+        """
+        values = read_mask(item.mask)
+        if self.description.masks_made_on != "stored":
+            return values
+        try:
+            return np.ascontiguousarray(upright(values, orientation(item.image)))
+        except InputError as error:
+            raise DataError(str(error)) from error
 
 
-def _keys(root: Path, pattern: str) -> list[str]:
-    before, after = pattern.split("{}")
-    folder = root / before
-    return sorted(path.relative_to(folder).as_posix()[: -len(after)] for path in folder.rglob(f"*{after}") if path.is_file())
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """The values of a mask [H, W], uint8 or uint16: class indices, with or without a palette.
-
-    Raises:
-        DataError: for a missing, damaged or coloured mask; the message names it.
-    """
-    if not path.is_file():
-        raise DataError(f"mask {path} is missing")
-    try:
-        with Image.open(path, formats=_MASK_FORMATS) as mask:
-            if mask.width * mask.height > MAX_PIXELS:
-                raise DataError(f"mask {path} is {mask.width}x{mask.height}; the limit is {MAX_PIXELS} pixels")
-            if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-                raise DataError(f"mask {path} is a {mask.mode} picture; expected class indices in one channel, grey or with a palette")
-            values = np.asarray(mask)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot decode mask {path}: {error}; expected a complete {' or '.join(_MASK_FORMATS)}") from error
-    if values.dtype.kind == "i" and (int(values.min()) < 0 or int(values.max()) > 65535):
-        raise DataError(f"mask {path} holds values from {int(values.min())} to {int(values.max())}; expected 0 to 65535")
-    return values.astype(np.uint8 if values.dtype == bool else values.dtype if values.dtype.kind == "u" else np.uint16)
+def _keys(folder: Folder, start: str, after: str) -> list[str]:
+    """Of the pictures whose path begins and ends so; the others stay in ``folder.pictures``."""
+    for _ in folder.walk():
+        pass
+    taken = {name for name in folder.pictures if name.startswith(start) and name.endswith(after) and len(name) > len(start) + len(after)}
+    folder.pictures = sorted(set(folder.pictures) - taken)
+    return sorted(name[len(start) : len(name) - len(after)] for name in taken)

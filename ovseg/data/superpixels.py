@@ -7,19 +7,24 @@ read without running code, and a picture's map is decoded when it is asked for.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError, InputError
+from ..options import within
+from ..paths import no_file
 from ..progress import bar
-from ..replacing import replacing
+from ..replacing import file_for, replacing
 from .images import read_image
 
+MOST_WORKERS = 1024
 SHORT_SIDE = 224  # pictures are made smaller before they are cut up
 
 
@@ -29,7 +34,7 @@ def superpixels(image: np.ndarray, *, scale: float = 224.0, sigma: float = 0.9, 
 
     found = felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
     if found.max() > 65535:
-        raise InputError(f"{int(found.max()) + 1} superpixels in one picture; expected at most 65536: raise min_size")
+        raise InputError(f"{int(found.max()) + 1} superpixels in one picture; expected at most 65536: raise scale or min_size")
     return found.astype(np.uint16)
 
 
@@ -73,6 +78,11 @@ def crop_patch_labels(segments: np.ndarray, box: tuple[float, float, float, floa
     return patch_labels(crop[rows][:, columns], patch, how)
 
 
+def stored_key(key: str) -> str:
+    """A picture's key in the side file, which is UTF-8: bytes of a file name that are not are written as ``\\xff``."""
+    return os.fsencode(key).decode("utf-8", "backslashreplace")
+
+
 class SuperpixelFile:
     """A side file of ``write_superpixels``. Pickled, it is its path: worker processes open it themselves."""
 
@@ -80,8 +90,8 @@ class SuperpixelFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
-        if not self.path.is_file():
-            raise DataError(f"superpixel file {str(path)!r} does not exist; expected one of ovseg data superpixels")
+        if (what := no_file(path)) is not None:
+            raise DataError(f"superpixel file {str(path)!r} {what}; expected one of ovseg data superpixels")
         try:
             self._file = safe_open(self.path, framework="np")
             self._keys = set(self._file.keys())
@@ -92,7 +102,7 @@ class SuperpixelFile:
         return SuperpixelFile, (self.path,)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._keys
+        return stored_key(key) in self._keys
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -103,9 +113,9 @@ class SuperpixelFile:
         Raises:
             DataError: if it is not there or damaged.
         """
-        if key not in self._keys:
+        if key not in self:
             raise DataError(f"{self.path} holds no superpixels of {key!r}")
-        raw = self._file.get_tensor(key).tobytes()
+        raw = self._file.get_tensor(stored_key(key)).tobytes()
         try:
             height, width = np.frombuffer(raw[:8], np.uint32).tolist()
             data = zlib.decompress(raw[8:], bufsize=2 * height * width + 1)
@@ -119,19 +129,34 @@ class SuperpixelFile:
 
 def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, workers: int = 1, progress: bool = False, scale: float = 224.0,
                       sigma: float = 0.9, min_size: int = 224) -> tuple[int, list[str]]:
-    """Cut up pictures (key, file) into a side file; returns how many, and what could not be read. The file appears by rename."""
+    """Cut up pictures (key, file) into a side file; returns how many, and what could not be, a line each. The file appears by rename.
+
+    Raises:
+        InputError: for options that mean nothing, and a file that cannot be written, before anything is cut up.
+        DataError: if no picture could be.
+    """
     from safetensors.numpy import save_file
 
+    if not (0 < scale < math.inf and 0 <= sigma < math.inf and min_size >= 1):
+        raise InputError(f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive number, one from 0, and at least 1")
+    within("workers", workers, 1, MOST_WORKERS, InputError)
+    file_for(path, "superpixel file")
     jobs = [(key, file, scale, sigma, min_size) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
     with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
         results = map(_cut, jobs) if pool is None else pool.map(_cut, jobs, chunksize=16)
-        for key, data, error in bar(results, total=len(jobs), show=progress, unit="picture", desc="superpixels"):
-            if data is None:
-                bad.append(error)
-            else:
-                found[key] = np.frombuffer(data, np.uint8)
+        try:
+            for key, data, error in bar(results, total=len(jobs), show=progress, unit="picture", desc="superpixels"):
+                if data is None:
+                    bad.append(error)
+                elif stored_key(key) in found:
+                    bad.append(f"{key!r} and another picture would both be kept as {stored_key(key)!r}; expected names in UTF-8")
+                else:
+                    found[stored_key(key)] = np.frombuffer(data, np.uint8)
+        except BrokenProcessPool as error:
+            raise DataError(f"a process that cuts up pictures was killed after {len(found)} of {len(jobs)}, often for want of memory; "
+                            "expected fewer workers, or smaller pictures") from error
     if not found:
         raise DataError(f"none of {len(jobs)} pictures could be cut up" + (f"; the first: {bad[0]}" if bad else ""))
     with replacing(path) as part:
@@ -143,9 +168,10 @@ def _cut(job: tuple[str, Path, float, float, int]) -> tuple[str, bytes | None, s
     key, file, scale, sigma, min_size = job
     try:
         image = read_image(file)
-    except InputError as error:
-        return key, None, str(error)
-    factor = min(1.0, SHORT_SIDE / min(image.size))
-    small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
-    ids = superpixels(np.asarray(small), scale=scale, sigma=sigma, min_size=min_size)
+        factor = min(1.0, SHORT_SIDE / min(image.size))
+        small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+        ids = superpixels(np.asarray(small), scale=scale, sigma=sigma, min_size=min_size)
+    except (InputError, ValueError, MemoryError) as error:
+        told = str(error) or type(error).__name__
+        return key, None, told if str(file) in told else f"{file}: {told}"
     return key, np.array(ids.shape, np.uint32).tobytes() + zlib.compress(ids.tobytes(), 9), ""

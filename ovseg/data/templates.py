@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InputError
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "label": ("{}",),
@@ -36,20 +39,35 @@ def templates(which: str | Sequence[str]) -> tuple[str, ...]:
     """A named set (``clip80`` is CLIP's 80 for ImageNet, read from open_clip) or the given format strings, checked.
 
     Raises:
-        ValueError: for an unknown name, an empty list, or a template without exactly one ``{}``.
+        InputError: as ``check_templates``.
+    """
+    check_templates(which)
+    if isinstance(which, str):
+        return _clip80() if which == "clip80" else TEMPLATES[which]
+    return tuple(which)
+
+
+def check_templates(which: Any) -> None:
+    """Whether that is a named set or a list of format strings.
+
+    Raises:
+        InputError: for an unknown name, an empty list, what is no text, or a template without exactly one ``{}``.
     """
     if isinstance(which, str):
-        if which == "clip80":
-            return _clip80()
-        if which not in TEMPLATES:
-            raise ValueError(f"templates is {which!r}; expected one of {list(NAMES)} or a list of format strings")
-        return TEMPLATES[which]
+        if which not in NAMES:
+            raise InputError(f"templates is {which!r}; expected one of {list(NAMES)} or a list of format strings")
+        return
+    if not isinstance(which, (list, tuple)):
+        raise InputError(f"templates is a {type(which).__name__}; expected one of {list(NAMES)} or a list of format strings")
     if not which:
-        raise ValueError("templates is empty; expected at least one format string such as 'a photo of a {}.'")
-    for template in which:
+        raise InputError("templates is empty; expected at least one format string such as 'a photo of a {}.'")
+    for i, template in enumerate(which):
+        if not isinstance(template, str):
+            raise InputError(f"templates[{i}] is a {type(template).__name__}; expected a format string such as 'a photo of a {{}}.'")
         if template.count("{}") != 1:
-            raise ValueError(f"template {template!r} holds {template.count('{}')} '{{}}'; expected exactly one")
-    return tuple(which)
+            raise InputError(f"template {template!r} holds {template.count('{}')} '{{}}'; expected exactly one")
+        if "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
+            raise InputError(f"template {template!r} holds other braces than its '{{}}'; expected none")
 
 
 def _clip80() -> tuple[str, ...]:

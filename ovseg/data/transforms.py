@@ -18,6 +18,7 @@ from PIL import Image
 
 from .draws import integer, uniform
 
+MOST_RATIO = 1000.0  # of a crop's sides
 Items = tuple[Any, ...]  # a tv_tensors.Image uint8 [3, H, W], then Masks [1, H, W]
 
 

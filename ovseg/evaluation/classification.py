@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import numpy as np
 import torch
 
 from .. import distributed
+from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, NoData
 from ..inference import Predictor
 from ..models import OVSegModel
+from ..paths import no_folder
 from ..progress import bar
+
+logger = logging.getLogger(__name__)
 
 
 class ClassFolders:
@@ -25,19 +30,34 @@ class ClassFolders:
         root: its sub-folders, sorted, are the classes.
         labels: texts of the classes in that order; by default the folders' names, with spaces for underscores.
 
+    Attributes:
+        items: (picture, class).
+        bad: what looks like a picture and cannot be read, or is in no class, a line each.
+
     Raises:
         DataError: without folders or pictures. InputError: for labels of another number.
     """
 
     def __init__(self, root: str | Path, labels: LabelSet | None = None):
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"{self.root} is no folder; expected one with a sub-folder for each class")
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
-        self.items = [(picture, i) for i, folder in enumerate(folders)
-                      for picture in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)]
+        if (what := no_folder(self.root)) is not None:
+            raise NoData(f"{self.root} {what}; expected a folder with a sub-folder for each class")
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not hidden(path.name))
+        seen = [look(folder) for folder in folders]
+        self.items = [(folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures]
+        beside = [path for path in sorted(self.root.iterdir()) if not path.is_dir() and not hidden(path.name)
+                  and path.suffix.lower() in (*SUFFIXES, *UNREAD)]
+        self.bad = [line for folder in seen for line in folder.bad] + [f"{path}: a picture in no class's folder" for path in beside]
         if not self.items:
-            raise DataError(f"{self.root} holds {len(folders)} sub-folders and no picture in them; expected one for each class")
+            found = f"; in the first: {seen[0].found()}" if seen else ""
+            raise DataError(f"{self.root} holds {len(folders)} sub-folders and no picture in them{found}; expected one for each class")
+        empty = [folder.root.name for folder in seen if not folder.pictures]
+        if empty:
+            logger.warning("%s: %d of %d class folders hold no picture, the first: %s", self.root, len(empty), len(folders), empty[0])
+        left_out = Folder(self.root, hidden=[path.name for path in self.root.iterdir() if hidden(path.name)]
+                          + [name for folder in seen for name in folder.hidden])
+        for line in left_out.left_out():
+            logger.warning("%s", line)
         self.labels = labels or LabelSet.of([folder.name.replace("_", " ") for folder in folders])
         if len(self.labels) != len(folders):
             raise InputError(f"labels holds {len(self.labels)} classes and {self.root} {len(folders)} folders; expected one for each")
@@ -63,12 +83,14 @@ class Classification:
 def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: bool = False, limit: int | None = None,
                             progress: bool = False, **options: Any) -> Classification:
     """The class whose best text is the most similar to the picture, by ``model.similarity``; ``options`` as of ``Predictor``."""
+    if data.bad and not skip_bad:
+        raise DataError(f"{data.bad[0]}; --skip-bad leaves such pictures out, and says so in the results")
     predictor = Predictor(model, data.labels, **options)
     count = len(data.labels)
     matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
     rank, world = distributed.rank(), distributed.world_size()
     total = len(data.items) if limit is None else min(limit, len(data.items))
-    skipped: list[str] = []
+    skipped: list[str] = list(data.bad) if skip_bad and rank == 0 else []
     failures: list[str] = []
     place = {name: i for i, name in enumerate(data.labels.names)}
     for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc="classifying", leave=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from ..models import OVSegModel
 from ..progress import bar
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
 from .protocols import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationSet(Interface):
@@ -103,6 +106,9 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     about, decision = data.description, protocol.decision
     classes = about.classes or protocol.labels.names
     sweeping, own_threshold = None, getattr(decision, "background_threshold", None)
+    if not about.background and (rules := background_rules(protocol)) and distributed.rank() == 0:
+        logger.warning("%s has no background class, and pixels get no label where %s: they all count as wrong", about.name,
+                       " or ".join(rules))
     predictor = protocol.predictor(model)
     if thresholds is not None:
         if not about.background or decision.score_range is None:
@@ -158,6 +164,12 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     summary = _summary(model, about, protocol, scores, band_iou, curve, counted_pictures)
     choices = protocol.choices(model, about)
     return Report(model.name, about, choices, scores, summary, counted_pictures, skipped, band_iou, curve, examples)
+
+
+def background_rules(protocol: Protocol) -> list[str]:
+    """In words, when a pixel gets no label by a protocol."""
+    texts = protocol.queries.rivals
+    return ([f"one of {len(texts)} background texts wins"] if texts else []) + protocol.decision.background_rules()
 
 
 def _seen(data: EvaluationSet, indices: range, predictor: Predictor, batch: int) -> Iterator[tuple[int, Any, Any, Seen | Exception]]:

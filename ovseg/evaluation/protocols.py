@@ -19,6 +19,7 @@ from ..inference import Decision, Predictor, Queries, View
 from ..inference.decisions import rule
 from ..inference.routing import option_names, route
 from ..models import OVSegModel
+from ..text_files import text_of, tree_of
 
 _PROTOCOLS = Path(__file__).parent / "protocols"
 METRIC = ("IoU per class over all counted pixels of the set, mean over the classes that occur or are predicted; "
@@ -70,13 +71,13 @@ class Protocol:
         if not data.background:
             background = "none: its pixels are not counted"
         else:
-            rules = [f"one of {len(queries.background)} texts wins"] if queries.background else []
+            rules = [f"one of {len(queries.rivals)} texts wins"] if queries.rivals else []
             background = " or ".join(rules + decision.background_rules()) or "never predicted"
         settings = {name: getattr(value, name) for value in (view, queries, decision) for name in option_names(value)}
         return {
             "model": model.name, "model_options": dict(model.config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
-            "data": data.title, "classes": data.number, "background": background, "background_texts": list(queries.background),
+            "data": data.title, "classes": data.number, "background": background, "background_texts": list(queries.rivals),
             "class_texts": {name: list(texts) for name, texts in zip(self.labels.names, self.labels.texts, strict=True)},
             "templates": len(used), "template_texts": list(used), "text_mean": queries.text_mean, "synonyms": queries.synonyms,
             "resize": f"short side {view.short_side or spec.image_size}"
@@ -124,14 +125,17 @@ def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: Labe
         raise InputError(f"labels holds {len(label_set)} classes; {data.name} has {data.number - data.background}"
                          + (" besides the background" if data.background else ""))
     background = own.pop("background", tree.get("background", [])) if data.background else []
-    settings = {**tree.get("settings", {}), **own, "background": tuple(t for t in background if t not in label_set.queries)}
+    wanted = Queries(label_set, background=tuple(background))
+    dropped = [text for text in wanted.background if text not in wanted.rivals]
+    notes = (*tree.get("notes", ()), *([f"left out of the background, being classes: {', '.join(dropped)}"] if dropped else []))
+    settings = {**tree.get("settings", {}), **own, "background": wanted.rivals}
     if "seen_bias" in tree and data.unseen:
         settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
     base = route(settings, View(), Queries(label_set), rule(model.decision)())
     own_values = {name: getattr(value, name) for value in base for name in option_names(value)}
     changed = tuple(f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value)
     changed += ("class texts",) if labels is not None else ()
-    return Protocol(Path(name).stem, int(tree["version"]), tree["title"], tree["source"], tuple(tree.get("notes", ())),
+    return Protocol(Path(name).stem, int(tree["version"]), tree["title"], tree["source"], notes,
                     *route(changes, *base), changed, present_only)
 
 
@@ -143,20 +147,22 @@ def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet
     return replace(LabelSet.of(merged), templates=labels.templates)
 
 
-def read_protocol(name: str) -> dict[str, Any]:
-    """The file of a protocol, with what it takes over from another one."""
-    import yaml
-
+def read_protocol(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file of a protocol, with what it takes over from another one; ``below``: those that led here."""
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _PROTOCOLS / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"protocol is {name!r}; expected one of {list_protocols()}, or a .yaml file")
+    if (path.parent == _PROTOCOLS and not path.is_file()) or name in below:
+        raise ConfigError(f"protocol is {name!r}; expected one of {list_protocols()}, or a .yaml file"
+                          + (f"; {below[0]!r} is like itself" if name in below else ""))
+    text = text_of(path, "protocol", f"one of {list_protocols()}, or a .yaml file", ConfigError)
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
+        tree = tree_of(text)
         if "like" in tree:
-            base = read_protocol(tree["like"])
+            base = read_protocol(tree["like"], (*below, name))
             tree = {**base, **tree, "settings": {**base.get("settings", {}), **tree.get("settings", {})}}
         if not {"version", "title", "source"} <= set(tree):
             raise KeyError("version, title, source")
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path} describes no protocol: {error}") from error
     return tree

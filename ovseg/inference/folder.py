@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..lines import read_lines
+from ..paths import no_file
+from ..text_files import records_of
 from .sources import Source
 
 
@@ -27,15 +28,15 @@ class Journal:
         self.path = folder / "ovseg_segment.jsonl"
         self.key = f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
         self._done: dict[str, tuple[list[Any], dict[str, int]]] = {}
-        for entry in read_lines(self.path):
+        for entry in records_of(self.path)[0]:  # without the line that a kill cut off
             with contextlib.suppress(KeyError, TypeError, ValueError):  # a line of something else
                 self._note(entry["name"], [entry["settings"], *entry["source"]], dict(entry.get("files") or {}))
 
     def has(self, source: Source, files: Sequence[Path]) -> bool:
         """Whether this picture, as it is now, was written under these settings and its files are still there, as long as they were."""
         state, sizes = self._done.get(source.name, ([], {}))
-        known = source.path.is_file() and state == [self.key, *_state(source)]
-        return known and all(file.is_file() and _as_written(file.stat().st_size, sizes.get(file.name)) for file in files)
+        known = no_file(source.path) is None and state == [self.key, *_state(source)]
+        return known and all(no_file(file) is None and _as_written(file.stat().st_size, sizes.get(file.name)) for file in files)
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Note that ``files`` are the results of a picture."""

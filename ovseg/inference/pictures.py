@@ -81,9 +81,13 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
 
 
 def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str], *, side: int = 320) -> Image.Image:
-    """The picture and its label maps in a row, a title above each, the names that occur below. Small pictures are enlarged to ``side``."""
-    factor = max(1, -(-side // max(image.size)))
-    panels = {"picture": np.asarray(image.convert("RGB"))} | {title: colour(labels, len(names)) for title, labels in maps.items()}
+    """The picture, and its label maps over it, in a row, a title above each, the names that occur below.
+
+    Small pictures are enlarged to ``side``.
+    """
+    factor, base = max(1, -(-side // max(image.size))), np.asarray(image.convert("RGB"))
+    panels = {"picture": base} | {title: (0.3 * base + 0.7 * colour(labels, len(names))).round().astype(np.uint8)
+                                  for title, labels in maps.items()}
     font, margin, top = ImageFont.load_default(15), 8, 26
     width, height = image.width * factor, image.height * factor
     row = Image.new("RGB", (len(panels) * (width + margin) + margin, top + height + margin), _PAPER)

@@ -112,7 +112,7 @@ class Predictor:
         seen, queries = self._current(), self._asked(labels)
         scores = self.model.similarity(seen.features, queries.texts).mean(0)
         best = scores.new_full((len(queries.names),), -torch.inf)
-        count = len(scores) - (len(self.queries.background))  # the background's texts are the last
+        count = len(scores) - len(self.queries.rivals)  # the background's texts are the last
         best = best.scatter_reduce(0, queries.owners[:count], scores[:count], "amax")
         return dict(sorted(zip(queries.names, best.tolist(), strict=True), key=lambda item: -item[1]))
 

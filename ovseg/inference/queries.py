@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from .fields import one_of, option
 from .reading import upload
 from .text_cache import encode_labels
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -27,7 +30,8 @@ class Queries:
         templates: prompt templates, a name or format strings; None: those of the label set, else the model's.
         text_mean: of the templates: ``unit`` normalises every text embedding before the mean, ``raw`` does not.
         synonyms: ``max``: a class scores what its best text scores; ``mean``: the mean of its texts' unit embeddings is asked for.
-        background: texts that stand for everything else; where one wins, the label is -1.
+        background: texts that stand for everything else; where one wins, the label is -1. One that is a text of a class too, as in
+            published lists, counts for the class alone, which is told: see ``rivals``.
     """
 
     labels: LabelSet | None = None
@@ -47,9 +51,12 @@ class Queries:
         object.__setattr__(self, "background", tuple(texts))
         if isinstance(self.templates, list):
             object.__setattr__(self, "templates", tuple(self.templates))
-        both = sorted(set(texts) & set(self.labels.queries)) if self.labels else []
-        if both:
-            raise InputError(f"background holds {both[0]!r}, which is a label too; expected other texts")
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """The texts of ``background`` that are no text of a class, each once."""
+        taken = {text.casefold() for text in self.labels.queries} if self.labels else set()
+        return tuple(text for text in dict.fromkeys(" ".join(text.split()) for text in self.background) if text.casefold() not in taken)
 
     def templates_for(self, model: OVSegModel) -> str | tuple[str, ...]:
         """The templates that are used: these, else those of the label set, else the model's."""
@@ -73,9 +80,11 @@ class EncodedQueries:
     @classmethod
     @torch.no_grad()
     def encode(cls, model: OVSegModel, queries: Queries) -> EncodedQueries:
-        labels, background = queries.labels, queries.background
+        labels, background = queries.labels, queries.rivals
         if labels is None:
             raise InputError("no labels are set; call set_labels first, or give labels")
+        if (dropped := [text for text in queries.background if " ".join(text.split()) not in background]):
+            logger.warning("left out of the background, being labels: %s", ", ".join(map(repr, dropped)))
         asked, owned = [*labels.queries, *background], labels.owners + [-1] * len(background)
         templates = resolve_templates(queries.templates_for(model))
         check_reading(model.tokenizer, asked, owned, templates)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import glob
-import tarfile
+import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from .. import distributed
+from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.images import SUFFIXES
+from ..data.shards import expand_braces, read_shard
 from ..errors import InputError
+from ..paths import no_file, no_folder
+from ..progress import note
+from ..text_files import lines_of
 
-_MOST_BYTES = 256 << 20  # of a member of a shard
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,11 @@ class Source:
 
 
 def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """The pictures that ``names`` stand for, and what is wrong with shards among them.
+    """The pictures that ``names`` stand for, and what is wrong among them: files that look like pictures and are none, damaged shards.
 
-    A name is a picture; a folder (all pictures below); a pattern such as ``photos/*.jpg`` or ``shards/*.tar``; a list of any of
-    these, ``.txt`` with a name on each line, relative to the list; or a shard, an uncompressed ``.tar`` as webdataset writes it.
+    A name is a picture; a folder (all pictures below); a pattern such as ``photos/*.jpg`` or ``shards/*.tar``; a range of names,
+    ``shard-{000..002}.tar``; a list of any of these, ``.txt`` with a name on each line, relative to the list; or a shard, an uncompressed
+    ``.tar`` as webdataset writes it. Hidden files and folders, and files that are no pictures, are left out, which is said once.
 
     The result name of a picture in a folder is its path below that folder without the suffix, so that folders are mirrored; in a
     shard, the shard's name and the member's. Where two pictures differ in their suffix alone, both keep it: ``a_png``, ``a_jpg``.
@@ -66,88 +73,144 @@ def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
     Raises:
         InputError: for a pattern, list, folder or shard without pictures, and for two pictures of one result name.
     """
-    problems: list[str] = []
-    found = [entry for name in names for entry in _expand(name, problems)]
-    shared = Counter(relative.with_suffix("") for relative, _ in set(found))
+    search = _Search()
+    found = [entry for name in names for entry in search.expand(name)]
+    if distributed.rank() == 0:
+        for line in search.notes:
+            note(line)
+    named = _result_names(found)
     results: dict[str, Source] = {}
     for relative, source in found:
-        plain = relative.with_suffix("")
-        name = str(plain if shared[plain] == 1 else plain.with_name(f"{plain.name}_{relative.suffix[1:]}"))
+        name = named[relative]
         if name in results and _place(results[name]) != _place(source):
             raise InputError(f"{str(results[name])!r} and {str(source)!r} would both be written as {name!r}; expected one folder at a time")
-        results.setdefault(name, Source(name, source.path, source.offset, source.size, source.member))
-    return list(results.values()), problems
+        results.setdefault(name, replace(source, name=name))
+    return list(results.values()), search.problems
 
 
-def _place(source: Source) -> tuple[Path, int | None]:
-    return source.path.resolve(), source.offset
+def _result_names(found: Iterable[tuple[PurePosixPath, Source]]) -> dict[PurePosixPath, str]:
+    """Paths without their suffix; those that would be one name keep it, and those that are then in the way of such a name."""
+    relatives = [relative for relative, _ in set(found)]
+    names = {relative: str(relative.with_suffix("")) for relative in relatives}
+    kept: set[PurePosixPath] = set()
+    while True:
+        counts = Counter(names[relative] for relative in relatives)
+        in_the_way = {relative for relative, name in names.items() if counts[name] > 1} - kept
+        if not in_the_way:
+            return names
+        for relative in in_the_way:
+            names[relative] = str(relative.with_name(f"{relative.stem}_{relative.suffix[1:]}"))
+        kept |= in_the_way
 
 
-def _expand(name: str, problems: list[str], depth: int = 0) -> list[tuple[PurePosixPath, Source]]:
-    """(path of the results with the picture's suffix, picture) of one name."""
-    path = Path(name)
-    if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not below:
-            raise InputError(f"folder {name!r} holds no picture; expected files ending in {', '.join(SUFFIXES)}")
-        return [(PurePosixPath(p.relative_to(path).as_posix()), Source("", p)) for p in below]
-    if glob.has_magic(name) and not path.exists():
-        wanted = (*SUFFIXES, ".tar")  # captions and whatever else lies beside them are no pictures
-        matches = sorted(p for p in glob.glob(name, recursive=True) if Path(p).suffix.lower() in wanted and Path(p).is_file())
-        if not matches:
-            raise InputError(f"no picture or shard matches {name!r}")
-        return [entry for match in matches for entry in _expand(match, problems, depth + 1)]
-    suffix = path.suffix.lower()
-    if suffix == ".txt":
-        if depth > 1:
-            raise InputError(f"list {name!r} is named by a list; expected pictures, folders, patterns or shards there")
-        return _listed(path, problems)
-    if suffix == ".tar":
-        return _members(path, problems)
-    return [(PurePosixPath(path.name), Source("", path))]
+def _place(source: Source) -> tuple[str, int | None]:
+    return os.path.realpath(source.path), source.offset  # Path.resolve fails on links that lead to each other
 
 
-def _listed(path: Path, problems: list[str]) -> list[tuple[PurePosixPath, Source]]:
-    if not path.is_file():
-        raise InputError(f"list {str(path)!r} does not exist; expected a text file with a picture on each line")
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"list {str(path)!r} is no UTF-8 text: {error}") from error
-    if not lines:
-        raise InputError(f"list {str(path)!r} is empty; expected a picture on each line")
-    found = []
-    for line in lines:
-        entries = _expand(str(path.parent / line), problems, 2)
-        relative = PurePosixPath(line)
-        if len(entries) == 1 and not relative.is_absolute() and ".." not in relative.parts and relative.suffix.lower() in SUFFIXES:
-            entries = [(relative, entries[0][1])]  # the list's folders are mirrored
-        found += entries
-    return found
+class _Search:
+    """What names stand for: (path of the results with the picture's suffix, picture) of each.
 
+    Attributes:
+        problems: what cannot be done, a line each.
+        notes: what is left out on purpose.
+    """
 
-def _members(path: Path, problems: list[str]) -> list[tuple[PurePosixPath, Source]]:
-    if not path.is_file():
-        raise InputError(f"shard {str(path)!r} does not exist; expected a .tar file")
-    found: list[tuple[PurePosixPath, Source]] = []
-    try:
-        whole = path.stat().st_size
-        with tarfile.open(path, "r:") as shard:
-            for member in shard:
-                if member.offset_data + member.size > whole:
-                    raise tarfile.ReadError(f"{member.name!r} ends {member.offset_data + member.size - whole} bytes behind the file")
-                inside = PurePosixPath(member.name)
-                if not member.isreg() or inside.suffix.lower() not in SUFFIXES:
-                    continue
-                if inside.is_absolute() or ".." in inside.parts:
-                    problems.append(f"{path}:{member.name}: the name leaves the folder of the results")
-                elif member.size > _MOST_BYTES:
-                    problems.append(f"{path}:{member.name}: {member.size} bytes; the limit is {_MOST_BYTES}")
-                else:
-                    found.append((PurePosixPath(path.stem) / inside, Source("", path, member.offset_data, member.size, member.name)))
-    except tarfile.TarError as error:
-        problems.append(f"{path}: {error}; the shard is damaged or cut off after {len(found)} pictures; expected an uncompressed .tar")
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def expand(self, name: str, *, listed: bool = False) -> list[tuple[PurePosixPath, Source]]:
+        path = Path(name)
+        if not name.strip():
+            raise InputError("a name of pictures is empty; expected a picture, folder, pattern, list or shard")
+        if no_folder(path) is None:
+            return self._folder(path)
+        if no_file(path) == "does not exist":
+            if (names := expand_braces(name)) != [name]:
+                return self._each(names, listed)
+            if glob.has_magic(name):
+                return self._pattern(name)
+        suffix = path.suffix.lower()
+        if suffix == ".txt":
+            if listed:
+                raise InputError(f"list {name!r} is named by a list; expected pictures, folders, patterns or shards there")
+            return self._list(path)
+        if suffix == ".tar":
+            return self._shard(path)
+        if suffix in _COMPRESSED:
+            raise InputError(f"{name!r} is compressed; expected an uncompressed .tar, or the folder that it unpacks to")
+        return [(PurePosixPath(path.name), Source("", path))]
+
+    def _each(self, names: Sequence[str], listed: bool) -> list[tuple[PurePosixPath, Source]]:
+        """Of several names that one stands for: one that cannot be used is named and the others are, unless there is no other."""
+        found, failed = [], []
+        for name in names:
+            try:
+                found += self.expand(name, listed=listed)
+            except InputError as error:
+                failed.append(str(error))
+        if failed and not found:
+            raise InputError(failed[0])
+        self.problems += failed
         return found
-    if not found:
-        raise InputError(f"shard {str(path)!r} holds no picture; expected members ending in {', '.join(SUFFIXES)}")
-    return found
+
+    def _folder(self, path: Path) -> list[tuple[PurePosixPath, Source]]:
+        seen = look(path)
+        self.problems += seen.bad
+        if not seen.pictures:
+            shards = f"; shards are given by name: '{path}/*.tar'" if ".tar" in seen.others else ""
+            raise InputError(f"folder {str(path)!r} holds no picture but {seen.found()}; expected files ending in "
+                             f"{', '.join(SUFFIXES)}{shards}")
+        self.notes += seen.left_out()
+        return [(PurePosixPath(name), Source("", path / name)) for name in seen.pictures]
+
+    def _pattern(self, name: str) -> list[tuple[PurePosixPath, Source]]:
+        matched, seen = [], Folder(Path(name))
+        for match in sorted(glob.glob(name, recursive=True)):
+            path = Path(match)
+            suffix, why = path.suffix.lower(), no_file(match)
+            if any(hidden(part) and part not in Path(name).parts for part in path.parts):
+                seen.hidden.append(match)
+            elif suffix in UNREAD and why is None:
+                self.problems.append(f"{match}: pictures that end in {suffix} are not read; expected one of {', '.join(SUFFIXES)}")
+            elif suffix not in (*SUFFIXES, ".tar"):  # captions and whatever else lies beside them are no pictures
+                seen.others["folders" if why == "is a folder" else suffix or "no suffix"] += 1
+            elif why is not None:
+                self.problems.append(f"{match} {why}; expected a picture or a shard")
+            else:
+                matched.append(match)
+        if not matched:
+            raise InputError(f"no picture or shard matches {name!r}, but {seen.found()}")
+        self.notes += seen.left_out()
+        return self._each(matched, listed=True)
+
+    def _list(self, path: Path) -> list[tuple[PurePosixPath, Source]]:
+        lines = lines_of(path, "list", "a text file with a picture on each line", InputError)
+        found, failed = [], []
+        for line in lines:
+            try:
+                entries = self.expand(str(path.parent / line), listed=True)
+            except InputError as error:
+                failed.append(str(error))
+                continue
+            relative = PurePosixPath(line)
+            if len(entries) == 1 and not relative.is_absolute() and ".." not in relative.parts and relative.suffix.lower() in SUFFIXES:
+                entries = [(relative, entries[0][1])]  # the list's folders are mirrored
+            found += entries
+        if failed and not found:
+            raise InputError(failed[0])
+        self.problems += failed
+        return found
+
+    def _shard(self, path: Path) -> list[tuple[PurePosixPath, Source]]:
+        shard = read_shard(path)
+        self.problems += shard.bad
+        if not shard.members and shard.whole:
+            raise InputError(f"shard {str(path)!r} holds no picture; expected members ending in {', '.join(SUFFIXES)}")
+        if shard.hidden:
+            self.notes.append(f"{path}: {shard.hidden} hidden members are left out")
+        if shard.repeated:
+            self.notes.append(f"{path}: {len(shard.repeated)} names stand twice, of which the last counts: {shard.repeated[0]}"
+                              + (", ..." if len(shard.repeated) > 1 else ""))
+        return [(PurePosixPath(path.stem) / member.name, Source("", path, member.offset, member.size, str(member.name)))
+                for member in shard.members]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..checkpoints.files import check_fit, load_weights
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..errors import CheckpointError, InputError
+from ..paths import no_file
 from .base import OVSegModel
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
 from .published import Published
@@ -119,7 +121,9 @@ def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel
         if is_clip_folder(path):
             return _clip(name, weights, options, path)
         return _saved(name, path, options)
-    if not path.is_file():
+    if (what := no_file(path)) is not None:
+        if os.path.lexists(path):
+            raise CheckpointError(f"model {str(path)!r} {what}; expected a folder or a file of weights")
         raise unknown_tag(name, weights)
     return _file(name, path, options)
 

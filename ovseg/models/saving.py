@@ -44,7 +44,7 @@ def is_saved(folder: Path) -> bool:
         found = json.loads((folder / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True
     return not isinstance(found, dict) or "model_type" not in found
 
@@ -57,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise KeyError("model, options")
     except FileNotFoundError as error:
         raise NoCheckpoint(f"{folder} has no config.json; expected a folder written by save_pretrained") from error
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); expected JSON with 'model' and 'options'") from error
     architecture = config["options"].get("architecture")
     if isinstance(architecture, dict) and architecture["text_cfg"].get("hf_tokenizer_name") == _TOKENIZER:

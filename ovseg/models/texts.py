@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,7 +38,7 @@ def check_reading(tokenizer: Tokenizer, labels: Sequence[str], owners: Sequence[
                              "or another model")
     context = ids.shape[1]
     cut = _cut(tokenizer, labels, templates, context)
-    unknown = getattr(tokenizer, "unknown", lambda label: [])
+    unknown: Callable[[str], list[str]] = getattr(tokenizer, "unknown", lambda label: [])
     read: dict[bytes, int] = {}
     alike: list[str] = []
     for i, label in enumerate(labels):

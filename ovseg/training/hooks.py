@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import distributed
-from ..lines import read_lines, write_lines
 from ..models import OVSegModel, save_pretrained
+from ..text_files import records_of
 from . import state
 from .stages import BEST, Run
 
@@ -108,8 +108,9 @@ class Validation(Hook):
         if not distributed.is_main():
             return
         path = self.folder / "validation.jsonl"
-        before = [entry for entry in read_lines(path) if entry.get("step", done) < done]  # a killed run does some again
-        write_lines(path, [*before, {"step": done, **figures}])
+        # A killed run does some again.
+        before = [entry for entry in records_of(path)[0] if isinstance(entry.get("step"), int) and entry["step"] < done]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})))
         logger.info("validation after step %d: %s", done, ", ".join(f"{name} {value}" for name, value in figures.items()))
         of_stage = [entry.get("miou", -math.inf) for entry in before if entry["step"] > trainer.state.done]
         if figures.get("miou", -math.inf) > max(of_stage, default=-math.inf):

@@ -6,7 +6,7 @@ import logging
 import statistics
 from pathlib import Path
 
-from ..lines import read_lines
+from ..text_files import records_of
 
 logger = logging.getLogger(__name__)
 _COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"), ("#a1d99b", "#00682a"))
@@ -44,4 +44,5 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
 
 
 def _points(log: Path) -> list[tuple[int, float]]:
-    return [(entry["step"], entry["loss"]) for entry in read_lines(log) if "skipped" not in entry and {"step", "loss"} <= entry.keys()]
+    entries = [entry for entry in records_of(log)[0] if "skipped" not in entry]
+    return [(entry["step"], entry["loss"]) for entry in entries if {"step", "loss"} <= set(entry)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..data.sources import load_options
 from ..errors import ConfigError, first_line
 from ..options import check_finite, unknown_key
+from ..paths import no_file
 from .schedule import Schedule, check_schedule
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -134,7 +136,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = FOLDER / f"{source}.yaml" if str(source) in list_recipes() else Path(source)
     if not path.is_file():
-        raise ConfigError(f"recipe is {str(source)!r}; expected a YAML file or one of {list_recipes()}")
+        there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+        raise ConfigError(f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}; expected key=value, e.g. optim.lr=1e-3")
@@ -145,7 +148,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
         plain: Any = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):

@@ -21,10 +21,10 @@ from ..data.loader import Loader
 from ..data.sources import ModelInputs, create_source, load_options
 from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
-from ..lines import read_lines, write_lines
 from ..models import OVSegModel, create_model, from_pretrained
 from ..objectives import Objective, create_objective
 from ..replacing import folder_for
+from ..text_files import records_of
 from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
 from .state import complete, damage, facts_of
 
@@ -202,9 +202,12 @@ def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
 
 def _saved_recipe(path: Path) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
+        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(found, dict) or "model" not in found:
+            raise ValueError("it holds no recipe")
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}; expected the recipe that the run was begun with") from error
+    return found
 
 
 def _weights(name: str, where: str) -> dict[str, torch.Tensor]:
@@ -224,5 +227,10 @@ def _weights(name: str, where: str) -> dict[str, torch.Tensor]:
 
 def _forget_after(log: Path, step: int) -> None:
     """Drop log lines that a killed run wrote after its last checkpoint, and a half-written last line."""
-    if log.exists():
-        write_lines(log, [entry for entry in read_lines(log) if entry.get("step", step) < step])
+    if not log.exists():
+        return
+    entries, damaged = records_of(log)
+    if damaged > 1:
+        logger.warning("%s: %d lines are damaged and are dropped", log, damaged)
+    kept = [entry for entry in entries if isinstance(entry.get("step"), int) and entry["step"] < step]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in kept))

@@ -105,9 +105,10 @@ def test_the_demo_draws_a_strip(tmp_path, capsys):
     width = 48 * 7
     panels = [found[26 : 26 + width, 8 + i * (width + 8) :][:, :width] for i in range(3)]
     assert np.array_equal(panels[0][3::7, 3::7], own.image)
-    assert np.array_equal(panels[1][3::7, 3::7], colour(own.truth, len(own.labels.names)))
-    assert (panels[2] == panels[1]).all(-1).mean() > 0.5  # most pixels are right
-    assert len(own.labels.names) == 9 and set(np.unique(own.truth)) == {0, 1, own.labels.names.index("grass")}
+    painted = 0.3 * own.image + 0.7 * colour(own.truth, len(own.labels.names))
+    assert np.abs(panels[1][3::7, 3::7] - painted).max() <= 0.5
+    assert (panels[2] == panels[1]).all(-1).mean() > 0.8  # most pixels are right
+    assert len(own.labels.names) == 9 and set(np.unique(own.truth)) == {0, 1, own.labels.names.index("brick")}
     other = ["segment", "--demo", "--labels", "gravel,grass", "-m", "clip_dense_tiny", "-o", str(tmp_path / "b")]
     assert main(other) == 0 and not (tmp_path / "b" / "demo.strip.png").exists()  # of other labels there is no truth
 

@@ -13,6 +13,7 @@ import torch
 from loading import INPUTS, pairs, same
 from PIL import Image
 
+from ovseg.cli.main import main
 from ovseg.data.batch_types import CrossImageBatch, PairBatch
 from ovseg.data.draws import generator, integer
 from ovseg.data.loader import Loader
@@ -21,6 +22,7 @@ from ovseg.data.scenes import Scenes
 from ovseg.data.skips import SkipLimit
 from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_options
 from ovseg.data.sources.folder import FolderPairs, Names
+from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.data.superpixels import patch_labels, write_superpixels
 from ovseg.data.tokenizers import END, UNKNOWN, WordTokenizer
@@ -32,6 +34,10 @@ def batch_of(source, indices, seed=0):
     return source.collate([source.sample(i, seed + i) for i in indices])
 
 
+def bad(what, *values):
+    return pytest.param(*values, marks=pytest.mark.bad_input("data", what), id=what)
+
+
 @pytest.mark.parametrize("tree,message", [
     ({"kind": "foldr"}, r"data.kind is 'foldr'; expected one of \['folder', 'masks', 'scenes'\]"),
     ({}, "data.kind is None"),
@@ -39,12 +45,27 @@ def batch_of(source, indices, seed=0):
     ({"kind": "folder", "augment": {"scal": [0.1, 1]}}, "data.augment.scal"),
     ({"kind": "scenes", "captions": "many"}, "data.captions"),
     ({"kind": "folder"}, "data.root is null; with data.kind=folder"),
-    ({"kind": "folder", "root": ".", "captions": 0}, "data.captions is 0; expected at least 1"),
+    ({"kind": "folder", "root": ".", "captions": 0}, "data.captions is 0; expected 1 to 1000"),
     ({"kind": "folder", "root": ".", "superpixel_labels": "mode"}, "data.superpixel_labels is 'mode'"),
     ({"kind": "folder", "root": ".", "augment": {"scale": [1, 0.5]}}, r"data.augment.scale is \[1.0, 0.5\]"),
     ({"kind": "scenes", "captions": 9}, "data.captions is 9; expected 1 to 5"),
     ({"kind": "scenes", "style": "cubes"}, "data: form is 'cubes'"),
-    ({"kind": "scenes", "workers": -1}, "data.workers is -1"),
+    bad("data.workers=-1", {"kind": "scenes", "workers": -1}, "data.workers is -1; expected 0 to 1024"),
+    bad("data.workers=999999", {"kind": "folder", "root": ".", "workers": 999999}, "data.workers is 999999; expected 0 to 1024"),
+    bad("data.prefetch=0", {"kind": "scenes", "prefetch": 0}, "data.prefetch is 0; expected 1 to 1024"),
+    bad("data.prefetch=999999", {"kind": "scenes", "prefetch": 999999}, "data.prefetch is 999999"),
+    bad("data.image_size=0", {"kind": "scenes", "image_size": 0}, "data.image_size is 0; expected 1 to 16384"),
+    bad("data.image_size=999999", {"kind": "masks", "image_size": 999999}, "data.image_size is 999999"),
+    bad("data.captions=999999", {"kind": "folder", "root": ".", "captions": 999999}, "data.captions is 999999; expected 1 to 1000"),
+    bad("data.train_size=10**12", {"kind": "scenes", "train_size": 10**12}, "data.train_size is 1000000000000; expected 0 to 1000000"),
+    bad("data.val_size=-1", {"kind": "masks", "val_size": -1}, "data.val_size is -1"),
+    bad("data.ignore_index=-1", {"kind": "masks", "ignore_index": -1}, "data.ignore_index is -1"),
+    bad("data.augment.flip=2", {"kind": "folder", "root": ".", "augment": {"flip": 2}}, "data.augment.flip is 2.0; expected a share"),
+    bad("data.augment.flip=nan", {"kind": "folder", "root": ".", "augment": {"flip": float("nan")}}, "data.augment.flip is nan"),
+    bad("data.augment.ratio up to infinity", {"kind": "folder", "root": ".", "augment": {"ratio": [1, float("inf")]}},
+        r"data.augment.ratio is \[1.0, inf\]"),
+    bad("data.augment.scale of NaN", {"kind": "folder", "root": ".", "augment": {"scale": [float("nan"), 1]}}, r"scale is \[nan, 1.0\]"),
+    bad("data.augment.scale of 999999 pixels", {"kind": "masks", "augment": {"scale": [999999, 512]}}, "sides of 1 to 16384 pixels"),
     ({"kind": "masks", "set": "voc20"}, "data.root is null; expected the folder that holds 'voc20'"),
     ({"kind": "masks", "set": "voc2"}, "data.root is null|data set is 'voc2'"),
     ({"kind": "masks", "augment": {"class_cap": 0}}, "class_cap 0"),
@@ -53,6 +74,23 @@ def batch_of(source, indices, seed=0):
 def test_bad_options(tree, message):
     with pytest.raises(ConfigError, match=message):
         create_source(load_options(tree), INPUTS)
+
+
+@pytest.mark.parametrize("value", ["-1", "999999"])
+def test_recipes_are_checked_before_anything_is_read(value, capsys):
+    assert main(["train", "clip_scenes", f"data.workers={value}", "--print"]) == 2
+    assert f"data.workers is {value}; expected 0 to 1024" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"data.workers is {value}"):  # options that were made in Python
+        create_source(FolderOptions(root=".", workers=int(value)), INPUTS)
+
+
+@pytest.mark.bad_input("data", "captions with a byte order mark")
+def test_captions_with_a_byte_order_mark(tmp_path):
+    pairs(tmp_path, 2)
+    (tmp_path / "000.txt").write_text("a red seven\r\n", "utf-8-sig", newline="")
+    (tmp_path / "001.txt").write_text("a red seven\n")
+    ids = batch_of(FolderPairs(tmp_path, INPUTS, image_size=16), range(2)).image_ids.tolist()
+    assert ids[0] == ids[1] == caption_id("a red seven")
 
 
 def test_options_hold_their_kind_and_survive_yaml():
@@ -85,6 +123,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ovseg.cli.main import main
 from ovseg.data.batch_types import PairBatch
 from ovseg.data.pairs import PairSample, collate_pairs
 from ovseg.data.sources.base import Source, SourceOptions
@@ -236,9 +275,9 @@ def test_equal_captions_are_positives_of_each_other(tmp_path):
 
 @pytest.mark.parametrize("break_it,message", [
     (lambda root: (root / "003.png").write_bytes((root / "003.png").read_bytes()[:300]), "003.png"),
-    (lambda root: (root / "003.txt").write_text(" \n\n"), "003.txt is empty; expected one caption a line"),
-    (lambda root: (root / "003.txt").write_bytes(b"\xff\xfe\xff"), "cannot read captions .*003.txt"),
-    (lambda root: (root / "003.txt").unlink(), "cannot read captions .*003.txt"),
+    (lambda root: (root / "003.txt").write_text(" \n\n"), "003.txt' is empty; expected one caption a line"),
+    (lambda root: (root / "003.txt").write_bytes(b"\xff\xfe\xff"), "captions .*003.txt' is no UTF-8 text, line 1"),
+    (lambda root: (root / "003.txt").unlink(), "captions .*003.txt' does not exist"),
     (lambda root: (root / "003.png").unlink(), "003.png' does not exist"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_replaced_and_told(tmp_path, break_it, message):
@@ -264,10 +303,10 @@ def test_too_many_bad_ones_end_training():
 
 
 def test_folder_without_pairs(tmp_path):
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match=r"data\.root .*none' does not exist; expected a folder of pictures"):
         FolderPairs(tmp_path / "none", INPUTS)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"holds 1 pictures, 0 of them with a \.txt; expected at least one"):
+    with pytest.raises(DataError, match=r"holds 1 pictures, 0 of them with a \.txt; found there: 1 pictures; expected name"):
         FolderPairs(tmp_path, INPUTS)
 
 

@@ -1,5 +1,9 @@
-"""The bundled models label scenes as the release before the three values did: labels, scores, classification and evaluation stored then."""
+"""The bundled models label scenes as they did when their labels, scores, classification and evaluation were stored.
 
+``python tests/inference/test_bundled_labels.py NAME`` stores those of a model anew, after new weights.
+"""
+
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +75,26 @@ def test_evaluation(stored, name, tag, data, present_only):
     report = evaluate(model, scenes, protocol("plain", scenes.description, model, present_only=present_only))
     expected = stored[f"{name}/evaluate/{data}{' present' if present_only else ''}"]
     assert np.abs(report.scores.matrix - expected).sum() <= 2 * (expected.sum() // 5000)
+
+
+def made(name: str, tag: str) -> dict[str, np.ndarray]:
+    """What ``STORED`` holds of a model."""
+    model, entries = ovseg.create_model(name, tag), {}
+    for case, options in CASES[model.decision].items():
+        predictor = ovseg.Predictor(model, LABELS, **options)
+        for which, picture in pictures().items():
+            found, key = predictor.set_image(picture).predict(), f"{name}/{case}/{which}"
+            of_label = predictor.classify()
+            entries |= {f"{key}/labels": found.labels.astype(np.int8), f"{key}/score": found.scores.mean(dtype=np.float64),
+                        f"{key}/classify": np.array([of_label[label] for label in LABELS])}
+    for data, present_only in [("digits", False), ("digits_things", False), ("digits", True)]:
+        scenes = SceneSet(data, 8)
+        report = evaluate(model, scenes, protocol("plain", scenes.description, model, present_only=present_only))
+        entries[f"{name}/evaluate/{data}{' present' if present_only else ''}"] = report.scores.matrix
+    return entries
+
+
+if __name__ == "__main__":
+    chosen = {name: tag for name, tag in list_bundled() if name in sys.argv[1:]}
+    kept = {key: value for key, value in np.load(STORED).items() if key.split("/")[0] not in chosen}
+    np.savez_compressed(STORED, **kept, **{key: value for name, tag in chosen.items() for key, value in made(name, tag).items()})

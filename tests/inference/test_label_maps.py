@@ -125,7 +125,6 @@ def test_labels_are_those_of_whole_maps(model, picture, options):
     ({"activation": "tanh"}, "activation is 'tanh'; expected one of"),
     ({"background": 0.3}, "A number is background_threshold"),
     ({"background": [" "]}, "expected texts that are not blank"),
-    ({"background": "gravel"}, "background holds 'gravel', which is a label too"),
     ({"background_threshold": -0.1, "activation": "sigmoid"}, "expected what sigmoid gives, 0 .. 1"),
     ({"background_threshold": 50.0, "scale": 40.0}, "expected a cosine times 40"),
     ({"area_threshold": 1.0}, "expected a share"),

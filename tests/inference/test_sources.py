@@ -188,7 +188,9 @@ KINDS = {  # file -> its bytes, and the size of its label map or what the error 
     "cut.png": (saved(NOISE)[:2000], "cannot decode"),
     "text.jpg": (b"<html>not found</html>", "none of JPEG"),
     "empty.png": (b"", "none of JPEG"),
-    "gif.png": (saved(NOISE.convert("P"), "GIF"), "none of JPEG"),
+    "gif.png": (saved(NOISE.convert("P"), "GIF"), (30, 50)),  # read by what it holds
+    "tagged.tif": (saved(NOISE, "TIFF"), (30, 50)),
+    "psd.png": (b"8BPS" + bytes(60), "none of JPEG"),
 }
 
 

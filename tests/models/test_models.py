@@ -1,6 +1,7 @@
 """Systems: outputs, frozen parts, saving and loading, open_clip parity, damaged checkpoints."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -250,3 +251,13 @@ def test_the_xformers_wrapper_through_a_stand_in(monkeypatch):
     keep[..., 0] = True
     for options in ({}, {"scale": 0.7}, {"mask": keep}, {"mask": torch.randn(4, 6)}):
         torch.testing.assert_close(attention(q, k, v, backend="xformers", **options), attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_who_may_read_saved_weights_is_for_the_umask_to_say(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        ovseg.create_model("pacl_tiny").save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*.safetensors")} == {"model.safetensors": mode}

@@ -28,12 +28,14 @@ def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
     """The options of a kind from a recipe's mapping.
 
     Raises:
-        ConfigError: for an unknown kind, unknown keys, values of the wrong kind; the message names the key.
+        ConfigError: for an unknown kind, unknown keys, values of the wrong kind or out of their limits; the message names the key.
     """
     kind = tree.get("kind")
     if kind not in list_kinds():
         raise ConfigError(f"{key}.kind is {kind!r}; expected one of {list_kinds()}")
-    return options_of(_module(str(kind)).Options, tree, key)
+    options = options_of(_module(str(kind)).Options, tree, key)
+    options.check(key)
+    return options
 
 
 def create_source(options: SourceOptions, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Source:
@@ -49,8 +51,7 @@ def create_source(options: SourceOptions, inputs: ModelInputs, *, split: str = "
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {list(SPLITS)}")
-    if options.workers < 0 or options.prefetch < 1:
-        raise ConfigError(f"data.workers is {options.workers} and data.prefetch {options.prefetch}; expected at least 0 and 1")
+    options.check()
     return _module(options.kind).create(options, inputs, split=split, seed=seed, progress=progress)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 
 from ...errors import DataError, InputError
+from ...options import within
 from ..batch_types import Batch
 from ..draws import generator, mix
 
@@ -24,11 +25,24 @@ class SourceOptions:
         kind: the name of its file in ``data/sources``.
         workers: processes that read ahead; 0: the training process reads.
         prefetch: batches that each of them keeps ready.
+        LIMITS: least and largest value of integers, those of other kinds included: what sizes memory or starts processes has an end.
     """
+
+    LIMITS: ClassVar[dict[str, tuple[int, int]]] = {
+        "workers": (0, 1024), "prefetch": (1, 1024), "image_size": (1, 16384), "captions": (1, 1000),
+        "train_size": (0, 1_000_000), "val_size": (0, 1_000_000), "ignore_index": (0, 65535),
+    }  # fmt: skip
 
     kind: str = "?"
     workers: int = 2
     prefetch: int = 2
+
+    def check(self, key: str = "data") -> None:
+        """ConfigError for an integer out of its limits; ``key`` stands before its name."""
+        for name, limits in self.LIMITS.items():
+            value = getattr(self, name, None)
+            if value is not None:
+                within(f"{key}.{name}", value, *limits)
 
 
 @dataclass(frozen=True)

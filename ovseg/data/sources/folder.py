@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, NoData
+from ...paths import no_folder
+from ...text_files import lines_of
 from ..batch_types import PairBatch
 from ..draws import some
-from ..images import SUFFIXES, read_image
+from ..folders import Folder
+from ..images import read_image
 from ..pairs import PairSample, caption_id, collate_pairs
 from ..superpixels import SuperpixelFile, patch_labels
-from ..transforms import PairAugment, as_items, checked_range, pair_transform, plain
+from ..transforms import MOST_RATIO, PairAugment, as_items, checked_range, pair_transform, plain
 from .base import ModelInputs, Source, SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -47,13 +50,13 @@ class Options(SourceOptions):
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> FolderPairs:
     if options.root is None:
         raise ConfigError("data.root is null; with data.kind=folder expected a folder of pictures with .txt captions")
-    if options.captions < 1:
-        raise ConfigError(f"data.captions is {options.captions}; expected at least 1")
     if options.superpixel_labels not in ("majority", "mean"):
         raise ConfigError(f"data.superpixel_labels is {options.superpixel_labels!r}; expected 'majority' or 'mean'")
     try:
         checked_range("data.augment.scale", options.augment.scale, 0, 1)
-        checked_range("data.augment.ratio", options.augment.ratio, 0, float("inf"))
+        checked_range("data.augment.ratio", options.augment.ratio, 0, MOST_RATIO)
+        if not 0 <= options.augment.flip <= 1:
+            raise ValueError(f"data.augment.flip is {options.augment.flip}; expected a share, 0 to 1")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     augment = options.augment if split == "train" else PairAugment((1.0, 1.0), (1.0, 1.0))
@@ -75,13 +78,22 @@ class FolderPairs(Source[PairSample]):
     def __init__(self, root: str | Path, inputs: ModelInputs, *, image_size: int | None = None, captions: int = 1,
                  superpixels: str | Path | None = None, superpixel_labels: str = "majority", augment: PairAugment | None = None):
         self.root, self.inputs, self.captions, self.superpixel_labels = Path(root), inputs, captions, superpixel_labels
-        if not self.root.is_dir():
-            raise DataError(f"data.root {str(root)!r} is no folder; expected pictures with .txt captions beside them")
-        pictures, pairs = _pairs(self.root)
+        if (what := no_folder(self.root)) is not None:
+            raise NoData(f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions beside them")
+        seen = Folder(self.root)
+        pairs = _pairs(seen)
         if not pairs:
-            raise DataError(f"data.root {str(root)!r} holds {pictures} pictures, 0 of them with a .txt; expected at least one")
-        if len(pairs) < pictures:
-            logger.warning("%d of %d pictures below %s have no .txt of captions and are left out", pictures - len(pairs), pictures, root)
+            shards = ("; shards are not read in training: unpack them (tar -xf), the captions lie in them as .txt" if ".tar" in seen.others
+                      else "")
+            raise DataError(f"data.root {str(root)!r} holds {len(seen.pictures)} pictures, 0 of them with a .txt; found there: "
+                            f"{seen.found()}; expected name.jpg with its captions in name.txt beside it{shards}")
+        if len(pairs) < len(seen.pictures):
+            logger.warning("%d of %d pictures below %s have no .txt of captions and are left out", len(seen.pictures) - len(pairs),
+                           len(seen.pictures), root)
+        if seen.bad:
+            logger.warning("%d files below %s cannot be used and are left out; the first: %s", len(seen.bad), root, seen.bad[0])
+        if seen.hidden:
+            logger.warning("%s", seen.left_out()[0])
         self.names = Names(pairs)
         self.superpixels = None if superpixels is None else SuperpixelFile(superpixels)
         missing = [] if self.superpixels is None else [name for name in pairs if name not in self.superpixels]
@@ -133,27 +145,14 @@ class Names(Sequence[str]):
         return os.fsdecode(self._letters[start : self._ends[index]].tobytes())
 
 
-def _pairs(root: Path) -> tuple[int, list[str]]:
-    """(number of pictures, those with a caption file as sorted paths below the root). One look at each folder, none at a file."""
-    pictures, found = 0, []
-    for folder, _, files in os.walk(root):
-        below = os.path.relpath(folder, root)
-        texts = {name[:-4] for name in files if name.endswith(".txt")}
-        for name in files:
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in SUFFIXES:
-                pictures += 1
-                if stem in texts:
-                    found.append(name if below == "." else f"{below}/{name}".replace(os.sep, "/"))
-    return pictures, sorted(found)
+def _pairs(folder: Folder) -> list[str]:
+    """The pictures with a caption file, as sorted paths below the root. One look at each folder, none at a file."""
+    found = []
+    for below, pictures, others in folder.walk():
+        texts = {name[:-4] for name in others if name.endswith(".txt")}
+        found += [f"{below}{name}" for name in pictures if os.path.splitext(name)[0] in texts]
+    return sorted(found)
 
 
 def _captions(picture: Path) -> list[str]:
-    path = picture.with_suffix(".txt")
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read captions {path}: {error}") from error
-    if not lines:
-        raise DataError(f"{path} is empty; expected one caption a line")
-    return lines
+    return lines_of(picture.with_suffix(".txt"), "captions", "one caption a line", DataError)

@@ -47,10 +47,12 @@ class Options(SourceOptions):
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Masks:
     train, augment = split == "train", options.augment
     try:
-        checked_range("data.augment.ratio", augment.ratio, 0, float("inf"))
-        if min(augment.scale) < 1 or not 0 < augment.class_cap <= 1 or not 0 <= augment.flip <= 1:
+        checked_range("data.augment.ratio", augment.ratio, 0, 16)
+        most = options.LIMITS["image_size"][1]
+        sides = min(augment.scale) >= 1 and max(augment.scale) <= most
+        if not sides or not 0 < augment.class_cap <= 1 or not 0 <= augment.flip <= 1:
             raise ValueError(f"data.augment is scale {list(augment.scale)}, class_cap {augment.class_cap}, flip {augment.flip}; expected "
-                             "sides of at least a pixel, a share above 0 and a share")
+                             f"sides of 1 to {most} pixels, a share above 0 and a share")
         data: LabelledPictures
         if options.set in VOCABULARIES:
             data = LabelledScenes(Scenes(options.set, split, options.train_size if train else options.val_size, seed,

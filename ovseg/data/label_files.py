@@ -1,0 +1,161 @@
+"""Label files of every kind that people have: what they hold, as names or ``{name: texts}``; ``LabelSet.read`` makes a set of it."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..text_files import text_of, tree_of
+
+_TEXT, _TABLE, _TREE = (".txt", ".names", ".lst", ".list", ""), (".csv", ".tsv"), (".yaml", ".yml", ".json")
+EXPECTED = (".txt (a class on each line), .csv or .tsv (with a header that names a column name), .yaml or .json (a list of names, "
+            "{name: texts}, {id: name} or {name: id})")
+_NAMES = ("name", "names", "label", "labels", "class", "classes", "class_name", "classname", "category", "display_name")
+_NUMBERS = ("idx", "index", "id", "class_id", "classid", "label_id", "category_id", "number", "no", "train_id", "trainid")
+_SYNONYMS = ("synonyms", "texts", "aliases")
+Labels = list[Any] | dict[Any, Any]
+
+
+def read_labels(path: Path) -> tuple[Labels, Any]:
+    """(names or ``{name: texts}``, templates) of a label file; what they are worth is for ``LabelSet`` to say.
+
+    Raises:
+        InputError: for a file that is missing, of another kind, or cannot be read as its kind.
+    """
+    text = text_of(path, "label file", EXPECTED, InputError)
+    suffix = path.suffix.lower()
+    if suffix not in (*_TEXT, *_TABLE, *_TREE):
+        raise InputError(f"label file {str(path)!r} ends in {suffix}; expected {EXPECTED}")
+    try:
+        if suffix in _TREE:
+            return _from_tree(text, suffix == ".json")
+        return _from_table(text) if suffix in _TABLE or _is_table(text) else _from_lines(text), None
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"label file {str(path)!r}: {error}") from error
+
+
+def by_number(tree: Mapping[Any, Any]) -> list[str] | None:
+    """The names of ``{id: name}`` or ``{name: id}`` in the order of their ids; None if it is neither.
+
+    Raises:
+        ValueError: if the ids are not 0, 1, 2, ... or 1, 2, 3, ...
+    """
+    if tree and all(_is_number(key) for key in tree) and all(isinstance(name, str) for name in tree.values()):
+        return in_order([(int(key), name) for key, name in tree.items()])
+    if tree and all(_is_number(number) for number in tree.values()):
+        return in_order([(int(number), name) for name, number in tree.items()])
+    return None
+
+
+def in_order(numbered: Iterable[tuple[int, Any]]) -> list[Any]:
+    """What numbers belong to, in their order.
+
+    Raises:
+        ValueError: if the numbers are not 0, 1, 2, ... or 1, 2, 3, ...
+    """
+    found = sorted(numbered, key=lambda pair: pair[0])
+    first = 1 if found[0][0] == 1 else 0
+    for expected, (number, what) in enumerate(found, first):
+        if number != expected:
+            raise ValueError(f"{what!r} has the number {number} where {expected} is expected; a label map's numbers are 0, 1, 2, ... or "
+                             "1, 2, 3, ..., each once")
+    return [what for _, what in found]
+
+
+def split_texts(line: str) -> list[str]:
+    """The texts of one class in a file: after commas, semicolons or bars; blank ones left out."""
+    return [text.strip() for text in re.split(r"[,;|]", line) if text.strip()]
+
+
+def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
+    """``{name: texts}``, the name being the first text of each group."""
+    found: dict[str, list[str]] = {}
+    for i, texts in enumerate(groups):
+        if not texts:
+            raise InputError(f"labels[{i}] is blank; expected a name")
+        if texts[0] in found:
+            raise InputError(f"labels[{i}] and labels[{list(found).index(texts[0])}] are both {texts[0]!r}; expected distinct labels")
+        found[texts[0]] = texts
+    if not found:
+        raise InputError('labels is empty; expected at least one name, e.g. labels=["cat"]')
+    return found
+
+
+def _from_lines(text: str) -> dict[str, list[str]]:
+    """A class on each line; ``#`` begins a comment. Lines such as ``0: wall`` are put in the order of their numbers."""
+    lines = [line.split("#", 1)[0].strip() for line in re.split(r"\r?\n|\r", text)]
+    lines = [line for line in lines if line]
+    numbered = [re.fullmatch(r"(\d+)\s*[:\t]\s*(\S.*)", line) for line in lines]
+    if lines and all(numbered):
+        lines = in_order([(int(one[1]), one[2]) for one in numbered if one])
+    if (table := next((line for line in lines if "\t" in line), None)) is not None:
+        raise ValueError(f"the line {table!r} holds a tab as a row of a table does; expected a .tsv with a header, or texts alone")
+    groups = [split_texts(line) for line in lines]
+    if groups and all(len(group) > 1 and group[0].isdigit() for group in groups):
+        raise ValueError(f"the line {lines[0]!r} looks like a row of a table without a header; expected one such as Idx,Name")
+    return grouped(groups)
+
+
+def _is_table(text: str) -> bool:
+    """Whether the first line of a text file is the header of a table: a number and a name, not two classes."""
+    header = [cell.strip().lower() for cell in re.split(r"[,;\t]", text.split("\n", 1)[0])]
+    return any(cell in _NUMBERS for cell in header) and any(cell in _NAMES for cell in header)
+
+
+def _from_table(text: str) -> dict[str, list[str]]:
+    """A column of names, and of numbers and synonyms if it has one."""
+    first = text.split("\n", 1)[0]
+    delimiter = next((mark for mark in "\t,;" if mark in first), ",")
+    rows = [row for row in csv.reader(re.split(r"\r?\n|\r", text), delimiter=delimiter, strict=True) if any(cell.strip() for cell in row)]
+    header = [cell.strip().lower().replace(" ", "_") for cell in rows[0]] if rows else []
+    name, number, synonyms = (next((header.index(word) for word in words if word in header), None)
+                              for words in (_NAMES, _NUMBERS, _SYNONYMS))
+    if name is None:
+        raise ValueError(f"its header {rows[0] if rows else []} names no column of names; expected one called {', '.join(_NAMES[:7:2])}")
+    found = []
+    for i, row in enumerate(rows[1:], 2):
+        if len(row) != len(header):
+            raise ValueError(f"row {i} has {len(row)} cells and the header {len(header)}; expected as many (names with a comma in \"\")")
+        if number is not None and not _is_number(row[number].strip()):
+            raise ValueError(f"row {i} has {row[number]!r} in the column {rows[0][number]!r}; expected a whole number")
+        texts = split_texts(row[name]) + (split_texts(row[synonyms]) if synonyms is not None else [])
+        found.append((i if number is None else int(row[number]), texts))
+    return grouped([texts for _, texts in found] if number is None or not found else in_order(found))
+
+
+def _from_tree(text: str, is_json: bool) -> tuple[Labels, Any]:
+    tree, templates = tree_of(text, is_json=is_json), None
+    if isinstance(tree, dict) and "labels" in tree and set(tree) <= {"labels", "templates"}:
+        templates, tree = tree.get("templates"), tree["labels"]
+    if not isinstance(tree, (list, dict)):
+        raise ValueError(f"a {type(tree).__name__} stands where a list of names, {{name: texts}}, {{id: name}} or {{name: id}} is expected")
+    ordered = by_number(tree) if isinstance(tree, dict) else None
+    names = ordered if ordered is not None else tree
+    if isinstance(names, dict):
+        return {name: _parted(given) for name, given in names.items()}, templates
+    if all(isinstance(name, str) for name in names) and any(";" in name for name in names):
+        return grouped(_semicolons(name) for name in names), templates
+    return names, templates
+
+
+def _parted(given: Any) -> Any:
+    """Texts with a semicolon between them as several; commas may belong to a phrase here."""
+    if isinstance(given, str) and ";" in given:
+        return _semicolons(given)
+    if isinstance(given, list) and all(isinstance(text, str) for text in given):
+        return [part for text in given for part in (_semicolons(text) if ";" in text else [text])]
+    return given
+
+
+def _semicolons(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"\d{1,9}", value) is not None
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,43 @@
+"""What lies at a path, in words: errors say what is there, not that nothing is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+_KINDS = ((stat.S_ISDIR, "is a folder"), (stat.S_ISFIFO, "is a FIFO"), (stat.S_ISSOCK, "is a socket"),
+          (stat.S_ISCHR, "is a device"), (stat.S_ISBLK, "is a device"))  # fmt: skip
+
+
+def no_file(path: str | Path) -> str | None:
+    """Why there is no file to read at ``path``: "does not exist", "is a folder", ...; None if there is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        return _unreachable(path, error)
+    if stat.S_ISREG(mode):
+        return None
+    return next((words for test, words in _KINDS if test(mode)), "is no regular file")
+
+
+def no_folder(path: str | Path) -> str | None:
+    """The same of a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        return _unreachable(path, error)
+    if stat.S_ISDIR(mode):
+        return None
+    return next((words for test, words in _KINDS if test(mode)), "is a file")
+
+
+def _unreachable(path: str | Path, error: OSError | ValueError) -> str:
+    if isinstance(error, ValueError):
+        return "holds a NUL character"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "is a link to nothing" if os.path.islink(path) else "does not exist"
+    if error.errno == errno.ELOOP:
+        return "is a link that leads back to itself"
+    return f"cannot be looked at: {error.strerror}"
