@@ -50,8 +50,9 @@ def device(name: str = "auto") -> torch.device:
         raise ConfigError(f"device is {name!r} and torch sees no GPU; expected 'cpu' or 'auto'")
     try:
         found = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+        torch.empty(1, device=found).cpu()  # meta holds no numbers, others are not there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device is {name!r}, which torch cannot use here; expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
     if found.type == "cuda" and found.index is None and world_size() > 1:
         found = torch.device("cuda", local_rank())
         torch.cuda.set_device(found)  # NCCL and kernels without an explicit device use it

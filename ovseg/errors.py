@@ -19,3 +19,16 @@ class CheckpointError(RuntimeError):
 
 class WeightsError(InputError):
     """Weights that can be had neither from the cache nor from the network."""
+
+
+class NoData(DataError, InputError):
+    """Data that are not where they were said to be."""
+
+
+class NoCheckpoint(CheckpointError, InputError):
+    """A checkpoint that is not where it was said to be."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its text; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

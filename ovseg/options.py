@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -10,13 +11,15 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError
+from .errors import ConfigError, first_line
 
 _T = TypeVar("_T")
 
 
-def unknown_key(key: str, known: Iterable[str], where: str = "") -> ConfigError:
-    """The error for a key that does not exist."""
+def unknown_key(key: str, known: Iterable[str], where: str = "", moved: Mapping[str, str] | None = None) -> ConfigError:
+    """The error for a key that does not exist; ``moved``: names of earlier versions -> what stands for them now."""
+    if moved and key in moved:
+        return ConfigError(f"{where}{key}: unknown key; {moved[key]}")
     names = sorted(known)
     close = get_close_matches(key, names, 1, 0.4)
     return ConfigError(f"{where}{key}: unknown key, " + (f"did you mean {where}{close[0]}?" if close else f"expected one of {names}"))
@@ -31,17 +34,35 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         where: before the name in messages.
 
     Raises:
-        ConfigError: for an unknown key or a value of another type.
+        ConfigError: for an unknown key, a value of another type, NaN or an infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
     for key in given:
         if key not in known:
             raise unknown_key(str(key), known, f"{where}.")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(given)))
+        found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
+        check_finite(OmegaConf.to_container(found), where)
+        return OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{where}.{key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
+
+
+def check_finite(values: Any, key: str = "") -> None:
+    """No option means anything as NaN or an infinity, at any depth of mappings and lists.
+
+    Raises:
+        ConfigError: naming the key of the first, below ``key``.
+    """
+    inner = values if isinstance(values, (list, tuple)) else [values]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in inner):
+        raise ConfigError(f"{key} is {list(values) if isinstance(values, tuple) else values}; expected finite numbers")
+    for name, value in values.items() if isinstance(values, Mapping) else enumerate(inner):
+        if isinstance(value, (Mapping, list, tuple)):
+            check_finite(value, f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}".lstrip("."))
+        elif isinstance(values, Mapping):
+            check_finite(value, f"{key}.{name}".lstrip("."))
 
 
 def within(name: str, value: int, low: int, high: int, error: type[Exception] = ConfigError) -> None:

@@ -33,31 +33,6 @@ def no_folder(path: str | Path) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), "is a file")
 
 
-def check_new_file(path: Path, what: str, error: type[Exception]) -> None:
-    """Before long work: whether ``what`` can be written to ``path``; its folder is made.
-
-    Raises:
-        error: if a folder lies there, a parent is a file, or nothing may be written there.
-    """
-    found = no_file(path)
-    if found not in (None, "does not exist"):
-        raise error(f"{what} {str(path)!r} {found}; expected the name of a file to write")
-    check_new_folder(path.parent, f"the folder of {what}", error)
-
-
-def check_new_folder(path: Path, what: str, error: type[Exception]) -> None:
-    """The same of a folder."""
-    found = no_folder(path)
-    if found not in (None, "does not exist"):
-        raise error(f"{what} {str(path)!r} {found}; expected a folder, or a name where nothing is yet")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as failure:
-        raise error(f"{what} {str(path)!r} cannot be made: {failure.strerror}; expected a folder that can be written to") from failure
-    if not os.access(path, os.W_OK):
-        raise error(f"{what} {str(path)!r} cannot be written to; expected a folder that can")
-
-
 def _unreachable(path: str | Path, error: OSError | ValueError) -> str:
     if isinstance(error, ValueError):
         return "holds a NUL character"

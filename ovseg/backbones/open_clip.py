@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.readout import READOUTS, ProxyFeatures, Readout
 from .base import ClipBackbone, DenseTokens, PatchTokens
@@ -37,16 +37,27 @@ class ClipTokenizer:
         return {**self.__dict__, "_tokenizer": None}  # open_clip's holds caches that cannot be pickled
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        return self._loaded()([texts] if isinstance(texts, str) else list(texts))
+
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which of ``texts`` are longer than the context: a longer one holds more of them."""
+        short = self(texts)
+        context = short.shape[1]
+        long = self._loaded()([*texts, ""], context_length=8 * context)
+        pad = long[-1, -1]
+        return [not torch.equal(a, b[:context]) or bool((b[context:] != pad).any()) for a, b in zip(short, long[:-1], strict=True)]
+
+    def _loaded(self) -> Callable:
         if self._tokenizer is None:
             try:
                 self._tokenizer = clip_tokenizer(self.architecture)
             except (ImportError, OSError, ValueError, TypeError) as error:  # transformers fails in many ways where a file is missing
                 raise _download("tokenizer", self.architecture, error) from error
-        return self._tokenizer([texts] if isinstance(texts, str) else list(texts))
+        return self._tokenizer
 
 
 def _download(what: str, architecture: str | dict[str, Any], error: Exception) -> InputError:
-    return InputError(f"the {what} of {architecture!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it is "
+    return InputError(f"the {what} of {architecture!r} cannot be loaded ({type(error).__name__}: {first_line(error)}); it is "
                       "transformers', which must be installed (pip install transformers), and comes from the Hugging Face Hub once: "
                       "expected a connection, without HF_HUB_OFFLINE, or its files in the cache that HF_HOME names")
 

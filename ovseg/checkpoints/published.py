@@ -9,7 +9,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NoCheckpoint, first_line
 from ..paths import no_file
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
@@ -34,7 +34,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if (what := no_file(path)) is not None:
-        raise CheckpointError(f"{path} {what}; expected a checkpoint file")
+        raise NoCheckpoint(f"{path} {what}; expected a checkpoint file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     if _is_script(path):
@@ -50,7 +50,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
                 raise
             tree = load_with_stubs(path, names)
     except Exception as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
-        raise CheckpointError(f"{path} cannot be read without running code, or is damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} cannot be read without running code, or is damaged: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 
+from .numbers import at_least
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("ops", nargs="*", help="operators, all if none is given; or show and result files")
@@ -22,12 +24,17 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..replacing import file_for
+
+    at_least(1, options, "repeats")
     if options.ops[:1] == ["show"]:
         if options.case or options.whole or options.out:
             raise ValueError("bench show reads files and measures nothing; expected paths and no option beside it")
         from ovseg_benchmarks.show import run as show
 
         return show(options.ops[1:])
+    if options.out is not None:
+        file_for(options.out, "--json")
     if options.whole:
         from importlib import import_module
 

@@ -20,10 +20,15 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoints.published import read_published, write_published
     from ..errors import InputError
     from ..models import create_model, load_official_state_dict, official_state_dict, save_pretrained
+    from ..models.names import check_name
+    from ..models.registry import has_published_layout
+    from ..replacing import file_for, folder_for
     from .weights_options import load_model
 
-    out = Path(options.out)
+    if not options.source:
+        raise InputError("source is empty; expected a published checkpoint, or a folder")
     if Path(options.source).is_dir():
+        out = file_for(options.out, "--out")
         if options.model:
             raise InputError(f"model is {options.model!r} and the source a folder; expected a folder to know its model")
         write_published(official_state_dict(load_model(options.source)), out)
@@ -31,8 +36,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.model is None:
         raise InputError("model is missing; expected the name of the model that the checkpoint belongs to, such as segclip_vit_b16")
+    if not has_published_layout(check_name(options.model)):
+        raise InputError(f"model is {options.model!r}, whose authors published no checkpoint that is known; expected one such as "
+                         "segclip_vit_b16")
+    out = folder_for(options.out, "--out")
+    state = read_published(options.source)  # before the model, which may be large
     model = create_model(options.model)
-    lacking = load_official_state_dict(model, read_published(options.source))
+    lacking = load_official_state_dict(model, state)
     if lacking:
         print(f"{len(lacking)} tensors that only training needs are not in the checkpoint and stay random: {', '.join(lacking[:3])}, ...")
     print(save_pretrained(model, out, source=Path(options.source).name))

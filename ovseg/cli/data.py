@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+from .numbers import at_least
+
 _MOST_SCENES = 10_000  # of a contact sheet
 
 
@@ -41,6 +43,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..errors import InputError
+    from ..paths import no_folder
+
+    if (root := getattr(options, "root", None)) is not None and (what := no_folder(root)) is not None:
+        raise InputError(f"root {root!r} {what}; expected the folder that holds the data")
+    at_least(1, options, *({"sample"} & vars(options).keys()))
+    at_least(0, options, *({"seed"} & vars(options).keys()))
     verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "browse": _browse}
     return verbs[options.action](options)
 
@@ -72,13 +81,10 @@ def _check(options: argparse.Namespace) -> int:
 
     from ..data.check import check_set
     from ..data.segmentation_sets import SegmentationSet
-    from ..errors import InputError
-    from ..paths import check_new_folder
+    from ..replacing import folder_for
 
-    if options.sample is not None and options.sample < 1:
-        raise InputError(f"--sample is {options.sample}; expected at least 1")
-    if options.out:
-        check_new_folder(Path(options.out), "--out", InputError)
+    if options.out is not None:
+        folder_for(options.out, "--out").mkdir(parents=True, exist_ok=True)
     wrong = 0
     for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
         report = check_set(data, sample=options.sample, progress=True)
@@ -115,32 +121,29 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _superpixels(options: argparse.Namespace) -> int:
     import sys
-    from pathlib import Path
 
     from ..data.folders import look
     from ..data.superpixels import write_superpixels
     from ..errors import InputError
-    from ..paths import no_folder
     from ..progress import note
+    from ..replacing import file_for
 
-    if (what := no_folder(options.root)) is not None:
-        raise InputError(f"root {options.root!r} {what}; expected a folder of pictures")
+    out = file_for(options.out, "superpixel file")
     seen = look(options.root)
     if not seen.pictures:
         raise InputError(f"root {options.root!r} holds no picture but {seen.found()}; expected pictures, in any depth of folders")
     for line in seen.left_out():
         note(line)
-    count, bad = write_superpixels([(name, seen.root / name) for name in seen.pictures], Path(options.out), workers=options.workers,
-                                   progress=True, scale=options.scale, sigma=options.sigma, min_size=options.min_size)
+    count, bad = write_superpixels([(name, seen.root / name) for name in seen.pictures], out, workers=options.workers, progress=True,
+                                   scale=options.scale, sigma=options.sigma, min_size=options.min_size)
     bad = seen.bad + bad
-    print(f"{count} pictures cut up into {options.out} ({Path(options.out).stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
+    print(f"{count} pictures cut up into {out} ({out.stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)
     return 3 if bad else 0
 
 
 def _browse(options: argparse.Namespace) -> int:
-    from pathlib import Path
 
     import numpy as np
 
@@ -148,13 +151,13 @@ def _browse(options: argparse.Namespace) -> int:
     from ..data.scenes import Scenes
     from ..errors import InputError
     from ..inference.pictures import colour, contact_sheet, palette
-    from ..paths import check_new_file
+    from ..replacing import file_for
 
+    out = file_for(options.out, "--out")
     if not 1 <= options.count <= _MOST_SCENES:
         raise InputError(f"--count is {options.count}; expected 1 to {_MOST_SCENES}")
-    if Path(options.out).suffix.lower() not in SUFFIXES:
+    if out.suffix.lower() not in SUFFIXES:
         raise InputError(f"--out is {options.out!r}; expected a picture's name, such as scenes.png")
-    check_new_file(Path(options.out), "--out", InputError)
     scenes = Scenes(options.form, options.split, options.count, options.seed)[:]
     vocabulary = Scenes(options.form, options.split, 0).vocabulary
     count = len(vocabulary.classes)
@@ -165,8 +168,9 @@ def _browse(options: argparse.Namespace) -> int:
         titles += [f"{part[0].index}-{part[-1].index}", "mask"]
     present = sorted({int(i) for scene in scenes for i in np.unique(scene.mask)})
     legend = [(tuple(int(v) for v in palette(count)[i]), vocabulary.classes[i]) for i in present]
-    contact_sheet(rows, titles, legend).save(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows, titles, legend).save(out)
     for scene in scenes[:6]:
         print(f"{scene.index}: {', '.join(scene.things) or 'nothing'} on {scene.stuff}: {[c.text for c in scene.captions]}")
-    print(options.out)
+    print(out)
     return 0

@@ -16,6 +16,9 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from .numbers import at_least
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,19 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
     from ..models import from_pretrained
+    from ..replacing import folder_for
     from ..training.plots import join_curves
     from ..training.recipe import load_recipe
     from ..training.trainer import Interrupted, train
 
-    out = Path(options.out or f"runs/demo_{options.data}")
+    at_least(1, options, "steps", "train_scenes", "scenes")
+    at_least(0, options, "seed")
+    out = folder_for(f"runs/demo_{options.data}" if options.out is None else options.out, "--out")
     stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
     if options.steps and len(options.steps) != len(stages):
         raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
     results = out / "results.json"
-    before = {row["model"]: row for row in json.loads(results.read_text())["rows"]} if results.exists() else {}
+    before = _earlier(results)
     if all(stage.title in before for stage in stages):
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
     began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
@@ -82,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
             continue
         started = time.time()
         try:
-            train(recipe, folder, resume=True, quiet=options.quiet)  # a demo that was stopped goes on by the same command
+            train(recipe, folder, resume="auto", quiet=options.quiet)  # a demo that was stopped goes on by the same command
         except Interrupted as error:
             print(f"ovseg demo: {error}; the same command goes on")
             return 143
@@ -111,3 +117,15 @@ def run(options: argparse.Namespace) -> int:
     print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
     print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")
     return 0
+
+
+def _earlier(results: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier demo in the same folder."""
+    from ..errors import DataError
+
+    if not results.exists():
+        return {}
+    try:
+        return {row["model"]: row for row in json.loads(results.read_text("utf-8"))["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{results} is damaged ({error!r}); expected the results of a demo. Remove it, or give a new --out") from error

@@ -18,7 +18,8 @@ from typing import Any
 
 from .device import add_device, device_of, to_device
 from .inference_options import add_inference_options, given_inference_options
-from .weights_options import MODEL_HELP, add_weights, load_model, proxy_option
+from .numbers import at_least
+from .weights_options import MODEL_HELP, add_weights, load_model, no_readouts, proxy_option
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of embedded data")
     sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
     sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
-    sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1, exact counts)")
+    sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1)")
     add_weights(sub, several=True)
     add_device(sub)
     add_inference_options(sub)
@@ -58,31 +59,36 @@ class _ListProtocols(argparse.Action):
 def run(options: argparse.Namespace) -> int:
     from .. import distributed
     from ..errors import InputError
+    from ..paths import no_folder
+    from ..replacing import folder_for
 
-    if options.plots and not options.out:
+    at_least(1, options, "limit", "scenes", "batch")
+    at_least(0, options, "seed")
+    if options.plots and options.out is None:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
-    for name in ("limit", "scenes", "batch"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise InputError(f"--{name} is {getattr(options, name)}; expected at least 1")
+    if options.out is not None:
+        folder_for(options.out, "--out")
+    if options.root is not None and (what := no_folder(options.root)) is not None:
+        raise InputError(f"--root {options.root!r} {what}; expected the folder that holds the data")
+    if options.labels_file == "":
+        raise InputError("--labels-file is ''; expected a file")
     rank = distributed.rank()
     return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)
 
 
 def _models(options: argparse.Namespace, quiet: bool):
     """(title, model) of every model and readout."""
-    from ..errors import InputError
-
     several = len({Path(name).name for name in options.models}) < len(options.models)
     for name in options.models:
         title = name if several else Path(name).name
         model = to_device(load_model(name, **proxy_option(options)), options, quiet=quiet)
         set_readout = getattr(model, "set_readout", None)  # of training-free models
-        if options.readout and set_readout:
+        if options.readout is not None and set_readout:
             for readout in options.readout.split(","):
                 set_readout(readout)
                 yield f"{title} {readout}", model
-        elif options.readout and len(options.models) == 1:
-            raise InputError(f"--readout is given and {name} is no clip_dense model; its attention is part of its training")
+        elif options.readout is not None and len(options.models) == 1:
+            raise no_readouts("--readout", name)
         else:
             yield title, model
 

@@ -1,14 +1,20 @@
-"""ovseg: one verb a file. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished with skipped inputs, 130/143 interrupted."""
+"""ovseg: one verb a file. Exit codes, the same for all (docs/commands.md): 0 done; 1 it failed, or what lies on the disk is damaged; 2 it
+cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+import torch
+
+from ovseg_kernels import BackendError
+
 from .. import __version__, distributed
-from ..errors import CheckpointError, ConfigError, DataError, InputError
+from ..errors import CheckpointError, ConfigError, DataError, InputError, first_line
 from .weights_options import in_force
 
 VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")
@@ -35,16 +41,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with in_force(options):
             return options.run(options) or 0
-    except (InputError, ConfigError) as error:
-        print(f"ovseg {options.verb}: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, DataError, ImportError, FloatingPointError, ValueError, OSError) as error:
-        print(f"ovseg {options.verb}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        text = str(error) if code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED) else first_line(error)
+        print(f"ovseg {options.verb}: {text or first_line(error)}", file=sys.stderr)
+        return code
     finally:
         distributed.close()
+
+
+_FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError, UnicodeError, json.JSONDecodeError, MemoryError)
+
+
+def exit_code(error: Exception) -> int | None:
+    """Of a command that ends so; None for what only a fault of this package raises, which is shown whole."""
+    if isinstance(error, (InputError, ConfigError, BackendError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return 2
+    if isinstance(error, (*_FAILED, torch.OutOfMemoryError)):
+        return 1
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory")):
+        return 1  # how torch says it of the CPU
+    return 2 if isinstance(error, ValueError) else None  # the operators' word for an argument
 
 
 if __name__ == "__main__":

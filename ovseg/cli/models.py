@@ -18,15 +18,20 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..models import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
+    from ..models.names import unknown
 
     bundled = list_bundled()
     tags: dict[str, list[str]] = {}
     for model, tag in list_pretrained():
         tags.setdefault(model, []).append(tag)
-    for name in list_models(options.pattern):
+    own_names = list_models(options.pattern)
+    others = [name for name in tags if name not in list_models() and fnmatch(name, options.pattern)]
+    if not own_names and not others:
+        raise unknown(options.pattern, "pattern")
+    for name in own_names:
         own = [tag for model, tag in bundled if model == name]
         print(f"{name:24} {'bundled: ' + ', '.join(own) if own else 'weights by tag, Hub or path' if 'clip_dense' in name else 'by path'}")
-    for name in (name for name in tags if name not in list_models() and fnmatch(name, options.pattern)):
+    for name in others:
         print(f"{name:24} {', '.join(tags[name])}")
     print(f"default: {DEFAULT_MODEL}; forms: NAME:TAG, NAME:PATH, hf-hub:OWNER/NAME, PATH")
     return 0

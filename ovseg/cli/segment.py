@@ -14,6 +14,7 @@ command is given again.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -61,13 +62,17 @@ def run(options: argparse.Namespace) -> int:
     from ..inference.sources import Source, find_pictures
     from ..paths import no_file
     from ..progress import bar
+    from ..replacing import folder_for
     from .built_in import MODEL, built_in
 
     formats = options.format.split(",")
     for name in formats:
         if name not in _ENDINGS:
             raise InputError(f"--format holds {name!r}; expected some of {', '.join(_ENDINGS)}")
+    out = folder_for(options.out, "--out")
     labels = _labels(options)
+    if "" in options.images:  # as a path, the present folder
+        raise InputError("a picture's name is empty; expected files, folders, patterns, lists or shards")
     sources, bad = find_pictures(options.images)
     demo = built_in() if options.demo else None
     own = demo is not None and labels is None  # then its truth is known
@@ -79,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     if len(sources) == 1 and demo is None and (what := no_file(sources[0].path)) is not None:  # before the weights, which may be large
         raise InputError(f"image {str(sources[0].path)!r} {what}; expected a picture")
     name = MODEL if options.model is None and options.demo else options.model
-    model = load_model(name, **({"readout": options.readout} if options.readout else {}), **proxy_option(options))
+    model = load_model(name, **({"readout": options.readout} if options.readout is not None else {}), **proxy_option(options))
     rank, world = distributed.rank(), distributed.world_size()
     if world > 1:
         sources = [source for source in sources if zlib.crc32(os.fsencode(source.name)) % world == rank]
@@ -96,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         print(str(error).partition(";")[0], file=sys.stderr)
     predictor.set_labels(queries)
-    out, few = Path(options.out), len(sources) + (demo is not None) < 3 and world == 1
+    few = len(sources) + (demo is not None) < 3 and world == 1
     asked = [labels.names, labels.texts, labels.templates]
     journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": str(model.config.get("readout"))})
     for problem in bad:
@@ -132,8 +137,18 @@ def run(options: argparse.Namespace) -> int:
             bad.append(str(source))
             print(f"skipped: {result}", file=sys.stderr)
             continue
-        write(result, source.name, str(source))
-        journal.add(source)
+        try:
+            write(result, source.name, str(source))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            if len(sources) == 1 and demo is None:
+                raise InputError(f"{source}: the names of its results are too long for the file system: {error}") from error
+            bad.append(str(source))
+            print(f"skipped: {source}: the names of its results are too long for the file system", file=sys.stderr)
+            continue
+        journal.add(source, files(source.name))
+        del result  # before the next one is read
         written += 1
     progress.close()
     if not few or bad:
@@ -153,17 +168,25 @@ def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
             result.save(part)
         elif kind == "mask":
             result.save_mask(part)
+        elif kind == "json":
+            part.write_text(json.dumps({"image": image, **result.to_dict()}, indent=2))
         else:
-            found = result.to_dict() if kind == "json" else {"labels": result.to_rle()}
-            part.write_text(json.dumps({"image": image, **found}, indent=2 if kind == "json" else None))
+            with open(part, "w") as file:
+                file.write(f'{{"image": {json.dumps(image)}, "labels": [')
+                for i, row in enumerate(result.rle_rows()):
+                    file.write(", " * (i > 0) + json.dumps(row))
+                file.write("]}")
 
 
 def _labels(options: argparse.Namespace) -> LabelSet | None:
     from ..data.labels import LabelSet
+    from ..errors import InputError
 
-    if options.labels_file:
+    if options.labels_file == "":
+        raise InputError("--labels-file is ''; expected a file")
+    if options.labels_file is not None:
         return LabelSet.read(options.labels_file)
-    if options.classes:
+    if options.classes is not None:
         from ..data.segmentation_sets import describe
 
         return describe(options.classes).label_set

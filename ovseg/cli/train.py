@@ -18,7 +18,10 @@ from typing import Any
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="a recipe's name or a YAML file; `ovseg train list` prints the names")
     sub.add_argument("overrides", nargs="*", help="key=value, and run=FOLDER for the output")
-    sub.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    going_on = sub.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", action="store_true", help="go on with the run in the folder, from its newest intact checkpoint")
+    going_on.add_argument("--auto-resume", action="store_true",
+                          help="the same where there is a run, else begin one: for jobs that a cluster starts again")
     sub.add_argument("--allow", action="append", default=[], metavar="KEY", help="with --resume: a key of the recipe that may have changed")
     sub.add_argument("--print", action="store_true", dest="show", help="print the resolved recipe and stop")
 
@@ -28,12 +31,15 @@ def run(options: argparse.Namespace) -> int:
 
     from .. import distributed
     from ..errors import ConfigError
+    from ..replacing import folder_for
     from ..training.recipe import list_recipes, load_recipe
     from ..training.trainer import Interrupted, train
 
     if options.recipe == "list":
         print(*list_recipes(), sep="\n")
         return 0
+    if options.allow and not (options.resume or options.auto_resume):
+        raise ConfigError("--allow is given without --resume; expected both, or neither")
     folders = [o.split("=", 1)[1] for o in options.overrides if o.startswith("run=")]
     recipe = load_recipe(options.recipe, [o for o in options.overrides if not o.startswith("run=")])
     if options.show:
@@ -41,9 +47,11 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
+    folder_for(folders[-1], "run")
     logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
     try:
-        train(recipe, folders[-1], resume=options.resume, allow=options.allow, evaluate=validation(recipe))
+        resume = "auto" if options.auto_resume else options.resume
+        train(recipe, folders[-1], resume=resume, allow=options.allow, evaluate=validation(recipe))
     except Interrupted as error:
         print(f"ovseg train: {error}", file=sys.stderr)
         return 143
@@ -69,8 +77,8 @@ def validation(recipe: Any) -> Any:
         raise ConfigError("validation.data is null and the recipe trains on no scenes; expected a benchmark of `ovseg data list`")
     if name in SCENE_SETS:
         data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
-    elif part.root is None:
-        raise ConfigError(f"validation.root is null; expected the folder that holds {name}")
+    elif not part.root:
+        raise ConfigError(f"validation.root is {'null' if part.root is None else repr(part.root)}; expected the folder that holds {name}")
     else:
         data = SegmentationSet(name, part.root, "val")
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..errors import ConfigError, InputError
+
 MODEL_HELP = ("NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of weights (pacl_tiny), "
               "hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of open_clip, transformers or a system")
 
@@ -46,12 +48,27 @@ def in_force(options: argparse.Namespace) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def no_readouts(what: str, name: str) -> InputError:
+    """The error for ``--readout`` or ``--proxy`` with a model that they do nothing for."""
+    return InputError(f"{what} is given and {name} is no clip_dense model; its attention is part of its training. Expected a model that "
+                      "needs none, such as clip_dense_vit_b16:openai, or the command without it")
+
+
 def load_model(name: str | None, **options: Any) -> Any:
     """The model that ``-m`` names, on the CPU; the default one without it. ``options`` change how it was built."""
     from ..models import default_model, from_pretrained
     from ..progress import note
 
-    model = default_model(**options) if name is None else from_pretrained(name, **options)
+    if name == "":  # as a path, the present folder
+        raise InputError("model is ''; expected a name or a path (ovseg models lists names)")
+    asked = {"readout": "--readout", "proxy": "--proxy"}
+    try:
+        model = default_model(**options) if name is None else from_pretrained(name, **options)
+    except (ConfigError, TypeError) as error:  # TypeError: of a registered function
+        bare = None if name is None or not asked.keys() & options else from_pretrained(name)
+        if bare is None or hasattr(bare, "set_readout"):
+            raise
+        raise no_readouts(asked[next(key for key in asked if key in options)], bare.name) from error
     if model.name.endswith("_tiny") and hasattr(model.tokenizer, "unknown"):
         note(f"{model.name}: trained on synthetic scenes; it knows their words only")
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", 
             ".j2c", ".jpc", ".jpx", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi")  # fmt: skip
 ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 64_000_000
+_OPENING = threading.Lock()
 
 
 def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -43,10 +44,10 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        with _named("image", max_pixels):
+        with _named("image"):
             return _to_rgb(source, "image", max_pixels)
     file, name = _file_of(source)
-    with _named(name, max_pixels), _opened(file) as image:
+    with _named(name), _opened(file) as image:
         return _to_rgb(image, name, max_pixels)
 
 
@@ -57,7 +58,7 @@ def orientation(source: str | Path | bytes) -> int:
         InputError: as ``read_image``, as far as the header goes.
     """
     file, name = _file_of(source)
-    with _named(name, MAX_PIXELS), _opened(file) as image:
+    with _named(name), _opened(file) as image:
         found = image.getexif().get(ORIENTATION, 1)
         return found if found in range(1, 9) else 1  # others mean nothing, and Pillow does not turn
 
@@ -84,14 +85,26 @@ def _file_of(source: Any) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _opened(file: Any) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit here
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
+    """``Image.open`` of ``FORMATS`` without Pillow's own limit of pixels: the caller's is the one that holds."""
+    with _OPENING:  # the limit is a global; only a header is read meanwhile
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    with image:
+        yield image
+
+
+def picture_size(header: bytes) -> int:
+    """Pixels of a picture by its first bytes; 0 where they do not tell."""
+    with contextlib.suppress(Exception), _opened(io.BytesIO(header)) as image:
+        return image.width * image.height
+    return 0
 
 
 @contextlib.contextmanager
-def _named(name: str, max_pixels: int) -> Iterator[None]:
+def _named(name: str) -> Iterator[None]:
     """Whatever Pillow raises over a damaged picture, as an error that names it."""
     try:
         yield
@@ -99,8 +112,6 @@ def _named(name: str, max_pixels: int) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise InputError(f"cannot decode {name}: it is none of {', '.join(FORMATS)}, or its header is damaged") from error
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{name} is too large: {error}; the limit is {max_pixels} pixels") from error
     except Exception as error:  # decoders of damaged pictures raise about anything
         raise InputError(f"cannot decode {name}: {error or type(error).__name__}; expected a complete picture") from error
 
@@ -110,8 +121,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise InputError(f"{name} is {width}x{height}; expected at least one pixel")
     if width * height > max_pixels:
-        raise InputError(f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}. "
-                         "Resize it or set max_pixels")
+        raise InputError(f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}: it is too large. "
+                         "Resize it, or set max_pixels (--max-pixels where pictures are segmented)")
     kind = image.format
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow's own conversion would clip at 0 and 255

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..errors import DataError, InputError
 from ..options import within
-from ..paths import check_new_file, no_file
+from ..paths import no_file
 from ..progress import bar
-from ..replacing import replacing
+from ..replacing import file_for, replacing
 from .images import read_image
 
 MOST_WORKERS = 1024
@@ -140,7 +140,7 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
     if not (0 < scale < math.inf and 0 <= sigma < math.inf and min_size >= 1):
         raise InputError(f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive number, one from 0, and at least 1")
     within("workers", workers, 1, MOST_WORKERS, InputError)
-    check_new_file(path, "superpixel file", InputError)
+    file_for(path, "superpixel file")
     jobs = [(key, file, scale, sigma, min_size) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []

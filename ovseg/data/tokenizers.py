@@ -49,6 +49,10 @@ class WordTokenizer:
             ids[row, : len(tokens)] = torch.tensor(tokens)
         return ids
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which of ``texts`` are longer than the context."""
+        return [len(_WORD.findall(text.lower())) > self.context_length - 2 for text in texts]
+
     def unknown(self, text: str) -> list[str]:
         """The words of ``text`` that this tokenizer does not know."""
         return [word for word in _WORD.findall(text.lower()) if word not in self._id]

@@ -14,7 +14,7 @@ from .. import distributed
 from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
-from ..errors import DataError, InputError
+from ..errors import DataError, InputError, NoData
 from ..inference import Predictor
 from ..models import OVSegModel
 from ..paths import no_folder
@@ -41,7 +41,7 @@ class ClassFolders:
     def __init__(self, root: str | Path, labels: LabelSet | None = None):
         self.root = Path(root)
         if (what := no_folder(self.root)) is not None:
-            raise DataError(f"{self.root} {what}; expected a folder with a sub-folder for each class")
+            raise NoData(f"{self.root} {what}; expected a folder with a sub-folder for each class")
         folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not hidden(path.name))
         seen = [look(folder) for folder in folders]
         self.items = [(folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures]

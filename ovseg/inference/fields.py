@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
 from ..errors import InputError
+
+SCALES = (1e-6, 1e6)  # of cosines: beyond, float32 holds no difference between two labels
 
 
 def option(default: Any, text: str) -> Any:
@@ -23,5 +26,28 @@ def positive(value: Any, *names: str) -> None:
     """None, or an integer above zero."""
     for name in names:
         number = getattr(value, name)
-        if number is not None and not (isinstance(number, int) and number > 0):
+        if number is not None and not (isinstance(number, int) and not isinstance(number, bool) and number > 0):
             raise InputError(f"{name} is {number!r}; expected a positive integer")
+
+
+def number(value: Any, name: str, low: float, top: float, expected: str) -> None:
+    """None, or a finite number of ``low`` to ``top``; ``expected`` in words."""
+    found = getattr(value, name)
+    if found is None:
+        return
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise InputError(f"{name} is {found!r}; expected {expected}")
+    if not math.isfinite(found) or not low <= found <= top:
+        raise InputError(f"{name} is {found}; expected {expected}")
+
+
+def biases(value: Any, name: str) -> None:
+    """None, or finite numbers by the names of classes."""
+    found = getattr(value, name)
+    if found is None:
+        return
+    if not isinstance(found, Mapping):
+        raise InputError(f"{name} is a {type(found).__name__}; expected numbers by the names of classes")
+    for key, one in found.items():
+        if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one):
+            raise InputError(f"{name} of {key!r} is {one!r}; expected a finite number. allowed= leaves a class out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -26,23 +27,35 @@ class Journal:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.path = folder / "ovseg_segment.jsonl"
         self.key = f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
-        self._done: dict[str, list[Any]] = {}
+        self._done: dict[str, tuple[list[Any], dict[str, int]]] = {}
         for entry in records_of(self.path)[0]:  # without the line that a kill cut off
-            try:
-                self._done[entry["name"]] = [entry["settings"], *entry["source"]]
-            except (KeyError, TypeError):
-                continue
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a line of something else
+                self._note(entry["name"], [entry["settings"], *entry["source"]], dict(entry.get("files") or {}))
 
     def has(self, source: Source, files: Sequence[Path]) -> bool:
-        """Whether this picture, as it is now, was written under these settings and its files are still there."""
-        known = no_file(source.path) is None and self._done.get(source.name) == [self.key, *_state(source)]
-        return known and all(no_file(file) is None for file in files)
+        """Whether this picture, as it is now, was written under these settings and its files are still there, as long as they were."""
+        state, sizes = self._done.get(source.name, ([], {}))
+        known = no_file(source.path) is None and state == [self.key, *_state(source)]
+        return known and all(no_file(file) is None and _as_written(file.stat().st_size, sizes.get(file.name)) for file in files)
 
-    def add(self, source: Source) -> None:
+    def add(self, source: Source, files: Sequence[Path]) -> None:
+        """Note that ``files`` are the results of a picture."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
+        sizes = {file.name: file.stat().st_size for file in files}
+        entry = {"name": source.name, "settings": self.key, "source": _state(source), "files": sizes}
+        with open(self.path, "a", encoding="utf-8") as journal:
             # It begins with a line break, in case a kill cut the last line off.
-            file.write("\n" + json.dumps({"name": source.name, "settings": self.key, "source": _state(source)}))
+            journal.write("\n" + json.dumps(entry))
+
+    def _note(self, name: str, state: list[Any], sizes: dict[str, int]) -> None:
+        """Other formats of the same result come one after another."""
+        before, others = self._done.get(name, (None, {}))
+        self._done[name] = (state, {**others, **sizes} if before == state else sizes)
+
+
+def _as_written(size: int, noted: int | None) -> bool:
+    """Journals of earlier versions hold no sizes; what is empty was never written."""
+    return size > 0 if noted is None else size == noted
 
 
 def _state(source: Source) -> list[Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..errors import InputError
+
+_BLOCK = 1 << 20  # pixels
 _INK, _PAPER, _NONE = (25, 25, 25), (255, 255, 255), (0, 0, 0)
 
 
@@ -26,30 +29,55 @@ def colour(labels: np.ndarray, count: int) -> np.ndarray:
     return table[np.where(labels < 0, count, labels)]
 
 
+def blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of rows of [rows, width], of about a million pixels each."""
+    step = max(1, _BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def count_labels(labels: np.ndarray, count: int) -> np.ndarray:
+    """Pixels of the background and of each of ``count`` labels, int64 [1 + count]."""
+    found = np.zeros(count + 1, np.int64)
+    for rows in blocks(labels.shape):
+        found += np.bincount(labels[rows].ravel().astype(np.int64) + 1, minlength=count + 1)
+    return found
+
+
 def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alpha: float = 0.55,
             legend: bool = True) -> Image.Image:
     """The picture under its label map, and below it the names found with their share of the area.
 
     Small pictures are enlarged to 384 pixels, by whole factors, so that the legend can be read.
     """
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha is {alpha}; expected 0, the picture alone, to 1, the labels alone")
     factor = max(1, -(-384 // max(image.size)))
-    base = np.asarray(image.convert("RGB")).repeat(factor, 0).repeat(factor, 1)
-    large = labels.repeat(factor, 0).repeat(factor, 1)
-    paint = colour(large, len(names))
-    shown = np.where(large[..., None] < 0, base, (1 - alpha) * base + alpha * paint)
-    edge = np.zeros(large.shape, bool)
-    edge[:, 1:] |= large[:, 1:] != large[:, :-1]
-    edge[1:] |= large[1:] != large[:-1]
-    shown[edge] = _PAPER
-    picture = Image.fromarray(shown.round().astype(np.uint8))
-    if not legend:
-        return picture
-    shares = [(float((labels == i).mean()), i) for i in range(len(names))]
-    entries = [(tuple(palette(len(names))[i]), f"{names[i]} {_percent(share)}") for share, i in sorted(shares, reverse=True) if share > 0]
-    none = float((labels < 0).mean())
-    if none > 0:
-        entries.append((_NONE, f"background {_percent(none)}"))
-    return _stack([picture, legend_strip(entries, picture.width)])
+    width, height, strip = image.width * factor, image.height * factor, None
+    if legend:
+        counts, colours = count_labels(labels, len(names)) / labels.size, palette(len(names))
+        shares = sorted(((float(share), i) for i, share in enumerate(counts[1:])), reverse=True)
+        entries = [(tuple(colours[i]), f"{names[i]} {_percent(share)}") for share, i in shares if share > 0]
+        if counts[0] > 0:
+            entries.append((_NONE, f"background {_percent(float(counts[0]))}"))
+        strip = legend_strip(entries, width)
+    picture = Image.new("RGB", (width, height + (strip.height if strip else 0)), _PAPER)
+    for rows in blocks((image.height, image.width * factor**2)):
+        above = max(rows.start - 1, 0)  # a row more, to see an edge to it
+        part = labels[above : rows.stop]
+        large = part.repeat(factor, 0).repeat(factor, 1)
+        edge = np.zeros(large.shape, bool)
+        edge[:, 1:] |= large[:, 1:] != large[:, :-1]
+        edge[1:] |= large[1:] != large[:-1]
+        skipped = (rows.start - above) * factor
+        large, edge = large[skipped:], edge[skipped:]
+        base = np.asarray(image.crop((0, rows.start, image.width, rows.stop)).convert("RGB")).repeat(factor, 0).repeat(factor, 1)
+        shown = np.where(large[..., None] < 0, base, (1 - alpha) * base + alpha * colour(large, len(names)))
+        shown[edge] = _PAPER
+        picture.paste(Image.fromarray(shown.round().astype(np.uint8)), (0, rows.start * factor))
+    if strip:
+        picture.paste(strip, (0, height))
+    return picture
 
 
 def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str], *, side: int = 320) -> Image.Image:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.labels import LabelSet
@@ -15,7 +16,7 @@ from ..errors import InputError
 from ..models import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
 from .decisions import Decision, rule
 from .queries import EncodedQueries, Queries
-from .reading import Prepared, prepare, prepare_tensors, read_ahead, upload
+from .reading import Prepared, pixels_of, prepare, prepare_tensors, read_ahead, upload
 from .routing import route
 from .segmentation import Segmentation
 from .sources import Source
@@ -132,10 +133,13 @@ class Predictor:
             except InputError as error:
                 return error
 
-        for some in read_ahead(sources, read, self.view.window_batch if batch is None else batch):
-            found = iter(self._answer(self._encode([one for _, one in some if isinstance(one, Prepared)])))
-            for source, one in some:
-                yield source, next(found) if isinstance(one, Prepared) else one
+        for some in read_ahead(sources, read, self.view.window_batch if batch is None else batch, weigh=pixels_of):
+            found = deque(self._answer(self._encode([one for _, one in some if isinstance(one, Prepared)])))
+            waiting = deque((source, None if isinstance(one, Prepared) else one) for source, one in some)
+            some.clear()  # large pictures: nothing is held longer than it is needed
+            while waiting:
+                source, error = waiting.popleft()
+                yield source, found.popleft() if error is None else error
 
     @torch.no_grad()
     def _encode(self, pictures: Sequence[Prepared]) -> list[Seen]:
@@ -153,7 +157,7 @@ class Predictor:
             prepared, device = seen.prepared, seen.features.tokens.device
             picture = prepared.unit(device) if self.decision.needs_picture else None
             maps.append(self.decision.label_map(self.model, seen.features, queries, prepared.placement, allowed=may_win, picture=picture))
-        return [Segmentation(seen.prepared.image(), list(queries.names), index.cpu().numpy(), scores.float().cpu().numpy())
+        return [Segmentation(seen.prepared.image(), list(queries.names), _narrow(index), scores.float().cpu().numpy())
                 for seen, (index, scores) in zip(pictures, maps, strict=True)]  # the device is read here, after all has been queued
 
     def _current(self) -> Seen:
@@ -174,6 +178,11 @@ class Predictor:
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
         return self._encoded[key]
+
+
+def _narrow(labels: torch.Tensor) -> np.ndarray:
+    """On the host, in four bytes at most."""
+    return labels.to(torch.int32 if labels.dtype == torch.int64 else labels.dtype).cpu().numpy()
 
 
 def check_words(model: OVSegModel, queries: Queries) -> None:

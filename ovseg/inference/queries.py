@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from ..data.labels import LabelSet
+from ..data.templates import templates as resolve_templates
 from ..errors import InputError
 from ..models import OVSegModel
+from ..models.texts import check_reading
 from .fields import one_of, option
 from .reading import upload
 from .text_cache import encode_labels
@@ -83,14 +85,22 @@ class EncodedQueries:
             raise InputError("no labels are set; call set_labels first, or give labels")
         if (dropped := [text for text in queries.background if " ".join(text.split()) not in background]):
             logger.warning("left out of the background, being labels: %s", ", ".join(map(repr, dropped)))
-        texts = encode_labels(model, [*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
-        owners = torch.tensor(labels.owners + [-1] * len(background))
+        asked, owned = [*labels.queries, *background], labels.owners + [-1] * len(background)
+        templates = resolve_templates(queries.templates_for(model))
+        check_reading(model.tokenizer, asked, owned, templates)
+        texts = encode_labels(model, asked, templates, unit=queries.text_mean == "unit")
+        owners = torch.tensor(owned)
         if queries.synonyms == "mean" and len(labels.queries) > len(labels):
             of_classes = owners.to(texts.device)[: len(labels.queries)]
             sums = texts.new_zeros(len(labels), texts.shape[1]).index_add(0, of_classes, texts[: len(labels.queries)])
             texts = torch.cat([F.normalize(sums, dim=-1), texts[len(labels.queries) :]])
             owners = torch.tensor([*range(len(labels))] + [-1] * len(background))
         return cls(labels.names, texts, owners.to(texts.device))
+
+    @property
+    def label_type(self) -> torch.dtype:
+        """What holds a label: two bytes, where that is enough."""
+        return torch.int16 if len(self.names) <= 2**15 else torch.int64
 
     def allowed(self, names: Sequence[str]) -> torch.Tensor:
         """[T] bool: the texts that may win where only the labels ``names`` may. Those of the background always may."""

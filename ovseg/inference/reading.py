@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.images import read_image, to_tensor
+from ..data.images import picture_size, read_image, to_tensor
 from ..errors import InputError
 from ..models import ModelSpec
+from .sources import Source
 from .view import View
 from .windows import Placement, place
 
+PIXELS_AHEAD = 96_000_000  # of the pictures that are labelled and of those that are read meanwhile
+_HEADER = 1 << 18
 _Item = TypeVar("_Item")
 _Read = TypeVar("_Read")
 
@@ -70,8 +74,8 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
         raise InputError(f"images has dtype {images.dtype}; expected uint8 or floats in 0..1")
     height, width = images.shape[2:]
     if height * width > view.max_pixels:
-        raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}. "
-                         "Resize it or set max_pixels")
+        raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}: it is too large. "
+                         "Resize it, or set max_pixels")
     placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size)
     if placement.canvas == (height, width):
         canvas = list(images)
@@ -82,16 +86,56 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
     return [Prepared(image, pixels, placement) for image, pixels in zip(images, canvas, strict=True)], wrong
 
 
-def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: int, readers: int = 2) -> Iterator[list[tuple[_Item, _Read]]]:
-    """Lists of ``batch`` (item, what ``read`` made of it) in their order. As many again, no more, are read in threads meanwhile."""
+def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: int, readers: int = 2, *,
+               weigh: Callable[[_Item], int] | None = None) -> Iterator[list[tuple[_Item, _Read]]]:
+    """Lists of up to ``batch`` (item, what ``read`` made of it) in their order. As many again, no more, are read in threads meanwhile.
+
+    Args:
+        weigh: pixels of an item. Large ones come in shorter lists, and alone where one has half of ``PIXELS_AHEAD``.
+    """
     coming = iter(items)
-    ahead: deque[tuple[_Item, Future[_Read]]] = deque()
+    ahead: deque[tuple[_Item, int, Future[_Read]]] = deque()
+    next_one: list[tuple[_Item, int]] = []  # taken, and too large to be read yet
+
+    def weight(entries: Iterable[tuple[_Item, int, Future[_Read]]]) -> int:
+        return sum(pixels for _, pixels, _ in entries)
+
     with ThreadPoolExecutor(readers) as pool:
         while True:
-            ahead.extend((item, pool.submit(read, item)) for item in islice(coming, 2 * batch - len(ahead)))
+            while len(ahead) < 2 * batch:
+                next_one = next_one or [(item, 0 if weigh is None else weigh(item)) for item in islice(coming, 1)]
+                if not next_one or (ahead and weight(ahead) + next_one[0][1] > PIXELS_AHEAD):
+                    break
+                item, pixels = next_one.pop()
+                ahead.append((item, pixels, pool.submit(read, item)))
             if not ahead:
                 return
-            yield [(item, future.result()) for item, future in (ahead.popleft() for _ in range(min(batch, len(ahead))))]
+            some = [ahead.popleft()]
+            while ahead and len(some) < batch and weight(some) + ahead[0][1] <= PIXELS_AHEAD // 2:
+                some.append(ahead.popleft())
+            found = [(item, future.result()) for item, _, future in some]
+            some.clear()
+            yield found
+            del found
+
+
+def pixels_of(item: Any) -> int:
+    """Of a picture in any form, by its header; 0 for what has none, which its reader will say."""
+    if isinstance(item, np.ndarray | torch.Tensor):
+        return int(np.prod(item.shape)) // 3
+    try:
+        if isinstance(item, Source):
+            with open(item.path, "rb") as file:
+                file.seek(item.offset or 0)
+                item = file.read(_HEADER if item.offset is None else min(item.size, _HEADER))
+        elif isinstance(item, str | Path):
+            with open(item, "rb") as file:
+                item = file.read(_HEADER)
+        if isinstance(item, bytes | bytearray):
+            return picture_size(bytes(item[:_HEADER]))
+        return item.width * item.height if isinstance(item, Image.Image) else 0
+    except (OSError, InputError):
+        return 0
 
 
 def resized(picture: Image.Image, canvas: tuple[int, int], how: str) -> torch.Tensor:

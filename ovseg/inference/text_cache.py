@@ -7,6 +7,7 @@ the tiny ones, which are faster than a disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,23 +16,22 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.cache import cache_folder
-from ..checkpoints.files import load_tensors
+from ..checkpoints.files import load_tensors, save_tensors
 from ..data.templates import templates as resolve_templates
 from ..errors import CheckpointError
 from ..models import OVSegModel
-from ..replacing import replacing
 
 _FEW = 1_000_000  # parameters of a text tower that is not worth a file
 
 
 def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequence[str], *, unit: bool) -> torch.Tensor:
-    """``model.encode_labels``, from the disk where it has been asked before.
+    """``model.encode_checked``, from the disk where it has been asked before.
 
     A file that is damaged is made again; a folder that cannot be written is left alone.
     """
     path = _path(model, texts, templates, unit)
     if path is None:
-        return model.encode_labels(texts, templates, unit=unit)
+        return model.encode_checked(texts, templates, unit=unit)
     parameter = model.text_parameters()[0]
     if path.is_file():
         try:
@@ -40,14 +40,9 @@ def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequ
                 return found.to(parameter.device, parameter.dtype)
         except (CheckpointError, KeyError):
             pass
-    rows = model.encode_labels(texts, templates, unit=unit)
-    try:
-        from safetensors.torch import save_file
-
-        with replacing(path) as part:
-            save_file({"texts": rows.detach().cpu().contiguous()}, part)
-    except OSError:
-        pass  # no space, no permission: the next run encodes them again
+    rows = model.encode_checked(texts, templates, unit=unit)
+    with contextlib.suppress(OSError):  # no space, no permission: the next run encodes them again
+        save_tensors({"texts": rows}, path)
     return rows
 
 

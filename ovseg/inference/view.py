@@ -8,6 +8,8 @@ from ..data.images import MAX_PIXELS
 from ..errors import InputError
 from .fields import one_of, option, positive
 
+WINDOWS = 32  # times max_tokens: patches of all windows of a picture
+
 
 @dataclass(frozen=True)
 class View:
@@ -20,7 +22,9 @@ class View:
         crop: side of square sliding windows in the resized picture; None sees the picture whole.
         stride: pixels from one window to the next; half of ``crop`` if None.
         window_batch: windows, or pictures seen whole, in one encoder call; those of several pictures share calls.
-        max_pixels: larger pictures are refused.
+        max_pixels: pictures with more are refused, as they come and as they are resized; the one limit, in place of Pillow's.
+        max_tokens: patches in one window, or in a picture seen whole: time and memory grow with their square. All windows of a picture
+            may have ``WINDOWS`` times as many.
     """
 
     short_side: int | None = option(None, "resize pictures to this short side before encoding")
@@ -29,11 +33,12 @@ class View:
     crop: int | None = option(None, "see the resized picture through square windows of this side")
     stride: int | None = option(None, "pixels from one window to the next (default: half of --crop)")
     window_batch: int = option(8, "windows in one encoder call, of several pictures")
-    max_pixels: int = option(MAX_PIXELS, "larger pictures are refused")
+    max_pixels: int = option(MAX_PIXELS, f"pictures of more pixels are refused ({MAX_PIXELS})")
+    max_tokens: int = option(32768, "pictures of more patches in one view are refused (32768)")
 
     def __post_init__(self):
         one_of(self, "resize", ("bicubic", "bilinear"))
-        positive(self, "short_side", "long_side", "crop", "stride", "window_batch", "max_pixels")
+        positive(self, "short_side", "long_side", "crop", "stride", "window_batch", "max_pixels", "max_tokens")
         if self.stride is not None and self.crop is None:
             raise InputError(f"stride is {self.stride} and crop is missing; expected both, or neither")
         if self.crop and self.stride and self.stride > self.crop:
@@ -48,10 +53,13 @@ class View:
         """Whether a model of this patch and training size can see pictures so.
 
         Raises:
-            InputError: for a short side below a patch, and windows that are no whole patches or exceed the short side.
+            InputError: for a short side below a patch, and windows that are no whole patches, exceed the short side or have too many.
         """
         short = self.short_side or trained
         if short < patch:
             raise InputError(f"short_side is {short}; expected at least a patch, {patch} pixels")
         if self.crop is not None and not (patch <= self.crop <= short and self.crop % patch == 0):
             raise InputError(f"crop is {self.crop}; expected a multiple of the patch, {patch} pixels, up to the short side, {short}")
+        if self.crop is not None and (self.crop // patch) ** 2 > self.max_tokens:
+            raise InputError(f"crop is {self.crop}, {(self.crop // patch) ** 2} patches of {patch}; expected at most {self.max_tokens} "
+                             "(max_tokens)")

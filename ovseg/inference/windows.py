@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..models import OVSegModel, PatchFeatures
-from .view import View
+from .view import WINDOWS, View
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Placement:
     Attributes:
         size: (H, W) of the picture, which label maps have.
         canvas: (Hc, Wc) of the resized picture.
-        crop: (hc, wc) of a window.
+        crop: (hc, wc) of a window; less than asked for along a side of the canvas that is shorter.
         origins: [n, 2] int64 on the CPU, row and column of each window; None if the picture is seen whole.
     """
 
@@ -40,23 +41,50 @@ class Placement:
 def place(size: tuple[int, int], view: View, *, patch: int, trained: int) -> Placement:
     """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at ``trained`` pixels.
 
+    The canvas has the picture's shape: of both sides, one that a window does not fit into is rounded to whole patches, and the windows are
+    as long as it is; so is a picture that is seen whole.
+
     Raises:
-        InputError: if the resized picture would exceed ``max_pixels``; as ``View.check`` does.
+        InputError: if the resized picture would exceed ``max_pixels`` or ``max_tokens``, or ``long_side`` leave less than half a patch of
+            its short side; as ``View.check`` does.
     """
     view.check(patch=patch, trained=trained)
     short = view.short_side or trained
     factor = short / min(size)
     if view.long_side is not None:
         factor = min(factor, view.long_side / max(size))
-    unit = 1 if view.crop else patch  # windows are whole patches; a picture seen whole must be
-    height, width = (max(view.crop or patch, int(side * factor / unit + 0.5) * unit) for side in size)
+    about = f"image is {size[1]}x{size[0]}; resized to short side {short}" + (f" and long side {view.long_side}" if view.long_side else "")
+    if min(size) * factor < patch / 2:
+        raise InputError(f"{about} its short side would be {min(size) * factor:.1f} pixels, less than half a patch of {patch}; expected a "
+                         "larger long_side, or crop and no long_side")
+    height, width = (_side(side * factor, patch, view.crop) for side in size)
+    crop = (height, width) if view.crop is None else (min(view.crop, height), min(view.crop, width))
     if height * width > view.max_pixels:
-        raise InputError(f"image is {size[1]}x{size[0]}; resized to short side {short} it would have {height * width} pixels and the "
-                         f"limit is {view.max_pixels}")
-    if view.crop is None or view.step is None:
+        raise InputError(f"{about} it would have {height * width} pixels and the limit is {view.max_pixels}; set long_side to make it "
+                         "smaller, or max_pixels (--long-side, --max-pixels)")
+    tokens = (crop[0] // patch) * (crop[1] // patch)
+    if tokens > view.max_tokens:
+        raise InputError(f"{about} it would be {width}x{height}, {tokens} patches in one view, and the limit is {view.max_tokens}; set "
+                         "long_side to make it smaller, crop to see it through windows, or max_tokens (--long-side, --crop, --max-tokens)")
+    if view.step is None:
         return Placement(size, (height, width), (height, width), None)
-    crop, step = (view.crop, view.crop), (view.step, view.step)
+    step = (min(view.step, crop[0]), min(view.step, crop[1]))
+    count = math.prod(_count(*axis) for axis in zip((height, width), crop, step, strict=True))
+    if count * tokens > WINDOWS * view.max_tokens:
+        raise InputError(f"{about} it would be {width}x{height}, {count} windows of {tokens} patches, and the limit is {WINDOWS} times "
+                         f"{view.max_tokens} patches; set long_side to make it smaller, crop and stride for fewer windows, or max_tokens "
+                         "(--long-side, --crop, --stride, --max-tokens)")
     return Placement(size, (height, width), crop, window_origins((height, width), crop, step))
+
+
+def _side(exact: float, patch: int, crop: int | None) -> int:
+    """A side of the canvas. Windows cut it at any pixel; what is seen in one piece is whole patches."""
+    side = int(exact + 0.5)
+    return side if crop is not None and side >= crop else max(1, int(exact / patch + 0.5)) * patch
+
+
+def _count(size: int, side: int, step: int) -> int:
+    return max(size - side + step - 1, 0) // step + 1
 
 
 def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
@@ -74,8 +102,7 @@ def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple
     for size, side, step in zip(canvas, crop, stride, strict=True):
         if not 0 < side <= size or not 0 < step <= side:
             raise ValueError(f"canvas, crop and stride are {size}, {side} and {step}; expected stride <= crop <= canvas, all above 0")
-        count = max(size - side + step - 1, 0) // step + 1
-        starts.append(torch.tensor([min(i * step, size - side) for i in range(count)]))
+        starts.append(torch.tensor([min(i * step, size - side) for i in range(_count(size, side, step))]))
     return torch.cartesian_prod(*starts)
 
 

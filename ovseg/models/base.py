@@ -20,6 +20,7 @@ from ..data.templates import templates as resolve_templates
 from ..errors import ConfigError, InputError
 from ..progress import bar
 from .published import Published, State
+from .texts import check_reading
 
 _TEXTS_AT_ONCE = 256
 MAX_SCALE = 100.0  # CLIP clips its logit scale there
@@ -93,7 +94,10 @@ class SystemOptions:
         backbone: its kind and options.
         templates: prompt templates that ``encode_labels`` uses by default.
         trained: the parts that are trained, of those that the system's ``parts`` names.
+        moved: names of earlier versions -> what stands for them now, for the message where one is given.
     """
+
+    moved: ClassVar[dict[str, str]] = {}
 
     backbone: dict[str, Any] = field(default_factory=lambda: {"kind": "tiny"})
     templates: str = "simple"
@@ -101,7 +105,7 @@ class SystemOptions:
 
     @classmethod
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options under names of earlier versions, in saved folders, to the present ones."""
+        """Options of a saved folder, under names of earlier versions, to the present ones. What is asked for today is never renamed."""
         return options
 
 
@@ -218,9 +222,15 @@ class OVSegModel(nn.Module):
             unit: whether the embeddings are normalised before the mean as well.
 
         Raises:
-            InputError: for an empty list, a label that is not a string or blank, or the same label twice.
+            InputError: for an empty list, a label that is not a string, blank or reads as nothing, or two that are or read the same.
         """
         labels = check_labels(labels)
+        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates or self.templates))
+        return self.encode_checked(labels, templates, unit=unit)
+
+    @torch.no_grad()
+    def encode_checked(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
+        """``encode_labels`` of labels that have been looked at: synonyms may read the same."""
         chosen = resolve_templates(templates or self.templates)
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)

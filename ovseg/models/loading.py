@@ -29,7 +29,18 @@ from ..paths import no_file
 from .base import OVSegModel
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
 from .published import Published
-from .registry import BUNDLED, CLIP_SYSTEM, architecture_of, build, is_name, list_models, preset_of, system_of_folder, system_type
+from .registry import (
+    BUNDLED,
+    CLIP_SYSTEM,
+    architecture_of,
+    build,
+    is_name,
+    list_models,
+    preset_of,
+    system_of_folder,
+    system_type,
+    upgraded,
+)
 from .saving import is_saved, read_config
 
 _DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
@@ -136,7 +147,7 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     saved = read_config(folder)
     if name is not None and saved["model"] != name:
         raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
-    model = build(saved["model"], {**saved["options"], **options})
+    model = build(saved["model"], {**upgraded(saved["model"], saved["options"]), **options})
     weights, own = load_tensors(folder / "model.safetensors"), model.state_dict()
     weights = {name: x for name, x in weights.items() if name in own or not name.startswith(model.training_only or "\0")}
     check_fit(folder / "model.safetensors", weights, own)

@@ -75,14 +75,28 @@ def only_tag(name: str) -> str:
                      f"{', '.join(f'{name}:{tag}' for tag in found)}")
 
 
-def unknown(text: str) -> InputError:
-    """The error for a name that does not exist, with the closest that do."""
+def check_name(text: str) -> str:
+    """``text`` itself, which names an architecture without weights.
+
+    Raises:
+        InputError: if there is none of this name.
+    """
+    if not is_name(text):
+        raise unknown(text)
+    return text
+
+
+def unknown(text: str, what: str = "model") -> InputError:
+    """The error for a name, or a ``pattern`` of names, that does not exist, with the closest that do."""
     known = [*list_models(), *architectures()]
     name, colon, tag = text.partition(":")
     plain = {one.lower(): one for one in known}
     cleaned = name.replace("/", "-").lower()
     close = [plain[cleaned]] if cleaned in plain else [plain[one] for one in get_close_matches(cleaned, plain, 3, 0.7)]
     ways = [f"{one}{colon}{tag}" for one in close]
+    if what == "pattern":
+        return InputError(f"pattern is {text!r} and no name matches it; " + (f"did you mean {' or '.join(ways)}? " if ways else "")
+                          + "expected a name or a pattern such as '*ViT-B*' (ovseg models lists all)")
     if name.count("/") == 1 and not colon and not name.startswith("."):
         ways.append(f"{PREFIX}{text}")
     hint = f"did you mean {' or '.join(ways)}? " if ways else ""

@@ -84,6 +84,11 @@ def architecture_of(name: str) -> str | None:
     return None if name in _BUILDERS else preset_of(name)["backbone"].get("architecture")
 
 
+def has_published_layout(name: str) -> bool:
+    """Whether checkpoints that its authors published may be read into it; registered functions are asked later."""
+    return name in _BUILDERS or system_type(preset_of(name)["system"]).published is not None
+
+
 def list_bundled() -> list[tuple[str, str]]:
     """(model, tag) of the weights inside the package. They know the words of the synthetic scenes only."""
     found = (path.parent.name for path in BUNDLED.glob("*.*/model.safetensors"))
@@ -101,6 +106,13 @@ def list_pretrained() -> list[tuple[str, str]]:
     return list_bundled() + [(name, tag) for name, tag in theirs if known(name)]
 
 
+def upgraded(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a saved folder as the present version calls them."""
+    if name in _BUILDERS:
+        return options
+    return system_type(preset_of(name)["system"]).Options.upgrade(options)
+
+
 def build(name: str, options: dict[str, Any]) -> OVSegModel:
     """A model with random weights, or those that its options name."""
     if name in _BUILDERS:
@@ -108,13 +120,12 @@ def build(name: str, options: dict[str, Any]) -> OVSegModel:
     else:
         preset = preset_of(name)
         kind = system_type(preset.pop("system"))
-        options = kind.Options.upgrade(options)
         own = {field.name for field in fields(kind.Options)}
         backbone = {**preset.pop("backbone", {}), **options.get("backbone", {})}
         of_backbone = {field.name for field in fields(options_type(backbone["kind"]))} if "kind" in backbone else set()
         for key in options:
             if key not in own | of_backbone:
-                raise unknown_key(key, own | of_backbone, f"options of {name}: ")
+                raise unknown_key(key, own | of_backbone, f"options of {name}: ", kind.Options.moved)
         backbone |= {key: value for key, value in options.items() if key in of_backbone - own}
         chosen = {**preset, **{key: value for key, value in options.items() if key in own}, "backbone": backbone}
         model = kind(options_of(kind.Options, chosen, f"options of {name}"))

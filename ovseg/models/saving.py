@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.files import save_weights
 from ..checkpoints.hub import PREFIX, check_repo, upload
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NoCheckpoint
+from ..replacing import folder_for
 
 if TYPE_CHECKING:
     from .base import OVSegModel
@@ -23,7 +24,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:
     """Write ``config.json`` and ``model.safetensors``. ``facts`` (metrics, seed, ...) go into the config as they are."""
-    folder = Path(folder)
+    folder = folder_for(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     # The weights are all in the file.
     options = {key: value for key, value in model.config.items() if key not in model.starting_options}
@@ -56,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config["model"], str) or not isinstance(config["options"], dict):
             raise KeyError("model, options")
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no config.json; expected a folder written by save_pretrained") from error
+        raise NoCheckpoint(f"{folder} has no config.json; expected a folder written by save_pretrained") from error
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); expected JSON with 'model' and 'options'") from error
     architecture = config["options"].get("architecture")

@@ -52,6 +52,12 @@ class SegCLIPObjective(Objective):
         unknown = set(options.weights) - set(LOSSES)
         if unknown:
             raise ConfigError(f"weights names {sorted(unknown)}; expected some of {list(LOSSES)}")
+        if wrong := {name: weight for name, weight in options.weights.items() if not 0 <= weight < float("inf")}:
+            raise ConfigError(f"weights is {wrong}; expected numbers of 0 or more")
+        if not 0 < options.tau < float("inf"):
+            raise ConfigError(f"tau is {options.tau}; expected a positive finite number")
+        if not 0 < options.kept < 1:
+            raise ConfigError(f"kept is {options.kept}; expected a share between 0 and 1")
         self.weights, self.tau, self.kept = dict.fromkeys(LOSSES, 1.0) | options.weights, options.tau, options.kept
         if not self.weights["reconstruction"]:
             model.train_parts([part for part in model.options.trained if part != "reconstruction"])

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..data.sources import load_options
-from ..errors import ConfigError
-from ..options import unknown_key
+from ..errors import ConfigError, first_line
+from ..options import check_finite, unknown_key
 from ..paths import no_file
 from .schedule import Schedule, check_schedule
 
@@ -141,6 +141,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}; expected key=value, e.g. optim.lr=1e-3")
+        if override.endswith("="):  # an unset variable of a script
+            raise ConfigError(f"override {override!r} has no value; expected key=value, or {override}null for none")
     try:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
@@ -152,6 +154,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"recipe {path} is no YAML: {error}") from error
         raise
+    if not loaded:
+        raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
     return build_recipe(plain, str(path))
 
 
@@ -162,7 +166,7 @@ def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"recipe {where}: {key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"recipe {where}: {key}: {first_line(error)}") from error
     recipe.data = _plain(load_options(recipe.data))
     _check_values(recipe)
     stages_of(recipe)
@@ -242,18 +246,29 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
 
 
 def _check_values(recipe: Recipe) -> None:
+    check_finite(to_dict(recipe))
+    train, optim = recipe.train, recipe.optim
     positive = {
         "train.steps": recipe.train.steps, "train.epochs": recipe.train.epochs, "train.batch_size": recipe.train.batch_size,
         "train.chunk": recipe.train.chunk, "optim.lr": recipe.optim.lr, "optim.lower_lr": recipe.optim.lower_lr,
         "optim.clip_grad": recipe.optim.clip_grad, "schedule.steps": recipe.schedule.steps, "schedule.power": recipe.schedule.power,
         "checkpoint.every_steps": recipe.checkpoint.every_steps, "checkpoint.keep": recipe.checkpoint.keep,
         "log.every_steps": recipe.log.every_steps, "validation.every_steps": recipe.validation.every_steps,
+        "validation.limit": recipe.validation.limit, "optim.eps": optim.eps,
     }  # fmt: skip
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; expected a positive number")
-    if recipe.train.ema is not None and not 0 < recipe.train.ema < 1:
-        raise ConfigError(f"train.ema is {recipe.train.ema}; expected a decay between 0 and 1")
+    if not 0 <= train.seed < 2**63:
+        raise ConfigError(f"train.seed is {train.seed}; expected 0 to {2**63 - 1}")
+    if train.ema is not None and not 0 < train.ema < 1:
+        raise ConfigError(f"train.ema is {train.ema}; expected a decay between 0 and 1")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas is {list(optim.betas)}; expected two decays of 0 to below 1")
+    if not 0 <= optim.momentum < 1:
+        raise ConfigError(f"optim.momentum is {optim.momentum}; expected 0 to below 1")
+    if optim.weight_decay < 0:
+        raise ConfigError(f"optim.weight_decay is {optim.weight_decay}; expected 0 or more")
     for key, name, known in (("train.precision", recipe.train.precision, PRECISIONS), ("train.parallel", recipe.train.parallel, PARALLEL),
                              ("optim.name", recipe.optim.name, OPTIMIZERS)):
         if name not in known:

@@ -71,6 +71,8 @@ def check_schedule(schedule: Schedule, lr: float, prefix: str = "schedule.") -> 
         raise ConfigError(f"{prefix}warmup_share is {schedule.warmup_share}; expected a share between 0 and 1")
     if schedule.warmup_steps < 0:
         raise ConfigError(f"{prefix}warmup_steps is {schedule.warmup_steps}; expected 0 or more")
+    if schedule.warmup_start is not None and not 0 <= schedule.warmup_start <= 1:
+        raise ConfigError(f"{prefix}warmup_start is {schedule.warmup_start}; expected a share of 0 to 1")
     if not 0 <= schedule.min_lr <= lr:
         raise ConfigError(f"{prefix}min_lr is {schedule.min_lr}; expected 0 to optim.lr, {lr}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,21 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .. import distributed
 from ..checkpoints.files import check_fit, load_tensors
 from ..data.loader import Loader
 from ..data.sources import ModelInputs, create_source, load_options
 from ..environment import environment
-from ..errors import CheckpointError, ConfigError, InputError
+from ..errors import CheckpointError, ConfigError, InputError, first_line
 from ..models import OVSegModel, create_model, from_pretrained
 from ..objectives import Objective, create_objective
+from ..replacing import folder_for
 from ..text_files import records_of
 from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
-from .state import complete, facts_of
+from .state import complete, damage, facts_of
 
 logger = logging.getLogger(__name__)
 PREVIOUS, BEST = "previous", "best"
@@ -47,6 +51,8 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
         if source is None:
             continue
         where, prefix = f"init.{part} is {source!r}", "" if part == "model" else f"{part}."
+        if not isinstance(source, str) or not source:  # as a path, an empty one is the present folder
+            raise ConfigError(f"{where}; expected a folder, a file or a name of weights")
         own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
         if not own:
             parts = [name for name, _ in model.named_children()]
@@ -125,21 +131,26 @@ class Run:
         return self.folder / "log.jsonl"
 
 
-def open_run(folder: Path, recipe: Recipe, *, resume: bool, allow: Sequence[str] = (), device: torch.device) -> Run:
+def open_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequence[str] = (), device: torch.device) -> Run:
     """Find out where to begin, and write ``config.yaml`` and ``env.json``.
 
     Raises:
-        ConfigError: if the folder holds a run and ``resume`` is false; if it holds one of another recipe, by the name of the first key that
-            differs and that ``allow`` does not name.
+        ConfigError: if the folder holds a run and ``resume`` is false, or none and it is true; if it holds one of another recipe, by the
+            name of the first key that differs and that ``allow`` does not name.
+        CheckpointError: if none of the run's checkpoints is intact.
     """
-    plain = to_dict(recipe)
-    found = complete(folder / "checkpoints")
-    at = Path(distributed.broadcast_json(str(found[-1]))) if resume and _everywhere(bool(found)) else None
-    saved = folder / "config.yaml"
+    if resume not in (True, False, "auto"):
+        raise ConfigError(f"resume is {resume!r}; expected True, False or 'auto'")
+    plain, saved = to_dict(recipe), folder_for(folder, "run") / "config.yaml"
+    begun = bool(distributed.broadcast_json(any((folder / name).exists() for name in (saved.name, "log.jsonl", "checkpoints"))))
+    if resume is True and not begun:
+        raise ConfigError(f"{folder} holds no run to go on with; expected the folder of one. Without --resume a run is begun; "
+                          "--auto-resume goes on where there is one and begins where there is none")
     if not resume and any((folder / name).exists() for name in ("log.jsonl", "checkpoints")):
         raise ConfigError(f"{folder} holds a run already; expected a new folder, or resume to go on with it")
+    at, damaged = _newest_intact(folder / "checkpoints") if resume else (None, [])
     facts = None if at is None else facts_of(at)
-    old = facts["recipe"] if facts is not None else OmegaConf.to_container(OmegaConf.load(saved)) if resume and saved.exists() else None
+    old = facts["recipe"] if facts is not None else _saved_recipe(saved) if resume and saved.exists() else None
     changed = [] if old is None else differences(old, plain)
     if facts is not None and facts["processes"] != distributed.world_size():
         changed.append(("processes", facts["processes"], distributed.world_size()))
@@ -150,6 +161,10 @@ def open_run(folder: Path, recipe: Recipe, *, resume: bool, allow: Sequence[str]
     distributed.barrier()  # nobody writes before all have read
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        for path in damaged:  # not counted among those that are kept, nor looked at again
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         if saved.exists() and changed:
             kept = folder / f"config.until_{at.name if at else 'start'}.yaml"
             saved.replace(kept)
@@ -164,12 +179,35 @@ def open_run(folder: Path, recipe: Recipe, *, resume: bool, allow: Sequence[str]
     return run
 
 
-def _everywhere(found: bool) -> bool:
-    """Whether the main process has found it; the others must see the same files."""
-    here = bool(distributed.broadcast_json(found))
-    if distributed.any_flag(here and not found)[0]:
+def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
+    """(the newest checkpoint whose files are what was written, the damaged ones after it), as the main process finds them."""
+    found: list[str] = []
+    reasons: dict[str, str] = {}
+    for path in reversed(complete(folder)) if distributed.is_main() else ():
+        if not (reason := damage(path)):
+            found = [str(path)]
+            break
+        reasons[str(path)] = reason
+    found, reasons = distributed.broadcast_json([found, reasons])
+    if reasons and not found:
+        raise CheckpointError(f"no checkpoint in {folder} is intact: {'; '.join(reasons.values())}. Expected one that is; or a new folder")
+    for reason in reasons.values():
+        if distributed.is_main():
+            logger.warning("damaged, set aside: %s; going on from %s", reason, found[0])
+    at = Path(found[0]) if found else None
+    if distributed.any_flag(at is not None and not at.is_dir())[0]:
         raise ConfigError("the checkpoint of the main process is not there for all; expected a folder that all processes see")
-    return here
+    return at, [Path(path) for path in reasons]
+
+
+def _saved_recipe(path: Path) -> Any:
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(found, dict) or "model" not in found:
+            raise ValueError("it holds no recipe")
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}; expected the recipe that the run was begun with") from error
+    return found
 
 
 def _weights(name: str, where: str) -> dict[str, torch.Tensor]:

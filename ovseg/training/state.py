@@ -1,4 +1,4 @@
-"""What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest complete one wins.
+"""What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest intact one wins.
 
 A checkpoint holds whole tensors whatever shards them, under the names of the parameters: model, average, what else the objective has, the
 optimizer; and for every process its position in the data and its random states.
@@ -23,15 +23,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .. import distributed
-from ..checkpoints.files import check_fit, load_tensors, save_tensors
+from ..checkpoints.files import check_fit, file_hash, load_tensors, save_tensors
 from ..data.loader import Loader
 from ..data.skips import SkipLimit
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from ..objectives import Objective
 from .gradients import LossScaler
 
-_MARK = "COMPLETE"
-_FORMAT = 2
+_MARK = "COMPLETE"  # holds the hash of every other file
+_FORMAT = 3
+_ASIDE = (".part", ".damaged")
 
 
 @dataclass
@@ -55,7 +56,27 @@ class State:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{_MARK}") if path.parent.suffix != ".part")
+    return sorted(path.parent for path in folder.glob(f"step_*/{_MARK}") if path.parent.suffix not in _ASIDE)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a complete checkpoint: a file that is not what was written. Nothing if all are."""
+    try:
+        mark = (path / _MARK).read_bytes()
+        if not mark and facts_of(path)["format"] < 3:  # of an earlier version, without hashes: whole, at least
+            for file in sorted(path.glob("*.safetensors")):
+                load_tensors(file)
+            return ""
+        for name, expected in json.loads(mark)["blake2b"].items():
+            if not (path / name).is_file():
+                return f"{path / name} is missing"
+            if file_hash(path / name) != expected:
+                return f"{path / name} ({(path / name).stat().st_size} bytes) is not what was written"
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path / _MARK} is damaged: {first_line(error)}"
+    return ""
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -66,8 +87,9 @@ def facts_of(path: Path) -> dict[str, Any]:
     """
     try:
         facts = json.loads((path / "state.json").read_text())
-        return {key: facts[key] for key in ("stage", "step", "done", "recipe", "hash", "processes", "scaler", "skips", "averaged")}
-    except (OSError, ValueError, KeyError) as error:
+        keys = ("format", "stage", "step", "done", "recipe", "hash", "processes", "scaler", "skips", "averaged")
+        return {key: facts[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from error
 
 
@@ -90,13 +112,13 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
         part.mkdir(parents=True)
         for name, tensors in (("model", model), ("objective", rest), ("ema", average), ("optimizer", optimizer)):
             if tensors or name in ("model", "optimizer"):
-                save_tensors(tensors or {}, part / f"{name}.safetensors", {"format": "pt"})
+                save_tensors(tensors or {}, part / f"{name}.safetensors", {"format": "pt"}, sealed=name != "optimizer")  # read here alone
         facts = {"format": _FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "processes": distributed.world_size(),
                  "scaler": state.scaler.state_dict(), "skips": state.skips.state_dict(), "hash": key, "recipe": recipe,
                  "averaged": None if state.average is None else int(state.average.n_averaged)}  # fmt: skip
         _write(part / "state.json", json.dumps(facts))
         _write(part / "ranks.jsonl", "".join(line + "\n" for line in ranks))
-        _write(part / _MARK, "")
+        _write(part / _MARK, json.dumps({"blake2b": {path.name: file_hash(path) for path in sorted(part.iterdir())}}))
         _sync_folder(part)
         if target.exists():
             shutil.rmtree(target)

@@ -51,20 +51,21 @@ class Interrupted(Exception):
     """SIGTERM, SIGINT or SIGUSR1 came to one of the processes; the state is saved."""
 
 
-def train(recipe: Recipe, run: str | Path, *, resume: bool = False, allow: Sequence[str] = (), quiet: bool = False,
+def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow: Sequence[str] = (), quiet: bool = False,
           evaluate: Evaluate | None = None, hooks: Sequence[Hook] = ()) -> OVSegModel:
     """Train by ``recipe`` into the folder ``run``; returns the model in eval mode.
 
     Args:
-        resume: go on from the newest complete checkpoint, if there is one. N steps give the same weights, bit for bit on
-            the CPU, however often they were interrupted.
+        resume: go on with the run in the folder, from its newest intact checkpoint; ``"auto"``: begin one where there is none. N steps give
+            the same weights, bit for bit on the CPU, however often they were interrupted.
         allow: keys of the recipe that may differ from those the run was begun with.
         quiet: no progress bar.
         evaluate: ``(model, step, folder for pictures) -> figures``, called every ``validation.every_steps``.
         hooks: called after every step, before the checkpoint.
 
     Raises:
-        ConfigError: if the folder holds another run and ``resume`` is false, or the recipe cannot be followed.
+        ConfigError: if the folder holds a run and ``resume`` is false, none or another one and it is true; if it cannot be followed.
+        CheckpointError: if the run has checkpoints and none is intact.
         Interrupted: after a signal, once the state is saved.
         FloatingPointError: after ten steps in a row without a finite loss.
     """

@@ -146,6 +146,8 @@ def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     _check.tensor("tables", tables, 3, "[n, G, C]")
     _check.shape("tables", tables, (*logits.shape[:2], tables.shape[2]), "a row of class scores for each group of each window")
     _check.same("tables", tables, "logits", logits, dtype=False)
+    if logits.shape[1] > 2**15:
+        raise ValueError(f"logits has {logits.shape[1]} groups; expected at most {2**15} with tables: a pixel's group is kept in 16 bits")
     if tables.shape[2] == 0:
         raise ValueError(f"tables has shape {list(tables.shape)}; expected at least one class")
     return tables

@@ -40,7 +40,7 @@ def begin(folder, system, world):
             try:
                 os.setpgid(0, 0)  # a group with its workers, so that they can be killed with it
                 os.environ |= environment(rank, world, port)
-                train(recipe(system), folder, resume=True, quiet=True)
+                train(recipe(system), folder, resume="auto", quiet=True)
                 distributed.close()
                 code = 0
             except BaseException as error:

@@ -147,8 +147,9 @@ def test_long_side_and_rounding():
     assert canvas((300, 1500), short_side=448, long_side=2048, crop=224) == (410, 2048)
     assert canvas((480, 640), short_side=512, crop=512, stride=426) == (512, 683)
     assert canvas((480, 640)) == (224, 304)  # whole patches
-    # Where the cap would make the picture smaller than a window, the short side stays a window.
-    assert canvas((10, 1000), short_side=448, long_side=2048, crop=448) == (448, 2048)
+    # Where the cap makes the picture smaller than a window, the windows are as small and the picture keeps its shape.
+    assert canvas((300, 1500), short_side=448, long_side=560, crop=448) == (112, 560)
+    assert canvas((10, 1000), short_side=448, long_side=2048, crop=448) == (16, 2048)
 
 
 @torch.no_grad()

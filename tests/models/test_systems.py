@@ -1,6 +1,7 @@
 """What every system must do, run over all tiny presets: a new system is tested as soon as it has a preset line."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from ovseg.data.batch_types import PairBatch
 from ovseg.errors import ConfigError
 from ovseg.models import registry
 from ovseg.objectives import Progress, create_objective
+from ovseg.training.recipe import load_recipe
+from ovseg.training.trainer import train
 
 TINY = ovseg.list_models("*_tiny")
 
@@ -197,12 +200,67 @@ def test_options_are_typed():
             ovseg.create_model("pacl_tiny", **options)
 
 
-def test_options_of_earlier_versions():
-    """Folders that were saved before parts had names."""
-    old = ovseg.create_model("pacl_tiny", train_clip="all", learn_logit_scale=False, tap="local")
-    assert old.options.trained == ["embedder", "vision", "text"]
-    old = ovseg.create_model("segclip_tiny", frozen=False, weights={"superpixel": 0.5}, tau=0.8)
-    assert old.options.trained == list(old.parts())
+EARLIER = [  # name, options of an earlier version, the parts that they trained, the words of the error
+    ("pacl_tiny", {"train_clip": "all", "learn_logit_scale": False, "tap": "local"}, ["embedder", "vision", "text"], "it is trained now"),
+    ("pacl_tiny", {"train_clip": "vision"}, ["embedder", "scale", "vision"], "it is trained now"),
+    ("segclip_tiny", {"frozen": False, "weights": {"superpixel": 0.5}, "tau": 0.8}, None, "it is trained now"),
+    ("segclip_tiny", {"weights": {"superpixel": 0.0}}, "published", r"it is objective\.options\.weights now"),
+    ("segclip_tiny", {"tau": 0.8}, "published", r"it is objective\.options\.tau now"),
+    ("segclip_tiny", {"kept": 0.5}, "published", r"it is objective\.options\.kept now"),
+]
+
+
+@pytest.mark.parametrize("name,options,parts,message", EARLIER)
+def test_options_of_earlier_versions_in_saved_folders(tmp_path, name, options, parts, message):
+    """Folders that were saved before parts had names, and before the losses had an objective."""
+    model = ovseg.create_model(name)
+    folder = ovseg.save_pretrained(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "options": options}))
+    expected = list(model.parts()) if parts is None else type(model.options)().trained if parts == "published" else parts
+    assert ovseg.from_pretrained(folder).options.trained == expected
+
+
+@pytest.mark.parametrize("name,options,parts,message", [pytest.param(*row, marks=pytest.mark.bad_input(
+    "models", "an option of an earlier version")) for row in EARLIER])
+def test_options_of_earlier_versions_elsewhere(tmp_path, name, options, parts, message):
+    """A call and a recipe mean what they say today: what would be dropped is refused, with the place it has now."""
+    key = next(iter(options))
+    with pytest.raises(ConfigError, match=rf"options of {name}: {key}: unknown key; {message}"):
+        ovseg.create_model(name, **options)
+    with pytest.raises(ConfigError, match=rf"{key}: unknown key; {message}"):
+        ovseg.from_pretrained(name, **options)
+    text = json.dumps({"model": {"name": name, "options": options}, "train": {"steps": 1}, "data": {"kind": "scenes", "train_size": 64}})
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"{key}: unknown key; {message}"):
+        train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("name,options,message", [pytest.param(*row, marks=pytest.mark.bad_input("models", "an option that means nothing"))
+                                                  for row in (
+    ("pacl_tiny", {"logit_scale": -1.0}, r"logit_scale is -1\.0; expected a positive finite number"),
+    ("pacl_tiny", {"temperature": 0.0}, r"temperature is 0\.0; expected a positive finite number"),
+    ("pacl_tiny", {"temperature": float("inf")}, r"options of pacl_tiny\.temperature is inf; expected finite numbers"),
+    ("pacl_tiny", {"backbone": {"width": float("nan")}}, r"backbone\.width is nan; expected finite numbers"),
+    ("segclip_tiny", {"centers": 0}, "centers is 0; expected 1 or more"),
+    ("segclip_tiny", {"cross_layers": -1}, "cross_layers is -1; expected 0 or more"),
+)])  # fmt: skip
+def test_options_that_mean_nothing(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        ovseg.create_model(name, **options)
+
+
+@pytest.mark.parametrize("options,message", [pytest.param(*row, marks=pytest.mark.bad_input("training", "an objective's option that means "
+                                                                                            "nothing")) for row in (
+    ({"weights": {"superpixel": -1.0}}, r"weights is \{'superpixel': -1\.0\}; expected numbers of 0 or more"),
+    ({"weights": {"superpixel": float("nan")}}, r"weights\.superpixel is nan; expected finite numbers"),
+    ({"weights": {"contrast": 1.0}}, "weights names"), ({"tau": 0.0}, r"tau is 0\.0; expected a positive"),
+    ({"tau": float("inf")}, "tau is inf"), ({"kept": 2.0}, r"kept is 2\.0; expected a share"),
+    ({"weight": {}}, "weight: unknown key, did you mean objective segclip.weights"),
+)])  # fmt: skip
+def test_objectives_options_that_mean_nothing(options, message):
+    with pytest.raises(ConfigError, match=message):
+        create_objective(ovseg.create_model("segclip_tiny"), **options)
 
 
 def test_without_its_libraries_the_package_says_what_to_install():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, NoData
 from ...paths import no_folder
 from ...text_files import lines_of
 from ..batch_types import PairBatch
@@ -79,7 +79,7 @@ class FolderPairs(Source[PairSample]):
                  superpixels: str | Path | None = None, superpixel_labels: str = "majority", augment: PairAugment | None = None):
         self.root, self.inputs, self.captions, self.superpixel_labels = Path(root), inputs, captions, superpixel_labels
         if (what := no_folder(self.root)) is not None:
-            raise DataError(f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions beside them")
+            raise NoData(f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions beside them")
         seen = Folder(self.root)
         pairs = _pairs(seen)
         if not pairs:

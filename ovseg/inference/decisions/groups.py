@@ -21,7 +21,7 @@ import ovseg_kernels as ok
 from ...errors import InputError
 from ...layers.precision import at_least_float32
 from ...models import GroupFeatures
-from ..fields import option, positive
+from ..fields import SCALES, biases, number, option, positive
 from ..queries import EncodedQueries
 from ..windows import Placement
 from .base import Decision
@@ -46,10 +46,9 @@ class GroupTables(Decision):
 
     def __post_init__(self):
         positive(self, "top_classes")
-        if self.scale is not None and not self.scale > 0:
-            raise InputError(f"scale is {self.scale}; expected a positive number")
-        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1:
-            raise InputError(f"background_threshold is {self.background_threshold}; expected what group tables hold, 0 .. 1")
+        number(self, "scale", *SCALES, "a positive number, {:g} .. {:g}".format(*SCALES))
+        number(self, "background_threshold", 0, 1, "what group tables hold, 0 .. 1")
+        biases(self, "bias")
 
     def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
         if not isinstance(features, GroupFeatures):
@@ -63,9 +62,9 @@ class GroupTables(Decision):
         origins, *sizes = placement.windows
         maps = features.soft.unflatten(2, features.grid)
         labels, value = ok.window_argmax(maps, origins, *sizes, tables=tables, class_labels=owners, bias=offsets,
-                                         label_type=torch.int16, return_value=True)
+                                         label_type=queries.label_type, return_value=True)
         if allowed is not None:
-            labels = labels.masked_fill(value == -torch.inf, -1)
+            labels.masked_fill_(value == -torch.inf, -1)
         return labels, value
 
     def background_rules(self) -> list[str]:

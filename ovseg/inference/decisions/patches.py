@@ -13,18 +13,19 @@ from typing import Any
 import torch
 
 import ovseg_kernels as ok
-from ovseg_kernels.reference.upsample_argmax import winners
+from ovseg_kernels.reference.upsample_argmax import LABEL_TYPES, winners
 from ovseg_kernels.reference.window_argmax import window_maps
 
 from ...errors import InputError
 from ...layers.precision import at_least_float32
-from ..fields import one_of, option
+from ..fields import SCALES, biases, number, one_of, option
 from ..pamr import pamr
 from ..queries import EncodedQueries
 from ..reading import upload
 from ..windows import Placement
 from .base import Decision
 
+_AT_ONCE = 1 << 23  # pixels
 ACTIVATIONS, STAGES = (None, "sigmoid", "softmax"), ("window", "merged", "output")
 
 
@@ -60,8 +61,11 @@ class PatchArgmax(Decision):
         one_of(self, "activation", ACTIVATIONS)
         one_of(self, "stage", STAGES)
         one_of(self, "refine", (None, "pamr"))
-        if self.scale is not None and not self.scale > 0:
-            raise InputError(f"scale is {self.scale}; expected a positive number")
+        number(self, "scale", *SCALES, "a positive number, {:g} .. {:g}".format(*SCALES))
+        number(self, "background_entropy", 0, 100, "nats, 0 .. 100")
+        number(self, "background_threshold", -torch.inf, torch.inf, "a finite number")
+        number(self, "area_threshold", 0, 1, "a share of 0 to below 1")
+        biases(self, "bias")
         for name, needs in (("activation", self.activation == "softmax"), ("background_entropy", self.background_entropy is not None)):
             if needs and self.scale is None:
                 raise InputError(f"{name} is {getattr(self, name)!r} and scale is missing: softmax over plain cosines is nearly "
@@ -70,7 +74,7 @@ class PatchArgmax(Decision):
         if self.background_threshold is not None and not low <= self.background_threshold <= top:
             kind = f"what {self.activation} gives" if self.activation else "a cosine" + ("" if top == 1 else f" times {top:g}")
             raise InputError(f"background_threshold is {self.background_threshold}; expected {kind}, {low:g} .. {top:g}")
-        if not 0 <= self.area_threshold < 1:
+        if self.area_threshold == 1:
             raise InputError(f"area_threshold is {self.area_threshold}; expected a share in 0 .. 1")
 
     @property
@@ -87,29 +91,33 @@ class PatchArgmax(Decision):
         scores = scores if self.scale is None else scores * self.scale
         offsets = queries.offsets(self.bias, allowed, scores.dtype)
         if self.refine is None:
-            decide = self._from_patches(scores, queries.owners, placement)
+            decide = self._from_patches(scores, queries, placement)
         elif picture is None:
             raise InputError("refine needs the picture and none is given")
         else:
             maps = pamr(picture.to(scores), _maps(scores, placement, self.activation, self.stage))
 
             def decide(offsets):
-                return winners(maps, offsets, queries.owners, None, -1, 1, True)
+                return winners(maps, offsets, queries.owners, None, -1, LABEL_TYPES.index(queries.label_type), True)
 
         labels, value = decide(offsets)
         if self.area_threshold:
-            labels, value = decide(self._without_small(labels, queries, offsets, scores.dtype))
+            offsets = self._without_small(labels, queries, offsets, scores.dtype)
+            del labels, value  # of a large picture: not beside the next ones
+            labels, value = decide(offsets)
         if allowed is not None:  # where none of them may win there is no label
-            labels = labels.masked_fill(value == -torch.inf, -1)
+            labels.masked_fill_(value == -torch.inf, -1)
         if self.background_threshold is not None:
-            labels = labels.masked_fill(value < self.background_threshold, -1)
+            labels.masked_fill_(value < self.background_threshold, -1)
         if self.background_entropy is not None:
             entropy = torch.special.entr(scores.float().softmax(1)).sum(1, keepdim=True)
-            labels = labels.masked_fill(_maps(entropy, placement)[0] > self.background_entropy, -1)
+            origins, *sizes = placement.windows
+            high = ok.window_argmax(-entropy, origins, *sizes, threshold=-self.background_entropy, background=1, label_type=torch.uint8)
+            labels.masked_fill_(high.bool(), -1)
         return labels, value
 
-    def _from_patches(self, scores: torch.Tensor, owners: torch.Tensor, placement: Placement):
-        options: dict[str, Any] = {"class_labels": owners, "label_type": torch.int16, "return_value": True}
+    def _from_patches(self, scores: torch.Tensor, queries: EncodedQueries, placement: Placement):
+        options: dict[str, Any] = {"class_labels": queries.owners, "label_type": queries.label_type, "return_value": True}
 
         def decide(offsets):
             if placement.origins is None and self.activation is None:
@@ -125,8 +133,10 @@ class PatchArgmax(Decision):
         """The offsets with -inf for the classes below ``area_threshold``, unless that is all. Computed without reading the device."""
         # Background goes into a last bin of its own: a mask would make a shape that depends on values.
         bins = torch.zeros(len(queries.names) + 1, dtype=torch.int64, device=labels.device)
-        index = labels.flatten().long() % len(bins)
-        area = bins.scatter_add_(0, index, torch.ones_like(index))[:-1]
+        for some in labels.flatten().split(_AT_ONCE):  # indices are eight bytes each
+            index = some.long() % len(bins)
+            bins.scatter_add_(0, index, torch.ones_like(index))
+        area = bins[:-1]
         small = area <= self.area_threshold * area.sum()
         dropped = (queries.owners >= 0) & small[queries.owners] & ~small.all()
         base = torch.zeros(len(dropped), device=labels.device, dtype=dtype) if offsets is None else offsets

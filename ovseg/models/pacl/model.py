@@ -7,13 +7,14 @@ text's own weighted mean over the patches, for every pair of the batch (``ovseg_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 import ovseg_kernels as ok
 
+from ...errors import ConfigError
 from ...layers.embedder import VisionEmbedder
 from ..base import MAX_SCALE, OVSegModel, PatchFeatures, SystemOptions, check_images
 
@@ -31,6 +32,9 @@ class PACLOptions(SystemOptions):
         temperature: of the softmax over patches. The paper shows none, which is 1; then pooling is close to a mean.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
     """
+
+    moved: ClassVar[dict[str, str]] = dict.fromkeys(("train_clip", "learn_logit_scale"),
+                                                    "it is trained now, a list of parts: embedder, scale, vision, text")
 
     templates: str = "pacl7"
     trained: list[str] = field(default_factory=lambda: ["embedder", "scale"])
@@ -60,6 +64,9 @@ class PACL(OVSegModel):
         self.backbone.check_class_token("pacl")
         if options.tap not in self.backbone.taps:
             raise ValueError(f"tap is {options.tap!r}; expected one of {list(self.backbone.taps)}")
+        for name in ("temperature", "logit_scale"):
+            if not 0 < getattr(options, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(options, name)}; expected a positive finite number")
         self.embedder = VisionEmbedder(self.backbone.token_dim, self.backbone.embed_dim, options.hidden_dim)
         self.tap, self.temperature = options.tap, options.temperature
         self.log_scale = nn.Parameter(torch.tensor(float(options.logit_scale)).log())

@@ -7,11 +7,12 @@ blocks see the centers, and the image is the elementwise maximum over them. ``ob
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ...errors import ConfigError
 from ...layers.mae_decoder import MaeDecoder, sincos_positions
 from ...layers.quick_gelu import quick_gelu
 from ...layers.semantic_groups import Groups, SemanticGroups
@@ -20,6 +21,7 @@ from ..published import Published
 from .published import layout
 
 _PARTS = ["embeddings", "vision", "text", "scale", "groups", "reconstruction"]
+_OF_TRAINING = ("tau", "weights", "kept")  # options of the model once
 
 
 @dataclass
@@ -32,6 +34,9 @@ class SegCLIPOptions(SystemOptions):
         mix_batch: the published training's mixing of images in the cross-attention, see ``layers/semantic_groups.py``.
     """
 
+    moved: ClassVar[dict[str, str]] = {"frozen": "it is trained now, a list of parts",
+                                       **{name: f"it is objective.options.{name} now" for name in _OF_TRAINING}}
+
     trained: list[str] = field(default_factory=lambda: _PARTS[1:])
     second_stage: int = 2
     centers: int = 8
@@ -43,7 +48,7 @@ class SegCLIPOptions(SystemOptions):
     @classmethod
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
         """``frozen`` became ``trained``; what only training needs went to the objective."""
-        options = {key: value for key, value in options.items() if key not in ("tau", "weights", "kept")}
+        options = {key: value for key, value in options.items() if key not in _OF_TRAINING}
         return {"trained": _PARTS, **options} if options.pop("frozen", True) is False else options
 
 
@@ -59,6 +64,9 @@ class SegCLIP(OVSegModel):
         blocks = len(self.backbone.vision_blocks)
         if not 0 <= options.second_stage <= blocks:
             raise ValueError(f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of the backbone")
+        for name, least in (("centers", 1), ("cross_layers", 0)):
+            if getattr(options, name) < least:
+                raise ConfigError(f"{name} is {getattr(options, name)}; expected {least} or more")
         self.backbone.antialias_positions = False  # as published
         self.first_stage = blocks - options.second_stage
         width = self.backbone.token_dim
