@@ -28,7 +28,7 @@ class Projector(nn.Module):
     def forward(self, x: torch.Tensor, group: Any = None) -> torch.Tensor:
         """``group``: the ranks whose rows share statistics in training; None for this process alone."""
         linear, norm, relu = self.linear_hidden
-        hidden = linear(x.flatten(0, -2))
+        hidden = linear(x.flatten(0, -2)).to(norm.weight.dtype)  # statistics are not autocast's to round
         hidden = norm(hidden) if group is None or not self.training else synchronized(norm, hidden, group)
         return self.linear_out(relu(hidden)).unflatten(0, x.shape[:-1])
 
