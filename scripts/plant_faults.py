@@ -160,6 +160,24 @@ FAULTS += (
     _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
 )
 
+_OVSEGMENTOR, _GROUPVIT, _MASK = (f"tests/models/test_{name}.py" for name in ("ovsegmentor", "groupvit", "mask_consistency"))
+_OBJECTIVE = "objectives/ovsegmentor.py"
+FAULTS += (
+    _system("places in packed texts", "layers/packing.py", "self.rows % self.shape[1]", "self.rows % (self.shape[1] + 1)", _OVSEGMENTOR,
+            "texts"),
+    _system("value bias left out", "layers/grouping_block.py", ".flatten(2) + self.attn.v_proj.bias", ".flatten(2)", "tests/layers"),
+    _system("maps of two stages", "layers/grouping_vit.py", "soft = stage.soft @ soft", "soft = stage.soft @ (0.9 * soft)", _GROUPVIT,
+            "own_model"),
+    _system("q and k exchanged", "models/groupvit/published.py", 'for letter in "qkv"]', 'for letter in "kqv"]', _GROUPVIT, "own_model"),
+    _system("nouns of another picture", "objectives/groupvit.py", "image_ids=batch.image_ids,", "image_ids=batch.image_ids + 1,", _GROUPVIT,
+            "multi_label"),
+    _system("decoder sees padding", _OBJECTIVE, "None if published else seen", "None", _OVSEGMENTOR, "padding"),
+    _system("spared groups trained", _OBJECTIVE, "marked.detach(), marked", "marked, marked", _OVSEGMENTOR, "training_step"),
+    _system("extremes at half the corners", "objectives/mask_consistency.py", " or cell[row] != cell[row + 1]", "", _MASK, "full_size"),
+    _system("matching the wrong way", "objectives/mask_consistency.py", "(2 - 2 * cosine)", "(2 + 2 * cosine)", _MASK, "permutation"),
+    _system("any class is a stub", "checkpoints/stubs.py", "known = all(", "known = True or all(", _OVSEGMENTOR, "run_no_code"),
+)
+
 
 def _data(name: str, file: str, right: str, wrong: str, folder: str, tests: str = "") -> Fault:
     return Fault(f"data: {name}", f"ovseg/data/{file}", right, wrong, tests, folder=f"tests/data/{folder}.py")
