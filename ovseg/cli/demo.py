@@ -45,7 +45,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each stage, in order; OVSegmentor's are of both its stages, each")
+    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each row, in order; of OVSegmentor, of each of its stages")
     sub.add_argument("--train-scenes", type=int, help="scenes to train on (default: those of the recipes)")
     sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
     sub.add_argument("--quiet", action="store_true")

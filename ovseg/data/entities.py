@@ -1,6 +1,7 @@
 """Entities: what captions name, from a list of words. A caption becomes a question, its entities masked, and an answer that names them.
 
-No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a plural of it by the rules of ``singulars``.
+No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a plural of it by
+the rules of ``singulars``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Entities:
                 if not key:
                     raise ConfigError(f"entity {name!r} is called {word!r}; expected letters or digits")
                 if self.surface.setdefault(key, index) != index:
-                    raise ConfigError(f"the word {word!r} stands for {self.names[self.surface[key]]!r} and {name!r}; expected one entity a word")
+                    raise ConfigError(f"the word {word!r} stands for {self.names[self.surface[key]]!r} and {name!r}; expected one entity "
+                                      "a word")
         if not self.names:
             raise ConfigError("the list of entities is empty; expected at least one name")
         self._longest = max(key.count(" ") for key in self.surface) + 1
@@ -147,10 +149,13 @@ def load_entities(which: str) -> Entities:
     try:
         tree = tree_of(text_of(path, "list of entities", expected, ConfigError))
     except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"list of entities {which!r} is {error}; expected {expected}") from error
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"list of entities {which!r} is {error}; expected {expected}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"list of entities {which!r} holds {type(tree).__name__}; expected {expected}")
     for name, others in tree.items():
         if not isinstance(name, str) or not (others is None or (isinstance(others, list) and all(isinstance(one, str) for one in others))):
-            raise ConfigError(f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a list what else they are called")
+            raise ConfigError(f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a list what else they are "
+                              "called")
     return Entities({name: others or () for name, others in tree.items()})

@@ -118,11 +118,12 @@ def read_index(path: str | Path, pictures: Sequence[str], entities: Entities) ->
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"data.index {str(path)!r} is damaged or no index of entities: {error}; expected {again}") from error
     if tuple(names) != entities.names:
-        raise DataError(f"data.index {str(path)!r} is of {len(names)} other entities than the {len(entities)} of data.entities; expected {again}")
+        raise DataError(f"data.index {str(path)!r} is of {len(names)} other entities than the {len(entities)} of data.entities; expected "
+                        f"{again}")
     own_letters, own_ends = _block(pictures)
     if not (np.array_equal(letters, own_letters) and np.array_equal(ends, own_ends)):
-        raise DataError(f"data.index {str(path)!r} is of {len(ends)} pictures, and the folder holds {len(pictures)}, of other names; expected "
-                        f"{again}")
+        raise DataError(f"data.index {str(path)!r} is of {len(ends)} pictures, and the folder holds {len(pictures)}, of other names; "
+                        f"expected {again}")
     whole = len(starts) == len(names) + 1 and starts[0] == 0 and starts[-1] == len(members) and bool((np.diff(starts) >= 0).all())
     if not whole or (len(members) and not 0 <= members.min() <= members.max() < len(pictures)):
         raise DataError(f"data.index {str(path)!r} is damaged: it names pictures that are not there; expected {again}")

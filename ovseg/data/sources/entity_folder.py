@@ -77,5 +77,5 @@ class EntityFolder(folder.FolderPairs):
         return self.entity_texts.collate(samples)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
-        about = {"kind": "entity_folder", "pictures": len(self), "gives": self.entity_texts.gives, "entities": len(self.entity_texts.entities)}
-        return {**super().describe(), **about}
+        texts = self.entity_texts
+        return {**super().describe(), "kind": "entity_folder", "pictures": len(self), "gives": texts.gives, "entities": len(texts.entities)}

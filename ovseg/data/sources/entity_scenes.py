@@ -33,7 +33,8 @@ class Options(EntityText, scenes.Options):
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> EntityScenes:
     options.check_text()
     if options.published:
-        raise ConfigError("data.published is true; expected false with the scenes: published training masks single words, and theirs are two")
+        raise ConfigError("data.published is true; expected false with the scenes: published training masks single words, and "
+                          "theirs are two")
     return EntityScenes(scenes.create(options, inputs, split=split, seed=seed, progress=progress), inputs, options)
 
 
