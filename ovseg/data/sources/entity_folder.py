@@ -27,7 +27,7 @@ class Options(EntityText, folder.Options):
 
     Attributes:
         entities: a list by name, ``everyday``, or a YAML file; see ``data/entities.py``.
-        index: side file of ``ovseg data cross-pairs``; needed where ``gives`` is cross.
+        index: side file of ``ovseg data cross-pairs``; needed where ``gives`` is cross, and not looked at elsewhere.
     """
 
     kind: str = "entity_folder"
@@ -37,12 +37,11 @@ class Options(EntityText, folder.Options):
 
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> EntityFolder:
     options.check_text()
-    if (options.index is None) == (options.gives == "cross"):
-        raise ConfigError(f"data.index is {options.index!r} and data.gives is {options.gives!r}; expected a file of ovseg data cross-pairs "
-                          "with gives=cross, and null otherwise")
+    if options.index is None and options.gives == "cross":
+        raise ConfigError("data.index is null; with data.gives=cross expected a file of ovseg data cross-pairs")
     pairs = folder.create(options, inputs, split=split, seed=seed, progress=progress)
     texts = EntityTexts(load_entities(options.entities), inputs, options)
-    index = None if options.index is None else read_index(options.index, pairs.names, texts.entities)
+    index = None if options.index is None or options.gives != "cross" else read_index(options.index, pairs.names, texts.entities)
     return EntityFolder(pairs, texts, index)
 
 
