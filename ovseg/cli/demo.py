@@ -1,7 +1,7 @@
 """The main job on the embedded default: train systems on scenes and compare where they look.
 
 ``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
-objective with nothing frozen. ``segclip``: SegCLIP from random weights.
+objective with nothing frozen. ``segclip``, ``groupvit``, ``ovsegmentor`` (both its stages): those from random weights.
 
   ovseg demo                                  PACL on real handwritten digits on real textures
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
@@ -38,6 +38,8 @@ SYSTEMS = {
         Stage("PACL, nothing frozen", "pacl_full", "pacl_full_scenes", "clip"),
     ),
     "segclip": (Stage("SegCLIP", "segclip", "segclip_scenes"),),
+    "groupvit": (Stage("GroupViT", "groupvit", "groupvit_scenes"),),
+    "ovsegmentor": (Stage("OVSegmentor", "ovsegmentor", "ovsegmentor_scenes"),),
 }
 
 
@@ -46,7 +48,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each stage, in order")
+    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each row, in order; of OVSegmentor, of each of its stages")
     sub.add_argument("--train-scenes", type=int, help="scenes to train on (default: those of the recipes)")
     sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
     sub.add_argument("--quiet", action="store_true")
