@@ -71,7 +71,9 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
         edge[1:] |= large[1:] != large[:-1]
         skipped = (rows.start - above) * factor
         large, edge = large[skipped:], edge[skipped:]
-        base = np.asarray(image.crop((0, rows.start, image.width, rows.stop)).convert("RGB")).repeat(factor, 0).repeat(factor, 1)
+        box = (0, rows.start, image.width, rows.stop)  # not crop: Pillow's limit of pixels acts there
+        base = np.asarray(image.resize((image.width, rows.stop - rows.start), Image.Resampling.NEAREST, box).convert("RGB"))
+        base = base.repeat(factor, 0).repeat(factor, 1)
         shown = np.where(large[..., None] < 0, base, (1 - alpha) * base + alpha * colour(large, len(names)))
         shown[edge] = _PAPER
         picture.paste(Image.fromarray(shown.round().astype(np.uint8)), (0, rows.start * factor))

@@ -1,9 +1,12 @@
 """Recipes: every shipped one loads; typos and wrong values are named."""
 
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_type_hints
+
 import pytest
 
 from ovseg.errors import ConfigError
-from ovseg.training.recipe import list_recipes, load_recipe, save_recipe
+from ovseg.training.recipe import Recipe, list_recipes, load_recipe, save_recipe
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -14,6 +17,7 @@ def test_shipped_recipes(name, tmp_path):
     assert load_recipe(tmp_path / "r.yaml") == recipe
 
 
+@pytest.mark.bad_input("training", "an override that cannot be followed")
 @pytest.mark.parametrize("overrides,message", [
     (["optim.lrr=1"], r"optim\.lrr: unknown key, did you mean optim\.lr\?"),
     (["modle.name=x"], r"modle: unknown key, did you mean model\?"),
@@ -23,12 +27,79 @@ def test_shipped_recipes(name, tmp_path):
     (["train.precision=fp8"], r"train\.precision is 'fp8'; expected one of"),
     (["optim"], r"override 'optim'; expected key=value"),
     (["optim=3"], r"optim is 3; expected a mapping"),
+    (["optim.warmup_steps=-1"], r"optim\.warmup_steps: unknown key"),
+    (["init.backbone="], r"override 'init\.backbone=' has no value; expected key=value, or init\.backbone=null for none"),
+    (["model.name="], r"override 'model\.name=' has no value"),
 ])
 def test_bad_overrides(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe("pacl_scenes", overrides)
 
 
+OUT_OF_RANGE = [
+    ("train.seed", "-1", "expected 0 to 9223372036854775807"), ("train.seed", str(2**63), "expected 0 to"),
+    ("optim.betas", "[2,3]", "expected two decays of 0 to below 1"), ("optim.betas", "[0.9,1]", "expected two decays"),
+    ("optim.betas", "[-0.1,0.9]", "expected two decays"), ("optim.lr", "0", "expected a positive number"),
+    ("optim.lr", "-1", "expected a positive number"), ("optim.eps", "0", "expected a positive number"),
+    ("optim.eps", "-1e-8", "expected a positive number"), ("optim.weight_decay", "-0.1", "expected 0 or more"),
+    ("optim.momentum", "1", "expected 0 to below 1"), ("optim.momentum", "-0.5", "expected 0 to below 1"),
+    ("optim.lower_lr", "-1", "expected a positive number"), ("optim.clip_grad", "0", "expected a positive number"),
+    ("schedule.warmup_steps", "-1", "expected 0 or more"), ("schedule.warmup_share", "2", "expected a share between 0 and 1"),
+    ("schedule.warmup_start", "-1", "expected a share of 0 to 1"), ("schedule.min_lr", "-1", "expected 0 to optim.lr"),
+    ("schedule.min_lr", "9", "expected 0 to optim.lr"), ("schedule.power", "0", "expected a positive number"),
+    ("schedule.kind", "zigzag", "expected one of"), ("schedule.warmup_mode", "never", "expected one of"),
+    ("train.steps", "-5", "expected a positive number"), ("train.epochs", "0", "expected a positive number"),
+    ("train.batch_size", "0", "expected a positive number"), ("train.chunk", "0", "expected a positive number"),
+    ("train.ema", "1", "expected a decay between 0 and 1"), ("train.parallel", "magic", "expected one of"),
+    ("optim.name", "adam2", "expected one of"), ("checkpoint.keep", "0", "expected a positive number"),
+    ("checkpoint.every_steps", "0", "expected a positive number"), ("log.every_steps", "0", "expected a positive number"),
+    ("validation.every_steps", "0", "expected a positive number"), ("validation.limit", "0", "expected a positive number"),
+]  # fmt: skip
+
+
+@pytest.mark.bad_input("training", "a value of a recipe beyond its ends")
+@pytest.mark.parametrize("key,value,message", OUT_OF_RANGE)
+def test_values_have_ends(key, value, message):
+    with pytest.raises(ConfigError, match=rf"^{key} is .*; {message}"):
+        load_recipe("pacl_scenes", [f"{key}={value}"])
+
+
+def floats(schema=Recipe, prefix=""):
+    """The keys of a recipe that hold a float."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        if is_dataclass(hints[field.name]):
+            yield from floats(hints[field.name], f"{prefix}{field.name}.")
+        elif hints[field.name] is float or float in get_args(hints[field.name]):
+            yield f"{prefix}{field.name}"
+
+
+UNTYPED = ("model.options.temperature", "objective.options.tau", "model.options.backbone.width")  # YAML says what kind these are
+
+
+@pytest.mark.bad_input("training", "a number of a recipe that is not finite")
+@pytest.mark.parametrize("key,number", [*((key, number) for key in floats() for number in (".inf", "-.inf", ".nan", "inf", "nan")),
+                                        *((key, number) for key in UNTYPED for number in (".inf", "-.inf", ".nan"))])
+def test_numbers_are_finite(key, number):
+    given = f"[{number},0.9]" if key == "optim.betas" else number
+    with pytest.raises(ConfigError, match=rf"^{key} is .*; expected finite numbers"):
+        load_recipe("pacl_scenes", [f"{key}={given}"])
+
+
+def test_the_floats_are_all_there():
+    assert {"optim.lr", "optim.betas", "schedule.min_lr", "train.ema"} < set(floats()) and len(set(floats())) == 12
+
+
+@pytest.mark.bad_input("training", "an empty recipe")
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n", "{}", "\n\n", "null"])
+@pytest.mark.parametrize("overrides", [[], ["optim.lr=1e-3"]])
+def test_empty_recipes(tmp_path, text, overrides):
+    (tmp_path / "empty.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^recipe .*empty\.yaml is empty; expected a mapping with some of \['name', 'model', "):
+        load_recipe(tmp_path / "empty.yaml", overrides)
+
+
+@pytest.mark.bad_input("training", "a recipe file that cannot be read")
 def test_bad_files(tmp_path):
     with pytest.raises(ConfigError, match="recipe is 'nothing'; expected a YAML file or one of"):
         load_recipe("nothing")
