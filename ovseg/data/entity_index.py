@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ..errors import DataError, InputError
-from ..paths import check_new_file, no_file
+from ..paths import no_file
 from ..progress import bar
-from ..replacing import replacing
+from ..replacing import file_for, replacing
 from .draws import integer
 from .entities import Entities
 from .sources.folder import Names
@@ -81,7 +81,7 @@ def write_index(pictures: Sequence[str], captions: Iterable[Sequence[str] | str]
     """
     from safetensors.numpy import save_file
 
-    check_new_file(path, "index of entities", InputError)
+    file_for(path, "index of entities")
     found = [array("i") for _ in entities.names]
     bad: list[str] = []
     for number, lines in enumerate(bar(captions, total=len(pictures), show=progress, unit="picture", desc="entities")):
@@ -163,7 +163,7 @@ def filter_captions(source: Path, out: Path, entities: Entities, *, column: int 
         raise InputError(f"captions are {str(source)!r} and --out {str(out)!r}; expected two names that end in one of {list(SUFFIXES)}")
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {str(out)!r} is the file that is read; expected another name")
-    check_new_file(out, "--out", InputError)
+    file_for(out, "--out")
     found = Filtered()
     is_json = source.suffix.lower() == ".jsonl"
     with source.open("rb") as lines, replacing(out) as part, part.open("wb") as kept:
