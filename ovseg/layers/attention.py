@@ -12,17 +12,18 @@ BACKENDS = ("sdpa", "xformers")
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None = None,
-              scale: float | None = None, backend: str = "sdpa") -> torch.Tensor:
+              scale: float | None = None, dropout: float = 0.0, backend: str = "sdpa") -> torch.Tensor:
     """softmax(q k^T scale + mask) v.
 
     Args:
         q, k, v: [B, heads, L, D].
         mask: broadcastable to [B, heads, L_q, L_k]; bool (True = keep) or added to the scores.
         scale: multiplies the scores; 1 / sqrt(D) if None.
+        dropout: share of the weights that are dropped, in training.
         backend: ``sdpa`` or ``xformers``.
     """
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     if backend != "xformers":
         raise ValueError(f"backend is {backend!r}; expected one of {list(BACKENDS)}")
     try:
@@ -38,4 +39,4 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         bias = mask.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # xformers wants [B, L, heads, D]
-    return memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+    return memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale).transpose(1, 2)

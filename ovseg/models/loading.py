@@ -130,6 +130,10 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
         raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
     model = build(saved["model"], {**saved["options"], **options})
     load_weights(model, folder / "model.safetensors")
+    known = saved.get("clip_hash")
+    if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
+        raise CheckpointError(f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected that one as it was, or "
+                              "clip=SOURCE with it")
     return model
 
 
