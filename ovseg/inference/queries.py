@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..data.class_lists import read_class_embeddings
 from ..data.labels import LabelSet
 from ..errors import InputError
 from ..models import OVSegModel
@@ -26,6 +27,7 @@ class Queries:
         text_mean: of the templates: ``unit`` normalises every text embedding before the mean, ``raw`` does not.
         synonyms: ``max``: a class scores what its best text scores; ``mean``: the mean of its texts' unit embeddings is asked for.
         background: texts that stand for everything else; where one wins, the label is -1.
+        embeddings: a ``.npy`` file of the texts' embeddings, those of the background last, in place of the text tower and the templates.
     """
 
     labels: LabelSet | None = None
@@ -33,6 +35,7 @@ class Queries:
     text_mean: str = option("unit", "unit: embeddings of the templates are normalised before their mean; raw: they are not")
     synonyms: str = option("max", "max: a label scores what its best text scores; mean: the mean text is asked for")
     background: tuple[str, ...] = option((), "comma-separated texts that stand for everything else; where one wins there is no label")
+    embeddings: str | None = option(None, "a .npy file with a row for each label's texts, in place of the text tower and templates")
 
     def __post_init__(self):
         one_of(self, "text_mean", ("unit", "raw"))
@@ -74,7 +77,12 @@ class EncodedQueries:
         labels, background = queries.labels, queries.background
         if labels is None:
             raise InputError("no labels are set; call set_labels first, or give labels")
-        texts = encode_labels(model, [*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
+        if queries.embeddings is None:
+            texts = encode_labels(model, [*labels.queries, *background], queries.templates_for(model), unit=queries.text_mean == "unit")
+        else:
+            like = next(model.parameters())
+            rows = read_class_embeddings(queries.embeddings, len(labels.queries) + len(background), model.spec.embed_dim)
+            texts = rows.to(like.device, like.dtype)
         owners = torch.tensor(labels.owners + [-1] * len(background))
         if queries.synonyms == "mean" and len(labels.queries) > len(labels):
             of_classes = owners.to(texts.device)[: len(labels.queries)]

@@ -97,6 +97,7 @@ def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, 
     if not issubclass(source.batch_type, objective.batch_type):
         raise ConfigError(f"data.kind is {options.kind!r}, which gives {source.batch_type.__name__}; the objective "
                           f"{type(objective).__name__} expects {objective.batch_type.__name__}")
+    objective.check_source(source)
     return Loader(source, train.batch_size, seed=train.seed, rank=distributed.rank(), ranks=distributed.world_size(), epochs=train.epochs,
                   drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda")
 

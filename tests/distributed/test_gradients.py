@@ -10,23 +10,26 @@ from torch.distributed.tensor import DTensor
 
 import ovseg
 from ovseg import distributed
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batch_types import MaskBatch, PairBatch
 from ovseg.objectives import Progress, create_objective
 from ovseg.training.gradients import Gradients, LossScaler, clip
 
-SYSTEMS = ("pacl", "segclip", "clip_dense")
+SYSTEMS = ("pacl", "segclip", "clip_dense", "zegclip")
 BACKBONE = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
 OPTIONS = {"pacl": {"trained": ["embedder", "scale", "vision", "text"]},
-           "segclip": {"decoder": {"width": 16, "depth": 1, "heads": 2}, "second_stage": 1}, "clip_dense": {}}  # fmt: skip
+           "segclip": {"decoder": {"width": 16, "depth": 1, "heads": 2}, "second_stage": 1}, "clip_dense": {},
+           "zegclip": {"dropout": 0.0, "prompts": 3}}  # fmt: skip
+TRAINING = {"zegclip": {"setting": "transductive"}}
 PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
 
 
 def an_objective(system):
     torch.manual_seed(3)
-    return create_objective(ovseg.create_model(f"{system}_tiny", backbone=dict(BACKBONE), **OPTIONS[system]).double().train())
+    return create_objective(ovseg.create_model(f"{system}_tiny", backbone=dict(BACKBONE), **OPTIONS[system]).double().train(),
+                            **TRAINING.get(system, {}))
 
 
-def a_batch():
+def a_batch(system="pacl"):
     """Seven pictures of 24 pixels with two captions each; 0 and 1 show the same; noise is given, so that any division sees the same."""
     g = torch.Generator().manual_seed(5)
 
@@ -38,6 +41,10 @@ def a_batch():
     ids = torch.tensor([0, 0, 2, 3, 4, 5, 6])
     gumbel = lambda n: -(-draw(PICTURES, GROUPS, n).clamp(1e-6, 1 - 1e-6).log()).log()  # noqa: E731
     entities = (draw(PICTURES * CAPTIONS, 5) > 0.6).byte()
+    if system == "zegclip":  # masks; of the last picture no pixel is labelled
+        masks = torch.randint(0, 23, (PICTURES, 6, 6), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        masks[-1] = 255
+        return MaskBatch(draw(PICTURES, 3, 24, 24) - 0.5, masks)
     return PairBatch(draw(PICTURES, 3, 24, 24) - 0.5, tokens, ids, ids.repeat_interleave(CAPTIONS),
                      entities.unflatten(0, (PICTURES, CAPTIONS)).amax(1), entities, torch.randint(0, 4, (PICTURES, PATCHES), generator=g),
                      {"groups": gumbel(PATCHES), "kept_groups": gumbel(int(37 * 0.25) - 1), "masking": draw(PICTURES, PATCHES)})
@@ -53,7 +60,8 @@ def share_of(batch, rank, world):
         return x[start:stop]
 
     values = {name: rows(name, x) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
-    return replace(batch, **values, noise={name: x[slice(*bounds)] for name, x in batch.noise.items()})
+    noise = {name: x[slice(*bounds)] for name, x in getattr(batch, "noise", {}).items()}
+    return replace(batch, **values, **({"noise": noise} if noise else {}))
 
 
 def found(objective, batch, parallel, chunk):
@@ -76,7 +84,7 @@ def compare_with(folder, parallel):
         expected = torch.load(f"{folder}/{system}.pt")
         for chunk in (None, 2):
             objective = an_objective(system)
-            mine = share_of(a_batch(), distributed.rank(), distributed.world_size())
+            mine = share_of(a_batch(system), distributed.rank(), distributed.world_size())
             losses, gradients, norm, clipped = found(objective, mine, parallel, chunk)
             assert gradients.keys() == expected[1].keys(), set(gradients) ^ set(expected[1])
             difference = max(abs(losses[name] - value) for name, value in expected[0].items())
@@ -92,7 +100,7 @@ def compare_with(folder, parallel):
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     for system in SYSTEMS:
-        torch.save(found(an_objective(system), a_batch(), "ddp", None), folder / f"{system}.pt")
+        torch.save(found(an_objective(system), a_batch(system), "ddp", None), folder / f"{system}.pt")
     return folder
 
 
@@ -108,7 +116,7 @@ def test_several_processes_equal_one(one_process, world, parallel):
 def test_chunks_equal_the_whole_batch(system, one_process):
     expected = torch.load(one_process / f"{system}.pt")
     for chunk in (1, 3, 100):
-        losses, gradients, norm, _ = found(an_objective(system), a_batch(), "ddp", chunk)
+        losses, gradients, norm, _ = found(an_objective(system), a_batch(system), "ddp", chunk)
         assert losses == pytest.approx(expected[0], abs=1e-10) and norm == pytest.approx(expected[2], abs=1e-10)
         assert gradients.keys() == expected[1].keys()
         assert max(float((gradients[name] - value).abs().max()) for name, value in expected[1].items()) < 1e-10

@@ -50,7 +50,7 @@ def model(golden):
 
 def close(found, expected, tolerance=1e-5):
     """Relative L2."""
-    error = float((found - expected).norm() / expected.norm())
+    error = float((found.detach() - expected).norm() / expected.norm())
     assert error <= tolerance, f"{error:.2e}"
 
 
