@@ -1,7 +1,8 @@
 """The main job on the embedded default: train systems on scenes and compare where they look.
 
 ``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
-objective with nothing frozen. ``segclip``: SegCLIP from random weights.
+objective with nothing frozen. ``segclip``: SegCLIP from random weights. ``zegclip``: ZegCLIP on the tiny CLIP, frozen, with the masks of
+the seen classes, with self-training on the unseen ones, and with the masks of all.
 
   ovseg demo                                  PACL on real handwritten digits on real textures
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
@@ -16,25 +17,34 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run of a system: its row's title, its folder, its recipe, and the folder of the CLIP it starts from."""
+    """One training run of a system: its row's title, its folder, its recipe, and the folder of the CLIP it starts from; ``names_clip``: the
+    data for which the recipe names one itself."""
 
     title: str
     folder: str
     recipe: str
     clip: str | None = None
+    names_clip: str | None = None
 
 
+CLIP = Stage("CLIP, image level", "clip", "clip_scenes")
 SYSTEMS = {
     "pacl": (
-        Stage("CLIP, image level", "clip", "clip_scenes"),
+        CLIP,
         Stage("PACL, CLIP frozen", "pacl", "pacl_scenes", "clip"),
         Stage("PACL, nothing frozen", "pacl_full", "pacl_full_scenes", "clip"),
     ),
     "segclip": (Stage("SegCLIP", "segclip", "segclip_scenes"),),
+    "zegclip": (
+        Stage("ZegCLIP, inductive", "zegclip", "zegclip_scenes", "clip", "digits"),
+        Stage("ZegCLIP, transductive", "zegclip_transductive", "zegclip_transductive_scenes", "clip", "digits"),
+        Stage("ZegCLIP, all classes seen", "zegclip_supervised", "zegclip_supervised_scenes", "clip", "digits"),
+    ),
 }
 
 
@@ -60,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
 
     out = Path(options.out or f"runs/demo_{options.data}")
     stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
+    if CLIP not in stages and any(stage.clip and stage.names_clip != options.data for stage in stages):
+        stages = [CLIP, *stages]  # the bundled one knows other words
     if options.steps and len(options.steps) != len(stages):
         raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
     results = out / "results.json"
@@ -68,10 +80,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
     began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
     for i, stage in enumerate(stages):
-        start = [f"init.backbone={out / stage.clip}"] if stage.clip else []
-        recipe = load_recipe(stage.recipe, [f"data.style={options.data}", f"train.seed={options.seed}", *start])
+        recipe = load_recipe(stage.recipe, [*_settings(stage, options.data, out), f"train.seed={options.seed}"])
         if options.steps:
-            recipe.train.steps = options.steps[i]
+            _shorten(recipe, options.steps[i])
         if options.train_scenes:
             recipe.data["train_size"] = options.train_scenes
         folder = out / stage.folder
@@ -111,3 +122,24 @@ def run(options: argparse.Namespace) -> int:
     print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
     print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")
     return 0
+
+
+def _settings(stage: Stage, data: str, out: Path) -> list[str]:
+    """What the recipe of a stage is changed to: the data, and the CLIP it starts from."""
+    from ..training.recipe import load_recipe
+
+    masks = load_recipe(stage.recipe).data["kind"] == "masks"
+    found = [f"data.set={data}", f"objective.options.classes={data}"] if masks else [f"data.style={data}"]
+    if stage.clip and stage.names_clip != data:
+        found += [f"init.backbone={out / stage.clip}", *(["model.options.clip=null"] if stage.names_clip else [])]
+    return found
+
+
+def _shorten(recipe: Any, steps: int) -> None:
+    """So many steps in all; stages keep their shares."""
+    whole = sum(stage["train"]["steps"] for stage in recipe.stages)
+    recipe.train.steps = steps
+    for stage in recipe.stages:
+        for part in (stage["train"], stage.get("schedule", {})):
+            if "steps" in part:
+                part["steps"] = max(1, part["steps"] * steps // whole)

@@ -128,7 +128,7 @@ class ZegCLIPObjective(Objective):
 
     @torch.no_grad()
     def labels(self, logits: torch.Tensor, batch: MaskBatch) -> torch.Tensor:
-        """What each pixel is to be, [B, H, W]: a row of ``texts``, or -1 for none; in self-training ``logits`` say it where a class is unseen."""
+        """What each pixel is to be, [B, H, W]: a row of ``texts``, or -1; in self-training ``logits`` say it where a class is unseen."""
         masks, C = batch.masks, len(self.target)
         known = (masks >= 0) & (masks < C)
         if masks.device.type == "cpu" and not bool((known | (masks == batch.ignore_index)).all()):

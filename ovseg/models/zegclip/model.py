@@ -88,7 +88,8 @@ class ZegCLIP(OVSegModel):
         """The weights of another of our models, whose backbone is like ours."""
         from ..loading import from_pretrained
 
-        given, own = from_pretrained(source).backbone.state_dict(), self.backbone.state_dict()
+        with torch.random.fork_rng([]):  # prompts and head are drawn alike, whatever the CLIP
+            given, own = from_pretrained(source).backbone.state_dict(), self.backbone.state_dict()
         if {name: x.shape for name, x in given.items()} != {name: x.shape for name, x in own.items()}:
             raise ConfigError(f"clip is {source!r}, whose towers differ from those of this model; expected a CLIP of the same sizes")
         self.backbone.load_state_dict(given)
