@@ -37,6 +37,12 @@ class _Block(AttentionBlock):
         q, k, v = self.qkv(normed).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        B, T, D = normed.shape
+        kv = F.linear(normed, self.qkv.weight[D:], self.qkv.bias[D:])
+        k, v = kv.view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return k, v
+
     def merge(self, o: torch.Tensor) -> torch.Tensor:
         return self.out(o.transpose(1, 2).flatten(2))
 
@@ -94,8 +100,8 @@ class TinyClip(ClipBackbone):
         grid = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
         return grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3])
 
-    def _with_cls(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    def _with_cls(self, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        return torch.cat([(weight * self.cls).to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
     def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
                        proxy: ProxyFeatures | None = None) -> PatchTokens:
@@ -111,6 +117,13 @@ class TinyClip(ClipBackbone):
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         return self._local_tokens(images)
+
+    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, tuple[int, int]]:
+        x, grid = self._local_tokens(images)
+        return self._with_cls(x, class_weight), grid
+
+    def set_image_size(self, size: int, interpolation: str) -> None:
+        self.image_size = size
 
     @property
     def class_token(self) -> nn.Parameter:

@@ -254,6 +254,15 @@ class OVSegModel(nn.Module):
 
         return save_pretrained(self, folder, **facts)
 
+    @property
+    def named_clip(self) -> str | None:
+        """The frozen CLIP that its files name in place of holding it, or None: they hold all."""
+        return None
+
+    def clip_hash(self, dtype: str | None = None) -> str:
+        """Of the weights of that CLIP."""
+        raise NotImplementedError
+
     def push_to_hub(self, repo: str, *, licence: str, **options: Any) -> str:
         """A repository of the Hub for ``from_pretrained("hf-hub:...")``; see ``saving.push_to_hub``."""
         from .saving import push_to_hub

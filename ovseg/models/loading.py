@@ -152,6 +152,10 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     weights = {name: x for name, x in weights.items() if name in own or not name.startswith(model.training_only or "\0")}
     check_fit(folder / "model.safetensors", weights, own)
     model.load_state_dict(weights)
+    known = saved.get("clip_hash")
+    if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
+        raise CheckpointError(f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected that one as it was, or "
+                              "clip=SOURCE with it")
     return model
 
 

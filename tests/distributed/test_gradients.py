@@ -10,21 +10,23 @@ from torch.distributed.tensor import DTensor
 
 import ovseg
 from ovseg import distributed
-from ovseg.data.batch_types import CrossEntityBatch, NounBatch
+from ovseg.data.batch_types import CrossEntityBatch, MaskBatch, NounBatch
 from ovseg.objectives import Progress, create_objective
 from ovseg.training.gradients import Gradients, LossScaler, clip
 
-SYSTEMS = ("pacl", "segclip", "clip_dense", "groupvit", "ovsegmentor")
+SYSTEMS = ("pacl", "segclip", "clip_dense", "groupvit", "ovsegmentor", "zegclip")
 TINY = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
 GROUPING = {"width": 16, "heads": 2, "hidden": 32, "embed_dim": 16, "projector": 24, "local_depth": 1,
             "text": {"kind": "words", "width": 16, "heads": 2, "hidden": 32, "depth": 1}}
-BACKBONE = {"pacl": TINY, "segclip": TINY, "clip_dense": TINY,
+BACKBONE = {"pacl": TINY, "segclip": TINY, "clip_dense": TINY, "zegclip": TINY,
             "groupvit": {**GROUPING, "depths": [1, 1, 1], "group_tokens": [12, 5, 0], "groups": [8, 4]},
             "ovsegmentor": {**GROUPING, "depths": [1, 1], "group_tokens": [12, 0], "groups": [8]}}
 OPTIONS = {"pacl": {"trained": ["embedder", "scale", "vision", "text"]},
            "segclip": {"decoder": {"width": 16, "depth": 1, "heads": 2}, "second_stage": 1}, "clip_dense": {},
-           "groupvit": {"multi_label": True}, "ovsegmentor": {"stage": 2, "entity_heads": 2}}  # fmt: skip
-TRAINING = {"groupvit": {"multi_label": 0.5}, "ovsegmentor": {"weights": {"mask": 1.0}, "mask_scale": 4}}
+           "groupvit": {"multi_label": True}, "ovsegmentor": {"stage": 2, "entity_heads": 2},
+           "zegclip": {"dropout": 0.0, "prompts": 3}}  # fmt: skip
+TRAINING = {"groupvit": {"multi_label": 0.5}, "ovsegmentor": {"weights": {"mask": 1.0}, "mask_scale": 4},
+            "zegclip": {"setting": "transductive"}}
 PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
 
 
@@ -39,7 +41,7 @@ def an_objective(system):
     return create_objective(model.double().train(), **TRAINING.get(system, {}))
 
 
-def a_batch():
+def a_batch(system="pacl"):
     """Seven pictures of 24 pixels with two captions each; 0 and 1 show the same; noise is given, so that any division sees the same."""
     g = torch.Generator().manual_seed(5)
 
@@ -55,6 +57,10 @@ def a_batch():
     ids = torch.tensor([0, 0, 2, 3, 4, 5, 6])
     gumbel = lambda n: -(-draw(PICTURES, GROUPS, n).clamp(1e-6, 1 - 1e-6).log()).log()  # noqa: E731
     entities = (draw(PICTURES * CAPTIONS, 5) > 0.6).byte()
+    if system == "zegclip":  # masks; of the last picture no pixel is labelled
+        masks = torch.randint(0, 23, (PICTURES, 6, 6), generator=g).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        masks[-1] = 255
+        return MaskBatch(draw(PICTURES, 3, 24, 24) - 0.5, masks)
     noise = {"groups": gumbel(PATCHES), "kept_groups": gumbel(int(37 * 0.25) - 1), "masking": draw(PICTURES, PATCHES)}
     noise |= {"groups_0": gumbel(PATCHES), "groups_1": gumbel(GROUPS)[:, :4]}
     question, answer, prompt = texts(3 * PICTURES).chunk(3)
@@ -75,7 +81,8 @@ def share_of(batch, rank, world):
         return x[start:stop]
 
     values = {name: rows(name, x) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
-    return replace(batch, **values, noise={name: x[slice(*bounds)] for name, x in batch.noise.items()})
+    noise = {name: x[slice(*bounds)] for name, x in getattr(batch, "noise", {}).items()}
+    return replace(batch, **values, **({"noise": noise} if noise else {}))
 
 
 def found(objective, batch, parallel, chunk):
@@ -98,7 +105,7 @@ def compare_with(folder, parallel):
         expected = torch.load(f"{folder}/{system}.pt")
         for chunk in (None, 2):
             objective = an_objective(system)
-            mine = share_of(a_batch(), distributed.rank(), distributed.world_size())
+            mine = share_of(a_batch(system), distributed.rank(), distributed.world_size())
             losses, gradients, norm, clipped = found(objective, mine, parallel, chunk)
             assert gradients.keys() == expected[1].keys(), set(gradients) ^ set(expected[1])
             difference = max(abs(losses[name] - value) for name, value in expected[0].items())
@@ -115,7 +122,7 @@ def compare_with(folder, parallel):
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     for system in SYSTEMS:
-        torch.save(found(an_objective(system), a_batch(), "ddp", None), folder / f"{system}.pt")
+        torch.save(found(an_objective(system), a_batch(system), "ddp", None), folder / f"{system}.pt")
     return folder
 
 
@@ -131,7 +138,7 @@ def test_several_processes_equal_one(one_process, world, parallel):
 def test_chunks_equal_the_whole_batch(system, one_process):
     expected = torch.load(one_process / f"{system}.pt")
     for chunk in (1, 3, 100):
-        losses, gradients, norm, _ = found(an_objective(system), a_batch(), "ddp", chunk)
+        losses, gradients, norm, _ = found(an_objective(system), a_batch(system), "ddp", chunk)
         assert losses == pytest.approx(expected[0], abs=1e-10) and norm == pytest.approx(expected[2], rel=1e-10)
         assert gradients.keys() == expected[1].keys()
         assert max(float((gradients[name] - value).abs().max() / value.abs().max().clamp(min=1)) for name, value in
