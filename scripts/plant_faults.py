@@ -239,6 +239,35 @@ FAULTS += (
 )
 
 
+def _zegclip(name: str, file: str, right: str, wrong: str, tests: str, folder: str = "models/test_zegclip_training") -> Fault:
+    return Fault(f"zegclip: {name}", f"ovseg/{file}", right, wrong, tests, folder=f"tests/{folder}.py")
+
+
+_ZEGCLIP = "models/test_zegclip"
+FAULTS += (
+    _zegclip("class token once", "models/zegclip/model.py", "class_weight: float = 2.0", "class_weight: float = 1.0", "features", _ZEGCLIP),
+    _zegclip("positions with antialias", "models/zegclip/model.py", "backbone.antialias_positions = False", "pass", "features", _ZEGCLIP),
+    _zegclip("prompts of the block before", "layers/prompts.py", "zip(blocks, prefixes, strict=True)",
+             "zip(blocks, [prefixes[0], *prefixes[:-1]], strict=True)", "queries", _ZEGCLIP),
+    _zegclip("stale prompts", "layers/kept.py", "a is not b or x != y", "a is not b", "kept", _ZEGCLIP),
+    _zegclip("halves of the descriptor swapped", "layers/class_decoder.py", "of_both, of_text = weight", "of_text, of_both = weight",
+             "queries", _ZEGCLIP),
+    _zegclip("mask without the key's bias", "layers/class_decoder.py", "(q @ attn.k.bias)", "(0 * q @ attn.k.bias)", "probabilities",
+             _ZEGCLIP),
+    _zegclip("prompts in another order", "models/zegclip/published.py", "torch.cat([first, deep])", "torch.cat([deep, first])",
+             "blocks", _ZEGCLIP),
+    _zegclip("the CLIP in every file", "models/zegclip/model.py", "del found[name]", "pass", "alone", _ZEGCLIP),
+    _zegclip("unseen pixels are the first class", "objectives/zegclip.py", "(len(names),), _NONE)", "(len(names),), 0)", "published"),
+    _zegclip("self-training on what is labelled", "objectives/zegclip.py", "torch.where(hidden[index] & known,", "torch.where(known,",
+             "self_training"),
+    _zegclip("guesses among all classes", "objectives/zegclip.py", "[:, self.unseen], (masks", "[:, : len(self.unseen)], (masks",
+             "unseen_classes_alone"),
+    _zegclip("dice of absent classes", "objectives/zegclip.py", "(dice * present).sum()", "dice.sum()", "alone"),
+    _zegclip("masks of one rank", "objectives/zegclip.py", "dist.all_reduce(whole, group=group)", "pass", "equal_one", _GRADIENTS),
+    _zegclip("dropout of the first step", "objectives/base.py", "torch.manual_seed(self._number(use))", "torch.manual_seed(0)", "dropout"),
+)
+
+
 def copy_tree(to: Path) -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, files):

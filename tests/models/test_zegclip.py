@@ -350,3 +350,78 @@ def test_a_published_file_over_a_named_clip(golden, tmp_path):
     assert model.named_clip is None
     again = ovseg.from_pretrained(ovseg.save_pretrained(model, tmp_path / "saved"))
     assert torch.equal(again.backbone.clip.visual.conv1.weight, state["backbone.conv1.weight"])
+
+
+@torch.no_grad()
+def test_what_is_kept_is_made_again():
+    """Keys and values of the prompts, and the text's half of the descriptor: computed once, and anew after every change."""
+    torch.manual_seed(0)
+    model = ovseg.create_model("zegclip_tiny")
+    images, texts = torch.randn(1, 3, 48, 48), F.normalize(torch.randn(5, 64), dim=-1)
+    calls = {"prompts": 0}
+    real = model.prompts._keys_values
+
+    def counted(blocks):
+        calls["prompts"] += 1
+        return real(blocks)
+
+    model.prompts._keys_values = counted
+
+    def masks():
+        return model.segment_logits(model(images), texts)
+
+    def fresh():
+        model.prompts._kept.clear(), model.descriptor._kept.clear()
+        return masks()
+
+    first = masks()
+    assert torch.equal(first, masks()) and calls["prompts"] == 1
+    changes = (lambda: model.prompts.embeddings.mul_(2), lambda: model.backbone.blocks[0].qkv.weight.mul_(0.5),
+               lambda: model.load_state_dict({k: 0.7 * x for k, x in model.state_dict().items()}), lambda: model.half().float(),
+               lambda: texts.mul_(-1), lambda: model.descriptor.proj.weight.add_(0.1))  # fmt: skip
+    for change in changes:
+        change()
+        found = masks()
+        assert not torch.equal(found, first) and torch.equal(found, fresh())
+        first = found
+    with torch.inference_mode():
+        torch.testing.assert_close(model.segment_logits(model(images), texts.clone()), first)
+    torch.testing.assert_close(masks(), first)
+    again = pickle.loads(pickle.dumps(model.prompts._kept))
+    assert again._made_of == [] and copy.deepcopy(model.descriptor._kept)._result is None
+    with torch.enable_grad():  # training sees the parameters themselves
+        assert model.segment_logits(model(images), texts).requires_grad
+
+
+def test_options_that_cannot_be():
+    for options, message in (({"prompts": 0}, "prompts is 0; expected at least 1"), ({"dropout": 1.0}, "dropout is 1.0; expected a share"),
+                             ({"heads": 5}, "heads is 5; expected a divisor of 64"), ({"decoder_layers": 0}, "decoder_layers is 0"),
+                             ({"backbone": {"depth": 0}}, "the image tower has no blocks")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ovseg.create_model("zegclip_tiny", **options)
+    with pytest.raises(ValueError, match="image_size is 500; expected a multiple of the patch, 16 pixels"):
+        ovseg.create_model("zegclip_vit_b16", image_size=500, architecture=TINY_CLIP)
+    with pytest.raises(ValueError, match="zegclip needs blocks over a class token and patches"):
+        ovseg.create_model("zegclip_vit_b16", architecture={**TINY_CLIP, "vision_cfg": {**TINY_CLIP["vision_cfg"], "pool_type": "avg"}})
+
+
+TINY_CLIP = {"embed_dim": 32, "quick_gelu": True,
+             "vision_cfg": {"layers": 1, "width": 64, "head_width": 16, "patch_size": 16, "image_size": 64},
+             "text_cfg": {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}}
+
+
+def test_positions_are_resized_once_as_published():
+    """224 to 512: bilinear, without antialias, the class token's row as it is; then again for other grids."""
+    torch.manual_seed(0)
+    model = ovseg.create_model("zegclip_vit_b16", image_size=160, architecture=TINY_CLIP, heads=2)
+    torch.manual_seed(0)
+    plain = ovseg.create_model("clip_dense", architecture=TINY_CLIP)
+    small, large = (one.backbone.clip.visual.positional_embedding.detach() for one in (plain, model))
+    maps = small[1:].view(1, 4, 4, 64).permute(0, 3, 1, 2)
+    expected = F.interpolate(maps, (10, 10), mode="bilinear", align_corners=False).permute(0, 2, 3, 1).reshape(100, 64)
+    torch.testing.assert_close(large, torch.cat([small[:1], expected]))
+    assert model.spec.image_size == 160 and model.spec.mean == (0.485, 0.456, 0.406)
+    x, grid = model.backbone.sequence(torch.zeros(1, 3, 160, 160), 2.0)
+    visual = model.backbone.clip.visual
+    torch.testing.assert_close(x[0, 0], visual.ln_pre(2 * visual.class_embedding + large[0]))
+    assert grid == (10, 10) and model(torch.zeros(1, 3, 48, 112)).grid == (3, 7)

@@ -78,6 +78,8 @@ class ZegCLIP(OVSegModel):
         backbone.antialias_positions = False
         backbone.set_image_size(options.image_size, "bilinear")
         blocks = len(backbone.vision_blocks)
+        if blocks == 0:
+            raise ValueError("the image tower has no blocks; expected at least one, for prompts to go before")
         self.prompts = DeepPrompts(blocks, options.prompts, backbone.token_dim, backbone.patch_size, options.dropout)
         self.descriptor = Descriptor(backbone.embed_dim)
         self.decoder = ClassDecoder(backbone.embed_dim, options.heads, options.decoder_layers, options.hidden, options.dropout)
