@@ -51,6 +51,7 @@ def test_bundled_model_segments_from_a_cold_start(picture, tmp_path):
     assert "knows their words only" in done.stderr
 
 
+@pytest.mark.bad_input("inference", "pictures that cannot be read")
 def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for i in range(3):
@@ -82,12 +83,14 @@ def test_segment_formats_folders_and_bad_files(run, picture, tmp_path, capsys):
     (["train", "clip_scenes", "optim.lrr=1", "run=x"], 2, "optim.lrr: unknown key, did you mean optim.lr?"),
     (["bench", "nothing"], 2, "op is 'nothing'"),
 ])
+@pytest.mark.bad_input("command line", "what a command cannot follow")
 def test_errors_are_one_line(arguments, code, message, picture, capsys, tmp_path):
     assert main([argument.format(picture=picture) for argument in arguments]) == code
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
 
 
+@pytest.mark.bad_input("command line", "words that a model does not know")
 def test_unknown_words_are_refused_by_name(picture, tmp_path, capsys):
     command = ["segment", str(picture), "--labels", "a zebra,gravel", "-m", "pacl_tiny", "-o", str(tmp_path / "out")]
     assert main(command) == 2 and not (tmp_path / "out").exists()
@@ -126,6 +129,7 @@ def test_second_encoder_by_name(picture, tmp_path, capsys):
     assert "--proxy vit_tiny_patch16_224:FILE" in capsys.readouterr().err
 
 
+@pytest.mark.bad_input("command line", "a verb or option that does not exist")
 def test_usage():
     for arguments in ([], ["fly"], ["segment", "--wings"]):
         with pytest.raises(SystemExit) as stop:

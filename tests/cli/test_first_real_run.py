@@ -57,6 +57,7 @@ def test_a_fact_that_does_not_hold_is_an_exit_code(script, tmp_path, monkeypatch
     assert script.main(["--out", str(tmp_path)]) == 0 and "facts hold" in capsys.readouterr().out
 
 
+@pytest.mark.bad_input("command line", "weights that cannot be had")
 def test_without_weights(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

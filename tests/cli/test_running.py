@@ -65,6 +65,7 @@ def test_the_dtype_is_printed_and_part_of_what_makes_a_result(picture, tmp_path,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+@pytest.mark.bad_input("command line", "a device that is not there")
 def test_a_gpu_that_is_not_there(picture, capsys):
     assert main(["segment", "-m", "pacl_tiny", picture, "--labels", "grass", "--device", "cuda"]) == 2
     assert "device is 'cuda' and torch sees no GPU" in capsys.readouterr().err

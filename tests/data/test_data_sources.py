@@ -280,6 +280,7 @@ def test_equal_captions_are_positives_of_each_other(tmp_path):
     (lambda root: (root / "003.txt").unlink(), "captions .*003.txt' does not exist"),
     (lambda root: (root / "003.png").unlink(), "003.png' does not exist"),
 ])  # fmt: skip
+@pytest.mark.bad_input("data", "pictures and captions that cannot be used")
 def test_what_cannot_be_used_is_replaced_and_told(tmp_path, break_it, message):
     pairs(tmp_path, 8)
     source = FolderPairs(tmp_path, INPUTS, image_size=16)
@@ -290,6 +291,7 @@ def test_what_cannot_be_used_is_replaced_and_told(tmp_path, break_it, message):
         raise DataError(batch.skipped[0])
 
 
+@pytest.mark.bad_input("data", "too many pictures that cannot be used")
 def test_too_many_bad_ones_end_training():
     limit = SkipLimit(300)
     assert limit.add(["a: bad", "a: bad", "b: bad"]) == ["a: bad", "b: bad"] and limit.add(["a: bad"]) == []
@@ -302,6 +304,7 @@ def test_too_many_bad_ones_end_training():
     assert SkipLimit(5).add(["one in five"]) == ["one in five"]
 
 
+@pytest.mark.bad_input("data", "a folder without pairs")
 def test_folder_without_pairs(tmp_path):
     with pytest.raises(DataError, match=r"data\.root .*none' does not exist; expected a folder of pictures"):
         FolderPairs(tmp_path / "none", INPUTS)

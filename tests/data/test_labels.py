@@ -44,6 +44,7 @@ def test_command_line_and_python():
     (lambda: LabelSet.parse("cat|kitten,cat"), r"labels\[1\] and labels\[0\] are both 'cat'"),
     (lambda: LabelSet.read("nowhere.txt"), "label file 'nowhere.txt' does not exist"),
 ])
+@pytest.mark.bad_input("data", "label sets that cannot be")
 def test_bad_sets(make, message):
     with pytest.raises(InputError, match=message):
         make()
@@ -57,6 +58,7 @@ def test_bad_sets(make, message):
     ("a.yaml", b"42", "a int stands where"),
     ("a.json", b'{"labels": [1, 2]}', r"labels\[0\] is a int"),
 ])
+@pytest.mark.bad_input("data", "label files that cannot be")
 def test_bad_files(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):

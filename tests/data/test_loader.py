@@ -129,6 +129,7 @@ def test_iterating_again_goes_on(scenes):
     assert all(map(same, whole, [*take(loader, 3), *take(loader, 3)]))
 
 
+@pytest.mark.bad_input("data", "a position of other data")
 def test_a_position_of_other_data_is_refused(scenes):
     state = Loader(scenes, 10, seed=3).state_dict() | {"epoch": 2, "step": 2}
     for other, name in (({"batch_size": 5}, "batch_size 10, and batch_size is 5"), ({"seed": 4}, "seed 3"),
@@ -155,6 +156,7 @@ def test_what_training_draws_is_left_alone(scenes):
     ({"batch_size": 13, "ranks": 3, "drop_last": False}, "the last batch of an epoch holds 1 of 40 pictures, too few for 3"),
     ({"batch_size": 13, "ranks": 3, "rank": 3}, "rank is 3; expected 0 to 2"),
 ])
+@pytest.mark.bad_input("data", "arguments of the loader that cannot be")
 def test_bad_arguments(scenes, arguments, message):
     with pytest.raises(ValueError, match=message):
         Loader(scenes, **arguments)
@@ -220,6 +222,7 @@ def test_workers_end_with_the_consumer(folder):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+@pytest.mark.bad_input("data", "a worker that is killed")
 def test_a_killed_worker_is_an_error(folder):
     before = set(children())
     loader = Loader(Slow(folder.root, INPUTS, image_size=16), 4, workers=1, prefetch=1)
@@ -234,6 +237,7 @@ def test_a_killed_worker_is_an_error(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+@pytest.mark.bad_input("data", "a worker that hangs")
 def test_a_worker_that_does_not_answer_is_given_up(folder):
     before = set(children())
     slow = Slow(folder.root, INPUTS, image_size=16)
@@ -298,6 +302,7 @@ def test_a_signal_finds_workers_that_only_start(folder, monkeypatch):
     assert len(sent) == 2
 
 
+@pytest.mark.bad_input("data", "an error in a worker")
 def test_an_error_of_the_data_crosses_as_it_is(tmp_path):
     pairs(tmp_path, 4)
     for path in tmp_path.glob("*.png"):

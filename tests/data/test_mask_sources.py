@@ -79,6 +79,7 @@ def test_masks_do_not_depend_on_workers_and_ranks(tmp_path):
         assert torch.equal(batch.masks, torch.cat([first.masks, second.masks]))
 
 
+@pytest.mark.bad_input("data", "pictures and masks that cannot be read")
 def test_bad_pictures_and_masks_are_replaced(tmp_path):
     make(tmp_path, "voc20", count=6)
     images, masks = tmp_path / "VOCdevkit/VOC2012/JPEGImages", tmp_path / "VOCdevkit/VOC2012/SegmentationClass"

@@ -73,6 +73,7 @@ def test_handwriting_and_photographs_of_the_splits_are_disjoint():
     ({"length": -1}, "length is -1; expected 0 or more"),
     ({"image_size": 8}, "image_size is 8; expected at least 24"),
 ])
+@pytest.mark.bad_input("data", "arguments of the scenes that cannot be")
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Scenes(**arguments)

@@ -71,6 +71,7 @@ def test_the_side_file(pairs, tmp_path, workers, capsys):
         file["x.png"]
 
 
+@pytest.mark.bad_input("data", "superpixel files that are damaged")
 def test_damaged_side_files(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         SuperpixelFile(tmp_path / "no.safetensors")

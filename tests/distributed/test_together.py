@@ -156,6 +156,7 @@ def same(met, name):
     return outcomes[0]
 
 
+@pytest.mark.bad_input("several processes", "a loss that is not finite in one of them")
 def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(met):
     assert same(met, "nan") == ["done", 6]
     assert [entry["step"] for entry in log_of(met[0] / "nan") if entry.get("skipped")] == [2, 3]
@@ -176,10 +177,12 @@ def test_the_end_of_the_data_of_one_process_ends_all(met):
     assert same(met, "end") == ["done", 3]
 
 
+@pytest.mark.bad_input("several processes", "an error of one of them")
 def test_an_error_of_one_process_is_that_of_all(met):
     assert same(met, "error") == ["DataError: the disk is gone", 2]
 
 
+@pytest.mark.bad_input("several processes", "pictures that cannot be read")
 def test_bad_pictures_are_counted_over_the_processes(met):
     outcome, steps = same(met, "bad")
     assert steps == 1 and outcome.startswith("DataError: 2 of 40 pictures cannot be used")
@@ -204,6 +207,7 @@ def test_sharded_checkpoints_hold_whole_tensors(met):
             assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in ours), place
 
 
+@pytest.mark.bad_input("several processes", "resume with another recipe")
 def test_another_recipe_is_refused_in_all(met):
     outcome, steps = same(met, "other")
     assert steps == 0 and outcome.startswith("ConfigError: optim.lr is 2.0")

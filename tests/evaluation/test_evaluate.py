@@ -66,6 +66,7 @@ def test_the_command_on_every_layout(folder, tmp_path, name, capsys):
     assert ("hiou" in found["summary"]) == bool(unseen)
 
 
+@pytest.mark.bad_input("evaluation", "pictures and masks that cannot be read")
 def test_bad_files_end_it_or_are_left_out_and_named(folder, tmp_path, capsys):
     make(tmp_path, "voc20", 5)
     masks = tmp_path / "VOCdevkit/VOC2012/SegmentationClass"
@@ -190,6 +191,7 @@ def test_protocols_hold_what_papers_give(model):
         assert dict(zip(found[0].labels.names, found[0].labels.texts, strict=True))["tvmonitor"] == ("monitor",)
 
 
+@pytest.mark.bad_input("evaluation", "a protocol for another set or model")
 def test_what_protocols_refuse(model, tmp_path):
     voc20 = describe("voc20")
     for arguments, message in (
@@ -211,6 +213,7 @@ def test_what_protocols_refuse(model, tmp_path):
         protocol(str(tmp_path / "mine.yaml"), voc20, model)
 
 
+@pytest.mark.bad_input("evaluation", "a model whose weights are NaN")
 def test_a_model_of_nan_is_refused(model, tmp_path):
     """Weights that have become NaN give an error, not a figure."""
     broken = ovseg.create_model("pacl_tiny", "digits")
@@ -264,6 +267,7 @@ def test_classification(tmp_path, capsys):
     assert main([*command[:-4], "--root", str(tmp_path / "out")]) == 1  # no sub-folders
 
 
+@pytest.mark.bad_input("evaluation", "a set that is not there")
 def test_limit_and_missing_things(model):
     data = SceneSet("shapes", 5)
     chosen = protocol("plain", data.description, model)

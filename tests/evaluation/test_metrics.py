@@ -48,6 +48,7 @@ def test_against_torchmetrics(seed, classes, parts):
     ([[0, 1]], [[0, 9]], "truth holds label 9 on 1 pixels; expected 0 to 2 or 255"),
     ([[0, 1]], [[0]], r"prediction has shape \[1, 2\] and truth \[1, 1\]"),
 ])
+@pytest.mark.bad_input("evaluation", "labels out of range")
 def test_bad_labels(guess, truth, message):
     with pytest.raises(InputError, match=message):
         ConfusionMatrix("abc").update(np.array(guess), np.array(truth))

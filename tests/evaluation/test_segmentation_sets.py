@@ -114,6 +114,7 @@ def test_check_finds_shifted_labels(tmp_path, name):
             assert report.shift == shift and any(f"shifted by {shift:+d}" in line for line in report.wrong), str(report)
 
 
+@pytest.mark.bad_input("evaluation", "files of a benchmark that are missing, damaged or of unequal size")
 def test_check_finds_what_is_missing_damaged_and_unequal(tmp_path, capsys):
     make(tmp_path, "ade150", 8)
     folder = tmp_path / "ade/ADEChallengeData2016"

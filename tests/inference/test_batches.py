@@ -93,12 +93,14 @@ def test_a_tensor_of_pictures(model, pictures, kind, resize, side):
     (torch.zeros(1, 3, 500, 500), "images is 500x500 = 250000 pixels; the limit is 200000"),
     ([np.zeros((8, 8, 3), np.uint8), b"junk"], "it is none of JPEG"),
 ])  # fmt: skip
+@pytest.mark.bad_input("inference", "a tensor that is no batch of pictures")
 def test_refused(model, images, message):
     with pytest.raises(InputError, match=message):
         ovseg.Predictor(model, LABELS, max_pixels=200_000).predict_batch(images)
 
 
 @pytest.mark.parametrize("batch", [None, 1, 3])
+@pytest.mark.bad_input("inference", "pictures that cannot be read")
 def test_stream_keeps_order_and_names_bad_pictures(model, pictures, batch):
     predictor = ovseg.Predictor(model, LABELS)
     sources = [*pictures[:3], b"junk", *pictures[3:], "nowhere.png"]

@@ -42,6 +42,7 @@ def test_names_mirror_the_folder(photos):
     assert len(find_pictures([str(photos), str(photos)])[0]) == 6
 
 
+@pytest.mark.bad_input("inference", "two pictures of one result name")
 def test_names_that_cannot_be(photos, tmp_path):
     draw(tmp_path / "other" / "a.png")
     with pytest.raises(InputError, match="would both be written as 'a_png'; expected one folder at a time"):
@@ -83,6 +84,7 @@ def test_done_pictures_are_skipped_until_something_changes(photos, tmp_path, cap
     assert "6 done before" in run()
 
 
+@pytest.mark.bad_input("inference", "pictures that cannot be read")
 def test_bad_pictures_are_named_and_the_rest_is_done(photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff junk")
     whole = (photos / "b.jpg").read_bytes()

@@ -135,6 +135,7 @@ def test_labels_are_those_of_whole_maps(model, picture, options):
     ({"refine": "crf"}, "refine is 'crf'"),
     ({"scale": float("nan")}, "scale is nan"),
 ])
+@pytest.mark.bad_input("inference", "settings that cannot go together")
 def test_settings_that_cannot_be(model, picture, options, message):
     with pytest.raises(InputError, match=message):
         ovseg.Predictor(model, LABELS, **options).set_image(picture).predict()

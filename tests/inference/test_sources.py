@@ -53,6 +53,7 @@ def test_shards(tmp_path):
         source.read()
 
 
+@pytest.mark.bad_input("inference", "shards that are cut, damaged or hostile")
 def test_bad_shards(tmp_path):
     whole = shard(tmp_path / "cut.tar", [(f"{i}.png", picture(i)) for i in range(5)])
     third = find_pictures([str(whole)])[0][2]
@@ -88,6 +89,7 @@ def test_lists(tmp_path):
             find_pictures([str(tmp_path / bad)])
 
 
+@pytest.mark.bad_input("inference", "pictures that cannot be read")
 def test_the_command_takes_all_kinds_and_counts_what_is_bad(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for i in range(3):
@@ -194,6 +196,7 @@ KINDS = {  # file -> its bytes, and the size of its label map or what the error 
 }
 
 
+@pytest.mark.bad_input("inference", "pictures of every kind, hostile ones too")
 def test_pictures_of_every_kind_have_a_defined_result(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name, (data, _) in KINDS.items():

@@ -68,11 +68,13 @@ def test_flat_options_go_to_the_value_that_has_them(model):
     ({"background_threshold": -0.1}, "expected what group tables hold"),
     ({"top_classes": 0}, "top_classes is 0; expected a positive integer"),
 ])
+@pytest.mark.bad_input("inference", "an option that the rule of labelling does not have")
 def test_what_the_rule_of_groups_refuses(grouping, options, message):
     with pytest.raises(InputError, match=message):
         ovseg.Predictor(grouping, LABELS, **options)
 
 
+@pytest.mark.bad_input("inference", "an option that the rule of labelling does not have")
 def test_the_rule_of_patches_has_no_top_classes(model):
     with pytest.raises(InputError, match="top_classes is 3, an option of the rule of labelling groups; this model labels by patches"):
         ovseg.Predictor(model, LABELS, top_classes=3)
@@ -138,6 +140,7 @@ def test_allowed_is_the_argmax_among_the_allowed(model, picture, options):
     assert np.array_equal(predictor.predict().labels, ovseg.segment(picture, LABELS, model=model, **options).labels)  # this once only
 
 
+@pytest.mark.bad_input("inference", "labels that are not asked for")
 def test_allowed_none_at_all_and_unknown(model, grouping, picture):
     for one in (model, grouping):
         predictor = ovseg.Predictor(one, LABELS).set_image(picture)

@@ -94,6 +94,7 @@ def test_background(model):
     ({"crop": 24, "stride": 0}, "stride is 0; expected a positive integer"),
     ({"crop": 24, "window_batch": 0}, "window_batch is 0; expected a positive integer"),
 ])  # fmt: skip
+@pytest.mark.bad_input("inference", "windows that cannot be")
 def test_refused(model, options, message):
     with pytest.raises(InputError, match=message):
         ovseg.Predictor(model, LABELS, **options)

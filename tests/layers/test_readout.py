@@ -169,6 +169,7 @@ def test_gaussian_window():
     ({"window_std": 0.0}, "readout.window_std is 0.0"),
     ({"iterations": 1}, "without 'qk'"),
 ])
+@pytest.mark.bad_input("models", "a readout that cannot be")
 def test_bad_readouts(bad, message):
     with pytest.raises(ValueError, match=message):
         resolve_readout(bad)

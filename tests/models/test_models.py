@@ -115,6 +115,7 @@ def test_save_and_load(name, tmp_path):
     assert other.backbone.token_dim == 32
 
 
+@pytest.mark.bad_input("weights", "a saved folder that is damaged")
 def test_damaged_checkpoints(tmp_path):
     model = ovseg.create_model("pacl_tiny")
     folder = ovseg.save_pretrained(model, tmp_path / "m")
@@ -142,6 +143,7 @@ def test_a_checkpoint_of_another_model(tmp_path):
         ovseg.create_model("pacl_tiny", str(folder / "model.safetensors"))
 
 
+@pytest.mark.bad_input("weights", "a checkpoint that would run code")
 def test_pickles_are_refused(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(ovseg.create_model("pacl_tiny").state_dict(), path)
@@ -170,6 +172,7 @@ def test_names_and_options():
     (["cat", "dog", "cat"], r"labels\[2\] and labels\[0\] are both 'cat'"),
     ([3], r"labels\[0\] is a int; expected a string"),
 ])
+@pytest.mark.bad_input("models", "labels that are no names")
 def test_bad_labels(labels, message):
     with pytest.raises(InputError, match=message):
         check_labels(labels)
@@ -179,6 +182,7 @@ def test_one_string_is_one_label():
     assert check_labels("cat") == ["cat"]
 
 
+@pytest.mark.bad_input("models", "a tensor that is no batch of pictures")
 def test_bad_images():
     model = ovseg.create_model("pacl_tiny")
     with pytest.raises(InputError, match=r"images has shape \[3, 48, 48\]; expected \[B, 3, H, W\]"):

@@ -211,6 +211,7 @@ class _Scripted(torch.nn.Module):
         return x
 
 
+@pytest.mark.bad_input("weights", "a checkpoint that would run code, or is cut")
 def test_files_that_hold_code_or_are_cut(clip, cache, tmp_path):
     torch.jit.script(_Scripted()).save(str(tmp_path / "ViT-B-16.pt"))
     with pytest.raises(CheckpointError, match=r"TorchScript archive.*holds code.*-m ViT-B-16:openai"):
@@ -228,6 +229,7 @@ def test_files_that_hold_code_or_are_cut(clip, cache, tmp_path):
             ovseg.from_pretrained(str(tmp_path / name))
 
 
+@pytest.mark.bad_input("weights", "a damaged file of the cache")
 def test_a_damaged_file_of_the_cache_is_refused_by_its_hash(clip, cache, tmp_path):
     data = save(state_of(clip))
     snapshot = fill_cache(cache, "small/clip", {"open_clip_model.safetensors": data})

@@ -144,6 +144,7 @@ def _tensor(data, name):
     (lambda data: data[: len(data) // 2], "broke off"),
     (lambda data: data[:-9] + b"x" * 9, f"{FILE} .*is cut or damaged: its hash is"),
 ])
+@pytest.mark.bad_input("weights", "a download that is cut")
 def test_a_download_that_is_cut_is_refused(lie, message, photo, weights, online, monkeypatch):
     from huggingface_hub import file_download
 
@@ -176,6 +177,7 @@ def test_a_blob_that_is_shared(weights, tmp_path):
         ovseg.create_model("clip_dense_vit_b16", "openai")
 
 
+@pytest.mark.bad_input("models", "words that a model does not know")
 def test_words_that_a_model_does_not_know():
     picture = np.zeros((48, 48, 3), dtype=np.uint8)
     with pytest.raises(InputError, match=r"pacl_tiny does not know: zebra; .*allow_unknown"):

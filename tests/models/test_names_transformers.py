@@ -195,6 +195,7 @@ def test_sharded_folders(tmp_path):
     ({"vision_config": {**VISION, "hidden_act": "relu"}}, r"vision_config.hidden_act is 'relu'; expected one of \['quick_gelu'"),
     ({"vision_config": {**VISION, "hidden_act": "gelu"}}, "has activation gelu for pictures and quick_gelu for texts"),
 ])
+@pytest.mark.bad_input("weights", "a folder of another architecture")
 def test_folders_that_open_clip_has_no_word_for(change, message, tmp_path):
     clip().save_pretrained(tmp_path)
     words(tmp_path)
@@ -204,6 +205,7 @@ def test_folders_that_open_clip_has_no_word_for(change, message, tmp_path):
         from_pretrained(str(tmp_path))
 
 
+@pytest.mark.bad_input("weights", "a folder that is not whole")
 def test_folders_that_are_not_whole(tmp_path):
     clip().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"a vocabulary of its own and no tokenizer; expected one of tokenizer\.json"):
@@ -224,6 +226,7 @@ def test_folders_that_are_not_whole(tmp_path):
         from_pretrained(str(tmp_path))
 
 
+@pytest.mark.bad_input("weights", "a folder of another architecture")
 def test_a_source_of_another_architecture_is_refused():
     small = nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match=r"a file does not fit the model"):

@@ -98,6 +98,7 @@ def test_unsupported_architectures_say_so():
     ([], "templates is empty"),
     (["a photo"], r"template 'a photo' holds 0 '\{\}'; expected exactly one"),
 ])
+@pytest.mark.bad_input("models", "templates that cannot be")
 def test_bad_templates(value, message):
     with pytest.raises(ValueError, match=message):
         templates(value)

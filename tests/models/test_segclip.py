@@ -303,6 +303,7 @@ def scene_batch(model, **more):
     return PairBatch(torch.randn(2, 3, 48, 48), model.tokenizer(["red seven", "gravel"]), ids, ids, **more)
 
 
+@pytest.mark.bad_input("models", "an option that means nothing")
 def test_options_that_cannot_be():
     with pytest.raises(ValueError, match="second_stage is 2; expected 0 to 0, the blocks of the backbone"):
         ovseg.create_model("segclip_tiny", second_stage=2)
@@ -351,6 +352,7 @@ class Evil:
         return print, ("this must never run",)
 
 
+@pytest.mark.bad_input("weights", "a checkpoint that would run code")
 def test_checkpoints_run_no_code(tmp_path, capsys):
     torch.save({"clip.visual.proj": Evil()}, tmp_path / "evil.bin")
     (tmp_path / "junk.bin").write_bytes(b"junk")

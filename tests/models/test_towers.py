@@ -137,6 +137,7 @@ def test_resnets_leave_positions_out_of_patches():
     torch.testing.assert_close(tower.dense(token), flat)
 
 
+@pytest.mark.bad_input("models", "a readout that cannot be")
 def test_convolutional_towers_refuse_readouts_by_name():
     for name in ("RN50", "convnext_base", "MobileCLIP2-S0"):
         backbone = build(name)

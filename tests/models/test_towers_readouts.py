@@ -270,6 +270,7 @@ def test_second_encoders_that_are_none():
     ({"terms": ["proxy"]}, "expected depth 1, and no residual"),
     ({"terms": ["proxy"], "residual": False, "gamma": 0.0}, "gamma 0.0"),
 ])
+@pytest.mark.bad_input("models", "a second encoder that cannot be")
 def test_bad_settings_of_proxyclip(bad, message):
     with pytest.raises(ValueError, match=message):
         resolve_readout(bad)

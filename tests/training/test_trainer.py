@@ -165,6 +165,7 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path, never_killed, number, 
     assert torch.equal(never_killed, weights(resumed))
 
 
+@pytest.mark.bad_input("training", "a folder that holds another run")
 def test_a_run_is_not_overwritten(tmp_path):
     train(recipe("train.steps=1"), tmp_path, quiet=True)
     with pytest.raises(ConfigError, match="holds a run already"):
@@ -177,6 +178,7 @@ def test_old_checkpoints_are_dropped(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*.part"))
 
 
+@pytest.mark.bad_input("training", "a checkpoint of another model")
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     train(recipe("train.steps=2"), tmp_path, quiet=True)
     other = recipe("train.steps=4", "model.options={backbone: {width: 32, embed_dim: 16, local_depth: 1}}")
@@ -184,6 +186,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         train(other, tmp_path, resume=True, allow=["train.steps", "model.options"], quiet=True)
 
 
+@pytest.mark.bad_input("training", "a loss that is not finite")
 def test_steps_without_a_finite_loss_are_left_out(tmp_path, monkeypatch):
     real, calls = ClipDenseObjective.loss, []
 
@@ -237,6 +240,7 @@ def test_half_precision(tmp_path, precision):
     assert not all(skipped) and facts["scaler"]["scale"] == (2.0**16 / 2 ** sum(skipped) if precision == "fp16" else 1.0)
 
 
+@pytest.mark.bad_input("training", "settings that cannot go together")
 def test_bad_settings(tmp_path):
     (tmp_path / "folder.yaml").write_text("{model: {name: pacl_tiny}, data: {kind: folder}, train: {device: cpu}}")
     with pytest.raises(ConfigError, match=r"data\.root is null"):
@@ -275,6 +279,7 @@ def test_fused_losses_train_to_the_same_curve(tmp_path):
     assert float((fused - plain).abs().max()) < 0.05 * float((fused - other).abs().median())
 
 
+@pytest.mark.bad_input("training", "resume with another recipe")
 def test_another_recipe_is_refused_by_the_key(tmp_path):
     train(recipe("train.steps=2"), tmp_path, quiet=True)
     before = (tmp_path / "config.yaml").read_bytes()
@@ -426,6 +431,7 @@ def test_epochs_and_uneven_last_batches(tmp_path):
     assert seen == [16, 16, 8, 16, 16, 8]
 
 
+@pytest.mark.bad_input("training", "pictures that cannot be read")
 def test_too_many_bad_pictures_end_training(tmp_path, monkeypatch):
     real, seen = ScenePairs.collate, []
 
