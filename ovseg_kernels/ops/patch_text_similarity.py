@@ -33,7 +33,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .. import _backends, _check
+from .. import _backends, _check, _transforms
 from .. import _library as lib
 from ..reference import patch_text_similarity as reference
 
@@ -91,7 +91,7 @@ def patch_text_similarity(
         raise ValueError(f"patches has shape {list(patches.shape)}; expected at least one patch and one channel")
     if texts.shape[1] != patches.shape[2]:
         raise ValueError(f"texts has last dimension {texts.shape[1]} and patches has {patches.shape[2]}; expected one D")
-    _check.same("texts", texts, "patches", patches, dtype=not torch.is_autocast_enabled(patches.device.type))
+    _check.same("texts", texts, "patches", patches, dtype=not torch.is_autocast_enabled(lib.autocast_type(patches.device)))
     if patch_mask is not None:
         _check.tensor("patch_mask", patch_mask, 2, "[B, N]", (torch.bool,))
         _check.shape("patch_mask", patch_mask, tuple(patches.shape[:2]), "the [B, N] of patches")
@@ -100,7 +100,8 @@ def patch_text_similarity(
     _check.one_of("weight", weight, reference.WEIGHTS)
     dtype = reference.accumulation_dtype(patches)
     if weight == "softmax":
-        scale = 1.0 / _check.scalar("temperature", temperature, patches, dtype, positive=True)
+        # Below this temperature the rounding of a cosine in float32 is a tenth of the exponent, and more.
+        scale = 1.0 / _check.scalar("temperature", temperature, patches, dtype, least=1e-6)
         bias = torch.zeros((), dtype=dtype, device=patches.device)
     else:
         if not isinstance(temperature, (int, float)) or temperature != 1.0:
@@ -122,7 +123,7 @@ def _mean(patches, texts, mask):
     else:
         unit = F.normalize(patches.masked_fill(~mask[..., None], 0), dim=-1, eps=reference.EPS)
         pooled = unit.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    with torch.autocast(patches.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(patches.device), enabled=False):
         return pooled @ F.normalize(texts, dim=-1, eps=reference.EPS).T
 
 
@@ -165,6 +166,8 @@ def _backward(ctx, grad, *_):
     )
 
 
-lib.autograd("patch_text_similarity", _backward, _setup)
-lib.no_second_derivative("patch_text_similarity_backward")
+_transforms.autograd("patch_text_similarity", _backward, _setup)
+_transforms.no_second_derivative("patch_text_similarity_backward")
+_transforms.vmap("patch_text_similarity", images=(0, 2))
+_transforms.vmap("patch_text_similarity_backward")  # gradients of texts and scale are sums over the images
 lib.autocast("patch_text_similarity", features=(0, 1))
