@@ -29,10 +29,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 from .. import _backends, _check, _distributed, _transforms
 from .. import _library as lib
+from .._unit import unit
 from ..reference import contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 
@@ -115,7 +115,7 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
         if group is None and _backends.use_definition("contrastive_loss", image.device):
             return reference.contrastive_loss(image, text, scale, bias, image_ids, text_ids, normalize, kind)
         if normalize:
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+            image, text = unit(image), unit(text)
         offset, total = sum(b for b, _ in sizes[:rank]), sum(b for b, _ in sizes)
         if group is not None:
             texts = [t for _, t in sizes]

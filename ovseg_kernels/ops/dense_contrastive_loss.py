@@ -33,10 +33,10 @@ Source   MGCA-style: the losses of Liu et al., Multi-Grained Cross-modal Alignme
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from .. import _backends, _check, _transforms
 from .. import _library as lib
+from .._unit import unit as unit_of
 from ..reference import dense_contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 from ..results import SelectedPixels
@@ -117,7 +117,7 @@ def dense_contrastive_loss(
         if _backends.use_definition("dense_contrastive_loss", pixels.device):
             ids = (image_ids, text_ids, positive, negative)
             return reference.dense_contrastive_loss(pixels, texts, temperature, *ids, reduction, terms)
-        q = F.normalize(texts.to(acc), dim=-1)
+        q = unit_of(texts.to(acc))
         rows = 0 if terms == "text_to_pixel" else positive.shape[1]
         similarity, unit = torch.ops.ovseg.dense_contrastive_gather(pixels, q, torch.cat([positive, negative], 1), rows)
         there = positive >= 0
@@ -198,7 +198,7 @@ def select_pixels(
     k_pos, k_neg, skip = min(k_pos, max(1, there)), min(k_neg, max(1, there)), min(skip, there)
     options = (k_pos, k_neg, skip, SAMPLINGS.index(sampling), float(sampling_temperature), float(margin))
     with torch.no_grad(), torch.autocast(lib.autocast_type(pixels.device), enabled=False):
-        unit = F.normalize(texts.to(accumulation_dtype(pixels)), dim=-1)
+        unit = unit_of(texts.to(accumulation_dtype(pixels)))
         if _backends.use_definition("dense_contrastive_loss", pixels.device):
             return SelectedPixels(*reference.select(pixels, unit, image_ids, text_ids, rng, *options))
         return SelectedPixels(*torch.ops.ovseg.dense_contrastive_select(pixels.detach(), unit, image_ids, text_ids, rng, *options))

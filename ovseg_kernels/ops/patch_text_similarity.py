@@ -31,10 +31,10 @@ Source   Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligne
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
 from .. import _backends, _check, _transforms
 from .. import _library as lib
+from .._unit import unit
 from ..reference import patch_text_similarity as reference
 
 _POOL = {"vector": 0, "score": 1, "max": 2}
@@ -119,12 +119,12 @@ def patch_text_similarity(
 def _mean(patches, texts, mask):
     """(3) with equal weights is linear: the mean of the unit patches does, in one matrix product."""
     if mask is None:
-        pooled = F.normalize(patches, dim=-1, eps=reference.EPS).mean(1)
+        pooled = unit(patches).mean(1)
     else:
-        unit = F.normalize(patches.masked_fill(~mask[..., None], 0), dim=-1, eps=reference.EPS)
-        pooled = unit.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        pooled = unit(patches.masked_fill(~mask[..., None], 0)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     with torch.autocast(lib.autocast_type(patches.device), enabled=False):
-        return pooled @ F.normalize(texts, dim=-1, eps=reference.EPS).T
+        found = pooled @ unit(texts).T
+    return found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)  # be a text NaN
 
 
 @lib.fake("patch_text_similarity")

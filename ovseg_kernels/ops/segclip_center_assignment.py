@@ -137,7 +137,9 @@ def _inverse_std(tokens, weight, eps):
     found = tokens.new_empty(tokens.shape[:2], dtype=accumulation_dtype(tokens))
     for part in _chunks(tokens):
         y, _ = _centered(tokens[part], weight, found.dtype)
-        found[part] = (y.square_().sum(-1).sum(0) / weight.shape[0] + eps).rsqrt().view_as(found[part])
+        variance = y.square_().sum(-1).sum(0) / weight.shape[0]
+        # 0 times an infinite variance: NaN, as the norm has it, where its inverse would pass for 0.
+        found[part] = (variance + eps).rsqrt_().add_(variance, alpha=0).view_as(found[part])
     return found
 
 
