@@ -15,6 +15,8 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     vector is found in another way; elsewhere it is NaN, which can be seen in the result.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if any(bool(part.isinf().any()) for part in _checking.looked_at(norm)):
+    if not _checking.looks_at_values(norm):
+        norm = norm + 0 * norm.detach()
+    elif norm.numel() and any(float(part.amax()) == torch.inf for part in _checking.looked_at(norm)):
         return reference.unit(x)
-    return x / (norm + 0 * norm.detach()).clamp_min(reference.EPS)
+    return x / norm.clamp_min(reference.EPS)

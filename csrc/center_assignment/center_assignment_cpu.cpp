@@ -143,6 +143,7 @@ A nan_of() {
 template <typename A>
 void spread_to_others(A* sums, int64_t G, int64_t E) {
   A waste = 0;
+#pragma omp simd reduction(+ : waste)
   for (int64_t i = 0; i < G * E; ++i) waste += A(0) * sums[i];
   if (waste == A(0)) return;
   for (int64_t e = 0; e < E; ++e) {
