@@ -77,13 +77,20 @@ def no_second_derivative(name: str) -> None:
     autograd(name, backward, None)
 
 
-def no_forward_derivative(op: str, *args: object) -> None:
+_INSTEAD = "use reverse mode (grad, vjp, jacrev), or the definition: with ovseg_kernels.backend('reference'): ..."
+
+
+def no_forward_derivative(op: str, *args: object, instead: str = _INSTEAD) -> None:
     """Raise where an argument carries a tangent: a result without one would pass for a derivative of zero."""
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
         raise NotImplementedError(
-            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad). Use reverse mode "
-            "(grad, vjp, jacrev), or the definition: with ovseg_kernels.backend('reference'): ..."
+            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad): {instead}"
         )
+
+
+def no_derivative(op: str, *args: object) -> None:
+    """The same for labels: in reverse mode they have no grad_fn, and torch says so by itself."""
+    no_forward_derivative(op, *args, instead="labels and their values are constants; pass the detach() of what varies")
 
 
 def _has_tangent(x: object) -> bool:

@@ -94,7 +94,7 @@ def upsample_argmax(
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
     _labels.label_rule("logits", logits, logits.shape[1], size, bias, threshold, background, class_labels, label_type)
     _check.flag("return_value", return_value)
-    _transforms.no_forward_derivative("upsample_argmax", logits, bias)
+    _transforms.no_derivative("upsample_argmax", logits, bias)
     _numbers(logits, bias)
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)

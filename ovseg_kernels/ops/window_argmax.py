@@ -126,7 +126,7 @@ def window_argmax(
     classes = values.shape[1 if tables is None else 2]
     _labels.label_rule("logits", logits, classes, size, bias, threshold, background, class_labels, label_type)
     _check.flag("return_value", return_value)
-    _transforms.no_forward_derivative("window_argmax", logits, tables, bias)
+    _transforms.no_derivative("window_argmax", logits, tables, bias)
     if crop[0] > canvas[0] or crop[1] > canvas[1]:
         raise ValueError(f"crop is {tuple(crop)} and canvas is {tuple(canvas)}; expected a crop that fits into the canvas")
     for each in _checking.looked_at(origins):

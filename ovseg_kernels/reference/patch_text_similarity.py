@@ -58,12 +58,13 @@ def forward(patches, texts, mask, scale, bias, pool, weight, tf32=False):
             outputs[0].append(s.masked_fill(~keep[:, None], float("-inf")).amax(-1).masked_fill(~keep.any(-1)[:, None], 0))
             continue
         outputs[1].append(lse)
+        none = ~keep.any(-1)[:, None]
         if pool == 1:
-            outputs[0].append((a * s).sum(-1))
+            outputs[0].append((a * s).sum(-1).masked_fill(none, 0))
             continue
         v = a @ u
         norm = length(v)
-        outputs[0].append((v * q).sum(-1) / norm.clamp_min(EPS))
+        outputs[0].append(((v * q).sum(-1) / norm.clamp_min(EPS)).masked_fill(none, 0))
         outputs[2].append(norm)
     empty = patches.new_empty(0, texts.shape[0], dtype=accumulation_dtype(patches))
     return tuple(torch.cat(part) if part else empty.clone() for part in outputs)

@@ -159,6 +159,7 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
     """(positive, negative) as ``ovseg::dense_contrastive_select`` returns them."""
     (B, N, D), T, acc = pixels.shape, texts.shape[0], texts.dtype
     pixels, texts, total = rows(pixels), texts.contiguous(), B * N
+    skip = min(skip, total)
     norms = pixels.new_empty((B, N), dtype=acc)
     if total:
         with on_device(pixels):

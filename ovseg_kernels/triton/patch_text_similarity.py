@@ -169,7 +169,8 @@ def _pooled(weights, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED: tl
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_pooled_norms_kernel(
-    weights, patches, texts, mask, text_norms, lse, similarity, norm, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    weights, patches, texts, mask, text_norms, lse, similarity, norm, first, T, N, P, D,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
