@@ -23,8 +23,9 @@ Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and
 Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values forward, two backward and one
   write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L], no one-hot.
 Masks    a masked token has weight 0 everywhere and gradient 0, whatever it holds.
-Errors   ValueError for ranks, sizes, devices, a tau or scale that is not positive or finite, noise together with rng;
-  TypeError for dtypes. NaN in a token makes its scores NaN: it goes to some center and makes that pooled value NaN.
+Errors   ValueError for ranks, sizes, devices, a scale that is not finite, a tau below 1e-15, noise together with rng; TypeError for
+  dtypes and layouts. NaN and infinity: where the softmax (2) of a token is NaN, so is its weight (3) for all centers, and pooled and
+  counts of its image. A value that is not finite leaves its channel no number in any center: 0 infinity is none.
 Source   Xu et al., GroupViT, CVPR 2022 (mean_plus_one); Luo et al., SegCLIP, ICML 2023 (mean); straight-through: Jang et al.,
   Categorical Reparameterization with Gumbel-Softmax, ICLR 2017. Closed form of the gradient: ours, checked by gradcheck.
 """

@@ -24,9 +24,9 @@ Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; 
 Noise    pixel x of text j takes Philox number j B N + x (ovseg_kernels/philox.py).
 Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2 T (k_pos + k_neg) numbers, and
   T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton).
-Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1, one id vector without the other, B != T without ids, a noisy
-  sampling without rng or rng without one; TypeError for dtypes. A NaN similarity is chosen before all others (not by semi and random):
-  the loss is NaN.
+Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1 (more than B N is B N), temperatures below 1e-15, one id vector
+  without the other, B != T without ids, a noisy sampling without rng or rng without one; TypeError for dtypes and layouts. A NaN
+  similarity is chosen before all others (not by semi and random): the loss is NaN.
 Source   MGCA-style: the losses of Liu et al., Multi-Grained Cross-modal Alignment, 2024, are not public; this form is ours.
 """
 

@@ -23,8 +23,9 @@ Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to
 Precision  raw operands enter the products, sums are float32 and scaled by the norms. float32 products are exact unless
   torch.backends.cuda.matmul.allow_tf32; that is read when the forward runs, and CUDA only.
 Masks    a masked patch has weight 0 and gradient 0, whatever it holds. A fully masked image has phi = 0, gradient 0.
-Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature that is not positive and finite (looked at
-  on the CPU only: reading it from a GPU would stall); TypeError for dtypes. NaN in the features gives NaN.
+Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature below 1e-6 or not finite (looked at on the CPU
+  only: reading it from a GPU would stall); TypeError for dtypes and layouts. NaN in the features gives NaN. Lengths whose squares
+  overflow are found in another way; a patch and a text whose product overflows give NaN on a GPU.
 Source   Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
 """
 
@@ -72,7 +73,7 @@ def patch_text_similarity(
         patches: [B, N, D], not normalised; in ``vector`` their lengths count.
         texts: [T, D].
         patch_mask: [B, N] bool, True = keep.
-        temperature: divides the cosines in the softmax; number or tensor of one element, which gets a gradient.
+        temperature: divides the cosines in the softmax, 1e-6 at least; number or tensor of one element, which gets a gradient.
         pool: ``vector`` (PACL), ``score``, ``max`` or ``mean``. The last two use no weights.
         weight: ``softmax`` or ``sigmoid``.
         weight_scale, weight_bias: of the sigmoid; numbers or tensors of one element, which get gradients.

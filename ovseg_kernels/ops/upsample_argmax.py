@@ -18,8 +18,9 @@ Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or ui
 Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
   thread. Nothing of size C H W.
 Errors   ValueError for ranks, sizes, devices, NaN logits, labels or a background that the label type cannot hold; TypeError for dtypes.
-  Infinite logits are fine, unless one class has both signs around a pixel: a sample of weight zero does not count. On a GPU NaN
-  is found there and raised by a later call or by ``check_errors``; its pixels get the label of some class (docs/checks.md).
+  Infinite logits are fine, a sample of weight zero does not count; both signs in one class of an image, its bias included, are
+  refused as NaN is. On a GPU they are found there and raised by a later call or by ``check_errors``; their pixels get the label of
+  some class (docs/checks.md).
 Source   The pruning rule and its proof are ours.
 """
 
