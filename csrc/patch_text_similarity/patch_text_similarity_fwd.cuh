@@ -126,7 +126,8 @@ __device__ OVSEG_NOINLINE typename K::A long_gram(const Args<K>& p, int64_t i, i
   const A inverse = p.inverse_norm(i, n), longest = p.longest[i];
   A sum = 0;
   for (int64_t d = 0; d < p.D; ++d) {
-    sum += to_float(u[n * p.patch_n + d * p.patch_d]) * inverse * (to_float(u[m * p.patch_n + d * p.patch_d]) / longest);
+    sum +=
+        to_float(u[n * p.patch_n + d * p.patch_d]) * inverse * (to_float(u[m * p.patch_n + d * p.patch_d]) / longest);
   }
   return sum;
 }
