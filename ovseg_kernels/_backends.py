@@ -163,6 +163,8 @@ def use_definition(op: str, device: torch.device) -> bool:
     """True when the reference is forced: the caller then runs the differentiable definition itself."""
     if _forced == "auto" and torch.compiler.is_compiling():
         return False  # the first call outside of it says what there is to say
+    if device.type == "meta":
+        return _forced == "reference"  # the fakes answer
     choice = select(op, device)
     if choice.backend == "triton" and _forced == "auto":
         _let_triton_answer(("CUDA",))  # a CUDA library may be loaded, and not be for this GPU

@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 
-from . import _checking
+from . import _checking, philox
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+# Floats below are literals: torch.compile(dynamic=True) takes a float of the module for one that changes.
 
 
 def tensor(name: str, x: object, rank: int, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {shape}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected a dense tensor {shape}")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; expected a dense tensor {shape}")
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected {allowed}")
@@ -39,14 +46,54 @@ def shape(name: str, x: torch.Tensor, expected: tuple[int, ...], meaning: str) -
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r}; expected one of {list(allowed)}")
 
 
-def no_tensor(name: str, value: object) -> None:
-    """For options that are numbers of the host: comparing a tensor with one would wait for the GPU, or break a compilation."""
-    if isinstance(value, torch.Tensor):
+def flag(name: str, value: object) -> None:
+    """Not whatever is true: "no" is."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")
+
+
+def number(name: str, value: object, wanted: str = "a finite number", *, least: float = -math.inf, most: float = math.inf,
+           dtype: torch.dtype = torch.float64) -> None:  # fmt: skip
+    """A finite number of the host, between ``least`` and ``most``, that ``dtype`` holds.
+
+    No tensor: comparing one with a number would wait for the GPU, or break a compilation.
+    """
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number")
+    # Not math.isfinite: torch.compile takes it for an operation of the graph. A NaN compares false.
+    if not (abs(value) < math.inf and least <= value <= most):
+        raise ValueError(f"{name} is {value}; expected {wanted}")
+    if abs(value) > torch.finfo(dtype).max:
+        raise ValueError(f"{name} is {value}; {str(dtype).removeprefix('torch.')} holds {torch.finfo(dtype).max} at most")
+
+
+def divisor(name: str, value: object, dtype: torch.dtype = torch.float64, least: float = 1e-15) -> None:
+    """A positive number that something is divided by: above 1e-15 the result, and its square, stays in the range of float32."""
+    number(name, value, "a positive finite number", least=5e-324, dtype=dtype)
+    number(name, value, f"at least {least}", least=least)
+
+
+def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
+    if value > most:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at most {most}")
+
+
+def group(value: object) -> None:
+    if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(f"group is a {type(value).__name__}; expected a torch.distributed process group, or None for one process")
+
+
+def rng(x: object, like_name: str, like: torch.Tensor) -> torch.Tensor:
+    """int64 [seed, offset], side by side in memory as kernels read it."""
+    found = philox.check(x)
+    same("rng", found, like_name, like, dtype=False)
+    return found.contiguous()
 
 
 def pair_ids(image_ids, images: int, text_ids, texts: int, like_name: str, like: torch.Tensor) -> None:
@@ -61,9 +108,12 @@ def pair_ids(image_ids, images: int, text_ids, texts: int, like_name: str, like:
         same(name, ids, like_name, like, dtype=False)
 
 
-def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: torch.dtype, *, positive: bool = False) -> torch.Tensor:
-    """A 0-dim tensor on ``like``'s device, made without a copy from the host. Its value is checked where values are looked at."""
-    wanted = "a positive finite number" if positive else "a finite number"
+def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: torch.dtype, *, least: float | None = None) -> torch.Tensor:
+    """A 0-dim tensor on ``like``'s device, made without a copy from the host. Its value is checked where values are looked at.
+
+    ``least``: what a number that divides must be at least.
+    """
+    wanted = "a finite number" if least is None else "a positive finite number"
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {list(value.shape)}; expected one element")
@@ -71,16 +121,17 @@ def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: to
             raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
         if value.device != like.device:
             raise ValueError(f"{name} is on {value.device}; expected {like.device}, where the features are")
-        if _checking.looks_at_values(value) and type(value) in (torch.Tensor, torch.nn.Parameter):
-            _number(name, float(value.detach()), wanted, positive)
+        for each in _checking.looked_at(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else []:
+            _number(name, float(each), wanted, least, dtype)
         return value.to(dtype).reshape(())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} is a {type(value).__name__}; expected {wanted} or a tensor of one element")
-    _number(name, value, wanted, positive)
+    _number(name, value, wanted, least, dtype)
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
-def _number(name: str, value: float, wanted: str, positive: bool) -> None:
-    # Not math.isfinite: torch.compile takes it for an operation of the graph. A NaN compares false.
-    if not abs(value) < math.inf or (positive and value <= 0):
-        raise ValueError(f"{name} is {value}; expected {wanted}")
+def _number(name: str, value: float, wanted: str, least: float | None, dtype: torch.dtype) -> None:
+    if least is None:
+        number(name, value, wanted, dtype=dtype)
+    else:
+        divisor(name, value, dtype, least)

@@ -13,10 +13,11 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch._C import _functorch as functorch
 
 _on = os.environ.get("OVSEG_CHECK", "0") not in ("", "0")
 DEFERRED = (
-    "upsample_argmax: logits or bias holds NaN; expected numbers",
+    "upsample_argmax: logits or bias holds NaN, or infinities of both signs in one class; expected numbers",
     "window_argmax: logits, tables or bias holds NaN or +infinity; expected numbers, or -infinity where a class is switched off",
     "window_argmax: logits, tables or bias holds NaN or an infinity; expected finite numbers for softmax",
 )
@@ -44,8 +45,27 @@ def looks_at_values(x: torch.Tensor) -> bool:
 
 
 def defers(x: torch.Tensor) -> bool:
-    """Whether a check of ``x`` is left to the GPU: to plain tensors, for others may have no numbers (fake ones) or many (batched ones)."""
+    """Whether a check of ``x`` is left to the GPU: to plain tensors, for others may have no numbers (fake ones)."""
     return x.device.type == "cuda" and type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def looked_at(x: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose numbers a check of ``x`` reads now: itself, or none. Under ``torch.vmap`` one for each element of the batch."""
+    return _parts(x.detach()) if looks_at_values(x) else []
+
+
+def deferred(x: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors whose check is left to the GPU, in the same way."""
+    return _parts(x.detach()) if not looks_at_values(x) and defers(x) else []
+
+
+def _parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """``x`` without what the transforms of torch.func have wrapped it in."""
+    if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(x):
+        return [x]
+    inner = functorch.get_unwrapped(x)
+    parts = inner.unbind(functorch.maybe_get_bdim(x)) if functorch.is_batchedtensor(x) else [inner]
+    return [leaf for part in parts for leaf in _parts(part)]
 
 
 class _Flags:

@@ -48,6 +48,27 @@ class _Gather(torch.autograd.Function):
         return grad[first : first + ctx.sizes[rank]], None, None
 
 
+def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum on every rank; gradients are summed over the ranks too."""
+    return _Sum.apply(x, group)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
 def merge_columns(columns: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Statistics [3, T] over all ranks: log-sum-exp by maximum and sum, the rest by sum."""
     top = columns[0].clone()

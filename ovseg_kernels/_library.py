@@ -1,4 +1,4 @@
-"""The torch library ``ovseg``: schemas, fallbacks, fakes, autograd, autocast, and loading of the native part.
+"""The torch library ``ovseg``: schemas, fallbacks, fakes, autocast, and loading of the native part. Derivatives: ``_transforms``.
 
 Schemas live in Python. The native libraries and Triton only implement them; where nothing does, the reference's closed
 form answers under the same name, so ``torch.ops.ovseg.*`` always works.
@@ -71,22 +71,6 @@ def fake(name: str) -> Callable:
     return torch_library.register_fake(f"ovseg::{name}", lib=LIBRARY)
 
 
-def autograd(name: str, backward: Callable, setup: Callable) -> None:
-    torch_library.register_autograd(f"ovseg::{name}", backward, setup_context=setup, lib=LIBRARY)
-
-
-def no_second_derivative(name: str) -> None:
-    """Make a second derivative an error. Without this, torch would drop terms after one warning."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"ovseg::{name} has no second derivative. For double backward use the definition: "
-            "with ovseg_kernels.backend('reference'): ..."
-        )
-
-    torch_library.register_autograd(f"ovseg::{name}", backward, lib=LIBRARY)
-
-
 def autocast(name: str, features: tuple[int, ...]) -> None:
     """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales alone.
 
@@ -103,6 +87,11 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
                 return op(*cast)
 
         LIBRARY.impl(name, kernel, key)
+
+
+def autocast_type(device: torch.device) -> str:
+    """What torch.autocast is asked by: it knows no meta tensors, which compute nothing."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 @contextlib.contextmanager

@@ -22,5 +22,15 @@ def gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     Example:
         >>> texts = gather_rows(texts, dist.group.WORLD)  # [T of all ranks, D]
     """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; expected a tensor [n, ...]")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}; expected a torch.distributed process group")
     sizes = [size for (size,) in _distributed.sizes_of_ranks((x.shape[0],), group, x.device)]
     return _distributed.gather_rows(x, sizes, group)
+
+
+def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of ``x`` over the ranks of ``group``, on every one of them. Its gradient is summed over the ranks as well: every rank uses
+    the sum for its own part of a loss, as in ``gather_rows``."""
+    return _distributed.sum_over_ranks(x, group)

@@ -28,7 +28,7 @@ def make_rng(seed: int | None = None, offset: int = 0, device: torch.device | st
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     for name, value in (("seed", seed), ("offset", offset)):
-        if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is {value!r}; expected an integer of 64 bits")
     # Filled, not copied: a copy from the host would wait for the GPU.
     return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in (seed, offset)])
@@ -37,16 +37,21 @@ def make_rng(seed: int | None = None, offset: int = 0, device: torch.device | st
 def advance(rng: torch.Tensor, elements: int) -> torch.Tensor:
     """``rng`` past a tensor of ``elements`` elements: what follows shares no number with it."""
     check(rng)
+    if isinstance(elements, bool) or not isinstance(elements, (int, torch.SymInt)) or not 0 <= elements < 2**63:
+        raise ValueError(f"elements is {elements!r}; expected an integer of at least 0, the number of elements that were drawn")
     return rng + -(-elements // 4) * torch.arange(2, device=rng.device)
 
 
-def check(rng: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless ``rng`` is int64 [seed, offset]."""
-    if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64:
-        came = str(rng.dtype).removeprefix("torch.") if isinstance(rng, torch.Tensor) else type(rng).__name__
+def check(rng: object) -> torch.Tensor:
+    """``rng``; TypeError or ValueError unless it is int64 [seed, offset]."""
+    if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64 or rng.layout != torch.strided:
+        came = type(rng).__name__
+        if isinstance(rng, torch.Tensor):
+            came = str(rng.dtype if rng.layout == torch.strided else rng.layout).removeprefix("torch.")
         raise TypeError(f"rng is {came}; expected an int64 tensor [seed, offset], as ovseg_kernels.philox.make_rng gives")
     if rng.shape != (2,):
         raise ValueError(f"rng has shape {list(rng.shape)}; expected [2], seed and offset")
+    return rng
 
 
 def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +78,8 @@ def words(rng: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 def bits(rng: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """32 random bits an element: int64 of ``shape``."""
     check(rng)
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
+        raise ValueError(f"shape is {tuple(shape)}; expected integers of at least 0")
     count = math.prod(shape)
     return words(rng, torch.arange(-(-count // 4), device=rng.device)).flatten()[:count].view(shape)
 

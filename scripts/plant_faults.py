@@ -57,12 +57,12 @@ FAULTS = (
     Fault("wrong tail", TILE, "return row < rows && k < depth &&", "return row < rows && k <= depth &&"),
     Fault("wrong norm", FORWARD, "norm = sqrt(quad[row]) * longest / total[row];", "norm = quad[row] * longest / total[row];"),
     Fault("cancelled rows with half their norm", "csrc/patch_text_similarity/patch_text_similarity_cancelled.cuh",
-          "sqrt(squared) / kUnit;", "sqrt(squared) / (2 * kUnit);", "emulated and cancel"),
+          "sqrt(squared) / kUnit * longest;", "sqrt(squared) / (2 * kUnit) * longest;", "emulated and cancel"),
     Fault("lost text tile", LAUNCH, "unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }",
           "unsigned tiles(int64_t n) { return static_cast<unsigned>(n > kTile ? n / kTile : 1); }"),
     Fault("int32 offset", FORWARD, "return {patches + b * patch_b, patch_n",
           "return {patches + static_cast<int32_t>(b * patch_b), patch_n"),
-    Fault("wrong sign in one gradient term", BACKWARD, "A(0) : -g * phi / (norm * norm)", "A(0) : g * phi / (norm * norm)"),
+    Fault("wrong sign in one gradient term", BACKWARD, "A(0) : -g * phi * rho", "A(0) : g * phi * rho"),
     Fault("uninitialised accumulator", BACKWARD, "*out = p.first == 0 ? acc[k] : *out + acc[k];", "*out = *out + acc[k];"),
     # The same kinds of fault elsewhere.
     Fault("assignment: straight-through mean lost", ASSIGNMENT, "d[g] = z[g] * (d[g] - mean) / p.tau;", "d[g] = z[g] * d[g] / p.tau;"),
@@ -81,6 +81,10 @@ FAULTS = (
     Fault("assignment: half of a wide load twice", ASSIGNMENT, "to_float(v[k].x[part * P::kPart + j])", "to_float(v[k].x[j])",
           "emulated and assignment and not contract"),
     Fault("assignment: bias without gradient", ASSIGNMENT, "p.grad_bias[i] = sum;", "p.grad_bias[i] = 0;", "emulated and assignment"),
+    Fault("assignment: NaN of a softmax is dropped", ASSIGNMENT, "x.spoiled[flag] = bad != 0;", "x.spoiled[flag] = 0;",
+          "emulated and hides_nothing"),
+    Fault("assignment: infinity stays in its center", "csrc/center_assignment/center_assignment_cpu.cpp", "if (bad > own)", "if (bad > G)",
+          "hides_nothing and cpu"),
     Fault("contrastive: first chunk of texts alone", CONTRASTIVE.format("cuda.cu"), "p.T, p.D, c.first > 0);", "p.T, p.D, false);",
           "emulated and contrastive"),
     Fault("contrastive: lost share of columns", CONTRASTIVE.format("cuda.cu"), "merge(all, x.parts[split",
@@ -157,11 +161,29 @@ FAULTS += (
     _system("contour past the border", "evaluation/metrics.py", '"cval": -2', '"cval": 0', _METRICS, "boundary"),
     _system("no sum over processes", "distributed.py", "dist.all_reduce(total, group=everyone)", "pass", _EVALUATE, "two_processes"),
     _system("shift not seen", "data/check.py", "< _CLEARLY * misfit[0]", "< 0", _SETS, "shifted"),
-    _system("removed values counted", "data/segmentation_sets.py", "while value in removed:", "while False:", _SETS, "layout"),
-    _system("cut member taken", "inference/sources.py", "+ member.size > whole:", "+ member.size > 10 * whole:", _SOURCES, "shards"),
+    _system("removed values counted", "data/set_masks.py", "while value in removed:", "while False:", _SETS, "layout"),
+    _system("cut member taken", "data/shards.py", "+ stored > whole:", "+ stored > 10 * whole:", _SOURCES, "shards"),
     _system("superpixels detached", "objectives/superpixel.py", "sums[rows]", "sums.detach()[rows]", _SEGCLIP, "superpixel_loss"),
     _system("slope of QuickGELU", "layers/quick_gelu.py", ".mul_(1.702)", ".mul_(1.0)", _SEGCLIP, "training_step"),
     _system("assignment without noise", "layers/semantic_groups.py", "z if noise is None else z + noise", "z", _SEGCLIP, "training_step"),
+)
+
+_OVSEGMENTOR, _GROUPVIT, _MASK = (f"tests/models/test_{name}.py" for name in ("ovsegmentor", "groupvit", "mask_consistency"))
+_OBJECTIVE = "objectives/ovsegmentor.py"
+FAULTS += (
+    _system("places in packed texts", "layers/packing.py", "self.rows % self.shape[1]", "self.rows % (self.shape[1] + 1)", _OVSEGMENTOR,
+            "texts"),
+    _system("value bias left out", "layers/grouping_block.py", ".flatten(2) + self.attn.v_proj.bias", ".flatten(2)", "tests/layers"),
+    _system("maps of two stages", "layers/grouping_vit.py", "soft = stage.soft @ soft", "soft = stage.soft @ (0.9 * soft)", _GROUPVIT,
+            "own_model"),
+    _system("q and k exchanged", "models/groupvit/published.py", 'for letter in "qkv"]', 'for letter in "kqv"]', _GROUPVIT, "own_model"),
+    _system("nouns of another picture", "objectives/groupvit.py", "image_ids=batch.image_ids,", "image_ids=batch.image_ids + 1,", _GROUPVIT,
+            "multi_label"),
+    _system("decoder sees padding", _OBJECTIVE, "None if published else seen", "None", _OVSEGMENTOR, "padding"),
+    _system("spared groups trained", _OBJECTIVE, "marked.detach(), marked", "marked, marked", _OVSEGMENTOR, "training_step"),
+    _system("extremes at half the corners", "objectives/mask_consistency.py", " or cell[row] != cell[row + 1]", "", _MASK, "full_size"),
+    _system("matching the wrong way", "objectives/mask_consistency.py", "(2 - 2 * cosine)", "(2 + 2 * cosine)", _MASK, "permutation"),
+    _system("any class is a stub", "checkpoints/stubs.py", "known = all(", "known = True or all(", _OVSEGMENTOR, "run_no_code"),
 )
 
 
@@ -185,6 +207,11 @@ FAULTS += (
     _data("any picture as a replacement", "sources/base.py", "mix(rng_seed, index, attempt) % len(self)",
           "int(torch.randint(len(self), ()))", "test_loader", "depend_on_workers"),
     _data("the last word is cut off", "pairs.py", "int(used[-1]) + 1", "int(used[-1])", "test_data_sources", "padding"),
+    _data("the end of a shard is not looked at", "shards.py", "if len(block) < _BLOCK:", "if False:", "test_shards", "damaged"),
+    _data("hidden files are pictures", "folders.py", 'name.startswith(".")', "False", "test_folders", "hidden"),
+    _data("numbers of labels are not sorted", "label_files.py", "sorted(numbered, key=lambda pair: pair[0])", "list(numbered)",
+          "test_label_files", "forms"),
+    _data("32-bit integers are taken for 16", "images.py", 'if mode == "I" and kind', "if False and kind", "test_images", "scale"),
     _data("segments of the whole picture", "sources/folder.py", "patch_labels(crops[0][0].numpy()", "patch_labels(maps[0]",
           "test_data_sources", "segments_are"),
 )
@@ -219,6 +246,35 @@ FAULTS += (
            "training/test_damaged_runs"),
     _train("the clock of the curve", "training/schedule.py", "(done - warm) / max", "done / max", "schedule"),
     _train("a stage begins with its own weights", "training/stages.py", "            own[name].copy_(value)", "            pass", "stage"),
+)
+
+
+def _zegclip(name: str, file: str, right: str, wrong: str, tests: str, folder: str = "models/test_zegclip_training") -> Fault:
+    return Fault(f"zegclip: {name}", f"ovseg/{file}", right, wrong, tests, folder=f"tests/{folder}.py")
+
+
+_ZEGCLIP = "models/test_zegclip"
+FAULTS += (
+    _zegclip("class token once", "models/zegclip/model.py", "class_weight: float = 2.0", "class_weight: float = 1.0", "features", _ZEGCLIP),
+    _zegclip("positions with antialias", "models/zegclip/model.py", "backbone.antialias_positions = False", "pass", "features", _ZEGCLIP),
+    _zegclip("prompts of the block before", "layers/prompts.py", "zip(blocks, prefixes, strict=True)",
+             "zip(blocks, [prefixes[0], *prefixes[:-1]], strict=True)", "queries", _ZEGCLIP),
+    _zegclip("stale prompts", "layers/kept.py", "a is not b or x != y", "a is not b", "kept", _ZEGCLIP),
+    _zegclip("halves of the descriptor swapped", "layers/class_decoder.py", "of_both, of_text = weight", "of_text, of_both = weight",
+             "queries", _ZEGCLIP),
+    _zegclip("mask without the key's bias", "layers/class_decoder.py", "(q @ attn.k.bias)", "(0 * q @ attn.k.bias)", "probabilities",
+             _ZEGCLIP),
+    _zegclip("prompts in another order", "models/zegclip/published.py", "torch.cat([first, deep])", "torch.cat([deep, first])",
+             "blocks", _ZEGCLIP),
+    _zegclip("the CLIP in every file", "models/zegclip/model.py", "del found[name]", "pass", "alone", _ZEGCLIP),
+    _zegclip("unseen pixels are the first class", "objectives/zegclip.py", "(len(names),), _NONE)", "(len(names),), 0)", "published"),
+    _zegclip("self-training on what is labelled", "objectives/zegclip.py", "torch.where(hidden[index] & known,", "torch.where(known,",
+             "self_training"),
+    _zegclip("guesses among all classes", "objectives/zegclip.py", "[:, self.unseen], (masks", "[:, : len(self.unseen)], (masks",
+             "unseen_classes_alone"),
+    _zegclip("dice of absent classes", "objectives/zegclip.py", "(dice * present).sum()", "dice.sum()", "alone"),
+    _zegclip("masks of one rank", "objectives/zegclip.py", "dist.all_reduce(whole, group=group)", "pass", "equal_one", _GRADIENTS),
+    _zegclip("dropout of the first step", "objectives/base.py", "torch.manual_seed(self._number(use))", "torch.manual_seed(0)", "dropout"),
 )
 
 

@@ -134,6 +134,29 @@ A divisor(const CenterParams<A>& p, A count) {  // (4)
 }
 
 template <typename A>
+A nan_of() {
+  return static_cast<A>(__builtin_nan(""));
+}
+
+// A center's sum that is not finite leaves no other center a number in its channel: 0 of the definition's one-hot times
+// infinity is none.
+template <typename A>
+void spread_to_others(A* sums, int64_t G, int64_t E) {
+  A waste = 0;
+#pragma omp simd reduction(+ : waste)
+  for (int64_t i = 0; i < G * E; ++i) waste += A(0) * sums[i];
+  if (waste == A(0)) return;
+  for (int64_t e = 0; e < E; ++e) {
+    int64_t bad = 0;
+    for (int64_t g = 0; g < G; ++g) bad += sums[g * E + e] - sums[g * E + e] != A(0);
+    for (int64_t g = 0; g < G; ++g) {
+      const bool own = sums[g * E + e] - sums[g * E + e] != A(0);
+      if (bad > own) sums[g * E + e] = nan_of<A>();
+    }
+  }
+}
+
+template <typename A>
 void forward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* partial, A* memory) {
   Workspace<A> w(p, memory);
   const int64_t slots = center_slots(p.L), size = p.G * (p.E + 1);
@@ -160,6 +183,10 @@ void forward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* part
         if (p.hard) {
           add_scaled(sums + best * p.E, A(1), values[i], p.E);
           counts[best] += A(1);
+          const A top = w.y[i * p.G + best];
+          if (top - top != A(0)) {  // the softmax of this token is NaN, and with it the straight-through weight of all
+            for (int64_t k = 0; k < size; ++k) sums[k] = nan_of<A>();
+          }
         } else {
           softmax(w.y + i * p.G, p.G, w.ds + i * p.G);
           for (int64_t g = 0; g < p.G; ++g) counts[g] += w.ds[i * p.G + g];
@@ -174,8 +201,9 @@ template <typename A>
 void finish_forward(const CenterParams<A>& p, int64_t begin, int64_t end, const A* partial) {
   const int64_t slots = center_slots(p.L), size = p.G * (p.E + 1);
   for (int64_t b = begin; b < end; ++b) {
+    A* pooled = p.pooled + b * p.G * p.E;
     for (int64_t g = 0; g < p.G; ++g) {
-      A* out = p.pooled + (b * p.G + g) * p.E;
+      A* out = pooled + g * p.E;
       memset(out, 0, p.E * sizeof(A));
       A count = 0;
       for (int64_t slot = 0; slot < slots; ++slot) {
@@ -183,9 +211,12 @@ void finish_forward(const CenterParams<A>& p, int64_t begin, int64_t end, const 
         add_scaled(out, A(1), sums + g * p.E, p.E);
         count += sums[p.G * p.E + g];
       }
-      const A n = divisor(p, count);
-      for (int64_t e = 0; e < p.E; ++e) out[e] /= n;
       p.count[b * p.G + g] = count;
+    }
+    if (p.hard) spread_to_others(pooled, p.G, p.E);
+    for (int64_t g = 0; g < p.G; ++g) {
+      const A n = divisor(p, p.count[b * p.G + g]);
+      for (int64_t e = 0; e < p.E; ++e) pooled[g * p.E + e] /= n;
     }
   }
 }
@@ -242,9 +273,9 @@ void backward_slots(const CenterParams<A>& p, int64_t begin, int64_t end, A* par
         }
         if (p.shared && !p.hard) memcpy(w.weights + i * p.G, soft, p.G * sizeof(A));
         if (p.grad_values) {  // (9)
-          if (p.hard) {
+          if (p.hard && soft[0] == soft[0]) {
             combined = w.grad + p.index[at] * p.E;
-          } else {
+          } else {  // or a softmax of NaN, which goes on being one
             combine(soft, w.grad, p.G, p.E, w.out);
           }
           store_row(p.type, p.grad_values, at * p.E, p.E, combined);

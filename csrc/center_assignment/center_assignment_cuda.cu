@@ -16,6 +16,7 @@ CenterBuffers<A> center_buffers(const CenterParams<A>& p, bool backward, unsigne
   DeviceWorkspace memory(workspace);
   CenterBuffers<A> buffers{};
   if (backward || !p.hard) buffers.weights = memory.take<A>(p.B * p.L * p.G);
+  if (!backward) buffers.spoiled = memory.take<int32_t>(p.B * center_flags(p.L));
   if (backward) {
     buffers.d_scores = memory.take<A>(p.B * p.L * p.G);
     buffers.scaled = memory.take<A>(p.B * p.G * p.E);

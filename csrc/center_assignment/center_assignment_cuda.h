@@ -8,6 +8,8 @@ namespace ovseg {
 
 constexpr int64_t kMaxCenters = 128;  // 64 in float64: their scores for 64 tokens lie in shared memory
 
+inline int64_t center_flags(int64_t L) { return (L + 63) / 64 * 2; }  // one for each warp of tokens
+
 template <typename A>
 struct CenterCuda {
   CenterParams<A> p;
@@ -20,6 +22,7 @@ template <typename A>
 struct CenterBuffers {
   A *weights, *d_scores;  // [B, L, G]: of the soft forward and the backward; d z of (7)
   A *scaled, *rho;        // [B, G, E] d pooled / n, and [B, G] rho / n
+  int32_t* spoiled;       // [B, tiles of L, 2], forward: whether a token of a warp has a softmax of NaN
   size_t bytes;           // of all of these
 };
 template <typename A>

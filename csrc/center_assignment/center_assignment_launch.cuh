@@ -107,18 +107,12 @@ __device__ int softmax(A* y, int64_t G) {
   return best;
 }
 
-// Scores, winner and, where they are wanted, the softmax without noise (5) and the soft weights (2) of 64 tokens.
+// Winner of a token from its products q . k in `z` and, where they are wanted, the softmax without noise (5) and the
+// soft weights (2), which `z` ends as.
 template <typename K>
-__global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(CenterArgs<K> x) {
+__device__ void find_center(const CenterArgs<K>& x, int64_t b, int64_t l, bool keep, typename K::A* z) {
   using A = typename K::A;
-  OVSEG_DYNAMIC_SHARED(memory);
-  A* scores = reinterpret_cast<A*>(memory + kStageBytes);
   const CenterParams<A>& p = x.p;
-  const int64_t l0 = static_cast<int64_t>(blockIdx.x) * kTile, b = blockIdx.y, l = l0 + threadIdx.x;
-  all_centers<typename K::Score>(x.key_rows(b), l0, x.query_rows(b), memory, scores);
-  if (threadIdx.x >= kTile || l >= p.L) return;
-  A* z = scores + threadIdx.x * center_pitch(p.G);
-  const bool keep = x.kept(b, l);
   if (p.soft) {
     // The same row serves twice: the scores wait in the output.
     for (int g = 0; g < p.G; ++g) p.soft[(b * p.G + g) * p.L + l] = z[g];
@@ -137,6 +131,28 @@ __global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(
   if (!p.hard) {
     for (int g = 0; g < p.G; ++g) x.weights[(b * p.L + l) * p.G + g] = keep ? z[g] : A(0);
   }
+}
+
+// Scores and winners of 64 tokens.
+template <typename K>
+__global__ void __launch_bounds__(kThreads) center_assignment_fwd_scores_kernel(CenterArgs<K> x) {
+  using A = typename K::A;
+  OVSEG_DYNAMIC_SHARED(memory);
+  A* scores = reinterpret_cast<A*>(memory + kStageBytes);
+  const CenterParams<A>& p = x.p;
+  const int64_t l0 = static_cast<int64_t>(blockIdx.x) * kTile, b = blockIdx.y, l = l0 + threadIdx.x;
+  all_centers<typename K::Score>(x.key_rows(b), l0, x.query_rows(b), memory, scores);
+  if (threadIdx.x >= kTile) return;
+  A* z = scores + threadIdx.x * center_pitch(p.G);
+  const bool keep = l < p.L && x.kept(b, l);
+  bool spoiled = false;
+  if (l < p.L) {
+    find_center(x, b, l, keep, z);
+    spoiled = keep && z[0] != z[0];
+  }
+  const unsigned bad = __ballot_sync(kFullWarp, spoiled);
+  const int64_t flag = b * 2 * gridDim.x + 2 * blockIdx.x + threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) x.spoiled[flag] = bad != 0;
 }
 
 // Neighbouring elements that one instruction moves.
@@ -237,22 +253,43 @@ __global__ void __launch_bounds__(kPoolThreads) center_assignment_fwd_pool_kerne
       }
     }
   }
+  bool spoiled = false;
+  for (int64_t i = thread; i < center_flags(p.L); i += kPoolThreads) {
+    spoiled |= x.spoiled[b * center_flags(p.L) + i] != 0;
+  }
+  // Added to what a softmax of NaN has spoiled: straight through, its token has a weight of NaN for all centers.
+  const A spoil = __ballot_sync(kFullWarp, spoiled) ? static_cast<A>(NAN) : A(0);
   __syncthreads();
   for (int g = thread; g < G; g += kPoolThreads) {
-    A count = static_cast<A>(tokens[g]);
+    A count = static_cast<A>(tokens[g]) + spoil;
     for (int64_t l = 0; !p.hard && l < p.L; ++l) count += x.weights[(b * p.L + l) * p.G + g];
     counts[g] = count;
     if (blockIdx.x == 0) p.count[b * p.G + g] = count;
   }
   __syncthreads();
+  A waste = 0;
   for (int g = 0; mine && g < G; ++g) {
     const A divisor = x.divisor(counts[g]);
 #pragma unroll
     for (int part = 0; part < P::kParts; ++part) {
       typename P::Part mean = part_of(g, part);
 #pragma unroll
-      for (int j = 0; j < P::kPart; ++j) mean.x[j] /= divisor;
+      for (int j = 0; j < P::kPart; ++j) {
+        mean.x[j] = (mean.x[j] + spoil) / divisor;
+        waste += A(0) * mean.x[j];
+      }
       *reinterpret_cast<typename P::Part*>(p.pooled + (b * p.G + g) * p.E + e + part * P::kPart) = mean;
+    }
+  }
+  if (!p.hard || waste == A(0)) return;
+  // A sum that is not finite leaves no other center a number in its channel: 0 of the definition's one-hot times infinity
+  // is none.
+  for (int j = 0; j < P::kWidth; ++j) {
+    A* out = p.pooled + b * p.G * p.E + e + j;
+    int bad = 0;
+    for (int g = 0; g < G; ++g) bad += out[g * p.E] - out[g * p.E] != A(0);
+    for (int g = 0; g < G; ++g) {
+      if (bad > (out[g * p.E] - out[g * p.E] != A(0) ? 1 : 0)) out[g * p.E] = static_cast<A>(NAN);
     }
   }
 }
@@ -327,7 +364,10 @@ __device__ inline typename K::A value_gradient(const CenterArgs<K>& x, int64_t b
   const auto& p = x.p;
   const int64_t index = p.index[b * p.L + l];
   if (index < 0) return 0;
-  if (p.hard) return x.scaled[(b * p.G + index) * p.E + e];
+  if (p.hard) {
+    const typename K::A soft = x.weights[(b * p.L + l) * p.G];  // all NaN, or none
+    return soft == soft ? x.scaled[(b * p.G + index) * p.E + e] : soft;
+  }
   typename K::A value = 0;
   for (int g = 0; g < p.G; ++g) value += x.weights[(b * p.L + l) * p.G + g] * x.scaled[(b * p.G + g) * p.E + e];
   return value;

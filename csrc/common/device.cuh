@@ -50,6 +50,7 @@ const char* launch(const char*, void (*kernel)(P...), dim3 grid, unsigned thread
 
 }  // namespace ovseg
 
+#define OVSEG_NOINLINE __noinline__
 #define OVSEG_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
@@ -79,6 +80,33 @@ template <typename A>
 __device__ inline A warp_max(A x) {
   for (int other = 16; other > 0; other /= 2) x = larger(x, __shfl_xor_sync(kFullWarp, x, other));
   return x;
+}
+
+// Of a row whose squares leave the range of A; `squared` is what they have added up to.
+template <typename A, typename T>
+__device__ OVSEG_NOINLINE A long_norm(const T* x, int64_t stride, int64_t count, A squared) {
+  A top = 0;
+  for (int64_t d = threadIdx.x % 32; d < count; d += 32) top = larger<A>(fabs(to_float(x[d * stride])), top);
+  top = warp_max(top);
+  if (top - top != A(0)) return squared;  // NaN or infinite itself
+  A sum = 0;
+  for (int64_t d = threadIdx.x % 32; d < count; d += 32) {
+    const A value = to_float(x[d * stride]) / top;
+    sum += value * value;
+  }
+  return top * sqrt(warp_sum(sum));
+}
+
+// |x| of a row, by a warp.
+template <typename A, typename T>
+__device__ inline A warp_norm(const T* x, int64_t stride, int64_t count) {
+  A sum = 0;
+  for (int64_t d = threadIdx.x % 32; d < count; d += 32) {
+    const A value = to_float(x[d * stride]);
+    sum += value * value;
+  }
+  sum = warp_sum(sum);
+  return sum - sum == A(0) ? sqrt(sum) : long_norm(x, stride, count, sum);
 }
 
 template <typename A>

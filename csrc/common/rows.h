@@ -77,6 +77,26 @@ inline A dot(const A* x, const A* y, int64_t n) {
   return sum;
 }
 
+// |x| of a row whose squares leave the range of A.
+template <typename A>
+__attribute__((noinline)) A long_norm(const A* x, int64_t n, A squared) {
+  A top = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const A size = x[i] < A(0) ? -x[i] : x[i];
+    top = size > top ? size : top;
+  }
+  if (squared != squared || top - top != A(0)) return squared;  // NaN or infinite itself
+  A sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += (x[i] / top) * (x[i] / top);
+  return top * sqrt_of(sum);
+}
+
+template <typename A>
+inline A norm_of(const A* x, int64_t n) {
+  const A squared = dot(x, x, n);
+  return squared - squared == A(0) ? sqrt_of(squared) : long_norm(x, n, squared);
+}
+
 template <typename A>
 inline void add_scaled(A* out, A factor, const A* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * x[i];

@@ -6,7 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "types.h"
@@ -24,7 +27,23 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
 #ifdef OVSEG_EMULATED
   return emulation::new_tensor(like, size, type);  // guarded, and full of NaN
 #endif
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), type);
+  // As torch::stable::new_empty, which prints a page of frames where there is no memory.
+  using torch::stable::detail::from;
+  const std::optional<torch::headeronly::Layout> layout;
+  const std::optional<torch::stable::Device> device;
+  const std::optional<bool> pinned;
+  std::array<StableIValue, 6> stack{from(like),
+                                    from(torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size())),
+                                    from(std::optional<ScalarType>(type)),
+                                    from(layout),
+                                    from(device),
+                                    from(pinned)};
+  if (torch_call_dispatcher("aten::new_empty", "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    std::string shape;
+    for (const int64_t n : size) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
+    throw std::runtime_error("out of memory: no room for a tensor [" + shape + "]; its inputs have asked for too much at once");
+  }
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline bool is_floating(const Tensor& x) {

@@ -45,6 +45,7 @@ struct DenseInputs {
     STD_TORCH_CHECK(sampling >= 0 && sampling <= 3, "sampling is ", sampling, "; expected 0 to 3");
     STD_TORCH_CHECK(sampling < 2 || rng, "this sampling needs rng");
     if (rng) p.rng = keep<int64_t>("rng", *rng, {2}, ScalarType::Long);
+    skip = std::min(skip, p.B * p.N);  // more leaves nothing as well, and the lists hold k_neg + skip
     p.k_pos = k_pos, p.k_neg = k_neg, p.skip = skip, p.sampling = static_cast<Sampling>(sampling);
     p.inverse_temperature = static_cast<A>(1 / temperature), p.margin = static_cast<A>(margin);
   }

@@ -83,7 +83,7 @@ const A* pixel(const DenseParams<A>& p, int64_t index, A* buffer) {
 // 1 / max(|u|, eps), as torch's normalize.
 template <typename A>
 A inverse_norm(const A* u, int64_t D) {
-  const A norm = sqrt_of(dot(u, u, D));
+  const A norm = norm_of(u, D);
   return A(1) / (norm < A(1e-12) ? A(1e-12) : norm);
 }
 

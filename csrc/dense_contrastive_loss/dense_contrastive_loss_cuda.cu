@@ -83,13 +83,7 @@ __device__ const typename K::T* row_of(const DenseParams<typename K::A>& p, int6
 template <typename K>
 __device__ typename K::A inverse_norm(const DenseParams<typename K::A>& p, int64_t index) {
   using A = typename K::A;
-  const typename K::T* u = row_of<K>(p, index);
-  A sum = 0;
-  for (int64_t d = threadIdx.x % 32; d < p.D; d += 32) {
-    const A value = to_float(u[d * p.strides[2]]);
-    sum += value * value;
-  }
-  const A norm = sqrt(warp_sum(sum));
+  const A norm = warp_norm<A>(row_of<K>(p, index), p.strides[2], p.D);
   return A(1) / (norm < A(1e-12) ? A(1e-12) : norm);
 }
 

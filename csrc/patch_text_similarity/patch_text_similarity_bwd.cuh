@@ -6,7 +6,7 @@
 namespace ovseg {
 namespace {
 
-// Backward, pooled-vector form: v itself, of one chunk.
+// Backward, pooled-vector form: v / |v| of one chunk.
 template <typename K>
 __global__ void __launch_bounds__(kThreads) patch_text_similarity_vectors_kernel(Args<K> p) {
   using A = typename K::A;
@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_vectors_kernel
 #pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t t = t0 + tile_row<P>(k), d = d0 + tile_column<P>(k);
-    if (t < p.T && d < p.D) p.vectors[(i * p.T + t) * p.pitch_d + d] = from_float<typename K::W>(acc[k]);
+    if (t >= p.T || d >= p.D) continue;
+    const A unit = acc[k] / larger(p.norm[(p.first + i) * p.T + t], kEps<A>);
+    p.vectors[(i * p.T + t) * p.pitch_d + d] = from_float<typename K::W>(unit);
   }
 }
 
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
   clear<P>(acc);
   product<P>(p.text_rows(), t0, p.patch_rows(i), n0, memory, acc);
   store_tile<P>(acc, cosines);
-  if (p.pool == Pool::vector) {  // <u_n, v>
+  if (p.pool == Pool::vector) {  // <u_n, v>, or that by |v|
     clear<Q>(acc);
     if (p.gram) {
       const Operand<typename K::W, A> gram = {p.gram_back + i * p.N * p.pitch, p.pitch, 1, p.N, p.N};
@@ -75,10 +77,11 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
           } else {
             const A norm = p.norm[b * p.T + t];
             const A rho = A(1) / larger(norm, kEps<A>);
-            const A back = norm < kEps<A> ? A(0) : phi * rho * rho;
-            const A uv = p.gram ? sums[at] * r * longest : sums[at];
-            c = g * a * p.slope(s) * (r * s * rho - back * uv);  // (6)
-            m = scale * c * r_inverse + g * a * rho;             // (7)
+            // Lengths meet 1 / |v| before they meet each other: their product may have no place in A.
+            const A back = norm < kEps<A> ? A(0) : phi, length = r * rho;
+            const A uv = p.gram ? sums[at] * length * (longest * rho) : sums[at] * rho;
+            c = g * a * p.slope(s) * (length * s - back * uv);  // (6)
+            m = scale * c * r_inverse + g * a * rho;            // (7)
             parallel = scale * c * s;
           }
           d_scale += static_cast<double>(c) * static_cast<double>(s);
@@ -86,9 +89,9 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_coefficien
         }
       }
       p.coefficients[(i * p.T + t) * p.pitch + n] = from_float<typename K::W>(m * q_inverse);
-      if (p.pool == Pool::vector && n == 0) {  // once a text: the weights of H in (8)
-        const A norm = p.norm[b * p.T + t];
-        p.factors[i * p.T + t] = norm < kEps<A> ? A(0) : -g * phi / (norm * norm);
+      if (p.pool == Pool::vector && n == 0) {  // once a text: the weights of H in (8), or of v / |v|
+        const A norm = p.norm[b * p.T + t], rho = A(1) / norm;
+        p.factors[i * p.T + t] = norm < kEps<A> ? A(0) : -g * phi * rho * (p.gram ? rho : A(1));
       }
     }
     sums[at] = parallel;
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_hessian_ke
   }
 }
 
-// d U = m^T Q - H U (Gram) or - sum_t h_t a_t v_t (vectors), minus the part along each patch.
+// d U = m^T Q - H U (Gram) or - sum_t h_t |v_t| a_t v_t / |v_t| (vectors), minus the part along each patch.
 template <typename K>
 __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_patches_kernel(Args<K> p, int64_t text_tiles) {
   using A = typename K::A;
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_bwd_patches_ke
     A sum = 0;
     for (int64_t tile = 0; tile < text_tiles; ++tile) sum += p.along[(i * text_tiles + tile) * p.N + n0 + threadIdx.x];
     const A r = p.norms[i * p.N + n0 + threadIdx.x];
-    along[threadIdx.x] = r < kEps<A> ? A(0) : sum / (r * r);  // a norm clamped at eps is a constant: no projection
+    along[threadIdx.x] = r < kEps<A> ? A(0) : sum / r / r;  // a norm clamped at eps is a constant: no projection
   }
   __syncthreads();
 #pragma unroll

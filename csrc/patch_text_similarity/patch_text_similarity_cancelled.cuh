@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads)
     static_cast<Operand<typename K::T, A>&>(texts) = p.text_rows();
     texts.rows = count, texts.list = list;
     const int64_t t = row < count ? list[row] : 0;
+    const A longest = larger(p.longest[i], kEps<A>), unit = A(1) / longest;
     A acc[kAccumulators], squared = 0, dot = 0;
     for (int64_t w0 = 0; w0 < p.N; w0 += kWindow<A>) {
       const int64_t width = p.N - w0 < kWindow<A> ? p.N - w0 : kWindow<A>;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
         store_tile<P>(acc, sums);
         __syncthreads();
         for (int64_t c = threadIdx.x % 2; c < kTile && d0 + c < p.D; c += 2) {
-          const A v = sums[row * kTilePitch + c];
+          const A v = sums[row * kTilePitch + c] * unit;
           squared += v * v;
           dot += v * to_float(p.texts[t * p.text_t + (d0 + c) * p.text_d]);
         }
@@ -101,9 +102,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     squared += __shfl_xor_sync(kFullWarp, squared, 1), dot += __shfl_xor_sync(kFullWarp, dot, 1);
     if (row < count && threadIdx.x % 2 == 0) {
-      const A norm = sqrt(squared) / kUnit;
+      const A norm = sqrt(squared) / kUnit * longest;
       p.norm[b * p.T + t] = norm;
-      p.similarity[b * p.T + t] = dot / kUnit * p.inverse_text(t) / larger(norm, kEps<A>);  // (4)
+      p.similarity[b * p.T + t] = dot / kUnit * p.inverse_text(t) * (longest / larger(norm, kEps<A>));  // (4)
     }
   }
 }

@@ -17,6 +17,9 @@ namespace {
 
 constexpr int64_t kTile = 64;   // texts per tile
 constexpr double kEps = 1e-12;  // of norms, as in torch.nn.functional.normalize
+// From a patch of this length on, squares leave the range of A: such an image goes the way that needs none.
+template <typename A>
+constexpr A kLong = sizeof(A) == 8 ? A(1e150) : A(1e15);
 // Below this share of (sum a |u|)^2 the Gram form's |v|^2 has lost more digits to cancellation than v itself would.
 constexpr double kCancelled = 1e-3;
 
@@ -39,6 +42,7 @@ struct Workspace {
   A *gram, *packed_gram, *h, *packed_tile;
   A *s, *a, *ga, *m, *v, *du, *panel;
   int64_t size = 0;
+  bool in_gram = false;  // the form of this image
 
   A* take(A* base, int64_t count) {
     A* at = base ? base + size : nullptr;
@@ -74,6 +78,7 @@ struct Workspace {
 template <typename A>
 int64_t load_image(const PatchTextParams<A>& p, int64_t b, Workspace<A>& w) {
   int64_t kept = 0;
+  w.in_gram = use_gram(p);
   for (int64_t n = 0; n < p.N; ++n) {
     A* row = w.u + n * p.D;
     const bool keep = p.mask == nullptr || p.mask[b * p.mask_strides[0] + n * p.mask_strides[1]];
@@ -83,14 +88,15 @@ int64_t load_image(const PatchTextParams<A>& p, int64_t b, Workspace<A>& w) {
     } else {
       memset(row, 0, p.D * sizeof(A));
     }
-    const A norm = sqrt_of(dot(row, row, p.D));
+    const A norm = norm_of(row, p.D);
     w.r[n] = norm;
+    if (norm > kLong<A>) w.in_gram = false;
     // A NaN must go on being one: the comparison is written so that it is not clamped away.
     w.r_inv[n] = A(1) / (norm < A(kEps) ? A(kEps) : norm);
     w.keep[n] = keep ? A(1) : A(0);
   }
   pack_b(w.u, 1, p.D, p.D, p.N, w.packed_ut);
-  if (use_gram(p) && kept) {
+  if (w.in_gram && kept) {
     gemm(p.N, p.N, p.D, w.u, p.D, int64_t(1), w.packed_ut, w.gram, p.N, false, w.panel, true);
     mirror(w.gram, p.N);
     pack_b(w.gram, p.N, 1, p.N, p.N, w.packed_gram);
@@ -108,15 +114,17 @@ void cosines(const PatchTextParams<A>& p, int64_t t0, int64_t rows, Workspace<A>
   }
 }
 
-// Weights a_n = f(s_n) / sum f of one text, equation (2), with the log of their sum either found or given.
+// Weights a_n = f(s_n) / sum f of one text, equation (2); returns the log of the sum. Forward and backward find the same
+// bits: what a large scale multiplies in the backward are differences of them.
 template <typename A>
-A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a, const A* known_lse) {
+A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a) {
   const A scale = p.scale, bias = p.weight == Weight::sigmoid ? p.bias : A(0);
   A top = -A(3e38);
 #pragma omp simd reduction(max : top)
   for (int64_t n = 0; n < p.N; ++n) {
-    const A x = keep[n] != A(0) ? scale * s[n] + bias : -A(3e38);
-    top = x > top ? x : top;
+    const A x = scale * s[n] + bias;
+    a[n] = x;
+    top = (keep[n] != A(0) ? x : -A(3e38)) > top ? x : top;
   }
   // sigmoid(x) = e^x / (1 + e^x); relative to e^min(top, 0) neither form over- or underflows where it matters.
   const A shift = p.weight == Weight::sigmoid && top > A(0) ? A(0) : top;
@@ -124,22 +132,21 @@ A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a, const A*
   if (p.weight == Weight::softmax) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t n = 0; n < p.N; ++n) {
-      const A e = exp_fast(scale * s[n] - shift);  // of a masked patch it may be infinite
+      const A e = exp_fast(a[n] - shift);  // of a masked patch it may be infinite
       a[n] = keep[n] != A(0) ? e : A(0);
       sum += a[n];
     }
   } else {
     for (int64_t n = 0; n < p.N; ++n) {
-      const A x = scale * s[n] + bias;
+      const A x = a[n];
       const A f = x > A(0) ? exp_fast(-shift) / (A(1) + exp_fast(-x)) : exp_fast(x - shift) / (A(1) + exp_fast(x));
       a[n] = keep[n] != A(0) ? f : A(0);
       sum += a[n];
     }
   }
-  const A lse = known_lse ? *known_lse : shift + log_of(sum);
-  const A factor = known_lse ? exp_fast(shift - lse) : A(1) / sum;
+  const A factor = A(1) / sum;
   for (int64_t n = 0; n < p.N; ++n) a[n] *= factor;
-  return lse;
+  return shift + log_of(sum);
 }
 
 // d log f / d s at s_n: scale for softmax, scale (1 - sigmoid) for sigmoid.
@@ -179,7 +186,7 @@ A gram_norm(const PatchTextParams<A>& p, const A* a, const A* ga, Workspace<A>& 
 template <typename A>
 void forward_images(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* memory) {
   Workspace<A> w(p, memory);
-  const bool gram = use_gram(p), vector = p.pool == Pool::vector;
+  const bool vector = p.pool == Pool::vector;
   for (int64_t b = begin; b < end; ++b) {
     A* phi = p.similarity + b * p.T;
     A* lse = p.lse + b * p.T;
@@ -191,6 +198,7 @@ void forward_images(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* 
       }
       continue;
     }
+    const bool gram = w.in_gram;
     if (vector && !gram) pack_b(w.u, p.D, 1, p.N, p.D, w.packed_u);
     for (int64_t t0 = 0; t0 < p.T; t0 += kTile) {
       const int64_t rows = min64(kTile, p.T - t0);
@@ -201,7 +209,7 @@ void forward_images(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* 
           phi[t0 + j] = s[first_maximum(s, w.keep, p.N)];
           continue;
         }
-        lse[t0 + j] = weights(p, s, w.keep, w.a + j * p.N, static_cast<const A*>(nullptr));
+        lse[t0 + j] = weights(p, s, w.keep, w.a + j * p.N);
         if (p.pool == Pool::score) phi[t0 + j] = dot(w.a + j * p.N, s, p.N);  // (3)
       }
       if (!vector) continue;
@@ -221,7 +229,7 @@ void forward_images(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* 
           for (int64_t n = 0; n < p.N; ++n) along += a[n] * w.r[n] * s[n];
         } else {
           const A* v = w.v + j * p.D;
-          norm = sqrt_of(dot(v, v, p.D));
+          norm = norm_of(v, p.D);
           along = dot(v, p.unit_texts + (t0 + j) * p.D, p.D);
         }
         p.norm[b * p.T + t0 + j] = norm;
@@ -236,14 +244,12 @@ void forward_images(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* 
 template <typename A>
 void backward_tile(const PatchTextParams<A>& p, int64_t b, int64_t t0, int64_t rows, A* dq, double* scalars,
                    Workspace<A>& w) {
-  const bool gram = use_gram(p);
+  const bool gram = w.in_gram;
   const int64_t N = p.N, D = p.D;
   const A* grad = p.grad + b * p.T + t0;
   const A* phi = p.similarity + b * p.T + t0;
   const A* norm = p.norm ? p.norm + b * p.T + t0 : nullptr;
-  for (int64_t j = 0; j < rows; ++j) {
-    weights(p, w.s + j * N, w.keep, w.a + j * N, p.lse + b * p.T + t0 + j);
-  }
+  for (int64_t j = 0; j < rows; ++j) weights(p, w.s + j * N, w.keep, w.a + j * N);
   if (p.pool == Pool::vector) {
     if (gram) {
       gemm(rows, N, N, w.a, N, int64_t(1), w.packed_gram, w.ga, N, false, w.panel);
@@ -282,19 +288,26 @@ void backward_tile(const PatchTextParams<A>& p, int64_t b, int64_t t0, int64_t r
     A* colsum = w.colsum;
     if (p.pool == Pool::vector) {
       const A by_s = gram ? inverse : A(0), by_ga = gram ? -back : A(1);
+      A* e = m;
+      A rest = 0;  // sum a e, 0 but for rounding, which the scale would multiply
+#pragma omp simd reduction(+ : rest)
+      for (int64_t n = 0; n < N; ++n) {
+        e[n] = w.r[n] * s[n] * by_s + ga[n] * by_ga;  // (6)
+        rest += a[n] * e[n];
+      }
 #pragma omp simd reduction(+ : d_scale, d_bias)
       for (int64_t n = 0; n < N; ++n) {
-        const A e = w.r[n] * s[n] * by_s + ga[n] * by_ga;  // (6)
-        const A c = g * a[n] * slope[n] * e;
+        const A c = g * a[n] * slope[n] * (e[n] - rest);
         d_scale += c * s[n];
         d_bias += c;
         colsum[n] += p.scale * c * s[n];
         m[n] = p.scale * c * w.r_inv[n] + direct * a[n];  // (7)
       }
     } else {
+      const A mean = dot(a, s, N);  // phi, of these very weights
 #pragma omp simd reduction(+ : d_scale, d_bias)
       for (int64_t n = 0; n < N; ++n) {
-        const A c = g * a[n] * slope[n] * (s[n] - phi[j]);
+        const A c = g * a[n] * slope[n] * (s[n] - mean);
         const A total = g * a[n] + p.scale * c;  // (5)
         d_scale += c * s[n];
         d_bias += c;
@@ -342,14 +355,13 @@ int64_t packed_texts_size(int64_t T, int64_t D) {
 template <typename A>
 void backward_slots(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* memory) {
   Workspace<A> w(p, memory);
-  const bool gram = use_gram(p);
   for (int64_t slot = begin; slot < end; ++slot) {
     A* dq = p.slot_texts ? p.slot_texts + slot * p.T * p.D : nullptr;
     double* scalars = p.slot_scalars + 2 * slot;
     if (dq) memset(dq, 0, p.T * p.D * sizeof(A));
     scalars[0] = scalars[1] = 0;
     for (int64_t b = p.B * slot / p.slots; b < p.B * (slot + 1) / p.slots; ++b) {
-      const bool any = load_image(p, b, w) > 0;
+      const bool any = load_image(p, b, w) > 0, gram = w.in_gram;
       memset(w.du, 0, p.N * p.D * sizeof(A));
       if (any) {
         memset(w.colsum, 0, p.N * sizeof(A));
@@ -383,6 +395,7 @@ void backward_slots(const PatchTextParams<A>& p, int64_t begin, int64_t end, A* 
         A* row = w.du + n * p.D;
         // The projection onto the sphere; a norm clamped at eps is a constant and has none.
         if (any && !(w.r[n] < A(kEps))) add_scaled(row, -w.colsum[n] * w.r_inv[n] * w.r_inv[n], w.u + n * p.D, p.D);
+        if (w.keep[n] == A(0)) memset(row, 0, p.D * sizeof(A));  // be the gradient of the others NaN
         store_row(p.type, p.grad_patches, (b * p.N + n) * p.D, p.D, row);
       }
     }
@@ -394,7 +407,7 @@ void prepare_texts(const PatchTextParams<A>& p) {
   for (int64_t t = 0; t < p.T; ++t) {
     A* row = p.unit_texts + t * p.D;
     load_row(p.type, p.texts, t * p.text_strides[0], p.D, row);
-    const A norm = sqrt_of(dot(row, row, p.D));
+    const A norm = norm_of(row, p.D);
     p.text_norms[t] = norm;
     const A inverse = A(1) / (norm < A(kEps) ? A(kEps) : norm);
     for (int64_t d = 0; d < p.D; ++d) row[d] *= inverse;

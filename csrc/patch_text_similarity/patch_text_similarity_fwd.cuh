@@ -101,14 +101,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_ke
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   A top = 0;
   for (int64_t n = warp; n < p.N; n += kThreads / 32) {
-    A sum = 0;
-    if (p.kept(b, n)) {
-      for (int64_t d = lane; d < p.D; d += 32) {
-        const A x = to_float(p.patches[b * p.patch_b + n * p.patch_n + d * p.patch_d]);
-        sum += x * x;
-      }
-    }
-    const A norm = sqrt(warp_sum(sum));
+    const A norm = p.kept(b, n) ? warp_norm<A>(p.patches + b * p.patch_b + n * p.patch_n, p.patch_d, p.D) : A(0);
     if (lane == 0) p.norms[i * p.N + n] = norm;
     top = larger(top, norm);
   }
@@ -121,13 +114,21 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_text_norms_ker
   using A = typename K::A;
   const int64_t t = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (t >= p.T) return;
+  const A norm = warp_norm<A>(p.texts + t * p.text_t, p.text_d, p.D);
+  if (threadIdx.x % 32 == 0) p.text_norms[t] = norm;
+}
+
+// <u_n, u_m> / (|u_n| longest) of two rows whose product leaves the range of A.
+template <typename K>
+__device__ OVSEG_NOINLINE typename K::A long_gram(const Args<K>& p, int64_t i, int64_t n, int64_t m) {
+  using A = typename K::A;
+  const typename K::T* u = p.patches + (p.first + i) * p.patch_b;
+  const A inverse = p.inverse_norm(i, n), longest = p.longest[i];
   A sum = 0;
-  for (int64_t d = threadIdx.x % 32; d < p.D; d += 32) {
-    const A x = to_float(p.texts[t * p.text_t + d * p.text_d]);
-    sum += x * x;
+  for (int64_t d = 0; d < p.D; ++d) {
+    sum += to_float(u[n * p.patch_n + d * p.patch_d]) * inverse * (to_float(u[m * p.patch_n + d * p.patch_d]) / longest);
   }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) p.text_norms[t] = sqrt(sum);
+  return sum;
 }
 
 // G_nm = <u_n, u_m> / (|u_n| longest): times the weights a_m of row m and |u_n| longest this is <u_n, v>.
@@ -145,7 +146,9 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Ar
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t n = n0 + tile_row<typename K::Cosine>(k), m = m0 + tile_column<typename K::Cosine>(k);
     if (n < p.N && m < p.N) {
-      out[(i * p.N + n) * p.pitch + m] = from_float<Out>(acc[k] * p.inverse_norm(i, n) / longest);
+      A product = acc[k] * p.inverse_norm(i, n) / longest;
+      if (product - product != A(0) && longest - longest == A(0)) product = long_gram(p, i, n, m);
+      out[(i * p.N + n) * p.pitch + m] = from_float<Out>(product);
     }
   }
 }
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       const A q_inverse = p.inverse_text(t0 + row);
       A window_top = minus_infinity<A>();
       for (int64_t n = lane; n < width; n += 32) {
-        s[n] *= p.inverse_norm(i, w0 + n) * q_inverse;  // (1)
+        s[n] = s[n] * p.inverse_norm(i, w0 + n) * q_inverse;  // (1), with the bits that the backward finds
         if (!p.kept(b, w0 + n)) continue;
         window_top = larger(p.pool == Pool::max ? s[n] : p.logit(s[n]), window_top);
       }
@@ -284,9 +287,10 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       if (lane == 0 && !p.best) p.similarity[out] = some ? top[row] : A(0);
       continue;
     }
-    if (lane == 0) p.lse[out] = some ? top[row] + log(total[row]) : minus_infinity<A>();
-    if (pooled && !in_gram) {  // pooled_norms_kernel follows, and finds sum (a |u|)^2 in place of the norm
-      if (lane == 0) p.norm[out] = some ? spread[row] * longest * longest / (total[row] * total[row]) : A(0);
+    const A lse = some ? top[row] + log(total[row]) : minus_infinity<A>();
+    if (lane == 0) p.lse[out] = lse;
+    if (pooled && !in_gram) {  // pooled_norms_kernel follows, and finds sum (a |u| / longest)^2 in place of the norm
+      if (lane == 0) p.norm[out] = some ? spread[row] / (total[row] * total[row]) : A(0);
       continue;
     }
     A phi = some ? along[row] / total[row] : A(0), norm = 0;  // (3)
@@ -295,6 +299,8 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_fwd_kernel(Arg
       if (lane == 0) best[row] = quad[row] < A(kCancelled<typename K::Gram>) * spread[row] ? 1 : 0;
       norm = sqrt(quad[row]) * longest / total[row];
       phi = along[row] * longest / total[row] / larger(norm, kEps<A>);  // (4)
+      // |v| of the weights that the backward makes of the rounded lse: a large scale would multiply the difference.
+      norm *= total[row] / exp(lse - top[row]);
     }
     if (lane == 0) {
       p.similarity[out] = phi;
@@ -342,6 +348,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
   A* sums = reinterpret_cast<A*>(memory);
   const int64_t t0 = static_cast<int64_t>(blockIdx.x) * kTile, i = blockIdx.z, b = p.first + i;
   const int64_t t = t0 + threadIdx.x;
+  const A longest = larger(p.longest[i], kEps<A>), inverse = A(1) / longest;  // in this unit no square overflows
   bool cancelled = false;
   A acc[kAccumulators], squared = 0, dot = 0;
   for (int64_t d0 = 0; d0 < p.D; d0 += kTile) {
@@ -351,7 +358,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
     __syncthreads();
     if (threadIdx.x < kTile && t < p.T) {
       for (int64_t d = d0; d < p.D && d < d0 + kTile; ++d) {
-        const A v = sums[threadIdx.x * kTilePitch + d - d0];
+        const A v = sums[threadIdx.x * kTilePitch + d - d0] * inverse;
         squared += v * v;
         dot += v * to_float(p.texts[t * p.text_t + d * p.text_d]);
       }
@@ -359,10 +366,10 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_pooled_norms_k
     __syncthreads();
   }
   if (threadIdx.x < kTile && t < p.T) {
-    const A norm = sqrt(squared), spread = p.norm[b * p.T + t];
+    const A norm = sqrt(squared) * longest, spread = p.norm[b * p.T + t];
     cancelled = squared < A(kCancelled<P>) * spread;
     p.norm[b * p.T + t] = norm;
-    p.similarity[b * p.T + t] = dot * p.inverse_text(t) / larger(norm, kEps<A>);  // (4)
+    p.similarity[b * p.T + t] = dot * p.inverse_text(t) * (longest / larger(norm, kEps<A>));  // (4)
   }
   // The weights of a tensor-core product were rounded; those of an exact one have all their digits.
   if (P::tensor && threadIdx.x < kTile) mark_cancelled(p, cancelled);

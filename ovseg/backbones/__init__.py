@@ -1,32 +1,38 @@
-"""Backbones by kind: ``open_clip`` and ``tiny``. open_clip imports torchvision; the tiny models do without it."""
+"""Backbones by kind, a file each: ``open_clip``, ``tiny``, and ``grouping``, the towers of GroupViT and OVSegmentor.
+
+A file holds its options, a dataclass, and its class; ``KINDS`` says their names. It is imported when it is asked for: open_clip imports
+torchvision, and the tiny models do without it.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from ..options import options_of
 from .base import ClipBackbone
-from .tiny import TinyClip, TinyOptions
 
-KINDS = ("open_clip", "tiny")
+KINDS = {  # options, class
+    "grouping": ("GroupingOptions", "GroupingBackbone"), "open_clip": ("OpenClipOptions", "OpenClipBackbone"),
+    "tiny": ("TinyOptions", "TinyClip"),
+}
 
 
 def options_type(kind: str) -> type:
     """The dataclass of a kind's options."""
-    if kind == "tiny":
-        return TinyOptions
-    if kind != "open_clip":
-        raise ValueError(f"backbone.kind is {kind!r}; expected one of {list(KINDS)}")
-    from .open_clip import OpenClipOptions
-
-    return OpenClipOptions
+    return _named(kind, 0)
 
 
 def build_backbone(kind: str, **options: Any) -> ClipBackbone:
     """A backbone of random weights, or with those that ``options`` name."""
     checked: Any = options_of(options_type(kind), options, "backbone")
-    if kind == "tiny":
-        return TinyClip(**vars(checked))
-    from .open_clip import OpenClipBackbone
+    given = dict(vars(checked))
+    if "clip" in given:
+        given["weights"] = given.pop("clip")
+    return _named(kind, 1)(**given)
 
-    return OpenClipBackbone(checked.architecture, checked.clip, checked.stride, checked.attention_backend)
+
+def _named(kind: str, which: int) -> Any:
+    if kind not in KINDS:
+        raise ValueError(f"backbone.kind is {kind!r}; expected one of {list(KINDS)}")
+    return getattr(import_module(f".{kind}", __name__), KINDS[kind][which])

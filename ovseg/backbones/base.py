@@ -132,6 +132,15 @@ class ClipBackbone(nn.Module):
         """(patch tokens [B, N, D_v] as the first block sees them, without a class token; grid)."""
         raise NotImplementedError
 
+    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(tokens [B, 1 + N, D_v] as the first block sees them, the class token first; grid). ``class_weight`` times the class token."""
+        raise NotImplementedError
+
+    def set_image_size(self, size: int, interpolation: str) -> None:
+        """Pictures of another size from now on: position embeddings, where there are any, are resized once, in place, and again for
+        every other grid, by ``interpolation`` (bicubic, bilinear)."""
+        raise NotImplementedError
+
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         """The norm after the last block."""
         raise NotImplementedError

@@ -212,6 +212,14 @@ class OpenClipBackbone(ClipBackbone):
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         return self._vit.embed(images)
 
+    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, tuple[int, int]]:
+        x, _, grid = self._vit.sequence(images, class_weight)
+        return x, grid
+
+    def set_image_size(self, size: int, interpolation: str) -> None:
+        self._vit.set_image_size(size, interpolation)
+        self.image_size = size
+
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._vit.visual.ln_post(tokens)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..data.tokenizers import END, PAD, WordTokenizer
 from ..layers.block import AttentionBlock
+from ..layers.local_block import LOCAL_PATCH, LocalBlock, local_stem
 from ..layers.readout import READOUTS, ProxyFeatures, Readout, run_blocks
 from .base import ClipBackbone, PatchTokens
 
@@ -36,24 +37,17 @@ class _Block(AttentionBlock):
         q, k, v = self.qkv(normed).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        B, T, D = normed.shape
+        kv = F.linear(normed, self.qkv.weight[D:], self.qkv.bias[D:])
+        k, v = kv.view(B, T, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return k, v
+
     def merge(self, o: torch.Tensor) -> torch.Tensor:
         return self.out(o.transpose(1, 2).flatten(2))
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.norm_2(x))
-
-
-class _LocalBlock(nn.Module):
-    """Depth-wise 3x3 convolution and an MLP over channels. Three of them see 30 pixels, an object and little else."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width, padding_mode="replicate")
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, D, h, w]
-        return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -76,7 +70,7 @@ class TinyClip(ClipBackbone):
     Without a global part (``depth=0``) there is no image embedding; systems that pool patches themselves, as SegCLIP does, need none.
     """
 
-    patch_size = 4
+    patch_size = LOCAL_PATCH
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.25, 0.25, 0.25)
     taps = ("local", "pre_norm", "post_norm")
@@ -87,13 +81,8 @@ class TinyClip(ClipBackbone):
         width, heads = o.width, o.heads
         self.token_dim, self.embed_dim, self.image_size, self.heads = width, o.embed_dim, o.image_size, heads
         self.tokenizer = WordTokenizer(context_length=o.context_length)
-        # Replicated borders: zeros would be a texture of their own along the edge of every picture.
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, 2, 1, padding_mode="replicate"),
-            nn.GELU(),
-            nn.Conv2d(width // 2, width, 3, 2, 1, padding_mode="replicate"),
-        )
-        self.local = nn.Sequential(*(_LocalBlock(width) for _ in range(o.local_depth)))
+        self.stem = local_stem(width)
+        self.local = nn.Sequential(*(LocalBlock(width) for _ in range(o.local_depth)))
         self.cls = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(o.depth))
         self.norm = nn.LayerNorm(width)
@@ -111,8 +100,8 @@ class TinyClip(ClipBackbone):
         grid = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
         return grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3])
 
-    def _with_cls(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+    def _with_cls(self, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        return torch.cat([(weight * self.cls).to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
     def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
                        proxy: ProxyFeatures | None = None) -> PatchTokens:
@@ -128,6 +117,13 @@ class TinyClip(ClipBackbone):
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         return self._local_tokens(images)
+
+    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, tuple[int, int]]:
+        x, grid = self._local_tokens(images)
+        return self._with_cls(x, class_weight), grid
+
+    def set_image_size(self, size: int, interpolation: str) -> None:
+        self.image_size = size
 
     @property
     def class_token(self) -> nn.Parameter:

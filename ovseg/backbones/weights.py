@@ -132,14 +132,14 @@ def fetch_folder(repo: str) -> Path:
             fetch(repo, (part,))
     if path.parent != config.parent:  # the repository has moved on since the configuration was cached
         fetch(repo, (config.name,))
-    for names in (("preprocessor_config.json",), *_TOKENIZER_FILES) if _model_type(path.parent) else ():
+    for names in (("preprocessor_config.json",), *_TOKENIZER_FILES) if model_type_of(path.parent) else ():
         _fetch_optional(repo, names)
     return path.parent
 
 
 def is_clip_folder(folder: Path) -> bool:
     """Whether open_clip or transformers wrote it."""
-    return (folder / "open_clip_config.json").is_file() or _model_type(folder) is not None
+    return (folder / "open_clip_config.json").is_file() or model_type_of(folder) is not None
 
 
 def is_clip_file(path: Path) -> bool:
@@ -303,7 +303,7 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
         if not files:
             raise CheckpointError(f"{folder} has no weights; expected {' or '.join(CLIP_FILES)}")
         return ClipSource(lambda: read_published(files[0]), where, config)
-    if _model_type(folder) is None:
+    if model_type_of(folder) is None:
         raise CheckpointError(f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of transformers' {MODEL_TYPES}")
     return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
 
@@ -316,7 +316,8 @@ def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | 
         return None
 
 
-def _model_type(folder: Path) -> str | None:
+def model_type_of(folder: Path) -> str | None:
+    """What transformers calls the model of a folder; None if the folder is none of theirs."""
     return _kind(folder / "config.json", ("model_type",))
 
 

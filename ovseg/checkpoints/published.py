@@ -1,10 +1,11 @@
 """Files of published checkpoints, read without running code: ``.safetensors``, or torch's own format with ``weights_only=True``, without a
-fallback. What their names mean is ``models/<system>/published.py``."""
+fallback; settings that lie beside the tensors are left out, ``stubs.py``. What their names mean is ``models/<system>/published.py``."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -12,6 +13,7 @@ from ..errors import CheckpointError, NoCheckpoint, first_line
 from ..paths import no_file
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
+from .stubs import known_names, load_with_stubs
 
 
 def write_published(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -40,7 +42,13 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
                               "without running any. The same weights as safetensors: -m ViT-B-16:openai (ViT-L-14:openai, ...), or "
                               "open_clip_model.safetensors of https://huggingface.co/timm/vit_base_patch16_clip_224.openai")
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError:
+            names = known_names(path)
+            if names is None:
+                raise
+            tree = load_with_stubs(path, names)
     except Exception as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
         raise CheckpointError(f"{path} cannot be read without running code, or is damaged: {first_line(error)}") from error
     for key in ("state_dict", "model"):

@@ -31,7 +31,7 @@ def transformers_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: for another model, or one that open_clip has no word for.
     """
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     return (_clip_config if _kind(folder, config) == "clip" else _siglip_config)(folder, config)
 
 
@@ -41,9 +41,9 @@ def transformers_state(folder: Path) -> State:
     Raises:
         CheckpointError: for files that are missing, damaged or lack a tensor.
     """
-    kind = _kind(folder, _read(folder / "config.json"))
+    kind = _kind(folder, read_json(folder / "config.json"))
     try:
-        return (from_clip if kind == "clip" else from_siglip)(_weights(folder))
+        return (from_clip if kind == "clip" else from_siglip)(folder_weights(folder))
     except KeyError as error:
         raise CheckpointError(f"{folder} has no tensor {error}; expected all of transformers' {kind}") from error
 
@@ -134,7 +134,7 @@ def _clip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
                 "patch_size": vision["patch_size"], "head_width": vision["width"] // vision["heads"],
                 "mlp_ratio": vision["mlp_ratio"], **_norm(vision, 1e-5)}
     return {"embed_dim": config.get("projection_dim", 512), "quick_gelu": quick, "vision_cfg": {**pictures, **act},
-            "text_cfg": {**words, **act}, "preprocess_cfg": _preprocess(folder, _CLIP_MEAN, _CLIP_STD)}
+            "text_cfg": {**words, **act}, "preprocess_cfg": preprocess_of(folder, _CLIP_MEAN, _CLIP_STD)}
 
 
 def _siglip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _siglip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
              **_ACTIVATIONS[text["act"]], **_tokenizer(folder)}
     return {"embed_dim": text["projection_size"] or text["width"], "init_logit_bias": -10, "custom_text": True,
             "vision_cfg": {"image_size": vision["image_size"], "timm_kwargs": trunk, "timm_pool": "map", "timm_proj": "none"},
-            "text_cfg": words, "preprocess_cfg": _preprocess(folder, (0.5,) * 3, (0.5,) * 3)}
+            "text_cfg": words, "preprocess_cfg": preprocess_of(folder, (0.5,) * 3, (0.5,) * 3)}
 
 
 def _sizes(config: dict[str, Any], part: str, heads: int, patch: int, act: str, eps: float) -> dict[str, Any]:
@@ -183,21 +183,29 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     return {"hf_tokenizer_name": str(folder.resolve())}
 
 
-def _preprocess(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def preprocess_of(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """Mean and std that the folder states, else these."""
     path = folder / "preprocessor_config.json"
-    given = _read(path) if path.is_file() else {}
+    given = read_json(path) if path.is_file() else {}
     return {"mean": tuple(given.get("image_mean", mean)), "std": tuple(given.get("image_std", std))}
 
 
-def _weights(folder: Path) -> State:
+def folder_weights(folder: Path) -> State:
+    """All tensors of a folder, which may be in several files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: x for file in sorted(set(_read(index)["weight_map"].values())) for name, x in read_published(folder / file).items()}
+        parts = sorted(set(read_json(index)["weight_map"].values()))
+        return {name: x for part in parts for name, x in read_published(folder / part).items()}
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     return read_published(next((file for file in files if file.is_file()), files[0]))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -4,6 +4,8 @@
   ovseg bench patch_text_similarity --case pacl --json out.json
   ovseg bench --whole pictures                           a picture from pixels to labels, ViT-B/16
   ovseg bench --whole segclip                            SegCLIP: inference, and memory of a training step
+  ovseg bench --whole ovsegmentor                        OVSegmentor: inference, texts of a training step, the mask loss
+  ovseg bench --whole zegclip                            ZegCLIP: head and loss of a training step, and inference
   ovseg bench show results/*.jsonl                       tables of result files, of a run that was killed too
 """
 
@@ -17,7 +19,7 @@ from .numbers import at_least
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("ops", nargs="*", help="operators, all if none is given; or show and result files")
     sub.add_argument("--case", action="append", default=[], help="name of a case; may be repeated")
-    sub.add_argument("--whole", choices=("pictures", "segclip"), help="a whole procedure in place of operators")
+    sub.add_argument("--whole", choices=("ovsegmentor", "pictures", "segclip", "zegclip"), help="a whole procedure in place of operators")
     sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--json", dest="out", help="file for the rows")
 
@@ -39,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
         if options.ops or options.case:
             raise ValueError(f"--whole is given with {[*options.ops, *options.case]}; expected no operator or case beside it")
-        module = import_module("ovseg_benchmarks." + {"pictures": "segmentation", "segclip": "segclip"}[options.whole])
+        module = import_module("ovseg_benchmarks." + {"pictures": "segmentation"}.get(options.whole, options.whole))
         module.run(repeats=options.repeats, out=options.out)
         return 0
     from ovseg_benchmarks.run import run as measure

@@ -4,12 +4,15 @@
   ovseg data check voc21,ade150 --root /data          missing and damaged files, unequal sizes, labels off by one
   ovseg data convert coco_object --root /data         masks with labels as values, for other tools
   ovseg data superpixels pairs/ --out superpixels.safetensors           what SegCLIP's training needs beside the pictures
+  ovseg data entities cc12m.tsv --out cc4m.tsv        the captions that name an entity: CC4M from CC12M
+  ovseg data cross-pairs pairs/ --out index.safetensors                 which pictures share an entity, for OVSegmentor's second stage
   ovseg data browse --form shapes --out scenes.png    a contact sheet of scenes with their masks and captions
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 
 from .numbers import at_least
 
@@ -34,6 +37,17 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     cut.add_argument("--sigma", type=float, default=0.9)
     cut.add_argument("--min-size", type=int, default=224)
     cut.add_argument("--workers", type=int, default=1, help="processes")
+    named = actions.add_parser("entities", help="keep the lines of a list of captions that name an entity")
+    named.add_argument("captions", help=".tsv (address, caption) or .jsonl")
+    named.add_argument("--out", required=True, help="the new list, of the same kind")
+    named.add_argument("--column", type=int, default=1, help="of a .tsv: where the caption is, from 0 (default: 1)")
+    named.add_argument("--key", default="caption", help="of a .jsonl: what the caption is called")
+    named.add_argument("--exact", action="store_true", help="words as they stand in the list, as the published CC4M was made: no plurals")
+    shared = actions.add_parser("cross-pairs", help="index which pictures share an entity, into one side file")
+    shared.add_argument("root", help="folder of name.jpg with captions in name.txt, searched recursively")
+    shared.add_argument("--out", required=True, help="the .safetensors file")
+    for one in (named, shared):
+        one.add_argument("--entities", default="everyday", help="a list by name or a YAML file (default: everyday)")
     browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
     browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
     browse.add_argument("--split", default="train", choices=("train", "val"))
@@ -50,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"root {root!r} {what}; expected the folder that holds the data")
     at_least(1, options, *({"sample"} & vars(options).keys()))
     at_least(0, options, *({"seed"} & vars(options).keys()))
-    verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "browse": _browse}
+    verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "entities": _entities,
+             "cross-pairs": _cross_pairs, "browse": _browse}
     return verbs[options.action](options)
 
 
@@ -140,6 +155,58 @@ def _superpixels(options: argparse.Namespace) -> int:
     print(f"{count} pictures cut up into {out} ({out.stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)
+    return 3 if bad else 0
+
+
+def _entities(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..data.entities import load_entities
+    from ..data.entity_index import filter_captions
+    from ..errors import InputError
+
+    if options.column < 0:
+        raise InputError(f"--column is {options.column}; expected 0 or more")
+    entities = load_entities(options.entities)
+    found = filter_captions(Path(options.captions), Path(options.out), entities, column=options.column, key=options.key,
+                            exact=options.exact, progress=True)
+    print(f"{found.kept} of {found.read} captions name one of {len(entities)} entities: {options.out}")
+    return _told(found.counts, found.bad, "bad line")
+
+
+def _cross_pairs(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..data.entities import load_entities
+    from ..data.entity_index import write_index
+    from ..data.sources.base import ModelInputs
+    from ..data.sources.folder import FolderPairs, captions_of
+    from ..errors import DataError, InputError
+
+    if Path(options.out).suffix != ".safetensors":
+        raise InputError(f"--out is {options.out!r}; expected a name that ends in .safetensors")
+    entities = load_entities(options.entities)
+    pairs = FolderPairs(options.root, ModelInputs(224))
+
+    def captions():
+        for name in pairs.names:
+            try:
+                yield captions_of(pairs.root / name)
+            except DataError as error:
+                yield str(error)
+
+    counts, bad = write_index(pairs.names, captions(), entities, Path(options.out), progress=True)
+    print(f"{len(pairs)} pictures indexed by {len(entities)} entities: {options.out} ({Path(options.out).stat().st_size / 2**20:.1f} MiB)")
+    return _told(counts, bad, "skipped")
+
+
+def _told(counts: Counter[str], bad: list[str], what: str) -> int:
+    """How often each entity was found, most first; what was left out, and the exit code that says so."""
+    import sys
+
+    print(*(f"{name} {count}" for name, count in counts.most_common() if count), sep=", ")
+    for line in bad:
+        print(f"{what}: {line}", file=sys.stderr)
     return 3 if bad else 0
 
 

@@ -1,7 +1,8 @@
 """The main job on the embedded default: train systems on scenes and compare where they look.
 
 ``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
-objective with nothing frozen. ``segclip``: SegCLIP from random weights.
+objective with nothing frozen. ``segclip``, ``groupvit``, ``ovsegmentor`` (both its stages): those from random weights. ``zegclip``: ZegCLIP
+on the tiny CLIP, frozen, with the masks of the seen classes, with self-training on the unseen ones, and with the masks of all.
 
   ovseg demo                                  PACL on real handwritten digits on real textures
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
@@ -23,21 +24,31 @@ from .numbers import at_least
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run of a system: its row's title, its folder, its recipe, and the folder of the CLIP it starts from."""
+    """One training run of a system: its row's title, its folder, its recipe, and the folder of the CLIP it starts from; ``names_clip``: the
+    data for which the recipe names one itself."""
 
     title: str
     folder: str
     recipe: str
     clip: str | None = None
+    names_clip: str | None = None
 
 
+CLIP = Stage("CLIP, image level", "clip", "clip_scenes")
 SYSTEMS = {
     "pacl": (
-        Stage("CLIP, image level", "clip", "clip_scenes"),
+        CLIP,
         Stage("PACL, CLIP frozen", "pacl", "pacl_scenes", "clip"),
         Stage("PACL, nothing frozen", "pacl_full", "pacl_full_scenes", "clip"),
     ),
     "segclip": (Stage("SegCLIP", "segclip", "segclip_scenes"),),
+    "groupvit": (Stage("GroupViT", "groupvit", "groupvit_scenes"),),
+    "ovsegmentor": (Stage("OVSegmentor", "ovsegmentor", "ovsegmentor_scenes"),),
+    "zegclip": (
+        Stage("ZegCLIP, inductive", "zegclip", "zegclip_scenes", "clip", "digits"),
+        Stage("ZegCLIP, transductive", "zegclip_transductive", "zegclip_transductive_scenes", "clip", "digits"),
+        Stage("ZegCLIP, all classes seen", "zegclip_supervised", "zegclip_supervised_scenes", "clip", "digits"),
+    ),
 }
 
 
@@ -46,7 +57,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each stage, in order")
+    sub.add_argument("--steps", type=int, nargs="+", help="training steps of each row, in order, of all its stages")
     sub.add_argument("--train-scenes", type=int, help="scenes to train on (default: those of the recipes)")
     sub.add_argument("--scenes", type=int, default=300, help="validation scenes")
     sub.add_argument("--quiet", action="store_true")
@@ -66,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
     at_least(0, options, "seed")
     out = folder_for(f"runs/demo_{options.data}" if options.out is None else options.out, "--out")
     stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
+    if CLIP not in stages and any(stage.clip and stage.names_clip != options.data for stage in stages):
+        stages = [CLIP, *stages]  # the bundled one knows other words
     if options.steps and len(options.steps) != len(stages):
         raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
     results = out / "results.json"
@@ -74,10 +87,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
     began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
     for i, stage in enumerate(stages):
-        start = [f"init.backbone={out / stage.clip}"] if stage.clip else []
-        recipe = load_recipe(stage.recipe, [f"data.style={options.data}", f"train.seed={options.seed}", *start])
+        recipe = load_recipe(stage.recipe, [*_settings(stage, options.data, out), f"train.seed={options.seed}"])
         if options.steps:
-            recipe.train.steps = options.steps[i]
+            _shorten(recipe, options.steps[i])
         if options.train_scenes:
             recipe.data["train_size"] = options.train_scenes
         folder = out / stage.folder
@@ -129,3 +141,26 @@ def _earlier(results: Path) -> dict[str, dict[str, Any]]:
         return {row["model"]: row for row in json.loads(results.read_text("utf-8"))["rows"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{results} is damaged ({error!r}); expected the results of a demo. Remove it, or give a new --out") from error
+
+
+def _settings(stage: Stage, data: str, out: Path) -> list[str]:
+    """What the recipe of a stage is changed to: the data, and the CLIP it starts from."""
+    from ..training.recipe import load_recipe
+
+    masks = load_recipe(stage.recipe).data["kind"] == "masks"
+    found = [f"data.set={data}", f"objective.options.classes={data}"] if masks else [f"data.style={data}"]
+    if stage.clip and stage.names_clip != data:
+        found += [f"init.backbone={out / stage.clip}", *(["model.options.clip=null"] if stage.names_clip else [])]
+    return found
+
+
+def _shorten(recipe: Any, steps: int) -> None:
+    """So many steps in all; stages keep their shares."""
+    usual = recipe.train.steps
+    whole = sum(stage.get("train", {}).get("steps", usual) for stage in recipe.stages)
+    recipe.train.steps = steps
+    for stage in recipe.stages:
+        part = stage.setdefault("train", {})
+        part["steps"] = max(1, part.get("steps", usual) * steps // whole)
+        if "steps" in stage.get("schedule", {}):
+            stage["schedule"]["steps"] = max(1, stage["schedule"]["steps"] * steps // whole)

@@ -93,3 +93,43 @@ class CrossImageBatch(PairBatch):
 
     partner: torch.Tensor = field(kw_only=True)
     entity_ids: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
+class NounBatch(PairBatch):
+    """Pairs, one text a picture, with what GroupViT's multi-label contrast asks for beside them.
+
+    Attributes:
+        noun_ids: [B, K, L] int64, K prompted nouns of each caption; the caption itself in place of nouns that it does not have.
+    """
+
+    noun_ids: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
+class EntityBatch(PairBatch):
+    """Pairs for OVSegmentor's masked entities: one question and answer a picture, of one of its captions. Texts are padded with 0; how far
+    does not matter.
+
+    Attributes:
+        question_ids: [B, L] int64, each caption with ``[MASK]`` in place of every word that names an entity. The tokenizers know that word:
+            BERT's has an id for it, the tiny models' reads it as an unknown word.
+        answer_ids: [B, L] int64, a prompt with the entities of the caption, joined by "and".
+        answer_entities: [B, K] 0/1, what each answer names among the K entities of ``image_entities``: an answer that is true of another
+            picture is no negative of it. None: every other answer is a negative.
+    """
+
+    question_ids: torch.Tensor = field(kw_only=True)
+    answer_ids: torch.Tensor = field(kw_only=True)
+    answer_entities: torch.Tensor | None = field(default=None, kw_only=True)
+
+
+@dataclass
+class CrossEntityBatch(EntityBatch, CrossImageBatch):
+    """Masked entities and pictures two by two: the second stage of OVSegmentor.
+
+    Attributes:
+        entity_token_ids: [B, L] int64, "A photo of ..." with the entity that picture and partner share.
+    """
+
+    entity_token_ids: torch.Tensor = field(kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..paths import no_file, no_folder
-from .images import SUFFIXES
+from .images import FORMATS, SUFFIXES
 
 # Pictures to people, but not to read_image: what needs a library of its own, runs a program, or cannot be told from noise.
 UNREAD = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf",
@@ -72,7 +72,7 @@ class Folder:
                 if suffix in _READ:
                     pictures.append(name)
                 elif suffix in UNREAD:
-                    self.bad.append(f"{entry.path}: pictures that end in {suffix} are not read; expected one of {', '.join(SUFFIXES)}")
+                    self.bad.append(f"{entry.path}: pictures that end in {suffix} are not read; expected {', '.join(FORMATS)}")
                 else:
                     others.append(name)
             elif _leads_to(entry, "is_dir"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..data.class_lists import read_class_embeddings
 from ..data.labels import LabelSet
 from ..data.templates import templates as resolve_templates
 from ..errors import InputError
@@ -32,6 +33,7 @@ class Queries:
         synonyms: ``max``: a class scores what its best text scores; ``mean``: the mean of its texts' unit embeddings is asked for.
         background: texts that stand for everything else; where one wins, the label is -1. One that is a text of a class too, as in
             published lists, counts for the class alone, which is told: see ``rivals``.
+        embeddings: a ``.npy`` file of the texts' embeddings, those of the background last, in place of the text tower and the templates.
     """
 
     labels: LabelSet | None = None
@@ -39,6 +41,7 @@ class Queries:
     text_mean: str = option("unit", "unit: embeddings of the templates are normalised before their mean; raw: they are not")
     synonyms: str = option("max", "max: a label scores what its best text scores; mean: the mean text is asked for")
     background: tuple[str, ...] = option((), "comma-separated texts that stand for everything else; where one wins there is no label")
+    embeddings: str | None = option(None, "a .npy file with a row for each label's texts, in place of the text tower and templates")
 
     def __post_init__(self):
         one_of(self, "text_mean", ("unit", "raw"))
@@ -86,9 +89,13 @@ class EncodedQueries:
         if (dropped := [text for text in queries.background if " ".join(text.split()) not in background]):
             logger.warning("left out of the background, being labels: %s", ", ".join(map(repr, dropped)))
         asked, owned = [*labels.queries, *background], labels.owners + [-1] * len(background)
-        templates = resolve_templates(queries.templates_for(model))
-        check_reading(model.tokenizer, asked, owned, templates)
-        texts = encode_labels(model, asked, templates, unit=queries.text_mean == "unit")
+        if queries.embeddings is None:
+            templates = resolve_templates(queries.templates_for(model))
+            check_reading(model.tokenizer, asked, owned, templates)
+            texts = encode_labels(model, asked, templates, unit=queries.text_mean == "unit")
+        else:
+            like = next(model.parameters())
+            texts = read_class_embeddings(queries.embeddings, len(asked), model.spec.embed_dim).to(like.device, like.dtype)
         owners = torch.tensor(owned)
         if queries.synonyms == "mean" and len(labels.queries) > len(labels):
             of_classes = owners.to(texts.device)[: len(labels.queries)]

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from .. import distributed
 from ..data.folders import UNREAD, Folder, hidden, look
-from ..data.images import SUFFIXES
+from ..data.images import FORMATS, SUFFIXES
 from ..data.shards import expand_braces, read_shard
 from ..errors import InputError
 from ..paths import no_file, no_folder
@@ -172,7 +172,7 @@ class _Search:
             if any(hidden(part) and part not in Path(name).parts for part in path.parts):
                 seen.hidden.append(match)
             elif suffix in UNREAD and why is None:
-                self.problems.append(f"{match}: pictures that end in {suffix} are not read; expected one of {', '.join(SUFFIXES)}")
+                self.problems.append(f"{match}: pictures that end in {suffix} are not read; expected {', '.join(FORMATS)}")
             elif suffix not in (*SUFFIXES, ".tar"):  # captions and whatever else lies beside them are no pictures
                 seen.others["folders" if why == "is a folder" else suffix or "no suffix"] += 1
             elif why is not None:

@@ -27,6 +27,10 @@ class AttentionBlock(nn.Module):
         """Queries, keys and values, [B, heads, L, d] each; ``rope`` turns queries and keys of rotary blocks by their patch's place."""
         raise NotImplementedError
 
+    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values alone [B, heads, T, d], of tokens that are only looked at."""
+        return self.project(normed)[1:]
+
     def merge(self, o: torch.Tensor) -> torch.Tensor:
         """[B, heads, L, d] to what is added to the residual stream [B, L, D]."""
         raise NotImplementedError
@@ -36,7 +40,8 @@ class AttentionBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, k_x: None = None, v_x: None = None, attn_mask: torch.Tensor | None = None, *,
-                first: int | None = None, rope: torch.Tensor | None = None) -> torch.Tensor:
+                first: int | None = None, rope: torch.Tensor | None = None,
+                prefix: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """The block as it is; positional arguments as open_clip's own blocks take them.
 
         Args:
@@ -45,8 +50,12 @@ class AttentionBlock(nn.Module):
             attn_mask: broadcastable to [B, heads, L, L]; bool (True = keep) or added to the scores.
             first: only so many of the leading positions are computed, for a last block read at its class token.
             rope: of ``project``.
+            prefix: tokens [B or 1, T, D] that are looked at and not computed, or their ``keys_values``: prompts whose outputs nobody reads.
         """
         q, k, v = self.project(self.norm_1(x), rope)
+        if prefix is not None:
+            before = self.keys_values(self.norm_1(prefix)) if isinstance(prefix, torch.Tensor) else prefix
+            k, v = (torch.cat([some.expand(len(x), -1, -1, -1), own], 2) for some, own in zip(before, (k, v), strict=True))
         x = x[:, :first] + self.merge(attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend))
         return x + self.feed(x)
 
@@ -72,6 +81,12 @@ class ClipBlock(AttentionBlock):
         qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
         q, k, v = qkv.view(B, L, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
         return q, k, v
+
+    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        attn, (B, T, D) = self.attn, normed.shape
+        kv = F.linear(normed, attn.in_proj_weight[D:], None if attn.in_proj_bias is None else attn.in_proj_bias[D:])
+        k, v = kv.view(B, T, 2, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
+        return k, v
 
     def merge(self, o: torch.Tensor) -> torch.Tensor:
         return self.ls_1(self.attn.out_proj(o.transpose(1, 2).flatten(2)))

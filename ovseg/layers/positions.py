@@ -7,16 +7,17 @@ from torch.nn import functional as F
 
 
 def resize_positions(positions: torch.Tensor, trained: tuple[int, int], grid: tuple[int, int], *, antialias: bool = True,
-                     prefix: int = 1) -> torch.Tensor:
-    """[prefix + h w, D] for the ``trained`` (h, w), class token and registers first, to [prefix + H W, D] for ``grid``, bicubic.
+                     prefix: int = 1, mode: str = "bicubic") -> torch.Tensor:
+    """[prefix + h w, D] for the ``trained`` (h, w), class token and registers first, to [prefix + H W, D] for ``grid``.
 
-    ``antialias`` is open_clip's way; without it torch's bicubic has another kernel, also where it enlarges (SegCLIP's way).
+    ``antialias`` is open_clip's way; without it torch's bicubic has another kernel, also where it enlarges (SegCLIP's way). ``mode``
+    bilinear without it is DenseCLIP's, and so ZegCLIP's.
     """
     if trained == grid:
         return positions
     first, dense = positions[:prefix], positions[prefix:]
     dense = dense.float().view(1, *trained, -1).permute(0, 3, 1, 2)
-    dense = F.interpolate(dense, grid, mode="bicubic", antialias=antialias, align_corners=False)
+    dense = F.interpolate(dense, grid, mode=mode, antialias=antialias, align_corners=False)
     return torch.cat([first, dense.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(positions.dtype)])
 
 

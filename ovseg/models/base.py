@@ -19,7 +19,7 @@ from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import ConfigError, InputError
 from ..progress import bar
-from .published import Published
+from .published import Published, State
 from .texts import check_reading
 
 _TEXTS_AT_ONCE = 256
@@ -119,6 +119,9 @@ class OVSegModel(nn.Module):
         decision: name of its rule of labelling, a file of ``inference/decisions``.
         objective: name of what trains it, a file of ``objectives``.
         published: the layout of published checkpoints, or None.
+        model_types: what transformers calls the model, where it has it -> the preset that a folder of it is built on.
+        starting_options: options that only say what to begin with: a saved folder, which holds all weights, leaves them out.
+        training_only: beginnings of the names of tensors that a saved folder may hold beside those of a model built without them.
         source: where its weights come from, as ``from_pretrained`` or a tag names it; None for random weights.
     """
 
@@ -126,6 +129,9 @@ class OVSegModel(nn.Module):
     decision: ClassVar[str] = "patches"
     objective: ClassVar[str] = ""
     published: Published | None = None
+    model_types: ClassVar[dict[str, str]] = {}
+    starting_options: ClassVar[tuple[str, ...]] = ("clip",)
+    training_only: ClassVar[tuple[str, ...]] = ()
     backbone: ClipBackbone
     name: str = ""
     source: str | None = None
@@ -136,6 +142,16 @@ class OVSegModel(nn.Module):
         super().__init__()
         self.options, self.templates, self.config = options, options.templates, {}
         self.backbone = build_backbone(**options.backbone)
+
+    @classmethod
+    def folder_options(cls, folder: Path) -> dict[str, Any]:
+        """The options of a folder of transformers that holds one of ``model_types``."""
+        raise NotImplementedError
+
+    @classmethod
+    def may_have_published(cls, state: State) -> bool:
+        """Whether a checkpoint could be one of this system's, told without building a model."""
+        return cls.published is not None
 
     def forward(self, images: torch.Tensor) -> PatchFeatures:
         """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""
@@ -237,6 +253,15 @@ class OVSegModel(nn.Module):
         from .saving import save_pretrained
 
         return save_pretrained(self, folder, **facts)
+
+    @property
+    def named_clip(self) -> str | None:
+        """The frozen CLIP that its files name in place of holding it, or None: they hold all."""
+        return None
+
+    def clip_hash(self, dtype: str | None = None) -> str:
+        """Of the weights of that CLIP."""
+        raise NotImplementedError
 
     def push_to_hub(self, repo: str, *, licence: str, **options: Any) -> str:
         """A repository of the Hub for ``from_pretrained("hf-hub:...")``; see ``saving.push_to_hub``."""

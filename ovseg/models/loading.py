@@ -16,18 +16,31 @@ from ..backbones.weights import (
     is_clip_file,
     is_clip_folder,
     load_clip,
+    model_type_of,
     settled,
     tags_of,
 )
-from ..checkpoints.files import check_fit, load_weights
+from ..checkpoints.files import check_fit, load_tensors, load_weights
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
+from ..checkpoints.transformers_layout import folder_weights
 from ..errors import CheckpointError, InputError
 from ..paths import no_file
 from .base import OVSegModel
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
 from .published import Published
-from .registry import BUNDLED, CLIP_SYSTEM, architecture_of, build, is_name, list_models, preset_of, system_type, upgraded
+from .registry import (
+    BUNDLED,
+    CLIP_SYSTEM,
+    architecture_of,
+    build,
+    is_name,
+    list_models,
+    preset_of,
+    system_of_folder,
+    system_type,
+    upgraded,
+)
 from .saving import is_saved, read_config
 
 _DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
@@ -118,6 +131,8 @@ def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel
     if path.is_file() and name is None and path.name == "model.safetensors" and is_saved(path.parent):
         path = path.parent
     if path.is_dir():
+        if system_of_folder(model_type_of(path)) is not None:
+            return _transformers_folder(name, path, options)
         if is_clip_folder(path):
             return _clip(name, weights, options, path)
         return _saved(name, path, options)
@@ -133,12 +148,42 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     if name is not None and saved["model"] != name:
         raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
     model = build(saved["model"], {**upgraded(saved["model"], saved["options"]), **options})
-    load_weights(model, folder / "model.safetensors")
+    weights, own = load_tensors(folder / "model.safetensors"), model.state_dict()
+    weights = {name: x for name, x in weights.items() if name in own or not name.startswith(model.training_only or "\0")}
+    check_fit(folder / "model.safetensors", weights, own)
+    model.load_state_dict(weights)
+    known = saved.get("clip_hash")
+    if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
+        raise CheckpointError(f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected that one as it was, or "
+                              "clip=SOURCE with it")
+    return model
+
+
+def _transformers_folder(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegModel:
+    """A system that transformers has too, in sizes of the folder's own."""
+    kind = str(model_type_of(folder))
+    system = system_of_folder(kind)
+    assert system is not None
+    name = name or system.model_types[kind]
+    if name not in list_models() or system_type(preset_of(name)["system"]) is not system:
+        raise InputError(f"pretrained is {str(folder)!r}, which holds transformers' {kind}, and the model is {name}; expected "
+                         f"{system.model_types[kind]}, or weights of {name}")
+    own = system.folder_options(folder)
+    backbone = {**own.get("backbone", {}), **options.get("backbone", {})}
+    model = build(name, {**own, **options, "backbone": backbone})
+    if model.published is None:
+        raise InputError(f"{name} with {options} is no model of transformers' {kind}; expected other options")
+    try:
+        model.published.load(model, folder_weights(folder))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     return model
 
 
 def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
     if is_clip_file(path):
+        if system_of_folder(model_type_of(path.parent)) is not None:
+            return _transformers_folder(name, path.parent, options)
         return _clip(name, str(path), options)
     state = read_published(path)
     if _is_clip(state):
@@ -164,7 +209,7 @@ def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[st
     """A published checkpoint without the name of its model: of the systems that recognise it, the preset that it fits."""
     refusal = None
     for name in list_models():
-        if not is_name(name) or architecture_of(name) is None or system_type(preset_of(name)["system"]).published is None:
+        if name.endswith("_tiny") or not system_type(preset_of(name)["system"]).may_have_published(state):
             continue
         model = build(name, options)
         if model.published is None or not model.published.recognises(state):

@@ -22,6 +22,8 @@ class Published:
         mark: the beginning of a name that only this system's files hold.
         optional: beginnings of their names that a file may lack: parts that only training needs.
         tables: of their names, fixed tensors that are computed here: left out on reading, made again on writing.
+        surplus: beginnings of their names that a file may hold beside what the model has: left out.
+        reshape, restore: their tensors to those that our names stand for one by one, and back: packed, transposed, of another rank.
     """
 
     to_ours: Callable[[str], str]
@@ -29,6 +31,9 @@ class Published:
     mark: str
     optional: tuple[str, ...] = ()
     tables: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    surplus: tuple[str, ...] = ()
+    reshape: Callable[[State], State] = dict
+    restore: Callable[[State], State] = dict
 
     def recognises(self, state: State) -> bool:
         return any(name.startswith(self.mark) for name in state)
@@ -40,7 +45,9 @@ class Published:
             CheckpointError: for any other missing tensor, an unexpected one, or one of another shape; naming them.
         """
         own = model.state_dict()
-        given = {self.to_ours(name): tensor for name, tensor in state.items() if name not in self.tables}
+        given = {self.to_ours(name): tensor for name, tensor in self.reshape(state).items() if name not in self.tables}
+        given = {name: tensor for name, tensor in given.items()
+                 if name in own or not self.surplus or not self.to_theirs(name).startswith(self.surplus)}
         lacking = [name for name in own if name not in given]
         allowed = [name for name in lacking if self.to_theirs(name).startswith(self.optional)]
         missing = [self.to_theirs(name) for name in lacking if name not in allowed]
@@ -57,4 +64,4 @@ class Published:
     def state(self, model: nn.Module) -> State:
         """The model's tensors under their names."""
         found = {self.to_theirs(name): tensor for name, tensor in model.state_dict().items()}
-        return {**found, **{name: make() for name, make in self.tables.items()}}
+        return {**self.restore(found), **{name: make() for name, make in self.tables.items()}}

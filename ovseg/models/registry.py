@@ -55,6 +55,12 @@ def system_type(system: str) -> type[OVSegModel]:
     return importlib.import_module(f".{system}", __package__).System
 
 
+def system_of_folder(model_type: str | None) -> type[OVSegModel] | None:
+    """The system whose models transformers calls so; None for CLIPs and what is not known."""
+    kinds = map(system_type, systems()) if model_type else ()
+    return next((kind for kind in kinds if model_type in kind.model_types), None)
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names that match ``pattern`` (``*clip*``), sorted; open_clip's architectures are names too, see ``list_pretrained``."""
     return sorted(name for name in {*presets(), *_BUILDERS} if fnmatch.fnmatch(name, pattern))

@@ -23,12 +23,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 
 def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:
-    """Write ``config.json`` and ``model.safetensors``. ``facts`` (metrics, seed, ...) go into the config as they are."""
+    """Write ``config.json`` and ``model.safetensors``. ``facts`` (metrics, seed, ...) go into the config as they are.
+
+    A CLIP that a model keeps by its name is not among the tensors; its hash is written, so that another one is noticed.
+    """
     folder = folder_for(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
-    options = {key: value for key, value in model.config.items() if key != "clip"}  # the weights are all in the file
+    # The weights are all in the file.
+    options = {key: value for key, value in model.config.items() if key not in model.starting_options}
     if isinstance(options.get("backbone"), dict):
-        options["backbone"] = {key: value for key, value in options["backbone"].items() if key != "clip"}
+        options["backbone"] = {key: value for key, value in options["backbone"].items() if key not in model.starting_options}
+    source = model.named_clip
+    if source is not None:
+        options["clip"] = str(Path(source).resolve()) if Path(source).exists() else source
+        facts = {"clip_hash": model.clip_hash(), **facts}
     options |= model.backbone.lasting_options()
     if isinstance(options.get("architecture"), dict):
         options["architecture"] = _with_tokenizer(options["architecture"], folder)

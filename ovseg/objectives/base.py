@@ -9,7 +9,9 @@ FSDP2 take, is then exactly the gradient of one process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,9 +52,22 @@ class Progress:
     @torch.compiler.disable
     def rng(self, device: torch.device | str, use: str) -> torch.Tensor:
         """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``; the same when a step is done again."""
+        return philox.make_rng(self._number(use), device=device)
+
+    @contextlib.contextmanager
+    def seeded(self, device: torch.device, use: str, on: bool = True) -> Iterator[None]:
+        """What torch itself draws inside, such as dropout, depends on the same; its generators are as before afterwards."""
+        if not on:
+            yield
+            return
+        devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._number(use))
+            yield
+
+    def _number(self, use: str) -> int:
         key = f"{self.seed} {self.step} {self.rank} {self.chunk} {use}".encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
-        return philox.make_rng(seed, device=device)
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
 
 
 class Objective(nn.Module):
@@ -88,6 +103,9 @@ class Objective(nn.Module):
     def loss(self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
         """From the rows of the whole batch to the losses."""
         raise NotImplementedError
+
+    def check_source(self, source: Any) -> None:
+        """Raises ConfigError for a source of data (``data/sources``) whose batches would mean something else than what is trained."""
 
     def after_step(self, progress: Progress) -> None:
         """Called after every step of the optimizer."""

@@ -55,7 +55,16 @@ def mean_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch
     """Mean of one number a picture [B] over the pictures of all ranks, with the ranks' convention of gradients."""
     if group is None:
         return values.mean()
-    whole = torch.stack([values.detach().sum(), values.new_full((), len(values))])
+    count = values.new_full((), len(values))
+    dist.all_reduce(count, group=group)
+    return sum_of_rows(values, group) / count
+
+
+def sum_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Their sum, likewise."""
+    if group is None:
+        return values.sum()
+    whole = values.detach().sum()
     dist.all_reduce(whole, group=group)
-    share = dist.get_world_size(group) * values.sum() / whole[1]
-    return share + (whole[0] / whole[1] - share).detach()
+    share = dist.get_world_size(group) * values.sum()
+    return share + (whole - share).detach()

@@ -55,14 +55,14 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
             raise ConfigError(f"{where}; expected a folder, a file or a name of weights")
         own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
         if not own:
-            parts = [name for name, _ in model.named_children()]
+            parts = [name for name, _ in model.named_children() if any(key.startswith(f"{name}.") for key in model.state_dict())]
             raise ConfigError(f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of {parts}")
         if source == PREVIOUS:
             if previous is None:
                 raise ConfigError(f"{where} and no stage comes before; expected a folder of a run")
             weights = {name: x.detach().cpu() for name, x in previous.state_dict().items()}
         else:
-            weights = _weights(str(run / BEST if source == BEST else source), where)
+            weights = _weights(str(run / BEST if source == BEST else source), where, own)
         taken = {name: x for name, x in weights.items() if name.startswith(prefix)}
         try:
             check_fit(str(source), taken, own)
@@ -104,6 +104,7 @@ def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, 
     if not issubclass(source.batch_type, objective.batch_type):
         raise ConfigError(f"data.kind is {options.kind!r}, which gives {source.batch_type.__name__}; the objective "
                           f"{type(objective).__name__} expects {objective.batch_type.__name__}")
+    objective.check_source(source)
     return Loader(source, train.batch_size, seed=train.seed, rank=distributed.rank(), ranks=distributed.world_size(), epochs=train.epochs,
                   drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda")
 
@@ -210,12 +211,12 @@ def _saved_recipe(path: Path) -> Any:
     return found
 
 
-def _weights(name: str, where: str) -> dict[str, torch.Tensor]:
+def _weights(name: str, where: str, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     path = Path(name)
     try:
         for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
             found = load_tensors(file) if file.is_file() and file.suffix == ".safetensors" else {}
-            if any(key.startswith("backbone.") for key in found):
+            if any(key.startswith("backbone.") or key in own for key in found):
                 return found
         return from_pretrained(name).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's
     except CheckpointError as error:

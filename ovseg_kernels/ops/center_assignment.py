@@ -23,22 +23,22 @@ Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and
 Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values forward, two backward and one
   write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L], no one-hot.
 Masks    a masked token has weight 0 everywhere and gradient 0, whatever it holds.
-Errors   ValueError for ranks, sizes, devices, a tau or scale that is not positive or finite, noise together with rng;
-  TypeError for dtypes. NaN in a token makes its scores NaN: it goes to some center and makes that pooled value NaN.
+Errors   ValueError for ranks, sizes, devices, a scale that is not finite, a tau below 1e-15, noise together with rng; TypeError for
+  dtypes and layouts. NaN and infinity: where the softmax (2) of a token is NaN, so is its weight (3) for all centers, and pooled and
+  counts of its image. A value that is not finite leaves its channel no number in any center: 0 infinity is none.
 Source   Xu et al., GroupViT, CVPR 2022 (mean_plus_one); Luo et al., SegCLIP, ICML 2023 (mean); straight-through: Jang et al.,
   Categorical Reparameterization with Gumbel-Softmax, ICLR 2017. Closed form of the gradient: ours, checked by gradcheck.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from .. import _backends, _check, philox
+from .. import _backends, _check, _transforms
 from .. import _library as lib
 from ..reference import center_assignment as reference
 from ..reference.patch_text_similarity import accumulation_dtype
+from ..results import CenterAssignment
 
 _NORMALIZER = {"mean": 0, "mean_plus_one": 1, "sum": 2}
 
@@ -74,7 +74,7 @@ def center_assignment(
     center_bias: torch.Tensor | None = None,
     key_scale: torch.Tensor | None = None,
     return_soft: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> CenterAssignment:
     """Assign tokens to centers and pool them, equations (1)-(5) of this file.
 
     Args:
@@ -90,16 +90,16 @@ def center_assignment(
         return_soft: also return the softmax without noise, with its gradient.
 
     Returns:
-        (pooled [B, G, E], index [B, L], soft [B, G, L] or None).
+        CenterAssignment: pooled [B, G, E], index [B, L], soft [B, G, L] or None.
 
     Example:
-        >>> pooled, index, _ = center_assignment(torch.randn(2, 8, 16), torch.randn(2, 49, 16), torch.randn(2, 49, 32))
-        >>> pooled.shape, index.shape
+        >>> found = center_assignment(torch.randn(2, 8, 16), torch.randn(2, 49, 16), torch.randn(2, 49, 32))
+        >>> found.pooled.shape, found.index.shape
         (torch.Size([2, 8, 32]), torch.Size([2, 49]))
     """
     options = (scale, tau, rng, noise, hard, normalizer, mask, center_bias, key_scale, return_soft)
     pooled, index, _, soft = assign(queries, keys, values, *options)
-    return pooled.to(values.dtype), index, soft
+    return CenterAssignment(pooled.to(values.dtype), index, soft)
 
 
 def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask, center_bias, key_scale, return_soft):
@@ -114,7 +114,7 @@ def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask
     _check.shape("values", values, (B, L, values.shape[2]), "the B and L of keys")
     for name, x in (("keys", keys), ("values", values)):
         _check.same(name, x, "queries", queries, dtype=False)
-    check_options(queries, keys, scale, tau, rng, noise, normalizer, mask)
+    rng = check_options(queries, keys, scale, tau, rng, noise, hard, normalizer, mask, return_soft)
     common = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), values.dtype)
     queries, keys, values = (x.to(common) for x in (queries, keys, values))
     acc = accumulation_dtype(queries)
@@ -126,7 +126,7 @@ def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask
             _check.same(name, x, "keys", keys, dtype=False)
     center_bias, key_scale = (None if x is None else x.to(acc).contiguous() for x in (center_bias, key_scale))
     if _backends.use_definition("center_assignment", queries.device):
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(lib.autocast_type(queries.device), enabled=False):
             noise = reference.gumbel(queries, keys, noise, rng)
             pooled, index, count, soft = reference.center_assignment(
                 queries, keys, values, scale, tau, noise, hard, normalizer, mask, center_bias, key_scale
@@ -139,8 +139,8 @@ def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask
     return pooled, index, count, soft if return_soft else None
 
 
-def check_options(queries, keys, scale, tau, rng, noise, normalizer, mask):
-    """What the operators of this family check beyond their features."""
+def check_options(queries, keys, scale, tau, rng, noise, hard, normalizer, mask, return_soft):
+    """What the operators of this family check beyond their features; returns rng as kernels read it."""
     (B, G, D), L = queries.shape, keys.shape[1]
     if G == 0 or D == 0:
         raise ValueError(f"queries has shape {list(queries.shape)}; expected at least one center and one channel")
@@ -154,16 +154,13 @@ def check_options(queries, keys, scale, tau, rng, noise, normalizer, mask):
         _check.tensor("noise", noise, 3, "[B, G, L]")
         _check.shape("noise", noise, (B, G, L), "one number for each center and token")
         _check.same("noise", noise, "keys", keys, dtype=False)
-    if rng is not None:
-        philox.check(rng)
-        _check.same("rng", rng, "keys", keys, dtype=False)
-    for name, number, positive in (("scale", scale, False), ("tau", tau, True)):
-        if not isinstance(number, (int, float)):
-            raise TypeError(f"{name} is a {type(number).__name__}; expected a number")
-        # Not math.isfinite: torch.compile takes it for an operation of the graph. A NaN compares false.
-        if not abs(number) < math.inf or (positive and number <= 0):
-            raise ValueError(f"{name} is {number}; expected a {'positive ' if positive else ''}finite number")
+    dtype = accumulation_dtype(queries if queries.dtype.itemsize > keys.dtype.itemsize else keys)
+    _check.number("scale", scale, dtype=dtype)
+    _check.divisor("tau", tau, dtype)
     _check.one_of("normalizer", normalizer, reference.NORMALIZERS)
+    _check.flag("hard", hard)
+    _check.flag("return_soft", return_soft)
+    return None if rng is None else _check.rng(rng, "keys", keys)
 
 
 @lib.fake("center_assignment")
@@ -209,7 +206,10 @@ def _backward(ctx, grad, _index, grad_count, grad_soft):
     return *(x if need else None for x, need in zip(found, needs, strict=False)), *(None,) * 8
 
 
-lib.autograd("center_assignment", _backward, _setup)
-lib.no_second_derivative("center_assignment_backward")
+_transforms.autograd("center_assignment", _backward, _setup)
+_transforms.no_second_derivative("center_assignment_backward")
+# Philox numbers are those of an image's place in the batch: with rng, images that were put together would draw others.
+_transforms.vmap("center_assignment", images=(0, 1, 2, 3, 4, 5, 6), unless=lambda args: args[7] is not None)
+_transforms.vmap("center_assignment_backward", images=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13), unless=lambda args: args[10] is not None)
 lib.autocast("center_assignment", features=())  # nothing is lowered, not even inside the closed form
 lib.autocast("center_assignment_backward", features=())

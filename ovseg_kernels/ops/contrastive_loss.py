@@ -29,10 +29,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
-from .. import _backends, _check, _distributed
+from .. import _backends, _check, _distributed, _transforms
 from .. import _library as lib
+from .._unit import unit
 from ..reference import contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 
@@ -66,7 +66,8 @@ def contrastive_loss(
     Args:
         image: [B, D]. text: [T, D].
         logit_scale: multiplies the similarities; number or tensor of one element, which gets a gradient.
-        image_ids, text_ids: [B] and [T] int64; equal ids are positives. Neither: B = T and the diagonal.
+        image_ids, text_ids: [B] and [T] int64; equal ids are positives. Neither: B = T and the diagonal. Ids that match nowhere leave
+            ``softmax`` without a positive: 0, with a gradient of 0. Telling would wait for a GPU; ``sigmoid`` has its negatives.
         group: the process group whose ranks hold the rest of the batch; None for one process.
         normalize: False if the features have unit length already.
         kind: ``softmax`` (CLIP) or ``sigmoid`` (SigLIP).
@@ -86,6 +87,8 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
     _check.shape("text", text, (text.shape[0], image.shape[1]), "the D of image")
     _check.same("text", text, "image", image, dtype=False)
     _check.one_of("kind", kind, KINDS)
+    _check.flag("normalize", normalize)
+    _check.group(group)
     low = image.dtype.itemsize == 2 or text.dtype.itemsize == 2
     dtype = accumulation_dtype(torch.empty((), dtype=torch.promote_types(image.dtype, text.dtype)))
     image, text = image.to(dtype), text.to(dtype)
@@ -108,11 +111,11 @@ def compute(image, text, logit_scale, image_ids, text_ids, group, normalize, kin
             f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; without ids expected as many texts as "
             "images: pass image_ids and text_ids"
         )
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(image.device), enabled=False):
         if group is None and _backends.use_definition("contrastive_loss", image.device):
             return reference.contrastive_loss(image, text, scale, bias, image_ids, text_ids, normalize, kind)
         if normalize:
-            image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+            image, text = unit(image), unit(text)
         offset, total = sum(b for b, _ in sizes[:rank]), sum(b for b, _ in sizes)
         if group is not None:
             texts = [t for _, t in sizes]
@@ -192,6 +195,8 @@ def _backward(ctx, grad):
     return *(x if need else None for x, need in zip(found, (*needs, True, True), strict=True)), *(None,) * 9
 
 
-lib.autograd("contrastive_loss", _backward, _setup)
-lib.no_second_derivative("contrastive_loss_backward")
-lib.no_second_derivative("contrastive_stats")
+_transforms.autograd("contrastive_loss", _backward, _setup)
+_transforms.no_second_derivative("contrastive_loss_backward")
+_transforms.no_second_derivative("contrastive_stats")
+for _name in ("contrastive_stats", "contrastive_loss", "contrastive_loss_backward"):
+    _transforms.vmap(_name)

@@ -24,21 +24,22 @@ Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; 
 Noise    pixel x of text j takes Philox number j B N + x (ovseg_kernels/philox.py).
 Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2 T (k_pos + k_neg) numbers, and
   T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton).
-Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1, one id vector without the other, B != T without ids, a noisy
-  sampling without rng or rng without one; TypeError for dtypes. A NaN similarity is chosen before all others (not by semi and random):
-  the loss is NaN.
+Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1 (more than B N is B N), temperatures below 1e-15, one id vector
+  without the other, B != T without ids, a noisy sampling without rng or rng without one; TypeError for dtypes and layouts. A NaN
+  similarity is chosen before all others (not by semi and random): the loss is NaN.
 Source   MGCA-style: the losses of Liu et al., Multi-Grained Cross-modal Alignment, 2024, are not public; this form is ours.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
-from .. import _backends, _check, philox
+from .. import _backends, _check, _transforms
 from .. import _library as lib
+from .._unit import unit as unit_of
 from ..reference import dense_contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
+from ..results import SelectedPixels
 from .contrastive_loss import one_sided
 
 SAMPLINGS = reference.SAMPLINGS
@@ -86,10 +87,11 @@ def dense_contrastive_loss(
     Args:
         pixels: [B, N, D]. texts: [T, D]. Both are normalised here.
         temperature: T of the logits; number or tensor of one element, which gets a gradient.
-        k_pos, k_neg: how many pixels a text selects; fewer where there are fewer.
+        k_pos, k_neg: how many pixels a text selects; fewer where there are fewer, and never more than B N.
         sampling: of negatives: ``topk``, ``semi``, ``gumbel`` or ``random``. With ``skip`` > 0, ``topk`` is the window of ranks
             skip .. skip + k_neg.
-        image_ids, text_ids: [B] and [T] int64: equal ids belong together. Neither: B = T and text j belongs to image j.
+        image_ids, text_ids: [B] and [T] int64: equal ids belong together. Neither: B = T and text j belongs to image j. Ids that match
+            nowhere leave no text with a pixel: 0, with a gradient of 0. Telling would wait for a GPU.
         rng: int64 [seed, offset], for ``gumbel`` and ``random``.
         reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` lets one easy positive satisfy the text.
         terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
@@ -110,13 +112,13 @@ def dense_contrastive_loss(
     _check.one_of("reduction", reduction, REDUCTIONS)
     _check.one_of("terms", terms, TERMS)
     acc = accumulation_dtype(pixels)
-    temperature = _check.scalar("temperature", temperature, pixels, acc, positive=True)
-    with torch.autocast(pixels.device.type, enabled=False):
+    temperature = _check.scalar("temperature", temperature, pixels, acc, least=1e-15)
+    with torch.autocast(lib.autocast_type(pixels.device), enabled=False):
         if _backends.use_definition("dense_contrastive_loss", pixels.device):
             ids = (image_ids, text_ids, positive, negative)
             return reference.dense_contrastive_loss(pixels, texts, temperature, *ids, reduction, terms)
-        q = F.normalize(texts.to(acc), dim=-1)
-        rows = 0 if terms == "text_to_pixel" else k_pos
+        q = unit_of(texts.to(acc))
+        rows = 0 if terms == "text_to_pixel" else positive.shape[1]
         similarity, unit = torch.ops.ovseg.dense_contrastive_gather(pixels, q, torch.cat([positive, negative], 1), rows)
         there = positive >= 0
         count = there.sum(1)
@@ -165,10 +167,10 @@ def select_pixels(
     skip: int = 0,
     margin: float = 0.1,
     sampling_temperature: float = 0.07,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The selections (2) and (3) alone: (positive [T, k_pos], negative [T, k_neg]) int64, flat indices image N + pixel, best first.
+) -> SelectedPixels:
+    """The selections (2) and (3) alone: positive [T, k_pos] and negative [T, k_neg] int64, flat indices image N + pixel, best first.
 
-    Arguments as in ``dense_contrastive_loss``. -1 stands where there are fewer.
+    Arguments as in ``dense_contrastive_loss``. -1 stands where there are fewer; k_pos and k_neg above B N count as B N.
     """
     _check.tensor("pixels", pixels, 3, "[B, N, D]")
     _check.tensor("texts", texts, 2, "[T, D]")
@@ -176,12 +178,9 @@ def select_pixels(
     _check.same("texts", texts, "pixels", pixels, dtype=False)
     _check.one_of("sampling", sampling, SAMPLINGS)
     for name, value, least in (("k_pos", k_pos, 1), ("k_neg", k_neg, 1), ("skip", skip, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}")
-    for name, number in (("sampling_temperature", sampling_temperature), ("margin", margin)):
-        _check.no_tensor(name, number)
-        if not 0 < number < float("inf"):
-            raise ValueError(f"{name} is {number}; expected a positive finite number")
+        _check.integer(name, value, least)
+    _check.number("margin", margin, "a positive finite number", least=5e-324)
+    _check.divisor("sampling_temperature", sampling_temperature)
     _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
     if image_ids is None and pixels.shape[0] != texts.shape[0]:
         raise ValueError(
@@ -193,14 +192,16 @@ def select_pixels(
         came = "missing" if noisy else "given"
         raise ValueError(f"sampling is {sampling!r} and rng is {came}; expected rng with gumbel and random alone")
     if rng is not None:
-        philox.check(rng)
-        _check.same("rng", rng, "pixels", pixels, dtype=False)
+        rng = _check.rng(rng, "pixels", pixels)
+    there = pixels.shape[0] * pixels.shape[1]
+    # More than there are would be memory for nothing, and a sum of two such numbers no number.
+    k_pos, k_neg, skip = min(k_pos, max(1, there)), min(k_neg, max(1, there)), min(skip, there)
     options = (k_pos, k_neg, skip, SAMPLINGS.index(sampling), float(sampling_temperature), float(margin))
-    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        unit = F.normalize(texts.to(accumulation_dtype(pixels)), dim=-1)
+    with torch.no_grad(), torch.autocast(lib.autocast_type(pixels.device), enabled=False):
+        unit = unit_of(texts.to(accumulation_dtype(pixels)))
         if _backends.use_definition("dense_contrastive_loss", pixels.device):
-            return reference.select(pixels, unit, image_ids, text_ids, rng, *options)
-        return torch.ops.ovseg.dense_contrastive_select(pixels.detach(), unit, image_ids, text_ids, rng, *options)
+            return SelectedPixels(*reference.select(pixels, unit, image_ids, text_ids, rng, *options))
+        return SelectedPixels(*torch.ops.ovseg.dense_contrastive_select(pixels.detach(), unit, image_ids, text_ids, rng, *options))
 
 
 @lib.fake("dense_contrastive_select")
@@ -235,6 +236,8 @@ def _backward(ctx, grad_similarity, grad_unit):
     return *(x if need else None for x, need in zip(found, needs, strict=True)), None, None
 
 
-lib.autograd("dense_contrastive_gather", _backward, _setup)
-lib.no_second_derivative("dense_contrastive_gather_backward")
-lib.no_second_derivative("dense_contrastive_select")
+_transforms.autograd("dense_contrastive_gather", _backward, _setup)
+_transforms.no_second_derivative("dense_contrastive_gather_backward")
+_transforms.no_second_derivative("dense_contrastive_select")
+for _name in ("dense_contrastive_select", "dense_contrastive_gather", "dense_contrastive_gather_backward"):
+    _transforms.vmap(_name)

@@ -22,9 +22,11 @@ from __future__ import annotations
 import torch
 
 from .. import _backends, _check
+from .. import _library as lib
 from ..reference import folded_center_assignment as reference
 from ..reference.center_assignment import divisor, gumbel
 from ..reference.patch_text_similarity import accumulation_dtype
+from ..results import CenterAssignment
 from .center_assignment import assign, check_options
 
 
@@ -44,7 +46,7 @@ def folded_center_assignment(
     normalizer: str = "mean_plus_one",
     mask: torch.Tensor | None = None,
     return_soft: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> CenterAssignment:
     """``center_assignment(queries, Linear_k(tokens), Linear_v(tokens), ...)``, equations (1) and (2) of this file.
 
     Args:
@@ -54,7 +56,7 @@ def folded_center_assignment(
         scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``.
 
     Returns:
-        (pooled [B, G, E], index [B, L], soft [B, G, L] or None).
+        CenterAssignment: pooled [B, G, E], index [B, L], soft [B, G, L] or None.
     """
     _check.tensor("queries", queries, 3, "[B, G, D]")
     _check.tensor("tokens", tokens, 3, "[B, L, C]")
@@ -69,13 +71,13 @@ def folded_center_assignment(
             _check.tensor(f"{name}_bias", bias, 1, "[out features]")
             _check.shape(f"{name}_bias", bias, (weight.shape[0],), f"one number for each row of {name}_weight")
             _check.same(f"{name}_bias", bias, "tokens", tokens, dtype=False)
-    check_options(queries, tokens, scale, tau, rng, noise, normalizer, mask)
+    rng = check_options(queries, tokens, scale, tau, rng, noise, hard, normalizer, mask, return_soft)
     options = {"scale": scale, "tau": tau, "hard": hard, "normalizer": normalizer, "mask": mask}
-    with torch.autocast(tokens.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(tokens.device), enabled=False):
         if _backends.use_definition("folded_center_assignment", tokens.device):
             weights, options["noise"] = (key_weight, value_weight, key_bias, value_bias), gumbel(queries, tokens, noise, rng)
             pooled, index, soft = reference.folded_center_assignment(queries, tokens, *weights, **options)
-            return pooled.to(tokens.dtype), index, soft if return_soft else None
+            return CenterAssignment(pooled.to(tokens.dtype), index, soft if return_soft else None)
         acc = accumulation_dtype(tokens)
         q = queries.to(acc)
         center_bias = None if key_bias is None else scale * (q @ key_bias.to(acc))
@@ -86,4 +88,4 @@ def folded_center_assignment(
         pooled = pooled @ value_weight.to(acc).T
         if value_bias is not None:
             pooled = pooled + (count / divisor(count, normalizer))[..., None] * value_bias.to(acc)
-    return pooled.to(tokens.dtype), index, soft
+    return CenterAssignment(pooled.to(tokens.dtype), index, soft)

@@ -23,18 +23,19 @@ Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to
 Precision  raw operands enter the products, sums are float32 and scaled by the norms. float32 products are exact unless
   torch.backends.cuda.matmul.allow_tf32; that is read when the forward runs, and CUDA only.
 Masks    a masked patch has weight 0 and gradient 0, whatever it holds. A fully masked image has phi = 0, gradient 0.
-Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature that is not positive and finite (looked at
-  on the CPU only: reading it from a GPU would stall); TypeError for dtypes. NaN in the features gives NaN.
+Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature below 1e-6 or not finite (looked at on the CPU
+  only: reading it from a GPU would stall); TypeError for dtypes and layouts. NaN in the features gives NaN. Lengths whose squares
+  overflow are found in another way; a patch and a text whose product overflows give NaN on a GPU.
 Source   Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
-from .. import _backends, _check
+from .. import _backends, _check, _transforms
 from .. import _library as lib
+from .._unit import unit
 from ..reference import patch_text_similarity as reference
 
 _POOL = {"vector": 0, "score": 1, "max": 2}
@@ -72,7 +73,7 @@ def patch_text_similarity(
         patches: [B, N, D], not normalised; in ``vector`` their lengths count.
         texts: [T, D].
         patch_mask: [B, N] bool, True = keep.
-        temperature: divides the cosines in the softmax; number or tensor of one element, which gets a gradient.
+        temperature: divides the cosines in the softmax, 1e-6 at least; number or tensor of one element, which gets a gradient.
         pool: ``vector`` (PACL), ``score``, ``max`` or ``mean``. The last two use no weights.
         weight: ``softmax`` or ``sigmoid``.
         weight_scale, weight_bias: of the sigmoid; numbers or tensors of one element, which get gradients.
@@ -91,7 +92,7 @@ def patch_text_similarity(
         raise ValueError(f"patches has shape {list(patches.shape)}; expected at least one patch and one channel")
     if texts.shape[1] != patches.shape[2]:
         raise ValueError(f"texts has last dimension {texts.shape[1]} and patches has {patches.shape[2]}; expected one D")
-    _check.same("texts", texts, "patches", patches, dtype=not torch.is_autocast_enabled(patches.device.type))
+    _check.same("texts", texts, "patches", patches, dtype=not torch.is_autocast_enabled(lib.autocast_type(patches.device)))
     if patch_mask is not None:
         _check.tensor("patch_mask", patch_mask, 2, "[B, N]", (torch.bool,))
         _check.shape("patch_mask", patch_mask, tuple(patches.shape[:2]), "the [B, N] of patches")
@@ -100,7 +101,8 @@ def patch_text_similarity(
     _check.one_of("weight", weight, reference.WEIGHTS)
     dtype = reference.accumulation_dtype(patches)
     if weight == "softmax":
-        scale = 1.0 / _check.scalar("temperature", temperature, patches, dtype, positive=True)
+        # Below this temperature the rounding of a cosine in float32 is a tenth of the exponent, and more.
+        scale = 1.0 / _check.scalar("temperature", temperature, patches, dtype, least=1e-6)
         bias = torch.zeros((), dtype=dtype, device=patches.device)
     else:
         if not isinstance(temperature, (int, float)) or temperature != 1.0:
@@ -118,12 +120,12 @@ def patch_text_similarity(
 def _mean(patches, texts, mask):
     """(3) with equal weights is linear: the mean of the unit patches does, in one matrix product."""
     if mask is None:
-        pooled = F.normalize(patches, dim=-1, eps=reference.EPS).mean(1)
+        pooled = unit(patches).mean(1)
     else:
-        unit = F.normalize(patches.masked_fill(~mask[..., None], 0), dim=-1, eps=reference.EPS)
-        pooled = unit.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    with torch.autocast(patches.device.type, enabled=False):
-        return pooled @ F.normalize(texts, dim=-1, eps=reference.EPS).T
+        pooled = unit(patches.masked_fill(~mask[..., None], 0)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    with torch.autocast(lib.autocast_type(patches.device), enabled=False):
+        found = pooled @ unit(texts).T
+    return found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)  # be a text NaN
 
 
 @lib.fake("patch_text_similarity")
@@ -165,6 +167,8 @@ def _backward(ctx, grad, *_):
     )
 
 
-lib.autograd("patch_text_similarity", _backward, _setup)
-lib.no_second_derivative("patch_text_similarity_backward")
+_transforms.autograd("patch_text_similarity", _backward, _setup)
+_transforms.no_second_derivative("patch_text_similarity_backward")
+_transforms.vmap("patch_text_similarity", images=(0, 2))
+_transforms.vmap("patch_text_similarity_backward")  # gradients of texts and scale are sums over the images
 lib.autocast("patch_text_similarity", features=(0, 1))

@@ -27,12 +27,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .. import _backends, _check
+from .. import _backends, _check, _transforms
 from .. import _library as lib
 from ..reference import segclip_center_assignment as reference
 from ..reference.center_assignment import gumbel
 from ..reference.patch_text_similarity import accumulation_dtype
 from ..reference.segclip_center_assignment import grouped_linear
+from ..results import CenterAssignment
 from .center_assignment import assign, check_options
 
 lib.define("segclip_center_assignment", "grouped_inverse_std(Tensor tokens, Tensor weight, float eps) -> Tensor")
@@ -62,7 +63,7 @@ def segclip_center_assignment(
     normalizer: str = "mean",
     mask: torch.Tensor | None = None,
     return_soft: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> CenterAssignment:
     """Equations (1)-(3) of this file and ``center_assignment`` of what they give.
 
     Args:
@@ -74,16 +75,14 @@ def segclip_center_assignment(
         scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``. SegCLIP trains with tau 0.9.
 
     Returns:
-        (pooled [B, G, D], index [B, L], soft [B, G, L] or None).
+        CenterAssignment: pooled [B, G, D], index [B, L], soft [B, G, L] or None.
     """
     _check.tensor("queries", queries, 3, "[B, G, D]")
     _check.tensor("tokens", tokens, 3, "[B, L, D]")
     D = tokens.shape[2]
     _check.shape("queries", queries, (tokens.shape[0], queries.shape[1], D), "the B and D of tokens")
     _check.same("queries", queries, "tokens", tokens, dtype=False)
-    _check.no_tensor("eps", eps)
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; expected a positive number")
+    _check.number("eps", eps, "a positive number", least=5e-324, dtype=accumulation_dtype(tokens))
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
         _check.tensor(name, weight, 2, "[D, D / groups]")
         if weight.shape[0] != D or weight.shape[1] == 0 or D % weight.shape[1]:
@@ -94,15 +93,15 @@ def segclip_center_assignment(
         _check.tensor(name, x, 1, "[D]")
         _check.shape(name, x, (D,), "one number for each channel of tokens")
         _check.same(name, x, "tokens", tokens, dtype=False)
-    check_options(queries, tokens, scale, tau, rng, noise, normalizer, mask)
+    rng = check_options(queries, tokens, scale, tau, rng, noise, hard, normalizer, mask, return_soft)
     options = {"scale": scale, "tau": tau, "hard": hard, "normalizer": normalizer, "mask": mask}
-    with torch.autocast(tokens.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(tokens.device), enabled=False):
         if _backends.use_definition("segclip_center_assignment", tokens.device):
             options["noise"] = gumbel(queries, tokens, noise, rng)
             pooled, index, soft = reference.segclip_center_assignment(
                 queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias, eps, **options
             )
-            return pooled.to(tokens.dtype), index, soft if return_soft else None
+            return CenterAssignment(pooled.to(tokens.dtype), index, soft if return_soft else None)
         acc, dtype = accumulation_dtype(tokens), tokens.dtype
         key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
         if mask is not None:
@@ -117,7 +116,7 @@ def segclip_center_assignment(
             folded.to(dtype), normed, normed, rng=rng, noise=noise, center_bias=scale * (q @ key_norm_bias.to(acc)),
             key_scale=torch.ops.ovseg.grouped_inverse_std(normed, key_weight, eps), return_soft=return_soft, **options,
         )  # fmt: skip
-        return grouped_linear(pooled, value_weight.to(acc)).to(dtype), index, soft
+        return CenterAssignment(grouped_linear(pooled, value_weight.to(acc)).to(dtype), index, soft)
 
 
 def _chunks(tokens):
@@ -138,7 +137,9 @@ def _inverse_std(tokens, weight, eps):
     found = tokens.new_empty(tokens.shape[:2], dtype=accumulation_dtype(tokens))
     for part in _chunks(tokens):
         y, _ = _centered(tokens[part], weight, found.dtype)
-        found[part] = (y.square_().sum(-1).sum(0) / weight.shape[0] + eps).rsqrt().view_as(found[part])
+        variance = y.square_().sum(-1).sum(0) / weight.shape[0]
+        # 0 times an infinite variance: NaN, as the norm has it, where its inverse would pass for 0.
+        found[part] = (variance + eps).rsqrt_().add_(variance, alpha=0).view_as(found[part])
     return found
 
 
@@ -178,5 +179,7 @@ def _backward(ctx, grad):
     return *torch.ops.ovseg.grouped_inverse_std_backward(grad, *ctx.saved_tensors), None
 
 
-lib.autograd("grouped_inverse_std", _backward, _setup)
-lib.no_second_derivative("grouped_inverse_std_backward")
+_transforms.autograd("grouped_inverse_std", _backward, _setup)
+_transforms.no_second_derivative("grouped_inverse_std_backward")
+_transforms.vmap("grouped_inverse_std", images=(0,))
+_transforms.vmap("grouped_inverse_std_backward")

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .. import _backends, _check, _distributed
+from .. import _backends, _check, _distributed, _transforms
 from .. import _library as lib
 from ..reference import similarity_contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
@@ -64,7 +64,8 @@ def similarity_contrastive_loss(
     Args:
         similarity: [B, T].
         logit_scale: multiplies it; number or tensor of one element, which gets a gradient.
-        image_ids, text_ids: [B] and [T] int64; equal ids are positives. Neither: B = T and the diagonal.
+        image_ids, text_ids: [B] and [T] int64; equal ids are positives. Neither: B = T and the diagonal. Ids that match nowhere leave
+            no positive: 0, with a gradient of 0. Telling would wait for a GPU.
         pair_mask: [B, T] bool; False leaves a pair out, as one does with negatives that are true by accident.
         group: the process group whose ranks hold the other images; None for one process.
 
@@ -72,6 +73,7 @@ def similarity_contrastive_loss(
         The loss, a scalar; with ``group`` that of the whole batch on every rank.
     """
     _check.tensor("similarity", similarity, 2, "[B, T]")
+    _check.group(group)
     dtype = accumulation_dtype(similarity)
     scale = _check.scalar("logit_scale", logit_scale, similarity, dtype)
     _check.pair_ids(image_ids, similarity.shape[0], text_ids, similarity.shape[1], "similarity", similarity)
@@ -135,6 +137,8 @@ def _backward(ctx, grad):
     return d_similarity, d_scale, *(None,) * 8
 
 
-lib.autograd("similarity_contrastive_loss", _backward, _setup)
-lib.no_second_derivative("similarity_contrastive_loss_backward")
-lib.no_second_derivative("similarity_contrastive_stats")
+_transforms.autograd("similarity_contrastive_loss", _backward, _setup)
+_transforms.no_second_derivative("similarity_contrastive_loss_backward")
+_transforms.no_second_derivative("similarity_contrastive_stats")
+for _name in ("similarity_contrastive_stats", "similarity_contrastive_loss", "similarity_contrastive_loss_backward"):
+    _transforms.vmap(_name)

@@ -18,8 +18,9 @@ Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or ui
 Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
   thread. Nothing of size C H W.
 Errors   ValueError for ranks, sizes, devices, NaN logits, labels or a background that the label type cannot hold; TypeError for dtypes.
-  Infinite logits are fine, unless one class has both signs around a pixel: a sample of weight zero does not count. On a GPU NaN
-  is found there and raised by a later call or by ``check_errors``; its pixels get the label of some class (docs/checks.md).
+  Infinite logits are fine, a sample of weight zero does not count; both signs in one class of an image, its bias included, are
+  refused as NaN is. On a GPU they are found there and raised by a later call or by ``check_errors``; their pixels get the label of
+  some class (docs/checks.md).
 Source   The pruning rule and its proof are ours.
 """
 
@@ -29,10 +30,11 @@ from typing import Literal, overload
 
 import torch
 
-from .. import _backends, _check, _checking
+from .. import _backends, _check, _checking, _transforms
 from .. import _library as lib
 from ..reference import upsample_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
+from ..results import LabelMaps
 from . import _labels
 
 LABEL_TYPES = reference.LABEL_TYPES
@@ -49,7 +51,7 @@ lib.fallback("upsample_argmax", reference.upsample_argmax)
 def upsample_argmax(
     logits: torch.Tensor, size: tuple[int, int], *, bias: torch.Tensor | None = ..., threshold: float | None = ..., background: int = ...,
     class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ..., return_value: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> LabelMaps: ...  # fmt: skip
 
 
 @overload
@@ -69,7 +71,7 @@ def upsample_argmax(
     class_labels: torch.Tensor | None = None,
     label_type: torch.dtype = torch.int64,
     return_value: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | LabelMaps:
     """Labels of ``logits`` upsampled to ``size``, equation (3) of this file.
 
     Args:
@@ -82,7 +84,7 @@ def upsample_argmax(
         return_value: also return the winning value.
 
     Returns:
-        labels [B, H, W], or (labels, value [B, H, W]).
+        labels [B, H, W], or LabelMaps: labels and value [B, H, W].
 
     Example:
         >>> upsample_argmax(torch.randn(1, 21, 14, 14), (224, 224)).shape
@@ -92,23 +94,34 @@ def upsample_argmax(
     if 0 in logits.shape[1:]:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
     _labels.label_rule("logits", logits, logits.shape[1], size, bias, threshold, background, class_labels, label_type)
-    if _checking.looks_at_values(logits):
-        if bool(logits.isnan().any()) or (bias is not None and bool(bias.isnan().any())):
-            raise ValueError("logits or bias holds NaN; expected numbers")
-    elif _checking.defers(logits) and logits.numel():
-        most = logits.detach().amax()  # NaN, if there is one
-        most = most if bias is None else torch.maximum(most, bias.detach().amax())
-        _checking.defer(most == most, _checking.DEFERRED[0])
+    _check.flag("return_value", return_value)
+    _transforms.no_derivative("upsample_argmax", logits, bias)
+    _numbers(logits, bias)
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)
     logits = logits.detach().to(dtype)
     options = (size[0], size[1], None if threshold is None else float(threshold), background, LABEL_TYPES.index(label_type), return_value)
-    with torch.autocast(logits.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(logits.device), enabled=False):
         if _backends.use_definition("upsample_argmax", logits.device):
             labels, value = reference.upsample_argmax(logits, bias, class_labels, *options)
         else:
             labels, value = torch.ops.ovseg.upsample_argmax(logits, bias, class_labels, *options)
-    return (labels, value) if return_value else labels
+    return LabelMaps(labels, value) if return_value else labels
+
+
+def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """No NaN, and none to come of infinities of both signs in one class of an image, be one of them its bias."""
+    if not logits.numel() or not (_checking.looks_at_values(logits) or _checking.defers(logits)):
+        return
+    least, most = (x if bias is None else x + bias.detach() for x in (logits.detach().amin((2, 3)), logits.detach().amax((2, 3))))
+    bad = (least + most).isnan()  # of every class
+    for each in _checking.deferred(bad):
+        _checking.defer(~each.any(), _checking.DEFERRED[0])
+    if any(bool(each.any()) for each in _checking.looked_at(bad)):
+        given = (x for name in (logits, bias) if name is not None for x in _checking.looked_at(name))
+        if any(bool(x.isnan().any()) for x in given):
+            raise ValueError("logits or bias holds NaN; expected numbers")
+        raise ValueError("logits and bias hold infinities of both signs in one class; expected one sign in a class of an image")
 
 
 @lib.fake("upsample_argmax")
@@ -118,4 +131,5 @@ def _(logits, bias, class_labels, height, width, threshold, background, label_ty
     return labels, logits.new_empty((B if want_value else 0, height, width))
 
 
-lib.no_second_derivative("upsample_argmax")
+_transforms.no_second_derivative("upsample_argmax")
+_transforms.vmap("upsample_argmax", images=(0,))

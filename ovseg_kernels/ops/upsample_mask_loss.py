@@ -18,21 +18,20 @@ Shapes   logits [B, C, h, w]; labels [B, H, W] of integers; focal and dice [B, C
 Dtypes   float16 and bfloat16 are computed in float32; focal and dice are float32, or float64 for float64.
 Cost     B C H W (one exp, one logarithm and about 40 flops) each way. Extra memory: labels as int32, sums, and rows for each thread
   (CPU) or block (CUDA); Triton's backward keeps [C, h, W] of a few images.
-Errors   ValueError for ranks, sizes, devices, alpha outside 0 .. 1, gamma negative or not finite; TypeError for dtypes. NaN logits give
-  NaN losses of their class.
+Errors   ValueError for ranks, sizes, devices, alpha outside 0 .. 1, gamma negative or not finite, an ignore_index beyond 64 bits;
+  TypeError for dtypes and layouts. NaN logits give NaN losses of their class.
 Source   Focal loss, arXiv:1708.02002; dice with one added above and below and their use on all classes: ZegCLIP, arXiv:2212.03588.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from .. import _backends, _check
+from .. import _backends, _check, _transforms
 from .. import _library as lib
 from ..reference import upsample_mask_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
+from ..results import MaskLosses
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -56,7 +55,7 @@ def upsample_mask_loss(
     alpha: float = 0.25,
     gamma: float = 2.0,
     ignore_index: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> MaskLosses:
     """Focal loss and dice of every class's map at the labels' size, equations (2) to (4) of this file.
 
     Args:
@@ -82,22 +81,22 @@ def upsample_mask_loss(
     if labels.shape[0] != logits.shape[0] or 0 in labels.shape[1:]:
         raise ValueError(f"labels has shape {list(labels.shape)}; expected [{logits.shape[0]}, H, W] with at least one pixel")
     _check.same("labels", labels, "logits", logits, dtype=False)
-    _check.no_tensor("alpha", alpha)
-    _check.no_tensor("gamma", gamma)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; expected 0 to 1")
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma is {gamma}; expected a finite number of at least 0")
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; expected an integer or None")
-    codes = labels.to(torch.int32).masked_fill((labels < 0) | (labels >= logits.shape[1]), reference.NEGATIVE)
+    _check.number("alpha", alpha, "0 to 1", least=0, most=1)
+    _check.number("gamma", gamma, "a finite number of at least 0", least=0, dtype=accumulation_dtype(logits))
     if ignore_index is not None:
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; expected an integer or None")
+        _check.integer("ignore_index", ignore_index, -(2**63))
+    # torch takes a number it compares with modulo what the tensor's dtype holds: 8 bits would take 300 for 44, and -1 for 255.
+    labels = labels if labels.dtype == torch.int64 else labels.to(torch.int32)
+    codes = labels.to(torch.int32).masked_fill((labels < 0) | (labels >= logits.shape[1]), reference.NEGATIVE)
+    if ignore_index is not None and torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
         codes = codes.masked_fill(labels == ignore_index, reference.IGNORED)
     logits, exponents = logits.to(accumulation_dtype(logits)), (float(alpha), float(gamma))
-    with torch.autocast(logits.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(logits.device), enabled=False):
         if _backends.use_definition("upsample_mask_loss", logits.device):
-            return reference.upsample_mask_loss(logits, codes, *exponents)[:3]
-        return torch.ops.ovseg.upsample_mask_loss(logits, codes, *exponents)[:3]
+            return MaskLosses(*reference.upsample_mask_loss(logits, codes, *exponents)[:3])
+        return MaskLosses(*torch.ops.ovseg.upsample_mask_loss(logits, codes, *exponents)[:3])
 
 
 @lib.fake("upsample_mask_loss")
@@ -123,5 +122,7 @@ def _backward(ctx, grad_focal, grad_dice, *_):
     return op(grad_focal.contiguous(), grad_dice.contiguous(), logits, codes, sums, ctx.alpha, ctx.gamma), None, None, None
 
 
-lib.autograd("upsample_mask_loss", _backward, _setup)
-lib.no_second_derivative("upsample_mask_loss_backward")
+_transforms.autograd("upsample_mask_loss", _backward, _setup)
+_transforms.no_second_derivative("upsample_mask_loss_backward")
+_transforms.vmap("upsample_mask_loss", images=(0, 1), outputs={3: 1})
+_transforms.vmap("upsample_mask_loss_backward", images={0: 0, 1: 0, 2: 0, 3: 0, 4: 1})

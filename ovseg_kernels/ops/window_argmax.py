@@ -33,11 +33,12 @@ from typing import Literal, TypeAlias, overload
 
 import torch
 
-from .. import _backends, _check, _checking
+from .. import _backends, _check, _checking, _transforms
 from .. import _library as lib
 from ..reference import window_argmax as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 from ..reference.upsample_argmax import LABEL_TYPES
+from ..results import LabelMaps
 from . import _labels
 from .upsample_argmax import upsample_argmax
 
@@ -59,7 +60,7 @@ def window_argmax(
     tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
     threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
     return_value: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+) -> LabelMaps: ...  # fmt: skip
 
 
 @overload
@@ -87,7 +88,7 @@ def window_argmax(
     class_labels: torch.Tensor | None = None,
     label_type: torch.dtype = torch.int64,
     return_value: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | LabelMaps:
     """Labels of one picture from the logits of its windows, equation (5) of this file.
 
     Args:
@@ -103,7 +104,7 @@ def window_argmax(
         bias, threshold, background, class_labels, label_type, return_value: as in ``upsample_argmax``; the bias comes last.
 
     Returns:
-        labels [H, W], or (labels, value [H, W]).
+        labels [H, W], or LabelMaps: labels and value [H, W].
 
     Example:
         >>> origins = torch.tensor([[0, 0], [0, 171]])
@@ -124,8 +125,12 @@ def window_argmax(
     values = logits if tables is None else _tables(tables, logits)
     classes = values.shape[1 if tables is None else 2]
     _labels.label_rule("logits", logits, classes, size, bias, threshold, background, class_labels, label_type)
-    if _checking.looks_at_values(origins):
-        _covered(origins, crop, canvas)
+    _check.flag("return_value", return_value)
+    _transforms.no_derivative("window_argmax", logits, tables, bias)
+    if crop[0] > canvas[0] or crop[1] > canvas[1]:
+        raise ValueError(f"crop is {tuple(crop)} and canvas is {tuple(canvas)}; expected a crop that fits into the canvas")
+    for each in _checking.looked_at(origins):
+        _covered(each, crop, canvas)
     origins = _beside(origins, logits)
     _numbers("tables" if tables is not None else "logits", values, bias, softmax=activation == "softmax")
     dtype = accumulation_dtype(values)
@@ -134,12 +139,12 @@ def window_argmax(
     limit = None if threshold is None else float(threshold)
     options = (*crop, *canvas, *size, ACTIVATIONS.index(activation), STAGES.index(stage), limit, background, LABEL_TYPES.index(label_type))
     arguments = (values.detach().to(dtype), index, origins, bias, class_labels, *options, return_value)
-    with torch.autocast(values.device.type, enabled=False):
+    with torch.autocast(lib.autocast_type(values.device), enabled=False):
         if _backends.use_definition("window_argmax", values.device):
             labels, value = reference.window_argmax(*arguments)
         else:
             labels, value = torch.ops.ovseg.window_argmax(*arguments)
-    return (labels, value) if return_value else labels
+    return LabelMaps(labels, value) if return_value else labels
 
 
 def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -194,17 +199,20 @@ def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, in
 
 def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: bool) -> None:
     """No NaN, no +infinity; with softmax no infinity in ``x`` at all."""
-    if _checking.looks_at_values(x):
-        if softmax and not bool(x.isfinite().all()):
+    for each in _checking.looked_at(x) if softmax else []:
+        if not bool(each.isfinite().all()):
             raise ValueError(f"{name} holds NaN or an infinity; expected finite numbers for softmax")
-        for what, numbers in ((name, x), ("bias", bias)):
-            if numbers is not None and not bool((numbers < torch.inf).all()):  # false for NaN
+    for what, numbers in ((name, x), ("bias", bias)):
+        for each in [] if numbers is None else _checking.looked_at(numbers):
+            if not bool((each < torch.inf).all()):  # false for NaN
                 raise ValueError(f"{what} holds NaN or +infinity; expected numbers, or -infinity where a class is switched off")
-    elif _checking.defers(x):
+    if not _checking.looks_at_values(x) and _checking.defers(x):
         most = x.detach().amax()  # NaN, if there is one
         most = most if bias is None else torch.maximum(most, bias.detach().amax())
         good = most < torch.inf
-        _checking.defer(good & (x.detach().amin() > -torch.inf) if softmax else good, _checking.DEFERRED[2 if softmax else 1])
+        good = good & (x.detach().amin() > -torch.inf) if softmax else good
+        for each in _checking.deferred(good):
+            _checking.defer(each, _checking.DEFERRED[2 if softmax else 1])
 
 
 @lib.fake("window_argmax")
@@ -213,4 +221,5 @@ def _(values, index, origins, bias, class_labels, crop_height, crop_width, canva
     return values.new_empty((height, width), dtype=LABEL_TYPES[label_type]), values.new_empty((height if want_value else 0, width))
 
 
-lib.no_second_derivative("window_argmax")
+_transforms.no_second_derivative("window_argmax")
+_transforms.vmap("window_argmax")

@@ -30,6 +30,11 @@ def _scores(queries, keys, center_bias, key_scale, mask, scale):
     return z if center_bias is None else z + center_bias[..., None], raw, keep[:, None], k
 
 
+def _nan_or_zero(x):
+    """NaN where ``x`` is not finite."""
+    return x - x
+
+
 def divisor(count, normalizer):
     """n_g of (4)."""
     # Not clamp: at one token its gradient is 0 in newer releases of torch and 1 in older ones. Here it is 1.
@@ -60,10 +65,11 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
     g = gumbel(queries, keys, noise, rng)
     y = (z if g is None else z + g) / tau
     index = y.argmax(1)
-    a = torch.zeros_like(z).scatter_(1, index[:, None], 1.0) if hard else y.softmax(1)
+    one_hot = torch.zeros_like(z).scatter_(1, index[:, None], 1.0)
+    a = one_hot + _nan_or_zero(y.amax(1, keepdim=True)) if hard else y.softmax(1)  # NaN stays NaN, as straight through
     a = a.masked_fill(~keep, 0)
     count = a.sum(-1)
-    n = (count.clamp(min=1), count + 1, torch.ones_like(count))[normalizer]
+    n = (torch.where(count < 1, 1, count), count + 1, torch.ones_like(count))[normalizer]
     soft = z.softmax(1).masked_fill(~keep, 0) if want_soft else z.new_empty(0, *z.shape[1:])
     return (a @ v) / n[..., None], index.masked_fill(~keep[:, 0], -1), count, soft
 
@@ -75,10 +81,10 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
     g = gumbel(queries, keys, noise, rng)
     s = ((z if g is None else z + g) / tau).softmax(1).masked_fill(~keep, 0)
-    n = (count.clamp(min=1), count + 1, torch.ones_like(count))[normalizer][..., None]
+    n = (torch.where(count < 1, 1, count), count + 1, torch.ones_like(count))[normalizer][..., None]
     rho = (pooled * grad).sum(-1, keepdim=True)
     if normalizer == 0:
-        rho = torch.where(count[..., None] >= 1, rho, 0)
+        rho = torch.where(count[..., None] < 1, 0, rho)
     ds = (grad @ v.transpose(1, 2) - (0 if normalizer == 2 else rho)) / n                                      # (6)
     if grad_count is not None:
         ds = ds + grad_count[..., None]
@@ -86,7 +92,7 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     if grad_soft is not None:
         soft = z.softmax(1).masked_fill(~keep, 0)
         dz = dz + soft * (grad_soft - (soft * grad_soft).sum(1, keepdim=True))
-    a = torch.zeros_like(s).scatter_(1, index.clamp(min=0)[:, None], 1.0).masked_fill(~keep, 0) if hard else s
+    a = torch.zeros_like(s).scatter_(1, index.clamp(min=0)[:, None], 1.0).masked_fill(~keep, 0) + _nan_or_zero(s) if hard else s
     d_bias = dz.new_empty(0, dz.shape[1]) if center_bias is None else dz.sum(-1)                               # (10)
     d_scale = dz.new_empty(0, dz.shape[2]) if key_scale is None else scale * (dz * raw).sum(1)
     dz = scale * (dz if key_scale is None else dz * key_scale.masked_fill(~keep[:, 0], 0)[:, None])

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from . import similarity_contrastive_loss as on_matrix
+from .unit import unit
 
 _ROWS = 1024  # of a block of logits
 
@@ -13,7 +14,7 @@ _ROWS = 1024  # of a block of logits
 def contrastive_loss(image, text, logit_scale, logit_bias=0.0, image_ids=None, text_ids=None, normalize=True, kind="softmax"):
     """The definition; equations (1)-(4) of ``ovseg_kernels.ops.contrastive_loss``."""
     if normalize:
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        image, text = unit(image), unit(text)
     if kind == "softmax":
         return on_matrix.similarity_contrastive_loss(image @ text.T, logit_scale, image_ids, text_ids)          # (1)-(3)
     z = logit_scale * image @ text.T + logit_bias

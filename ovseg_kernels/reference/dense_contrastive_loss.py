@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from .. import philox
 from .patch_text_similarity import accumulation_dtype
+from .unit import length
+from .unit import unit as unit_of
 
 SAMPLINGS = ("topk", "semi", "gumbel", "random")
 
@@ -30,7 +32,7 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
     """(positive [T, k_pos], negative [T, k_neg]) flat pixel indices by equations (2) and (3)."""
     B, N, _ = pixels.shape
     T = texts.shape[0]
-    s = texts @ F.normalize(pixels.to(texts.dtype), dim=-1).flatten(0, 1).T                                    # (1), [T, B N]
+    s = texts @ unit_of(pixels.to(texts.dtype)).flatten(0, 1).T                                                # (1), [T, B N]
     mine = own(pixels, texts, image_ids, text_ids).repeat_interleave(N, dim=1)
     positive = best(s.masked_fill(~mine, -torch.inf), k_pos)                                                   # (2)
     keys = s
@@ -53,7 +55,7 @@ def _chosen(pixels, texts, index):
 def gather(pixels, texts, index, rows):
     """(similarity [T, K], unit [T, rows, D]) of selected pixels; zero where there is none."""
     chosen = _chosen(pixels, texts, index)
-    unit = F.normalize(chosen, dim=-1).masked_fill((index < 0)[..., None], 0)
+    unit = unit_of(chosen).masked_fill((index < 0)[..., None], 0)
     return torch.einsum("tkd,td->tk", unit, texts), unit[:, :rows].clone(memory_format=torch.contiguous_format)
 
 
@@ -63,7 +65,7 @@ def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, row
     d_pixels, d_texts = torch.zeros(pixels.shape, dtype=acc, device=pixels.device), torch.zeros_like(texts)
     there = index >= 0
     chosen = _chosen(pixels, texts, index)
-    norm = chosen.norm(dim=-1, keepdim=True)
+    norm = length(chosen)[..., None]
     unit = chosen / norm.clamp(min=1e-12)
     v = torch.zeros_like(unit)
     if grad_similarity is not None:
@@ -83,8 +85,8 @@ def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, row
 def dense_contrastive_loss(pixels, texts, temperature, image_ids, text_ids, positive, negative, reduction, terms):
     """The definition for given selections; equations (4)-(7) of ``ovseg_kernels.ops.dense_contrastive_loss``."""
     acc, D = accumulation_dtype(pixels), pixels.shape[2]
-    q = F.normalize(texts.to(acc), dim=-1)
-    u = F.normalize(pixels.to(acc), dim=-1).reshape(-1, D)
+    q = unit_of(texts.to(acc))
+    u = unit_of(pixels.to(acc)).reshape(-1, D)
     mine = own(pixels, texts, image_ids, text_ids)
     losses = []
     for j in range(texts.shape[0]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-EPS = 1e-12  # of norms, as in torch.nn.functional.normalize
+from .unit import EPS, length, unit
+
 POOLS = ("vector", "score", "max", "mean")
 WEIGHTS = ("softmax", "sigmoid")
 
@@ -17,10 +18,10 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 
 def patch_text_similarity(patches, texts, patch_mask=None, scale=1.0, bias=0.0, pool="vector", weight="softmax"):
     """The definition; equations (1)-(4) of ``ovseg_kernels.ops.patch_text_similarity``. Stores [B, T, N]."""
-    u, q = patches.to(accumulation_dtype(patches)), F.normalize(texts.to(accumulation_dtype(texts)), dim=-1, eps=EPS)
+    u, q = patches.to(accumulation_dtype(patches)), unit(texts.to(accumulation_dtype(texts)))
     keep = torch.ones_like(u[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
     u = u.masked_fill(~keep[..., None], 0)
-    s = torch.einsum("bnd,td->btn", F.normalize(u, dim=-1, eps=EPS), q)                                        # (1)
+    s = torch.einsum("bnd,td->btn", unit(u), q)                                                                # (1)
     keep, some = keep[:, None, :], keep.any(-1)[:, None]
     if pool == "max":
         return s.masked_fill(~keep, float("-inf")).amax(-1).masked_fill(~some, 0)
@@ -28,9 +29,9 @@ def patch_text_similarity(patches, texts, patch_mask=None, scale=1.0, bias=0.0, 
     x = x.masked_fill(~keep, float("-inf")).masked_fill(~some[..., None], 0)
     a = x.softmax(-1).masked_fill(~keep, 0)                                                                    # (2)
     if pool != "vector":
-        return (a * s).sum(-1)                                                                                 # (3)
+        return (a * s).sum(-1).masked_fill(~some, 0)                                                           # (3)
     v = torch.einsum("btn,bnd->btd", a, u)
-    return torch.einsum("btd,td->bt", F.normalize(v, dim=-1, eps=EPS), q)                                      # (4)
+    return torch.einsum("btd,td->bt", unit(v), q).masked_fill(~some, 0)                                        # (4)
 
 
 def _prepare(patches, texts, mask, scale, bias, weight):
@@ -38,7 +39,7 @@ def _prepare(patches, texts, mask, scale, bias, weight):
     u, t = patches.to(acc), texts.to(acc)
     keep = torch.ones_like(u[..., 0], dtype=torch.bool) if mask is None else mask
     u = u.masked_fill(~keep[..., None], 0)
-    r, rq = u.norm(dim=-1).clamp_min(EPS), t.norm(dim=-1).clamp_min(EPS)
+    r, rq = length(u).clamp_min(EPS), length(t).clamp_min(EPS)
     q = t / rq[:, None]
     s = (u @ q.T).transpose(1, 2) / r[:, None]
     x = scale * s if weight == 0 else F.logsigmoid(scale * s + bias)
@@ -57,12 +58,13 @@ def forward(patches, texts, mask, scale, bias, pool, weight, tf32=False):
             outputs[0].append(s.masked_fill(~keep[:, None], float("-inf")).amax(-1).masked_fill(~keep.any(-1)[:, None], 0))
             continue
         outputs[1].append(lse)
+        none = ~keep.any(-1)[:, None]
         if pool == 1:
-            outputs[0].append((a * s).sum(-1))
+            outputs[0].append((a * s).sum(-1).masked_fill(none, 0))
             continue
         v = a @ u
-        norm = v.norm(dim=-1)
-        outputs[0].append((v * q).sum(-1) / norm.clamp_min(EPS))
+        norm = length(v)
+        outputs[0].append(((v * q).sum(-1) / norm.clamp_min(EPS)).masked_fill(none, 0))
         outputs[2].append(norm)
     empty = patches.new_empty(0, texts.shape[0], dtype=accumulation_dtype(patches))
     return tuple(torch.cat(part) if part else empty.clone() for part in outputs)
@@ -99,9 +101,9 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
             d_bias += c.sum() if weight == 1 else 0
         d_q += m @ u
         if need_patches:
-            clamped = u.norm(dim=-1) < EPS
-            d_patches[b] = (m.T @ q + value - u * (along / r**2).masked_fill(clamped, 0)[:, None]).to(patches.dtype)
-    rq = texts.to(acc).norm(dim=-1, keepdim=True)
+            clamped = length(u) < EPS
+            d_patches[b] = (m.T @ q + value - u * (along / r / r).masked_fill(clamped, 0)[:, None]).to(patches.dtype)
+    rq = length(texts.to(acc))[:, None]
     q = texts.to(acc) / rq.clamp_min(EPS)
     d_texts = (d_q - q * (d_q * q).sum(-1, keepdim=True).masked_fill(rq < EPS, 0)) / rq.clamp_min(EPS)
     return d_patches, d_texts.to(texts.dtype) if need_texts else texts.new_empty(0, texts.shape[1]), d_scale, d_bias

@@ -56,5 +56,5 @@ def backward(grad, similarity, logit_scale, image_ids, text_ids, pair_mask, rows
 
     dz = grad * (side(z, positive, rows, row_weight) + side(z.T, positive.T, columns, column_weight).T)
     if pair_mask is not None:
-        dz = dz.masked_fill(~pair_mask, 0)
-    return logit_scale * dz, torch.where(dz == 0, 0, dz * similarity).sum()
+        dz, similarity = dz.masked_fill(~pair_mask, 0), similarity.masked_fill(~pair_mask, 0)
+    return logit_scale * dz, (dz * similarity).sum()

@@ -57,6 +57,31 @@ def halves(x: float) -> tuple[float, float]:
     return high, x - high if math.isfinite(high) else 0.0
 
 
+@triton.jit(do_not_specialize=["count", "N", "D", "x_b", "x_n"])
+def row_norms_kernel(
+    x, norms, count, N, D, x_b: tl.int64, x_n: tl.int64, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """|x| of ``count`` rows, N of an image. Not torch's: its squares leave the range of float32 at lengths of 1.8e19."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    i = row // N
+    x += (i * x_b + (row - i * N) * x_n)[:, None]
+    squared, unit = tl.zeros((BR,), ACC), tl.full((BR,), 1.0, ACC)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        v = tl.load(x + d[None, :], mask=(row < count)[:, None] & (d < D)[None, :], other=0.0)
+        squared, unit, _ = squares(v.to(ACC), squared, unit)
+    tl.store(norms + row, tl.sqrt(squared) * unit, mask=row < count)
+
+
+@triton.jit
+def squares(v, squared, unit):
+    """``squared`` with those of the rows of ``v`` added, all by their ``unit``, 1 or what makes them small enough; and v by it."""
+    longest = tl.max(tl.abs(v), 1)
+    wider = tl.where(longest > unit * 1e15, longest, unit)
+    v *= (1.0 / wider)[:, None]
+    return squared * (unit / wider) * (unit / wider) + tl.sum(v * v, 1), wider, v
+
+
 @triton.jit
 def joined(high, low, ACC: tl.constexpr):
     """What :func:`halves` took apart, in ``ACC``."""

@@ -100,7 +100,7 @@ def _keep(mask, b, l, L, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def center_assignment_fwd_scores_kernel(
-    queries, keys, center_bias, key_scale, mask, noise, rng, index, weights, soft, G, L, D,
+    queries, keys, center_bias, key_scale, mask, noise, rng, index, weights, soft, spoiled, G, L, D,
     q_b: tl.int64, q_g: tl.int64, k_b: tl.int64, k_l: tl.int64, scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
     BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
     ACC: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
@@ -120,9 +120,13 @@ def center_assignment_fwd_scores_kernel(
         tl.store(at, tl.where(keep[:, None], _softmax(z, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
     y = (z + _noise(noise, rng, b, g, l, G, L, NOISE, ACC)) / tau
     y = tl.where((g < G)[None, :], y, float("-inf"))
-    top = tl.max(y, 1)[:, None]
-    best = tl.min(tl.where((y == top) | (y != y), g[None, :], G - 1), 1)
+    top = tl.max(y, 1)
+    some = tl.max((y != y).to(tl.int32), 1) > 0  # NaN, which is larger than all; a maximum may pass it by
+    best = tl.min(tl.where(tl.where(some[:, None], y != y, y == top[:, None]), g[None, :], G - 1), 1)
     tl.store(index + b * L + l, tl.where(keep, best, -1).to(tl.int64), mask=l < L)
+    # A token whose softmax is NaN: straight through, it has a weight of NaN for all centers.
+    bad = keep & (some | (top - top != 0.0))
+    tl.store(spoiled + b * tl.cdiv(L, BL) + tile, tl.where(tl.max(bad.to(tl.int32), 0) > 0, float("nan"), 0.0).to(ACC))
     if not HARD:
         at = weights + (b * L + l)[:, None] * BG + g[None, :]
         tl.store(at, tl.where(keep[:, None], _softmax(y, g, G), 0.0), mask=(l < L)[:, None])
@@ -130,7 +134,7 @@ def center_assignment_fwd_scores_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def center_assignment_fwd_pool_kernel(
-    values, mask, index, weights, pooled, count, G, L, E, v_b: tl.int64, v_l: tl.int64, normalizer, ALIGNED: tl.constexpr,
+    values, mask, index, weights, spoiled, pooled, count, G, L, E, v_b: tl.int64, v_l: tl.int64, normalizer, ALIGNED: tl.constexpr,
     MASKED: tl.constexpr, HARD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BL: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +143,7 @@ def center_assignment_fwd_pool_kernel(
     E, v_l = whole(E, ALIGNED), whole(v_l, ALIGNED)
     values += b * whole(v_b, ALIGNED)
     e, g = tile * BE + tl.arange(0, BE), tl.arange(0, BG)
-    sums, held = tl.zeros((BG, BE), ACC), tl.zeros((BG, BL), ACC)
+    sums, held, spoil = tl.zeros((BG, BE), ACC), tl.zeros((BG, BL), ACC), tl.zeros((), ACC)
     for l0 in range(0, L, BL):
         l = l0 + tl.arange(0, BL)
         keep = _keep(mask, b, l, L, MASKED)
@@ -152,10 +156,11 @@ def center_assignment_fwd_pool_kernel(
             a = tl.load(weights + (b * L + l)[None, :] * BG + g[:, None], mask=keep[None, :], other=0.0)
             sums = _dot(a, v.to(ACC), sums, PRECISION, ACC)
         held += a  # summed once at the end: a sum in this loop breaks a pass of Triton 3.8
-    total = tl.sum(held, 1)
+        spoil += tl.load(spoiled + b * tl.cdiv(L, BL) + l0 // BL)
+    total = tl.sum(held, 1) + spoil
     n = tl.where(normalizer == 0, tl.where(total < 1.0, 1.0, total), tl.where(normalizer == 1, total + 1.0, 1.0))
     row = b * G + g.to(tl.int64)
-    tl.store(pooled + row[:, None] * E + e[None, :], sums / n[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
+    tl.store(pooled + row[:, None] * E + e[None, :], (sums + spoil) / n[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
     if tile == 0:
         tl.store(count + row, total, mask=g < G)
 
@@ -203,7 +208,7 @@ def center_assignment_bwd_tokens_kernel(
         tl.store(d_scale + b * L + l, tl.sum(dz * raw, 1) * scale, mask=l < L)  # (10)
     if HARD:  # from here on s are the weights of (9)
         winner = tl.load(index + b * L + l, mask=l < L, other=-1)
-        s = ((winner[:, None] == g[None, :]) & inside).to(ACC)
+        s = ((winner[:, None] == g[None, :]) & inside).to(ACC) + tl.where(inside, s - s, 0.0)
     if need_keys:
         dk_scores = dz * factor
         for d0 in range(0, D, BD):
@@ -280,17 +285,18 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
     index = queries.new_empty((x.B, x.L), dtype=torch.int64)
     soft = queries.new_empty((x.B if want_soft else 0, x.G, x.L), dtype=x.dtype)
     weights = queries.new_empty((0 if hard else x.B, x.L, x.BG), dtype=x.dtype)
+    spoiled = queries.new_empty((x.B, tiles(x.L, x.tokens)), dtype=x.dtype)
     if x.B == 0:
         return pooled, index, count, soft
     with on_device(queries):
         if x.L:
             center_assignment_fwd_scores_kernel[(tiles(x.L, x.tokens) * x.B,)](
-                x.queries, x.keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, x.G, x.L, x.D,
+                x.queries, x.keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, spoiled, x.G, x.L, x.D,
                 *x.q_strides, *x.k_strides, *x.scale, *x.tau,
                 SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
             )  # fmt: skip
         center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)) * x.B,)](
-            x.values, x.mask, index, weights, pooled, count, x.G, x.L, x.E, *x.v_strides, normalizer,
+            x.values, x.mask, index, weights, spoiled, pooled, count, x.G, x.L, x.E, *x.v_strides, normalizer,
             HARD=hard, PRECISION=x.precision, BE=x.BD, **x.step, **x.options,
         )  # fmt: skip
     return pooled, index, count, soft
@@ -312,7 +318,7 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     scaled = (grad / n[..., None]).contiguous()
     rho = (pooled * scaled).sum(-1)
     if normalizer != 1:  # constant divisors
-        rho = torch.where((count >= 1) & (normalizer == 0), rho, 0)
+        rho = torch.where(count < 1, 0, rho) if normalizer == 0 else torch.zeros_like(rho)
     if grad_count is not None:
         rho = rho - grad_count
     d_scores = queries.new_empty((x.B, x.L, x.BG), dtype=x.dtype)

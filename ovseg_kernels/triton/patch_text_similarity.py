@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..reference.patch_text_similarity import EPS, accumulation_dtype
-from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, rows, tiles, whole
+from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, row_norms_kernel, rows, squares, tiles, whole
 
 CHUNK_BYTES = 64 << 20
 SLOTS = 16
@@ -169,7 +169,8 @@ def _pooled(weights, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED: tl
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_pooled_norms_kernel(
-    weights, patches, texts, mask, text_norms, similarity, norm, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
+    weights, patches, texts, mask, text_norms, lse, similarity, norm, first, T, N, P, D,
+    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -179,25 +180,29 @@ def patch_text_similarity_pooled_norms_kernel(
     P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
     patches += image * whole(patch_b, ALIGNED)
     t = text_tile * BT + tl.arange(0, BT)
-    squared, dot = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC)
+    squared, dot, unit = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC), tl.full((BT,), 1.0, ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         v = _pooled(weights + i * T * P, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
-        squared += tl.sum(v * v, 1)
-        dot += tl.sum(v * _tile(texts, t, d, text_t, 1, T, D).to(ACC), 1)
-    length = tl.sqrt(squared)
+        before = unit
+        squared, unit, v = squares(v, squared, unit)
+        dot = dot * (before / unit) + tl.sum(v * _tile(texts, t, d, text_t, 1, T, D).to(ACC), 1)
+    length = tl.sqrt(squared) * unit
     eps = tl.full((), 1e-12, ACC)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
     tl.store(norm + image * T + t, length, mask=t < T)
-    tl.store(similarity + image * T + t, dot / _larger(rq, eps) / _larger(length, eps), mask=t < T)
+    some = tl.load(lse + image * T + t, mask=t < T, other=0.0) != float("-inf")  # a patch that is kept
+    phi = dot / _larger(rq, eps) * (unit / _larger(length, eps))
+    tl.store(similarity + image * T + t, tl.where(some, phi, 0.0), mask=t < T)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_vectors_kernel(
-    weights, patches, mask, vectors, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
+    weights, patches, mask, norm, vectors, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """v / |v|: lengths meet 1 / |v| before they meet each other, whose product may have no place in ACC."""
     text_tile, channel_tile, i = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
     image = first + i
     P, D, patch_n = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED)
@@ -205,6 +210,7 @@ def patch_text_similarity_vectors_kernel(
     t = text_tile * BT + tl.arange(0, BT)
     d = channel_tile * BD + tl.arange(0, BD)
     v = _pooled(weights + i * T * P, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
+    v /= _larger(tl.load(norm + image * T + t, mask=t < T, other=1.0), tl.full((), 1e-12, ACC))[:, None]
     at = vectors + (i * T + t)[:, None] * D + d[None, :]
     tl.store(at, v.to(vectors.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
@@ -252,18 +258,18 @@ def patch_text_similarity_bwd_coefficients_kernel(
         else:
             length = tl.load(norm + image * T + t, mask=t < T, other=1.0)
             rho = 1.0 / _larger(length, eps)
-            back = tl.where(length < eps, 0.0, phi * rho * rho)
+            back = tl.where(length < eps, 0.0, phi)
             uv = tl.zeros((BT, BN), ACC)
             for d0 in range(0, D, BD):
                 d = d0 + tl.arange(0, BD)
                 v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
                 u = _turned(patches, n, d, keep, D, patch_n)
                 uv = tl.dot(v, u.to(v.dtype), uv, input_precision=BACK, out_dtype=ACC)
-            c = g[:, None] * a * slope * (r[None, :] * s * rho[:, None] - back[:, None] * uv)  # (6)
+            c = g[:, None] * a * slope * (r[None, :] * rho[:, None] * s - back[:, None] * (uv * rho[:, None]))  # (6)
             m = scale * c / _larger(r, eps)[None, :] + g[:, None] * a * rho[:, None]  # (7)
             parallel = scale * c * s
             if patch_tile == 0:
-                tl.store(factors + i * T + t, -g * back, mask=t < T)
+                tl.store(factors + i * T + t, -g * back * rho, mask=t < T)
     at = coefficients + (i * T + t)[:, None] * P + n[None, :]
     m = tl.where(inside, m / _larger(rq, eps)[:, None], 0.0)
     tl.store(at, m.to(coefficients.dtype.element_ty), mask=(t < T)[:, None] & (n < P)[None, :])
@@ -271,7 +277,7 @@ def patch_text_similarity_bwd_coefficients_kernel(
     tl.store(along + (i * text_tiles + text_tile) * N + n, tl.sum(parallel, 0), mask=n < N)
     block = (i * patch_tiles + patch_tile) * text_tiles + text_tile
     c = tl.where(inside, c, 0.0)
-    tl.store(scalars + 2 * block, tl.sum(tl.sum(tl.where(inside, c * s, 0.0), 1).to(tl.float64), 0))
+    tl.store(scalars + 2 * block, tl.sum(tl.sum(tl.where(c == 0.0, 0.0, c * s), 1).to(tl.float64), 0))  # "max" has no c, be s NaN
     tl.store(scalars + 2 * block + 1, tl.sum(tl.sum(c, 1).to(tl.float64), 0))
 
 
@@ -282,7 +288,7 @@ def patch_text_similarity_bwd_patches_kernel(
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dU = m^T q - sum_t h_t a_t v_t, minus the part along each patch."""
+    """dU = m^T q - sum_t h_t |v_t| a_t v_t / |v_t|, minus the part along each patch."""
     patch_tile, channel_tile, i = program(tl.cdiv(N, BN), tl.cdiv(D, BD))
     image = first + i
     P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
@@ -332,6 +338,16 @@ def patch_text_similarity_bwd_texts_kernel(
     tl.store(at, dq, mask=inside)
 
 
+def _norms(x, dtype):
+    """Of the rows of ``x``."""
+    norms = x.new_empty(x.shape[:-1], dtype=dtype)
+    if norms.numel():
+        strides = (0, *x.stride())[-3:-1]
+        row_norms_kernel[(tiles(norms.numel(), 4),)](x, norms, norms.numel(), x.shape[-2], x.shape[-1], *strides, ACC=ACC[dtype],
+                                                     BR=4, BD=128, num_warps=4)  # fmt: skip
+    return norms
+
+
 class _Call:
     """The arguments that all kernels of one call share."""
 
@@ -346,7 +362,8 @@ class _Call:
         self.between = patches.dtype if patches.dtype == torch.bfloat16 else acc
         self.precision = "tf32" if tf32 else "ieee"
         self.back = "tf32" if tf32 or patches.dtype == torch.float16 else "ieee"
-        self.text_norms = torch.linalg.vector_norm(texts, dim=-1, dtype=acc)
+        with on_device(patches):
+            self.text_norms = _norms(self.texts, acc)
         self.BT, self.BN, self.BD, self.warps = CONFIGS[patches.element_size()]
         self.back_blocks = CONFIGS[torch.empty((), dtype=self.between).element_size()]
         self.strides = *self.patches.stride()[:2], self.texts.stride(0)
@@ -356,7 +373,7 @@ class _Call:
 
     def norms(self, image: slice) -> torch.Tensor:
         """[chunk, N]; a masked patch has none, whatever it holds."""
-        norms = torch.linalg.vector_norm(self.patches[image], dim=-1, dtype=self.dtype)
+        norms = _norms(self.patches[image], self.dtype)
         return norms if self.keep is None else norms.masked_fill_(~self.keep[image], 0)
 
     def new(self, *shape, dtype=None):
@@ -403,7 +420,7 @@ def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
                 continue
             weights = x.weights(first, images, norms, lse)
             patch_text_similarity_pooled_norms_kernel[(tiles(x.T, BT) * images,)](
-                weights, x.patches, x.texts, x.mask, x.text_norms, similarity, norm, first, x.T, x.N, x.P, x.D,
+                weights, x.patches, x.texts, x.mask, x.text_norms, lse, similarity, norm, first, x.T, x.N, x.P, x.D,
                 *x.strides, ALIGNED=x.aligned, MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
             )  # fmt: skip
     return similarity, lse, norm
@@ -434,7 +451,7 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
             if pool == 0:
                 weights, vectors = x.weights(first, images, norms, lse), x.new(images, x.T, x.D, dtype=x.between)
                 patch_text_similarity_vectors_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * images,)](
-                    weights, x.patches, x.mask, vectors, first, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
+                    weights, x.patches, x.mask, norm, vectors, first, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
                     MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
                 )  # fmt: skip
             text_tiles, patch_tiles = tiles(x.T, x.BT), tiles(x.N, x.BN)
@@ -450,7 +467,7 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
             d_scalars += scalars.sum(0)
             if need_patches:
                 # What the projection onto the sphere takes away; a norm clamped at EPS is a constant and has none.
-                back = (along.sum(1) / norms.square()).masked_fill_(norms < EPS, 0)
+                back = (along.sum(1) / norms / norms).masked_fill_(norms < EPS, 0)
                 patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN) * tiles(x.D, BD) * images,)](
                     coefficients, x.texts, weights, vectors, factors, back, x.patches, x.mask, d_patches, first, x.T, x.N, x.P, x.D,
                     *x.strides, ALIGNED=x.aligned, MASKED=x.masked, VECTOR=pool == 0, ACC=x.acc, PRECISION=x.back,

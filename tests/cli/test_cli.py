@@ -158,6 +158,10 @@ def test_demo_end_to_end(tmp_path, capsys):
     more = ["demo", "--system", "segclip", "--steps", "2", *small]
     assert main(more) == 0 and "| SegCLIP |" in capsys.readouterr().out  # its rows beside the others'
     assert len(json.loads((out / "results.json").read_text())["rows"]) == 4
+    assert main(["demo", "--system", "groupvit", "ovsegmentor", "--steps", "2", "1", *small]) == 0
+    printed = capsys.readouterr().out
+    assert "| GroupViT |" in printed and "| OVSegmentor |" in printed and "| PACL, CLIP frozen |" in printed
+    assert len(json.loads((out / "results.json").read_text())["rows"]) == 6
     assert main(["demo", "--system", "segclip", "--steps", "1", "1", *small]) == 2 and "--steps holds 2 numbers" in capsys.readouterr().err
     assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
     found = json.loads((out / "eval" / "results.json").read_text())["results"][0]

@@ -39,7 +39,7 @@ def bad(what, *values):
 
 
 @pytest.mark.parametrize("tree,message", [
-    ({"kind": "foldr"}, r"data.kind is 'foldr'; expected one of \['folder', 'masks', 'scenes'\]"),
+    ({"kind": "foldr"}, r"data.kind is 'foldr'; expected one of \['entity_folder', 'entity_scenes', 'folder', 'masks', 'scenes'\]"),
     ({}, "data.kind is None"),
     ({"kind": "folder", "rot": "x"}, "data.rot: unknown key, did you mean data.root?"),
     ({"kind": "folder", "augment": {"scal": [0.1, 1]}}, "data.augment.scal"),

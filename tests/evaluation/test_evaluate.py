@@ -151,7 +151,7 @@ def test_protocols_are_whole(model, name):
 
     tree = read_protocol(name)
     grouping = ovseg.create_model("pacl_tiny")
-    grouping.decision = "groups" if tree.get("model") == "groups" else "patches"
+    grouping.decision = tree.get("model", "patches")
     for data in tree["data"] or ("voc21", "ade150"):
         about = describe(data)
         chosen = protocol(name, about, grouping)
@@ -175,9 +175,13 @@ def test_protocols_hold_what_papers_give(model):
     assert len(texts["person"]) == 7 and texts["boat"] == ("ship",) and texts["cat"] == ("cat",)
     assert protocol("sclip", describe("context60"), model).queries.background == ("background",)
     assert protocol("sclip", stuff, model).view.short_side == 448
-    zeg = protocol("zegclip", stuff, model)
+    masks = ovseg.create_model("zegclip_tiny")
+    zeg = protocol("zegclip", stuff, masks)
     assert len(zeg.decision.bias) == 156 and set(zeg.decision.bias.values()) == {-0.1} and "cow" not in zeg.decision.bias
-    assert len(zeg.choices(model, stuff)["template_texts"]) == 15 and (zeg.view.crop, zeg.view.stride) == (512, 426)
+    assert len(zeg.choices(masks, stuff)["template_texts"]) == 15 and (zeg.view.crop, zeg.view.stride) == (512, 426)
+    assert set(protocol("zegclip_transductive", stuff, masks).decision.bias.values()) == {0.0}
+    context = protocol("zegclip", describe("context60_zeroshot"), masks)
+    assert len(context.decision.bias) == 50 and context.decision.bias["background"] == -0.1 and not context.queries.background
     assert protocol("naclip", voc21, model).view.crop is None and protocol("clearclip", voc21, model).view.short_side == 448
     grouping = ovseg.create_model("pacl_tiny")
     grouping.decision = "groups"
@@ -193,7 +197,8 @@ def test_what_protocols_refuse(model, tmp_path):
     for arguments, message in (
         (("slip", voc20), "protocol is 'slip'; expected one of"),
         (("segclip", voc20), "is made for models that label"),
-        (("zegclip", describe("ade150")), "says nothing about ade150; it is for voc20"),
+        (("zegclip", voc20), "is made for models that label masks and pacl_tiny labels patches"),
+        (("tcl", describe("ade847")), "says nothing about ade847; it is for voc21"),
     ):
         with pytest.raises(ConfigError, match=message):
             protocol(*arguments, model)

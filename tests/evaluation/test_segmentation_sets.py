@@ -41,10 +41,12 @@ def test_ids_that_papers_name():
     assert all(describe("coco_stuff").classes[i] == name for name, i in stuff.items())
     context = dict(zip(describe("context59").unseen, (19, 33, 48, 14, 7, 24, 6, 54, 31, 0), strict=True))
     assert all(describe("context59").classes[i] == name for name, i in context.items())
+    flat = describe("context60_zeroshot")  # ZegCLIP's 50 seen and 10 unseen classes, the background one of them
+    assert flat.classes == describe("context60").classes and flat.unseen == describe("context59").unseen and not flat.background
     assert [describe("voc20").classes.index(name) for name in describe("voc20").unseen] == [15, 16, 17, 18, 19]
     counts = {name: describe(name).number for name in list_sets()}
     assert counts == {"ade150": 150, "ade847": 847, "cityscapes": 19, "coco_object": 81, "coco_stuff": 171, "context59": 59,
-                      "context60": 60, "voc20": 20, "voc21": 21}  # fmt: skip
+                      "context60": 60, "context60_zeroshot": 60, "voc20": 20, "voc21": 21}  # fmt: skip
     assert all(len(set(describe(name).classes)) == len(describe(name).classes) for name in list_sets())
 
 

@@ -13,6 +13,7 @@ from ovseg.errors import InputError
 from ovseg.inference import Queries, View, decisions
 from ovseg.inference.decisions import rule, rule_names
 from ovseg.inference.decisions.groups import GroupTables
+from ovseg.inference.decisions.masks import ClassMasks
 from ovseg.inference.decisions.patches import PatchArgmax
 from ovseg.inference.queries import EncodedQueries
 from ovseg.inference.routing import option_names, route
@@ -36,12 +37,13 @@ def picture():
 
 
 def test_values_are_frozen_and_found_by_name(model, grouping):
-    assert rule_names() == ["groups", "patches"] and (rule("patches"), rule("groups")) == (PatchArgmax, GroupTables)
-    for value in (View(), Queries(), PatchArgmax(), GroupTables()):
+    assert rule_names() == ["groups", "masks", "patches"]
+    assert [rule(name) for name in rule_names()] == [GroupTables, ClassMasks, PatchArgmax]
+    for value in (View(), Queries(), PatchArgmax(), GroupTables(), ClassMasks()):
         with pytest.raises(FrozenInstanceError):
             setattr(value, fields(value)[0].name, 1)
     assert type(ovseg.Predictor(model).decision) is PatchArgmax and type(ovseg.Predictor(grouping).decision) is GroupTables
-    with pytest.raises(InputError, match=r"decision is 'votes'; expected one of \['groups', 'patches'\]"):
+    with pytest.raises(InputError, match=r"decision is 'votes'; expected one of \['groups', 'masks', 'patches'\]"):
         rule("votes")
     own = [option_names(value) for value in (View, Queries)]
     assert not set(own[0]) & set(own[1]) and all(not set(own[0] + own[1]) & set(option_names(rule(name))) for name in rule_names())
@@ -159,7 +161,7 @@ from ovseg.inference.decisions import Decision
 from ovseg.inference.fields import option
 
 @dataclass(frozen=True)
-class ClassMasks(Decision):
+class Lowered(Decision):
     """Mask logits of each class, [n, C, h, w]: sigmoid in the windows, seen classes lowered at the end."""
     lowered: float = option(0.0, "taken off the masks of seen classes")
     seen: tuple[str, ...] = ()
@@ -174,7 +176,7 @@ class ClassMasks(Decision):
     def describe(self):
         return {"scores": "sigmoid of masks"}
 
-Rule = ClassMasks
+Rule = Lowered
 '''
 
 
@@ -184,12 +186,12 @@ def throw_away_rule(tmp_path, monkeypatch):
     import sys
 
     (tmp_path / "rules").mkdir()
-    (tmp_path / "rules" / "masks.py").write_text(RULE)
+    (tmp_path / "rules" / "lowered.py").write_text(RULE)
     monkeypatch.setattr(decisions, "__path__", [*decisions.__path__, str(tmp_path / "rules")])
     model = ovseg.create_model("pacl_tiny", "digits")
-    model.decision = "masks"
+    model.decision = "lowered"
     yield model
-    sys.modules.pop("ovseg.inference.decisions.masks", None)
+    sys.modules.pop("ovseg.inference.decisions.lowered", None)
 
 
 def test_a_new_rule_is_one_file(throw_away_rule, picture, tmp_path, capsys):
@@ -199,16 +201,16 @@ def test_a_new_rule_is_one_file(throw_away_rule, picture, tmp_path, capsys):
     from ovseg.evaluation.scenes import SceneSet
 
     model = throw_away_rule
-    assert rule_names() == ["groups", "masks", "patches"]
+    assert rule_names() == ["groups", "lowered", "masks", "patches"]
     options = {"crop": 24, "lowered": 0.02, "seen": ("gravel", "grass")}
     found = ovseg.segment(picture, LABELS, model=model, **options)
     model.decision = "patches"
     bias = {"gravel": -0.02, "grass": -0.02}
     expected = ovseg.segment(picture, LABELS, model=model, crop=24, activation="sigmoid", stage="window", bias=bias)
     assert np.array_equal(found.labels, expected.labels) and len(np.unique(found.labels)) > 1
-    with pytest.raises(InputError, match="lowered is 1, an option of the rule of labelling masks; this model labels by patches"):
+    with pytest.raises(InputError, match="lowered is 1, an option of the rule of labelling lowered; this model labels by patches"):
         ovseg.Predictor(model, lowered=1)
-    model.decision = "masks"
+    model.decision = "lowered"
     data = SceneSet("digits", 2)
     chosen = protocol("plain", data.description, model, lowered=0.1)
     assert chosen.choices(model, data.description)["settings"]["lowered"] == 0.1 and chosen.label == "plain v1*"

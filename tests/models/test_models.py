@@ -152,7 +152,8 @@ def test_pickles_are_refused(tmp_path):
 
 
 def test_names_and_options():
-    assert ovseg.list_models("*tiny") == ["clip_dense_tiny", "pacl_tiny", "segclip_tiny"]
+    systems = ("clip_dense", "groupvit", "ovsegmentor", "pacl", "segclip", "zegclip")
+    assert ovseg.list_models("*tiny") == [f"{system}_tiny" for system in systems]
     with pytest.raises(ValueError, match="model is 'sam'; expected one of"):
         ovseg.create_model("sam")
     with pytest.raises(ValueError, match="pretrained is 'nowhere'; expected a path that exists or one of the tags"):

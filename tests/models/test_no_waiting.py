@@ -6,7 +6,7 @@ import torch
 from unreadable import backward, unreadable_device
 
 import ovseg
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batch_types import MaskBatch, PairBatch
 from ovseg.inference.queries import EncodedQueries
 from ovseg.objectives import Progress, create_objective
 from ovseg_kernels import _checking
@@ -29,6 +29,8 @@ def test_nothing_waits_for_the_device(name, monkeypatch):
         ids, texts = torch.zeros(4, dtype=torch.int64, device="cuda"), torch.zeros(4, 16, dtype=torch.int64, device="cuda")
         N = (48 // model.spec.patch_size) ** 2
         batch = PairBatch(images, texts, ids, ids, segments=torch.zeros(4, N, dtype=torch.int64, device="cuda"))
+        if objective.batch_type is MaskBatch:
+            batch = MaskBatch(images, torch.zeros(4, 48, 48, dtype=torch.int64, device="cuda"))
         with refusing:
             total = objective(batch, Progress(0, 10, seed=0))["total"]
             assert total.device.type == "cuda" and backward(total) == len([p for p in model.parameters() if p.requires_grad])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ovseg
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batch_types import MaskBatch, PairBatch
 from ovseg.errors import ConfigError
 from ovseg.models import registry
 from ovseg.objectives import Progress, create_objective
@@ -25,9 +25,12 @@ def pixels(B=2, side=48):
     return torch.rand(B, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def pair_batch(model, B=4):
+def batch_for(model, B=4):
+    """Of the kind that the model's objective takes."""
     ids, texts = torch.arange(B), ["a red seven", "gravel", "a blue one", "grass"] * B
     image = torch.randint(0, 256, (B, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    if create_objective(model).batch_type is MaskBatch:
+        return MaskBatch(image, torch.randint(0, 23, (B, 48, 48), generator=torch.Generator().manual_seed(2)))
     N = (48 // model.spec.patch_size) ** 2
     return PairBatch(image, model.tokenizer(texts[:B]), ids, ids, segments=torch.arange(N).expand(B, N) // 7)
 
@@ -103,7 +106,7 @@ def test_parts_say_what_is_trained(model):
 
 def test_objective_trains_what_it_says_and_nothing_else(model):
     objective = create_objective(model.train())
-    losses = objective(pair_batch(model))
+    losses = objective(batch_for(model))
     assert "total" in losses and all(loss.ndim == 0 for loss in losses.values())
     losses["total"].backward()
     assert all(p.grad is not None for _, p in model.trainable)
@@ -114,7 +117,7 @@ def test_objective_trains_what_it_says_and_nothing_else(model):
 
 
 def test_a_step_done_again_is_the_same_and_others_differ(model):
-    objective, batch = create_objective(model.train()), pair_batch(model)
+    objective, batch = create_objective(model.train()), batch_for(model)
     first, again = (objective(batch, Progress(3, 10, seed=1))["total"] for _ in range(2))
     assert torch.equal(first, again)
     rngs = {tuple(Progress(**at).rng("cpu", use).tolist()) for at in ({"step": 3}, {"step": 4}, {"seed": 1}, {"rank": 1}, {"chunk": 1})
@@ -123,7 +126,7 @@ def test_a_step_done_again_is_the_same_and_others_differ(model):
 
 
 def test_uint8_and_normalised_pictures_give_one_loss(model):
-    objective, batch = create_objective(model), pair_batch(model)
+    objective, batch = create_objective(model), batch_for(model)
     ready = copy.copy(batch)
     ready.images = model.normalize(batch.images)
     torch.testing.assert_close(objective(batch)["total"], objective(ready)["total"])
@@ -182,7 +185,7 @@ def test_a_system_is_its_folder_and_one_preset_line(tmp_path, monkeypatch):
         assert model.name in ovseg.list_models() and model.options.shift == 0.25
         result = ovseg.segment(torch.randint(0, 255, (3, 60, 70), dtype=torch.uint8), ["a red seven", "gravel"], model=model)
         assert result.labels.shape == (60, 70)
-        create_objective(model)(pair_batch(model))["total"].backward()
+        create_objective(model)(batch_for(model))["total"].backward()
         folder = ovseg.save_pretrained(model, tmp_path / "saved")
         assert ovseg.from_pretrained(folder).options.shift == 0.25
         with pytest.raises(ConfigError, match="options of throw_away_tiny: shfit: unknown key, did you mean"):

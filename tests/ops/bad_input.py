@@ -130,12 +130,19 @@ DENSE_CONTRASTIVE_LOSS_REFUSED = [
     ({"image_ids": torch.arange(2), "text_ids": torch.arange(3)}, ValueError, r"image_ids has shape \[2\]; expected \[3\]"),
 ]
 
+OFF, BOTH = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4)  # a class at -infinity; one that holds infinities of both signs
+OFF[:, 1] = -torch.inf
+BOTH[0, 2, 0, :2] = torch.tensor([torch.inf, -torch.inf])
 UPSAMPLE_ARGMAX = {"logits": torch.randn(1, 3, 4, 4), "size": (8, 8)}
 UPSAMPLE_ARGMAX_REFUSED = [
     ({"logits": torch.randn(3, 4, 4)}, ValueError, r"logits has shape \[3, 4, 4\]; expected 4 dimensions, \[B, C, h, w\]"),
     ({"logits": torch.randn(1, 0, 4, 4)}, ValueError, r"logits has shape \[1, 0, 4, 4\]; expected at least one class and one sample"),
     ({"logits": torch.ones(1, 3, 4, 4, dtype=torch.int32)}, TypeError, "logits has dtype int32; expected float32"),
     ({"logits": torch.full((1, 3, 4, 4), float("nan"))}, ValueError, "logits or bias holds NaN; expected numbers"),
+    ({"logits": OFF, "bias": torch.tensor([0, torch.inf, 0])}, ValueError, "logits and bias hold infinities of both signs in one class"),
+    ({"logits": -OFF, "bias": torch.tensor([0, -torch.inf, 0])}, ValueError, "logits and bias hold infinities of both signs in one class"),
+    ({"logits": BOTH}, ValueError, "logits and bias hold infinities of both signs in one class; expected one sign in a class of an image"),
+    ({"bias": torch.full((3,), float("nan"))}, ValueError, "logits or bias holds NaN; expected numbers"),
     ({"size": (0, 8)}, ValueError, r"size is \(0, 8\); expected two positive integers"),
     ({"size": (8.0, 8)}, ValueError, r"size is \(8.0, 8\); expected two positive integers"),
     ({"size": (8,)}, ValueError, r"size is \(8,\); expected two positive integers"),
@@ -172,6 +179,7 @@ WINDOW_ARGMAX_REFUSED = [
     ({"origins": ORIGINS - 1}, ValueError, r"origins holds \(-1, -1\); with a crop of \(8, 8\) expected rows 0 to 0"),
     ({"origins": ORIGINS * 0}, ValueError, "origins leaves row 0, column 8 of the canvas without a window; expected every pixel covered"),
     ({"crop": (8, 0)}, ValueError, r"crop is \(8, 0\); expected two positive integers, \(hc, wc\)"),
+    ({"crop": (9, 8)}, ValueError, r"crop is \(9, 8\) and canvas is \(8, 12\); expected a crop that fits into the canvas"),
     ({"canvas": 12}, ValueError, r"canvas is 12; expected two positive integers, \(Hc, Wc\)"),
     ({"size": (0, 8)}, ValueError, r"size is \(0, 8\); expected two positive integers"),
     ({"activation": "relu"}, ValueError, r"activation is 'relu'; expected one of \['sigmoid', 'softmax'\]"),
@@ -204,6 +212,8 @@ UPSAMPLE_MASK_LOSS_REFUSED = [
     ({"gamma": -1.0}, ValueError, "gamma is -1.0; expected a finite number of at least 0"),
     ({"gamma": float("inf")}, ValueError, "gamma is inf; expected a finite number of at least 0"),
     ({"ignore_index": 255.0}, TypeError, "ignore_index is a float; expected an integer or None"),
+    ({"ignore_index": True}, TypeError, "ignore_index is a bool; expected an integer or None"),
+    ({"ignore_index": 2**70}, ValueError, "ignore_index is 1180591620717411303424; expected an integer of at most 9223372036854775807"),
 ]
 
 BAD_INPUT = {

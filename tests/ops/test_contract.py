@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from backends import BACKENDS, COMPILED, GPU, NO_BFLOAT16, SLOW, device_of, dtypes, exact, parameters, running_on
 from bad_input import BAD_INPUT
+from bad_kinds import identity, own_kind, rows
 from samples import MAKERS, RESIZED, all_samples
 from torch import library as torch_library
 
@@ -222,14 +223,28 @@ def test_export(place, backend):
     assert any("ovseg" in str(node.target) for graph in graphs for node in graph.nodes)  # some lie in a block without autocast
 
 
-REFUSED = [(op, *row) for op, (_, rows) in BAD_INPUT.items() for row in rows]
+def refused(kind):
+    return pytest.mark.bad_input("operators", kind)
+
+
+REFUSED = [pytest.param(op, *row, id=f"{op}: {row[-1]}", marks=refused(own_kind(row[-1])))
+           for op, (_, own) in BAD_INPUT.items() for row in own]  # fmt: skip
+KINDS = [pytest.param(op, *rest, id=identity((op, kind, *rest)), marks=refused(kind)) for op, kind, *rest in rows()]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("op,change,error,message", REFUSED, ids=[f"{op}: {message}" for op, *_, message in REFUSED])
+@pytest.mark.parametrize("op,change,error,message", REFUSED)
 def test_bad_input(op, change, error, message, backend):
     with ok.backend(backend), pytest.raises(error, match=message):
         getattr(ok, op)(**{**BAD_INPUT[op][0], **change})
+
+
+@pytest.mark.parametrize("op,name,value,error,message", KINDS)
+def test_bad_kinds(op, name, value, error, message):
+    """The same kinds for every argument that they fit."""
+    for backend in ("cpu", "reference"):
+        with ok.backend(backend), pytest.raises(error, match=message):
+            getattr(ok, op)(**{**BAD_INPUT[op][0], name: value})
 
 
 @samples(lambda sample: sample.mask is not None)

@@ -103,8 +103,8 @@ def test_selection_against_sorting(B, N, k_pos, k_neg, skip, seed):
         own = [x for x in order if x // N == j][:k_pos]
         others = [x for x in order if x // N != j][skip : skip + k_neg]
         for positive, negative in found:
-            assert positive[j].tolist() == own + [-1] * (k_pos - len(own))
-            assert negative[j].tolist() == others + [-1] * (k_neg - len(others))
+            assert positive[j].tolist() == own + [-1] * (min(k_pos, B * N) - len(own))
+            assert negative[j].tolist() == others + [-1] * (min(k_neg, B * N) - len(others))
 
 
 def _by_reference(*args, **options):

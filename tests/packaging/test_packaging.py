@@ -36,6 +36,7 @@ def test_wheel_from_the_sdist_beside_a_failing_nvcc(sdist, tmp_path):
     info = json.loads((site / "ovseg_kernels" / "build_info.json").read_text())
     assert info["torch_floor"] == "2.10" and info["cuda"] == "off"
     assert (site / "ovseg" / "training" / "recipes" / "pacl_scenes.yaml").exists()
+    assert (site / "ovseg" / "data" / "entity_lists" / "everyday.yaml").exists()
     assert len(list((site / "ovseg" / "checkpoints" / "bundled").glob("*/model.safetensors"))) >= 2
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "no"), str(sdist)]
     asked = {**os.environ, **broken, "OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1"}

@@ -24,7 +24,7 @@ from ovseg.errors import CheckpointError, ConfigError, DataError
 from ovseg.objectives.clip_dense import ClipDenseObjective
 from ovseg.training import state, trainer
 from ovseg.training.hooks import Hook
-from ovseg.training.recipe import load_recipe
+from ovseg.training.recipe import load_recipe, stages_of
 from ovseg.training.schedule import Schedule, learning_rate
 from ovseg.training.stages import build_model, build_objective, build_optimizer
 from ovseg.training.trainer import train
@@ -47,7 +47,10 @@ def weights(model):
 SEGCLIP = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}, decoder: {width: 16, depth: 1, heads: 2}}"]
 
 
-@pytest.mark.parametrize("name,more", [("clip_scenes", []), ("segclip_scenes", SEGCLIP)])
+GROUPVIT = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1, heads: 2, hidden: 16, projector: 16}}"]
+
+
+@pytest.mark.parametrize("name,more", [("clip_scenes", []), ("segclip_scenes", SEGCLIP), ("groupvit_scenes", GROUPVIT)])
 def test_six_steps_equal_four_and_two(tmp_path, name, more):
     """With noise and masks drawn anew at each step, where a system has them."""
     whole = weights(train(recipe(*more, name=name), tmp_path / "a", quiet=True))
@@ -84,6 +87,53 @@ def test_segclips_schedule_and_rates():
     for bad in ("schedule.warmup_share=1.5", "optim.lower_lr=-1"):
         with pytest.raises(ConfigError, match="expected a"):
             load_recipe("segclip_scenes", [bad])
+
+
+def test_schedules_of_groupvit_and_ovsegmentor():
+    """Rates times batch / 4096; warm-up from its own rate over the beginning of the cosine; what has two dimensions decays, scalars too."""
+    one, two = stages_of(load_recipe("ovsegmentor_vit_b16"))
+    whole, = stages_of(load_recipe("groupvit_vit_s16"))
+    rates = ((one, 30_000, 2000, 3.2e-4, 8e-6, 8e-5), (two, 10_000, 0, 2.5e-6, 2.5e-6, 2.5e-7), (whole, 30_000, 2000, 1.6e-3, 4e-6, 4e-5))
+    for stage, steps, warm, peak, first, last in rates:
+        rate = [learning_rate(stage.schedule, stage.optim.lr, step, steps) for step in range(0, steps + 1, 500)]
+        assert rate[0] == pytest.approx(first) and rate[-1] == pytest.approx(last)
+        for step, found in zip(range(0, steps, 500), rate, strict=False):
+            cosine = last + (peak - last) * (1 + math.cos(math.pi * step / steps)) / 2
+            assert found == pytest.approx(cosine if step >= warm else first + (peak - first) * step / warm, rel=1e-5)
+        optim = stage.optim
+        assert (optim.weight_decay, optim.clip_grad, tuple(optim.betas), optim.eps) == (0.05, 5.0, (0.9, 0.999), 1e-8)
+    assert (one.train.batch_size, two.train.batch_size, whole.train.batch_size) == (2048, 1024, 4096)
+    stage = stages_of(load_recipe("ovsegmentor_scenes"))[1]
+    model = build_model(stage)
+    groups = build_optimizer(build_objective(model, stage), stage).param_groups
+    spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {id(p) for name, p in model.named_parameters() if p.requires_grad and (p.ndim == 1 or name.endswith(".bias"))} == spared
+    held = ("backbone.text.", "teacher.")  # texts are not trained, the teacher follows
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith(held))
+    assert all(p.requires_grad for name, p in model.named_parameters() if name.startswith(("backbone.image.", "bridge_projector.")))
+
+
+def test_the_second_stage_goes_on_from_the_first(tmp_path):
+    """And its teacher begins as the image tower that the first stage left."""
+    small = ["data.train_size=16", "train.batch_size=8", "train.steps=3", "checkpoint.every_steps=2", "log.every_steps=1", *GROUPVIT]
+    begun = {}
+
+    class First(Hook):
+        def after_step(self, trainer, step):
+            if trainer.state.stage == 1 and not begun:
+                model = trainer.state.objective.model
+                begun.update({"image": model.image.state_dict(), "teacher": {k: x.clone() for k, x in model.teacher.state_dict().items()}})
+
+    whole = weights(train(load_recipe("ovsegmentor_scenes", small), tmp_path / "a", quiet=True, hooks=[First()]))
+    for path in state.complete(tmp_path / "a" / "checkpoints"):
+        if state.facts_of(path)["stage"] == 1 and state.facts_of(path)["step"] == 3:
+            (path / "COMPLETE").unlink()
+    assert torch.equal(whole, weights(train(load_recipe("ovsegmentor_scenes", small), tmp_path / "a", resume=True, quiet=True)))
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [("mask" in entry, "entity" in entry) for entry in log] == [(False, True)] * 3 + [(True, True)] * 3
+    far = sum(float((begun["teacher"][name] - x).abs().sum()) for name, x in begun["image"].items())
+    size = sum(float(x.abs().sum()) for x in begun["image"].values())
+    assert 0 <= far < 0.05 * size
 
 
 KILLED = ["train.steps=90", "checkpoint.every_steps=5"]

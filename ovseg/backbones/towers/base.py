@@ -38,7 +38,7 @@ class ImageTower:
         patch_size, image_size: in pixels.
         overlaps: whether the step between patches can be smaller than a patch.
         stride: that step in pixels.
-        antialias: how positions are resized to another grid, where there are any.
+        antialias, interpolation: how positions are resized to another grid, where there are any.
     """
 
     kind: str
@@ -50,6 +50,7 @@ class ImageTower:
     overlaps: bool = False
     stride: int
     antialias: bool = True
+    interpolation: str = "bicubic"
 
     @property
     def blocks(self) -> Sequence[AttentionBlock]:

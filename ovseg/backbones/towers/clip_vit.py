@@ -60,7 +60,19 @@ class ClipVit(BlockTower):
         visual = self.visual
         x = F.conv2d(images, visual.conv1.weight, visual.conv1.bias, stride=self.stride)
         grid, trained = (x.shape[2], x.shape[3]), (visual.grid_size[0], visual.grid_size[1])
-        return x.flatten(2).transpose(1, 2), resize_positions(visual.positional_embedding, trained, grid, antialias=self.antialias), grid
+        positions = resize_positions(visual.positional_embedding, trained, grid, antialias=self.antialias, mode=self.interpolation)
+        return x.flatten(2).transpose(1, 2), positions, grid
+
+    def set_image_size(self, size: int, interpolation: str) -> None:
+        """See ``ClipBackbone.set_image_size``."""
+        if size < self.patch_size or size % self.patch_size:
+            raise ValueError(f"image_size is {size}; expected a multiple of the patch, {self.patch_size} pixels")
+        self.interpolation, self.image_size, visual = interpolation, size, self.visual
+        side = size // self.patch_size
+        trained, grid = (visual.grid_size[0], visual.grid_size[1]), (side, side)
+        table = resize_positions(visual.positional_embedding.detach(), trained, grid, antialias=self.antialias, mode=interpolation)
+        visual.positional_embedding = nn.Parameter(table.clone(), requires_grad=visual.positional_embedding.requires_grad)
+        visual.grid_size, visual.image_size = grid, (size, size)
 
     def tokens(self, images: torch.Tensor, readout: Readout,
                proxy: ProxyFeatures | None) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
@@ -69,9 +81,10 @@ class ClipVit(BlockTower):
         read = run_blocks(self.blocks, x, readout, grid, proxy=proxy)
         return read.patches, read.own[:, 0], read.grid
 
-    def sequence(self, images: torch.Tensor) -> tuple[torch.Tensor, None, tuple[int, int]]:
+    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, None, tuple[int, int]]:
         x, positions, grid = self.patches(images)
-        x = torch.cat([self.visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
+        cls = (class_weight * self.visual.class_embedding).to(x.dtype)
+        x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
         return self.visual.ln_pre(x), None, grid
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -107,18 +107,26 @@ class FolderPairs(Source[PairSample]):
         return len(self.names)
 
     def read(self, index: int, rng: torch.Generator) -> PairSample:
+        return self.pair(index, rng)[0]
+
+    def pair(self, index: int, rng: torch.Generator) -> tuple[PairSample, list[str], list[int]]:
+        """A sample, all captions of the picture, and which of them its texts are."""
         name = self.names[index]
-        lines = _captions(self.root / name)
-        texts = [lines[i] for i in some(rng, self.captions, len(lines))]
-        maps = [] if self.superpixels is None else [self.superpixels[name]]
-        image, *crops = self.transform(rng, *as_items(read_image(self.root / name), *maps))
+        lines = captions_of(self.root / name)
+        chosen = some(rng, self.captions, len(lines))
+        texts = [lines[i] for i in chosen]
+        image, *crops = self.picture(index, rng, *([] if self.superpixels is None else [self.superpixels[name]]))
         segments = None
         if crops:
             labels = patch_labels(crops[0][0].numpy(), self.inputs.patch_size, self.superpixel_labels)
             segments = torch.from_numpy(labels).flatten()
         # Equal captions are one id. With several a picture has its own: one id could not say which of its texts is shared.
         number = caption_id(texts[0]) if self.captions == 1 else index
-        return PairSample(plain(image), self.inputs.tokenize(texts), number, segments=segments)
+        return PairSample(image, self.inputs.tokenize(texts), number, segments=segments), lines, chosen
+
+    def picture(self, index: int, rng: torch.Generator, *maps: np.ndarray) -> list[torch.Tensor]:
+        """A picture [3, H, W] and its maps, augmented together."""
+        return [plain(part) for part in self.transform(rng, *as_items(read_image(self.root / self.names[index]), *maps))]
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
         return collate_pairs(samples)
@@ -144,6 +152,10 @@ class Names(Sequence[str]):
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._letters[start : self._ends[index]].tobytes())
 
+    def block(self) -> tuple[np.ndarray, np.ndarray]:
+        """All letters, uint8, and where each name ends, int64."""
+        return self._letters, np.asarray(self._ends, np.int64)
+
 
 def _pairs(folder: Folder) -> list[str]:
     """The pictures with a caption file, as sorted paths below the root. One look at each folder, none at a file."""
@@ -154,5 +166,10 @@ def _pairs(folder: Folder) -> list[str]:
     return sorted(found)
 
 
-def _captions(picture: Path) -> list[str]:
+def captions_of(picture: Path) -> list[str]:
+    """Those beside a picture.
+
+    Raises:
+        DataError: if there are none.
+    """
     return lines_of(picture.with_suffix(".txt"), "captions", "one caption a line", DataError)

@@ -85,17 +85,23 @@ class ScenePairs(Source[PairSample]):
             for k, caption in enumerate(scene.captions):
                 self.entities[i, k, [names[entity] for entity in caption.entities]] = 1
         self.segments = torch.from_numpy(np.stack(segments)) if segments else None
+        self.texts = texts
         self.token_ids = inputs.tokenize(texts).view(count, CAPTIONS_PER_SCENE, -1)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def read(self, index: int, rng: torch.Generator) -> PairSample:
+        return self.pair(index, rng)[0]
+
+    def pair(self, index: int, rng: torch.Generator) -> tuple[PairSample, list[int]]:
+        """A sample, and which of the scene's captions its texts are."""
         texts = some(rng, self.captions, CAPTIONS_PER_SCENE)
-        return PairSample(
+        sample = PairSample(
             self.images[index], self.token_ids[index, texts], index, image_entities=self.entities[index].amax(0),
             text_entities=self.entities[index, texts], segments=None if self.segments is None else self.segments[index],
         )
+        return sample, texts
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
         return collate_pairs(samples)

@@ -1,0 +1,98 @@
+"""Both towers of a grouping system: a GroupingViT, a text tower, a projector for each. That is GroupViT as a whole, and OVSegmentor but for
+what only its training needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.block import AttentionBlock
+from ..layers.grouping_vit import GroupingViT, VisionGroups
+from ..layers.projector import Projector
+from .base import ClipBackbone
+from .texts import build_text
+
+
+@dataclass
+class GroupingOptions:
+    """The defaults are GroupViT's ViT-S.
+
+    Attributes:
+        width, heads, hidden: of the image tower; hidden is the width of its MLPs.
+        depths, group_tokens, groups, patch_norm, drop_path, local_depth: see ``GroupingViT``.
+        image_size, patch_size: in pixels.
+        embed_dim, projector: E and the width of the projectors' hidden layers.
+        mean, std: of RGB in 0..1; ImageNet's.
+        text: kind and options of the text tower, see ``backbones/texts``.
+    """
+
+    width: int = 384
+    heads: int = 6
+    hidden: int = 1536
+    depths: list[int] = field(default_factory=lambda: [6, 3, 3])
+    group_tokens: list[int] = field(default_factory=lambda: [64, 8, 0])
+    groups: list[int] = field(default_factory=lambda: [64, 8])
+    patch_norm: bool = True
+    drop_path: float = 0.1
+    local_depth: int | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 256
+    projector: int = 4096
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    text: dict[str, Any] = field(default_factory=lambda: {"kind": "clip"})
+
+
+class GroupingBackbone(ClipBackbone):
+    """Keyword arguments are the fields of ``GroupingOptions``."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        o = self.options = GroupingOptions(**options)
+        self.token_dim, self.embed_dim, self.image_size, self.patch_size = o.width, o.embed_dim, o.image_size, o.patch_size
+        self.image_mean, self.image_std = tuple(o.mean), tuple(o.std)  # type: ignore[assignment]
+        self.image = GroupingViT(o.width, o.heads, o.hidden, o.depths, o.group_tokens, o.groups, o.image_size, o.patch_size, o.patch_norm,
+                                 o.drop_path, o.local_depth)
+        self.text = build_text(**o.text)
+        self.tokenizer = self.text.tokenizer
+        self.image_projector = Projector(o.width, o.projector, o.embed_dim)
+        self.text_projector = Projector(self.text.width, o.projector, o.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def groups(self, images: torch.Tensor) -> tuple[VisionGroups, torch.Tensor, torch.Tensor]:
+        """(what the image tower gives, image embeddings [B, E], embeddings of the groups [B, G, E])."""
+        found = self.image(images)
+        both = self.image_projector(torch.cat([found.pooled[:, None], found.groups], 1))
+        return found, both[:, 0], both[:, 1:]
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.image_projector(self.image(images).pooled)
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.text_projector(self.text(token_ids).sentence)
+
+    def text_facts(self) -> Any:
+        return self.text.facts()
+
+    def lasting_options(self) -> dict[str, Any]:
+        """Weights that the text tower began with are in the saved file."""
+        return {"text": {key: x for key, x in self.options.text.items() if key != "weights"}} if self.options.text.get("weights") else {}
+
+    @property
+    def vision_blocks(self) -> Sequence[AttentionBlock]:
+        return self.image.blocks
+
+    @property
+    def text_blocks(self) -> Sequence[Any]:  # type: ignore[override]
+        return self.text.blocks
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Those of the tower first; running statistics are no parameters and come along as values."""
+        norm: Any = self.text_projector.linear_hidden[1]
+        return [*self.text.trained_parameters(), *self.text_projector.parameters(), norm.running_mean, norm.running_var]

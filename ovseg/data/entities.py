@@ -1,0 +1,161 @@
+"""Entities: what captions name, from a list of words. A caption becomes a question, its entities masked, and an answer that names them.
+
+No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a plural of it by
+the rules of ``singulars``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..text_files import text_of, tree_of
+
+FOLDER = Path(__file__).parent / "entity_lists"
+MASK = "[MASK]"
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")  # a possessive's ending is no part of it
+_STRIPPED = "'s"  # published training takes any of these letters off both ends of a word: "sheep" becomes "heep"
+_IRREGULAR = {"men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth", "geese": "goose", "mice": "mouse",
+              "oxen": "ox"}  # fmt: skip
+
+
+def singulars(word: str) -> list[str]:
+    """What a word in lower case may be the plural of, the word itself first; most of them are no words."""
+    found = [word]
+    if word in _IRREGULAR:
+        found.append(_IRREGULAR[word])
+    for ending, others in (("ies", ("y", "ie")), ("ves", ("f", "fe", "ve")), ("es", ("", "e")), ("s", ("",))):
+        if word.endswith(ending) and len(word) > len(ending) + 1:
+            found += [word[: -len(ending)] + other for other in others]
+    return found
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Entity ``index`` in a text, at ``start:end``."""
+
+    start: int
+    end: int
+    index: int
+
+
+class Entities:
+    """A list of entities.
+
+    Args:
+        words: name of each entity -> what else it is called; one or more words each.
+        phrases: name -> how a prompt says it; the name, if it is missing.
+
+    Attributes:
+        names: in the order of their indices.
+        surface: what captions may say, in lower case -> index.
+    """
+
+    def __init__(self, words: Mapping[str, Sequence[str]], phrases: Mapping[str, str] | None = None):
+        self.names = tuple(words)
+        self.phrases = tuple((phrases or {}).get(name, name) for name in self.names)
+        self.surface: dict[str, int] = {}
+        for index, (name, others) in enumerate(words.items()):
+            for word in (name, *others):
+                key = " ".join(_WORD.findall(word.lower()))
+                if not key:
+                    raise ConfigError(f"entity {name!r} is called {word!r}; expected letters or digits")
+                if self.surface.setdefault(key, index) != index:
+                    raise ConfigError(f"the word {word!r} stands for {self.names[self.surface[key]]!r} and {name!r}; expected one entity "
+                                      "a word")
+        if not self.names:
+            raise ConfigError("the list of entities is empty; expected at least one name")
+        self._longest = max(key.count(" ") for key in self.surface) + 1
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index_of(self, words: Sequence[str]) -> int | None:
+        """The entity that so many words in lower case name, the last of them in the singular or the plural."""
+        before = " ".join(words[:-1])
+        for last in singulars(words[-1]):
+            if (found := self.surface.get(f"{before} {last}".lstrip())) is not None:
+                return found
+        return None
+
+    def find(self, text: str) -> list[Mention]:
+        """Where entities are named, the longest name first, in the order of the text."""
+        words = [(match.start(), match.end(), match.group().lower()) for match in _WORD.finditer(text)]
+        found, at = [], 0
+        while at < len(words):
+            for count in range(min(self._longest, len(words) - at), 0, -1):
+                part = words[at : at + count]
+                if (index := self.index_of([word for *_, word in part])) is not None:
+                    found.append(Mention(part[0][0], part[-1][1], index))
+                    at += count
+                    break
+            else:
+                at += 1
+        return found
+
+    def question(self, text: str, *, published: bool = False) -> tuple[str, list[int]]:
+        """The text with ``[MASK]`` in place of what names an entity, and the entities, each once.
+
+        ``published``: as OVSegmentor was trained. Words are what stands between spaces, in lower case, without any "'" and "s" at both
+        ends, so that those that begin or end with one are damaged and, where they name an entity, not found.
+        """
+        if published:
+            words = [word.strip(_STRIPPED) for word in text.lower().split()]
+            indices = [self.index_of([word]) if word else None for word in words]
+            asked = " ".join(word if index is None else MASK for word, index in zip(words, indices, strict=True))
+            return asked, list(dict.fromkeys(index for index in indices if index is not None))
+        found = self.find(text)
+        parts, at = [], 0
+        for mention in found:
+            parts += [text[at : mention.start], MASK]
+            at = mention.end
+        return "".join([*parts, text[at:]]), list(dict.fromkeys(mention.index for mention in found))
+
+    def answer(self, indices: Sequence[int], template: str, *, published: bool = False) -> str:
+        """The template about these entities, joined by "and"; what stands before its place if there is none.
+
+        ``published``: what comes after the place is lost.
+        """
+        before, _, after = template.partition("{}")
+        return before + " and ".join(self.phrases[index] for index in indices) + ("" if published or not indices else after)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.names, self.phrases, self.surface)
+
+
+def _again(names: tuple[str, ...], phrases: tuple[str, ...], surface: dict[str, int]) -> Entities:
+    words: dict[str, list[str]] = {name: [] for name in names}
+    for word, index in surface.items():
+        words[names[index]].append(word)
+    return Entities(words, dict(zip(names, phrases, strict=True)))
+
+
+def list_entities() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_entities(which: str) -> Entities:
+    """A list by name, or a YAML file: a mapping of each entity to a list of what else it is called, or to nothing.
+
+    Raises:
+        ConfigError: for a list that is not there or says nothing of the kind.
+    """
+    path = FOLDER / f"{which}.yaml" if which in list_entities() else Path(which)
+    expected = f"one of {list_entities()} or a YAML file of entities, each with a list of what else it is called"
+    try:
+        tree = tree_of(text_of(path, "list of entities", expected, ConfigError))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"list of entities {which!r} is {error}; expected {expected}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"list of entities {which!r} holds {type(tree).__name__}; expected {expected}")
+    for name, others in tree.items():
+        if not isinstance(name, str) or not (others is None or (isinstance(others, list) and all(isinstance(one, str) for one in others))):
+            raise ConfigError(f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a list what else they are "
+                              "called")
+    return Entities({name: others or () for name, others in tree.items()})

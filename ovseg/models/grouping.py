@@ -1,0 +1,76 @@
+"""What GroupViT and OVSegmentor share: pictures to groups, texts, what is trained. A system is a folder beside this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbones.grouping import GroupingBackbone
+from ..backbones.texts import PackedText
+from ..layers.grouping_vit import GroupingViT
+from ..layers.projector import Projector
+from .base import GroupFeatures, OVSegModel, SystemOptions, check_images
+
+PARTS = ["image", "text", "projectors", "scale"]
+
+
+@dataclass
+class GroupingSystemOptions(SystemOptions):
+    """Attributes:
+    trained: all parts as published; OVSegmentor's second stage leaves ``text`` out.
+    """
+
+    backbone: dict[str, Any] = field(default_factory=lambda: {"kind": "grouping"})
+    trained: list[str] = field(default_factory=lambda: list(PARTS))
+
+
+class GroupingSystem(OVSegModel):
+    """Base of both. Its backbone is a ``GroupingBackbone``, whose towers and projectors objectives call by themselves."""
+
+    Options = GroupingSystemOptions
+    decision = "groups"
+    backbone: GroupingBackbone
+
+    def __init__(self, options: GroupingSystemOptions):
+        super().__init__(options)
+        if not isinstance(self.backbone, GroupingBackbone):
+            raise ValueError(f"backbone.kind is {options.backbone.get('kind')!r}; expected 'grouping'")
+
+    @property
+    def image(self) -> GroupingViT:
+        return self.backbone.image
+
+    @property
+    def text(self) -> PackedText:
+        return self.backbone.text
+
+    @property
+    def image_projector(self) -> Projector:
+        return self.backbone.image_projector
+
+    @property
+    def text_projector(self) -> Projector:
+        return self.backbone.text_projector
+
+    def encode_image(self, images: torch.Tensor) -> GroupFeatures:
+        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its group."""
+        check_images(images)
+        found, image, groups = self.backbone.groups(images)
+        index = found.index
+        tokens = groups.gather(1, index[..., None].expand(-1, -1, groups.shape[2]))
+        return GroupFeatures(image, tokens, found.grid, groups, index, found.soft)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        projectors = [*self.image_projector.parameters(), *self.text_projector.parameters()]
+        return {"image": list(self.image.parameters()), "text": self.text.trained_parameters(), "projectors": projectors,
+                "scale": [self.backbone.logit_scale]}
+
+    def parameter_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
+        """The published recipes: one rate; what has one dimension and biases without weight decay, so scalars with it."""
+        named = self.trainable
+        spared = {name for name, p in named if p.ndim == 1 or name.endswith(".bias")}
+        return [{"params": [p for name, p in named if name not in spared], "lr_scale": 1.0, "weight_decay": weight_decay},
+                {"params": [p for name, p in named if name in spared], "lr_scale": 1.0, "weight_decay": 0.0}]

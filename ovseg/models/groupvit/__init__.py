@@ -1,0 +1,5 @@
+"""GroupViT."""
+
+from .model import GroupViT as System
+
+__all__ = ["System"]

@@ -1,0 +1,5 @@
+"""OVSegmentor."""
+
+from .model import OVSegmentor as System
+
+__all__ = ["System"]

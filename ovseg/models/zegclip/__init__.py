@@ -1,0 +1,5 @@
+"""ZegCLIP."""
+
+from .model import ZegCLIP as System
+
+__all__ = ["System"]

@@ -1,0 +1,15 @@
+"""What the objectives of the grouping systems share: the noise of their grouping blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.batch_types import PairBatch
+from ..models.grouping import GroupingSystem
+from .base import Progress
+
+
+def group_noises(model: GroupingSystem, batch: PairBatch, progress: Progress, name: str = "groups") -> list[torch.Tensor]:
+    """For each grouping block Gumbel noise that the batch holds, ``name_0`` and on, or what the operator draws it from."""
+    device, blocks = batch.images.device, model.image.groupings
+    return [batch.noise[use] if (use := f"{name}_{i}") in batch.noise else progress.rng(device, use) for i in range(len(blocks))]
