@@ -146,7 +146,11 @@ _VALUES, _BATCHES = "tests/inference/test_three_values.py", "tests/inference/tes
 FAULTS += (
     _system("window of another width", "layers/readout.py", "(2 * std * std)", "(std * std)", "tests/layers"),
     _system("group table of all classes", _GROUPS, "logits.softmax(-1) * (logits", "(logits", _MAPS, "group"),
-    _system("entropy the wrong way", _PATCHES, "> self.background_entropy", "< self.background_entropy", _MAPS, "entropy"),
+    _system("entropy the wrong way", _PATCHES, "high.bool()", "~high.bool()", _MAPS, "entropy"),
+    _system("a patch for the short side", "inference/windows.py", "int(exact / patch + 0.5)", "int(exact / patch + 1.5)",
+            "tests/inference/test_limits.py", "shape"),
+    _system("cut labels are not looked for", "models/texts.py", "found[i] += is_cut", "found[i] += 0",
+            "tests/inference/test_values_that_cannot_be.py", "cut"),
     _system("small classes kept", _PATCHES, "small = area <= self", "small = area < 0 * self", _MAPS, "area"),
     _system("stale texts", "inference/predictor.py", "key = replace(self.queries, templates=self.queries.templates_for(self.model))",
             "key = Queries(self.queries.labels)", _VALUES, "follow"),
@@ -238,6 +242,8 @@ FAULTS += (
     _train("the average begins anew", "training/state.py", 'state.average.n_averaged.fill_(facts["averaged"])', "pass", "average"),
     _train("moments begin anew", "training/state.py", "fill(entry[key], value)", "pass", "six_steps"),
     _train("any recipe goes on", "training/stages.py", "[] if old is None else differences(old, plain)", "[]", "refused"),
+    _train("a damaged checkpoint goes on", "training/state.py", "if file_hash(path / name) != expected:", "if False:", "intact",
+           "training/test_damaged_runs"),
     _train("the clock of the curve", "training/schedule.py", "(done - warm) / max", "done / max", "schedule"),
     _train("a stage begins with its own weights", "training/stages.py", "            own[name].copy_(value)", "            pass", "stage"),
 )

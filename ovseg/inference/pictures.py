@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import InputError
 
-_BLOCK = 1 << 20  # pixels
+_BLOCK = 1 << 18  # pixels
 _INK, _PAPER, _NONE = (25, 25, 25), (255, 255, 255), (0, 0, 0)
 
 
@@ -30,7 +30,7 @@ def colour(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of rows of [rows, width], of about a million pixels each."""
+    """Slices of rows of [rows, width], of about a quarter of a million pixels each."""
     step = max(1, _BLOCK // max(1, shape[1]))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))

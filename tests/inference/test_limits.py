@@ -307,6 +307,6 @@ def test_a_large_picture_is_written_in_blocks(tmp_path):
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     before, after = json.loads(printed)
     more = (after - before) * 2**20
-    assert more < 25 * 1800 * 2200 + 64 * 2**20, f"{more / 2**20:.0f} MiB more"  # blocks of a million pixels are large here
+    assert more < 25 * 1800 * 2200 + 64 * 2**20, f"{more / 2**20:.0f} MiB more"  # blocks of a quarter of a million pixels
     labels = np.asarray(Image.open(tmp_path / "out" / "large.mask.png"))
     assert labels.shape == sizes["large.jpg"] and len(np.unique(labels)) > 2
