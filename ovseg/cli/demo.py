@@ -74,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
         recipe = load_recipe(stage.recipe, [f"data.style={options.data}", f"train.seed={options.seed}", *start])
         if options.steps:
             recipe.train.steps = options.steps[i]
+            for part in recipe.stages:
+                part.get("train", {}).pop("steps", None)
         if options.train_scenes:
             recipe.data["train_size"] = options.train_scenes
         folder = out / stage.folder
