@@ -119,6 +119,16 @@ def test_a_window_too_large_is_refused_before_a_picture(model):
     ovseg.Predictor(model, LABELS, short_side=800, crop=800, max_tokens=40000)
 
 
+def test_overlapping_patches_count():
+    """PACL's stride: steps of 4 between patches of 16 are sixteen times as many."""
+    image = noise(512, 512)
+    assert place(image.size, View(short_side=1024), patch=16, trained=224, stride=16).canvas == (1024, 1024)
+    with pytest.raises(InputError, match="it would be 1024x1024, 64009 patches in one view, and the limit is 32768"):
+        place(image.size, View(short_side=1024), patch=16, trained=224, stride=4)
+    with pytest.raises(InputError, match="crop is 1024, 64009 patches of 16"):
+        View(short_side=1024, crop=1024).check(patch=16, trained=224, stride=4)
+
+
 @pytest.mark.bad_input("command line", "a picture of too many patches")
 def test_the_command_names_and_skips_it(tmp_path, capsys):
     (tmp_path / "in").mkdir()
