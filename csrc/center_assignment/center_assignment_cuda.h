@@ -8,7 +8,7 @@ namespace ovseg {
 
 constexpr int64_t kMaxCenters = 128;  // 64 in float64: their scores for 64 tokens lie in shared memory
 
-inline int64_t center_flags(int64_t L) { return (L + 63) / 64 * 2; }  // one for each warp of tokens
+OVSEG_ANYWHERE int64_t center_flags(int64_t L) { return (L + 63) / 64 * 2; }  // one for each warp of tokens
 
 template <typename A>
 struct CenterCuda {

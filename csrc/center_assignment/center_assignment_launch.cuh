@@ -282,8 +282,8 @@ __global__ void __launch_bounds__(kPoolThreads) center_assignment_fwd_pool_kerne
     }
   }
   if (!p.hard || waste == A(0)) return;
-  // A sum that is not finite leaves no other center a number in its channel: 0 of the definition's one-hot times infinity
-  // is none.
+  // A sum that is not finite leaves no other center a number in its channel: 0 of the definition's one-hot times
+  // infinity is none.
   for (int j = 0; j < P::kWidth; ++j) {
     A* out = p.pooled + b * p.G * p.E + e + j;
     int bad = 0;

@@ -41,7 +41,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& size, S
   if (torch_call_dispatcher("aten::new_empty", "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     std::string shape;
     for (const int64_t n : size) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
-    throw std::runtime_error("out of memory: no room for a tensor [" + shape + "]; its inputs have asked for too much at once");
+    throw std::runtime_error("out of memory: no room for a tensor [" + shape +
+                             "]; its inputs have asked for too much at once");
   }
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -114,8 +114,8 @@ void cosines(const PatchTextParams<A>& p, int64_t t0, int64_t rows, Workspace<A>
   }
 }
 
-// Weights a_n = f(s_n) / sum f of one text, equation (2); returns the log of the sum. Forward and backward find the same
-// bits: what a large scale multiplies in the backward are differences of them.
+// Weights a_n = f(s_n) / sum f of one text, equation (2); returns the log of the sum. Forward and backward find the
+// same bits: what a large scale multiplies in the backward are differences of them.
 template <typename A>
 A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a) {
   const A scale = p.scale, bias = p.weight == Weight::sigmoid ? p.bias : A(0);

@@ -118,19 +118,6 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_text_norms_ker
   if (threadIdx.x % 32 == 0) p.text_norms[t] = norm;
 }
 
-// <u_n, u_m> / (|u_n| longest) of two rows whose product leaves the range of A.
-template <typename K>
-__device__ OVSEG_NOINLINE typename K::A long_gram(const Args<K>& p, int64_t i, int64_t n, int64_t m) {
-  using A = typename K::A;
-  const typename K::T* u = p.patches + (p.first + i) * p.patch_b;
-  const A inverse = p.inverse_norm(i, n), longest = p.longest[i];
-  A sum = 0;
-  for (int64_t d = 0; d < p.D; ++d) {
-    sum += to_float(u[n * p.patch_n + d * p.patch_d]) * inverse * (to_float(u[m * p.patch_n + d * p.patch_d]) / longest);
-  }
-  return sum;
-}
-
 // G_nm = <u_n, u_m> / (|u_n| longest): times the weights a_m of row m and |u_n| longest this is <u_n, v>.
 template <typename K, typename Out>
 __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Args<K> p, Out* out) {
@@ -142,14 +129,29 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_gram_kernel(Ar
   clear<typename K::Cosine>(acc);
   product<typename K::Cosine>(u, n0, u, m0, memory, acc);
   const A longest = larger(p.longest[i], kEps<A>);
+  bool some = false;
 #pragma unroll
   for (int k = 0; k < kAccumulators; ++k) {
     const int64_t n = n0 + tile_row<typename K::Cosine>(k), m = m0 + tile_column<typename K::Cosine>(k);
-    if (n < p.N && m < p.N) {
-      A product = acc[k] * p.inverse_norm(i, n) / longest;
-      if (product - product != A(0) && longest - longest == A(0)) product = long_gram(p, i, n, m);
-      out[(i * p.N + n) * p.pitch + m] = from_float<Out>(product);
+    if (n >= p.N || m >= p.N) continue;
+    const A entry = acc[k] * p.inverse_norm(i, n) / longest;
+    some |= entry - entry != A(0);
+    out[(i * p.N + n) * p.pitch + m] = from_float<Out>(entry);
+  }
+  if (!some || longest - longest != A(0)) return;
+  // Products of long patches that have left the range of A: again, of what their lengths have made small first.
+#pragma unroll 1
+  for (int k = 0; k < kAccumulators; ++k) {
+    const int64_t n = n0 + tile_row<typename K::Cosine>(k), m = m0 + tile_column<typename K::Cosine>(k);
+    if (n >= p.N || m >= p.N) continue;
+    Out* entry = out + (i * p.N + n) * p.pitch + m;
+    if (to_float(*entry) - to_float(*entry) == A(0)) continue;
+    const typename K::T* row = p.patches + (p.first + i) * p.patch_b;
+    A sum = 0;
+    for (int64_t d = 0; d < p.D; ++d, row += p.patch_d) {
+      sum += to_float(row[n * p.patch_n]) * p.inverse_norm(i, n) * (to_float(row[m * p.patch_n]) / longest);
     }
+    *entry = from_float<Out>(sum);
   }
 }
 

@@ -65,7 +65,7 @@ class Protocol:
     def choices(self, model: OVSegModel, data: SetDescription) -> dict[str, Any]:
         """Every choice, for result files and for people."""
         view, queries, decision, spec = self.view, self.queries, self.decision, model.spec
-        used = templates(queries.templates_for(model))
+        used = () if queries.embeddings else templates(queries.templates_for(model))
         seen = "whole, upsampled once to the picture's size" if view.crop is None else (
             f"windows of {view.crop}, stride {view.step}, merged by the mean, then resized")
         if not data.background:
@@ -79,7 +79,8 @@ class Protocol:
             "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
             "data": data.title, "classes": data.number, "background": background, "background_texts": list(queries.rivals),
             "class_texts": {name: list(texts) for name, texts in zip(self.labels.names, self.labels.texts, strict=True)},
-            "templates": len(used), "template_texts": list(used), "text_mean": queries.text_mean, "synonyms": queries.synonyms,
+            "templates": len(used), "template_texts": list(used), "text_mean": queries.text_mean,
+            "class_embeddings": queries.embeddings, "synonyms": queries.synonyms,
             "resize": f"short side {view.short_side or spec.image_size}"
                       + (f", long side at most {view.long_side}" if view.long_side else "") + f", {view.resize}",
             "seen": seen, "normalisation": {"mean": list(spec.mean), "std": list(spec.std)},

@@ -9,7 +9,8 @@ import torch
 
 
 class Kept:
-    """The last result of a function of tensors. It is made again once one of them is another tensor, was written to, or was moved.
+    """The last result of a function of tensors. It is made again once one of them is another tensor, was written to, or was moved, and
+    under another autocast.
 
     Copies and pickles begin empty. Moving a module keeps its parameters' identity: call ``clear`` where modules are moved.
     """
@@ -38,4 +39,6 @@ class Kept:
 
 
 def _state(x: torch.Tensor) -> tuple[Any, ...]:
-    return (-1 if x.is_inference() else x._version), x.dtype, x.device
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else None
+    return (-1 if x.is_inference() else x._version), x.dtype, x.device, cast

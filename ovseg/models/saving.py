@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.files import save_weights
 from ..checkpoints.hub import PREFIX, check_repo, upload
-from ..errors import CheckpointError, NoCheckpoint
+from ..errors import CheckpointError, InputError, NoCheckpoint
 from ..replacing import folder_for
 
 if TYPE_CHECKING:
@@ -85,8 +85,14 @@ def push_to_hub(model: OVSegModel, repo: str, *, licence: str, labels: Sequence[
         private: as the Hub has it.
         token: of the Hub; the one of ``hf auth login`` if None.
         facts: as in ``save_pretrained``.
+
+    Raises:
+        InputError: for a model that names its CLIP by a path, which nobody else has.
     """
     check_repo(repo)
+    if model.named_clip is not None and Path(model.named_clip).exists():
+        raise InputError(f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; expected one that others can name, "
+                         "a tag or hf-hub:OWNER/NAME, in the option clip")
     with tempfile.TemporaryDirectory() as parent:
         folder = save_pretrained(model, Path(parent) / "model", **facts)
         (folder / "README.md").write_text(card(model, repo, licence, labels, facts), "utf-8")

@@ -74,6 +74,7 @@ def test_class_embeddings_in_place_of_the_text_tower(folder, tmp_path, capsys):
     by_texts = evaluated(folder, tmp_path, tmp_path / "a", "--protocol", "zegclip")
     by_file = evaluated(folder, tmp_path, tmp_path / "b", "--protocol", "zegclip", "--embeddings", str(tmp_path / "voc.npy"))
     assert by_file["confusion"] == by_texts["confusion"] and by_file["protocol"]["settings"]["embeddings"].endswith("voc.npy")
+    assert by_file["protocol"]["class_embeddings"].endswith("voc.npy") and by_file["protocol"]["template_texts"] == []
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).standard_normal((20, 32)).astype(np.float16))
     other = evaluated(folder, tmp_path, tmp_path / "c", "--protocol", "zegclip", "--embeddings", str(tmp_path / "noise.npy"))
     assert other["confusion"] != by_texts["confusion"]

@@ -14,7 +14,7 @@ import ovseg
 import ovseg_kernels as ok
 from ovseg.checkpoints.files import load_tensors
 from ovseg.checkpoints.published import read_published
-from ovseg.errors import CheckpointError, ConfigError
+from ovseg.errors import CheckpointError, ConfigError, InputError
 from ovseg.inference.decisions.masks import ClassMasks
 from ovseg.inference.queries import EncodedQueries
 from ovseg.inference.windows import Placement, window_origins
@@ -329,6 +329,8 @@ def test_another_clip_is_noticed(tmp_path):
     ovseg.save_pretrained(clip, tmp_path / "clip")
     with pytest.raises(CheckpointError, match="was trained on another CLIP"):
         ovseg.from_pretrained(folder)
+    with pytest.raises(InputError, match="a path of this machine; expected one that others can name"):
+        ovseg.create_model("zegclip_tiny", clip=str(tmp_path / "clip")).push_to_hub("me/zegclip", licence="mit")
     with pytest.raises(ConfigError, match="whose towers differ"):
         ovseg.create_model("zegclip_tiny", clip=CLIP, backbone={"width": 32})
 
@@ -387,6 +389,9 @@ def test_what_is_kept_is_made_again():
     with torch.inference_mode():
         torch.testing.assert_close(model.segment_logits(model(images), texts.clone()), first)
     torch.testing.assert_close(masks(), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = masks()
+    assert not torch.equal(low.float(), first) and torch.equal(masks(), first)
     again = pickle.loads(pickle.dumps(model.prompts._kept))
     assert again._made_of == [] and copy.deepcopy(model.descriptor._kept)._result is None
     with torch.enable_grad():  # training sees the parameters themselves
