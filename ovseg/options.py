@@ -29,12 +29,13 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
     """An instance of the dataclass ``schema`` with the values ``given``; what is not given keeps its default.
 
     Args:
-        schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists, dictionaries, Any.
+        schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists, dictionaries, Any. A class variable ``ends``
+            may say of names of numbers, or of lists and mappings of them, the least and the largest that mean something.
         given: by name of the field.
         where: before the name in messages.
 
     Raises:
-        ConfigError: for an unknown key, a value of another type, NaN or an infinity.
+        ConfigError: for an unknown key, a value of another type or beyond its ends, NaN or an infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
     for key in given:
@@ -42,11 +43,23 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
             raise unknown_key(str(key), known, f"{where}.")
     try:
         found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
-        check_finite(OmegaConf.to_container(found), where)
+        plain: Any = OmegaConf.to_container(found)
+        check_finite(plain, where)
+        _check_ends(plain, getattr(schema, "ends", {}), where)
         return OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
+
+
+def _check_ends(values: Mapping[str, Any], ends: Mapping[str, tuple[float, float]], where: str) -> None:
+    for name, (low, high) in ends.items():
+        inside = values[name]
+        parts = inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, list) else [("", inside)]
+        for part, number in parts:
+            if number is not None and not low <= number <= high:
+                most = "or more" if high == math.inf else f"to {high:g}"
+                raise ConfigError(f"{where}.{name}{'' if part == '' else f'.{part}'} is {number}; expected {low:g} {most}")
 
 
 def check_finite(values: Any, key: str = "") -> None:

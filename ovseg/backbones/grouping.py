@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,10 @@ class GroupingOptions:
         mean, std: of RGB in 0..1; ImageNet's.
         text: kind and options of the text tower, see ``backbones/texts``.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        **dict.fromkeys(("width", "heads", "hidden", "groups", "image_size", "patch_size", "embed_dim", "projector"), (1, math.inf)),
+        **dict.fromkeys(("depths", "group_tokens", "local_depth"), (0, math.inf)), "drop_path": (0, 1), "std": (1e-6, math.inf)}
 
     width: int = 384
     heads: int = 6

@@ -7,9 +7,10 @@ captions and not where things are. There is no position embedding: any picture s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -53,6 +54,10 @@ class _Block(AttentionBlock):
 @dataclass
 class TinyOptions:
     """``width`` of both towers, ``embed_dim`` E, depth of the local, global and text parts."""
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        **dict.fromkeys(("width", "embed_dim", "heads", "image_size"), (1, math.inf)), "context_length": (3, math.inf),
+        **dict.fromkeys(("local_depth", "depth", "text_depth"), (0, math.inf))}  # fmt: skip
 
     width: int = 64
     embed_dim: int = 64

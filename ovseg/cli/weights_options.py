@@ -59,8 +59,6 @@ def load_model(name: str | None, **options: Any) -> Any:
     from ..models import default_model, from_pretrained
     from ..progress import note
 
-    if name == "":  # as a path, the present folder
-        raise InputError("model is ''; expected a name or a path (ovseg models lists names)")
     asked = {"readout": "--readout", "proxy": "--proxy"}
     try:
         model = default_model(**options) if name is None else from_pretrained(name, **options)

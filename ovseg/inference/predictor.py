@@ -53,7 +53,7 @@ class Predictor:
         base = labels if isinstance(labels, Queries) else Queries()
         chosen = rule(model.decision)() if decision is None else decision
         self.view, self.queries, self.decision = route(options, view or View(), base, chosen)
-        self.view.check(patch=model.spec.patch_size, trained=model.spec.image_size)
+        self.view.check(patch=model.spec.patch_size, trained=model.spec.image_size, stride=model.spec.stride)
         self._encoded: OrderedDict[Queries, EncodedQueries] = OrderedDict()
         self._seen: Seen | None = None
         if labels is not None:

@@ -54,7 +54,7 @@ class Prepared:
 def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:
     """One picture in any form that ``read_image`` takes."""
     image = read_image(picture, max_pixels=view.max_pixels)
-    placement = place((image.height, image.width), view, patch=spec.patch_size, trained=spec.image_size)
+    placement = place((image.height, image.width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
     return Prepared(image, resized(image, placement.canvas, view.resize), placement)
 
 
@@ -76,7 +76,7 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
     if height * width > view.max_pixels:
         raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}: it is too large. "
                          "Resize it, or set max_pixels")
-    placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size)
+    placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
     if placement.canvas == (height, width):
         canvas = list(images)
     elif view.resize == "bilinear":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..data.images import MAX_PIXELS
@@ -9,6 +10,11 @@ from ..errors import InputError
 from .fields import one_of, option, positive
 
 WINDOWS = 32  # times max_tokens: patches of all windows of a picture
+
+
+def patches(size: tuple[int, int], patch: int, stride: int | None = None) -> int:
+    """How many a window of ``size`` has."""
+    return math.prod(max(0, side - patch) // (stride or patch) + 1 for side in size)
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class View:
         """Pixels from one window to the next; None without windows."""
         return None if self.crop is None else self.stride or max(1, self.crop // 2)
 
-    def check(self, *, patch: int, trained: int) -> None:
-        """Whether a model of this patch and training size can see pictures so.
+    def check(self, *, patch: int, trained: int, stride: int | None = None) -> None:
+        """Whether a model of this patch, training size and step between patches (the patch if None) can see pictures so.
 
         Raises:
             InputError: for a short side below a patch, and windows that are no whole patches, exceed the short side or have too many.
@@ -60,6 +66,5 @@ class View:
             raise InputError(f"short_side is {short}; expected at least a patch, {patch} pixels")
         if self.crop is not None and not (patch <= self.crop <= short and self.crop % patch == 0):
             raise InputError(f"crop is {self.crop}; expected a multiple of the patch, {patch} pixels, up to the short side, {short}")
-        if self.crop is not None and (self.crop // patch) ** 2 > self.max_tokens:
-            raise InputError(f"crop is {self.crop}, {(self.crop // patch) ** 2} patches of {patch}; expected at most {self.max_tokens} "
-                             "(max_tokens)")
+        if self.crop is not None and (count := patches((self.crop, self.crop), patch, stride)) > self.max_tokens:
+            raise InputError(f"crop is {self.crop}, {count} patches of {patch}; expected at most {self.max_tokens} (max_tokens)")

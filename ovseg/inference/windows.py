@@ -11,7 +11,7 @@ import torch
 
 from ..errors import InputError
 from ..models import OVSegModel, PatchFeatures
-from .view import WINDOWS, View
+from .view import WINDOWS, View, patches
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Placement:
         return self.origins, self.crop, self.canvas, self.size
 
 
-def place(size: tuple[int, int], view: View, *, patch: int, trained: int) -> Placement:
-    """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at ``trained`` pixels.
+def place(size: tuple[int, int], view: View, *, patch: int, trained: int, stride: int | None = None) -> Placement:
+    """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at ``trained`` pixels, ``stride`` from patch to
+    patch where that is less.
 
     The canvas has the picture's shape: of both sides, one that a window does not fit into is rounded to whole patches, and the windows are
     as long as it is; so is a picture that is seen whole.
@@ -48,7 +49,7 @@ def place(size: tuple[int, int], view: View, *, patch: int, trained: int) -> Pla
         InputError: if the resized picture would exceed ``max_pixels`` or ``max_tokens``, or ``long_side`` leave less than half a patch of
             its short side; as ``View.check`` does.
     """
-    view.check(patch=patch, trained=trained)
+    view.check(patch=patch, trained=trained, stride=stride)
     short = view.short_side or trained
     factor = short / min(size)
     if view.long_side is not None:
@@ -62,7 +63,7 @@ def place(size: tuple[int, int], view: View, *, patch: int, trained: int) -> Pla
     if height * width > view.max_pixels:
         raise InputError(f"{about} it would have {height * width} pixels and the limit is {view.max_pixels}; set long_side to make it "
                          "smaller, or max_pixels (--long-side, --max-pixels)")
-    tokens = (crop[0] // patch) * (crop[1] // patch)
+    tokens = patches(crop, patch, stride)
     if tokens > view.max_tokens:
         raise InputError(f"{about} it would be {width}x{height}, {tokens} patches in one view, and the limit is {view.max_tokens}; set "
                          "long_side to make it smaller, crop to see it through windows, or max_tokens (--long-side, --crop, --max-tokens)")

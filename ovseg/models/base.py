@@ -36,6 +36,7 @@ class ModelSpec:
         patch_size: side in pixels of a patch.
         embed_dim: width E shared by images and texts.
         mean, std: of RGB in 0..1, what ``normalize`` takes off and divides by.
+        stride: step between patches in pixels, where they overlap; None: the patch.
     """
 
     image_size: int
@@ -43,6 +44,7 @@ class ModelSpec:
     embed_dim: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    stride: int | None = None
 
 
 @dataclass
@@ -178,7 +180,7 @@ class OVSegModel(nn.Module):
     @property
     def spec(self) -> ModelSpec:
         b = self.backbone
-        return ModelSpec(b.image_size, b.patch_size, b.embed_dim, b.image_mean, b.image_std)
+        return ModelSpec(b.image_size, b.patch_size, b.embed_dim, b.image_mean, b.image_std, getattr(b, "stride", None))
 
     @property
     def tokenizer(self) -> Tokenizer:

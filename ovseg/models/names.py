@@ -39,6 +39,8 @@ def parse(text: str) -> Named:
     Raises:
         InputError: for what is ambiguous, unknown, or a name without one set of weights; with the forms to choose from.
     """
+    if not text:  # as a path, the present folder
+        raise InputError("model is ''; expected a name or a path (ovseg models lists names)")
     if text.startswith(PREFIX):
         return Named(None, text)
     name, _, tag = text.partition(":")

@@ -11,7 +11,9 @@ over all nouns and pictures of the batch, with a temperature of its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.distributed as dist
 
@@ -31,6 +33,8 @@ class GroupViTTraining:
     """Attributes:
     multi_label: weight of (1); 0 switches it off. It needs ``noun_ids`` in the batch and a model with ``multi_label``.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {"multi_label": (0, math.inf)}
 
     multi_label: float = 0.0
 

@@ -10,8 +10,9 @@ over the steps, which stops where they are there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,10 @@ class OVSegmentorTraining:
         mask_batch: the mask loss is (mask_batch / groups) times the mean dice. As published it is the sum over the pictures of one process
             divided by the groups, averaged over processes: 128. None: the pictures of the whole batch.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "weights": (0, math.inf), "momentum": (0, 1), "mask_ratio": (0, 1), "spared": (0, 1), "mask_scale": (1, math.inf),
+        "mask_batch": (1, math.inf)}  # fmt: skip
 
     weights: dict[str, float] = field(default_factory=dict)
     padding: str = "packed"

@@ -15,8 +15,9 @@ No map of the pictures' size exists: ``ovseg_kernels.upsample_mask_loss`` and ``
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,9 @@ class ZegCLIPTraining:
         focal, dice: weights of the losses; early configurations of the published code have 20 for the first.
         alpha, gamma: of the focal loss.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "focal": (0, math.inf), "dice": (0, math.inf), "alpha": (0, 1), "gamma": (0, math.inf)}  # fmt: skip
 
     setting: str = "inductive"
     classes: Any = "digits"

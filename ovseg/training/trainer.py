@@ -33,6 +33,7 @@ from ..errors import DataError, InputError
 from ..models import OVSegModel, save_pretrained
 from ..objectives import Progress
 from ..progress import bar
+from ..replacing import folder_for
 from . import state as checkpoints
 from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
 from .hooks import Checkpoints, Evaluate, Hook, Log, Step, Validation
@@ -71,7 +72,7 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow:
     """
     device = distributed.device(recipe.train.device)
     stages = stages_of(recipe)
-    folder = open_run(Path(run), recipe, resume=resume, allow=allow, device=device)
+    folder = open_run(folder_for(run, "run"), recipe, resume=resume, allow=allow, device=device)
     first = 0 if folder.at is None else checkpoints.facts_of(folder.at)["stage"]
     _keep_freed_memory()
     beside: list[Hook] = [Log(folder.log, recipe.log.every_steps), *hooks]

@@ -13,6 +13,8 @@ from ovseg.cli.main import exit_code, main
 from ovseg.data.scenes import Scenes
 from ovseg.errors import CheckpointError, DataError, InputError, NoCheckpoint, NoData
 from ovseg.replacing import file_for, folder_for
+from ovseg.training.recipe import load_recipe
+from ovseg.training.trainer import train
 from ovseg_kernels import BackendError
 
 SEGMENT = ["segment", "s.png", "--labels", "grass,gravel", "-m", "pacl_tiny", "-o", "out"]
@@ -156,6 +158,18 @@ def test_places_to_write_to(here):
     for save in (result.save, result.save_mask):
         with pytest.raises(InputError, match="path 'folder' is a folder"):
             save("folder")
+
+
+@pytest.mark.bad_input("weights", "an empty name")
+def test_an_empty_name_is_not_the_present_folder(here):
+    ovseg.save_pretrained(ovseg.create_model("pacl_tiny"), ".")
+    for ask in (ovseg.from_pretrained, ovseg.create_model, lambda name: ovseg.segment("s.png", ["grass"], model=name)):
+        with pytest.raises(InputError, match="model is ''; expected a name or a path"):
+            ask("")
+    with pytest.raises(InputError, match="run is empty; expected a folder"):
+        train(load_recipe("clip_scenes"), "")
+    with pytest.raises(InputError, match="folder is empty; expected a folder"):
+        ovseg.save_pretrained(ovseg.create_model("pacl_tiny"), "")
 
 
 def test_a_folder_that_may_not_be_written_to(here, monkeypatch):

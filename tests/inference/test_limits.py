@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ovseg
+import ovseg_kernels as ok
 from ovseg.cli.main import main
 from ovseg.data.images import MAX_PIXELS, picture_size, read_image
 from ovseg.errors import InputError
@@ -117,6 +118,16 @@ def test_a_window_too_large_is_refused_before_a_picture(model):
     with pytest.raises(InputError, match=r"crop is 800, 40000 patches of 4; expected at most 32768 \(max_tokens\)"):
         ovseg.Predictor(model, LABELS, short_side=800, crop=800)
     ovseg.Predictor(model, LABELS, short_side=800, crop=800, max_tokens=40000)
+
+
+def test_overlapping_patches_count():
+    """PACL's stride: steps of 4 between patches of 16 are sixteen times as many."""
+    image = noise(512, 512)
+    assert place(image.size, View(short_side=1024), patch=16, trained=224, stride=16).canvas == (1024, 1024)
+    with pytest.raises(InputError, match="it would be 1024x1024, 64009 patches in one view, and the limit is 32768"):
+        place(image.size, View(short_side=1024), patch=16, trained=224, stride=4)
+    with pytest.raises(InputError, match="crop is 1024, 64009 patches of 16"):
+        View(short_side=1024, crop=1024).check(patch=16, trained=224, stride=4)
 
 
 @pytest.mark.bad_input("command line", "a picture of too many patches")
@@ -275,6 +286,15 @@ def test_more_labels_than_two_bytes_hold(model, tmp_path):
     result.names = names * 2
     with pytest.raises(InputError, match="a mask holds at most 65535 labels and there are 65540"):
         result.save_mask(tmp_path / "m.png")
+
+
+@pytest.mark.bad_input("operators", "more groups than 16 bits hold")
+def test_groups_beyond_sixteen_bits_are_named_as_such():
+    with pytest.raises(ValueError, match="logits has 40000 groups; expected at most 32768 with tables: a pixel's group is kept in 16 bits"):
+        ok.window_argmax(torch.zeros(1, 40000, 1, 1), [(0, 0)], (4, 4), (4, 4), (4, 4), tables=torch.zeros(1, 40000, 2))
+    labels = torch.tensor([69999, 3])
+    found = ok.window_argmax(torch.zeros(1, 2, 1, 1), [(0, 0)], (4, 4), (4, 4), (4, 4), class_labels=labels)
+    assert found.dtype == torch.int64 and found.unique().tolist() == [69999]
 
 
 def replace_names(queries, names):

@@ -16,9 +16,10 @@ from ovseg.cli.main import main
 from ovseg.data.tokenizers import WordTokenizer
 from ovseg.errors import InputError
 from ovseg.inference import GroupTables, PatchArgmax, Queries, View
+from ovseg.inference.decisions import rule, rule_names
 from ovseg.models.texts import check_reading
 
-VALUES = (View, PatchArgmax, GroupTables)
+VALUES = (View, *(rule(name) for name in rule_names()))
 BESIDE = {"stride": {"crop": 64}, "background_entropy": {"scale": 40.0}}  # what an option needs
 
 
@@ -41,10 +42,6 @@ def test_every_number_is_finite_and_a_number(value, name, wrong):
         value(**BESIDE.get(name, {}), **{name: given})
 
 
-def test_the_numbers_are_all_there():
-    assert len(numbers((float,))) == 6 and len(numbers((int,))) == 8  # a new one is looked at above
-
-
 @pytest.mark.parametrize("value,name,given", [pytest.param(*row, marks=pytest.mark.bad_input("inference", "a number beyond its ends"))
                                               for row in (
     (PatchArgmax, "scale", 0.0), (PatchArgmax, "scale", -40.0), (PatchArgmax, "scale", 1e-30), (PatchArgmax, "scale", 1e30),
@@ -58,7 +55,7 @@ def test_ends(value, name, given):
         value(**BESIDE.get(name, {}), **{name: given})
 
 
-@pytest.mark.parametrize("value", [PatchArgmax, GroupTables])
+@pytest.mark.parametrize("value", [rule(name) for name in rule_names()])
 @pytest.mark.bad_input("inference", "a bias that is no finite number")
 @pytest.mark.parametrize("bias", [{"a": float("nan")}, {"a": float("inf")}, {"a": float("-inf")}, {"a": "1"}, {"a": None}, [0.1], 0.1])
 def test_biases(value, bias):

@@ -247,23 +247,42 @@ def test_options_of_earlier_versions_elsewhere(tmp_path, name, options, parts, m
     ("pacl_tiny", {"backbone": {"width": float("nan")}}, r"backbone\.width is nan; expected finite numbers"),
     ("segclip_tiny", {"centers": 0}, "centers is 0; expected 1 or more"),
     ("segclip_tiny", {"cross_layers": -1}, "cross_layers is -1; expected 0 or more"),
+    ("segclip_tiny", {"heads": 0}, "heads is 0; expected 1 or more"),
+    ("segclip_tiny", {"decoder": {"width": 0}}, r"decoder\.width is 0; expected 1 or more"),
+    ("pacl_tiny", {"hidden_dim": -3}, "hidden_dim is -3; expected 1 or more"),
+    *(("clip_dense_tiny", {"backbone": {name: -1}}, rf"backbone\.{name} is -1; expected \d or more") for name in (
+        "width", "embed_dim", "heads", "image_size", "context_length", "local_depth", "depth", "text_depth")),
+    *(("groupvit_tiny", {"backbone": {name: -1}}, rf"backbone\.{name} is -1; expected \d or more") for name in (
+        "width", "heads", "hidden", "image_size", "patch_size", "embed_dim", "projector", "local_depth")),
+    ("groupvit_tiny", {"backbone": {"groups": [8, 0]}}, r"backbone\.groups\.1 is 0; expected 1 or more"),
+    ("groupvit_tiny", {"backbone": {"std": [0.2, 0.0, 0.2]}}, r"backbone\.std\.1 is 0"),
+    *(("zegclip_tiny", {name: -1}, rf"{name} is -1.*; expected \d or more") for name in (
+        "image_size", "heads", "hidden", "class_weight", "seen_classes")),
+    ("ovsegmentor_tiny", {"entity_heads": 0}, "entity_heads is 0; expected 1 or more"),
 )])  # fmt: skip
 def test_options_that_mean_nothing(name, options, message):
     with pytest.raises(ConfigError, match=message):
         ovseg.create_model(name, **options)
 
 
-@pytest.mark.parametrize("options,message", [pytest.param(*row, marks=pytest.mark.bad_input("training", "an objective's option that means "
-                                                                                            "nothing")) for row in (
+@pytest.mark.bad_input("training", "an objective's option that means nothing")
+@pytest.mark.parametrize("name,options,message", [
+    ("zegclip_tiny", {"focal": -1.0}, r"objective zegclip\.focal is -1\.0; expected 0 or more"),
+    ("zegclip_tiny", {"dice": -1.0}, "dice is"), ("zegclip_tiny", {"alpha": 2.0}, r"alpha is 2\.0; expected 0 to 1"),
+    ("zegclip_tiny", {"gamma": -1.0}, "gamma is"), ("groupvit_tiny", {"multi_label": -1.0}, r"multi_label is -1\.0; expected 0 or more"),
+    ("ovsegmentor_tiny", {"momentum": 2.0}, r"momentum is 2\.0; expected 0 to 1"),
+    ("ovsegmentor_tiny", {"weights": {"contrastive": -1.0}}, r"weights\.contrastive is -1\.0; expected 0 or more"),
+    ("ovsegmentor_tiny", {"mask_ratio": 2.0}, "mask_ratio is"), ("ovsegmentor_tiny", {"spared": -1.0}, "spared is"),
+    ("ovsegmentor_tiny", {"mask_scale": 0}, "mask_scale is"), ("ovsegmentor_tiny", {"mask_batch": 0}, "mask_batch is"),
+    *(("segclip_tiny", *row) for row in (
     ({"weights": {"superpixel": -1.0}}, r"weights is \{'superpixel': -1\.0\}; expected numbers of 0 or more"),
     ({"weights": {"superpixel": float("nan")}}, r"weights\.superpixel is nan; expected finite numbers"),
     ({"weights": {"contrast": 1.0}}, "weights names"), ({"tau": 0.0}, r"tau is 0\.0; expected a positive"),
     ({"tau": float("inf")}, "tau is inf"), ({"kept": 2.0}, r"kept is 2\.0; expected a share"),
-    ({"weight": {}}, "weight: unknown key, did you mean objective segclip.weights"),
-)])  # fmt: skip
-def test_objectives_options_that_mean_nothing(options, message):
+    ({"weight": {}}, "weight: unknown key, did you mean objective segclip.weights")))])  # fmt: skip
+def test_objectives_options_that_mean_nothing(name, options, message):
     with pytest.raises(ConfigError, match=message):
-        create_objective(ovseg.create_model("segclip_tiny"), **options)
+        create_objective(ovseg.create_model(name), **options)
 
 
 def test_without_its_libraries_the_package_says_what_to_install():

@@ -16,9 +16,8 @@ import torch
 
 import ovseg_kernels as ok
 
-from ...errors import InputError
 from ...layers.precision import at_least_float32
-from ..fields import option
+from ..fields import biases, number, option
 from ..queries import EncodedQueries
 from ..windows import Placement
 from .base import Decision
@@ -37,8 +36,8 @@ class ClassMasks(Decision):
     bias: dict[str, float] | None = None
 
     def __post_init__(self):
-        if self.background_threshold is not None and not 0 <= self.background_threshold <= 1:
-            raise InputError(f"background_threshold is {self.background_threshold}; expected a probability, 0 .. 1")
+        number(self, "background_threshold", 0, 1, "a probability, 0 .. 1")
+        biases(self, "bias")
 
     @property
     def score_range(self) -> tuple[float, float]:
@@ -49,11 +48,11 @@ class ClassMasks(Decision):
         origins, *sizes = placement.windows
         labels, value = ok.window_argmax(masks, origins, *sizes, activation="sigmoid", stage="window",
                                          bias=queries.offsets(self.bias, allowed, masks.dtype), class_labels=queries.owners,
-                                         label_type=torch.int16, return_value=True)
+                                         label_type=queries.label_type, return_value=True)
         if allowed is not None:  # where none of them may win there is no label
-            labels = labels.masked_fill(value == -torch.inf, -1)
+            labels.masked_fill_(value == -torch.inf, -1)
         if self.background_threshold is not None:
-            labels = labels.masked_fill(value < self.background_threshold, -1)
+            labels.masked_fill_(value < self.background_threshold, -1)
         return labels, value
 
     def background_rules(self) -> list[str]:

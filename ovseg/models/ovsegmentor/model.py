@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +34,8 @@ class OVSegmentorOptions(GroupingSystemOptions):
         dino: DINO's ViT to begin with: a file, or the Hub's repository (hf-hub:owner/name). None: random weights.
         entity_heads: of the decoder; 8 in the published models.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {"entity_heads": (1, math.inf)}
 
     stage: int = 0
     trained: list[str] = field(default_factory=list)

@@ -6,6 +6,7 @@ text's own weighted mean over the patches, for every pair of the batch (``ovseg_
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -35,6 +36,8 @@ class PACLOptions(SystemOptions):
 
     moved: ClassVar[dict[str, str]] = dict.fromkeys(("train_clip", "learn_logit_scale"),
                                                     "it is trained now, a list of parts: embedder, scale, vision, text")
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {"hidden_dim": (1, math.inf)}
 
     templates: str = "pacl7"
     trained: list[str] = field(default_factory=lambda: ["embedder", "scale"])

@@ -6,13 +6,13 @@ blocks see the centers, and the image is the elementwise maximum over them. ``ob
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ...errors import ConfigError
 from ...layers.mae_decoder import MaeDecoder, sincos_positions
 from ...layers.quick_gelu import quick_gelu
 from ...layers.semantic_groups import Groups, SemanticGroups
@@ -36,6 +36,9 @@ class SegCLIPOptions(SystemOptions):
 
     moved: ClassVar[dict[str, str]] = {"frozen": "it is trained now, a list of parts",
                                        **{name: f"it is objective.options.{name} now" for name in _OF_TRAINING}}
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "centers": (1, math.inf), "cross_layers": (0, math.inf), "heads": (1, math.inf), "decoder": (1, math.inf)}  # fmt: skip
 
     trained: list[str] = field(default_factory=lambda: _PARTS[1:])
     second_stage: int = 2
@@ -64,9 +67,6 @@ class SegCLIP(OVSegModel):
         blocks = len(self.backbone.vision_blocks)
         if not 0 <= options.second_stage <= blocks:
             raise ValueError(f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of the backbone")
-        for name, least in (("centers", 1), ("cross_layers", 0)):
-            if getattr(options, name) < least:
-                raise ConfigError(f"{name} is {getattr(options, name)}; expected {least} or more")
         self.backbone.antialias_positions = False  # as published
         self.first_stage = blocks - options.second_stage
         width = self.backbone.token_dim

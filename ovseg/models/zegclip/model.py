@@ -8,8 +8,9 @@ was named, files hold prompts and head alone. ``objectives/zegclip.py`` trains i
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -40,6 +41,10 @@ class ZegCLIPOptions(SystemOptions):
         imagenet: pictures are normalised by ImageNet's mean and std, as published, in place of the CLIP's.
         seen_classes: length of an unused buffer of published files less one; what was read comes back when they are written.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "image_size": (1, math.inf), "heads": (1, math.inf), "hidden": (1, math.inf), "class_weight": (0, math.inf),
+        "seen_classes": (0, math.inf)}  # fmt: skip
 
     templates: str = "zegclip15"
     trained: list[str] = field(default_factory=lambda: list(_PARTS))
@@ -108,7 +113,7 @@ class ZegCLIP(OVSegModel):
         found = super().spec
         if not self.options.imagenet:
             return found
-        return ModelSpec(found.image_size, found.patch_size, found.embed_dim, IMAGENET_MEAN, IMAGENET_STD)
+        return ModelSpec(found.image_size, found.patch_size, found.embed_dim, IMAGENET_MEAN, IMAGENET_STD, found.stride)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The CLIP is in none: it stays as it is."""
