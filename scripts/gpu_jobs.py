@@ -27,7 +27,7 @@ SPECIALISATIONS, FULLEST, COMPILE_SECONDS = 336, 111, 0.57
 # Substrings of the mangled names: CUDA's are in a namespace, Triton's begin with their operator's or a part's of it.
 CUDA_KERNELS = ("ovseg",)
 TRITON_KERNELS = ("patch_text_similarity_", "contrastive_loss_", "center_assignment_", "upsample_argmax_", "upsample_mask_loss_",
-                  "window_argmax_", "philox_kernel")  # fmt: skip
+                  "window_argmax_", "philox_kernel", "row_norms_kernel")  # fmt: skip
 
 
 def build(capability: str, cores: int, limit: float) -> Job:

@@ -149,9 +149,9 @@ def test_a_killed_bench_leaves_rows_that_show_reads(tmp_path, capsys):
 
 def test_show_refuses_what_holds_no_results(tmp_path, capsys):
     (tmp_path / "x").write_text("nothing\n")
-    assert ovseg(["bench", "show", str(tmp_path / "x")]) == 1
+    assert ovseg(["bench", "show", str(tmp_path / "x")]) == 2
     assert "holds no row of results" in capsys.readouterr().err
-    assert ovseg(["bench", "show"]) == 1
+    assert ovseg(["bench", "show"]) == 2
 
 
 def test_show_reads_the_json_of_ovseg_bench(capsys):
