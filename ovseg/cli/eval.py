@@ -119,6 +119,8 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     for data in sets:
         for title, model in _models(options, quiet=rank > 0):
             chosen = protocol(options.protocol, data.description, model, labels=labels, present_only=options.present_only, **changes)
+            if isinstance(data, SegmentationSet):
+                data.max_pixels = chosen.view.max_pixels  # one limit: of what is read and of what is seen
             choices = chosen.choices(model, data.description)
             if rank == 0 and choices != shown:
                 _print_choices(title, choices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with _named("image"):
             return _to_rgb(source, "image", max_pixels)
     file, name = _file_of(source)
-    with _named(name), _opened(file) as image:
+    with _named(name), opened(file) as image:
         return _to_rgb(image, name, max_pixels)
 
 
@@ -58,7 +58,7 @@ def orientation(source: str | Path | bytes) -> int:
         InputError: as ``read_image``, as far as the header goes.
     """
     file, name = _file_of(source)
-    with _named(name), _opened(file) as image:
+    with _named(name), opened(file) as image:
         found = image.getexif().get(ORIENTATION, 1)
         return found if found in range(1, 9) else 1  # others mean nothing, and Pillow does not turn
 
@@ -84,12 +84,12 @@ def _file_of(source: Any) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _opened(file: Any) -> Iterator[Image.Image]:
-    """``Image.open`` of ``FORMATS`` without Pillow's own limit of pixels: the caller's is the one that holds."""
+def opened(file: Any, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """``Image.open`` of some formats without Pillow's own limit of pixels: the caller's is the one that holds."""
     with _OPENING:  # the limit is a global; only a header is read meanwhile
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = before
     with image:
@@ -98,7 +98,7 @@ def _opened(file: Any) -> Iterator[Image.Image]:
 
 def picture_size(header: bytes) -> int:
     """Pixels of a picture by its first bytes; 0 where they do not tell."""
-    with contextlib.suppress(Exception), _opened(io.BytesIO(header)) as image:
+    with contextlib.suppress(Exception), opened(io.BytesIO(header)) as image:
         return image.width * image.height
     return 0
 

@@ -18,7 +18,7 @@ from ..errors import DataError, InputError
 from ..paths import no_file
 from ..text_files import text_of, tree_of
 from .folders import Folder
-from .images import orientation, read_image, upright
+from .images import MAX_PIXELS, orientation, read_image, upright
 from .labels import LabelSet
 from .lists import KeyList, read_list
 from .set_masks import IGNORE, INVALID, MaskLayout, read_mask, table_of
@@ -160,6 +160,7 @@ class SegmentationSet:
         root: the data root, in which the set lies under one of its usual folders, or that folder itself.
         split: ``val``, ``train``, ...
         description: in place of ``name``.
+        max_pixels: pictures and masks with more are refused before they are decoded.
 
     Attributes:
         listed: what the split's list says, or the names of the pictures where it has none.
@@ -169,7 +170,9 @@ class SegmentationSet:
         DataError: where the folder, the list or every mask is missing, saying where they were looked for.
     """
 
-    def __init__(self, name: str, root: str | Path, split: str = "val", *, description: SetDescription | None = None):
+    def __init__(self, name: str, root: str | Path, split: str = "val", *, description: SetDescription | None = None,
+                 max_pixels: int = MAX_PIXELS):
+        self.max_pixels = max_pixels
         self.description = description or describe(name)
         self.split, tree = split, self.description.tree
         part = self.description._of(split)
@@ -228,7 +231,7 @@ class SegmentationSet:
         """
         item = self.items[i]
         try:
-            image = read_image(item.image)
+            image = read_image(item.image, max_pixels=self.max_pixels)
         except InputError as error:
             raise DataError(str(error)) from error
         truth = self.truth(self.read_mask(item), item.mask)
@@ -254,7 +257,7 @@ class SegmentationSet:
         Raises:
             DataError: for a missing, damaged or coloured mask, or a picture whose orientation cannot be read.
         """
-        values = read_mask(item.mask)
+        values = read_mask(item.mask, max_pixels=self.max_pixels)
         if self.description.masks_made_on != "stored":
             return values
         try:

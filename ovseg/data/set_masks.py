@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from ..errors import DataError
 from ..paths import no_file
-from .images import MAX_PIXELS, ORIENTATION
+from .images import MAX_PIXELS, ORIENTATION, opened
 
 IGNORE = -1  # of a truth: pixels that are not counted
 INVALID = -2
@@ -67,7 +67,7 @@ def _values(entries: Iterable[int | str]) -> list[int]:
     return found
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The values of a mask [H, W] as they are stored, uint8 or uint16: class indices, with or without a palette.
 
     Raises:
@@ -76,9 +76,9 @@ def read_mask(path: Path) -> np.ndarray:
     if (found := no_file(path)) is not None:
         raise DataError(f"mask {path} {'is missing' if found == 'does not exist' else found}")
     try:
-        with Image.open(path, formats=_MASK_FORMATS) as mask:
-            if mask.width * mask.height > MAX_PIXELS:
-                raise DataError(f"mask {path} is {mask.width}x{mask.height}; the limit is {MAX_PIXELS} pixels")
+        with opened(path, _MASK_FORMATS) as mask:
+            if mask.width * mask.height > max_pixels:
+                raise DataError(f"mask {path} is {mask.width}x{mask.height}; the limit is {max_pixels} pixels")
             if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
                 raise DataError(f"mask {path} is a {mask.mode} picture; expected class indices in one channel, grey or with a palette")
             if mask.getexif().get(ORIENTATION, 1) != 1:

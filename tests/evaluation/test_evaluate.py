@@ -85,6 +85,20 @@ def test_bad_files_end_it_or_are_left_out_and_named(folder, tmp_path, capsys):
     assert "none of 5 pictures could be used" in capsys.readouterr().err
 
 
+@pytest.mark.bad_input("evaluation", "pictures and masks of too many pixels")
+def test_one_limit_of_pixels(folder, tmp_path, capsys, monkeypatch):
+    """``--max-pixels`` is that of the pictures, of the masks and of what is seen; Pillow's own does not act."""
+    make(tmp_path, "voc20", 3)
+    command = ["eval", str(folder), "--data", "voc20", "--root", str(tmp_path)]
+    assert main([*command, "--max-pixels", "2399"]) == 1 and "is 60x40 = 2400 pixels; the limit is 2399" in capsys.readouterr().err
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert main([*command, "--max-pixels", "400000000"]) == 0
+    monkeypatch.setattr("ovseg.data.segmentation_sets.read_image", lambda path, max_pixels: Image.open(path).convert("RGB"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(DataError, match=r"mask .* is 60x40; the limit is 2399 pixels"):
+        SegmentationSet("voc20", tmp_path, max_pixels=2399)[0]
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
