@@ -89,8 +89,8 @@ def push_to_hub(model: OVSegModel, repo: str, *, licence: str, labels: Sequence[
     """
     check_repo(repo)
     if model.named_clip is not None and Path(model.named_clip).exists():
-        raise InputError(f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; expected one that others can name, "
-                         "a tag or hf-hub:OWNER/NAME, in the option clip")
+        raise InputError(f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; expected one that others can "
+                         "name, a tag or hf-hub:OWNER/NAME, in the option clip")
     with tempfile.TemporaryDirectory() as parent:
         folder = save_pretrained(model, Path(parent) / "model", **facts)
         (folder / "README.md").write_text(card(model, repo, licence, labels, facts), "utf-8")
