@@ -398,3 +398,14 @@ def test_torchvision_is_not_needed_for_scenes():
             "except ImportError as error: assert 'torchvision, which does not import' in str(error)\n"
             "else: raise SystemExit(1)\n")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=Path(__file__).parents[2])
+
+
+def test_scenes_with_the_unseen_ones():
+    """Captions name them then, and only then."""
+    inputs = ModelInputs(48, tokenizer=lambda texts: torch.zeros(len(texts), 4, dtype=torch.int64))
+    named = []
+    for with_unseen in (False, True):
+        source = create_source(load_options({"kind": "scenes", "train_size": 40, "with_unseen": with_unseen}), inputs)
+        unseen = [i for i, split in enumerate(source.scenes.vocabulary.split_of_class) if split == "unseen"]
+        named.append(int(source.entities[:, :, unseen].sum()))
+    assert named[0] == 0 and named[1] > 5

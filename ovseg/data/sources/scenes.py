@@ -28,6 +28,7 @@ class Options(SourceOptions):
     captions: of each picture in a batch, up to five, all positives of it.
     superpixels: whether batches carry ``segments``, the superpixel of each patch.
     superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
+    with_unseen: whether the combinations that are held out are drawn too: for a CLIP that knows all words, as those of the web do.
     """
 
     kind: str = "scenes"
@@ -39,6 +40,7 @@ class Options(SourceOptions):
     captions: int = 1
     superpixels: bool = False
     superpixel_labels: str = "majority"
+    with_unseen: bool = False
 
 
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> ScenePairs:
@@ -46,7 +48,7 @@ def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed:
         raise ConfigError(f"data.captions is {options.captions}; expected 1 to {CAPTIONS_PER_SCENE}")
     size = options.train_size if split == "train" else options.val_size
     try:
-        scenes = Scenes(options.style, split, size, seed, options.image_size or inputs.image_size)
+        scenes = Scenes(options.style, split, size, seed, options.image_size or inputs.image_size, with_unseen=options.with_unseen)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
     patch = inputs.patch_size if options.superpixels else None
