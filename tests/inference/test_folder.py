@@ -107,7 +107,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path, capsys):
     out, command = tmp_path / "out", ["segment", str(tmp_path / "in"), "-m", "pacl_tiny", *LABELS, "-o", str(tmp_path / "out")]
     child = subprocess.Popen([sys.executable, "-m", "ovseg", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     began = time.time()
-    while len(list(out.glob("*.json"))) < 25 and time.time() - began < 60 and child.poll() is None:
+    while len(list(out.glob("[0-9]*.json"))) < 25 and time.time() - began < 60 and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -13,15 +13,18 @@ from ovseg_kernels import _checking
 
 SMALL = {"embed_dim": 32, "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "patch_size": 16},
          "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 2}}
+LENGTHS = pytest.mark.xfail(strict=True, reason="packed texts read the length of the longest from the device, once a step")
 MODELS = {**{name: {} for name in ovseg.list_models("*_tiny")}, "clip_dense_vit_b16": {"architecture": SMALL}}
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on the reference for cuda")  # as it does where no GPU is
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LENGTHS) if name in ("groupvit_tiny", "ovsegmentor_tiny") else name
+                                  for name in MODELS])
 def test_nothing_waits_for_the_device(name, monkeypatch):
     with unreadable_device(monkeypatch) as refusing:
         monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)  # fake parameters cannot move: they are made in place
         monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)  # reads what it drew
+        monkeypatch.setattr("ovseg.models.base.check_reading", lambda *_: None)  # compares token ids of the host, which are fake here
         with torch.device("cuda"):
             model = ovseg.create_model(name, **MODELS[name])
             objective = create_objective(model).train()

@@ -101,6 +101,8 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
             registers_allowed, stack_allowed = 128, 16 if kind_of(rest) == "double" else 0  # float64's division is a call
         if kernel.endswith("fwd_cancelled_kernel"):  # for the few rows that cancel; two blocks on an SM are enough
             registers_allowed = 255
+        if kernel.endswith("patch_norms_kernel"):  # lengths whose squares overflow are scaled on the way; it waits for memory
+            registers_allowed, stack_allowed = 96, 8 if kind_of(rest) == "double" else 0
         for arch, (registers, stack, shared) in by_arch.items():
             # Shared memory is dynamic (static_assert in the source: 99 KiB); 1 KiB belongs to the system from sm_90 on.
             if registers > registers_allowed or stack > stack_allowed or shared > 1024:
@@ -278,7 +280,8 @@ def test_triton_rows_are_copied_while_products_run(triton_rows):
         if row["case"].startswith("float64"):
             continue  # for checking
         # A gather by pixel, whose indices are 16 bits wide, has no neighbours to read with.
-        assert "2" not in row["loads"] or "tables" in row["case"], row
+        # Lengths of rows are read without a promise about alignment.
+        assert "2" not in row["loads"] or "tables" in row["case"] or row["kernel"] == "row_norms_kernel", row
         assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), row  # masks are bytes
         assert all(count >= 2 for count in row["stages"]), row
         turned = row["tensor_core"] == "wgmma" and row["tf32"]  # such operands are turned on their way, four bytes at a time
@@ -304,7 +307,7 @@ def test_the_suite_needs_few_triton_compilations():
         "test_no_synchronisation.py::test_a_graph_of_a_gpu_flags_at_every_replay",
         "test_philox.py::test_triton_equals_python",
     }, counted
-    assert 200 <= counted["specialisations"] <= 350, counted
+    assert 200 <= counted["specialisations"] <= 360, counted
 
 
 def test_planted_faults_can_still_be_planted():
