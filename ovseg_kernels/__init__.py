@@ -1,6 +1,6 @@
 """Fused, differentiable operators for dense image-text learning."""
 
-from . import distributed, philox
+from . import distributed, philox, results
 from ._backends import available_backends, backend, explain
 from ._checking import check_errors, checking
 from ._library import BackendError
@@ -45,6 +45,7 @@ __all__ = [
     "folded_center_assignment",
     "patch_text_similarity",
     "philox",
+    "results",
     "segclip_center_assignment",
     "select_pixels",
     "similarity_contrastive_loss",

@@ -59,9 +59,17 @@ void parallel(const DenseInputs<A>& in, int64_t count, const Work& work) {
                              [&](int64_t begin, int64_t end, A* memory) { work(in.p, begin, end, memory); });
 }
 
+// A kernel would read wherever these point to.
+void check_range(const char* name, const int64_t* x, int64_t count, int64_t least, int64_t end) {
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(x[i] >= least && x[i] < end, name, " holds ", x[i], "; expected ", least, " to ", end - 1);
+  }
+}
+
 DensePair gather(Tensor pixels, Tensor texts, Tensor index, int64_t rows) {
   return with_dense_inputs(pixels, texts, [&](auto in) {
     in.enter_index(index, rows);
+    check_range("index", in.p.index, in.p.T * in.p.K, -1, in.p.B * in.p.N);
     DensePair found = in.gathered();
     parallel(in, in.p.T, table<std::remove_pointer_t<decltype(in.p.similarity)>>().gather);
     return found;
@@ -72,6 +80,8 @@ DensePair backward(Optional grad_similarity, Optional grad_unit, Tensor pixels, 
                    Tensor order, int64_t rows, bool need_pixels, bool need_texts) {
   return with_dense_inputs(pixels, texts, [&](auto in) {
     in.enter_index(index, rows), in.enter_gradients(grad_similarity, grad_unit, order);
+    check_range("index", in.p.index, in.p.T * in.p.K, -1, in.p.B * in.p.N);
+    check_range("order", in.p.order, in.p.T * in.p.K, 0, in.p.T * in.p.K);
     DensePair found = in.gradients(need_pixels, need_texts);
     const auto& run = table<std::remove_pointer_t<decltype(in.p.similarity)>>();
     if (need_texts) parallel(in, in.p.T, run.texts);

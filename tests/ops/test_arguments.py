@@ -49,6 +49,18 @@ def test_the_dispatcher_clamps_skip(backend):
             assert positive.shape == (3, 2) and negative.tolist() == [[-1] * 3] * 3
 
 
+@held("indices of pixels that are not there, below the public function")
+def test_the_cpu_reads_no_pixel_beyond_the_last():
+    pixels, texts, unit = torch.randn(2, 3, 4), torch.randn(1, 4), torch.randn(1, 0, 4)
+    good, bad = torch.tensor([[5, -1]]), torch.tensor([[5, 6]])
+    with pytest.raises(RuntimeError, match="index holds 6; expected -1 to 5"):
+        torch.ops.ovseg.dense_contrastive_gather(pixels, texts, bad, 0)
+    back = torch.ops.ovseg.dense_contrastive_gather_backward
+    for index, order, message in ((bad, [0, 1], "index holds 6"), (good, [0, 2], "order holds 2; expected 0 to 1")):
+        with pytest.raises(RuntimeError, match=message):
+            back(torch.ones(1, 2), unit, pixels, texts, index, torch.tensor(order), 0, True, True)
+
+
 NO_ROOM = (2**31 - 1, 2**26)  # 2^60 bytes: more than an address holds, whatever the system promises
 
 
