@@ -266,7 +266,7 @@ FAULTS += (
              _ZEGCLIP),
     _zegclip("prompts in another order", "models/zegclip/published.py", "torch.cat([first, deep])", "torch.cat([deep, first])",
              "blocks", _ZEGCLIP),
-    _zegclip("the CLIP in every file", "models/zegclip/model.py", "del found[name]", "pass", "alone", _ZEGCLIP),
+    _zegclip("the CLIP in every file", "models/frozen_clip.py", "del found[name]", "pass", "alone", _ZEGCLIP),
     _zegclip("unseen pixels are the first class", "objectives/zegclip.py", "(len(names),), _NONE)", "(len(names),), 0)", "published"),
     _zegclip("self-training on what is labelled", "objectives/zegclip.py", "torch.where(hidden[index] & known,", "torch.where(known,",
              "self_training"),
@@ -277,6 +277,25 @@ FAULTS += (
     _zegclip("dropout of the first step", "objectives/base.py", "torch.manual_seed(self._number(use))", "torch.manual_seed(0)", "dropout"),
 )
 
+
+def _mgca(name: str, file: str, right: str, wrong: str, tests: str, folder: str = "training/test_mgca_objective") -> Fault:
+    return Fault(f"mgca: {name}", f"ovseg/{file}", right, wrong, tests, folder=f"tests/{folder}.py")
+
+
+_UNITS = "inference/test_units"
+FAULTS += (
+    _mgca("noise of each rank", "objectives/mgca.py", "replace(progress, rank=0)", "progress", "noise"),
+    _mgca("groups with a gradient of one pixel", "layers/units.py", "(weights / weights.sum(1, keepdim=True))", "weights", "clusters"),
+    _mgca("pixels from the first step", "objectives/mgca.py", "(share - start) / ramp", "share / ramp", "wait"),
+    _mgca("pixels of one rank", "objectives/mgca.py", "        if group is not None:\n            pixels, text,", "        if False:\n            pixels, text,",
+          "equal_one", _GRADIENTS),
+    _mgca("the CLIP's last block with attention", "models/mgca/model.py", 'readout: str = "maskclip"', 'readout: str = "clip"', "begins",
+          "models/test_mgca"),
+    _mgca("units that do not touch", "layers/units.py", "index[:-1], index[1:]", "index[:-1], index[1:].flip(0)", "linkage", _UNITS),
+    _mgca("single link", "layers/units.py", "sums / count.clamp(min=1)", "sums / 1", "linkage", _UNITS),
+    _mgca("the weight of the unit turned round", "inference/decisions/units.py", "lerp(of_patches, of_units,", "lerp(of_units, of_patches,",
+          "mixture", _UNITS),
+)
 
 def copy_tree(to: Path) -> None:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")

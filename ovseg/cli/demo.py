@@ -2,11 +2,13 @@
 
 ``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
 objective with nothing frozen. ``segclip``, ``groupvit``, ``ovsegmentor`` (both its stages): those from random weights. ``zegclip``: ZegCLIP
-on the tiny CLIP, frozen, with the masks of the seen classes, with self-training on the unseen ones, and with the masks of all.
+on the tiny CLIP, frozen, with the masks of the seen classes, with self-training on the unseen ones, and with the masks of all. ``mgca``:
+the reconstruction of MGCA on the image-level CLIP, frozen. ``all``: all of them, in one table and one page of pictures.
 
   ovseg demo                                  PACL on real handwritten digits on real textures
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
   ovseg demo --system pacl segclip --data shapes
+  ovseg demo --system all                     an hour and more
 Writes results.json, table.md, gallery.png, loss.png and all runs into --out; nothing is downloaded.
 """
 
@@ -44,6 +46,7 @@ SYSTEMS = {
     "segclip": (Stage("SegCLIP", "segclip", "segclip_scenes"),),
     "groupvit": (Stage("GroupViT", "groupvit", "groupvit_scenes"),),
     "ovsegmentor": (Stage("OVSegmentor", "ovsegmentor", "ovsegmentor_scenes"),),
+    "mgca": (CLIP, Stage("MGCA-style", "mgca", "mgca_scenes", "clip")),
     "zegclip": (
         Stage("ZegCLIP, inductive", "zegclip", "zegclip_scenes", "clip", "digits"),
         Stage("ZegCLIP, transductive", "zegclip_transductive", "zegclip_transductive_scenes", "clip", "digits"),
@@ -53,7 +56,7 @@ SYSTEMS = {
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--system", nargs="+", default=["pacl"], choices=tuple(SYSTEMS), help="systems to train (default: pacl)")
+    sub.add_argument("--system", nargs="+", default=["pacl"], choices=(*SYSTEMS, "all"), help="systems to train (default: pacl)")
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
@@ -76,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     at_least(1, options, "steps", "train_scenes", "scenes")
     at_least(0, options, "seed")
     out = folder_for(f"runs/demo_{options.data}" if options.out is None else options.out, "--out")
-    stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
+    systems = SYSTEMS if "all" in options.system else options.system
+    stages = list(dict.fromkeys(stage for system in systems for stage in SYSTEMS[system]))
     if CLIP not in stages and any(stage.clip and stage.names_clip != options.data for stage in stages):
         stages = [CLIP, *stages]  # the bundled one knows other words
     if options.steps and len(options.steps) != len(stages):
