@@ -20,7 +20,8 @@ from .numbers import at_least
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("ops", nargs="*", help="operators, all if none is given; or show and result files")
     sub.add_argument("--case", action="append", default=[], help="name of a case; may be repeated")
-    sub.add_argument("--whole", choices=("mgca", "ovsegmentor", "pictures", "segclip", "zegclip"), help="a whole procedure in place of operators")
+    sub.add_argument("--whole", choices=("mgca", "ovsegmentor", "pictures", "segclip", "zegclip"),
+                     help="a whole procedure in place of operators")
     sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--json", dest="out", help="file for the rows")
 
