@@ -1,6 +1,6 @@
 """The losses of a training step of MGCA-style, all three levels, from pixels and texts to their gradients, against the eager composition.
 
-``eager``: the definitions of ``ovseg/objectives/mgca_reference.py``, whole: all similarities [T, B N] and weights [B, T, N], unit pixels for
+``eager``: the definitions of ``ovseg/objectives/mgca_reference.py``, whole: all similarities [T, B N], weights [B, T, N], unit pixels for
 each loss. Both have the same groups of pixels, by the same function. Random pixels that are correlated within a picture.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import ovseg
 from ovseg.data.batch_types import PairBatch
@@ -47,8 +48,9 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
     def eager() -> torch.Tensor:
         own, scale = ids[:, None] == ids, model.logit_scale
         units = means_of(tokens, cluster(tokens.detach(), o.regions), o.regions)
+        cosines = torch.einsum("bnd,td->btn", F.normalize(units, dim=-1), F.normalize(texts, dim=-1))
         return (mgca_reference.object_loss(tokens, texts, own, scale, model.options.temperature)
-                + mgca_reference.dense_loss(units, texts, own, scale, 1, o.region_negatives)
+                + mgca_reference.info_nce(scale * cosines.amax(-1), own)
                 + mgca_reference.dense_loss(tokens, texts, own, scale, o.positives, o.negatives))
 
     return {"ours": ours, "eager": eager, "leaves": [tokens, model.log_scale]}

@@ -3,13 +3,13 @@
     L = w_o L_object + w_r L_region + w_p(t) L_pixel                                                              (1)
 
 object   symmetric InfoNCE over phi(i, j), text j against its own weighted mean of picture i's pixels (PACL's compatibility), all pairs
-region   R groups of each picture by ``layers.units.cluster`` of the detached pixels, their means as pixels of (2), k_pos = 1: the group
-         of the text's own picture that is most like it, against groups of other pictures
-pixel    the k_pos pixels of the text's own picture that are most like it, against pixels of other pictures that are sampled hard       (2)
+region   R groups of each picture by ``layers.units.cluster`` of the detached pixels; symmetric InfoNCE over the cosine of text j and the
+         group of picture i that is most like it, all pairs: the best group of its own picture against the hardest of each other one
+pixel    the k_pos pixels of the text's own picture that are most like it, against pixels of other pictures that are sampled hard, and those
+         pixels against all texts: ``ovseg_kernels.dense_contrastive_loss``                                         (2)
 
-Region and pixel are ``ovseg_kernels.dense_contrastive_loss``: text to pixel, and pixel to text. Pictures whose id is the text's are never
-negatives. w_p is 0 up to ``pixel_start`` of the stage and rises over ``pixel_ramp`` of it: the pixels that an untrained decoder finds for a
-text are noise. ``mgca_reference.py`` has all of it in plain torch.
+Pictures whose id is the text's are never negatives. w_p is 0 up to ``pixel_start`` of the stage and rises over ``pixel_ramp`` of it: the
+pixels that an untrained decoder finds for a text are noise. ``mgca_reference.py`` has all of it in plain torch.
 """
 
 from __future__ import annotations
@@ -42,25 +42,22 @@ class MGCATraining:
     """Attributes:
         weights: of the levels; 0 switches one off.
         regions: R.
-        region_negatives, region_skip: k_neg of the region level, and how many of the most similar groups are left out before.
         positives, negatives: k_pos and k_neg of the pixel level.
         sampling: of its negatives: ``topk``, ``semi``, ``gumbel`` or ``random``.
         skip: so many of the hardest are left out, as probable false negatives: with ``topk`` a window of ranks.
         margin: of ``semi``. sampling_temperature: of ``gumbel``.
         reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` is satisfied by one.
-        terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``, of both levels.
+        terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
         pixel_start, pixel_ramp: shares of the stage.
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "weights": (0, math.inf), **dict.fromkeys(("regions", "region_negatives", "positives", "negatives"), (1, math.inf)),
-        **dict.fromkeys(("region_skip", "skip"), (0, math.inf)), **dict.fromkeys(("margin", "sampling_temperature"), (1e-6, math.inf)),
+        "weights": (0, math.inf), **dict.fromkeys(("regions", "positives", "negatives"), (1, math.inf)),
+        "skip": (0, math.inf), **dict.fromkeys(("margin", "sampling_temperature"), (1e-6, math.inf)),
         "pixel_start": (0, 1), "pixel_ramp": (0, 1)}  # fmt: skip
 
     weights: dict[str, float] = field(default_factory=dict)
     regions: int = 8
-    region_negatives: int = 64
-    region_skip: int = 0
     positives: int = 32
     negatives: int = 64
     sampling: str = "topk"
@@ -100,12 +97,9 @@ class MGCAObjective(Objective):
             losses["object"] = image_text_contrast(tokens, text, self.model.logit_scale, batch, group, self.model.compatibility)
         if weights["region"]:
             units = means_of(tokens, cluster(tokens.detach(), options.regions), options.regions)
-            losses["region"] = self._dense(units, text, batch, group, k_pos=1, k_neg=options.region_negatives, skip=options.region_skip)
+            losses["region"] = image_text_contrast(units, text, self.model.logit_scale, batch, group, best_unit)
         if weights["pixel"]:
-            noise = {"rng": replace(progress, rank=0).rng(tokens.device, "negatives")} if options.sampling in _NOISY else {}
-            losses["pixel"] = self._dense(tokens, text, batch, group, k_pos=options.positives, k_neg=options.negatives, skip=options.skip,
-                                          sampling=options.sampling, margin=options.margin,
-                                          sampling_temperature=options.sampling_temperature, reduction=options.reduction, **noise)
+            losses["pixel"] = self._pixel(tokens, text, batch, progress, group)
         total = sum((weights[name] * loss for name, loss in losses.items()), start=0.0 * tokens.sum() if not losses else 0.0)
         return {"total": total, **losses}
 
@@ -115,15 +109,23 @@ class MGCAObjective(Objective):
         rise = min(1.0, max(0.0, (share - start) / ramp)) if ramp else float(share >= start)
         return self.weights["pixel"] * rise
 
-    def _dense(self, pixels: torch.Tensor, text: torch.Tensor, batch: PairBatch, group: dist.ProcessGroup | None,
-               **options) -> torch.Tensor:
+    def _pixel(self, pixels: torch.Tensor, text: torch.Tensor, batch: PairBatch, progress: Progress,
+               group: dist.ProcessGroup | None) -> torch.Tensor:
         """(2). Over ranks the pixels travel: the hardest of all are to be found, whatever the sampling. Every rank then has the whole loss,
         and ``gather_rows`` gives each its own rows' gradient from all of them: their mean is that of one process."""
-        image_ids, text_ids = batch.image_ids, batch.text_ids
+        o, image_ids, text_ids = self.options, batch.image_ids, batch.text_ids
         if group is not None:
             pixels, text, image_ids, text_ids = (gather_rows(x, group) for x in (pixels, text, image_ids, text_ids))
-        return ok.dense_contrastive_loss(pixels, text, temperature=1 / self.model.logit_scale, image_ids=image_ids, text_ids=text_ids,
-                                         terms=self.options.terms, **options)
+        noise = replace(progress, rank=0).rng(pixels.device, "negatives") if o.sampling in _NOISY else None
+        return ok.dense_contrastive_loss(
+            pixels, text, temperature=1 / self.model.logit_scale, k_pos=o.positives, k_neg=o.negatives, sampling=o.sampling, skip=o.skip,
+            image_ids=image_ids, text_ids=text_ids, rng=noise, reduction=o.reduction, terms=o.terms, margin=o.margin,
+            sampling_temperature=o.sampling_temperature)  # fmt: skip
 
     def after_step(self, progress: Progress) -> None:
         self.model.limit_logit_scale()
+
+
+def best_unit(units: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """[B, T], the largest cosine of a text with a picture's ``units`` [B, R, D]."""
+    return ok.patch_text_similarity(units, text, pool="max")

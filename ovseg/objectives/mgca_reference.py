@@ -16,7 +16,17 @@ def object_loss(tokens: torch.Tensor, texts: torch.Tensor, own: torch.Tensor, sc
     p, q = F.normalize(tokens, dim=-1), F.normalize(texts, dim=-1)
     weights = (torch.einsum("bnd,td->btn", p, q) / temperature).softmax(-1)
     pooled = F.normalize(torch.einsum("btn,bnd->btd", weights, tokens), dim=-1)
-    logits = scale * torch.einsum("btd,td->bt", pooled, q)
+    return info_nce(scale * torch.einsum("btd,td->bt", pooled, q), own)
+
+
+def region_loss(tokens: torch.Tensor, texts: torch.Tensor, own: torch.Tensor, scale: torch.Tensor, count: int) -> torch.Tensor:
+    """The same over each text's best group of each picture."""
+    units = F.normalize(region_units(tokens, clusters(tokens, count), count), dim=-1)
+    return info_nce(scale * torch.einsum("bnd,td->btn", units, F.normalize(texts, dim=-1)).amax(-1), own)
+
+
+def info_nce(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Symmetric, of logits [B, T] with several positives."""
     positive = own.T.to(logits.dtype)  # [B, T]
     of_image = -(positive * logits.log_softmax(1)).sum(1) / positive.sum(1).clamp(min=1)
     of_text = -(positive * logits.log_softmax(0)).sum(0) / positive.sum(0).clamp(min=1)

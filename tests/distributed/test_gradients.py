@@ -28,7 +28,7 @@ OPTIONS = {"pacl": {"trained": ["embedder", "scale", "vision", "text"]},
            "zegclip": {"dropout": 0.0, "prompts": 3}, "mgca": {"trained": ["decoder", "scale"], "hidden": 8}}  # fmt: skip
 TRAINING = {"groupvit": {"multi_label": 0.5}, "ovsegmentor": {"weights": {"mask": 1.0}, "mask_scale": 4},
             "zegclip": {"setting": "transductive"},
-            "mgca": {"regions": 3, "region_negatives": 5, "positives": 4, "negatives": 12, "sampling": "gumbel", "pixel_start": 0.0}}
+            "mgca": {"regions": 3, "positives": 4, "negatives": 12, "sampling": "gumbel", "pixel_start": 0.0}}
 PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
 
 

@@ -25,7 +25,7 @@ def an_objective(**training):
     with torch.no_grad():
         for layer in model.decoder.layers:  # it begins as nothing
             layer.leave.weight.normal_(std=0.1)
-    small = {"regions": 4, "region_negatives": 6, "positives": 5, "negatives": 9}
+    small = {"regions": 4, "positives": 5, "negatives": 9}
     return create_objective(model.train(), **{**small, **training})
 
 
@@ -47,10 +47,8 @@ def expected(objective, rows, batch, rng=None):
     """The three losses by ``mgca_reference``."""
     o, tokens, text = objective.options, rows["tokens"], rows["text"]
     own, scale = batch.text_ids[:, None] == batch.image_ids, objective.model.logit_scale
-    labels = mgca_reference.clusters(tokens, o.regions)
-    units = mgca_reference.region_units(tokens, labels, o.regions)
     return {"object": mgca_reference.object_loss(tokens, text, own, scale, objective.model.options.temperature),
-            "region": mgca_reference.dense_loss(units, text, own, scale, 1, o.region_negatives, skip=o.region_skip, terms=o.terms),
+            "region": mgca_reference.region_loss(tokens, text, own, scale, o.regions),
             "pixel": mgca_reference.dense_loss(tokens, text, own, scale, o.positives, o.negatives, sampling=o.sampling, skip=o.skip,
                                                margin=o.margin, tau=o.sampling_temperature, rng=rng, reduction=o.reduction,
                                                terms=o.terms)}  # fmt: skip
@@ -77,7 +75,7 @@ def test_losses_and_gradients_are_those_of_the_definitions(sampling, backend):
 
 
 @pytest.mark.parametrize("options", [{"reduction": "log_of_sum"}, {"terms": "text_to_pixel"}, {"terms": "pixel_to_text"},
-                                     {"weights": {"object": 0.5, "region": 2.0, "pixel": 3.0}}, {"region_skip": 3},
+                                     {"weights": {"object": 0.5, "region": 2.0, "pixel": 3.0}}, {"regions": 1},
                                      {"positives": 400, "negatives": 999}], ids=str)
 def test_options_are_those_of_the_definitions(options):
     check(an_objective(**options), a_batch())
@@ -148,7 +146,7 @@ def test_scale_stays_below_100():
     ({"terms": "one"}, "terms is 'one'"), ({"regions": 0}, "regions is 0; expected 1 or more"), ({"negatives": 0}, "negatives is 0"),
     ({"positives": 0}, "positives is 0"), ({"skip": -1}, "skip is -1; expected 0 or more"), ({"margin": 0.0}, "margin is"),
     ({"sampling_temperature": 0.0}, "sampling_temperature is"), ({"pixel_start": 1.5}, r"pixel_start is 1\.5; expected 0 to 1"),
-    ({"region_skip": -1}, "region_skip is"), ({"region": 3}, "region: unknown key, did you mean objective mgca.regions"),
+    ({"region": 3}, "region: unknown key, did you mean objective mgca.regions"),
 ])  # fmt: skip
 def test_options_that_mean_nothing(options, message):
     with pytest.raises(ConfigError, match=message):
