@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
     from ..models import from_pretrained
-    from ..replacing import folder_for
+    from ..replacing import folder_for, write_text
     from ..training.plots import join_curves
     from ..training.recipe import load_recipe
     from ..training.trainer import Interrupted, train
@@ -120,12 +120,12 @@ def run(options: argparse.Namespace) -> int:
     text = scene_table(rows)
     gallery(reports).save(out / "gallery.png")
     curve = join_curves({stage.title: out / stage.folder / "log.jsonl" for stage in done}, out / "loss.png")
-    (out / "table.md").write_text(text + "\n")
+    write_text(out / "table.md", text + "\n")
     seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
     ratios = [value / max(seen[0], 1e-9) for value in seen]
     facts = {"data": options.data, "seed": options.seed, "rows": rows, "seen_miou_over_first": ratios,
              "seconds": round(time.time() - began, 1), "environment": json.loads((out / stages[-1].folder / "env.json").read_text())}
-    results.write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(results, json.dumps(facts, indent=2) + "\n")
     print(text)
     shown = ", ".join(f"{row['model']} {ratio:.1f}" for row, ratio in zip(rows[1:], ratios[1:], strict=True))
     compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {shown}; " if shown else ""
