@@ -32,6 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The whole of ``text``, UTF-8 but for names of files that are not, or what was there before."""
+    with replacing(path) as part:
+        part.write_text(text, "utf-8", "surrogateescape")
+
+
 def part_of(path: Path) -> Path:
     """The name in between, beside ``path``: hidden, and short where the whole would be too long a name."""
     name = f".part.{path.name}"

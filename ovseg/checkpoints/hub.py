@@ -6,6 +6,7 @@ minute where there is no network; here the first answer, or its absence after ``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError, WeightsError
 from ..progress import note
-from ..replacing import replacing
+from ..replacing import write_text
 from .cache import cache_folder
 
 PREFIX = "hf-hub:"
@@ -133,11 +134,8 @@ def check_hash(path: Path, source: str) -> None:
         raise CheckpointError(f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is {digest.hexdigest()[:12]}... "
                               f"and the Hub's is {expected[:12]}...; remove {blob} and fetch it again")
     if seen is not None:
-        try:
-            with replacing(seen) as part_file:
-                part_file.write_text(json.dumps(state))
-        except OSError:
-            pass  # it is hashed again next time
+        with contextlib.suppress(OSError):  # it is hashed again next time
+            write_text(seen, json.dumps(state))
 
 
 def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Upload model", token: str | None = None) -> str:

@@ -6,6 +6,7 @@
   ovseg bench --whole segclip                            SegCLIP: inference, and memory of a training step
   ovseg bench --whole ovsegmentor                        OVSegmentor: inference, texts of a training step, the mask loss
   ovseg bench --whole zegclip                            ZegCLIP: head and loss of a training step, and inference
+  ovseg bench --whole mgca                               MGCA-style: the losses of a training step
   ovseg bench show results/*.jsonl                       tables of result files, of a run that was killed too
 """
 
@@ -19,7 +20,8 @@ from .numbers import at_least
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("ops", nargs="*", help="operators, all if none is given; or show and result files")
     sub.add_argument("--case", action="append", default=[], help="name of a case; may be repeated")
-    sub.add_argument("--whole", choices=("ovsegmentor", "pictures", "segclip", "zegclip"), help="a whole procedure in place of operators")
+    sub.add_argument("--whole", choices=("mgca", "ovsegmentor", "pictures", "segclip", "zegclip"),
+                     help="a whole procedure in place of operators")
     sub.add_argument("--repeats", type=int, default=7)
     sub.add_argument("--json", dest="out", help="file for the rows")
 

@@ -96,7 +96,7 @@ def _check(options: argparse.Namespace) -> int:
 
     from ..data.check import check_set
     from ..data.segmentation_sets import SegmentationSet
-    from ..replacing import folder_for
+    from ..replacing import folder_for, write_text
 
     if options.out is not None:
         folder_for(options.out, "--out").mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _check(options: argparse.Namespace) -> int:
 
             out = Path(options.out)
             stem = f"{data.description.name}_{options.split}"
-            (out / f"{stem}.json").write_text(json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
+            write_text(out / f"{stem}.json", json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
             plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
                       f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
             print(out / f"{stem}.json", out / f"{stem}.png", sep="\n")

@@ -2,11 +2,13 @@
 
 ``pacl``: a tiny CLIP with the image-level loss, its patches read out as they are; PACL on that CLIP, frozen, as published; PACL's
 objective with nothing frozen. ``segclip``, ``groupvit``, ``ovsegmentor`` (both its stages): those from random weights. ``zegclip``: ZegCLIP
-on the tiny CLIP, frozen, with the masks of the seen classes, with self-training on the unseen ones, and with the masks of all.
+on the tiny CLIP, frozen, with the masks of the seen classes, with self-training on the unseen ones, and with the masks of all. ``mgca``:
+the reconstruction of MGCA on the image-level CLIP, frozen. ``all``: all of them, in one table and one page of pictures.
 
   ovseg demo                                  PACL on real handwritten digits on real textures
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
   ovseg demo --system pacl segclip --data shapes
+  ovseg demo --system all                     an hour and more
 Writes results.json, table.md, gallery.png, loss.png and all runs into --out; nothing is downloaded.
 """
 
@@ -44,6 +46,7 @@ SYSTEMS = {
     "segclip": (Stage("SegCLIP", "segclip", "segclip_scenes"),),
     "groupvit": (Stage("GroupViT", "groupvit", "groupvit_scenes"),),
     "ovsegmentor": (Stage("OVSegmentor", "ovsegmentor", "ovsegmentor_scenes"),),
+    "mgca": (CLIP, Stage("MGCA-style", "mgca", "mgca_scenes", "clip")),
     "zegclip": (
         Stage("ZegCLIP, inductive", "zegclip", "zegclip_scenes", "clip", "digits"),
         Stage("ZegCLIP, transductive", "zegclip_transductive", "zegclip_transductive_scenes", "clip", "digits"),
@@ -53,7 +56,7 @@ SYSTEMS = {
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--system", nargs="+", default=["pacl"], choices=tuple(SYSTEMS), help="systems to train (default: pacl)")
+    sub.add_argument("--system", nargs="+", default=["pacl"], choices=(*SYSTEMS, "all"), help="systems to train (default: pacl)")
     sub.add_argument("--data", default="digits", choices=("digits", "shapes"))
     sub.add_argument("--out", help="folder (default: runs/demo_DATA)")
     sub.add_argument("--seed", type=int, default=0)
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
     from ..models import from_pretrained
-    from ..replacing import folder_for
+    from ..replacing import folder_for, write_text
     from ..training.plots import join_curves
     from ..training.recipe import load_recipe
     from ..training.trainer import Interrupted, train
@@ -76,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     at_least(1, options, "steps", "train_scenes", "scenes")
     at_least(0, options, "seed")
     out = folder_for(f"runs/demo_{options.data}" if options.out is None else options.out, "--out")
-    stages = list(dict.fromkeys(stage for system in options.system for stage in SYSTEMS[system]))
+    systems = SYSTEMS if "all" in options.system else options.system
+    stages = list(dict.fromkeys(stage for system in systems for stage in SYSTEMS[system]))
     if CLIP not in stages and any(stage.clip and stage.names_clip != options.data for stage in stages):
         stages = [CLIP, *stages]  # the bundled one knows other words
     if options.steps and len(options.steps) != len(stages):
@@ -116,12 +120,12 @@ def run(options: argparse.Namespace) -> int:
     text = scene_table(rows)
     gallery(reports).save(out / "gallery.png")
     curve = join_curves({stage.title: out / stage.folder / "log.jsonl" for stage in done}, out / "loss.png")
-    (out / "table.md").write_text(text + "\n")
+    write_text(out / "table.md", text + "\n")
     seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
     ratios = [value / max(seen[0], 1e-9) for value in seen]
     facts = {"data": options.data, "seed": options.seed, "rows": rows, "seen_miou_over_first": ratios,
              "seconds": round(time.time() - began, 1), "environment": json.loads((out / stages[-1].folder / "env.json").read_text())}
-    results.write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(results, json.dumps(facts, indent=2) + "\n")
     print(text)
     shown = ", ".join(f"{row['model']} {ratio:.1f}" for row, ratio in zip(rows[1:], ratios[1:], strict=True))
     compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {shown}; " if shown else ""

@@ -187,6 +187,7 @@ def _classify(options: argparse.Namespace, rank: int) -> int:
     from ..errors import InputError
     from ..evaluation.classification import ClassFolders, evaluate_classification
     from ..evaluation.evaluate import table
+    from ..replacing import write_text
 
     if options.root is None:
         raise InputError("--root is missing; expected a folder with a sub-folder of pictures for each class")
@@ -207,6 +208,6 @@ def _classify(options: argparse.Namespace, rank: int) -> int:
     if options.out:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps({"command": _command(options), "results": [r.to_dict() for r in found]}, indent=1))
+        write_text(out / "results.json", json.dumps({"command": _command(options), "results": [r.to_dict() for r in found]}, indent=1))
         print(out / "results.json")
     return 3 if found[0].skipped else 0

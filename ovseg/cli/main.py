@@ -29,15 +29,27 @@ def parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(verb, help=(module.__doc__ or verb).strip().splitlines()[0], description=module.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
         module.arguments(sub)
-        sub.set_defaults(run=module.run)
+        lists = [action.dest for action in sub._get_positional_actions() if action.nargs in ("*", "+")]
+        sub.set_defaults(run=module.run, list=lists[-1] if lists else None)
     return top
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume run=FOLDER`; argparse takes those before."""
+    top = parser()
+    options, rest = top.parse_known_args(argv)
+    if rest and (options.list is None or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(options, options.list, [*getattr(options, options.list), *rest])
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    options = parser().parse_args(argv)
+    options = parsed(argv)
     try:
         with in_force(options):
             return options.run(options) or 0

@@ -7,6 +7,7 @@ mmsegmentation and of the data sets' own archives; masks are mapped while they a
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,13 +200,18 @@ class SegmentationSet:
         if self.listed.repeated:
             logger.warning("%s: %d keys stand several times in the list and count once, the first: %r", self.root / part["list"],
                            len(self.listed.repeated), next(iter(self.listed.repeated)))
-        self.layout = next((layout for layout in layouts if any(no_file(self.root / layout.path.format(key)) is None for key in keys)),
-                           None)
+        there = [layout for layout in layouts if any(self._masks(layout, keys))]
+        # Of a conversion that was killed there are some masks, and all of those it reads.
+        self.layout = max(there, key=lambda layout: sum(self._masks(layout, keys)) if len(there) > 1 else 0, default=None)
         if self.layout is None:
             tried = " and ".join(str(self.root / layout.path.format(keys[0])) for layout in layouts)
             raise DataError(f"{self.description.name}: no mask of {len(keys)} pictures is in {self.root}; for the first, {keys[0]!r}, "
                             f"{tried} was looked for")
         self.items = [Item(key, self.root / images.format(key), self.root / self.layout.path.format(key)) for key in keys]
+
+    def _masks(self, layout: MaskLayout, keys: Sequence[str]) -> Iterator[bool]:
+        assert self.root is not None
+        return (no_file(self.root / layout.path.format(key)) is None for key in keys)
 
     @property
     def classes(self) -> tuple[str, ...]:

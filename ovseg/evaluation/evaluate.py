@@ -22,6 +22,7 @@ from ..inference.predictor import Seen
 from ..inference.reading import Prepared, read_ahead
 from ..models import OVSegModel
 from ..progress import bar
+from ..replacing import write_text
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
 from .protocols import Protocol
 
@@ -241,13 +242,13 @@ def class_table(report: Report) -> str:
 def write_results(reports: list[Report], out: Path, **facts: Any) -> list[Path]:
     """``results.json`` (everything), ``table.md`` and ``classes.csv`` (IoU of every class in every row)."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({**facts, "results": [report.to_dict() for report in reports]}, indent=1) + "\n")
-    (out / "table.md").write_text(table([report.summary for report in reports]) + "\n")
+    write_text(out / "results.json", json.dumps({**facts, "results": [report.to_dict() for report in reports]}, indent=1) + "\n")
+    write_text(out / "table.md", table([report.summary for report in reports]) + "\n")
     lines = ["model,data,protocol,class,iou,accuracy"]
     for report in reports:
         for i, name in enumerate(report.scores.classes):
             row = [report.summary["model"], report.data.name, report.summary["protocol"], f'"{name}"',
                    rounded(report.scores.iou[i]), rounded(report.scores.accuracy[i])]
             lines.append(",".join("" if value is None else str(value) for value in row))
-    (out / "classes.csv").write_text("\n".join(lines) + "\n")
+    write_text(out / "classes.csv", "\n".join(lines) + "\n")
     return [out / name for name in ("results.json", "table.md", "classes.csv")]

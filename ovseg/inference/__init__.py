@@ -4,9 +4,11 @@ from .decisions import Decision
 from .decisions.groups import GroupTables
 from .decisions.masks import ClassMasks
 from .decisions.patches import PatchArgmax
+from .decisions.units import SemanticUnits
 from .predictor import Predictor, segment
 from .queries import Queries
 from .segmentation import Segmentation
 from .view import View
 
-__all__ = ["ClassMasks", "Decision", "GroupTables", "PatchArgmax", "Predictor", "Queries", "Segmentation", "View", "segment"]
+__all__ = ["ClassMasks", "Decision", "GroupTables", "PatchArgmax", "Predictor", "Queries", "Segmentation", "SemanticUnits", "View",
+           "segment"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.files import save_weights
 from ..checkpoints.hub import PREFIX, check_repo, upload
 from ..errors import CheckpointError, InputError, NoCheckpoint
-from ..replacing import folder_for
+from ..replacing import folder_for, write_text
 
 if TYPE_CHECKING:
     from .base import OVSegModel
@@ -41,8 +41,8 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     if isinstance(options.get("architecture"), dict):
         options["architecture"] = _with_tokenizer(options["architecture"], folder)
     text = json.dumps({"format": 1, "model": model.name, "options": options, **facts}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
     save_weights(model, folder / "model.safetensors")
+    write_text(folder / "config.json", text + "\n")  # last: a folder that was begun is none yet
     return folder
 
 
@@ -95,7 +95,7 @@ def push_to_hub(model: OVSegModel, repo: str, *, licence: str, labels: Sequence[
                          "name, a tag or hf-hub:OWNER/NAME, in the option clip")
     with tempfile.TemporaryDirectory() as parent:
         folder = save_pretrained(model, Path(parent) / "model", **facts)
-        (folder / "README.md").write_text(card(model, repo, licence, labels, facts), "utf-8")
+        write_text(folder / "README.md", card(model, repo, licence, labels, facts))
         return upload(folder, repo, private=private, message=f"Upload {model.name}", token=token)
 
 

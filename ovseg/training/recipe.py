@@ -17,6 +17,7 @@ from ..data.sources import load_options
 from ..errors import ConfigError, first_line
 from ..options import check_finite, unknown_key
 from ..paths import no_file
+from ..replacing import write_text
 from .schedule import Schedule, check_schedule
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -200,7 +201,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
 def hash_of(recipe: dict[str, Any]) -> str:

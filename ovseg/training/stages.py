@@ -23,7 +23,7 @@ from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
 from ..models import OVSegModel, create_model, from_pretrained
 from ..objectives import Objective, create_objective
-from ..replacing import folder_for
+from ..replacing import folder_for, write_text
 from ..text_files import records_of
 from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
 from .state import complete, damage, facts_of
@@ -172,7 +172,7 @@ def open_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequenc
             logger.warning("going on with another recipe (%s); the old one is kept in %s", ", ".join(key for key, *_ in changed), kept)
         if not saved.exists():
             save_recipe(recipe, saved)
-        (folder / "env.json").write_text(json.dumps({**environment(device), "processes": distributed.world_size()}, indent=2))
+        write_text(folder / "env.json", json.dumps({**environment(device), "processes": distributed.world_size()}, indent=2))
     run = Run(folder, plain, hash_of(plain), at)
     if distributed.is_main():
         _forget_after(run.log, 0 if facts is None else facts["done"] + facts["step"])
@@ -234,4 +234,4 @@ def _forget_after(log: Path, step: int) -> None:
     if damaged > 1:
         logger.warning("%s: %d lines are damaged and are dropped", log, damaged)
     kept = [entry for entry in entries if isinstance(entry.get("step"), int) and entry["step"] < step]
-    log.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))

@@ -57,11 +57,23 @@ def halves(x: float) -> tuple[float, float]:
     return high, x - high if math.isfinite(high) else 0.0
 
 
+def row_norms(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
+    """|x| of the rows of ``x`` [N, D] or [B, N, D], of which one lies side by side in memory."""
+    norms = x.new_empty(x.shape[:-1], dtype=acc)
+    if norms.numel():
+        strides = (0, *x.stride())[-3:-1]
+        with on_device(x):
+            row_norms_kernel[(tiles(norms.numel(), 4),)](x, norms, norms.numel(), *x.shape[-2:], *strides, ALIGNED=aligned(x), ACC=ACC[acc],
+                                                         BR=4, BD=128, num_warps=4)  # fmt: skip
+    return norms
+
+
 @triton.jit(do_not_specialize=["count", "N", "D", "x_b", "x_n"])
 def row_norms_kernel(
-    x, norms, count, N, D, x_b: tl.int64, x_n: tl.int64, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    x, norms, count, N, D, x_b: tl.int64, x_n: tl.int64, ALIGNED: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """|x| of ``count`` rows, N of an image. Not torch's: its squares leave the range of float32 at lengths of 1.8e19."""
+    D, x_b, x_n = whole(D, ALIGNED), whole(x_b, ALIGNED), whole(x_n, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i = row // N
     x += (i * x_b + (row - i * N) * x_n)[:, None]

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ACC, aligned, chunk_size, halves, joined, on_device, program, row_norms_kernel, rows, tiles, whole
+from ._launch import ACC, aligned, chunk_size, halves, joined, on_device, program, row_norms, rows, tiles, whole
 from .center_assignment import _dot
 from .philox import gumbel_from_bits, philox_bits, uniform_from_bits
 
@@ -160,11 +160,7 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
     (B, N, D), T, acc = pixels.shape, texts.shape[0], texts.dtype
     pixels, texts, total = rows(pixels), texts.contiguous(), B * N
     skip = min(skip, total)
-    norms = pixels.new_empty((B, N), dtype=acc)
-    if total:
-        with on_device(pixels):
-            row_norms_kernel[(tiles(total, 4),)](pixels, norms, total, N, D, *pixels.stride()[:2], ACC=ACC[acc], BR=4, BD=128, num_warps=4)
-    inverse = 1 / norms.clamp_(min=1e-12)
+    inverse = 1 / row_norms(pixels, acc).clamp_(min=1e-12)
     ids = (texts, texts) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
     tile, step = TILE[acc]
     size = chunk_size(triton.cdiv(max(1, total), 4096), 4096 * max(1, T) * acc.itemsize, CHUNK_BYTES) * 4096

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..reference.patch_text_similarity import EPS, accumulation_dtype
-from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, row_norms_kernel, rows, squares, tiles, whole
+from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, row_norms, rows, squares, tiles, whole
 
 CHUNK_BYTES = 64 << 20
 SLOTS = 16
@@ -338,16 +338,6 @@ def patch_text_similarity_bwd_texts_kernel(
     tl.store(at, dq, mask=inside)
 
 
-def _norms(x, dtype):
-    """Of the rows of ``x``."""
-    norms = x.new_empty(x.shape[:-1], dtype=dtype)
-    if norms.numel():
-        strides = (0, *x.stride())[-3:-1]
-        row_norms_kernel[(tiles(norms.numel(), 4),)](x, norms, norms.numel(), x.shape[-2], x.shape[-1], *strides, ACC=ACC[dtype],
-                                                     BR=4, BD=128, num_warps=4)  # fmt: skip
-    return norms
-
-
 class _Call:
     """The arguments that all kernels of one call share."""
 
@@ -363,7 +353,7 @@ class _Call:
         self.precision = "tf32" if tf32 else "ieee"
         self.back = "tf32" if tf32 or patches.dtype == torch.float16 else "ieee"
         with on_device(patches):
-            self.text_norms = _norms(self.texts, acc)
+            self.text_norms = row_norms(self.texts, acc)
         self.BT, self.BN, self.BD, self.warps = CONFIGS[patches.element_size()]
         self.back_blocks = CONFIGS[torch.empty((), dtype=self.between).element_size()]
         self.strides = *self.patches.stride()[:2], self.texts.stride(0)
@@ -373,7 +363,7 @@ class _Call:
 
     def norms(self, image: slice) -> torch.Tensor:
         """[chunk, N]; a masked patch has none, whatever it holds."""
-        norms = _norms(self.patches[image], self.dtype)
+        norms = row_norms(self.patches[image], self.dtype)
         return norms if self.keep is None else norms.masked_fill_(~self.keep[image], 0)
 
     def new(self, *shape, dtype=None):

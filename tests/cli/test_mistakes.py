@@ -9,7 +9,7 @@ from PIL import Image
 
 import ovseg
 from ovseg.cli import main as cli
-from ovseg.cli.main import exit_code, main
+from ovseg.cli.main import exit_code, main, parsed
 from ovseg.data.scenes import Scenes
 from ovseg.errors import CheckpointError, DataError, InputError, NoCheckpoint, NoData
 from ovseg.replacing import file_for, folder_for
@@ -231,3 +231,15 @@ def test_a_damaged_result_is_not_taken_for_done(here, damage, capsys):
     assert main(line) == 0 and "1 pictures into out, 3 done before" in capsys.readouterr().out
     assert path.read_bytes() == whole
     assert main([*line[:-1], "rle"]) == 0 and main(line) == 0 and "4 done before" in capsys.readouterr().out  # formats one after another
+
+
+@pytest.mark.bad_input("command line", "arguments on both sides of an option")
+def test_positional_arguments_on_both_sides_of_an_option(capsys):
+    both = parsed(["train", "clip_scenes", "optim.lr=1", "--resume", "run=x", "--allow", "optim.lr", "train.seed=1"])
+    assert both.recipe == "clip_scenes" and both.overrides == ["optim.lr=1", "run=x", "train.seed=1"] and both.resume
+    assert parsed(["eval", "a", "--data", "voc20", "b"]).models == ["a", "b"]
+    assert parsed(["segment", "--labels", "x", "a.png", "--crop", "3", "b.png"]).images == ["a.png", "b.png"]
+    for wrong in (["train", "x", "--resum", "y", "--nothing", "z"], ["info", "more"]):
+        with pytest.raises(SystemExit) as stopped:
+            parsed(wrong)
+        assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err

@@ -15,19 +15,20 @@ from ovseg.data.batch_types import CrossEntityBatch, MaskBatch, NounBatch
 from ovseg.objectives import Progress, create_objective
 from ovseg.training.gradients import Gradients, LossScaler, clip
 
-SYSTEMS = ("pacl", "segclip", "clip_dense", "groupvit", "ovsegmentor", "zegclip")
+SYSTEMS = ("pacl", "segclip", "clip_dense", "groupvit", "ovsegmentor", "zegclip", "mgca")
 TINY = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
 GROUPING = {"width": 16, "heads": 2, "hidden": 32, "embed_dim": 16, "projector": 24, "local_depth": 1,
             "text": {"kind": "words", "width": 16, "heads": 2, "hidden": 32, "depth": 1}}
-BACKBONE = {"pacl": TINY, "segclip": TINY, "clip_dense": TINY, "zegclip": TINY,
+BACKBONE = {"pacl": TINY, "segclip": TINY, "clip_dense": TINY, "zegclip": TINY, "mgca": TINY,
             "groupvit": {**GROUPING, "depths": [1, 1, 1], "group_tokens": [12, 5, 0], "groups": [8, 4]},
             "ovsegmentor": {**GROUPING, "depths": [1, 1], "group_tokens": [12, 0], "groups": [8]}}
 OPTIONS = {"pacl": {"trained": ["embedder", "scale", "vision", "text"]},
            "segclip": {"decoder": {"width": 16, "depth": 1, "heads": 2}, "second_stage": 1}, "clip_dense": {},
            "groupvit": {"multi_label": True}, "ovsegmentor": {"stage": 2, "entity_heads": 2},
-           "zegclip": {"dropout": 0.0, "prompts": 3}}  # fmt: skip
+           "zegclip": {"dropout": 0.0, "prompts": 3}, "mgca": {"trained": ["decoder", "scale"], "hidden": 8}}  # fmt: skip
 TRAINING = {"groupvit": {"multi_label": 0.5}, "ovsegmentor": {"weights": {"mask": 1.0}, "mask_scale": 4},
-            "zegclip": {"setting": "transductive"}}
+            "zegclip": {"setting": "transductive"},
+            "mgca": {"regions": 3, "positives": 4, "negatives": 12, "sampling": "gumbel", "pixel_start": 0.0}}
 PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
 
 
@@ -39,6 +40,9 @@ class Everything(CrossEntityBatch, NounBatch):
 def an_objective(system):
     torch.manual_seed(3)
     model = ovseg.create_model(f"{system}_tiny", backbone=dict(BACKBONE[system]), **OPTIONS[system])
+    for name, parameter in model.named_parameters():
+        if name.endswith("leave.weight"):  # MGCA's decoder begins as nothing
+            torch.nn.init.normal_(parameter, std=0.1)
     return create_objective(model.double().train(), **TRAINING.get(system, {}))
 
 

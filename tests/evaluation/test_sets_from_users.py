@@ -269,6 +269,24 @@ def test_conversion_names_what_it_leaves(tmp_path, capsys):
     assert "2 masks written" in printed.out and "1 skipped" in printed.out and "2008_000001.png" in printed.err
 
 
+@bad("a conversion of masks that was killed")
+def test_a_killed_conversion_goes_on(tmp_path, capsys):
+    """Until it is whole, the masks that it reads are the set's."""
+    truths = make(tmp_path, "coco_stuff", 3)
+    assert main(["data", "convert", "coco_stuff", "--root", str(tmp_path)]) == 0
+    done = sorted((tmp_path / "coco_stuff164k/annotations/val2017").glob("*TrainIds.png"))
+    whole = [path.read_bytes() for path in done]
+    for path in done[1:]:
+        path.unlink()
+    data = SegmentationSet("coco_stuff", tmp_path)
+    assert data.layout.path == "annotations/val2017/{}.png"
+    assert all(np.array_equal(data[i][1], truths[i]) for i in range(3)) and not check_set(data).problems
+    capsys.readouterr()
+    assert main(["data", "convert", "coco_stuff", "--root", str(tmp_path)]) == 0
+    assert "2 masks written" in (printed := capsys.readouterr().out) and "1 were there" in printed
+    assert [path.read_bytes() for path in done] == whole and SegmentationSet("coco_stuff", tmp_path).layout.path.endswith("TrainIds.png")
+
+
 @pytest.mark.parametrize("arguments,message", [
     pytest.param(["--out", "{root}/list.txt"], "--out .*list.txt' is a file; expected a folder", marks=bad("data check --out FILE")),
     pytest.param(["--sample", "0"], "--sample is 0; expected at least 1", marks=bad("data check --sample 0")),

@@ -15,6 +15,7 @@ from ovseg.inference.decisions import rule, rule_names
 from ovseg.inference.decisions.groups import GroupTables
 from ovseg.inference.decisions.masks import ClassMasks
 from ovseg.inference.decisions.patches import PatchArgmax
+from ovseg.inference.decisions.units import SemanticUnits
 from ovseg.inference.queries import EncodedQueries
 from ovseg.inference.routing import option_names, route
 
@@ -37,13 +38,13 @@ def picture():
 
 
 def test_values_are_frozen_and_found_by_name(model, grouping):
-    assert rule_names() == ["groups", "masks", "patches"]
-    assert [rule(name) for name in rule_names()] == [GroupTables, ClassMasks, PatchArgmax]
-    for value in (View(), Queries(), PatchArgmax(), GroupTables(), ClassMasks()):
+    assert rule_names() == ["groups", "masks", "patches", "units"]
+    assert [rule(name) for name in rule_names()] == [GroupTables, ClassMasks, PatchArgmax, SemanticUnits]
+    for value in (View(), Queries(), PatchArgmax(), GroupTables(), ClassMasks(), SemanticUnits()):
         with pytest.raises(FrozenInstanceError):
             setattr(value, fields(value)[0].name, 1)
     assert type(ovseg.Predictor(model).decision) is PatchArgmax and type(ovseg.Predictor(grouping).decision) is GroupTables
-    with pytest.raises(InputError, match=r"decision is 'votes'; expected one of \['groups', 'masks', 'patches'\]"):
+    with pytest.raises(InputError, match=r"decision is 'votes'; expected one of \['groups', 'masks', 'patches', 'units'\]"):
         rule("votes")
     own = [option_names(value) for value in (View, Queries)]
     assert not set(own[0]) & set(own[1]) and all(not set(own[0] + own[1]) & set(option_names(rule(name))) for name in rule_names())
@@ -61,7 +62,8 @@ def test_flat_options_go_to_the_value_that_has_them(model):
 
 
 @pytest.mark.parametrize("options,message", [
-    ({"refine": "pamr"}, "refine is 'pamr', an option of the rule of labelling patches; this model labels by groups, whose options are"),
+    ({"refine": "pamr"},
+     "refine is 'pamr', an option of the rule of labelling patches and units; this model labels by groups, whose options are"),
     ({"top_class": 3}, "unknown option 'top_class'; did you mean 'top_classes'"),
     ({"labels_file": "x"}, "unknown option 'labels_file'"),
     ({"background_threshold": 1.5}, r"background_threshold is 1\.5; expected what group tables hold, 0 \.\. 1"),
@@ -201,7 +203,7 @@ def test_a_new_rule_is_one_file(throw_away_rule, picture, tmp_path, capsys):
     from ovseg.evaluation.scenes import SceneSet
 
     model = throw_away_rule
-    assert rule_names() == ["groups", "lowered", "masks", "patches"]
+    assert rule_names() == ["groups", "lowered", "masks", "patches", "units"]
     options = {"crop": 24, "lowered": 0.02, "seen": ("gravel", "grass")}
     found = ovseg.segment(picture, LABELS, model=model, **options)
     model.decision = "patches"

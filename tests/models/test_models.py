@@ -152,7 +152,7 @@ def test_pickles_are_refused(tmp_path):
 
 
 def test_names_and_options():
-    systems = ("clip_dense", "groupvit", "ovsegmentor", "pacl", "segclip", "zegclip")
+    systems = ("clip_dense", "groupvit", "mgca", "ovsegmentor", "pacl", "segclip", "zegclip")
     assert ovseg.list_models("*tiny") == [f"{system}_tiny" for system in systems]
     with pytest.raises(ValueError, match="model is 'sam'; expected one of"):
         ovseg.create_model("sam")

@@ -43,7 +43,7 @@ def test_nothing_waits_for_the_device(name, monkeypatch):
                 assert model.segment_logits(features, asked).device.type == model.similarity(features, asked).device.type == "cuda"
         monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)  # origins on the CPU are fake here too
         options = [{"background_threshold": 0.3, "bias": {"sand": 0.1}}]
-        if model.decision == "patches":
+        if model.decision in ("patches", "units"):
             options += [{"scale": 40.0, "area_threshold": 0.1}, {"scale": 40.0, "background_entropy": 1.0}]
         for given in options:
             predictor = ovseg.Predictor(model, **given)

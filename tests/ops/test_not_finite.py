@@ -196,7 +196,7 @@ def test_an_infinite_variance_is_no_scale_of_zero(name):
 def test_small_temperatures(backend, pool):
     """Down to the bound the value is right, and the gradient within what a rounded exponent leaves of it."""
     torch.manual_seed(5)
-    patches, texts = torch.randn(2, 12, 16), torch.randn(5, 16)
+    patches, texts = torch.randn(2, 12, 15), torch.randn(5, 15)  # not a multiple of 16: compiled for other tests too
     for temperature in (1e-2, 1e-4, 2e-6):
 
         def both(dtype, device, temperature=temperature):

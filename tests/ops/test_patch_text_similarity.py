@@ -136,7 +136,7 @@ def test_length_of_texts_does_not_matter_and_gradients_are_tangent(backend):
 @on
 def test_limits_of_the_temperature(backend):
     with torch.device(device_of(backend)), running_on(backend):
-        patches, texts = torch.randn(2, 50, 16), torch.randn(3, 16)
+        patches, texts = torch.randn(2, 50, 15), torch.randn(3, 15)
         for cold, hot in ((1e-3, 1e4),):
             torch.testing.assert_close(ok.patch_text_similarity(patches, texts, pool="score", temperature=cold),
                                        ok.patch_text_similarity(patches, texts, pool="max"), rtol=1e-3, atol=1e-4)

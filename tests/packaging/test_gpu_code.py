@@ -280,8 +280,7 @@ def test_triton_rows_are_copied_while_products_run(triton_rows):
         if row["case"].startswith("float64"):
             continue  # for checking
         # A gather by pixel, whose indices are 16 bits wide, has no neighbours to read with.
-        # Lengths of rows are read without a promise about alignment.
-        assert "2" not in row["loads"] or "tables" in row["case"] or row["kernel"] == "row_norms_kernel", row
+        assert "2" not in row["loads"] or "tables" in row["case"], row
         assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), row  # masks are bytes
         assert all(count >= 2 for count in row["stages"]), row
         turned = row["tensor_core"] == "wgmma" and row["tf32"]  # such operands are turned on their way, four bytes at a time
@@ -307,7 +306,7 @@ def test_the_suite_needs_few_triton_compilations():
         "test_no_synchronisation.py::test_a_graph_of_a_gpu_flags_at_every_replay",
         "test_philox.py::test_triton_equals_python",
     }, counted
-    assert 200 <= counted["specialisations"] <= 360, counted
+    assert 200 <= counted["specialisations"] <= 350, counted
 
 
 def test_planted_faults_can_still_be_planted():

@@ -1,6 +1,6 @@
 """Counts the Triton specialisations that the tests need on a GPU, on a machine without one: what `gpu_check.sh test` has to compile.
 
-    python tests/packaging/triton_count.py [--list]
+    python tests/packaging/triton_count.py [options of pytest]
 
 A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they are defined. The tests of
 the backend `triton` run on CPU tensors; their launchers are called, every launch is noted by the key that Triton itself would

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import ovseg
 from ovseg.checkpoints.files import load_tensors, save_tensors
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, ConfigError
+from ovseg.replacing import write_text
 from ovseg.training import state
 from ovseg.training.recipe import load_recipe
-from ovseg.training.stages import start
+from ovseg.training.stages import _forget_after, start
 from ovseg.training.trainer import train
 
 SMALL = ["data.style=shapes", "data.train_size=40", "train.batch_size=8", "train.steps=6", "checkpoint.every_steps=2", "train.device=cpu",
@@ -184,3 +186,24 @@ def test_init_from_nothing(tmp_path, value):
 
 def test_a_saved_recipe_loads_again(whole):
     assert load_recipe(whole[0] / "config.yaml") == recipe()
+
+
+@pytest.mark.bad_input("training", "a disk that is full while a log or a table is written")
+def test_text_files_are_whole_or_as_they_were(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"step": {step}}}\n' for step in range(9)))
+    before, real = log.read_text(), Path.write_text
+
+    def half(path, text, *rest):
+        real(path, text[: len(text) // 2], *rest)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="No space"):
+            _forget_after(log, 5)
+    assert log.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    _forget_after(log, 5)
+    assert len(log.read_text().splitlines()) == 5
+    write_text(tmp_path / "t.md", "na\u00efve \udcff")  # of a name that is not UTF-8
+    assert (tmp_path / "t.md").read_bytes() == b"na\xc3\xafve \xff"

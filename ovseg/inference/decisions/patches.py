@@ -18,6 +18,7 @@ from ovseg_kernels.reference.window_argmax import window_maps
 
 from ...errors import InputError
 from ...layers.precision import at_least_float32
+from ...models import OVSegModel, PatchFeatures
 from ..fields import SCALES, biases, number, one_of, option
 from ..pamr import pamr
 from ..queries import EncodedQueries
@@ -87,7 +88,7 @@ class PatchArgmax(Decision):
         return (0.0 if self.activation else -top), top
 
     def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
-        scores = at_least_float32(model.segment_logits(features, queries.texts))
+        scores = self.cosines(model, features, queries.texts)
         scores = scores if self.scale is None else scores * self.scale
         offsets = queries.offsets(self.bias, allowed, scores.dtype)
         if self.refine is None:
@@ -115,6 +116,10 @@ class PatchArgmax(Decision):
             high = ok.window_argmax(-entropy, origins, *sizes, threshold=-self.background_entropy, background=1, label_type=torch.uint8)
             labels.masked_fill_(high.bool(), -1)
         return labels, value
+
+    def cosines(self, model: OVSegModel, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """[n, T, h, w], what (1) scales."""
+        return at_least_float32(model.segment_logits(features, texts))
 
     def _from_patches(self, scores: torch.Tensor, queries: EncodedQueries, placement: Placement):
         options: dict[str, Any] = {"class_labels": queries.owners, "label_type": queries.label_type, "return_value": True}

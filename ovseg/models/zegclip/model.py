@@ -7,7 +7,6 @@ was named, files hold prompts and head alone. ``objectives/zegclip.py`` trains i
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,23 +15,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ...errors import ConfigError
 from ...layers.class_decoder import ClassDecoder, Descriptor
 from ...layers.prompts import DeepPrompts
-from ..base import ModelSpec, OVSegModel, PatchFeatures, SystemOptions, check_images
+from ..base import ModelSpec, PatchFeatures, check_images
+from ..frozen_clip import FrozenClipModel, FrozenClipOptions
 from ..published import Published
 
 _PARTS = ["prompts", "head"]
-_CLIP = "backbone."  # of the names of its tensors
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
-class ZegCLIPOptions(SystemOptions):
+class ZegCLIPOptions(FrozenClipOptions):
     """Attributes:
-        clip: where the frozen CLIP comes from: for open_clip's towers a tag, file or folder as everywhere, for the tiny one a model
-            (``clip_dense_tiny:digits``, the folder of a run). Files of the model then leave it out and name it. None: random weights, or
-            those that are loaded later; files hold them.
         image_size: side of the pictures; position embeddings are resized to it once.
         prompts: T, prompt tokens of each block; 10 for VOC as published, 100 for COCO-Stuff.
         heads, decoder_layers, hidden: of the decoder; hidden is of its MLPs, four times the width if None.
@@ -48,7 +43,6 @@ class ZegCLIPOptions(SystemOptions):
 
     templates: str = "zegclip15"
     trained: list[str] = field(default_factory=lambda: list(_PARTS))
-    clip: str | None = None
     image_size: int = 512
     prompts: int = 10
     heads: int = 8
@@ -60,17 +54,13 @@ class ZegCLIPOptions(SystemOptions):
     seen_classes: int = 15
 
 
-class ZegCLIP(OVSegModel):
+class ZegCLIP(FrozenClipModel):
     Options = ZegCLIPOptions
     decision = "masks"
     objective = "zegclip"
     options: ZegCLIPOptions
 
     def __init__(self, options: ZegCLIPOptions):
-        open_clip = options.backbone["kind"] == "open_clip"
-        options.clip = options.clip or options.backbone.get("clip")
-        if open_clip:
-            options.backbone = {**options.backbone, "clip": options.clip}
         super().__init__(options)
         backbone = self.backbone
         backbone.check_class_token("zegclip")
@@ -78,8 +68,6 @@ class ZegCLIP(OVSegModel):
             raise ValueError(f"prompts is {options.prompts}; expected at least 1 token for each block")
         if not 0 <= options.dropout < 1:
             raise ValueError(f"dropout is {options.dropout}; expected a share below 1")
-        if options.clip is not None and not open_clip:
-            self._take_clip(options.clip)
         backbone.antialias_positions = False
         backbone.set_image_size(options.image_size, "bilinear")
         blocks = len(backbone.vision_blocks)
@@ -89,17 +77,6 @@ class ZegCLIP(OVSegModel):
         self.descriptor = Descriptor(backbone.embed_dim)
         self.decoder = ClassDecoder(backbone.embed_dim, options.heads, options.decoder_layers, options.hidden, options.dropout)
         self.train_parts(options.trained)
-        self.register_load_state_dict_post_hook(_without_clip)
-
-    def _take_clip(self, source: str) -> None:
-        """The weights of another of our models, whose backbone is like ours."""
-        from ..loading import from_pretrained
-
-        with torch.random.fork_rng([]):  # prompts and head are drawn alike, whatever the CLIP
-            given, own = from_pretrained(source).backbone.state_dict(), self.backbone.state_dict()
-        if {name: x.shape for name, x in given.items()} != {name: x.shape for name, x in own.items()}:
-            raise ConfigError(f"clip is {source!r}, whose towers differ from those of this model; expected a CLIP of the same sizes")
-        self.backbone.load_state_dict(given)
 
     @property
     def published(self) -> Published | None:  # type: ignore[override]
@@ -139,35 +116,3 @@ class ZegCLIP(OVSegModel):
     def parameter_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
         """As published training comes out: one rate and weight decay for all, norms and biases included."""
         return [{"params": [p for _, p in self.trainable], "lr_scale": 1.0, "weight_decay": weight_decay}]
-
-    @property
-    def named_clip(self) -> str | None:
-        return self.options.clip
-
-    def clip_hash(self, dtype: str | None = None) -> str:
-        """Of the CLIP's weights, as numbers of ``dtype``; the positions, which are resized here, are left out. It begins with the dtype."""
-        dtype = dtype or str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.backbone.state_dict().items()):
-            if not name.endswith("visual.positional_embedding"):
-                digest.update(name.encode())
-                digest.update(tensor.detach().to("cpu", getattr(torch, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy())
-        return f"{dtype}:{digest.hexdigest()}"
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Without the CLIP where it was named."""
-        found = super().state_dict(*args, **kwargs)
-        if self.named_clip is not None:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + _CLIP
-            for name in [name for name in found if name.startswith(prefix)]:
-                del found[name]
-        return found
-
-
-def _without_clip(model: nn.Module, keys: Any) -> None:
-    """A state dict without the CLIP is whole where the CLIP was named."""
-    assert isinstance(model, ZegCLIP)
-    if model.named_clip is not None:
-        at = [name for name in keys.missing_keys if name.startswith(_CLIP) or f".{_CLIP}" in name]
-        for name in at:
-            keys.missing_keys.remove(name)

@@ -1,0 +1,5 @@
+"""MGCA, a reconstruction."""
+
+from .model import MGCA as System
+
+__all__ = ["System"]
