@@ -114,7 +114,7 @@ class MGCAObjective(Objective):
     def _pixel(self, shared: OneGradient, text: torch.Tensor, batch: PairBatch, progress: Progress,
                group: dist.ProcessGroup | None) -> torch.Tensor:
         """(2), in two steps: what is selected, and the loss of those rows. Over ranks the pixels travel: the hardest of all are to be
-        found, whatever the sampling. Every rank then has the whole loss, and ``gather_rows`` gives each its own rows' gradient from all of them:
+        found, whatever the sampling. Every rank then has the whole loss, and ``gather_rows`` gives each its own rows' gradient from all:
         their mean is that of one process."""
         o, pixels, image_ids, text_ids = self.options, shared.pixels, batch.image_ids, batch.text_ids
         if group is not None:
