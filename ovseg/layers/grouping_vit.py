@@ -9,6 +9,7 @@ Parameter names are those of the published checkpoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -131,10 +132,13 @@ class GroupingViT(nn.Module):
         patch_norm: a norm after the patches' convolution.
         drop_path: stochastic depth of the last block, rising from 0 in the first.
         local_depth: None for patches; else a convolution stem and so many local blocks, without positions: the tiny models.
+        init_std: of linear layers in the beginning; None: 1 / sqrt(inputs). A narrow tower needs it: with 0.02 and 64 channels the logits
+            of a grouping block begin at 0.02 beside noise of 1.3, and all groups take the same patches.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, depths: Sequence[int], group_tokens: Sequence[int], groups: Sequence[int],
-                 image_size: int, patch_size: int, patch_norm: bool = False, drop_path: float = 0.0, local_depth: int | None = None):
+                 image_size: int, patch_size: int, patch_norm: bool = False, drop_path: float = 0.0, local_depth: int | None = None,
+                 init_std: float | None = 0.02):
         super().__init__()
         with_tokens = [count for count in group_tokens if count]
         if len(depths) != len(group_tokens) or len(groups) != len(with_tokens) or not with_tokens or not group_tokens[0]:
@@ -155,7 +159,7 @@ class GroupingViT(nn.Module):
             stages.append(Stage(width, heads, hidden, rates[first : first + depth], tokens, left.pop(0) if tokens else 0, before))
             before = tokens
         self.layers, self.norm = nn.ModuleList(stages), nn.LayerNorm(width)
-        self.layers.apply(_initialize)
+        self.layers.apply(partial(_initialize, std=init_std))
         nn.init.trunc_normal_(stages[0].group_token, std=0.02)  # those of later stages are made of these and begin at zero
 
     @property
@@ -199,7 +203,7 @@ class GroupingViT(nn.Module):
         return grouping.assign.q_proj(centers), normed
 
 
-def _initialize(module: nn.Module) -> None:
+def _initialize(module: nn.Module, std: float | None) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if std is None else std)
         nn.init.zeros_(module.bias)

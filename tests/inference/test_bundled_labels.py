@@ -37,6 +37,11 @@ CASES = {
         "background": {"crop": 48, "stride": 24, "short_side": 64, "background_threshold": 0.3, "resize": "bilinear"},
         "few": {"scale": 20.0, "top_classes": 2, "bias": {"grass": -0.1}, "background": ("sand",)},
     },
+    "masks": {
+        "whole": {},
+        "windows": {"crop": 24, "stride": 16},
+        "background": {"crop": 48, "stride": 24, "short_side": 64, "background_threshold": 0.3, "resize": "bilinear", "bias": {"grass": -0.1}},
+    },
 }  # fmt: skip
 
 

@@ -218,7 +218,7 @@ def test_chunks_give_the_whole_batchs_gradient():
         torch.manual_seed(0)
         model = ovseg.create_model("groupvit_tiny").train().double()  # statistics of four rows blow rounding up
         noise = {f"groups_{i}": torch.randn(4, G, L, generator=torch.Generator().manual_seed(i)) for i, (G, L) in
-                 enumerate(((32, 144), (8, 32)))}
+                 enumerate(((16, 144), (8, 16)))}
         batch = tiny_batch(model, noise=noise)
         batch.images = batch.images.double()
         Gradients(create_objective(model), chunk=chunk)(batch, Progress())

@@ -12,6 +12,7 @@ import torch
 
 import ovseg
 from ovseg.data.batch_types import MaskBatch, PairBatch
+from ovseg.data.scenes import Scenes
 from ovseg.errors import ConfigError
 from ovseg.models import registry
 from ovseg.objectives import Progress, create_objective
@@ -192,6 +193,18 @@ def test_a_system_is_its_folder_and_one_preset_line(tmp_path, monkeypatch):
             ovseg.create_model("throw_away_tiny", shfit=1.0)
     finally:
         sys.modules.pop("ovseg.models.throw_away", None)
+
+
+@pytest.mark.parametrize("name", ["groupvit_tiny", "ovsegmentor_tiny"])
+def test_tiny_groups_begin_apart(name):
+    """In training Gumbel noise, of 1.3, is added to the logits of the assignment; where they are small beside it groups learn nothing."""
+    torch.manual_seed(0)
+    scenes, model = Scenes("digits", "val", 4), ovseg.create_model(name).eval()
+    with torch.no_grad():
+        stages = model.image(model.normalize(torch.stack([torch.from_numpy(scenes[i].image).permute(2, 0, 1) for i in range(4)]))).stages
+    for stage in stages:
+        logits = stage.soft.log()
+        assert float((logits - logits.mean(1, keepdim=True)).std()) > 0.4  # 0.02 with linear layers of 0.02, as published
 
 
 def test_options_are_typed():
