@@ -331,8 +331,8 @@ def suite(tree: Path, folder: str, tests: str) -> tuple[bool, str]:
 def selections(fault: Fault) -> list[str]:
     """The tests of the operator that is broken, which mostly notice, and then all."""
     operator = re.match(r"(?:csrc/|ovseg_kernels/\w+/)(\w+)(?:/|\.py)", fault.file)
-    tests = f"({fault.tests})"
-    return ([f"{tests} and {operator[1]}"] if fault.folder == "tests/ops" and operator and operator[1] != "common" else []) + [tests]
+    own = fault.folder == "tests/ops" and operator is not None and operator[1] != "common"
+    return ([" and ".join(filter(None, (f"({fault.tests})" if fault.tests else "", operator[1])))] if own else []) + [fault.tests]
 
 
 def main(arguments: list[str] | None = None) -> int:
