@@ -40,7 +40,7 @@ class SemanticUnits(PatchArgmax):
     merge_at: float | None = option(None, "adaptive units become one while their average cosine is this (default: by --merge-quantile)")
     merge_quantile: float = option(0.05, "... or this quantile of the cosines of neighbouring patches, picture by picture")
     units: int = option(8, "groups of a window where the unit is fixed")
-    unit_weight: float = option(1.0, "weight of a unit's score in that of its patches, 0 to 1")
+    unit_weight: float = option(0.5, "weight of a unit's score in that of its patches, 0 to 1")
 
     def __post_init__(self):
         super().__post_init__()
