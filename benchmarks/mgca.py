@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.data.batch_types import PairBatch
-from ovseg.layers.units import cluster, means_of
+from ovseg.layers.units import cluster, mean_weights
 from ovseg.objectives import Progress, create_objective, mgca_reference
 from ovseg.objectives.mgca import MGCAObjective
 
@@ -47,7 +47,7 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
 
     def eager() -> torch.Tensor:
         own, scale = ids[:, None] == ids, model.logit_scale
-        units = means_of(tokens, cluster(tokens.detach(), o.regions), o.regions)
+        units = mean_weights(cluster(tokens.detach(), o.regions), o.regions, tokens.dtype).transpose(1, 2) @ tokens
         cosines = torch.einsum("bnd,td->btn", F.normalize(units, dim=-1), F.normalize(texts, dim=-1))
         return (mgca_reference.object_loss(tokens, texts, own, scale, model.options.temperature)
                 + mgca_reference.info_nce(scale * cosines.amax(-1), own)
@@ -80,8 +80,8 @@ def training_time(repeats: int) -> dict[str, Any]:
 
 
 def training_memory(which: str) -> float:
-    """MiB by which the peak of a forward and backward lies above what was there before, the pixels' gradient among it; in a process of its
-    own."""
+    """MiB by which the peak of a forward and backward lies above what was there before, less the pixels' gradient, which any procedure
+    gives; in a process of its own."""
     small, parts = training_parts(2, 8), training_parts(B, GRID)
     for p in (small, parts):
         for x in p["leaves"]:
@@ -90,7 +90,8 @@ def training_memory(which: str) -> float:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     parts[which]().backward()
-    return round((_status("VmHWM") - before) / 1024, 1)
+    own = parts["leaves"][0].numel() * 4 / 2**20
+    return round((_status("VmHWM") - before) / 1024 - own, 1)
 
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:

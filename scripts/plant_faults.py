@@ -287,7 +287,7 @@ def _mgca(name: str, file: str, right: str, wrong: str, tests: str, folder: str 
 _UNITS = "inference/test_units"
 FAULTS += (
     _mgca("noise of each rank", "objectives/mgca.py", "replace(progress, rank=0)", "progress", "noise"),
-    _mgca("groups with a gradient of one pixel", "layers/units.py", "(weights / weights.sum(1, keepdim=True))", "weights", "clusters"),
+    _mgca("sums for means", "layers/units.py", "return weights / weights.sum(1, keepdim=True)", "return weights", "clusters"),
     _mgca("pixels from the first step", "objectives/mgca.py", "(share - start) / ramp", "share / ramp", "wait"),
     _mgca("pixels of one rank", "objectives/mgca.py", "group is not None:\n            pixels", "False:\n            pixels", "equal_one",
           _GRADIENTS),
@@ -331,8 +331,8 @@ def suite(tree: Path, folder: str, tests: str) -> tuple[bool, str]:
 def selections(fault: Fault) -> list[str]:
     """The tests of the operator that is broken, which mostly notice, and then all."""
     operator = re.match(r"(?:csrc/|ovseg_kernels/\w+/)(\w+)(?:/|\.py)", fault.file)
-    tests = f"({fault.tests})"
-    return ([f"{tests} and {operator[1]}"] if fault.folder == "tests/ops" and operator and operator[1] != "common" else []) + [tests]
+    own = fault.folder == "tests/ops" and operator is not None and operator[1] != "common"
+    return ([" and ".join(filter(None, (f"({fault.tests})" if fault.tests else "", operator[1])))] if own else []) + [fault.tests]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from .precision import at_least_float32
 
 
 @torch.no_grad()
-def cluster(x: torch.Tensor, count: int, rounds: int = 6) -> torch.Tensor:
+def cluster(x: torch.Tensor, count: int, rounds: int = 3) -> torch.Tensor:
     """[B, N] int64 in 0 .. count - 1, the group of each of the pixels ``x`` [B, N, D]; groups may be empty."""
     x = at_least_float32(x)
     inverse = 1 / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -82,12 +82,11 @@ def merge(x: torch.Tensor, grid: tuple[int, int], theta: float | None = None, *,
     return labels.clone()
 
 
-def means_of(x: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
-    """[B, count, D], the mean of each group's rows of ``x`` [B, N, D] with its gradient; of an empty group the mean of all."""
-    weights = F.one_hot(labels, count).to(x.dtype)  # [B, N, count]
-    size = weights.sum(1, keepdim=True)
-    weights = torch.where(size > 0, weights, 1.0)
-    return (weights / weights.sum(1, keepdim=True)).transpose(1, 2) @ x
+def mean_weights(labels: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, N, count] of the group of each pixel [B, N]: columns that sum to 1, over a group's pixels, or over all where it is empty."""
+    weights = F.one_hot(labels, count).to(dtype)
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from ..options import options_of
 from .base import Losses, Objective, Progress, Rows
 
 __all__ = ["Losses", "Objective", "Progress", "Rows", "create_objective", "list_objectives"]
-_SHARED = ("base", "contrast", "grouping", "mask_consistency", "mgca_reference", "superpixel")
+_SHARED = ("base", "contrast", "grouping", "mask_consistency", "mgca_reference", "one_gradient", "superpixel")
 
 
 def list_objectives() -> list[str]:

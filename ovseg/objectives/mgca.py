@@ -23,14 +23,16 @@ import torch.distributed as dist
 
 import ovseg_kernels as ok
 from ovseg_kernels.distributed import gather_rows
+from ovseg_kernels.results import SelectedPixels
 
 from ..data.batch_types import PairBatch
 from ..errors import ConfigError
 from ..layers.precision import at_least_float32
-from ..layers.units import cluster, means_of
+from ..layers.units import cluster, mean_weights
 from ..models.mgca.model import MGCA
 from .base import Losses, Objective, Progress, Rows
 from .contrast import image_text_contrast
+from .one_gradient import OneGradient
 
 LEVELS = ("object", "region", "pixel")
 SAMPLINGS = ("topk", "semi", "gumbel", "random")
@@ -92,14 +94,14 @@ class MGCAObjective(Objective):
     def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
         tokens, text, options = at_least_float32(rows["tokens"]), at_least_float32(rows["text"]), self.options
         weights = self.weights | {"pixel": self.pixel_weight(progress.share)}
-        losses = {}
+        shared, losses = OneGradient(tokens), {}
         if weights["object"]:
-            losses["object"] = image_text_contrast(tokens, text, self.model.logit_scale, batch, group, self.model.compatibility)
+            losses["object"] = image_text_contrast(shared.pixels, text, self.model.logit_scale, batch, group, self.model.compatibility)
         if weights["region"]:
-            units = means_of(tokens, cluster(tokens.detach(), options.regions), options.regions)
+            units = shared.weighted(mean_weights(cluster(tokens.detach(), options.regions), options.regions, tokens.dtype))
             losses["region"] = image_text_contrast(units, text, self.model.logit_scale, batch, group, best_unit)
         if weights["pixel"]:
-            losses["pixel"] = self._pixel(tokens, text, batch, progress, group)
+            losses["pixel"] = self._pixel(shared, text, batch, progress, group)
         total = sum((weights[name] * loss for name, loss in losses.items()), start=0.0 * tokens.sum() if not losses else 0.0)
         return {"total": total, **losses}
 
@@ -109,18 +111,24 @@ class MGCAObjective(Objective):
         rise = min(1.0, max(0.0, (share - start) / ramp)) if ramp else float(share >= start)
         return self.weights["pixel"] * rise
 
-    def _pixel(self, pixels: torch.Tensor, text: torch.Tensor, batch: PairBatch, progress: Progress,
+    def _pixel(self, shared: OneGradient, text: torch.Tensor, batch: PairBatch, progress: Progress,
                group: dist.ProcessGroup | None) -> torch.Tensor:
-        """(2). Over ranks the pixels travel: the hardest of all are to be found, whatever the sampling. Every rank then has the whole loss,
-        and ``gather_rows`` gives each its own rows' gradient from all of them: their mean is that of one process."""
-        o, image_ids, text_ids = self.options, batch.image_ids, batch.text_ids
+        """(2), in two steps: what is selected, and the loss of those rows. Over ranks the pixels travel: the hardest of all are to be
+        found, whatever the sampling. Every rank then has the whole loss, and ``gather_rows`` gives each its own rows' gradient from all:
+        their mean is that of one process."""
+        o, pixels, image_ids, text_ids = self.options, shared.pixels, batch.image_ids, batch.text_ids
         if group is not None:
             pixels, text, image_ids, text_ids = (gather_rows(x, group) for x in (pixels, text, image_ids, text_ids))
         noise = replace(progress, rank=0).rng(pixels.device, "negatives") if o.sampling in _NOISY else None
-        return ok.dense_contrastive_loss(
-            pixels, text, temperature=1 / self.model.logit_scale, k_pos=o.positives, k_neg=o.negatives, sampling=o.sampling, skip=o.skip,
-            image_ids=image_ids, text_ids=text_ids, rng=noise, reduction=o.reduction, terms=o.terms, margin=o.margin,
-            sampling_temperature=o.sampling_temperature)  # fmt: skip
+        chosen = ok.select_pixels(pixels.detach(), text, k_pos=o.positives, k_neg=o.negatives, sampling=o.sampling, skip=o.skip, rng=noise,
+                                  image_ids=image_ids, text_ids=text_ids, margin=o.margin, sampling_temperature=o.sampling_temperature)
+        if group is None:  # text j's rows are a picture of their own, whose id is the text's
+            index = torch.cat(chosen, 1)
+            pixels, image_ids = shared.rows(index), text_ids
+            place = torch.arange(index.numel(), device=index.device).view_as(index).masked_fill(index < 0, -1)
+            chosen = SelectedPixels(*place.split([part.shape[1] for part in chosen], 1))
+        return ok.dense_contrastive_loss(pixels, text, temperature=1 / self.model.logit_scale, selected=chosen, image_ids=image_ids,
+                                         text_ids=text_ids, reduction=o.reduction, terms=o.terms)
 
     def after_step(self, progress: Progress) -> None:
         self.model.limit_logit_scale()

@@ -34,7 +34,7 @@ def info_nce(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return (of_image[some[0]].mean() + of_text[some[1]].mean()) / 2
 
 
-def clusters(tokens: torch.Tensor, count: int, rounds: int = 6) -> torch.Tensor:
+def clusters(tokens: torch.Tensor, count: int, rounds: int = 3) -> torch.Tensor:
     """[B, N]: spherical k-means of each picture's pixels. The first seed is the pixel most like the mean, each other the one least like the
     seeds before it."""
     found = []

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _backends, _check, _transforms
+from .. import _backends, _check, _checking, _transforms
 from .. import _library as lib
 from .._unit import unit as unit_of
 from ..reference import dense_contrastive_loss as reference
@@ -81,6 +81,7 @@ def dense_contrastive_loss(
     skip: int = 0,
     margin: float = 0.1,
     sampling_temperature: float = 0.07,
+    selected: SelectedPixels | tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Pixel-text contrast with selected positives and hard negatives, equation (7) of this file.
 
@@ -97,6 +98,8 @@ def dense_contrastive_loss(
         terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
         skip: so many of the best negatives are left out, as probable false ones.
         margin: of ``semi``. sampling_temperature: tau_h of ``gumbel``.
+        selected: (2) and (3) themselves, as ``select_pixels`` gives them, in place of all that says how they are found. Whether a text's
+            positives are its own is then the caller's.
 
     Returns:
         The loss, a scalar; 0 where no text has an image.
@@ -105,7 +108,7 @@ def dense_contrastive_loss(
         >>> dense_contrastive_loss(torch.randn(4, 49, 16), torch.randn(4, 16), k_pos=4, k_neg=8).shape
         torch.Size([])
     """
-    positive, negative = select_pixels(
+    positive, negative = _given(pixels, texts, selected, image_ids, text_ids) if selected is not None else select_pixels(
         pixels, texts, k_pos=k_pos, k_neg=k_neg, sampling=sampling, image_ids=image_ids, text_ids=text_ids, rng=rng, skip=skip,
         margin=margin, sampling_temperature=sampling_temperature,
     )  # fmt: skip
@@ -134,6 +137,27 @@ def dense_contrastive_loss(
             tf32 = acc == torch.float32 and (pixels.dtype.itemsize == 2 or _backends.allow_tf32(pixels))
             loss = loss + one_sided(unit.flatten(0, 1), q, 1 / temperature, row_ids, column_ids, of_row, 0, tf32)
     return loss
+
+
+def _given(pixels, texts, selected, image_ids, text_ids):
+    """Selections made before, checked. On a GPU their range is not: reading it would wait."""
+    _check.tensor("pixels", pixels, 3, "[B, N, D]")
+    _check.tensor("texts", texts, 2, "[T, D]")
+    _check.shape("texts", texts, (texts.shape[0], pixels.shape[2]), "the D of pixels")
+    _check.same("texts", texts, "pixels", pixels, dtype=False)
+    _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
+    if not isinstance(selected, tuple) or len(selected) != 2:
+        raise TypeError(f"selected is a {type(selected).__name__}; expected (positive, negative) of select_pixels")
+    there = pixels.shape[0] * pixels.shape[1]
+    for name, index in zip(("selected.positive", "selected.negative"), selected, strict=True):
+        _check.tensor(name, index, 2, "[T, k]", (torch.int64,))
+        _check.shape(name, index, (texts.shape[0], index.shape[1]), "a row for each of texts")
+        _check.same(name, index, "pixels", pixels, dtype=False)
+        for part in _checking.looked_at(index) if index.numel() else []:
+            low, high = (int(x) for x in part.aminmax())
+            if not -1 <= low <= high < there:
+                raise ValueError(f"{name} holds {low} to {high}; expected -1 to {there - 1}, pixels of all images")
+    return selected
 
 
 def _text_to_pixel(z, positive, negative, reduction):

@@ -37,6 +37,18 @@ CASES = {
         "background": {"crop": 48, "stride": 24, "short_side": 64, "background_threshold": 0.3, "resize": "bilinear"},
         "few": {"scale": 20.0, "top_classes": 2, "bias": {"grass": -0.1}, "background": ("sand",)},
     },
+    "masks": {
+        "whole": {},
+        "windows": {"crop": 24, "stride": 16},
+        "background": {"crop": 48, "stride": 24, "short_side": 64, "background_threshold": 0.3, "resize": "bilinear",
+                       "bias": {"grass": -0.1}},
+    },
+    "units": {
+        "whole": {},
+        "windows": {"crop": 24, "stride": 16, "unit_weight": 0.5},
+        "fixed": {"unit": "fixed", "units": 4, "scale": 30.0, "activation": "softmax", "background_threshold": 0.2},
+        "pixel": {"unit": "pixel", "background": ("sand",)},
+    },
 }  # fmt: skip
 
 

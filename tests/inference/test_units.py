@@ -128,7 +128,7 @@ def test_any_model_of_patches_can_be_labelled_by_units():
     pacl = ovseg.from_pretrained("pacl_tiny:digits")
     found = Predictor(pacl, LABELS, decision=SemanticUnits(), background_threshold=0.2).set_image(picture()).predict()
     assert found.labels.shape == (60, 80)
-    assert "adaptive, merged at quantile 0.5" in SemanticUnits().describe()["units"]
+    assert "adaptive, merged at quantile 0.05" in SemanticUnits().describe()["units"]
     assert "8 fixed" in SemanticUnits(unit="fixed").describe()["units"]
 
 

@@ -38,7 +38,7 @@ class SemanticUnits(PatchArgmax):
 
     unit: str = option("adaptive", "adaptive, fixed or pixel: which patches answer together")
     merge_at: float | None = option(None, "adaptive units become one while their average cosine is this (default: by --merge-quantile)")
-    merge_quantile: float = option(0.5, "... or this quantile of the cosines of neighbouring patches, picture by picture")
+    merge_quantile: float = option(0.05, "... or this quantile of the cosines of neighbouring patches, picture by picture")
     units: int = option(8, "groups of a window where the unit is fixed")
     unit_weight: float = option(0.5, "weight of a unit's score in that of its patches, 0 to 1")
 
