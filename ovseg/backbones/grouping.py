@@ -24,7 +24,7 @@ class GroupingOptions:
 
     Attributes:
         width, heads, hidden: of the image tower; hidden is the width of its MLPs.
-        depths, group_tokens, groups, patch_norm, drop_path, local_depth, init_std: see ``GroupingViT``.
+        depths, group_tokens, groups, patch_norm, drop_path, local_depth, init_std, pool: see ``GroupingViT``.
         image_size, patch_size: in pixels.
         embed_dim, projector: E and the width of the projectors' hidden layers.
         mean, std: of RGB in 0..1; ImageNet's.
@@ -46,6 +46,7 @@ class GroupingOptions:
     drop_path: float = 0.1
     local_depth: int | None = None
     init_std: float | None = 0.02
+    pool: str = "mean"
     image_size: int = 224
     patch_size: int = 16
     embed_dim: int = 256
@@ -64,7 +65,7 @@ class GroupingBackbone(ClipBackbone):
         self.token_dim, self.embed_dim, self.image_size, self.patch_size = o.width, o.embed_dim, o.image_size, o.patch_size
         self.image_mean, self.image_std = tuple(o.mean), tuple(o.std)  # type: ignore[assignment]
         self.image = GroupingViT(o.width, o.heads, o.hidden, o.depths, o.group_tokens, o.groups, o.image_size, o.patch_size, o.patch_norm,
-                                 o.drop_path, o.local_depth, o.init_std)
+                                 o.drop_path, o.local_depth, o.init_std, o.pool)
         self.text = build_text(**o.text)
         self.tokenizer = self.text.tokenizer
         self.image_projector = Projector(o.width, o.projector, o.embed_dim)

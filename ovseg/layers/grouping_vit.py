@@ -21,11 +21,13 @@ from .positions import resize_positions
 from .vit_block import Mlp, VitBlock
 
 _TOKEN_RATIO = 0.5  # of the width: the hidden layer of MLPs over tokens
+POOLS = ("mean", "max")
 Noise: TypeAlias = torch.Tensor | None
 
 
 class VisionGroups(NamedTuple):
-    """``groups`` [B, G, D] after the norm, ``pooled`` [B, D], their mean; ``grid``; ``stages``: what each grouping block gave."""
+    """``groups`` [B, G, D] after the norm, ``pooled`` [B, D], their mean or maximum; ``grid``; ``stages``: what each grouping block
+    gave."""
 
     groups: torch.Tensor
     pooled: torch.Tensor
@@ -134,11 +136,13 @@ class GroupingViT(nn.Module):
         local_depth: None for patches; else a convolution stem and so many local blocks, without positions: the tiny models.
         init_std: of linear layers in the beginning; None: 1 / sqrt(inputs). A narrow tower needs it: with 0.02 and 64 channels the logits
             of a grouping block begin at 0.02 beside noise of 1.3, and all groups take the same patches.
+        pool: ``mean`` of the groups, as published, or elementwise ``max``, as in SegCLIP: what one group alone shows is not diluted, so
+            that it pays to keep things apart.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, depths: Sequence[int], group_tokens: Sequence[int], groups: Sequence[int],
                  image_size: int, patch_size: int, patch_norm: bool = False, drop_path: float = 0.0, local_depth: int | None = None,
-                 init_std: float | None = 0.02):
+                 init_std: float | None = 0.02, pool: str = "mean"):
         super().__init__()
         with_tokens = [count for count in group_tokens if count]
         if len(depths) != len(group_tokens) or len(groups) != len(with_tokens) or not with_tokens or not group_tokens[0]:
@@ -146,6 +150,9 @@ class GroupingViT(nn.Module):
                              "depth and a number of group tokens a stage, tokens in the first, and groups for each stage with tokens")
         if local_depth is not None and patch_size != LOCAL_PATCH:
             raise ValueError(f"patch_size is {patch_size} and local_depth {local_depth}; expected {LOCAL_PATCH}, the step of the stem")
+        if pool not in POOLS:
+            raise ValueError(f"pool is {pool!r}; expected one of {list(POOLS)}")
+        self.pool = pool
         self.side, self.patch_size = image_size // patch_size, patch_size
         if local_depth is None:
             self.patch_embed: nn.Module = _PatchEmbed(width, patch_size, patch_norm)
@@ -192,7 +199,7 @@ class GroupingViT(nn.Module):
             if grouped is not None:
                 found.append(grouped)
         groups = self.norm(x)
-        return VisionGroups(groups, groups.mean(1), grid, tuple(found))
+        return VisionGroups(groups, groups.mean(1) if self.pool == "mean" else groups.amax(1), grid, tuple(found))
 
     def first_centers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(projected queries [B, G, D], normed patches [B, L, D]) of the first grouping block; nothing behind it is computed."""

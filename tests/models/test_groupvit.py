@@ -209,6 +209,12 @@ def test_texts_alone_and_together_are_the_same():
     assert isinstance(padded.packing, Packing)
 
 
+@pytest.mark.parametrize("pool,expected", [("mean", lambda x: x.mean(1)), ("max", lambda x: x.max(1).values)])
+def test_the_picture_from_its_groups(pool, expected):
+    found = ovseg.create_model("groupvit_tiny", pool=pool).image(torch.rand(2, 3, 48, 48))
+    assert torch.equal(found.pooled, expected(found.groups))
+
+
 def test_chunks_give_the_whole_batchs_gradient():
     """Projectors run over the whole batch: their statistics are its own, however it is encoded."""
     from ovseg.training.gradients import Gradients
@@ -236,5 +242,7 @@ def test_options_that_cannot_be():
         ovseg.create_model("groupvit_tiny", patch_size=8)
     with pytest.raises(ValueError, match=r"backbone.kind is 'tiny'; expected 'grouping'"):
         ovseg.create_model("groupvit_vit_s16", backbone={"kind": "tiny"})
+    with pytest.raises(ValueError, match=r"pool is 'sum'; expected one of \['mean', 'max'\]"):
+        ovseg.create_model("groupvit_tiny", pool="sum")
     with pytest.raises(ValueError, match="groupvit_tiny has no published layout"):
         ovseg.official_state_dict(ovseg.create_model("groupvit_tiny"))

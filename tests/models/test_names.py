@@ -254,7 +254,7 @@ def test_published_checkpoints_are_known_by_their_names(tmp_path, monkeypatch):
 
 def test_lists(monkeypatch):
     known = ovseg.list_pretrained()
-    bundled = [(f"{name}_tiny", "digits") for name in ("clip_dense", "mgca", "ovsegmentor", "pacl", "segclip", "zegclip")]
+    bundled = [(f"{name}_tiny", "digits") for name in ("clip_dense", "groupvit", "mgca", "ovsegmentor", "pacl", "segclip", "zegclip")]
     assert known[: len(bundled)] == bundled
     assert {("ViT-B-16", "laion2b_s34b_b88k"), ("ViT-B-16-quickgelu", "openai"), (ARCHITECTURE, "drawn")} <= set(known)
     monkeypatch.setitem(sys.modules, "open_clip", None)  # as if it were not installed

@@ -48,9 +48,10 @@ SEGCLIP = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1},
 
 
 GROUPVIT = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1, heads: 2, hidden: 16, projector: 16}}"]
+NOUNS = ["stages=[]", GROUPVIT[0].replace("{backbone", "{multi_label: true, backbone"), "objective.options={multi_label: 1.0}"]
 
 
-@pytest.mark.parametrize("name,more", [("clip_scenes", []), ("segclip_scenes", SEGCLIP), ("groupvit_scenes", GROUPVIT)])
+@pytest.mark.parametrize("name,more", [("clip_scenes", []), ("segclip_scenes", SEGCLIP), ("groupvit_scenes", NOUNS)])
 def test_six_steps_equal_four_and_two(tmp_path, name, more):
     """With noise and masks drawn anew at each step, where a system has them."""
     whole = weights(train(recipe(*more, name=name), tmp_path / "a", quiet=True))

@@ -44,7 +44,7 @@ class GroupViT(GroupingSystem):
     def published(self) -> Published | None:  # type: ignore[override]
         """transformers' layout, of models with GroupViT's own towers."""
         o = self.backbone.options
-        return LAYOUT if o.text.get("kind", "clip") == "clip" and o.local_depth is None and o.patch_norm else None
+        return LAYOUT if o.text.get("kind", "clip") == "clip" and o.local_depth is None and o.patch_norm and o.pool == "mean" else None
 
     @classmethod
     def folder_options(cls, folder: Path) -> dict[str, Any]:

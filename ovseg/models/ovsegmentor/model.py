@@ -76,7 +76,7 @@ class OVSegmentor(GroupingSystem):
     def published(self) -> Published | None:  # type: ignore[override]
         """Of models with the published towers."""
         o = self.backbone.options
-        return LAYOUT if o.text.get("kind", "clip") == "bert" and o.local_depth is None else None
+        return LAYOUT if o.text.get("kind", "clip") == "bert" and o.local_depth is None and o.pool == "mean" else None
 
     @classmethod
     def may_have_published(cls, state: State) -> bool:
