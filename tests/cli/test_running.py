@@ -80,7 +80,7 @@ def test_every_option_is_a_field(picture, tmp_path, capsys):
     assert main([*command, "--top-classes", "1", "--resize", "bilinear"]) == 0
     assert len(np.unique(np.asarray(Image.open(tmp_path / "out" / "scene.mask.png")))) == 1  # the one class that may label a group
     assert main([*command, "--refine", "pamr"]) == 2
-    assert "an option of the rule of labelling patches; this model labels by groups" in capsys.readouterr().err
+    assert "an option of the rule of labelling patches and units; this model labels by groups" in capsys.readouterr().err
 
 
 def test_batches_of_an_evaluation_count_the_same(tmp_path):
