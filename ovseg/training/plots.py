@@ -18,7 +18,7 @@ def plot_loss(log: Path, out: Path, title: str = "") -> Path | None:
 
 
 def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
-    """One panel a run, side by side."""
+    """One panel a run, four side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -28,9 +28,12 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
     curves = {title: points for title, points in curves.items() if points}
     if not curves:
         return None
-    figure = Figure(figsize=(5.5 * len(curves), 3.5), layout="constrained")
-    for axes, (title, points), (pale, strong) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(),
-                                                     _COLOURS * len(curves), strict=False):
+    columns, rows = min(4, len(curves)), -(-len(curves) // 4)
+    figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    for axes, (title, points), (pale, strong) in zip(panels, curves.items(), _COLOURS * len(curves), strict=False):
         steps, losses = zip(*points, strict=True)
         window = max(1, len(losses) // 20)  # a centred median: a running mean would trail the drop at the start
         smooth = [statistics.median(losses[max(0, i - window) : i + window + 1]) for i in range(len(losses))]
