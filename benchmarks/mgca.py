@@ -7,13 +7,9 @@ each loss. Both have the same groups of pixels, by the same function. Random pix
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -23,7 +19,8 @@ from ovseg.layers.units import cluster, mean_weights
 from ovseg.objectives import Progress, create_objective, mgca_reference
 from ovseg.objectives.mgca import MGCAObjective
 
-from .run import _status, environment
+from .run import environment
+from .steps import memory_of_both, step_memory, step_times, step_values
 
 B, GRID, WIDTH = 16, 28, 512  # 224 px, patches of 16, doubled once: the defaults of mgca_vit_b16
 _SMALL = {"embed_dim": WIDTH, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
@@ -56,56 +53,19 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
     return {"ours": ours, "eager": eager, "leaves": [tokens, model.log_scale]}
 
 
-def training_values() -> dict[str, float]:
-    """Losses, and how far the gradients are apart."""
+def training_memory(way: str) -> float:
+    """MiB of a forward and backward, less the pixels' gradient, which any procedure gives."""
     parts = training_parts(B, GRID)
-    losses = {which: parts[which]() for which in ("ours", "eager")}
-    ours, eager = (torch.autograd.grad(loss, parts["leaves"]) for loss in losses.values())
-    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, eager, strict=True))
-    return {**{which: loss.item() for which, loss in losses.items()}, "largest relative difference of a gradient": worst}
-
-
-def training_time(repeats: int) -> dict[str, Any]:
-    parts, times = training_parts(B, GRID), {"ours": [], "eager": []}  # type: ignore[var-annotated]
-    for turn in range(repeats + 1):
-        for which, values in times.items():
-            start = time.perf_counter()
-            torch.autograd.grad(parts[which](), parts["leaves"])
-            if turn:
-                values.append(time.perf_counter() - start)
-    ratio = np.array(times["ours"]) / np.array(times["eager"])
-    return {**{f"{which} ms": round(1e3 * float(np.median(values)), 1) for which, values in times.items()},
-            "ratio": round(float(np.median(ratio)), 4), "ratio p20-p80": np.percentile(ratio, (20, 80)).round(4).tolist(),
-            "repeats": repeats}  # fmt: skip
-
-
-def training_memory(which: str) -> float:
-    """MiB by which the peak of a forward and backward lies above what was there before, less the pixels' gradient, which any procedure
-    gives; in a process of its own."""
-    small, parts = training_parts(2, 8), training_parts(B, GRID)
-    for p in (small, parts):
-        for x in p["leaves"]:
-            x.grad = torch.zeros_like(x)  # gradients exist, libraries are loaded
-    small[which]().backward()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    parts[which]().backward()
-    own = parts["leaves"][0].numel() * 4 / 2**20
-    return round((_status("VmHWM") - before) / 1024 - own, 1)
+    return round(step_memory(training_parts(2, 8), parts, way) - parts["leaves"][0].numel() * 4 / 2**20, 1)
 
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
-    step: dict[str, Any] = {"case": f"B = T = {B}, N = {GRID * GRID}, D = {WIDTH}", "loss": training_values()}
+    step: dict[str, Any] = {"case": f"B = T = {B}, N = {GRID * GRID}, D = {WIDTH}", "loss": step_values(training_parts(B, GRID))}
     print(step["loss"], flush=True)
-    step |= training_time(repeats)
-    print({key: value for key, value in step.items() if key != "loss"}, flush=True)
-    for which in ("ours", "eager"):
-        code = f"from {__name__} import training_memory; print(training_memory({which!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        step[f"{which} extra MiB"] = float(done.stdout.splitlines()[-1])
-    step["ratio of memory"] = round(step["ours extra MiB"] / step["eager extra MiB"], 4)
-    print({key: step[key] for key in ("ours extra MiB", "eager extra MiB", "ratio of memory")})
+    times, memory = step_times(training_parts(B, GRID), repeats), memory_of_both(__name__)
+    print(times, memory, sep="\n", flush=True)
+    step |= times | memory
     found = {"environment": environment(), "losses of a step": step}
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

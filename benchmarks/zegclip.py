@@ -11,8 +11,6 @@ differ.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,9 @@ from ovseg.models.zegclip.model import ZegCLIP
 from ovseg.models.zegclip.published import dead
 from ovseg.objectives import Progress, create_objective
 
-from .run import _status, environment
+from .run import environment
 from .segmentation import photograph
+from .steps import memory_of_both, step_memory, step_times, step_values
 
 CLASSES, SEEN, PROMPTS = 171, 156, 100  # COCO-Stuff
 CROP, STRIDE, CANVAS, PENALTY = 512, 426, (512, 683), 0.1
@@ -190,43 +189,8 @@ def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
     return {"ours": ours, "eager": eager, "leaves": leaves, "unused": list(head.last.values())}
 
 
-def training_values() -> dict[str, float]:
-    """Loss and gradients without dropout."""
-    parts = training_parts(SEEN, SIDE, 0.0)
-    found = {}
-    for which in ("ours", "eager"):
-        loss = parts[which]()
-        found[which] = (loss.item(), torch.autograd.grad(loss, parts["leaves"]))
-    pairs = zip(found["ours"][1], found["eager"][1], strict=True)
-    worst = max(float((a - b).norm() / b.norm()) for a, b in pairs if float(b.norm()) > 1e-5)  # the key's bias has none in theory
-    return {"ours": found["ours"][0], "eager": found["eager"][0], "largest relative difference of a gradient": worst}
-
-
-def training_time(repeats: int) -> dict[str, Any]:
-    parts, times = training_parts(SEEN, SIDE, RATE), {"ours": [], "eager": []}  # type: ignore[var-annotated]
-    for turn in range(repeats + 1):
-        for which, values in times.items():
-            start = time.perf_counter()
-            torch.autograd.grad(parts[which](), parts["leaves"])
-            if turn:
-                values.append(time.perf_counter() - start)
-    ratio = np.array(times["ours"]) / np.array(times["eager"])
-    return {**{f"{which} ms": round(1e3 * float(np.median(values)), 1) for which, values in times.items()},
-            "ratio": round(float(np.median(ratio)), 4), "ratio p20-p80": np.percentile(ratio, (20, 80)).round(4).tolist(),
-            "repeats": repeats}  # fmt: skip
-
-
-def training_memory(which: str) -> float:
-    """MiB by which the peak of a forward and backward lies above what was there before; in a process of its own."""
-    small, parts = training_parts(4, 64, RATE), training_parts(SEEN, SIDE, RATE)
-    for p in (small, parts):
-        for x in p["leaves"]:
-            x.grad = torch.zeros_like(x)  # gradients exist, libraries are loaded
-    small[which]().backward()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    parts[which]().backward()
-    return round((_status("VmHWM") - before) / 1024, 1)
+def training_memory(way: str) -> float:
+    return round(step_memory(training_parts(4, 64, RATE), training_parts(SEEN, SIDE, RATE), way), 1)
 
 
 def inference(repeats: int) -> list[dict[str, Any]]:
@@ -262,18 +226,11 @@ def inference(repeats: int) -> list[dict[str, Any]]:
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
-    found: dict[str, Any] = {"environment": environment(), "head and loss of a step": {"case": f"B = {B}, {SIDE} px, C = {SEEN}"}}
-    step = found["head and loss of a step"]
-    step["loss without dropout"] = training_values()
+    step: dict[str, Any] = {"case": f"B = {B}, {SIDE} px, C = {SEEN}", "loss without dropout": step_values(training_parts(SEEN, SIDE, 0.0))}
     print(step["loss without dropout"], flush=True)
-    step |= training_time(repeats)
-    print({key: value for key, value in step.items() if key != "loss without dropout"}, flush=True)
-    for which in ("ours", "eager"):
-        code = f"from {__name__} import training_memory; print(training_memory({which!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        step[f"{which} extra MiB"] = float(done.stdout.splitlines()[-1])
-    step["ratio of memory"] = round(step["ours extra MiB"] / step["eager extra MiB"], 4)
-    print({key: value for key, value in step.items() if "M" in key or "memory" in key}, flush=True)
+    times, memory = step_times(training_parts(SEEN, SIDE, RATE), repeats), memory_of_both(__name__)
+    print(times, memory, sep="\n", flush=True)
+    found: dict[str, Any] = {"environment": environment(), "head and loss of a step": step | times | memory}
     found["inference"] = inference(repeats)
     for row in found["inference"]:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)

@@ -21,7 +21,7 @@ from . import _library as lib
 
 
 def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
-    """``setup(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, as in ``torch.library.register_autograd``."""
+    """``setup(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, as torch's ``register_autograd`` has it."""
     op = getattr(torch.ops.ovseg, name).default
 
     def below(keyset, args):

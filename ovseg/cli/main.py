@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
         module.arguments(sub)
         lists = [action.dest for action in sub._get_positional_actions() if action.nargs in ("*", "+")]
-        sub.set_defaults(run=module.run, list=lists[-1] if lists else None)
+        sub.set_defaults(run=module.run, many=lists[-1] if lists else None)
     return top
 
 
@@ -38,10 +38,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume run=FOLDER`; argparse takes those before."""
     top = parser()
     options, rest = top.parse_known_args(argv)
-    if rest and (options.list is None or any(word.startswith("-") for word in rest)):
+    if rest and (options.many is None or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        setattr(options, options.list, [*getattr(options, options.list), *rest])
+        setattr(options, options.many, [*getattr(options, options.many), *rest])
     return options
 
 

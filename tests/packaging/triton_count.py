@@ -21,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # tests/conftest.py would switch it on
 
 import pytest
 import torch
+from torch import library
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -80,7 +81,7 @@ class Stand:
         backends.running_on, backends.device_of = running_on, lambda name: "cpu"
         # One call each: the same launches in a tenth of the time. What these would find out is not asked here.
         torch.autograd.gradcheck = lambda function, inputs, **_: [torch.autograd.grad(function(*inputs).sum(), inputs), True][-1]
-        torch.library.opcheck = lambda operator, arguments, **_: operator(*arguments)
+        library.opcheck = lambda operator, arguments, **_: operator(*arguments)
         torch.compile = lambda function, **_: function
         torch.export.export = lambda module, *_: SimpleNamespace(module=lambda: module, graph_module=torch.nn.Module())
         torch.cuda.synchronize = torch.cuda.set_sync_debug_mode = lambda *_: None

@@ -1,0 +1,65 @@
+"""A training step's loss made in two ways, ``ours`` and ``eager``: how far they agree, their times turn by turn, and their memory.
+
+Parts are a dict of both, functions without arguments that give the loss, and of the ``leaves`` whose gradients are taken.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .run import _status
+
+WAYS = ("ours", "eager")
+Parts = dict[str, Any]
+
+
+def step_values(parts: Parts) -> dict[str, float]:
+    """Losses, and how far the gradients are apart."""
+    losses = {way: parts[way]() for way in WAYS}
+    ours, eager = (torch.autograd.grad(loss, parts["leaves"]) for loss in losses.values())
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, eager, strict=True) if float(b.norm()) > 1e-5)  # or 0 in theory
+    return {**{way: loss.item() for way, loss in losses.items()}, "largest relative difference of a gradient": worst}
+
+
+def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
+    """Of forward and backward, alternating, the first turn left out."""
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(repeats + 1):
+        for way, values in times.items():
+            start = time.perf_counter()
+            torch.autograd.grad(parts[way](), parts["leaves"])
+            if turn:
+                values.append(time.perf_counter() - start)
+    ratio = np.array(times["ours"]) / np.array(times["eager"])
+    return {**{f"{way} ms": round(1e3 * float(np.median(values)), 1) for way, values in times.items()},
+            "ratio": round(float(np.median(ratio)), 4), "ratio p20-p80": np.percentile(ratio, (20, 80)).round(4).tolist(),
+            "repeats": repeats}  # fmt: skip
+
+
+def step_memory(small: Parts, parts: Parts, way: str) -> float:
+    """MiB by which the peak of a forward and backward lies above what was there before. ``small`` loads the libraries."""
+    for some in (small, parts):
+        for x in some["leaves"]:
+            x.grad = torch.zeros_like(x)  # gradients exist
+    small[way]().backward()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    parts[way]().backward()
+    return (_status("VmHWM") - before) / 1024
+
+
+def memory_of_both(module: str) -> dict[str, float]:
+    """``training_memory(way)`` of ``module``, each way in a process of its own."""
+    found = {}
+    for way in WAYS:
+        code = f"from {module} import training_memory; print(training_memory({way!r}))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        found[f"{way} extra MiB"] = float(done.stdout.splitlines()[-1])
+    return {**found, "ratio of memory": round(found["ours extra MiB"] / found["eager extra MiB"], 4)}
