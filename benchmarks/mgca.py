@@ -55,15 +55,15 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
 
 def training_memory(way: str) -> float:
     """MiB of a forward and backward, less the pixels' gradient, which any procedure gives."""
-    parts = training_parts(B, GRID)
-    return round(step_memory(training_parts(2, 8), parts, way) - parts["leaves"][0].numel() * 4 / 2**20, 1)
+    small, parts = training_parts(2, 8), training_parts(B, GRID)
+    return round(step_memory(small, parts, way) - parts["leaves"][0].numel() * 4 / 2**20, 1)
 
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
     step: dict[str, Any] = {"case": f"B = T = {B}, N = {GRID * GRID}, D = {WIDTH}", "loss": step_values(training_parts(B, GRID))}
     print(step["loss"], flush=True)
-    times, memory = step_times(training_parts(B, GRID), repeats), memory_of_both(__name__)
+    times, memory = step_times(training_parts(B, GRID), repeats), memory_of_both(__name__, repeats)
     print(times, memory, sep="\n", flush=True)
     step |= times | memory
     found = {"environment": environment(), "losses of a step": step}

@@ -228,7 +228,7 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
     step: dict[str, Any] = {"case": f"B = {B}, {SIDE} px, C = {SEEN}", "loss without dropout": step_values(training_parts(SEEN, SIDE, 0.0))}
     print(step["loss without dropout"], flush=True)
-    times, memory = step_times(training_parts(SEEN, SIDE, RATE), repeats), memory_of_both(__name__)
+    times, memory = step_times(training_parts(SEEN, SIDE, RATE), repeats), memory_of_both(__name__, repeats)
     print(times, memory, sep="\n", flush=True)
     found: dict[str, Any] = {"environment": environment(), "head and loss of a step": step | times | memory}
     found["inference"] = inference(repeats)
