@@ -56,7 +56,7 @@ def step_memory(small: Parts, parts: Parts, way: str) -> float:
 
 
 def memory_of_both(module: str, repeats: int) -> dict[str, Any]:
-    """``training_memory(way)`` of ``module``, each time in a process of its own, alternating: what an allocator keeps differs by some MiB."""
+    """``training_memory(way)`` of ``module``, each time in a process of its own, alternating: an allocator keeps some MiB more or less."""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way, values in found.items():
