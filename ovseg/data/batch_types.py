@@ -5,6 +5,7 @@ Images are uint8 until they are on the device, where the objective normalises th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -28,20 +29,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def _mapped(self: _B, function: Any) -> _B:
+    def _mapped(self: _B, function: Any, but: Collection[str] = ()) -> _B:
         def over(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return function(value)
             return {key: over(one) for key, one in value.items()} if isinstance(value, dict) else value
 
-        return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self) if f.name not in but})
 
     def split(self: _B, parts: int) -> list[_B]:
         """So many neighbouring parts, as equal as can be; texts and other rows are shared out in the same way, in order."""
         return [self._mapped(lambda x, part=part: x.tensor_split(parts)[part]) for part in range(parts)]
 
-    def to(self: _B, device: torch.device | str) -> _B:
-        return self._mapped(lambda x: x.to(device, non_blocking=True))
+    def to(self: _B, device: torch.device | str, but: Collection[str] = ()) -> _B:
+        """All tensors on the device, ``but`` those of these fields."""
+        return self._mapped(lambda x: x.to(device, non_blocking=True), but)
 
     def pin_memory(self: _B) -> _B:
         return self._mapped(lambda x: x.pin_memory())

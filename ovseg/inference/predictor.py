@@ -13,10 +13,11 @@ import torch
 
 from ..data.labels import LabelSet
 from ..errors import InputError
+from ..layers.upload import upload
 from ..models import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
 from .decisions import Decision, rule
 from .queries import EncodedQueries, Queries
-from .reading import Prepared, pixels_of, prepare, prepare_tensors, read_ahead, upload
+from .reading import Prepared, pixels_of, prepare, prepare_tensors, read_ahead
 from .routing import route
 from .segmentation import Segmentation
 from .sources import Source

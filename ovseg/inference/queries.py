@@ -13,10 +13,10 @@ from ..data.class_lists import read_class_embeddings
 from ..data.labels import LabelSet
 from ..data.templates import templates as resolve_templates
 from ..errors import InputError
+from ..layers.upload import upload
 from ..models import OVSegModel
 from ..models.texts import check_reading
 from .fields import one_of, option
-from .reading import upload
 from .text_cache import encode_labels
 
 logger = logging.getLogger(__name__)

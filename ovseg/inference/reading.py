@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..data.images import picture_size, read_image, to_tensor
 from ..errors import InputError
+from ..layers.upload import upload
 from ..models import ModelSpec
 from .sources import Source
 from .view import View
@@ -145,13 +146,6 @@ def resized(picture: Image.Image, canvas: tuple[int, int], how: str) -> torch.Te
     if how == "bicubic":
         return _to_bytes(picture.resize(canvas[::-1], Image.Resampling.BICUBIC))
     return F.interpolate(to_tensor(picture)[None], canvas, mode="bilinear", align_corners=False)[0]
-
-
-def upload(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for it."""
-    if device.type != "cuda" or pixels.device.type != "cpu":
-        return pixels.to(device)
-    return pixels.pin_memory().to(device, non_blocking=True)
 
 
 def _to_bytes(picture: Image.Image) -> torch.Tensor:

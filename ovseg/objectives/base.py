@@ -78,9 +78,11 @@ class Objective(nn.Module):
 
     Attributes:
         batch_type: the kind of batch it takes.
+        on_host: fields of the batch that the host reads: they stay where the loader made them, for a GPU would be waited for.
     """
 
     batch_type: ClassVar[type[Batch]] = PairBatch
+    on_host: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: OVSegModel):
         super().__init__()
@@ -90,7 +92,7 @@ class Objective(nn.Module):
         """Named scalars with ``total``.
 
         Args:
-            batch: of ``batch_type``, on the model's device.
+            batch: of ``batch_type``, on the model's device but for ``on_host``.
             progress: the step, for schedules and noise.
             group: the ranks that hold the rest of the batch; None for one process.
         """

@@ -1,4 +1,4 @@
-"""What the objectives of the grouping systems share: the noise of their grouping blocks."""
+"""What the objectives of the grouping systems share: the noise of their grouping blocks, and texts that are packed by the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from ..data.batch_types import PairBatch
 from ..models.grouping import GroupingSystem
 from .base import Progress
+
+TEXTS = ("token_ids", "noun_ids", "question_ids", "answer_ids", "entity_token_ids")  # their lengths are sizes of tensors
 
 
 def group_noises(model: GroupingSystem, batch: PairBatch, progress: Progress, name: str = "groups") -> list[torch.Tensor]:

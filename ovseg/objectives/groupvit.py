@@ -25,7 +25,7 @@ from ..layers.precision import at_least_float32
 from ..models.groupvit.model import GroupViT
 from .base import Losses, Objective, Progress, Rows
 from .contrast import image_text_contrast
-from .grouping import group_noises
+from .grouping import TEXTS, group_noises
 
 
 @dataclass
@@ -44,6 +44,7 @@ class GroupViTObjective(Objective):
     it does not hold is drawn. Projectors run in ``loss``, over the whole batch: their statistics do not depend on chunks."""
 
     Options = GroupViTTraining
+    on_host = TEXTS
     model: GroupViT
 
     def __init__(self, model: GroupViT, options: GroupViTTraining = GroupViTTraining()):  # noqa: B008

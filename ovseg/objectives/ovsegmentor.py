@@ -23,7 +23,7 @@ from ..layers.precision import at_least_float32
 from ..models.ovsegmentor.model import OVSegmentor
 from .base import Losses, Objective, Progress, Rows
 from .contrast import image_text_contrast, mean_of_rows, sum_of_rows
-from .grouping import group_noises
+from .grouping import TEXTS, group_noises
 from .mask_consistency import mask_consistency
 
 LOSSES = ("contrastive", "entity", "mask")
@@ -65,6 +65,7 @@ class OVSegmentorObjective(Objective):
     [B, G, L]; what it does not hold is drawn. Projectors run in ``loss``, over the whole batch."""
 
     Options = OVSegmentorTraining
+    on_host = TEXTS
     model: OVSegmentor
 
     def __init__(self, model: OVSegmentor, options: OVSegmentorTraining = OVSegmentorTraining()):  # noqa: B008

@@ -171,7 +171,7 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         progress = Progress(state.step, self.steps, recipe.train.seed, distributed.rank())
         state.optimizer.zero_grad(set_to_none=True)
-        losses = self.gradients(batch.to(self.device), progress, state.scaler.scale)
+        losses = self.gradients(batch.to(self.device, but=state.objective.on_host), progress, state.scaler.scale)
         state.scaler.unscale(trained(state.objective))
         norm = clip(trained(state.objective), recipe.optim.clip_grad)
         numbers = [x.to(self.device, torch.float64) for x in (*losses.values(), norm)]

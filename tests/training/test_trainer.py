@@ -18,6 +18,7 @@ import ovseg
 from ovseg.checkpoints.files import load_tensors
 from ovseg.cli.main import main
 from ovseg.cli.train import validation
+from ovseg.data.batch_types import Batch, PairBatch
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import CheckpointError, ConfigError, DataError
@@ -49,6 +50,18 @@ SEGCLIP = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1},
 
 GROUPVIT = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1, heads: 2, hidden: 16, projector: 16}}"]
 NOUNS = ["stages=[]", GROUPVIT[0].replace("{backbone", "{multi_label: true, backbone"), "objective.options={multi_label: 1.0}"]
+
+
+def test_what_the_host_reads_stays_there(tmp_path, monkeypatch):
+    """The lengths of packed texts are sizes of tensors: read from a GPU, it would be waited for at each step."""
+    kept, to = [], Batch.to
+    monkeypatch.setattr(Batch, "to", lambda batch, device, but=(): kept.append(set(but)) or to(batch, device, but))
+    for name, more in (("clip_scenes", []), ("groupvit_scenes", NOUNS)):
+        train(recipe("train.steps=1", *more, name=name), tmp_path / name, quiet=True)
+    assert len(kept) == 2 and not kept[0] and {"token_ids", "noun_ids"} <= kept[1]
+    texts = torch.ones(2, 5, dtype=torch.int64)
+    moved = PairBatch(torch.zeros(2, 3, 8, 8), texts, texts[:, 0], texts[:, 0]).to("meta", but=["token_ids"])
+    assert moved.token_ids is texts and moved.images.device.type == moved.text_ids.device.type == "meta"
 
 
 @pytest.mark.parametrize("name,more", [("clip_scenes", []), ("segclip_scenes", SEGCLIP), ("groupvit_scenes", NOUNS)])

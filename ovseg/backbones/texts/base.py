@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...layers.packing import Packing
+from ...layers.upload import upload
 from ..base import Tokenizer
 
 
@@ -64,12 +65,12 @@ class PackedText(nn.Module):
         """Encode texts.
 
         Args:
-            ids: [T, L] int64, on the CPU or on the tower's device. On a GPU the lengths of the texts have to be waited for.
+            ids: [T, L] int64. From the CPU a GPU is not waited for; on it the lengths of the texts have to be.
             pads: compute padding too, as published training does.
         """
         device = next(self.parameters()).device
         packing = Packing(self.kept(ids), pads, device)
-        x = self.embed(packing.take(ids[:, : packing.shape[1]].to(device)), packing.positions)
+        x = self.embed(packing.take(upload(ids[:, : packing.shape[1]], device)), packing.positions)
         for block in self.blocks:
             x = block(x, packing)
         x = self.finish(x)

@@ -18,11 +18,11 @@ from ovseg_kernels.reference.window_argmax import window_maps
 
 from ...errors import InputError
 from ...layers.precision import at_least_float32
+from ...layers.upload import upload
 from ...models import OVSegModel, PatchFeatures
 from ..fields import SCALES, biases, number, one_of, option
 from ..pamr import pamr
 from ..queries import EncodedQueries
-from ..reading import upload
 from ..windows import Placement
 from .base import Decision
 
