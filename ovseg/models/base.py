@@ -19,7 +19,7 @@ from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import ConfigError, InputError
 from ..progress import bar
-from .published import Published, State
+from .published import Published
 from .texts import check_reading
 
 _TEXTS_AT_ONCE = 256
@@ -121,6 +121,7 @@ class OVSegModel(nn.Module):
         decision: name of its rule of labelling, a file of ``inference/decisions``.
         objective: name of what trains it, a file of ``objectives``.
         published: the layout of published checkpoints, or None.
+        published_marks: beginnings of names that only such checkpoints hold, told without a model.
         model_types: what transformers calls the model, where it has it -> the preset that a folder of it is built on.
         starting_options: options that only say what to begin with: a saved folder, which holds all weights, leaves them out.
         training_only: beginnings of the names of tensors that a saved folder may hold beside those of a model built without them.
@@ -131,6 +132,7 @@ class OVSegModel(nn.Module):
     decision: ClassVar[str] = "patches"
     objective: ClassVar[str] = ""
     published: Published | None = None
+    published_marks: ClassVar[tuple[str, ...]] = ()
     model_types: ClassVar[dict[str, str]] = {}
     starting_options: ClassVar[tuple[str, ...]] = ("clip",)
     training_only: ClassVar[tuple[str, ...]] = ()
@@ -149,11 +151,6 @@ class OVSegModel(nn.Module):
     def folder_options(cls, folder: Path) -> dict[str, Any]:
         """The options of a folder of transformers that holds one of ``model_types``."""
         raise NotImplementedError
-
-    @classmethod
-    def may_have_published(cls, state: State) -> bool:
-        """Whether a checkpoint could be one of this system's, told without building a model."""
-        return cls.published is not None
 
     def forward(self, images: torch.Tensor) -> PatchFeatures:
         """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""

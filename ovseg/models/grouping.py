@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,10 @@ from ..backbones.texts import PackedText
 from ..layers.grouping_vit import GroupingViT
 from ..layers.projector import Projector
 from .base import GroupFeatures, OVSegModel, SystemOptions, check_images
+from .published import State
 
 PARTS = ["image", "text", "projectors", "scale"]
+_CONVOLUTION = re.compile(r"\w+_projector\.linear_(hidden\.0|out)\.weight")
 
 
 @dataclass
@@ -74,3 +77,13 @@ class GroupingSystem(OVSegModel):
         spared = {name for name, p in named if p.ndim == 1 or name.endswith(".bias")}
         return [{"params": [p for name, p in named if name not in spared], "lr_scale": 1.0, "weight_decay": weight_decay},
                 {"params": [p for name, p in named if name in spared], "lr_scale": 1.0, "weight_decay": 0.0}]
+
+
+def linear(state: State) -> State:
+    """Published projectors are convolutions of one pixel; these, as linear layers."""
+    return {name: x[..., 0] if _CONVOLUTION.fullmatch(name) and x.dim() == 3 and x.shape[2] == 1 else x for name, x in state.items()}
+
+
+def convolutions(state: State) -> State:
+    """The inverse of ``linear``."""
+    return {name: x[..., None] if _CONVOLUTION.fullmatch(name) else x for name, x in state.items()}

@@ -28,7 +28,7 @@ from ..errors import CheckpointError, InputError
 from ..paths import no_file
 from .base import OVSegModel
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
-from .published import Published
+from .published import Published, marked
 from .registry import (
     BUNDLED,
     CLIP_SYSTEM,
@@ -209,7 +209,7 @@ def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[st
     """A published checkpoint without the name of its model: of the systems that recognise it, the preset that it fits."""
     refusal = None
     for name in list_models():
-        if name.endswith("_tiny") or not system_type(preset_of(name)["system"]).may_have_published(state):
+        if name.endswith("_tiny") or not marked(state, system_type(preset_of(name)["system"]).published_marks):
             continue
         model = build(name, options)
         if model.published is None or not model.published.recognises(state):

@@ -13,6 +13,11 @@ from ..errors import CheckpointError
 State = dict[str, torch.Tensor]
 
 
+def marked(state: State, marks: str | tuple[str, ...]) -> bool:
+    """Whether a name begins with one of ``marks``."""
+    return any(name.startswith(marks) for name in state)
+
+
 @dataclass(frozen=True)
 class Published:
     """How one system's published files differ from its own.
@@ -24,6 +29,7 @@ class Published:
         tables: of their names, fixed tensors that are computed here: left out on reading, made again on writing.
         surplus: beginnings of their names that a file may hold beside what the model has: left out.
         reshape, restore: their tensors to those that our names stand for one by one, and back: packed, transposed, of another rank.
+        others: layouts that the same weights were published in too: read, not written.
     """
 
     to_ours: Callable[[str], str]
@@ -34,9 +40,13 @@ class Published:
     surplus: tuple[str, ...] = ()
     reshape: Callable[[State], State] = dict
     restore: Callable[[State], State] = dict
+    others: tuple[Published, ...] = ()
 
     def recognises(self, state: State) -> bool:
-        return any(name.startswith(self.mark) for name in state)
+        return self._of(state) is not None
+
+    def _of(self, state: State) -> Published | None:
+        return next((one for one in (self, *self.others) if marked(state, one.mark)), None)
 
     def load(self, model: nn.Module, state: State) -> list[str]:
         """Load a published state dict; returns the tensors that only training needs and that it lacks: they stay as they are.
@@ -44,6 +54,9 @@ class Published:
         Raises:
             CheckpointError: for any other missing tensor, an unexpected one, or one of another shape; naming them.
         """
+        layout = self._of(state)
+        if layout is not None and layout is not self:
+            return layout.load(model, state)
         own = model.state_dict()
         given = {self.to_ours(name): tensor for name, tensor in self.reshape(state).items() if name not in self.tables}
         given = {name: tensor for name, tensor in given.items()

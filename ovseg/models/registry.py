@@ -86,7 +86,7 @@ def architecture_of(name: str) -> str | None:
 
 def has_published_layout(name: str) -> bool:
     """Whether checkpoints that its authors published may be read into it; registered functions are asked later."""
-    return name in _BUILDERS or system_type(preset_of(name)["system"]).published is not None
+    return name in _BUILDERS or bool(system_type(preset_of(name)["system"]).published_marks)
 
 
 def list_bundled() -> list[tuple[str, str]]:

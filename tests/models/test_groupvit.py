@@ -13,7 +13,7 @@ import ovseg_kernels as ok
 from ovseg.data.batch_types import NounBatch, PairBatch
 from ovseg.errors import CheckpointError, InputError
 from ovseg.layers.packing import Packing
-from ovseg.models.groupvit.published import to_ours, to_theirs
+from ovseg.models.groupvit.published import NVIDIA, to_ours, to_theirs
 from ovseg.objectives import Progress, create_objective
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -102,6 +102,63 @@ def test_names_go_both_ways(full):
     state, expected = ovseg.official_state_dict(ours), model.state_dict()
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
     assert all(to_theirs(to_ours(name)) == name for name in expected if not re.search(r"layers\.\d+\.self_attn\.[qkv]_", name))
+
+
+# (what is replaced, by what, where it is not): transformers 4.30, convert_groupvit_nvlab_to_hf.py, Apache-2.0; in its order.
+TRANSFORMERS_TABLE = (
+    ("img_encoder.pos_embed", "vision_model.embeddings.position_embeddings", ()),
+    ("img_encoder.patch_embed.proj", "vision_model.embeddings.patch_embeddings.projection", ()),
+    ("img_encoder.patch_embed.norm", "vision_model.embeddings.layernorm", ()),
+    ("img_encoder.layers", "vision_model.encoder.stages", ()), ("blocks", "layers", ("res",)), ("attn", "self_attn", ("pre_assign",)),
+    ("self_attn.proj", "self_attn.out_proj", ()), ("pre_assign_attn.attn.proj", "pre_assign_attn.attn.out_proj", ()),
+    ("norm1", "layer_norm1", ()), ("norm2", "layer_norm2", ("pre_assign",)), ("img_encoder.norm", "vision_model.layernorm", ()),
+    ("text_encoder.token_embedding", "text_model.embeddings.token_embedding", ()),
+    ("text_encoder.positional_embedding", "text_model.embeddings.position_embedding.weight", ()),
+    ("text_encoder.transformer.resblocks.", "text_model.encoder.layers.", ()), ("ln_1", "layer_norm1", ()), ("ln_2", "layer_norm2", ()),
+    ("c_fc", "fc1", ()), ("c_proj", "fc2", ()), ("text_encoder", "text_model", ()), ("ln_final", "final_layer_norm", ()),
+    ("img_projector.linear_hidden.", "visual_projection.", ()), ("img_projector.linear_out.", "visual_projection.3.", ()),
+    ("text_projector.linear_hidden", "text_projection", ()), ("text_projector.linear_out", "text_projection.3", ()))
+
+
+def by_transformers_table(state):
+    found = {}
+    for name, tensor in state.items():
+        new = name
+        for old, replacement, where_not in TRANSFORMERS_TABLE:
+            if not any(word in new for word in where_not):
+                new = new.replace(old, replacement)
+        for packed in ("qkv.", "in_proj_"):
+            if packed in name:
+                start, kind = new.split(packed)
+                found |= {f"{start}{letter}_proj.{kind}": x for letter, x in zip("qkv", tensor.chunk(3), strict=True)}
+                break
+        else:
+            found[new] = tensor.squeeze() if "_projection." in new else tensor
+    return found
+
+
+def test_nvidias_own_files(full, tmp_path):
+    """As trained: under ``model`` with settings beside it, projectors as convolutions, blocks packed, a second temperature."""
+    from omegaconf import OmegaConf
+
+    model, ours = full
+    state = NVIDIA.state(ours)
+    expected, found = model.state_dict(), by_transformers_table(state)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(state) == 406 and state["img_projector.linear_out.weight"].dim() == 3  # and 407 with the temperature for nouns
+    state["multi_label_logit_scale"] = torch.tensor(2.5)
+    beside = {"optimizer": {"state": {}}, "epoch": 30, "config": OmegaConf.create({"model": {"depths": [6, 3, 3]}})}
+    torch.save({"model": state, **beside}, tmp_path / "groupvit.pth")
+    for read in (ovseg.from_pretrained(str(tmp_path / "groupvit.pth")),
+                 ovseg.create_model("groupvit_vit_s16", str(tmp_path / "groupvit.pth"), multi_label=True)):
+        own = read.state_dict()
+        assert own.pop("multi_label_logit_scale", torch.tensor(2.5)).item() == 2.5
+        assert all(torch.equal(own[name], x) for name, x in ours.state_dict().items()) and len(own) == 406
+    del state["text_encoder.transformer.resblocks.3.mlp.c_fc.bias"]
+    torch.save({"model": {**state, "head": torch.zeros(1)}}, tmp_path / "groupvit.pth")
+    with pytest.raises(CheckpointError, match=r"groupvit_vit_s16 \(1 missing: text_encoder\.transformer\.resblocks\.3\.mlp\.c_fc\.bias; "
+                                              r"1 unexpected: head\)"):
+        ovseg.from_pretrained(tmp_path / "groupvit.pth")
 
 
 def test_a_folder_in_sizes_of_its_own(small_folder, tmp_path):

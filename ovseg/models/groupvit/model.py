@@ -16,8 +16,8 @@ from torch import nn
 
 from ..base import MAX_SCALE
 from ..grouping import GroupingSystem, GroupingSystemOptions
-from ..published import Published, State
-from .published import LAYOUT, folder_options
+from ..published import Published
+from .published import LAYOUT, NVIDIA, folder_options
 
 
 @dataclass
@@ -33,6 +33,7 @@ class GroupViT(GroupingSystem):
     Options = GroupViTOptions
     objective = "groupvit"
     model_types = {"groupvit": "groupvit_vit_s16"}  # noqa: RUF012
+    published_marks = (LAYOUT.mark, NVIDIA.mark)
     options: GroupViTOptions
 
     def __init__(self, options: GroupViTOptions):
@@ -54,10 +55,6 @@ class GroupViT(GroupingSystem):
     def noun_scale(self) -> torch.Tensor | None:
         """As ``logit_scale``, for the contrast with nouns."""
         return None if self.multi_label_logit_scale is None else self.multi_label_logit_scale.exp().clamp(max=MAX_SCALE)
-
-    @classmethod
-    def may_have_published(cls, state: State) -> bool:
-        return LAYOUT.recognises(state)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found = super().parts()

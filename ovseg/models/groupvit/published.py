@@ -1,8 +1,9 @@
-"""GroupViT in transformers' layout: names and tensors, and the options of a folder.
+"""GroupViT in transformers' layout and in NVIDIA's: names and tensors, and the options of a folder.
 
 transformers keeps q, k and v of its blocks apart; here they are packed. Its dead tensors: none. A file may hold beside the model's own
 tensors the tables of positions' numbers that older versions wrote (``*.position_ids``); it may lack the second temperature, which only
-training has. Nothing else. NVIDIA's own layout is not read: its names of the text tower are not documented.
+training has. Nothing else. NVIDIA's own files are read and not written. Their image tower has OVSegmentor's names; those of the text tower
+are after the table by which transformers 4 converted such files.
 """
 
 from __future__ import annotations
@@ -16,12 +17,28 @@ import torch
 from ...checkpoints.transformers_layout import preprocess_of, read_json
 from ...errors import CheckpointError
 from ...layers.vit_block import ACTIVATIONS
+from ..grouping import convolutions, linear
 from ..published import Published, State
 
 _BYTE_PAIRS = 49408  # words of CLIP's own tokenizer
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SEPARATE = re.compile(r"(.+\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 _PACKED = re.compile(r"(.+\.layers\.\d+\.self_attn)\.qkv\.(weight|bias)")
+_NVIDIA = (  # as below
+    ("img_encoder.layers.{}.group_projector.0.", "backbone.image.layers.{}.group_projector.norm."),
+    ("img_encoder.layers.{}.group_projector.1.", "backbone.image.layers.{}.group_projector.mlp."),
+    ("img_encoder.", "backbone.image."),
+    ("text_encoder.transformer.resblocks.{}.attn.in_proj_", "backbone.text.layers.{}.attn.qkv."),
+    ("text_encoder.transformer.resblocks.{}.attn.out_proj.", "backbone.text.layers.{}.attn.proj."),
+    ("text_encoder.transformer.resblocks.{}.ln_1.", "backbone.text.layers.{}.norm1."),
+    ("text_encoder.transformer.resblocks.{}.ln_2.", "backbone.text.layers.{}.norm2."),
+    ("text_encoder.transformer.resblocks.{}.mlp.c_fc.", "backbone.text.layers.{}.mlp.fc1."),
+    ("text_encoder.transformer.resblocks.{}.mlp.c_proj.", "backbone.text.layers.{}.mlp.fc2."),
+    ("text_encoder.", "backbone.text."),
+    ("img_projector.", "backbone.image_projector."),
+    ("text_projector.", "backbone.text_projector."),
+    ("logit_scale", "backbone.logit_scale"),
+)
 _RULES = (  # theirs, ours; the first that fits, {} is a number
     ("vision_model.embeddings.position_embeddings", "backbone.image.pos_embed"),
     ("vision_model.embeddings.patch_embeddings.projection.", "backbone.image.patch_embed.proj."),
@@ -46,20 +63,24 @@ _INSIDE = (("layer_norm1.", "norm1."), ("layer_norm2.", "norm2."), ("self_attn.q
 
 
 def to_ours(name: str) -> str:
-    return _renamed(name, 0, 1)
+    """From transformers'."""
+    start, rest = _split(_RULES, name, 0, 1)
+    return start + _swapped(rest, 0, 1)
 
 
 def to_theirs(name: str) -> str:
     """The inverse of ``to_ours``."""
-    return _renamed(name, 1, 0)
+    start, rest = _split(_RULES, name, 1, 0)
+    return start + _swapped(rest, 1, 0)
 
 
-def _renamed(name: str, old: int, new: int) -> str:
-    for rule in _RULES:
+def _split(rules: tuple[tuple[str, str], ...], name: str, old: int, new: int) -> tuple[str, str]:
+    """(the beginning that the first fitting rule gives, the rest of the name as it is)."""
+    for rule in rules:
         found = re.match(re.escape(rule[old]).replace(r"\{\}", r"(\d+)"), name)
         if found:
-            return rule[new].format(*found.groups()) + _swapped(name[found.end() :], old, new)
-    return name
+            return rule[new].format(*found.groups()), name[found.end() :]
+    return "", name
 
 
 def _swapped(rest: str, old: int, new: int) -> str:
@@ -100,8 +121,11 @@ def unpacked(state: State) -> State:
     return found
 
 
+NVIDIA = Published(lambda name: "".join(_split(_NVIDIA, name, 0, 1)), lambda name: "".join(_split(_NVIDIA, name, 1, 0)),
+                   "text_encoder.transformer.resblocks.", ("multi_label_logit_scale",), surplus=("multi_label_logit_scale",),
+                   reshape=linear, restore=convolutions)
 LAYOUT = Published(to_ours, to_theirs, "vision_model.encoder.stages.", ("multi_label_logit_scale",), reshape=packed, restore=unpacked,
-                   surplus=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
+                   surplus=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"), others=(NVIDIA,))
 
 
 def folder_options(folder: Path) -> dict[str, Any]:

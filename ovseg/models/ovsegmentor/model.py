@@ -19,7 +19,7 @@ from ...checkpoints.published import read_published
 from ...layers.grouping_vit import GroupingViT
 from ...layers.projector import Projector
 from ..grouping import PARTS, GroupingSystem, GroupingSystemOptions
-from ..published import Published, State
+from ..published import Published
 from .entities import EntityDecoder
 from .published import LAYOUT, load_dino
 
@@ -46,6 +46,7 @@ class OVSegmentorOptions(GroupingSystemOptions):
 class OVSegmentor(GroupingSystem):
     Options = OVSegmentorOptions
     objective = "ovsegmentor"
+    published_marks = (LAYOUT.mark,)
     starting_options = ("clip", "dino")
     training_only = ("entities.", "bridge_projector.", "teacher.", "logit_scale_mask")
     options: OVSegmentorOptions
@@ -77,10 +78,6 @@ class OVSegmentor(GroupingSystem):
         """Of models with the published towers."""
         o = self.backbone.options
         return LAYOUT if o.text.get("kind", "clip") == "bert" and o.local_depth is None and o.pool == "mean" else None
-
-    @classmethod
-    def may_have_published(cls, state: State) -> bool:
-        return LAYOUT.recognises(state)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The teacher is in none: it follows the image tower."""

@@ -12,6 +12,7 @@ import re
 
 from ...errors import CheckpointError
 from ...layers.grouping_vit import GroupingViT
+from ..grouping import convolutions, linear
 from ..published import Published, State
 
 _PREFIXES = (  # theirs, ours
@@ -26,7 +27,6 @@ _PREFIXES = (  # theirs, ours
     ("logit_scale", "backbone.logit_scale"),
 )
 _TRAINING = ("img_encoder_momentum.", "logit_scale_mask", "multimodal_groupingblock.", "bridge_projector.")
-_CONVOLUTION = re.compile(r"\w+_projector\.linear_(hidden\.0|out)\.weight")
 _POSITIONS = ("img_encoder.pos_embed", "img_encoder_momentum.pos_embed")
 
 
@@ -39,21 +39,11 @@ def _renamed(name: str, old: int, new: int) -> str:
 
 def _reshape(state: State) -> State:
     """Convolutions of one pixel to linear layers, tables of positions to three dimensions."""
-    found = dict(state)
-    for name, tensor in state.items():
-        if _CONVOLUTION.fullmatch(name) and tensor.dim() == 3 and tensor.shape[2] == 1:
-            found[name] = tensor[..., 0]
-        elif name in _POSITIONS and tensor.dim() == 2:
-            found[name] = tensor[None]
-    return found
+    return {name: tensor[None] if name in _POSITIONS and tensor.dim() == 2 else tensor for name, tensor in linear(state).items()}
 
 
-def _restore(state: State) -> State:
-    return {name: tensor[..., None] if _CONVOLUTION.fullmatch(name) else tensor for name, tensor in state.items()}
-
-
-LAYOUT = Published(lambda name: _renamed(name, 0, 1), lambda name: _renamed(name, 1, 0), "img_encoder.layers.0.downsample.", _TRAINING,
-                   surplus=(*_TRAINING, "text_encoder.transformer.embeddings.position_ids"), reshape=_reshape, restore=_restore)
+LAYOUT = Published(lambda name: _renamed(name, 0, 1), lambda name: _renamed(name, 1, 0), "text_encoder.transformer.embeddings.", _TRAINING,
+                   surplus=(*_TRAINING, "text_encoder.transformer.embeddings.position_ids"), reshape=_reshape, restore=convolutions)
 
 _DINO_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _DINO_LEFT_OUT = ("cls_token", "head.", "fc_norm.")

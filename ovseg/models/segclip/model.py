@@ -18,7 +18,7 @@ from ...layers.quick_gelu import quick_gelu
 from ...layers.semantic_groups import Groups, SemanticGroups
 from ..base import GroupFeatures, OVSegModel, SystemOptions, check_images
 from ..published import Published
-from .published import layout
+from .published import MARK, layout
 
 _PARTS = ["embeddings", "vision", "text", "scale", "groups", "reconstruction"]
 _OF_TRAINING = ("tau", "weights", "kept")  # options of the model once
@@ -59,6 +59,7 @@ class SegCLIP(OVSegModel):
     Options = SegCLIPOptions
     decision = "groups"
     objective = "segclip"
+    published_marks = (MARK,)
     options: SegCLIPOptions
 
     def __init__(self, options: SegCLIPOptions):

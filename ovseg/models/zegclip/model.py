@@ -20,6 +20,7 @@ from ...layers.prompts import DeepPrompts
 from ..base import ModelSpec, PatchFeatures, check_images
 from ..frozen_clip import FrozenClipModel, FrozenClipOptions
 from ..published import Published
+from .published import MARK, Layout
 
 _PARTS = ["prompts", "head"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -58,6 +59,7 @@ class ZegCLIP(FrozenClipModel):
     Options = ZegCLIPOptions
     decision = "masks"
     objective = "zegclip"
+    published_marks = (MARK,)
     options: ZegCLIPOptions
 
     def __init__(self, options: ZegCLIPOptions):
@@ -81,8 +83,6 @@ class ZegCLIP(FrozenClipModel):
     @property
     def published(self) -> Published | None:  # type: ignore[override]
         """Of models on open_clip's CLIP."""
-        from .published import Layout
-
         return Layout() if self.options.backbone["kind"] == "open_clip" else None
 
     @property

@@ -26,6 +26,7 @@ _PREFIXES = (  # published, ours
     ("decode_head.q_proj.", "descriptor.proj."),
     ("decode_head.decoder_1.", "decoder."),
 )
+MARK = "decode_head.decoder_1."
 _FIRST, _DEEP = "backbone.prompt_embeddings", "backbone.deep_prompt_embeddings"  # of block 0, of the others
 _PROMPTS, _POSITIONS = "prompts.embeddings", "backbone.positional_embedding"
 _UNUSED = "decode_head.loss_decode.criterion.empty_weight"
@@ -70,7 +71,7 @@ class Layout(Published):
     """Of one model: reading changes its prompts and positions to the sizes of the file."""
 
     def __init__(self) -> None:
-        super().__init__(to_ours, to_theirs, "decode_head.decoder_1.", ("text_encoder.",))
+        super().__init__(to_ours, to_theirs, MARK, ("text_encoder.",))
 
     def load(self, model: ZegCLIP, state: State) -> list[str]:
         """As ``Published.load``. Files without any ``text_encoder.*`` are taken: their classes come as embeddings.
