@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -39,6 +43,20 @@ def uniform(rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
 def integer(rng: torch.Generator, low: int, high: int) -> int:
     """An integer of low .. high - 1."""
     return int(torch.randint(low, high, (), generator=rng))
+
+
+@contextlib.contextmanager
+def drawing_from(rng: torch.Generator) -> Iterator[None]:
+    """Inside, libraries that draw from the global generators of ``random`` and NumPy depend on ``rng`` alone; afterwards those go on as if
+    nothing had been drawn."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(integer(rng, 0, 2**31))
+    np.random.seed(integer(rng, 0, 2**31))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def some(rng: torch.Generator, number: int, of: int) -> list[int]:

@@ -7,6 +7,7 @@ torchvision is imported when the first transform is made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .draws import integer, uniform
+from .draws import drawing_from, integer, uniform
 
 MOST_RATIO = 1000.0  # of a crop's sides
+_INTERPOLATIONS = ("bicubic", "bilinear")
+# timm leaves out in silence what it does not know.
+_POLICY = re.compile(r"rand(-(m\d{1,2}|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|n\d{1,2}|p[01](\.\d+)?|inc[01]|tweights))*")
 Items = tuple[Any, ...]  # a tv_tensors.Image uint8 [3, H, W], then Masks [1, H, W]
 
 
@@ -53,27 +57,46 @@ def plain(item: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class PairAugment:
-    """How pictures of pairs are cropped.
+    """How pictures of pairs are cropped and changed, in this order.
 
     Attributes:
         scale: share of the picture's area that a crop takes, smallest and largest.
         ratio: width by height of the crop before it is made a square.
+        interpolation: of the crop: bicubic or bilinear, both with antialias.
         flip: how often it is mirrored.
+        rand_augment: a policy in timm's words, ``rand-m9-mstd0.5-inc1``; None for none. Not with superpixels, which would not follow.
+        erase: how often a rectangle of it becomes noise.
     """
 
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
+    interpolation: str = "bicubic"
     flip: float = 0.0
+    rand_augment: str | None = None
+    erase: float = 0.0
+
+    def check(self) -> None:
+        """ValueError for what means nothing; the option is named under ``augment``."""
+        checked_range("augment.scale", self.scale, 0, 1)
+        checked_range("augment.ratio", self.ratio, 0, MOST_RATIO)
+        for name, share in (("flip", self.flip), ("erase", self.erase)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"augment.{name} is {share}; expected a share, 0 to 1")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"augment.interpolation is {self.interpolation!r}; expected one of {list(_INTERPOLATIONS)}")
+        if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
+            raise ValueError(f"augment.rand_augment is {self.rand_augment!r}; expected a policy such as 'rand-m9-mstd0.5-inc1': magnitude "
+                             "m up to 99, its deviation mstd, its bound mmax, n changes up to 99, each with probability p, inc1, tweights")
 
 
 class RandomResizedCrop:
-    """A crop of random area, shape and place, resized to a square: bicubic with antialias.
+    """A crop of random area, shape and place, resized to a square with antialias.
 
     Ten tries for a crop that fits, as everywhere; then the largest one in the middle whose shape is allowed.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float], ratio: tuple[float, float]):
-        self.size, self.scale, self.ratio = size, scale, ratio
+    def __init__(self, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: str = "bicubic"):
+        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
 
     def box(self, rng: torch.Generator, height: int, width: int) -> tuple[int, int, int, int]:
         """(top, left, height, width)."""
@@ -90,8 +113,8 @@ class RandomResizedCrop:
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
         F = functional()
-        box = self.box(rng, *items[0].shape[-2:])
-        return tuple(F.resized_crop(item, *box, [self.size, self.size], interpolation=_bicubic(), antialias=True) for item in items)
+        box, how = self.box(rng, *items[0].shape[-2:]), _interpolation(self.interpolation)
+        return tuple(F.resized_crop(item, *box, [self.size, self.size], interpolation=how, antialias=True) for item in items)
 
 
 class RandomFlip:
@@ -106,6 +129,65 @@ class RandomFlip:
         return tuple(functional().horizontal_flip(item) for item in items)
 
 
+class RandAugment:
+    """timm's RandAugment (Cubuk et al., arXiv:1909.13719): changes of colours and of geometry, by a policy in its words.
+
+    Args:
+        policy: see ``PairAugment.rand_augment``.
+        size: of the pictures, in pixels: the largest shift is 0.45 of it.
+        mean: RGB in 0..1, the colour of what moves in from outside.
+        interpolation: of what is moved.
+    """
+
+    def __init__(self, policy: str, size: int, mean: Sequence[float], interpolation: str = "bicubic"):
+        try:
+            from timm.data.auto_augment import rand_augment_transform
+        except ImportError as error:
+            raise ImportError(f"augment.rand_augment is timm's, which does not import ({error}): pip install 'ovseg-kernels[models]', or "
+                              "leave it null") from error
+        colour = tuple(min(255, round(255 * x)) for x in mean)
+        how = getattr(Image.Resampling, interpolation.upper())
+        self.change = rand_augment_transform(policy, {"translate_const": int(0.45 * size), "img_mean": colour, "interpolation": how})
+
+    def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        if len(items) != 1:
+            raise ValueError(f"augment.rand_augment moves the picture and {len(items) - 1} maps lie over it, which would not follow; "
+                             "expected none, or rand_augment null")
+        F = functional()
+        from torchvision import tv_tensors
+
+        with drawing_from(rng):
+            return (tv_tensors.Image(F.pil_to_tensor(self.change(F.to_pil_image(items[0])))),)
+
+
+class RandomErasing:
+    """With probability ``share`` a rectangle becomes noise (Zhong et al., arXiv:1708.04896), as timm's mode ``pixel`` does: 1/50 to 1/3 of
+    the area, 0.3 to 1 / 0.3 wide by high, ten tries; every value of it N(0, 1) once normalised, cut off where 8 bits end.
+    """
+
+    def __init__(self, share: float, mean: Sequence[float], std: Sequence[float]):
+        self.share, self.mean, self.std = share, mean, std
+
+    def box(self, rng: torch.Generator, height: int, width: int) -> tuple[int, int, int, int] | None:
+        """(top, left, height, width), or None."""
+        if uniform(rng) >= self.share:
+            return None
+        for _ in range(10):
+            area, shape = height * width * uniform(rng, 0.02, 1 / 3), float(np.exp(uniform(rng, np.log(0.3), -np.log(0.3))))
+            h, w = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+            if 0 < h < height and 0 < w < width:
+                return integer(rng, 0, height - h + 1), integer(rng, 0, width - w + 1), h, w
+        return None
+
+    def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        box = self.box(rng, *items[0].shape[-2:])
+        if box is None:
+            return items
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.mean, self.std))
+        noise = torch.randn(3, *box[2:], generator=rng) * std + mean
+        return functional().erase(items[0], *box, (255 * noise).round().clamp(0, 255).to(torch.uint8)), *items[1:]
+
+
 class Compose:
     """One transform after the other."""
 
@@ -118,16 +200,22 @@ class Compose:
         return items
 
 
-def pair_transform(options: PairAugment, size: int) -> Compose:
-    """What ``PairAugment`` says, to pictures of ``size`` pixels."""
+def pair_transform(options: PairAugment, size: int, mean: Sequence[float], std: Sequence[float]) -> Compose:
+    """What ``PairAugment`` says, to pictures of ``size`` pixels, for a model that normalises by ``mean`` and ``std``."""
     functional()
-    return Compose(RandomResizedCrop(size, options.scale, options.ratio), RandomFlip(options.flip))
+    options.check()
+    steps: list[Any] = [RandomResizedCrop(size, options.scale, options.ratio, options.interpolation), RandomFlip(options.flip)]
+    if options.rand_augment is not None:
+        steps.append(RandAugment(options.rand_augment, size, mean, options.interpolation))
+    if options.erase:
+        steps.append(RandomErasing(options.erase, mean, std))
+    return Compose(*steps)
 
 
-def _bicubic() -> Any:
+def _interpolation(name: str) -> Any:
     from torchvision.transforms import InterpolationMode
 
-    return InterpolationMode.BICUBIC
+    return InterpolationMode(name)
 
 
 def checked_range(name: str, values: Sequence[float], low: float, high: float) -> None:

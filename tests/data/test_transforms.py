@@ -1,5 +1,8 @@
 """Augmentation: masks stay on their pixels, sizes and shares are what was asked, colours as mmsegmentation distorts them."""
 
+import pickle
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +23,17 @@ from ovseg.data.mask_transforms import (
     mask_transform,
     to_hsv,
 )
-from ovseg.data.transforms import Compose, PairAugment, RandomFlip, RandomResizedCrop, as_items, checked_range, pair_transform
+from ovseg.data.transforms import (
+    Compose,
+    PairAugment,
+    RandAugment,
+    RandomErasing,
+    RandomFlip,
+    RandomResizedCrop,
+    as_items,
+    checked_range,
+    pair_transform,
+)
 
 COLOURS = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [250, 250, 10], [10, 250, 250]], dtype=torch.uint8)
 
@@ -42,6 +55,8 @@ def disagreement(image: torch.Tensor, mask: torch.Tensor, ignore: int = 255) -> 
     return float((nearest != mask)[inner].float().mean())
 
 
+HALF = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # a model's mean and deviation
+PUBLISHED = PairAugment((0.08, 1.0), flip=0.5, interpolation="bilinear", rand_augment="rand-m9-mstd0.5-inc1", erase=0.25)
 STEPS = {
     "resized crop": RandomResizedCrop(64, (0.3, 1.0), (0.75, 4 / 3)),
     "flip": RandomFlip(1.0),
@@ -49,7 +64,7 @@ STEPS = {
     "capped crop": CappedCrop(48, 0.75, 255),
     "middle": MiddleCrop(50),
     "pad": PadTo(130, (1, 2, 3), 255),
-    "pairs": pair_transform(PairAugment((0.2, 1.0), flip=0.5), 64),
+    "pairs": pair_transform(PairAugment((0.2, 1.0), flip=0.5), 64, *HALF),
     "masks": mask_transform(MaskAugment((160, 80), photometric=False), 64, (0.5, 0.5, 0.5), 255),
     "masks of validation": mask_transform(MaskAugment((160, 80)), 64, (0.5, 0.5, 0.5), 255, train=False),
 }
@@ -85,6 +100,68 @@ def test_the_same_numbers_give_the_same_picture(name):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+def test_rand_augment_is_timms():
+    """The same picture as timm's own call from the same global seeds, whatever those were; they go on as if nothing had been drawn."""
+    auto_augment = pytest.importorskip("timm.data.auto_augment", reason="timm is not installed")
+    image, _ = picture(4)
+    ours = RandAugment("rand-m9-mstd0.5-inc1", 90, (0.485, 0.456, 0.406), "bilinear")
+    theirs = auto_augment.rand_augment_transform(
+        "rand-m9-mstd0.5-inc1", {"translate_const": 40, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BILINEAR})
+    changed = 0
+    for seed in range(20):
+        rng = generator(seed)
+        random.seed(integer(rng, 0, 2**31))
+        np.random.seed(integer(rng, 0, 2**31))
+        expected = torch.from_numpy(np.array(theirs(Image.fromarray(image.permute(1, 2, 0).numpy())))).permute(2, 0, 1)
+        random.seed(seed + 1)
+        np.random.seed(5)
+        (found,) = pickle.loads(pickle.dumps(ours))(generator(seed), *as_items(image))  # workers get copies
+        assert torch.equal(found, expected) and (random.random(), np.random.rand()) == _first(seed + 1, 5)
+        changed += not torch.equal(found, image)
+    assert changed > 10
+    with pytest.raises(ValueError, match="rand_augment moves the picture and 1 maps lie over it"):
+        ours(generator(0), *as_items(image, np.zeros((90, 120), np.int64)))
+
+
+def _first(one: int, other: int) -> tuple[float, float]:
+    return random.Random(one).random(), np.random.RandomState(other).rand()
+
+
+def test_erased_rectangles():
+    """A share of the pictures, 1/50 to 1/3 of each, of noise with the model's mean and deviation; the rest as it was, and maps whole."""
+    grey, step = torch.full((3, 100, 140), 7, dtype=torch.uint8), RandomErasing(0.25, (0.5, 0.4, 0.6), (0.1, 0.05, 0.15))
+    label, shares, values = torch.zeros(100, 140, dtype=torch.int64), [], []
+    for seed in range(400):
+        found, mask = step(generator(seed), *as_items(grey, label))
+        assert not mask.any() and found.dtype == torch.uint8
+        other = (found != 7).any(0)
+        if other.any():
+            rows, columns = other.any(1).nonzero()[:, 0], other.any(0).nonzero()[:, 0]
+            h, w = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+            assert len(rows) == h and len(columns) == w and 0.25 < w / h < 4
+            shares.append(h * w / (100 * 140))
+            values.append(found[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].flatten(1).float() / 255)
+    assert 70 < len(shares) < 130 and min(shares) > 0.018 and 0.28 < max(shares) < 0.34
+    noise = torch.cat(values, 1)
+    torch.testing.assert_close(noise.mean(1), torch.tensor([0.5, 0.4, 0.6]), atol=0.003, rtol=0)
+    torch.testing.assert_close(noise.std(1), torch.tensor([0.1, 0.05, 0.15]), atol=0.003, rtol=0)
+
+
+def test_the_published_augmentation_of_pairs():
+    """OVSegmentor's first stage: the same picture for the same numbers, its size, and no two alike."""
+    image, _ = picture(6)
+    transform = pair_transform(PUBLISHED, 64, *HALF)
+    found = [transform(generator(seed), *as_items(image))[0] for seed in range(8)]
+    again = [transform(generator(seed), *as_items(image))[0] for seed in range(8)]
+    assert all(torch.equal(a, b) and a.shape == (3, 64, 64) and a.dtype == torch.uint8 for a, b in zip(found, again, strict=True))
+    assert len({x.numpy().tobytes() for x in found}) == 8
+    smooth = torch.rand(3, 64, 64, generator=generator(0)).mul(255).to(torch.uint8)
+    one, other = (RandomResizedCrop(32, (1.0, 1.0), (1.0, 1.0), how)(generator(0), *as_items(smooth))[0] for how in ("bilinear", "bicubic"))
+    assert not torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"augment\.erase is 2; expected a share"):
+        pair_transform(PairAugment(erase=2), 64, *HALF)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 10**6))
 def test_crops_lie_in_the_picture(height, width, seed):
@@ -97,7 +174,7 @@ def test_crops_lie_in_the_picture(height, width, seed):
 
 def test_without_augmentation_the_middle_square_is_taken():
     image = Image.fromarray(np.arange(40 * 60, dtype=np.uint32).reshape(40, 60).astype(np.uint8)).convert("RGB")
-    (found,) = pair_transform(PairAugment((1.0, 1.0), (1.0, 1.0)), 40)(generator(0), *as_items(image))
+    (found,) = pair_transform(PairAugment((1.0, 1.0), (1.0, 1.0)), 40, *HALF)(generator(0), *as_items(image))
     assert torch.equal(found, as_items(image)[0][:, :, 10:50])
 
 

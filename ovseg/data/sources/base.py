@@ -53,17 +53,19 @@ class ModelInputs:
         image_size, patch_size: in pixels, where the options say nothing else.
         tokenizer: texts to [T, L] ids, 0 is padding; called in the workers.
         mean: RGB in 0..1, what padding looks like: 0 once normalised.
+        std: of RGB in 0..1.
     """
 
     image_size: int
     patch_size: int = 16
     tokenizer: Callable[[Sequence[str]], torch.Tensor] | None = None
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     @classmethod
     def of(cls, model: Any) -> ModelInputs:
         spec = model.spec
-        return cls(spec.image_size, spec.patch_size, model.tokenizer, tuple(spec.mean))
+        return cls(spec.image_size, spec.patch_size, model.tokenizer, tuple(spec.mean), tuple(spec.std))
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         if self.tokenizer is None:

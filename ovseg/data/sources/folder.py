@@ -21,7 +21,7 @@ from ..folders import Folder
 from ..images import read_image
 from ..pairs import PairSample, caption_id, collate_pairs
 from ..superpixels import SuperpixelFile, patch_labels
-from ..transforms import MOST_RATIO, PairAugment, as_items, checked_range, pair_transform, plain
+from ..transforms import PairAugment, as_items, pair_transform, plain
 from .base import ModelInputs, Source, SourceOptions
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,12 @@ def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed:
     if options.superpixel_labels not in ("majority", "mean"):
         raise ConfigError(f"data.superpixel_labels is {options.superpixel_labels!r}; expected 'majority' or 'mean'")
     try:
-        checked_range("data.augment.scale", options.augment.scale, 0, 1)
-        checked_range("data.augment.ratio", options.augment.ratio, 0, MOST_RATIO)
-        if not 0 <= options.augment.flip <= 1:
-            raise ValueError(f"data.augment.flip is {options.augment.flip}; expected a share, 0 to 1")
+        options.augment.check()
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"data.{error}") from error
+    if options.augment.rand_augment is not None and options.superpixels is not None:
+        raise ConfigError(f"data.augment.rand_augment is {options.augment.rand_augment!r} and data.superpixels {options.superpixels!r}; "
+                          "expected one of them: superpixels would not move with the picture")
     augment = options.augment if split == "train" else PairAugment((1.0, 1.0), (1.0, 1.0))
     return FolderPairs(options.root, inputs, image_size=options.image_size, captions=options.captions, superpixels=options.superpixels,
                        superpixel_labels=options.superpixel_labels, augment=augment)
@@ -101,7 +101,7 @@ class FolderPairs(Source[PairSample]):
             raise DataError(f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} pictures, the first "
                             f"{missing[0]}; expected ovseg data superpixels to be run again")
         self.image_size = image_size or inputs.image_size
-        self.transform = pair_transform(augment or PairAugment(), self.image_size)
+        self.transform = pair_transform(augment or PairAugment(), self.image_size, inputs.mean, inputs.std)
 
     def __len__(self) -> int:
         return len(self.names)
