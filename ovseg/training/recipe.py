@@ -130,7 +130,7 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or file, with overrides such as ``optim.lr=1e-3``.
+    """A recipe by name or file, with overrides such as ``optim.lr=1e-3`` or ``stages[0].train.steps=100``.
 
     Raises:
         ConfigError: for a recipe that does not exist, YAML that cannot be read, unknown keys, values of the wrong kind.
@@ -148,7 +148,6 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
-        plain: Any = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))))
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
     except Exception as error:
@@ -157,7 +156,25 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     if not loaded:
         raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
+    for override in overrides:
+        _override(loaded, override)
+    plain: Any = OmegaConf.to_container(loaded)
     return build_recipe(plain, str(path))
+
+
+def _override(loaded: Any, override: str) -> None:
+    """Lay ``key=value`` over a recipe; a mapping over a mapping, key by key. A stage is ``stages[0]``."""
+    key, _, text = override.partition("=")
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # with ${...} as they are
+        OmegaConf.update(loaded, key, plain["value"], merge=True, force_add=True)
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError, AssertionError, RecursionError) as error:
+        raise ConfigError(f"override {override!r} does not fit the recipe: {first_line(error)}; expected a key as in the file, and of its "
+                          "stages one that is there: stages[0]") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"override {override!r} is no YAML: {first_line(error)}") from error
+        raise
 
 
 def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -241,9 +258,16 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
     for key, value in values.items():
         if key not in known:
             raise unknown_key(str(key), known, prefix)
-        part = known[key].default_factory
+        part, usual = known[key].default_factory, getattr(schema(), key)
         if is_dataclass(part):
             _check_keys(value, part, f"{prefix}{key}.")
+        elif (isinstance(value, dict) and isinstance(usual, list | tuple)) or (isinstance(value, list) and isinstance(usual, dict)):
+            expected = "mapping" if isinstance(usual, dict) else "list"  # OmegaConf does not say which key it is
+            raise ConfigError(f"{prefix}{key} is {value!r}; expected a {expected}")
+    stages = values.get("stages") if schema is Recipe else None
+    for number, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict):
+            raise ConfigError(f"stages[{number}] is {stage!r}; expected a mapping")
 
 
 def _check_values(recipe: Recipe) -> None:

@@ -1,12 +1,13 @@
 """Recipes: every shipped one loads; typos and wrong values are named."""
 
+import re
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 import pytest
 
 from ovseg.errors import ConfigError
-from ovseg.training.recipe import Recipe, list_recipes, load_recipe, save_recipe
+from ovseg.training.recipe import Recipe, list_recipes, load_recipe, save_recipe, stages_of
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -30,10 +31,32 @@ def test_shipped_recipes(name, tmp_path):
     (["optim.warmup_steps=-1"], r"optim\.warmup_steps: unknown key"),
     (["init.backbone="], r"override 'init\.backbone=' has no value; expected key=value, or init\.backbone=null for none"),
     (["model.name="], r"override 'model\.name=' has no value"),
+    (["stages[0].train.steps=5"], r"stages is \{'0': .*\}; expected a list"),
+    (["stages=[1]"], r"stages\[0\] is 1; expected a mapping"),
+    (["stages=3"], r"stages: "),
+    (["init=[1]"], r"init is \[1\]; expected a mapping"),
+    (["optim.betas={a: 1}"], r"optim\.betas is \{'a': 1\}; expected a list"),
+    (["model.options=[1]"], r"override 'model\.options=\[1\]' does not fit the recipe"),
+    (["optim.lr={a"], r"override 'optim\.lr=\{a' is no YAML"),
+    (["optim.lr.x=1"], r"optim\.lr: Value"),
 ])
 def test_bad_overrides(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe("pacl_scenes", overrides)
+
+
+def test_overrides_of_a_stage():
+    """By its number, the rest of it as it was; mappings are laid over each other, lists replaced."""
+    found = load_recipe("groupvit_scenes", ["stages[0].train.steps=5", "stages[1].model={options: {multi_label: true}}", "train.steps=7",
+                                            "optim.betas[0]=0.5"])
+    first, second = stages_of(found)
+    assert first.train.steps == 5 and first.model.options == {"backbone": {"pool": "mean"}} and second.train.steps == 7
+    assert second.model.options == {"multi_label": True} and second.init == {"backbone": "previous"}
+    assert found.optim.betas == (0.5, 0.98)
+    assert stages_of(load_recipe("groupvit_scenes", ["stages=[]"]))[0].train.steps == 900
+    for key in ("stages[2].train.steps", "stages.x"):
+        with pytest.raises(ConfigError, match=re.escape(f"override '{key}=5' does not fit the recipe")):
+            load_recipe("groupvit_scenes", [f"{key}=5"])
 
 
 OUT_OF_RANGE = [
