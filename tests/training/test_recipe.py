@@ -47,16 +47,16 @@ def test_bad_overrides(overrides, message):
 
 def test_overrides_of_a_stage():
     """By its number, the rest of it as it was; mappings are laid over each other, lists replaced."""
-    found = load_recipe("groupvit_scenes", ["stages[0].train.steps=5", "stages[1].model={options: {multi_label: true}}", "train.steps=7",
-                                            "optim.betas[0]=0.5"])
+    given = ["stages[0].train.steps=5", "stages[1].model={options: {backbone: {pool: max}}}", "train.batch_size=7", "optim.betas[0]=0.5"]
+    found = load_recipe("ovsegmentor_scenes", given)
     first, second = stages_of(found)
-    assert first.train.steps == 5 and first.model.options == {"backbone": {"pool": "mean"}} and second.train.steps == 7
-    assert second.model.options == {"multi_label": True} and second.init == {"backbone": "previous"}
-    assert found.optim.betas == (0.5, 0.98)
-    assert stages_of(load_recipe("groupvit_scenes", ["stages=[]"]))[0].train.steps == 900
+    assert (first.train.steps, first.train.batch_size, first.model.options) == (5, 7, {"stage": 1})
+    assert (second.train.steps, second.train.batch_size, second.optim.lr) == (100, 7, 2e-4)
+    assert second.model.options == {"stage": 2, "backbone": {"pool": "max"}} and found.optim.betas == (0.5, 0.98)
+    assert len(stages_of(load_recipe("ovsegmentor_scenes", ["stages=[]"]))) == 1
     for key in ("stages[2].train.steps", "stages.x"):
         with pytest.raises(ConfigError, match=re.escape(f"override '{key}=5' does not fit the recipe")):
-            load_recipe("groupvit_scenes", [f"{key}=5"])
+            load_recipe("ovsegmentor_scenes", [f"{key}=5"])
 
 
 OUT_OF_RANGE = [
