@@ -165,15 +165,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _override(loaded: Any, override: str) -> None:
     """Lay ``key=value`` over a recipe; a mapping over a mapping, key by key. A stage is ``stages[0]``."""
     key, _, text = override.partition("=")
+    shown = override if len(override) <= 100 else f"{override[:100]}..."
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # with ${...} as they are
         OmegaConf.update(loaded, key, plain["value"], merge=True, force_add=True)
     except (OmegaConfBaseException, IndexError, TypeError, ValueError, AssertionError, RecursionError) as error:
-        raise ConfigError(f"override {override!r} does not fit the recipe: {first_line(error)}; expected a key as in the file, and of its "
+        raise ConfigError(f"override {shown!r} does not fit the recipe: {first_line(error)}; expected a key as in the file, and of its "
                           "stages one that is there: stages[0]") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"override {override!r} is no YAML: {first_line(error)}") from error
+            raise ConfigError(f"override {shown!r} is no YAML: {first_line(error)}") from error
         raise
 
 
