@@ -49,7 +49,7 @@ SEGCLIP = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1},
 
 
 GROUPVIT = ["model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1, heads: 2, hidden: 16, projector: 16}}"]
-NOUNS = ["data={kind: entity_scenes, gives: nouns, nouns: 2, style: shapes, train_size: 40}",
+NOUNS = ["stages=[]", "data={kind: entity_scenes, gives: nouns, nouns: 2, style: shapes, train_size: 40}",
          GROUPVIT[0].replace("{backbone", "{multi_label: true, backbone"), "objective.options={multi_label: 1.0}"]
 
 
