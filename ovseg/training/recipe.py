@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..data.sources import load_options
 from ..errors import ConfigError, first_line
@@ -150,19 +151,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"recipe {path} is no YAML: {error}") from error
-        raise
+    except YAMLError as error:
+        raise ConfigError(f"recipe {path} is no YAML: {error}") from error
     if not loaded:
         raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
     for override in overrides:
-        _override(loaded, override)
+        _override(loaded, override, path)
     plain: Any = OmegaConf.to_container(loaded)
     return build_recipe(plain, str(path))
 
 
-def _override(loaded: Any, override: str) -> None:
+def _override(loaded: Any, override: str, path: Path) -> None:
     """Lay ``key=value`` over a recipe; a mapping over a mapping, key by key. A stage is ``stages[0]``."""
     key, _, text = override.partition("=")
     shown = override if len(override) <= 100 else f"{override[:100]}..."
@@ -170,12 +169,10 @@ def _override(loaded: Any, override: str) -> None:
         plain: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # with ${...} as they are
         OmegaConf.update(loaded, key, plain["value"], merge=True, force_add=True)
     except (OmegaConfBaseException, IndexError, TypeError, ValueError, AssertionError, RecursionError) as error:
-        raise ConfigError(f"override {shown!r} does not fit the recipe: {first_line(error)}; expected a key as in the file, and of its "
-                          "stages one that is there: stages[0]") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"override {shown!r} is no YAML: {first_line(error)}") from error
-        raise
+        raise ConfigError(f"recipe {path}: override {shown!r} does not fit the recipe: {first_line(error)}; expected a key as in the file, "
+                          "and of its stages one that is there: stages[0]") from error
+    except YAMLError as error:
+        raise ConfigError(f"recipe {path}: override {shown!r} is no YAML: {first_line(error)}") from error
 
 
 def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:

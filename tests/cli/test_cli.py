@@ -1,14 +1,13 @@
 """The command line: every verb, exit codes, messages on stderr and no traceback."""
 
 import json
-import resource
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import timm
 from PIL import Image
+from processor_time import processor_seconds
 from safetensors.torch import save_file
 
 from ovseg.cli.built_in import built_in
@@ -40,10 +39,8 @@ def test_bundled_model_segments_from_a_cold_start(picture, tmp_path):
     for attempt in range(2):  # the better of two
         command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel", "-m", "pacl_tiny"]
         command += ["-o", str(tmp_path / str(attempt))]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        spent, done = processor_seconds(command)
+        seconds.append(spent)
         assert done.returncode == 0, done.stderr
     overlay = Image.open(tmp_path / "1" / "scene.overlay.png")
     assert overlay.height > overlay.width == 384

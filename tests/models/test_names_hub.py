@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 import torch
 from hub_stand_in import CONFIG, fill_cache, hub
 from PIL import Image
+from processor_time import processor_seconds
 from safetensors.torch import save
 
 import ovseg
@@ -80,31 +79,23 @@ def test_a_photograph_from_the_cache(photo, weights, tmp_path, monkeypatch, caps
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "two" / "photo.mask.png")), mask)
 
 
-def processor_seconds(command, **options):
-    """(of the processor, as other tests run beside this one; what was run)."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
-
-
 @pytest.mark.parametrize("how", ["offline", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "no network"])
 def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"} if how in ("no network", "offline") else {how: "1"}  # nobody listens there
     command = [sys.executable, "-m", "ovseg", "segment", photo, "--labels", "cat,wall", *(["--offline"] if how == "offline" else [])]
-    shares = []
-    for _ in range(2):  # the better of two
-        alone, _ = processor_seconds([sys.executable, "-c", "import torch"])
-        seconds, done = processor_seconds([*command, "-o", str(tmp_path / "out")], env=environment)
-        shares.append(seconds / alone)
-        if shares[-1] < 2:
+    best = []
+    for _ in range(2):
+        seconds, done = processor_seconds([*command, "-o", str(tmp_path / "out")], env=environment, timeout=60)
+        best.append(seconds)
+        if seconds < 3:
             break
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     why = "the Hub does not answer" if how == "no network" else "the Hub may not be asked"
     for text in (why, f"https://huggingface.co/{DEFAULT_REPO}/resolve/main/{FILE}", "-m clip_dense_vit_b16:PATH", "--demo"):
         assert text in done.stderr
-    assert min(shares) < 2, f"{shares} of the time of import torch"
+    # Three seconds, but on a machine where torch alone takes more than half of them.
+    assert min(best) < 3 or min(best) < 2 * processor_seconds([sys.executable, "-c", "import torch"])[0], f"{best} s"
     assert not (tmp_path / "out").exists()
 
 
