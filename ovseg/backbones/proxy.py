@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..checkpoints.hub import fetch
 from ..checkpoints.published import read_published
-from ..errors import CheckpointError, ConfigError, WeightsError
+from ..errors import CheckpointError, ConfigError, WeightsError, first_line
 from ..layers.precision import at_least_float32
 from ..layers.readout import ProxyFeatures
 
@@ -86,8 +86,9 @@ class ProxyEncoder(nn.Module):
 def _import_timm() -> Any:
     try:
         import timm
-    except ImportError as error:
-        raise ImportError(f"the option proxy needs timm, which does not import ({error}): pip install 'ovseg-kernels[models]'") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision for another torch
+        raise ImportError(f"the option proxy needs timm, which does not import ({first_line(error)}): "
+                          "pip install 'ovseg-kernels[models]'") from error
     return timm
 
 

@@ -25,7 +25,7 @@ from ..checkpoints.files import check_fit
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..checkpoints.transformers_layout import MODEL_TYPES, transformers_config, transformers_state
-from ..errors import CheckpointError, InputError, WeightsError
+from ..errors import CheckpointError, InputError, WeightsError, first_line
 from ..paths import no_file
 
 Architecture = str | dict[str, Any]
@@ -57,7 +57,7 @@ def import_open_clip() -> ModuleType:
         import open_clip
     except (ImportError, RuntimeError) as error:
         raise ImportError(
-            f"open_clip does not import ({error}). It needs open_clip_torch and a torchvision built for torch "
+            f"open_clip does not import ({first_line(error)}). It needs open_clip_torch and a torchvision built for torch "
             f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and torchvision of one release "
             "(torchvision has no CPU wheel on PyPI; the CUDA build of torch runs without a GPU)"
         ) from error
@@ -245,7 +245,8 @@ def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torc
         return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, tokenizer_mode=text.get("tokenizer_mode"),
                                                **text.get("tokenizer_kwargs") or {})
     except ImportError as error:
-        raise ImportError(f"the words of {_title(architecture)} need transformers ({error}): pip install transformers") from error
+        raise ImportError(f"the words of {_title(architecture)} need transformers ({first_line(error)}): "
+                          "pip install transformers") from error
 
 
 def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None) -> nn.Module:

@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, InputError, WeightsError
+from ..errors import CheckpointError, InputError, WeightsError, first_line
 from ..progress import note
 from ..replacing import write_text
 from .cache import cache_folder
@@ -47,7 +47,7 @@ def client() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(f"weights of the Hub need huggingface_hub ({error}): pip install 'ovseg-kernels[models]'") from error
+        raise ImportError(f"weights of the Hub need huggingface_hub ({first_line(error)}): pip install 'ovseg-kernels[models]'") from error
     return huggingface_hub
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from .notes import no_plots
 from .numbers import at_least
 
 _MOST_SCENES = 10_000  # of a contact sheet
@@ -99,6 +100,7 @@ def _check(options: argparse.Namespace) -> int:
     from ..replacing import folder_for, write_text
 
     if options.out is not None:
+        no_plots("no plot of the classes is drawn")
         folder_for(options.out, "--out").mkdir(parents=True, exist_ok=True)
     wrong = 0
     for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
@@ -111,9 +113,9 @@ def _check(options: argparse.Namespace) -> int:
             out = Path(options.out)
             stem = f"{data.description.name}_{options.split}"
             write_text(out / f"{stem}.json", json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
-            plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
-                      f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
-            print(out / f"{stem}.json", out / f"{stem}.png", sep="\n")
+            plot = plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
+                             f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
+            print(*(path for path in (out / f"{stem}.json", plot) if path), sep="\n")
     return 1 if wrong else 0
 
 

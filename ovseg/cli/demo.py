@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .notes import no_plots
 from .numbers import at_least
 
 
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
     before = _earlier(results)
     if all(stage.title in before for stage in stages):
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
+    no_plots("no loss curve is drawn")
     began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
     for i, stage in enumerate(stages):
         recipe = load_recipe(stage.recipe, [*_settings(stage, options.data, out), f"train.seed={options.seed}"])

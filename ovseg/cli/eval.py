@@ -18,6 +18,7 @@ from typing import Any
 
 from .device import add_device, device_of, to_device
 from .inference_options import add_inference_options, given_inference_options
+from .notes import no_plots
 from .numbers import at_least
 from .weights_options import MODEL_HELP, add_weights, load_model, no_readouts, proxy_option
 
@@ -59,6 +60,7 @@ class _ListProtocols(argparse.Action):
 def run(options: argparse.Namespace) -> int:
     from .. import distributed
     from ..errors import InputError
+    from ..libraries import require
     from ..paths import no_folder
     from ..replacing import folder_for
 
@@ -72,6 +74,12 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--root {options.root!r} {what}; expected the folder that holds the data")
     if options.labels_file == "":
         raise InputError("--labels-file is ''; expected a file")
+    if options.plots:
+        require("matplotlib", "--plots")
+    if options.boundary:
+        require("scipy", "--boundary")
+    if options.sweep and options.out is not None:
+        no_plots("no curve of --sweep is drawn")
     rank = distributed.rank()
     return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)
 

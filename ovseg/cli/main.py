@@ -1,42 +1,58 @@
 """ovseg: one verb a file. Exit codes, the same for all (docs/commands.md): 0 done; 1 it failed, or what lies on the disk is damaged; 2 it
-cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted."""
+cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted.
+
+Nothing here imports torch before ``threads.set_up``, and what is asked about the command line alone imports it not at all.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from ovseg_kernels import BackendError
-
-from .. import __version__, distributed
 from ..errors import CheckpointError, ConfigError, DataError, InputError, first_line
+from ..libraries import MissingLibrary, reason
+from . import threads
 from .weights_options import in_force
 
 VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with the arguments of ``verb`` alone: those of others may need libraries."""
     top = argparse.ArgumentParser(prog="ovseg", description="Open-vocabulary semantic segmentation from text supervision.")
-    top.add_argument("--version", action="version", version=f"ovseg {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in VERBS:
-        module = import_module(f".{verb}", __package__)
-        sub = verbs.add_parser(verb, help=(module.__doc__ or verb).strip().splitlines()[0], description=module.__doc__,
+    for name in VERBS:
+        module = import_module(f".{name}", __package__)
+        sub = verbs.add_parser(name, help=(module.__doc__ or name).strip().splitlines()[0], description=module.__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.arguments(sub)
+        if name == verb:
+            module.arguments(sub)
         lists = [action.dest for action in sub._get_positional_actions() if action.nargs in ("*", "+")]
         sub.set_defaults(run=module.run, many=lists[-1] if lists else None)
     return top
 
 
+class _Version(argparse.Action):
+    """Print the version, which lies in a package whose import is torch's too."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        spec = find_spec("ovseg_kernels")
+        assert spec is not None and spec.origin is not None
+        print(f"ovseg {runpy.run_path(str(Path(spec.origin).with_name('_version.py')))['__version__']}")
+        parser.exit()
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume run=FOLDER`; argparse takes those before."""
-    top = parser()
+    top = parser(_verb(argv))
     options, rest = top.parse_known_args(argv)
     if rest and (options.many is None or any(word.startswith("-") for word in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -45,12 +61,21 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _verb(argv: Sequence[str] | None) -> str | None:
+    """Return the first word, unless an option stands before it: those of ``ovseg`` itself end the program."""
+    words = sys.argv[1:] if argv is None else argv
+    return words[0] if words and words[0] in VERBS else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    threads.set_up()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    options = parsed(argv)
     try:
+        if (verb := _verb(argv)) is not None:
+            _import_torch()
+        options = parsed(argv)
         with in_force(options):
             return options.run(options) or 0
     except KeyboardInterrupt:
@@ -59,25 +84,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        text = str(error) if code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED) else first_line(error)
-        print(f"ovseg {options.verb}: {text or first_line(error)}", file=sys.stderr)
+        print(f"ovseg {verb}: {_message(error, code)}", file=sys.stderr)
         return code
     finally:
-        distributed.close()
+        if "ovseg.distributed" in sys.modules:
+            sys.modules["ovseg.distributed"].close()
+
+
+def _import_torch() -> None:
+    """Import what every verb needs.
+
+    Raises:
+        MissingLibrary: if it is not installed.
+        ImportError: in one sentence, if it does not import: a CUDA library or the machine's C library is not what it expects.
+    """
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingLibrary(reason(error), name=error.name) from error
+    except (ImportError, OSError) as error:
+        raise ImportError(f"needs torch, which is installed and does not import: {first_line(error)}; expected a release "
+                          "that fits this machine, pip install --force-reinstall torch") from error
 
 
 _FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError, UnicodeError, json.JSONDecodeError, MemoryError)
 
 
+def _message(error: Exception, code: int) -> str:
+    """Return what is printed of an error that ends a command."""
+    if isinstance(error, ImportError):
+        return reason(error)
+    whole = code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED)
+    return (str(error) if whole else "") or first_line(error)
+
+
 def exit_code(error: Exception) -> int | None:
     """Of a command that ends so; None for what only a fault of this package raises, which is shown whole."""
-    if isinstance(error, (InputError, ConfigError, BackendError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+    refused = (InputError, ConfigError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, (refused, _class("ovseg_kernels", "BackendError"))):
         return 2
-    if isinstance(error, (*_FAILED, torch.OutOfMemoryError)):
+    if isinstance(error, (_FAILED, _class("torch", "OutOfMemoryError"))):
         return 1
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory")):
         return 1  # how torch says it of the CPU
     return 2 if isinstance(error, ValueError) else None  # the operators' word for an argument
+
+
+def _class(module: str, name: str) -> Any:
+    """Return a class for isinstance, of which there is no object where its module was never imported."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..backbones.weights import import_open_clip
     from ..models import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
     from ..models.names import unknown
+    from ..progress import note
 
     bundled = list_bundled()
     tags: dict[str, list[str]] = {}
@@ -33,5 +35,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name:24} {'bundled: ' + ', '.join(own) if own else 'weights by tag, Hub or path' if 'clip_dense' in name else 'by path'}")
     for name in others:
         print(f"{name:24} {', '.join(tags[name])}")
+    try:
+        import_open_clip()
+    except ImportError as error:
+        note(f"Without names of open_clip's: {error}")
     print(f"default: {DEFAULT_MODEL}; forms: NAME:TAG, NAME:PATH, hf-hub:OWNER/NAME, PATH")
     return 0

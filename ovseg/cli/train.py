@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .notes import no_plots
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="a recipe's name or a YAML file; `ovseg train list` prints the names")
@@ -48,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
     folder_for(folders[-1], "run")
+    no_plots("no loss curve is drawn")
     logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
     try:
         resume = "auto" if options.auto_resume else options.resume
@@ -56,7 +59,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"ovseg train: {error}", file=sys.stderr)
         return 143
     if distributed.is_main():
-        print(f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ...; loss curve: {folders[-1]}/loss.png")
+        curve = Path(folders[-1], "loss.png")
+        print(f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ..."
+              + (f"; loss curve: {curve}" if curve.exists() else ""))
     return 0
 
 

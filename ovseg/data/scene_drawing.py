@@ -88,20 +88,16 @@ def _inside(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _handwriting() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits form needs scikit-learn: pip install 'ovseg-kernels[models]'") from error
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     return (data.images / 16.0).astype(np.float32), data.target
 
 
 @lru_cache(maxsize=8)
 def _photo_pixels(stuff: str) -> np.ndarray:
-    try:
-        import skimage.data
-    except ImportError as error:
-        raise ImportError("the digits form needs scikit-image: pip install 'ovseg-kernels[models]'") from error
+    import skimage.data
+
     grey = getattr(skimage.data, stuff)().astype(np.float32)
     return grey / grey.mean()
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..libraries import require
 from . import scene_drawing as drawing
 
 SPLITS = ("train", "val")
@@ -122,6 +123,7 @@ class Scenes(Sequence[Scene]):
 
     Raises:
         ValueError: for an unknown form or split, a negative length or an image_size below 24.
+        MissingLibrary: if there are no digits or photographs to draw from: they come from scikit-learn and scikit-image.
     """
 
     def __init__(self, form: str = "digits", split: str = "train", length: int = 6000, seed: int = 0,
@@ -134,6 +136,9 @@ class Scenes(Sequence[Scene]):
             raise ValueError(f"length is {length}; expected 0 or more")
         if image_size < 24:
             raise ValueError(f"image_size is {image_size}; expected at least 24 pixels, objects vanish below")
+        if form == "digits" and length:  # of no scene only the words are asked for
+            for library in ("sklearn", "skimage"):
+                require(library, "the digits form")
         self.vocabulary = VOCABULARIES[form]
         self.form, self.split, self.length, self.seed, self.image_size = form, split, length, seed, image_size
         held_out = set(self.vocabulary.unseen) if split == "train" and not with_unseen else set()

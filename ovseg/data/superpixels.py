@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, InputError
+from ..libraries import require
 from ..options import within
 from ..paths import no_file
 from ..progress import bar
@@ -134,9 +135,11 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
     Raises:
         InputError: for options that mean nothing, and a file that cannot be written, before anything is cut up.
         DataError: if no picture could be.
+        MissingLibrary: without scikit-image.
     """
     from safetensors.numpy import save_file
 
+    require("skimage", "cutting up pictures")
     if not (0 < scale < math.inf and 0 <= sigma < math.inf and min_size >= 1):
         raise InputError(f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive number, one from 0, and at least 1")
     within("workers", workers, 1, MOST_WORKERS, InputError)

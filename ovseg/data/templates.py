@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "label": ("{}",),
@@ -74,5 +74,6 @@ def _clip80() -> tuple[str, ...]:
     try:
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"templates 'clip80' come from open_clip, which does not import: {error}") from error
+        raise ImportError(f"templates 'clip80' come from open_clip, which does not import ({first_line(error)}): "
+                          "pip install 'ovseg-kernels[models]', with torch and torchvision of one release") from error
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..errors import first_line
 from .draws import drawing_from, integer, uniform
 
 MOST_RATIO = 1000.0  # of a crop's sides
@@ -30,9 +31,10 @@ def functional() -> ModuleType:
     """``torchvision.transforms.v2.functional``."""
     try:
         from torchvision.transforms.v2 import functional as F
-    except ImportError as error:
-        raise ImportError(f"pictures from files are augmented by torchvision, which does not import: {error}; expected a release that "
-                          "belongs to this torch, pip install 'ovseg-kernels[models]'") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: of a release for another torch
+        raise ImportError("pictures from files are augmented by torchvision, which does not import: "
+                          f"{first_line(error)}; expected a release that belongs to this torch, "
+                          "pip install 'ovseg-kernels[models]'") from error
     return F
 
 
@@ -142,9 +144,9 @@ class RandAugment:
     def __init__(self, policy: str, size: int, mean: Sequence[float], interpolation: str = "bicubic"):
         try:
             from timm.data.auto_augment import rand_augment_transform
-        except ImportError as error:
-            raise ImportError(f"augment.rand_augment is timm's, which does not import ({error}): pip install 'ovseg-kernels[models]', or "
-                              "leave it null") from error
+        except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision for another torch
+            raise ImportError(f"augment.rand_augment is timm's, which does not import ({first_line(error)}): "
+                              "pip install 'ovseg-kernels[models]', or leave it null") from error
         colour = tuple(min(255, round(255 * x)) for x in mean)
         how = getattr(Image.Resampling, interpolation.upper())
         self.change = rand_augment_transform(policy, {"translate_const": int(0.45 * size), "img_mean": colour, "interpolation": how})

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..errors import first_line
+
 BACKENDS = ("sdpa", "xformers")
 
 
@@ -36,7 +38,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.
             from xformers.ops import LowerTriangularMask
     except ImportError as error:
         raise ImportError(
-            f"attention backend 'xformers' was asked for and does not import ({error}); "
+            f"attention backend 'xformers' was asked for and does not import ({first_line(error)}); "
             "pip install --no-deps xformers, or use backend='sdpa'"
         ) from error
     bias: Any = LowerTriangularMask() if causal else None

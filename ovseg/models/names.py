@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..backbones.weights import architectures, tags_of
 from ..checkpoints.hub import PREFIX
 from ..errors import InputError
+from ..libraries import installed, remedy
 from .registry import CLIP_SYSTEM, architecture_of, is_name, list_bundled, list_models, preset_of
 
 # The best published readout without training at ViT-B/16, and the view it was published with: docs/weights.md.
@@ -96,14 +97,15 @@ def unknown(text: str, what: str = "model") -> InputError:
     cleaned = name.replace("/", "-").lower()
     close = [plain[cleaned]] if cleaned in plain else [plain[one] for one in get_close_matches(cleaned, plain, 3, 0.7)]
     ways = [f"{one}{colon}{tag}" for one in close]
+    without = "" if installed("open_clip") else f". Names of open_clip's are known where it is installed: {remedy('open_clip')}"
     if what == "pattern":
         return InputError(f"pattern is {text!r} and no name matches it; " + (f"did you mean {' or '.join(ways)}? " if ways else "")
-                          + "expected a name or a pattern such as '*ViT-B*' (ovseg models lists all)")
+                          + f"expected a name or a pattern such as '*ViT-B*' (ovseg models lists all){without}")
     if name.count("/") == 1 and not colon and not name.startswith("."):
         ways.append(f"{PREFIX}{text}")
     hint = f"did you mean {' or '.join(ways)}? " if ways else ""
     return InputError(f"model is {text!r}, no path that exists and no known name; {hint}expected NAME, NAME:TAG, {PREFIX}OWNER/NAME or "
-                      "PATH (ovseg models lists names)")
+                      f"PATH (ovseg models lists names){without}")
 
 
 def unknown_tag(name: str | None, weights: str) -> InputError:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...checkpoints.hub import PREFIX, fetch
 from ...checkpoints.published import read_published
-from ...errors import CheckpointError, InputError
+from ...errors import CheckpointError, InputError, first_line
 from ...layers.attention import attention
 from ...layers.packing import Packing
 from .base import PackedText
@@ -156,5 +156,6 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"text.kind is 'bert', which is transformers' ({error}): pip install transformers; or text.kind=clip") from error
+        raise ImportError(f"text.kind is 'bert', which is transformers' ({first_line(error)}): "
+                          "pip install transformers; or text.kind=clip") from error
     return transformers
