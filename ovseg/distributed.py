@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,22 +19,70 @@ import torch.distributed as dist
 
 from .errors import ConfigError
 
-# torchrun's name, then srun's; SLURM_STEP_* exist inside srun only, so that the script that sbatch runs is one process.
-_NAMES = {"rank": ("RANK", "SLURM_PROCID"), "world": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), "local": ("LOCAL_RANK", "SLURM_LOCALID")}
+# Rank, number of processes, rank on this machine. SLURM_STEP_* exist inside srun only: the script that sbatch runs, which has the other
+# two, is one process.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+
+
+_EXPECTED = "expected both, as torchrun or srun sets them, or neither"
+
+
+class Place(NamedTuple):
+    """Which process this is among all, and among those of this machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def place() -> Place:
+    """Return what the environment says of this process; torchrun's variables before srun's, which may have started it.
+
+    Raises:
+        ConfigError: for variables that are no numbers, do not fit each other or lack one another. To go on as if there were
+            one process, or none, would do the work twice or not at all.
+    """
+    of_torchrun = any(name in os.environ for name in _TORCHRUN)
+    names = _TORCHRUN if of_torchrun else _SRUN
+    rank_name, world_name, local_name = names
+    world = _number(world_name, 1)
+    if world is None:
+        alone = None if of_torchrun else "0"  # what the script that sbatch runs has, beside no number of tasks
+        given = next((name for name in names if os.environ.get(name, alone) != alone), None)
+        if given is None:
+            return Place()
+        raise ConfigError(f"{given} is {os.environ[given]!r} in the environment and {world_name} is missing; {_EXPECTED}")
+    rank = _number(rank_name, 0)
+    if rank is None:
+        if world > 1:
+            beside = f"; {_SRUN[0]} beside {world_name} is not read" if of_torchrun and _SRUN[0] in os.environ else ""
+            raise ConfigError(f"{world_name} is {world} in the environment and {rank_name} is missing{beside}; {_EXPECTED}")
+        rank = 0
+    if rank >= world:
+        raise ConfigError(f"{rank_name} is {rank} in the environment and {world_name} is {world}; expected 0 to {world - 1}")
+    local = _number(local_name, 0)
+    if local is not None and local > rank:  # of those before it, as many as its local rank run on this machine
+        raise ConfigError(f"{local_name} is {local} in the environment and {rank_name} is {rank}; expected 0 to {rank}")
+    here = _number("LOCAL_WORLD_SIZE", 1) if of_torchrun else None
+    if here is not None and (here > world or (local or 0) >= here):
+        raise ConfigError(f"LOCAL_WORLD_SIZE is {here} in the environment, {world_name} is {world} and {local_name} is "
+                          f"{os.environ.get(local_name, 'missing')}; expected {local_name} < LOCAL_WORLD_SIZE <= {world_name}")
+    return Place(rank, world, rank if local is None else local)
 
 
 def rank() -> int:
     """0 in one process."""
-    return _number("rank", 0) if world_size() > 1 else 0
+    return place().rank
 
 
 def world_size() -> int:
-    return _number("world", 1)
+    return place().world_size
 
 
 def local_rank() -> int:
     """Among the processes of this machine: which GPU is its own."""
-    return _number("local", rank()) if world_size() > 1 else 0
+    return place().local_rank
 
 
 def is_main() -> bool:
@@ -156,19 +204,23 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def _number(kind: str, otherwise: int) -> int:
-    name = _NAMES[kind]["WORLD_SIZE" not in os.environ]
-    if name not in os.environ:
-        return otherwise
-    try:
-        return int(os.environ[name])
-    except ValueError as error:
-        raise ConfigError(f"{name} is {os.environ[name]!r} in the environment; expected a number, as torchrun and srun set it") from error
+def _number(name: str, least: int) -> int | None:
+    """Return the whole number that a variable holds, None where it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise ConfigError(f"{name} is {text!r} in the environment; expected a whole number from {least} on, as torchrun and srun set it")
+    return int(text)
 
 
 def _meeting_place() -> tuple[str | None, int]:
     """Host and port of rank 0 under srun, which names neither; (None, 0) where the environment has both."""
     if "MASTER_ADDR" in os.environ:
+        port = _number("MASTER_PORT", 1)
+        if port is None or port > 65535:
+            raise ConfigError(f"MASTER_PORT is {port} in the environment and MASTER_ADDR is {os.environ['MASTER_ADDR']!r}; "
+                              "expected a port, 1 to 65535, as torchrun sets it")
         return None, 0
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
     if nodes is None:
@@ -176,4 +228,5 @@ def _meeting_place() -> tuple[str | None, int]:
     found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)  # node[07-09,12] or a,b: the first of them
     assert found is not None
     host = found[1] + (found[2] or "")
-    return host, int(os.environ.get("MASTER_PORT", 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    job = _number("SLURM_JOB_ID", 0) or 0
+    return host, _number("MASTER_PORT", 1) or 20000 + job % 20000

@@ -68,6 +68,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from .. import distributed
     from ..data.scenes import Scenes
     from ..errors import ConfigError
     from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
     from ..training.recipe import load_recipe
     from ..training.trainer import Interrupted, train
 
+    distributed.place()  # variables that do not fit are refused before any work
     at_least(1, options, "steps", "train_scenes", "scenes")
     at_least(0, options, "seed")
     out = folder_for(f"runs/demo_{options.data}" if options.out is None else options.out, "--out")

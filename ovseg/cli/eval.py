@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from ..paths import no_folder
     from ..replacing import folder_for
 
+    rank = distributed.rank()  # variables that do not fit are refused before any work
     at_least(1, options, "limit", "scenes", "batch")
     at_least(0, options, "seed")
     if options.plots and options.out is None:
@@ -80,7 +81,6 @@ def run(options: argparse.Namespace) -> int:
         require("scipy", "--boundary")
     if options.sweep and options.out is not None:
         no_plots("no curve of --sweep is drawn")
-    rank = distributed.rank()
     return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)
 
 

@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import sys
-import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     from ..replacing import folder_for
     from .built_in import MODEL, built_in
 
+    distributed.place()  # variables that do not fit are refused before any work
     formats = options.format.split(",")
     for name in formats:
         if name not in _ENDINGS:
@@ -86,8 +85,9 @@ def run(options: argparse.Namespace) -> int:
     name = MODEL if options.model is None and options.demo else options.model
     model = load_model(name, **({"readout": options.readout} if options.readout is not None else {}), **proxy_option(options))
     rank, world = distributed.rank(), distributed.world_size()
+    alone = len(sources) == 1 and demo is None
     if world > 1:
-        sources = [source for source in sources if zlib.crc32(os.fsencode(source.name)) % world == rank]
+        sources = sources[rank::world]  # all ranks list them in one order
         bad = bad if rank == 0 else []
     given = given_inference_options(options)
     if name is None:
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
             print(", ".join(f"{label} {100 * share:.1f} %" for label, share in top if share > 0) or "background only")
             print(*files(name), sep="\n")
 
-    if demo is not None:
+    if demo is not None and rank == 0:
         found = predictor.set_image(demo.image).predict()
         write(found, "demo", "demo")
         if own:
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
         assert isinstance(source, Source)
         progress.update()
         if isinstance(result, InputError):
-            if len(sources) == 1 and demo is None:
+            if alone:
                 raise result
             bad.append(str(source))
             print(f"skipped: {result}", file=sys.stderr)
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:
                 raise
-            if len(sources) == 1 and demo is None:
+            if alone:
                 raise InputError(f"{source}: the names of its results are too long for the file system: {error}") from error
             bad.append(str(source))
             print(f"skipped: {source}: the names of its results are too long for the file system", file=sys.stderr)

@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from ..training.recipe import list_recipes, load_recipe
     from ..training.trainer import Interrupted, train
 
+    distributed.place()  # variables that do not fit are refused before any work
     if options.recipe == "list":
         print(*list_recipes(), sep="\n")
         return 0

@@ -1,6 +1,7 @@
 """ovseg.distributed: what processes agree on, and where it reads who they are."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from processes import run
 
 from ovseg import distributed
+from ovseg.cli.main import main
 from ovseg.errors import ConfigError
 
 _WHO = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS", "MASTER_ADDR",
-        "MASTER_PORT", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")  # fmt: skip
+        "MASTER_PORT", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "LOCAL_WORLD_SIZE")  # fmt: skip
 
 
 @pytest.fixture
@@ -78,6 +80,69 @@ def test_who_a_process_is(who):
     who.setenv("RANK", "first")
     with pytest.raises(ConfigError, match="RANK is 'first'"):
         distributed.rank()
+
+
+@pytest.mark.third_trial(8)
+@pytest.mark.parametrize("variables,message", [
+    ("WORLD_SIZE=4", "WORLD_SIZE is 4 in the environment and RANK is missing"),
+    ("RANK=0", "RANK is '0' in the environment and WORLD_SIZE is missing"),
+    ("LOCAL_RANK=0", "LOCAL_RANK is '0' in the environment and WORLD_SIZE is missing"),
+    ("RANK=5 WORLD_SIZE=2", "RANK is 5 in the environment and WORLD_SIZE is 2; expected 0 to 1"),
+    ("RANK=1 WORLD_SIZE=1", "RANK is 1 in the environment and WORLD_SIZE is 1"),
+    ("RANK=-1 WORLD_SIZE=2", "RANK is '-1' in the environment; expected a whole number from 0 on"),
+    ("RANK=1.0 WORLD_SIZE=2", "RANK is '1.0' in the environment; expected a whole number"),
+    ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE is '0' in the environment; expected a whole number from 1 on"),
+    ("RANK=0 WORLD_SIZE=", "WORLD_SIZE is '' in the environment; expected a whole number from 1 on"),
+    ("RANK= WORLD_SIZE=2", "RANK is '' in the environment"),
+    ("RANK=1 WORLD_SIZE=4 LOCAL_RANK=2", "LOCAL_RANK is 2 in the environment and RANK is 1; expected 0 to 1"),
+    ("RANK=1 WORLD_SIZE=4 LOCAL_RANK=one", "LOCAL_RANK is 'one' in the environment"),
+    ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "expected LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE"),
+    ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=4", "expected LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE"),
+    ("WORLD_SIZE=2 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", "RANK is missing; SLURM_PROCID beside WORLD_SIZE is not read"),
+    ("RANK=1 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2", "RANK is '1' in the environment and WORLD_SIZE is missing"),
+    ("SLURM_STEP_NUM_TASKS=2", "SLURM_STEP_NUM_TASKS is 2 in the environment and SLURM_PROCID is missing"),
+    ("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=2", "SLURM_PROCID is 2 in the environment and SLURM_STEP_NUM_TASKS is 2"),
+    ("SLURM_PROCID=3", "SLURM_PROCID is '3' in the environment and SLURM_STEP_NUM_TASKS is missing"),
+])  # fmt: skip
+def test_variables_that_do_not_fit_are_refused(who, variables, message):
+    for pair in variables.split():
+        who.setenv(*pair.split("=", 1))
+    for ask in (distributed.rank, distributed.world_size, distributed.local_rank, distributed.is_main):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            ask()
+
+
+@pytest.mark.third_trial(8)
+def test_variables_that_fit(who):
+    who.setenv("WORLD_SIZE", "1")
+    assert distributed.place() == (0, 1, 0)  # one process needs no rank
+    who.setenv("WORLD_SIZE", "4")
+    who.setenv("RANK", "3")
+    assert distributed.place() == (3, 4, 3)  # by hand, on one machine
+    for name, value in {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}.items():
+        who.setenv(name, value)  # torchrun on each of two machines, started by srun
+    assert distributed.place() == (3, 4, 1)
+
+
+@pytest.mark.third_trial(8)
+@pytest.mark.parametrize("port", [None, "", "abc", "0", "70000"])
+def test_a_port_that_is_none(who, port):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        who.setenv(name, value)
+    if port is not None:
+        who.setenv("MASTER_PORT", port)
+    with pytest.raises(ConfigError, match="MASTER_PORT is"):
+        distributed.group()
+
+
+@pytest.mark.third_trial(8)
+@pytest.mark.parametrize("line", ["segment p.png --labels a -m pacl_tiny", "train clip_scenes run=run", "eval pacl_tiny --scenes 1", "demo --out out"])
+def test_commands_refuse_them_before_any_work(who, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    who.setenv("WORLD_SIZE", "4")
+    assert main(line.split()) == 2
+    assert "WORLD_SIZE is 4 in the environment and RANK is missing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("nodes,first", [("gpu07", "gpu07"), ("gpu[07-09,12]", "gpu07"), ("a1,b2", "a1"), ("rack-2-n[3,5]", "rack-2-n3")])

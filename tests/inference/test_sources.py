@@ -125,6 +125,41 @@ def test_two_processes_share_the_pictures(tmp_path):
     assert len(list((tmp_path / "out").glob("*.json"))) == 12
 
 
+@pytest.mark.third_trial(8)
+@pytest.mark.parametrize("pictures,world", [(3, 2), (5, 4), (2, 3)])
+def test_shares_are_even_and_resumed(tmp_path, monkeypatch, capsys, pictures, world):
+    """Each picture is done by one process; another number of processes takes up what one of them left."""
+    (tmp_path / "in").mkdir()
+    for i in range(pictures):
+        (tmp_path / "in" / f"{i}.png").write_bytes(picture(i))
+    command = ["segment", "-m", "pacl_tiny", str(tmp_path / "in"), *LABELS, "-o", str(tmp_path / "out")]
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    counts = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(command) == 0
+        counts.append(int(capsys.readouterr().out.split()[0]))
+    assert sum(counts) == pictures == len(list((tmp_path / "out").glob("*.json"))) and max(counts) - min(counts) <= 1
+    (tmp_path / "out" / "1.json").unlink()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert main([*command, "--format", "json"]) == 0
+    if pictures > 2:  # of fewer, all are done again
+        assert f"1 pictures into {tmp_path / 'out'}, {pictures - 1} done before" in capsys.readouterr().out
+
+
+@pytest.mark.third_trial(8)
+def test_a_bad_picture_that_is_a_whole_share_is_one_of_many(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "1.png").write_bytes(picture(1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    command = ["segment", "-m", "pacl_tiny", str(tmp_path / "in"), *LABELS, "-o", str(tmp_path / "out")]
+    assert main(command) == 3
+    assert "0 pictures into" in capsys.readouterr().out
+
+
 def test_outputs(tmp_path):
     """JSON with scores; RLE that pycocotools reads; masks beyond 255 labels."""
     from pycocotools import mask as coco
