@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -107,6 +108,8 @@ def run(paths: Sequence[str]) -> int:
     if not paths:
         raise ValueError("show needs a result file; expected paths of .jsonl or .json files")
     for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is no file; expected the .jsonl or .json that a benchmark wrote")
         print(f"# {path}\n\n{tables(path)}\n")
     return 0
 

@@ -11,6 +11,18 @@ _KINDS = ((stat.S_ISDIR, "is a folder"), (stat.S_ISFIFO, "is a FIFO"), (stat.S_I
           (stat.S_ISCHR, "is a device"), (stat.S_ISBLK, "is a device"))  # fmt: skip
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether something lies at ``path``. A string that no file can be called names nothing: ``Path.exists`` raises for some."""
+    try:
+        return Path(path).exists()
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 def no_file(path: str | Path) -> str | None:
     """Why there is no file to read at ``path``: "does not exist", "is a folder", ...; None if there is one."""
     try:

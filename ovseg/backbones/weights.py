@@ -26,7 +26,7 @@ from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..checkpoints.transformers_layout import MODEL_TYPES, transformers_config, transformers_state
 from ..errors import CheckpointError, InputError, WeightsError, first_line
-from ..paths import no_file
+from ..paths import no_file, no_folder
 
 Architecture = str | dict[str, Any]
 QUICK = "-quickgelu"  # how open_clip names an architecture with OpenAI's activation
@@ -109,9 +109,9 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
     path = Path(weights)
     if is_clip_file(path):
         path = path.parent
-    if path.is_dir():
+    if no_folder(path) is None:
         return _of_folder(path, str(path))
-    if path.is_file():
+    if no_file(path) is None:
         return ClipSource(lambda: read_published(path), str(path))
     known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
     there = f", which {no_file(path)}" if os.path.lexists(path) else ""
@@ -144,7 +144,7 @@ def is_clip_folder(folder: Path) -> bool:
 
 def is_clip_file(path: Path) -> bool:
     """Whether it is the file of weights of such a folder, which says what they are."""
-    return path.is_file() and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin") and is_clip_folder(path.parent)
+    return no_file(path) is None and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin") and is_clip_folder(path.parent)
 
 
 def create_clip(architecture: Architecture, weights: str | None = None) -> nn.Module:
@@ -237,7 +237,7 @@ def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torc
             return open_clip.get_tokenizer(architecture)
         return open_clip.tokenizer.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
     folder = Path(name)
-    if not folder.is_dir():
+    if no_folder(folder) is not None:
         folder = fetch(name, _TOKENIZER_FILES[0], ways=f", with tokenizer_config.json, into {name} below the present folder").parent
         for files in _TOKENIZER_FILES[1:]:
             _fetch_optional(name, files)

@@ -22,12 +22,13 @@ def run(options: argparse.Namespace) -> int:
     from ..models import create_model, load_official_state_dict, official_state_dict, save_pretrained
     from ..models.names import check_name
     from ..models.registry import has_published_layout
+    from ..paths import no_folder
     from ..replacing import file_for, folder_for
     from .weights_options import load_model
 
     if not options.source:
         raise InputError("source is empty; expected a published checkpoint, or a folder")
-    if Path(options.source).is_dir():
+    if no_folder(options.source) is None:
         out = file_for(options.out, "--out")
         if options.model:
             raise InputError(f"model is {options.model!r} and the source a folder; expected a folder to know its model")

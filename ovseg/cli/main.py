@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ..libraries import MissingLibrary, reason
 from . import threads
 from .weights_options import in_force
 
+_LONGEST_WORD = 500  # letters that are printed of a name in a message: a long path is left whole
 VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")
 
 
@@ -111,11 +113,12 @@ _FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError,
 
 
 def _message(error: Exception, code: int) -> str:
-    """Return what is printed of an error that ends a command."""
+    """Return what is printed of an error that ends a command; of a name without end only the ends."""
     if isinstance(error, ImportError):
         return reason(error)
     whole = code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED)
-    return (str(error) if whole else "") or first_line(error)
+    text = (str(error) if whole else "") or first_line(error)
+    return re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:60]}...{word[0][-20:]}", text)
 
 
 def exit_code(error: Exception) -> int | None:

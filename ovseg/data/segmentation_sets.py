@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, InputError
-from ..paths import no_file
+from ..paths import exists, no_file
 from ..text_files import text_of, tree_of
 from .folders import Folder
 from .images import MAX_PIXELS, orientation, read_image, upright
@@ -100,7 +100,7 @@ def describe(name: str) -> SetDescription:
         InputError: for an unknown name, or a file that lacks something.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _SETS / f"{name}.yaml"
-    if path.parent == _SETS and not path.is_file():
+    if path.parent == _SETS and no_file(path) is not None:
         raise InputError(f"data set is {name!r}; expected one of {list_sets()}, or a .yaml file that describes one")
     try:
         tree = _read(path)
@@ -183,7 +183,7 @@ class SegmentationSet:
         before, _, after = images.partition("{}")
         folder_of, _, start = before.rpartition("/")
         beginning = Path(part.get("list") or folder_of)
-        self.root = next((folder for folder in looked if (folder / beginning).exists()), None)
+        self.root = next((folder for folder in looked if exists(folder / beginning)), None)
         if self.root is None:
             raise DataError(f"{self.description.name}: {beginning} is in none of {', '.join(str(folder) for folder in looked)}; expected "
                             f"{self.description.title} in its usual layout")

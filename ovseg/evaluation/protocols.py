@@ -19,6 +19,7 @@ from ..inference import Decision, Predictor, Queries, View
 from ..inference.decisions import rule
 from ..inference.routing import option_names, route
 from ..models import OVSegModel
+from ..paths import no_file
 from ..text_files import text_of, tree_of
 
 _PROTOCOLS = Path(__file__).parent / "protocols"
@@ -151,7 +152,7 @@ def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet
 def read_protocol(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     """The file of a protocol, with what it takes over from another one; ``below``: those that led here."""
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _PROTOCOLS / f"{name}.yaml"
-    if (path.parent == _PROTOCOLS and not path.is_file()) or name in below:
+    if (path.parent == _PROTOCOLS and no_file(path) is not None) or name in below:
         raise ConfigError(f"protocol is {name!r}; expected one of {list_protocols()}, or a .yaml file"
                           + (f"; {below[0]!r} is like itself" if name in below else ""))
     text = text_of(path, "protocol", f"one of {list_protocols()}, or a .yaml file", ConfigError)

@@ -125,7 +125,7 @@ class _Search:
             raise InputError("a name of pictures is empty; expected a picture, folder, pattern, list or shard")
         if no_folder(path) is None:
             return self._folder(path)
-        if no_file(path) == "does not exist":
+        if not os.path.lexists(path):  # a long pattern too
             if (names := expand_braces(name)) != [name]:
                 return self._each(names, listed)
             if glob.has_magic(name):

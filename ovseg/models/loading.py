@@ -25,7 +25,7 @@ from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..checkpoints.transformers_layout import folder_weights
 from ..errors import CheckpointError, InputError
-from ..paths import no_file
+from ..paths import exists, no_file, no_folder
 from .base import OVSegModel
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
 from .published import Published, marked
@@ -62,7 +62,7 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
         ValueError: for an unknown name, tag or option; CheckpointError: for weights that are damaged or of another model.
     """
     if not is_name(name):
-        if pretrained is None and (":" in name or Path(name).exists()):
+        if pretrained is None and (":" in name or exists(name)):
             return from_pretrained(name, device=device, **options)
         raise InputError(f"model is {name!r}; expected one of {list_models()}, or one of open_clip's: {unknown(name)}")
     model = build(name, options) if pretrained is None else _load(name, str(pretrained), options)
@@ -80,7 +80,7 @@ def from_pretrained(source: str | Path, *, device: str | torch.device = "cpu", *
         options: change how it was built (``readout``, ``stride``).
     """
     text = str(source)
-    if isinstance(source, Path) and not source.exists():
+    if isinstance(source, Path) and not exists(source):
         raise CheckpointError(f"{source} is not a folder; expected one written by save_pretrained")
     name, weights = (None, text) if isinstance(source, Path) else parse(text)
     model = _load(name, weights, options)
@@ -117,7 +117,7 @@ def _published(model: OVSegModel) -> Published:
 
 def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel:
     bundled = BUNDLED / f"{name}.{weights}"
-    if name and bundled.is_dir():
+    if name and no_folder(bundled) is None:
         return _saved(name, bundled, options)
     architecture = architecture_of(name) if name else None
     if architecture is not None and weights in tags_of(architecture):
@@ -126,11 +126,11 @@ def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel
         path = fetch_folder(weights.removeprefix(PREFIX))
     else:
         path = Path(weights)
-        if (path / "model" / "config.json").is_file():
+        if no_file(path / "model" / "config.json") is None:
             path = path / "model"  # of a run
-    if path.is_file() and name is None and path.name == "model.safetensors" and is_saved(path.parent):
+    if no_file(path) is None and name is None and path.name == "model.safetensors" and is_saved(path.parent):
         path = path.parent
-    if path.is_dir():
+    if no_folder(path) is None:
         if system_of_folder(model_type_of(path)) is not None:
             return _transformers_folder(name, path, options)
         if is_clip_folder(path):

@@ -11,13 +11,13 @@ What fits two of them, or none, is refused with the forms to choose from.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from pathlib import Path
 from typing import NamedTuple
 
 from ..backbones.weights import architectures, tags_of
 from ..checkpoints.hub import PREFIX
 from ..errors import InputError
 from ..libraries import installed, remedy
+from ..paths import exists
 from .registry import CLIP_SYSTEM, architecture_of, is_name, list_bundled, list_models, preset_of
 
 # The best published readout without training at ViT-B/16, and the view it was published with: docs/weights.md.
@@ -46,7 +46,7 @@ def parse(text: str) -> Named:
         return Named(None, text)
     name, _, tag = text.partition(":")
     named = is_name(text) or (bool(tag) and is_name(name))
-    if Path(text).exists():
+    if exists(text):
         if named:
             raise InputError(f"model is {text!r}, which is a path here and a name; expected ./{text} for the path or "
                              + (f"{text}:TAG ({', '.join(tags(text))})" if is_name(text) else "another folder to work in")

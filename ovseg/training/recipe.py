@@ -137,7 +137,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: for a recipe that does not exist, YAML that cannot be read, unknown keys, values of the wrong kind.
     """
     path = FOLDER / f"{source}.yaml" if str(source) in list_recipes() else Path(source)
-    if not path.is_file():
+    if no_file(path) is not None:
         there = f", which {no_file(path)}" if os.path.lexists(path) else ""
         raise ConfigError(f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}")
     for override in overrides:

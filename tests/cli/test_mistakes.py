@@ -12,6 +12,7 @@ from ovseg.cli import main as cli
 from ovseg.cli.main import exit_code, main, parsed
 from ovseg.data.scenes import Scenes
 from ovseg.errors import CheckpointError, DataError, InputError, NoCheckpoint, NoData
+from ovseg.inference.sources import find_pictures
 from ovseg.replacing import file_for, folder_for
 from ovseg.training.recipe import load_recipe
 from ovseg.training.trainer import train
@@ -198,6 +199,42 @@ def test_no_memory_is_one_line(here, monkeypatch, capsys):
     assert main(["info"]) == 1
     told = capsys.readouterr().err
     assert "can't allocate memory" in told and "frame" not in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.third_trial(15)
+@pytest.mark.parametrize("name", ["x" * 5000, "y" * 300, "d/" * 3000, "a\0b"], ids=["long", "300", "deep", "nul"])
+@pytest.mark.parametrize("line", [
+    "segment s.png --labels grass -m {}", "segment s.png --labels grass -m pacl_tiny:{}", "segment s.png --labels grass -m ViT-B-16:{}",
+    "segment s.png --classes {} -m pacl_tiny", "segment {}.png --labels grass -m pacl_tiny", "segment {}/*.png --labels grass -m pacl_tiny",
+    "eval {} --scenes 1", "eval pacl_tiny --data {}", "eval pacl_tiny --protocol {}", "eval pacl_tiny --data voc21 --root {}",
+    "train {} run=run", "train clip_scenes run={}", "train clip_scenes run=run init.backbone={}",
+    "train clip_scenes run=run validation.every_steps=1 validation.data=voc21 validation.root={}",
+    "convert {} segclip_vit_b16 --out o", "convert empty {} --out o", "bench show {}", "models {}", "data check {} --root folder",
+])  # fmt: skip
+def test_a_name_that_no_file_can_have(here, line, name, capsys):
+    """Refused as any other unknown name, in a line that can be read."""
+    assert main([word.replace("{}", name) for word in line.split()]) in (1, 2)
+    told = capsys.readouterr().err.splitlines()
+    assert "Errno" not in told[-1] and told[-1].startswith(f"ovseg {line.split()[0]}: ") and len(told[-1]) < 1200
+    assert not (here / "run").exists() and not (here / "o").exists()
+
+
+@pytest.mark.third_trial(15)
+def test_the_closest_name_of_a_long_one(here, capsys):
+    assert main(["segment", "s.png", "--labels", "grass", "-m", "pacl_tiny" + "y" * 6]) == 2
+    assert "did you mean pacl_tiny" in capsys.readouterr().err
+    for ask in (ovseg.from_pretrained, ovseg.create_model):
+        with pytest.raises(InputError, match="no known name|expected one of"):
+            ask("x" * 5000)
+
+
+@pytest.mark.third_trial(15)
+def test_a_long_pattern_is_expanded(here):
+    """Braces and brackets are read though no file could be called so."""
+    names = ",".join(f"{i:03}" for i in range(100))
+    Image.open("s.png").save("042.png")
+    assert [source.name for source in find_pictures([f"{{{names}}}.png"])[0]] == [f"{i:03}" for i in range(100)]
+    assert [source.name for source in find_pictures(["[" + "0" * 300 + "]42.png"])[0]] == ["042"]
 
 
 @pytest.mark.bad_input("inference", "a picture whose results would have too long names")

@@ -15,6 +15,7 @@ from ...checkpoints.published import read_published
 from ...errors import CheckpointError, InputError, first_line
 from ...layers.attention import attention
 from ...layers.packing import Packing
+from ...paths import no_file, no_folder
 from .base import PackedText
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -56,7 +57,7 @@ class BertTokenizer:
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         if self._tokenizer is None:
             folder = Path(self.source)
-            if not folder.is_dir():
+            if no_folder(folder) is not None:
                 folder = fetch(self.source, ("tokenizer.json",), ways=", with tokenizer_config.json, in a folder that text.tokenizer "
                                "names").parent
                 fetch(self.source, ("tokenizer_config.json",))
@@ -124,9 +125,9 @@ class Bert(PackedText):
             CheckpointError: for a file that lacks a tensor of this tower.
         """
         path = Path(source)
-        if path.is_dir():
+        if no_folder(path) is None:
             path = next((path / name for name in _WEIGHTS if (path / name).is_file()), path / _WEIGHTS[0])
-        elif not path.is_file():
+        elif no_file(path) is not None:
             path = fetch(source.removeprefix(PREFIX), _WEIGHTS, ways=", named by text.weights")
         state = {_plain(name): x for name, x in read_published(path).items()}
         state = {name: x for name, x in state.items() if not name.startswith(_UNUSED)}
