@@ -23,6 +23,7 @@ from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
 from ..models import OVSegModel, create_model, from_pretrained
 from ..objectives import Objective, create_objective
+from ..paths import no_file
 from ..replacing import folder_for, write_text
 from ..text_files import records_of
 from .recipe import Recipe, differences, hash_of, save_recipe, to_dict
@@ -215,7 +216,7 @@ def _weights(name: str, where: str, own: dict[str, torch.Tensor]) -> dict[str, t
     path = Path(name)
     try:
         for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
-            found = load_tensors(file) if file.is_file() and file.suffix == ".safetensors" else {}
+            found = load_tensors(file) if no_file(file) is None and file.suffix == ".safetensors" else {}
             if any(key.startswith("backbone.") or key in own for key in found):
                 return found
         return from_pretrained(name).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's
