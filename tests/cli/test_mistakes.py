@@ -224,7 +224,7 @@ def test_the_closest_name_of_a_long_one(here, capsys):
     assert main(["segment", "s.png", "--labels", "grass", "-m", "pacl_tiny" + "y" * 6]) == 2
     assert "did you mean pacl_tiny" in capsys.readouterr().err
     for ask in (ovseg.from_pretrained, ovseg.create_model):
-        with pytest.raises(InputError, match="no known name|expected one of"):
+        with pytest.raises(InputError, match=r"no known name|expected one of"):
             ask("x" * 5000)
 
 

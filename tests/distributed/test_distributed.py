@@ -136,7 +136,8 @@ def test_a_port_that_is_none(who, port):
 
 
 @pytest.mark.third_trial(8)
-@pytest.mark.parametrize("line", ["segment p.png --labels a -m pacl_tiny", "train clip_scenes run=run", "eval pacl_tiny --scenes 1", "demo --out out"])
+@pytest.mark.parametrize("line", ["segment p.png --labels a -m pacl_tiny", "train clip_scenes run=run",
+                                  "eval pacl_tiny --scenes 1", "demo --out out"])
 def test_commands_refuse_them_before_any_work(who, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     who.setenv("WORLD_SIZE", "4")

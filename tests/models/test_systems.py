@@ -309,7 +309,7 @@ def test_without_its_libraries_the_package_says_what_to_install():
         sys.meta_path.insert(0, Missing())
         import ovseg_kernels
         try:
-            import ovseg
+            from ovseg import Predictor
         except ModuleNotFoundError as error:
             print(error)
     """
