@@ -8,6 +8,9 @@ OVSEG_WERROR        1: warnings are errors
 OVSEG_KEEP_BUILD    1: go on with the objects of an earlier build that was cut short; unset: build everything anew
 """
 
+import base64
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,11 +19,20 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+import setuptools
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel  # setuptools 70.1 and later
+except ImportError:
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:  # a new venv of Python 3.11: setuptools 65.5 and no wheel
+        bdist_wheel = None
 
 ROOT = Path(__file__).parent.resolve()
 # sm_80 code serves 8.6 and 8.9 too; 9.0a is Hopper and nothing else; the last one's PTX serves chips to come.
@@ -140,7 +152,7 @@ class CMakeBuild(build_ext):
         return {}
 
 
-class PlatformWheel(bdist_wheel):
+class PlatformWheel(bdist_wheel or object):
     """py3-none-<platform>: the libraries hold no CPython symbol, so one wheel serves every Python."""
 
     def get_tag(self):
@@ -149,7 +161,66 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class PlainWheel(Command):
+    """bdist_wheel where neither setuptools nor ``wheel`` has one: what `pip install .` asks of it, and no more."""
+
+    user_options = [("dist-dir=", "d", "where the wheel goes")]
+
+    def initialize_options(self):
+        self.dist_dir = None
+
+    def finalize_options(self):
+        self.dist_dir = Path(self.dist_dir or "dist")
+
+    def egg2dist(self, egg_info, dist_info):
+        """Write METADATA and what stands beside it, from the folder that egg_info made; dist_info asks for it."""
+        dist_info = Path(dist_info)
+        shutil.rmtree(dist_info, ignore_errors=True)
+        dist_info.mkdir(parents=True)
+        head, _, readme = (Path(egg_info) / "PKG-INFO").read_text("utf-8").partition("\n\n")
+        requires = importlib.metadata.PathDistribution(Path(egg_info)).requires or ()
+        head = "\n".join([head, *(f"Requires-Dist: {requirement}" for requirement in requires)])
+        (dist_info / "METADATA").write_text(f"{head}\n\n{readme}", "utf-8")
+        for name in ("entry_points.txt", "top_level.txt"):
+            shutil.copy(Path(egg_info) / name, dist_info / name)
+        shutil.copy(ROOT / "LICENSE", dist_info / "LICENSE")
+
+    def run(self):
+        self.run_command("build")
+        self.run_command("egg_info")
+        build = self.get_finalized_command("build")
+        site = Path(build.build_lib)
+        tag = "py3-none-any" if os.environ.get("OVSEG_BUILD_NATIVE") == "0" else f"py3-none-{build.plat_name.replace('-', '_')}"
+        name = f"ovseg_kernels-{self.distribution.get_version()}"
+        dist_info = site / f"{name}.dist-info"
+        self.egg2dist(self.get_finalized_command("egg_info").egg_info, dist_info)
+        (dist_info / "WHEEL").write_text(f"Wheel-Version: 1.0\nGenerator: setup.py\nRoot-Is-Purelib: false\nTag: {tag}\n")
+        self.dist_dir.mkdir(parents=True, exist_ok=True)
+        files = sorted(path for path in site.rglob("*") if path.is_file())
+        wheel = self.dist_dir / f"{name}-{tag}.whl"
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            rows = [self._added(archive, path, path.relative_to(site).as_posix()) for path in files]
+            record = f"{name}.dist-info/RECORD"
+            archive.writestr(record, "".join([*rows, f"{record},,\n"]))
+        shutil.rmtree(dist_info)
+        self.distribution.dist_files.append(("bdist_wheel", "py3", str(wheel)))
+
+    @staticmethod
+    def _added(archive, path, name):
+        """Put a file into the wheel; returns its line of RECORD."""
+        data = path.read_bytes()
+        archive.write(path, name)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        return f"{name},sha256={digest},{len(data)}\n"
+
+
+if "editable_wheel" in sys.argv and bdist_wheel is None:
+    raise SystemExit(f"ovseg-kernels: setuptools {setuptools.__version__} makes no editable install without `wheel`; "
+                     "expected a later one, pip install 'setuptools>=77'")
+
 setup(
+    # Before 77 setuptools knows no expression and takes a text.
+    **{"license_expression" if int(setuptools.__version__.partition(".")[0]) >= 77 else "license": "Apache-2.0"},
     ext_modules=[] if os.environ.get("OVSEG_BUILD_NATIVE") == "0" else [Extension("ovseg_kernels._C_cpu", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel if bdist_wheel else PlainWheel},
 )
