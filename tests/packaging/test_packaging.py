@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from email import message_from_bytes
 
 import pytest
 from native_build import ROOT, cmake
+from packaging.requirements import Requirement
 from wheels import install, python, smoke
 
 
@@ -41,6 +44,76 @@ def test_wheel_from_the_sdist_beside_a_failing_nvcc(sdist, tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "no"), str(sdist)]
     asked = {**os.environ, **broken, "OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1"}
     assert subprocess.run(command, capture_output=True, env=asked, check=False).returncode != 0
+
+
+@pytest.mark.third_trial(14)
+def test_the_sdist_is_small(sdist):
+    """Bundled weights are the large part of it: no test, no golden tensor, no picture."""
+    with tarfile.open(sdist) as archive:
+        sizes = {member.name.split("/", 1)[-1]: member.size for member in archive.getmembers() if member.isfile()}
+    assert not [name for name in sizes if name.startswith(("tests/", "scripts/")) or name.endswith((".npz", ".png"))]
+    large = [name for name, size in sizes.items() if size > 100_000]
+    assert large and all(re.fullmatch(r"ovseg/checkpoints/bundled/\w+\.digits/model\.safetensors", name) for name in large)
+    assert max(sizes.values()) < 2e6 and sum(sizes[name] for name in large) < 6.5e6
+    assert sum(sizes.values()) - sum(sizes[name] for name in large) < 2.5e6
+    assert sdist.stat().st_size < 7e6
+
+
+@pytest.mark.third_trial(1)
+@pytest.mark.parametrize("hidden", [[], ["setuptools.command.bdist_wheel"],
+                                    ["setuptools.command.bdist_wheel", "wheel.bdist_wheel"]], ids=["new", "old", "without wheel"])
+def test_setup_takes_any_bdist_wheel(hidden):
+    """That of setuptools, of `wheel`, or its own: the license is named in the words that the setuptools there is knows."""
+    code = f"""
+import json, runpy, sys, setuptools
+for name in {hidden}:
+    sys.modules[name] = None
+given = {{}}
+
+setuptools.setup = lambda **options: given.update(options)
+setuptools.__version__ = "65.5.0" if {hidden} else setuptools.__version__
+runpy.run_path("setup.py")
+wheel = given["cmdclass"]["bdist_wheel"]
+print(json.dumps([wheel.__name__, wheel.__mro__[1].__module__, given.get("license"), given.get("license_expression")]))
+"""
+    found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+    assert found[2:] == ([None, "Apache-2.0"] if not hidden else ["Apache-2.0", None])
+    if len(hidden) == 2:
+        assert found[0] == "PlainWheel"
+    elif not hidden:
+        assert found[:2] == ["PlatformWheel", "setuptools.command.bdist_wheel"]
+
+
+@pytest.mark.third_trial(1)
+def test_a_wheel_without_bdist_wheel(tmp_path):
+    """setup.py's own: the files, RECORD and METADATA of the one that setuptools makes."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("ovseg", "ovseg_kernels", "benchmarks"):
+        ignored = shutil.ignore_patterns("*.so", "build_info.json", "__pycache__", "*.safetensors")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    code = ("import sys; sys.modules['setuptools.command.bdist_wheel'] = sys.modules['wheel.bdist_wheel'] = None\n"
+            "import setuptools.build_meta as build; print(build.build_wheel(sys.argv[1]))")
+    names, metadata = [], []
+    for way in (code, code.partition("\n")[0].partition(";")[0] + "\n" + code.partition("\n")[2]):
+        out = tmp_path / str(len(names))
+        out.mkdir()
+        subprocess.run([sys.executable, "-c", way, str(out)], cwd=source, check=True, capture_output=True,
+                       env={**os.environ, "OVSEG_BUILD_NATIVE": "0"})
+        wheel = next(out.glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            assert archive.testzip() is None
+            record = archive.read("ovseg_kernels-0.1.0.dist-info/RECORD").decode().splitlines()
+            assert sorted(line.split(",")[0] for line in record) == sorted(archive.namelist())
+            metadata.append(message_from_bytes(archive.read("ovseg_kernels-0.1.0.dist-info/METADATA")))
+            names.append((wheel.name, {name for name in archive.namelist() if "LICENSE" not in name}))
+    assert names[0] == names[1]
+    for key in ("Name", "Version", "Requires-Python", "Provides-Extra"):
+        assert metadata[0].get_all(key) == metadata[1].get_all(key)
+    requirements = [{Requirement(line) for line in one.get_all("Requires-Dist")} for one in metadata]
+    assert requirements[0] == requirements[1]
 
 
 @pytest.mark.slow
