@@ -133,7 +133,8 @@ def prepared(place: Place) -> str:
 
 def wheel(place: Place) -> str:
     """pip wheel --no-deps ., and the wheel installed in another environment"""
-    builder = place.environment("wheel_builder", "setuptools>=77", "cmake", "ninja")
+    tools = ("cmake", "ninja") if "wheel" in place.native else ()
+    builder = place.environment("wheel_builder", "setuptools>=77", *tools)
     dist = place.folder / "dist_wheel"
     pip(builder, "wheel", "--no-deps", "--no-build-isolation", "-w", dist, place.source,
         env=_with_tools(place, "wheel", builder))
@@ -228,8 +229,12 @@ def _operators(python: Path) -> str:
 # ---- torch, shown -----------------------------------------------------------------------------------------------------
 
 
-def _needed(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
-    """Add to ``found`` a distribution and all that it requires here, without the tools of builds."""
+def _needed(name: str, found: dict[str, importlib.metadata.Distribution], *, extras: bool = False) -> None:
+    """Add to ``found`` a distribution and what it requires here, without the tools of builds.
+
+    Args:
+        extras: what its extras require too: torch asks for cuda-toolkit[cublas,cudart,...].
+    """
     key = re.sub(r"[-_.]+", "-", name).lower()
     if key in found or key in _TOOLS:
         return
@@ -238,8 +243,9 @@ def _needed(name: str, found: dict[str, importlib.metadata.Distribution]) -> Non
     except importlib.metadata.PackageNotFoundError:
         return  # of another platform
     for requirement in found[key].requires or ():
-        if "extra ==" not in requirement:
-            _needed(re.split(r"[\s\[<>=!~;(]", requirement, maxsplit=1)[0], found)
+        if extras or "extra ==" not in requirement:
+            name = re.split(r"[\s<>=!~;(]", requirement, maxsplit=1)[0]
+            _needed(name.partition("[")[0], found, extras="[" in name)
 
 
 def show_torch(folder: Path) -> Path:
@@ -253,7 +259,6 @@ def show_torch(folder: Path) -> Path:
             target = Path(str(distribution.locate_file(top)))
             if target.exists() and not (folder / top).exists():
                 (folder / top).symlink_to(target)
-    # Extras of one package (cuda-toolkit[cublas]) are asked for by markers; the libraries themselves lie side by side here.
     return folder
 
 
@@ -285,7 +290,8 @@ def _stand_in(place: Place) -> dict[str, str]:
 
 def copy_of_checkout(folder: Path) -> Path:
     """Copy what git tracks, and what it would; all but builds where there is no git."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "build_info.json", "*.egg-info", "__pycache__")
         return Path(shutil.copytree(ROOT, folder, ignore=ignored))
@@ -307,7 +313,8 @@ def main() -> int:
     """Run the ways that are asked for; 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
-    parser.add_argument("--native", default=",".join(WAYS), help="ways that build the native library, comma-separated (default: all)")
+    parser.add_argument("--native", default=",".join(WAYS), metavar="WAYS",
+                        help="ways that build the native library, comma-separated (default: all)")
     parser.add_argument("--download", action="store_true", help="take torch from the index")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()
