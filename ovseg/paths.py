@@ -33,6 +33,24 @@ def no_folder(path: str | Path) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), "is a file")
 
 
+def read_bounded(path: str | Path, most: int) -> bytes:
+    """The bytes of a plain file of at most ``most`` bytes. Nothing else is opened: a FIFO would be
+    waited for, a device has no end.
+
+    Raises:
+        OSError: FileNotFoundError and the like if it is not there, an OSError in words if it is no
+            plain file, cannot be read or is longer.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} {no_file(path)}; expected a file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"{path} has more than {most} bytes; expected at most that")
+    return data
+
+
 def _unreachable(path: str | Path, error: OSError | ValueError) -> str:
     if isinstance(error, ValueError):
         return "holds a NUL character"
