@@ -104,7 +104,9 @@ def describe(name: str) -> SetDescription:
         raise InputError(f"data set is {name!r}; expected one of {list_sets()}, or a .yaml file that describes one")
     try:
         tree = _read(path)
-        found = SetDescription(path.stem, tree["title"], tuple(map(str, tree["classes"])), bool(tree["background"]),
+        if (other := next((name for name in tree["classes"] if not isinstance(name, str)), None)) is not None:
+            raise ValueError(f"the class {other!r} is a {type(other).__name__}; expected a text, in YAML in quotation marks")
+        found = SetDescription(path.stem, tree["title"], tuple(tree["classes"]), bool(tree["background"]),
                                tuple(tree.get("unseen", ())), dict(tree.get("texts", {})), dict(tree.get("shares", {})), tree)
         if found.masks_made_on not in (None, *MADE_ON):
             raise ValueError(f"masks_made_on is {found.masks_made_on!r}; expected one of {list(MADE_ON)}")
