@@ -26,7 +26,7 @@ from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
 from ..checkpoints.transformers_layout import MODEL_TYPES, transformers_config, transformers_state
 from ..errors import CheckpointError, InputError, WeightsError
-from ..paths import no_file
+from ..paths import address, no_file
 
 Architecture = str | dict[str, Any]
 QUICK = "-quickgelu"  # how open_clip names an architecture with OpenAI's activation
@@ -114,7 +114,7 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
     if path.is_file():
         return ClipSource(lambda: read_published(path), str(path))
     known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
-    there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+    there = f", which {no_file(path)}" if os.path.lexists(path) or address(weights) else ""
     raise InputError(f"clip is {weights!r}{there}; expected a file or folder that exists, {PREFIX}owner/name{known}")
 
 

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 import torch
 
 from ..errors import CheckpointError, NoCheckpoint, first_line
-from ..paths import no_file
+from ..paths import as_given, no_file
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
 from .stubs import known_names, load_with_stubs
@@ -34,7 +34,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if (what := no_file(path)) is not None:
-        raise NoCheckpoint(f"{path} {what}; expected a checkpoint file")
+        raise NoCheckpoint(f"{as_given(path)} {what}; expected a checkpoint file")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     if _is_script(path):

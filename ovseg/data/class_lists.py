@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, InputError
+from ..paths import as_given, no_file
 from .labels import check_labels
 from .scenes import VOCABULARIES
 from .segmentation_sets import describe
@@ -73,6 +74,8 @@ def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Ten
     Raises:
         InputError: for a file that is missing, damaged, of another shape or not of finite floats.
     """
+    if (what := no_file(path)) is not None:
+        raise InputError(f"class embeddings {as_given(path)!r} {what}; expected a .npy file [{count}, {width}] of floats")
     path = Path(path)
     try:
         rows = np.load(path, allow_pickle=False)

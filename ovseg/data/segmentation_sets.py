@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError, InputError
-from ..paths import no_file
+from ..errors import DataError, InputError, NoData
+from ..paths import address, as_given, no_file
 from ..text_files import text_of, tree_of
 from .folders import Folder
 from .images import MAX_PIXELS, orientation, read_image, upright
@@ -181,6 +181,8 @@ class SegmentationSet:
         part = self.description._of(split)
         images = self.description.images(split)
         layouts = self.description.layouts(split)
+        if (what := address(root)) is not None:
+            raise NoData(f"{self.description.name}: root {as_given(root)!r} {what}")
         looked = [Path(root) / folder for folder in (*tree.get("folders", ()), ".")]
         before, _, after = images.partition("{}")
         folder_of, _, start = before.rpartition("/")
