@@ -75,7 +75,8 @@ def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Ten
         InputError: for a file that is missing, damaged, of another shape or not of finite floats.
     """
     if (what := no_file(path)) is not None:
-        raise InputError(f"class embeddings {as_given(path)!r} {what}; expected a .npy file [{count}, {width}] of floats")
+        raise InputError(f"class embeddings {as_given(path)!r} cannot be read: it {what}; expected a "
+                         f".npy file [{count}, {width}] of floats")
     path = Path(path)
     try:
         rows = np.load(path, allow_pickle=False)

@@ -1,4 +1,7 @@
-"""Files that people give as pictures and that are none which are read: what they are, by name or first bytes, and what to do."""
+"""Files that people give as pictures and that are none which are read.
+
+What they are, by name or first bytes, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ _RAW_SUFFIXES = (".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw",
                  ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq")  # fmt: skip
 _HEIF = ("a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, or "
          "convert it: heif-convert in.heic out.jpg")  # fmt: skip
-_VIDEO = "a video; expected pictures, such as its frames: ffmpeg -i in.mp4 -vf fps=1 frames/%05d.png"
+_VIDEO = (
+    "a video; expected pictures, such as its frames: ffmpeg -i in.mp4 -vf fps=1 frames/%05d.png"
+)
 _RAW = "the raw file of a camera; expected a developed picture: darktable-cli in.nef out.jpg"
 _SVG = "a drawing of lines; expected its pixels: rsvg-convert -w 1024 in.svg -o out.png"
 _PDF = "a document; expected its pages as pictures: pdftoppm -png in.pdf page"
@@ -29,7 +34,9 @@ _BY_SUFFIX = {
 }
 # What stands behind "ftyp"; whatever else does is a video.
 _BRANDS = {
-    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), _HEIF),
+    **dict.fromkeys(
+        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), _HEIF
+    ),
     **dict.fromkeys((b"avif", b"avis"), _AVIF),
     b"crx ": _RAW,
 }
@@ -47,14 +54,19 @@ _BEGINNINGS = {
 
 
 def by_suffix(suffix: str) -> str | None:
-    """What a file that ends so is and what to do, "a video; expected ..."; None where nothing helps to be said."""
+    """What a file that ends so is and what to do, "a video; expected ...".
+
+    None where there is nothing to say.
+    """
     return _BY_SUFFIX.get(suffix.lower())
 
 
 def not_read(suffix: str, formats: str) -> str:
     """Why pictures that end so are left out of a folder or shard."""
     what = by_suffix(suffix)
-    return f"pictures that end in {suffix} are not read; " + (f"it is {what}" if what else f"expected {formats}")
+    return f"pictures that end in {suffix} are not read; " + (
+        f"it is {what}" if what else f"expected {formats}"
+    )
 
 
 def by_content(head: bytes) -> str | None:

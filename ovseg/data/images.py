@@ -37,7 +37,8 @@ _METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # of PNG: texts and colour pro
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}  # fmt: skip
-_LOW_BITS = {"L;2": 85, "L;4": 17}  # Pillow makes 0..255 of such values, but not of the one that is transparent
+# Pillow makes 0..255 of such values, but not of the one that is transparent.
+_LOW_BITS = {"L;2": 85, "L;4": 17}
 _Used = TypeVar("_Used")
 
 
@@ -78,7 +79,10 @@ def orientation(source: str | Path | bytes) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an open picture; 1 where it has none, or EXIF that cannot be read: the pixels are not to suffer for it."""
+    """The EXIF orientation of an open picture.
+
+    1 where it has none, or EXIF that cannot be read: the pixels are not to suffer for it.
+    """
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged EXIF raises about anything
@@ -119,9 +123,14 @@ def opened(file: Any, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]
         yield image
 
 
-def use_picture(file: Any, use: Callable[[Image.Image], _Used], formats: Sequence[str] = FORMATS) -> _Used:
-    """What ``use`` makes of an open picture; once more where metadata alone, or a library that Pillow is still to be told of, was in the
-    way."""
+def use_picture(
+    file: Any, use: Callable[[Image.Image], _Used], formats: Sequence[str] = FORMATS
+) -> _Used:
+    """What ``use`` makes of an open picture.
+
+    It is called once more where metadata alone were in the way, or where Pillow is still to be told
+    of a library.
+    """
     try:
         with opened(file, formats) as image:
             return use(image)
@@ -152,13 +161,15 @@ def _head(file: Any) -> bytes:
 
 
 def _without_large_metadata(file: Any) -> io.BytesIO:
-    """A PNG without those texts and profiles that Pillow refuses for their size, which it bounds for the sake of memory.
+    """A PNG without those texts and profiles that Pillow refuses for their size.
 
-    Its bound stays: each is unpacked up to it and no further. What else is wrong with the file stays wrong.
+    Its bound, which is there for the sake of memory, stays: each is unpacked up to it and no
+    further. What else is wrong with the file stays wrong.
     """
     kept = io.BytesIO()
     kept.write(_PNG)
-    with io.BytesIO(file.getvalue()) if isinstance(file, io.BytesIO) else open(file, "rb") as source:
+    given = isinstance(file, io.BytesIO)
+    with io.BytesIO(file.getvalue()) if given else open(file, "rb") as source:
         source.seek(len(_PNG))
         chunks = PngImagePlugin.PngStream(source)
         kind = b""
@@ -179,7 +190,8 @@ def _without_large_metadata(file: Any) -> io.BytesIO:
 
 def picture_size(header: bytes) -> int:
     """Pixels of a picture by its first bytes; 0 where they do not tell."""
-    if header[:8] == _PNG and len(header) >= 24:  # Pillow would read metadata first, which may be longer than these bytes
+    # Of PNG Pillow would read metadata first, which may be longer than these bytes.
+    if header[:8] == _PNG and len(header) >= 24:
         width, height = struct.unpack(">II", header[16:24])
         return width * height
     with contextlib.suppress(Exception), opened(io.BytesIO(header)) as image:
@@ -235,7 +247,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode the pixels; metadata behind them that Pillow finds too large do not make them less complete."""
+    """Decode the pixels; metadata behind them that are too large make them no less complete."""
     try:
         image.load()
     except ValueError:
@@ -244,18 +256,22 @@ def _load(image: Image.Image) -> None:
 
 
 def _packing(image: Image.Image) -> str:
-    """How the values of a picture that is not loaded yet lie in its file, in Pillow's words: "RGB;16B"."""
+    """How a picture that is not loaded yet lies in its file, in Pillow's words: "RGB;16B"."""
     tiles = getattr(image, "tile", None)
     found = tiles[0][3] if tiles else ""
     return found if isinstance(found, str) else str(found[0]) if found else ""
 
 
 def _is_key(values: np.ndarray, key: Any, packing: str) -> np.ndarray | None:
-    """Where a picture [H, W] or [H, W, 3] has the one value that stands for nothing, as PNG and GIF have it; None: there is none."""
+    """Where a picture [H, W] or [H, W, 3] has the one value that stands for nothing.
+
+    As PNG and GIF have it; None: there is none.
+    """
     if values.ndim == 2 and isinstance(key, int):
         return values == (bool(key) if values.dtype == bool else key * _LOW_BITS.get(packing, 1))
     if values.ndim == 3 and isinstance(key, tuple) and len(key) == values.shape[2]:
-        bits = 8 if "16" in packing or max(key) > 255 else 0  # Pillow keeps the upper half of 16 bits
+        # Of 16 bits Pillow keeps the upper half.
+        bits = 8 if "16" in packing or max(key) > 255 else 0
         return (values == np.array([value >> bits for value in key])).all(-1)
     return None
 

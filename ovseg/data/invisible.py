@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_JOINERS = re.compile("(?<=[^\\x00-\\xff])[\u200c\u200d](?=[^\\x00-\\xff])")  # inside of Persian and Indian words, and of emoji
+_JOINERS = re.compile(
+    "(?<=[^\\x00-\\xff])[\u200c\u200d](?=[^\\x00-\\xff])"
+)  # inside of Persian and Indian words, and of emoji
 _LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 def invisible_in(text: str) -> str | None:
-    """The first invisible character inside a text, in words: "a line break (U+000A)"; None if there is none.
+    """The first invisible character inside a text, in words: "a line break (U+000A)".
+
+    None if there is none.
 
     Space around the text is not looked at, nor are the spaces of any language.
     """

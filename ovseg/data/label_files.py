@@ -99,7 +99,8 @@ def split_line(line: str) -> list[list[str]]:
         _no_quotes(line.strip())
         for i, group in enumerate(line.split(",")):
             if group.strip() and not all(text.strip() for text in re.split(r"[;|]", group)):
-                raise InputError(f"labels[{i}] is {group.strip()!r}, of which a synonym is blank; expected a text on both sides of a bar")
+                raise InputError(f"labels[{i}] is {group.strip()!r}, of which a synonym is blank; "
+                                 "expected a text on both sides of a bar")
             found.append(split_texts(group))
     except InputError:
         raise
@@ -123,8 +124,10 @@ def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
 
 
 def _from_lines(text: str) -> dict[str, list[str]]:
-    """A class on each line; ``#`` at its beginning or after a blank begins a comment. Lines such as ``0: wall`` are put in the order of
-    their numbers."""
+    """A class on each line; ``#`` at its beginning or after a blank begins a comment.
+
+    Lines such as ``0: wall`` are put in the order of their numbers.
+    """
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in re.split(r"\r?\n|\r", text)]
     lines = _without_numbers([line for line in lines if line])
     if (table := next((line for line in lines if "\t" in line), None)) is not None:
@@ -134,8 +137,8 @@ def _from_lines(text: str) -> dict[str, list[str]]:
         if len(group) > 1 and group[0].isdigit():
             raise ValueError(f"the line {line!r} looks like a row of a table without a header; expected one such as Idx,Name")
     if len(groups) == 1 and len(groups[0]) > 1:
-        logger.warning("%d texts on the only line are one class, %r, and its synonyms; several classes stand on a line each",
-                       len(groups[0]), groups[0][0])
+        logger.warning("%d texts on the only line are one class, %r, and its synonyms; several "
+                       "classes stand on a line each", len(groups[0]), groups[0][0])
     return grouped(groups)
 
 
@@ -151,17 +154,20 @@ def _without_numbers(lines: list[str]) -> list[str]:
     if any(numbered):
         some = next(line for line, one in zip(lines, numbered, strict=True) if one)
         other = next(line for line, one in zip(lines, numbered, strict=True) if not one)
-        raise ValueError(f"the line {some!r} has a number and {other!r} has none; expected one before every name, or before no name "
-                         f"({_LITERALLY})")
+        raise ValueError(f"the line {some!r} has a number and {other!r} has none; expected one "
+                         f"before every name, or before no name ({_LITERALLY})")
     counted = [re.fullmatch(r"(\d{1,9})(?:\s*[.)\]=]\s*|\s+-\s+|\s+)(\S.*)", line) for line in lines]
     for place, one in enumerate(counted):
         if one and (all(counted) or int(one[1]) in (place, place + 1)):
-            raise ValueError(f"the line {one[0]!r} may be a class of that name, or {one[2]!r} with its number; expected "
-                             f"'{one[1]}: {one[2]}' on every line for numbers, or a .json or .yaml list for names that begin with one")
+            raise ValueError(f"the line {one[0]!r} may be a class of that name, or {one[2]!r} with "
+                             f"its number; expected '{one[1]}: {one[2]}' on every line for numbers, "
+                             "or a .json or .yaml list for names that begin with one")
     if lines and all(re.fullmatch(r"\S.*[:=]\s*\d+", line) for line in lines):
-        raise ValueError(f"the line {lines[0]!r} has a number behind the name; expected it before, as in 0: wall, or a .yaml file")
+        raise ValueError(f"the line {lines[0]!r} has a number behind the name; expected it before, "
+                         "as in 0: wall, or a .yaml file")
     if lines and (lines[0][0] in "[{" or all(line.startswith(("- ", "* ")) for line in lines)):
-        raise ValueError(f"the line {lines[0]!r} looks like JSON or YAML; expected a file that ends so, or a name on each line")
+        raise ValueError(f"the line {lines[0]!r} looks like JSON or YAML; expected a file that ends "
+                         "so, or a name on each line")
     return lines
 
 

@@ -25,17 +25,38 @@ pytestmark = pytest.mark.third_trial(10)
 AT = "https://example.com/x"
 
 
-@pytest.mark.parametrize("name", [
-    AT, "http://e.com/a b.png", "HTTPS://e.com/x", "s3://bucket/key", "gs://bucket/key", "hf://owner/name", "ftp://e.com/x",
-    "data:image/png;base64,AAAA"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        AT,
+        "http://e.com/a b.png",
+        "HTTPS://e.com/x",
+        "s3://bucket/key",
+        "gs://bucket/key",
+        "hf://owner/name",
+        "ftp://e.com/x",
+        "data:image/png;base64,AAAA",
+    ],
+)
 def test_what_is_an_address(name):
     assert "is an address, and only files are read: download it first" in address(name)
     assert "is an address" in no_file(name) and "is an address" in no_file(Path(name))
     assert as_given(Path(name)) == name
 
 
-@pytest.mark.parametrize("name", [
-    "a.png", "C:/a.png", "a:b/c.png", "https", "clip_dense_vit_b16:openai", "hf-hub:owner/name", "/https:/", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.png",
+        "C:/a.png",
+        "a:b/c.png",
+        "https",
+        "clip_dense_vit_b16:openai",
+        "hf-hub:owner/name",
+        "/https:/",
+        "",
+    ],
+)
 def test_what_is_none(name):
     assert address(name) is None and as_given(name) == name
 
@@ -47,7 +68,10 @@ def test_a_folder_that_is_called_so_is_one(tmp_path, monkeypatch):
 
 
 def test_a_file_by_its_address():
-    with pytest.raises(InputError, match=r"'file:///tmp/x\.png' is an address; expected the path alone, which begins after file://"):
+    with pytest.raises(
+        InputError,
+        match=r"'file:///tmp/x\.png' is an address; expected the path alone, which begins after file://",
+    ):
         find_pictures(["file:///tmp/x.png"])
 
 
@@ -75,7 +99,10 @@ READ = {
 
 @pytest.mark.parametrize("what", READ)
 def test_whatever_reads_says_so(what):
-    with pytest.raises((InputError, ConfigError), match=rf"{AT}.* is an address, and only files are read: download it first"):
+    with pytest.raises(
+        (InputError, ConfigError),
+        match=rf"{AT}.* is an address, and only files are read: download it first",
+    ):
         READ[what]()
 
 
@@ -91,20 +118,35 @@ def test_a_list_of_addresses(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text(f"a.png\n{AT}.png\ns3://bucket/b.png\n")
     sources, problems = find_pictures([str(tmp_path / "list.txt")])
-    assert len(sources) == 1 and [line.split(" is an")[0] for line in problems] == [f"'{AT}.png'", "'s3://bucket/b.png'"]
+    assert len(sources) == 1 and [line.split(" is an")[0] for line in problems] == [
+        f"'{AT}.png'",
+        "'s3://bucket/b.png'",
+    ]
     (tmp_path / "all.txt").write_text(f"{AT}.png\n")
     with pytest.raises(InputError, match=f"'{AT}.png' is an address"):
         find_pictures([str(tmp_path / "all.txt")])
 
 
-@pytest.mark.parametrize("command", [
-    ["segment", AT, "--labels", "cat"], ["eval", "pacl_tiny", "--data", "voc20", "--root", AT], ["data", "check", "voc20", "--root", AT],
-    ["data", "superpixels", AT, "--out", "x.safetensors"], ["data", "entities", AT + ".tsv", "--out", "x.tsv"],
-    ["train", AT + ".yaml"], ["convert", AT + ".bin", "segclip_vit_b16", "--out", "x"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["segment", AT, "--labels", "cat"],
+        ["eval", "pacl_tiny", "--data", "voc20", "--root", AT],
+        ["data", "check", "voc20", "--root", AT],
+        ["data", "superpixels", AT, "--out", "x.safetensors"],
+        ["data", "entities", AT + ".tsv", "--out", "x.tsv"],
+        ["train", AT + ".yaml"],
+        ["convert", AT + ".bin", "segclip_vit_b16", "--out", "x"],
+    ],
+)
 def test_the_command_line(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
-    assert AT in (told := capsys.readouterr().err) and "is an address" in told and not list(tmp_path.iterdir())
+    assert (
+        AT in (told := capsys.readouterr().err)
+        and "is an address" in told
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_a_root_that_is_an_address_is_no_damaged_data():

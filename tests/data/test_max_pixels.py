@@ -24,25 +24,40 @@ def folder(tmp_path):
         (tmp_path / "VOCdevkit/VOC2012" / place).mkdir(parents=True)
     image.save(tmp_path / "VOCdevkit/VOC2012/JPEGImages/a.jpg")
     (tmp_path / "VOCdevkit/VOC2012/JPEGImages/a.txt").write_text("noise\n")
-    Image.fromarray(np.ones((40, 60), np.uint8)).save(tmp_path / "VOCdevkit/VOC2012/SegmentationClass/a.png")
+    Image.fromarray(np.ones((40, 60), np.uint8)).save(
+        tmp_path / "VOCdevkit/VOC2012/SegmentationClass/a.png"
+    )
     for split in ("train", "val"):
         (tmp_path / f"VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt").write_text("a\n")
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", [{"kind": "folder"}, {"kind": "masks", "set": "voc20"}, {"kind": "entity_folder", "gives": "nouns"}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kind": "folder"},
+        {"kind": "masks", "set": "voc20"},
+        {"kind": "entity_folder", "gives": "nouns"},
+    ],
+)
 def test_training_takes_it_from_the_recipe(folder, kind):
     options = {"root": str(folder), **kind}
     rng = torch.Generator()
     assert create_source(load_options(options), INPUTS).read(0, rng).image.shape == (3, 16, 16)
-    with pytest.raises((InputError, DataError), match=r"60x40 = 2400 pixels; the limit is 2399: .* data\.max_pixels in a recipe"):
+    with pytest.raises(
+        (InputError, DataError),
+        match=r"60x40 = 2400 pixels; the limit is 2399: .* data\.max_pixels in a recipe",
+    ):
         create_source(load_options({**options, **SMALL}), INPUTS).read(0, rng)
     with pytest.raises(ConfigError, match=r"data\.max_pixels is 0; expected 1 to 10000000000"):
         load_options({**options, "max_pixels": 0})
 
 
 def test_validation_takes_it_from_the_recipe_too(folder):
-    recipe = load_recipe("clip_scenes", ["validation.every_steps=1", "validation.data=voc20", f"validation.root={folder}"])
+    recipe = load_recipe(
+        "clip_scenes",
+        ["validation.every_steps=1", "validation.data=voc20", f"validation.root={folder}"],
+    )
     recipe.data["max_pixels"] = 2399
     measure = validation(recipe)
     import ovseg
@@ -57,8 +72,13 @@ def test_the_verbs_of_data_have_the_option(folder, capsys):
     for verb in verbs:
         assert main(["data", *verb, "--max-pixels", "2399"]) == 1
         printed = capsys.readouterr()
-        assert "60x40 = 2400 pixels; the limit is 2399: it is too large" in printed.out + printed.err
+        assert (
+            "60x40 = 2400 pixels; the limit is 2399: it is too large" in printed.out + printed.err
+        )
         main(["data", *verb, "--max-pixels", "2400"])
         printed = capsys.readouterr()
         assert "is too large" not in printed.out + printed.err
-        assert main(["data", *verb, "--max-pixels", "0"]) == 2 and "--max-pixels is 0; expected at least 1" in capsys.readouterr().err
+        assert (
+            main(["data", *verb, "--max-pixels", "0"]) == 2
+            and "--max-pixels is 0; expected at least 1" in capsys.readouterr().err
+        )
