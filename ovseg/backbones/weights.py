@@ -32,7 +32,7 @@ from ..checkpoints.transformers_layout import (
     transformers_state,
 )
 from ..errors import CheckpointError, InputError, WeightsError
-from ..paths import no_file
+from ..paths import address, no_file
 from .clip_positions import resize_clip_positions
 
 Architecture = str | dict[str, Any]
@@ -132,7 +132,7 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
     if path.is_file():
         return ClipSource(lambda: read_clip(path), str(path))
     known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
-    there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+    there = f", which {no_file(path)}" if os.path.lexists(path) or address(weights) else ""
     raise InputError(f"clip is {weights!r}{there}; expected a file or folder that exists, {PREFIX}owner/name{known}")
 
 

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import CheckpointError, NoCheckpoint
-from ..paths import no_file
+from ..paths import as_given, no_file
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 _FIRST = 512  # bytes that are looked at
@@ -42,7 +42,7 @@ def weights_format(path: Path) -> str:
         NoCheckpoint: if there is no file; CheckpointError: if it is something else, saying what.
     """
     if (what := no_file(path)) is not None:
-        raise NoCheckpoint(f"{path} {what}; expected a file of weights")
+        raise NoCheckpoint(f"{as_given(path)} {what}; expected a file of weights")
     try:
         with open(path, "rb") as file:
             start = file.read(_FIRST)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, InputError, first_line
-from ..paths import no_file
+from ..paths import as_given, no_file
 from .labels import check_labels
 from .scenes import VOCABULARIES
 from .segmentation_sets import describe
@@ -74,9 +74,10 @@ def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Ten
     Raises:
         InputError: for a file that is missing, damaged, of another shape or not of finite floats.
     """
-    path, expected = Path(path), f"expected a .npy file [{count}, {width}] of floats"
+    expected = f"expected a .npy file [{count}, {width}] of floats"
     if (what := no_file(path)) is not None:
-        raise InputError(f"class embeddings {path} cannot be read: it {what}; {expected}")
+        raise InputError(f"class embeddings {as_given(path)!r} cannot be read: it {what}; {expected}")
+    path = Path(path)
     try:
         rows = np.load(
             path, mmap_mode="r", allow_pickle=False

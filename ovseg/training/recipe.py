@@ -18,7 +18,7 @@ from yaml import YAMLError
 from ..data.sources import load_options
 from ..errors import ConfigError, first_line
 from ..options import check_finite, unknown_key
-from ..paths import no_file, read_bounded
+from ..paths import address, no_file, read_bounded
 from ..replacing import write_text
 from .schedule import Schedule, check_schedule
 
@@ -140,7 +140,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = FOLDER / f"{source}.yaml" if str(source) in list_recipes() else Path(source)
     if not path.is_file():
-        there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+        there = f", which {no_file(path)}" if os.path.lexists(path) or address(str(source)) else ""
         raise ConfigError(f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}")
     for override in overrides:
         if "=" not in override:
