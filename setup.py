@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import setuptools
 from setuptools import Command, Extension, setup
@@ -164,7 +165,7 @@ class PlatformWheel(bdist_wheel or object):
 class PlainWheel(Command):
     """bdist_wheel where neither setuptools nor ``wheel`` has one: what `pip install .` asks of it, and no more."""
 
-    user_options = [("dist-dir=", "d", "where the wheel goes")]
+    user_options: ClassVar[list] = [("dist-dir=", "d", "where the wheel goes")]
 
     def initialize_options(self):
         self.dist_dir = None

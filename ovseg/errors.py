@@ -29,6 +29,14 @@ class NoCheckpoint(CheckpointError, InputError):
     """A checkpoint that is not where it was said to be."""
 
 
+# What torch, transformers and numpy advise where a file holds code: to run it.
+_ADVICE = ("weights_only", "trust_remote_code", "allow_pickle", "unsafely")
+
+
 def first_line(error: BaseException) -> str:
-    """Of its text; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Of its text; its kind where it says nothing. Advice to run code that came with a file is not
+    passed on."""
+    text = str(error).strip()
+    if any(word in text for word in _ADVICE):
+        return "it holds code, which is not run"
+    return (text or type(error).__name__).splitlines()[0]
