@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(shell find cs
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/ovseg demo --data $(DATA) --seed $(SEED) --out runs/demo_$(DATA)_$(SEED)
+	$(BIN)/ovseg demo --data $(DATA) --seed $(SEED) --out runs/demo_$(DATA)_$(SEED) 2>&1
 
 test: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

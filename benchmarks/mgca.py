@@ -6,8 +6,6 @@ each loss. Both have the same groups of pixels, by the same function. Random pix
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,9 @@ from ovseg.data.batch_types import PairBatch
 from ovseg.layers.units import cluster, mean_weights
 from ovseg.objectives import Progress, create_objective, mgca_reference
 from ovseg.objectives.mgca import MGCAObjective
+from ovseg.progress import waiting
 
-from .run import environment
+from .run import environment, save
 from .steps import memory_of_both, step_memory, step_times, step_values
 
 B, GRID, WIDTH = 16, 28, 512  # 224 px, patches of 16, doubled once: the defaults of mgca_vit_b16
@@ -61,13 +60,14 @@ def training_memory(way: str) -> float:
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
-    step: dict[str, Any] = {"case": f"B = T = {B}, N = {GRID * GRID}, D = {WIDTH}", "loss": step_values(training_parts(B, GRID))}
-    print(step["loss"], flush=True)
-    times, memory = step_times(training_parts(B, GRID), repeats), memory_of_both(__name__, repeats)
-    print(times, memory, sep="\n", flush=True)
-    step |= times | memory
+    step: dict[str, Any] = {"case": f"B = T = {B}, N = {GRID * GRID}, D = {WIDTH}"}
     found = {"environment": environment(), "losses of a step": step}
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(found, indent=2) + "\n")
+    with waiting("losses of a step"):
+        step["loss"] = step_values(training_parts(B, GRID))
+    print(step["loss"], flush=True)
+    for part in (lambda: step_times(training_parts(B, GRID), repeats), lambda: memory_of_both(__name__, repeats)):
+        step |= (some := part())
+        print(some, flush=True)
+        save(out, found)
+    save(out, found)
     return found

@@ -29,8 +29,9 @@ from ovseg.inference.windows import encode, place
 from ovseg.models import GroupFeatures
 from ovseg.models.ovsegmentor.model import OVSegmentor
 from ovseg.objectives.mask_consistency import mask_consistency
+from ovseg.progress import bar, waiting
 
-from .run import _status, environment
+from .run import _status, environment, save
 
 CLASSES, SIZE, THRESHOLD = 59, (375, 500), 0.35
 CONTEXT, RATIO = 77, 0.6
@@ -154,7 +155,7 @@ def published_mask_loss(prediction: torch.Tensor, target: torch.Tensor, size: tu
 def alternating(repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray, Any, Any]:
     """Seconds of both, turn by turn, the first turn left out; and what they gave last."""
     times: list[tuple[float, float]] = []
-    for turn in range(repeats + 1):
+    for turn in bar(range(repeats + 1), unit="turn", desc="inference", leave=False):
         start = time.perf_counter()
         found = ours()
         middle = time.perf_counter()
@@ -275,14 +276,17 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     memory = found["mask loss, B = 128"]
     for which in ("ours", "published"):
         code = f"import json; from {__name__} import mask_memory; print(json.dumps(mask_memory({which!r})))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        with waiting(f"memory of the mask loss, {which}"):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         memory[which] = json.loads(done.stdout.splitlines()[-1])
     memory["ratio of peaks"] = round(memory["ours"]["peak KiB"] / memory["published"]["peak KiB"], 5)
     print("mask loss", memory, flush=True)
-    found["inference"], found["texts"] = inference(repeats), texts(repeats)
+    save(out, found)
+    found["inference"] = inference(repeats)
+    save(out, found)
+    with waiting("texts of a training step"):
+        found["texts"] = texts(repeats)
     for row in (found["inference"], *found["texts"]):
         print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row.items()), flush=True)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(found, indent=2) + "\n")
+    save(out, found)
     return found

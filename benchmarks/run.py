@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,55 +37,89 @@ def step(function, tensors: dict[str, torch.Tensor], grad: torch.Tensor | None =
     return out, torch.autograd.grad(out, leaves, torch.ones_like(out) if grad is None else grad)
 
 
-def measure(case: Case, *, repeats: int = 7, seconds: float = 60.0) -> list[dict[str, Any]]:
-    """One row an implementation. Slow ones get fewer repeats: each case takes about ``seconds`` at most."""
+def measure(case: Case, *, repeats: int = 7, seconds: float = 60.0,
+            report: Callable[[list[dict[str, Any]]], None] | None = None) -> list[dict[str, Any]]:
+    """One row an implementation. Slow ones get fewer repeats: each case takes about ``seconds`` at most.
+
+    Args:
+        report: called with the rows that are known so far, again and again: a run that is stopped leaves those.
+    """
+    from ovseg.progress import bar  # not in the processes that memory is measured in
+
     tensors, functions = registry.inputs(case), registry.implementations(case)
     rows: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
-    truth = None
-    for name, function in functions.items():
-        row = {"op": case.op, "case": case.name, "shape": case.shape, "options": case.options, "dtype": "float32",
-               "implementation": name, "backend": ok.explain(case.op).backend if name == FUSED else "torch"}
-        rows[name] = row
-        try:
-            out, grads = step(function, tensors)  # warm-up; torch.compile compiles here
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            continue
-        if truth is None:
-            truth = (out.detach(), grads)
-        elif not out.is_floating_point():  # labels: some pixels tie within rounding
-            row["differing_labels"] = float((out != truth[0]).float().mean())
-            if row["differing_labels"] > _DIFFERING:
-                row["failed"] = f"{row['differing_labels']:.2g} of the labels differ"
-                continue
-        else:
-            errors = [float((out.detach() - truth[0]).abs().max())]
-            errors += [float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(grads, truth[1], strict=True)]
-            row["max_difference_from_ovseg"] = max(errors)
-            if max(errors) > _WRONG:
-                row["failed"] = f"values differ by {max(errors):.2g}"
-                continue
-        times[name] = []
-        del out, grads
+
+    def known() -> None:
+        if report is not None:
+            report([row for row in rows.values() if "ms" in row or "failed" in row])
+
+    with bar(total=2 * len(functions) + repeats, unit="step", desc=f"bench {case.op} {case.name}", leave=False) as shown:
+        truth = None
+        for name, function in functions.items():
+            row = {"op": case.op, "case": case.name, "shape": case.shape, "options": case.options, "dtype": "float32",
+                   "implementation": name, "backend": ok.explain(case.op).backend if name == FUSED else "torch"}
+            rows[name] = row
+            shown.set_postfix_str(f"first step of {name}")
+            try:
+                out, grads = step(function, tensors)  # warm-up; torch.compile compiles here
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            else:
+                if truth is None:
+                    truth = (out.detach(), grads)
+                else:
+                    _compare(row, out, grads, truth)
+                del out, grads
+            shown.update()
+        times = _times({name: functions[name] for name, row in rows.items() if "failed" not in row}, tensors, repeats, seconds, shown)
+        for name, values in times.items():
+            ordered = sorted(values)
+            for key, share in (("ms_p20", 0.2), ("ms", 0.5), ("ms_p80", 0.8)):
+                rows[name][key] = round(1e3 * ordered[round(share * (len(ordered) - 1))], 2)
+            rows[name]["repeats"] = len(values)
+        for row in rows.values():
+            if "ms" in row and "ms" in rows[FUSED]:
+                row["time_over_ovseg"] = round(row["ms"] / rows[FUSED]["ms"], 3)
+        known()
+        for name in times:
+            shown.set_postfix_str(f"memory of {name}")
+            rows[name]["extra_mib"] = _memory_in_subprocess(case, name)
+            shown.update()
+            known()
+    return list(rows.values())
+
+
+def _compare(row: dict[str, Any], out: torch.Tensor, grads: Sequence[torch.Tensor],
+             truth: tuple[torch.Tensor, Sequence[torch.Tensor]]) -> None:
+    """Note in ``row`` how far the values are from ``truth``, and whether that is too far to be timed."""
+    if not out.is_floating_point():  # labels: some pixels tie within rounding
+        row["differing_labels"] = float((out != truth[0]).float().mean())
+        if row["differing_labels"] > _DIFFERING:
+            row["failed"] = f"{row['differing_labels']:.2g} of the labels differ"
+        return
+    errors = [float((out.detach() - truth[0]).abs().max())]
+    errors += [float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(grads, truth[1], strict=True)]
+    row["max_difference_from_ovseg"] = max(errors)
+    if max(errors) > _WRONG:
+        row["failed"] = f"values differ by {max(errors):.2g}"
+
+
+def _times(functions: dict[str, Callable], tensors: dict[str, torch.Tensor], repeats: int, seconds: float,
+           shown: Any) -> dict[str, list[float]]:
+    """Seconds of each step of each implementation, alternating."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     began = time.perf_counter()
     for turn in range(repeats):
-        for name in times:
+        for name, function in functions.items():
+            shown.set_postfix_str(f"times of {name}")
             start = time.perf_counter()
-            step(functions[name], tensors)
+            step(function, tensors)
             times[name].append(time.perf_counter() - start)
+        shown.update()
         if turn >= 2 and time.perf_counter() - began > seconds:
+            shown.update(repeats - turn - 1)
             break
-    for name, values in times.items():
-        ordered = sorted(values)
-        for key, share in (("ms_p20", 0.2), ("ms", 0.5), ("ms_p80", 0.8)):
-            rows[name][key] = round(1e3 * ordered[round(share * (len(ordered) - 1))], 2)
-        rows[name]["repeats"] = len(values)
-        rows[name]["extra_mib"] = _memory_in_subprocess(case, name)
-    for row in rows.values():
-        if "ms" in row and "ms" in rows[FUSED]:
-            row["time_over_ovseg"] = round(row["ms"] / rows[FUSED]["ms"], 3)
-    return list(rows.values())
+    return times
 
 
 def _memory_in_subprocess(case: Case, name: str) -> float | None:
@@ -139,7 +173,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run(ops: Sequence[str] = (), cases: Sequence[str] = (), *, repeats: int = 7, out: str | None = None) -> list[dict[str, Any]]:
-    """Measure the chosen cases, print the table, and write JSON if ``out`` is given."""
+    """Measure the chosen cases, print the table, and write JSON if ``out`` is given, both as the rows come."""
     known = sorted({case.op for case in CASES})
     for op in ops:
         if op not in known:
@@ -147,18 +181,30 @@ def run(ops: Sequence[str] = (), cases: Sequence[str] = (), *, repeats: int = 7,
     for name in cases:
         if name not in {case.name for case in CASES}:
             raise ValueError(f"case is {name!r}; expected one of {sorted({case.name for case in CASES})}")
-    facts, rows = environment(), []
+    facts = environment()
+    rows: list[dict[str, Any]] = []
+    chosen = [case for case in CASES if (not ops or case.op in ops) and (not cases or case.name in cases)]
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    for case in CASES:
-        if (ops and case.op not in ops) or (cases and case.name not in cases):
-            continue
-        print(f"measuring {case.op} {case.name} {case.shape}", file=sys.stderr, flush=True)
-        rows += measure(case, repeats=repeats)
-    print(table(rows))
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
+    print(table([]), flush=True)
+
+    def keep(known: list[dict[str, Any]]) -> None:
+        save(out, {"environment": facts, "rows": [*rows, *known]})
+
+    for number, case in enumerate(chosen, 1):
+        print(f"measuring {case.op} {case.name} {case.shape}, {number} of {len(chosen)} cases", file=sys.stderr, flush=True)
+        found = measure(case, repeats=repeats, report=keep)
+        rows.extend(found)
+        print("\n".join(table(found).splitlines()[2:]), flush=True)
+    save(out, {"environment": facts, "rows": rows})
     return rows
+
+
+def save(out: str | None, found: dict[str, Any]) -> None:
+    """Write what has been found so far as JSON, if there is a name for it; by rename, so that the file is whole at any time."""
+    from ovseg.replacing import write_text
+
+    if out:
+        write_text(Path(out), json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

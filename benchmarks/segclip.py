@@ -29,8 +29,9 @@ from ovseg.layers.mae_decoder import patchify
 from ovseg.models import GroupFeatures
 from ovseg.models.segclip.model import SegCLIP
 from ovseg.objectives import create_objective
+from ovseg.progress import bar, waiting
 
-from .run import _status, environment
+from .run import _status, environment, save
 
 CLASSES, SIZE = 80, (375, 500)
 TAU, KEPT = 0.9, 0.25  # of the published training
@@ -191,7 +192,7 @@ def inference(repeats: int) -> list[dict[str, Any]]:
         seen = resized(picture, placement.canvas, "bilinear")
         pixels = model.normalize(seen[None])[0]
         ours, theirs = [], []
-        for turn in range(repeats + 1):
+        for turn in bar(range(repeats + 1), unit="turn", desc="inference", leave=False):
             start = time.perf_counter()
             with torch.no_grad():
                 found = rule.label_map(model, encode(model, [(seen, placement)], 8)[0], queries, placement)[0]
@@ -226,18 +227,19 @@ def training_memory(which: str, size: int = 8, pixels: int = 224) -> dict[str, f
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
     found: dict[str, Any] = {"environment": environment(), "inference": inference(repeats), "training, B = 8, 224 px": {}}
+    save(out, found)
     for row in found["inference"]:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     memory = found["training, B = 8, 224 px"]
     for which in ("ours", "published"):
         code = f"import json; from {__name__} import training_memory; print(json.dumps(training_memory({which!r})))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        with waiting(f"memory of a training step, {which}"):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         memory[which] = json.loads(done.stdout.splitlines()[-1])
         print(which, memory[which], flush=True)
+        save(out, found)
     memory["ratio of peaks"] = round(memory["ours"]["peak MiB"] / memory["published"]["peak MiB"], 3)
     print("ratio of peaks", memory["ratio of peaks"])
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(found, indent=2) + "\n")
+    save(out, found)
     return found
 

@@ -10,9 +10,7 @@ depends; ``noise`` is the other extreme, a label map from features without any s
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,9 @@ from ovseg.inference.decisions.patches import PatchArgmax
 from ovseg.inference.queries import EncodedQueries
 from ovseg.inference.windows import encode, place
 from ovseg.models import PatchFeatures
+from ovseg.progress import bar
 
-from .run import environment
+from .run import environment, save
 
 CLASSES, CANVAS, CROP, STRIDE = 171, (512, 683), 512, 426
 TOWERS = {  # architecture and readout
@@ -66,11 +65,9 @@ def run(*, repeats: int = 7, out: str | None = None, layers: int | None = None) 
         if layers is not None:
             del model.backbone.clip.visual.transformer.resblocks[layers:]
         rows += [{"tower": title, **row} for row in measure(model, repeats, title)]
+        save(out, {"environment": environment(), "rows": rows})
         if layers is not None:
             break
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
     return rows
 
 
@@ -87,7 +84,7 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
         assert placement.canvas == CANVAS and placement.origins is not None
         times: dict[str, list[float]] = {"ours": [], "label map": [], "windows one by one": [], "label map, noise": []}
         noise = None
-        for turn in range(repeats + 1):  # the first one warms up
+        for turn in bar(range(repeats + 1), unit="turn", desc=f"bench {title} {name}", leave=False):  # the first one warms up
             start = time.perf_counter()
             with torch.no_grad():
                 features = encode(model, [(picture, placement)], view.window_batch)[0]

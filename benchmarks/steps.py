@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ovseg.progress import bar
+
 from .run import _status
 
 WAYS = ("ours", "eager")
@@ -31,7 +33,7 @@ def step_values(parts: Parts) -> dict[str, float]:
 def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
     """Of forward and backward, alternating, the first turn left out."""
     times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(repeats + 1):
+    for turn in bar(range(repeats + 1), unit="turn", desc="times of a step", leave=False):
         for way, values in times.items():
             start = time.perf_counter()
             torch.autograd.grad(parts[way](), parts["leaves"])
@@ -58,7 +60,7 @@ def step_memory(small: Parts, parts: Parts, way: str) -> float:
 def memory_of_both(module: str, repeats: int) -> dict[str, Any]:
     """``training_memory(way)`` of ``module``, each time in a process of its own, alternating: an allocator keeps some MiB more or less."""
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(repeats):
+    for _ in bar(range(repeats), unit="turn", desc="memory of a step", leave=False):
         for way, values in found.items():
             code = f"from {module} import training_memory; print(training_memory({way!r}))"
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

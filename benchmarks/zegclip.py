@@ -10,9 +10,7 @@ differ.
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +28,9 @@ from ovseg.models import PatchFeatures
 from ovseg.models.zegclip.model import ZegCLIP
 from ovseg.models.zegclip.published import dead
 from ovseg.objectives import Progress, create_objective
+from ovseg.progress import bar, waiting
 
-from .run import environment
+from .run import environment, save
 from .segmentation import photograph
 from .steps import memory_of_both, step_memory, step_times, step_values
 
@@ -204,7 +203,7 @@ def inference(repeats: int) -> list[dict[str, Any]]:
     assert placement.canvas == CANVAS and placement.origins is not None
     picture = photograph()
     times: dict[str, list[float]] = {"ours": [], "label map": [], "eager": []}
-    for turn in range(repeats + 1):
+    for turn in bar(range(repeats + 1), unit="turn", desc="inference", leave=False):
         start = time.perf_counter()
         with torch.no_grad():
             features = encode(model, [(picture, placement)], 8)[0]
@@ -226,15 +225,17 @@ def inference(repeats: int) -> list[dict[str, Any]]:
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
-    step: dict[str, Any] = {"case": f"B = {B}, {SIDE} px, C = {SEEN}", "loss without dropout": step_values(training_parts(SEEN, SIDE, 0.0))}
+    step: dict[str, Any] = {"case": f"B = {B}, {SIDE} px, C = {SEEN}"}
+    found: dict[str, Any] = {"environment": environment(), "head and loss of a step": step}
+    with waiting("loss of a step"):
+        step["loss without dropout"] = step_values(training_parts(SEEN, SIDE, 0.0))
     print(step["loss without dropout"], flush=True)
-    times, memory = step_times(training_parts(SEEN, SIDE, RATE), repeats), memory_of_both(__name__, repeats)
-    print(times, memory, sep="\n", flush=True)
-    found: dict[str, Any] = {"environment": environment(), "head and loss of a step": step | times | memory}
+    for part in (lambda: step_times(training_parts(SEEN, SIDE, RATE), repeats), lambda: memory_of_both(__name__, repeats)):
+        step |= (some := part())
+        print(some, flush=True)
+        save(out, found)
     found["inference"] = inference(repeats)
     for row in found["inference"]:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(found, indent=2) + "\n")
+    save(out, found)
     return found

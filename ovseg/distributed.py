@@ -90,6 +90,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def run_name() -> str:
+    """Return what the processes of one run have in common, and of runs at the same time no other; "" in one process."""
+    if world_size() == 1:
+        return ""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    return " ".join([f"of {world_size()}", *(os.environ[name] for name in names if name in os.environ)])
+
+
 def device(name: str = "auto") -> torch.device:
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` (of several processes each takes the GPU of its local rank), ``cuda:1``."""
     if name == "auto":

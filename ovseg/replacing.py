@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import InputError
 from .paths import address, as_given, no_file, no_folder
 
 LONGEST = 255  # bytes of a name, on the file systems in use
+_PART = re.compile(r"\.part\.(\d+)-[0-9a-f]{8}\..")
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old file or the whole new one.
 
@@ -23,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
-        part.touch()
+        part.touch(exist_ok=False)
         mode = part.stat().st_mode
         yield part
         part.chmod(mode)
@@ -39,11 +43,54 @@ def write_text(path: Path, text: str) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """The name in between, beside ``path``: hidden, and short where the whole would be too long a name."""
-    name = f".part.{path.name}"
+    """Return a new name in between, beside ``path``: hidden, of this process alone, and of the same suffix.
+
+    It holds the number of the process, by which ``remove_parts`` knows what was left behind.
+    """
+    return beside(path, f".part.{os.getpid()}-{secrets.token_hex(4)}.")
+
+
+def beside(path: Path, before: str) -> Path:
+    """Return the path of the name with ``before`` in front; its middle is a hash where the whole would be too long a name."""
+    name = f"{before}{path.name}"
     if len(os.fsencode(name)) > LONGEST:
-        name = f".part.{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{path.suffix[:32]}"
+        name = f"{before}{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{path.suffix[:32]}"
     return path.with_name(name)
+
+
+def remove_parts(paths: Iterable[Path], *, older: float = float("inf")) -> int:
+    """Remove those of ``paths`` that a process which is gone was writing when it ended; return how many.
+
+    For whoever holds the folder: a process on another machine counts as gone.
+
+    Args:
+        older: only what was last written to before this time.
+    """
+    removed = 0
+    for path in paths:
+        found = _PART.match(path.name)
+        if found is None or _runs(int(found[1])):
+            continue
+        with contextlib.suppress(OSError):  # somebody else has
+            if path.stat().st_mtime >= older:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            removed += 1
+    return removed
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def folder_for(path: str | Path, option: str) -> Path:

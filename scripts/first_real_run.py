@@ -15,8 +15,8 @@ import html
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,20 +70,27 @@ def run(options: argparse.Namespace) -> int:
     from ovseg.environment import environment
     from ovseg.inference.predictor import as_published
     from ovseg.models import DEFAULT_MODEL, default_model
+    from ovseg.output_lock import locked_folder
+    from ovseg.progress import bar, waiting
+    from ovseg.replacing import folder_for, write_text
 
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(options.out, "--out")
+    options.held.enter_context(locked_folder(out, "--out", "first_real_run"))
     chosen: dict[str, Any] = {"readout": options.readout} if options.readout else {}
     began = time.perf_counter()
-    if options.random_weights:
-        model = ovseg.create_model("clip_dense", architecture=SMALL, readout=options.readout or "naclip")
-    else:
-        model = ovseg.from_pretrained(options.model, **chosen) if options.model else default_model(**chosen)
-    model = model.to(options.device)
+    with waiting("loading the model"):
+        if options.random_weights:
+            model = ovseg.create_model("clip_dense", architecture=SMALL, readout=options.readout or "naclip")
+        else:
+            model = ovseg.from_pretrained(options.model, **chosen) if options.model else default_model(**chosen)
+        model = model.to(options.device)
     loading = time.perf_counter() - began
     predictor = ovseg.Predictor(model, **as_published({}))
-    rows = []
-    for name, (labels, facts) in PHOTOGRAPHS.items():
+    rows: list[dict[str, Any]] = []
+    title = "random weights" if options.random_weights else options.model or DEFAULT_MODEL
+    found = {"model": title, "source": model.source, "readout": str(model.config.get("readout")), "loading_s": loading,
+             "environment": environment(options.device), "pictures": rows}
+    for name, (labels, facts) in bar(PHOTOGRAPHS.items(), unit="picture", leave=False):
         picture = photograph(name)
         times = [time.perf_counter()]
         predictor.set_labels(labels)
@@ -97,12 +104,9 @@ def run(options: argparse.Namespace) -> int:
                      "texts_s": times[1] - times[0], "picture_s": times[2] - times[1],
                      "holds": None if options.random_weights else all(fact["seen"] >= fact["expected"] for fact in checked)})
         sys.stderr.write(f"{name}: {rows[-1]['picture_s']:.2f} s\n")
-    title = "random weights" if options.random_weights else options.model or DEFAULT_MODEL
-    facts = {"model": title, "source": model.source, "readout": str(model.config.get("readout")), "loading_s": loading,
-             "environment": environment(options.device), "pictures": rows}
-    (out / "results.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (out / "table.md").write_text(table(rows))
-    (out / "index.html").write_text(page(facts), "utf-8")
+        write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
+        write_text(out / "table.md", table(rows))
+        write_text(out / "index.html", page(found))
     failed = [row["picture"] for row in rows if row["holds"] is False]
     print(table(rows))
     print(f"{title}: loaded in {loading:.1f} s; facts " + ("not checked: random weights know nothing" if options.random_weights else
@@ -144,10 +148,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.random_weights and options.model:
         parser.error("--random-weights is given with --model; expected one of them")
+    from ovseg.cli.main import told
     from ovseg.errors import CheckpointError, InputError
 
     try:
-        return run(options)
+        with told(), ExitStack() as options.held:
+            return run(options)
     except (InputError, CheckpointError) as error:
         print(f"first_real_run: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError, WeightsError, first_line
-from ..progress import note
+from ..progress import bar, note, waiting
 from ..replacing import write_text
 from .cache import cache_folder
 from .json_files import load_json
@@ -29,6 +29,7 @@ from .slow_answers import Received, answered, counted, watched
 PREFIX = "hf-hub:"
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip names them, the better one first
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_LARGE = 1 << 28  # bytes: hashed in a second or more
 _YES = ("1", "on", "yes", "true")
 
 
@@ -105,7 +106,8 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         if (facts.size or 0) > 10**6:
             note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
         try:
-            path = _download(hub, repo, file, endpoint)
+            with waiting(f"downloading {file}, {(facts.size or 0) / 1e6:.0f} MB"):
+                path = _download(hub, repo, file, endpoint)
         except Exception as error:  # likewise
             raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
         check_hash(path, f"{PREFIX}{repo}")
@@ -165,9 +167,11 @@ def check_hash(path: Path, source: str) -> None:
     except (OSError, ValueError):
         pass
     digest = hashlib.sha1(b"blob %d\0" % status.st_size) if len(expected) == 40 else hashlib.sha256()
-    with open(blob, "rb") as file:
+    shown = bar(show=status.st_size > _LARGE, total=status.st_size, unit="B", unit_scale=True, desc=f"checking {path.name}", leave=False)
+    with open(blob, "rb") as file, shown:
         while part := file.read(1 << 22):
             digest.update(part)
+            shown.update(len(part))
     if digest.hexdigest() != expected:
         raise CheckpointError(f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is {digest.hexdigest()[:12]}... "
                               f"and the Hub's is {expected[:12]}...; remove {blob} and fetch it again")

@@ -27,6 +27,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..output_lock import locked_file
     from ..replacing import file_for
 
     at_least(1, options, "repeats")
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
         return show(options.ops[1:])
     if options.out is not None:
-        file_for(options.out, "--json")
+        options.held.enter_context(locked_file(file_for(options.out, "--json"), "--json", "bench"))
     if options.whole:
         from importlib import import_module
 

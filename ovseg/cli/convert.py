@@ -22,7 +22,9 @@ def run(options: argparse.Namespace) -> int:
     from ..models import create_model, load_official_state_dict, official_state_dict, save_pretrained
     from ..models.names import check_name
     from ..models.registry import has_published_layout
+    from ..output_lock import locked_file, locked_folder
     from ..paths import no_folder
+    from ..progress import waiting
     from ..replacing import file_for, folder_for
     from .weights_options import load_model
 
@@ -32,7 +34,10 @@ def run(options: argparse.Namespace) -> int:
         out = file_for(options.out, "--out")
         if options.model:
             raise InputError(f"model is {options.model!r} and the source a folder; expected a folder to know its model")
-        write_published(official_state_dict(load_model(options.source)), out)
+        options.held.enter_context(locked_file(out, "--out", "convert"))
+        model = load_model(options.source)
+        with waiting(f"writing {out}"):
+            write_published(official_state_dict(model), out)
         print(out)
         return 0
     if options.model is None:
@@ -41,10 +46,14 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"model is {options.model!r}, whose authors published no checkpoint that is known; expected one such as "
                          "segclip_vit_b16")
     out = folder_for(options.out, "--out")
-    state = read_published(options.source)  # before the model, which may be large
-    model = create_model(options.model)
+    options.held.enter_context(locked_folder(out, "--out", "convert"))
+    with waiting(f"reading {options.source}"):
+        state = read_published(options.source)  # before the model, which may be large
+        model = create_model(options.model)
     lacking = load_official_state_dict(model, state)
     if lacking:
         print(f"{len(lacking)} tensors that only training needs are not in the checkpoint and stay random: {', '.join(lacking[:3])}, ...")
-    print(save_pretrained(model, out, source=Path(options.source).name))
+    with waiting(f"writing {out}"):
+        save_pretrained(model, out, source=Path(options.source).name)
+    print(out)
     return 0

@@ -101,11 +101,12 @@ def _check(options: argparse.Namespace) -> int:
 
     from ..data.check import check_set
     from ..data.segmentation_sets import SegmentationSet
+    from ..output_lock import locked_folder
     from ..replacing import folder_for, write_text
 
     if options.out is not None:
         no_plots("no plot of the classes is drawn")
-        folder_for(options.out, "--out").mkdir(parents=True, exist_ok=True)
+        options.held.enter_context(locked_folder(folder_for(options.out, "--out"), "--out", "data check"))
     wrong = 0
     for data in [SegmentationSet(name, options.root, options.split, max_pixels=options.max_pixels) for name in _names(options.data)]:
         report = check_set(data, sample=options.sample, progress=True)
@@ -128,10 +129,13 @@ def _convert(options: argparse.Namespace) -> int:
 
     from ..data.check import convert_masks
     from ..data.segmentation_sets import SegmentationSet
+    from ..output_lock import locked_folder
 
     bad: list[str] = []
     for data in [SegmentationSet(name, options.root, options.split, max_pixels=options.max_pixels) for name in _names(options.data)]:
-        written, left, failed = convert_masks(data, progress=True)
+        assert data.root is not None
+        with locked_folder(data.root, "the root", "data convert"):
+            written, left, failed = convert_masks(data, progress=True)
         print(f"{data.description.name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there"
               + (f", {len(failed)} skipped" if failed else ""))
         bad += failed
@@ -146,10 +150,12 @@ def _superpixels(options: argparse.Namespace) -> int:
     from ..data.folders import look
     from ..data.superpixels import write_superpixels
     from ..errors import InputError
+    from ..output_lock import locked_file
     from ..progress import note
     from ..replacing import file_for
 
     out = file_for(options.out, "superpixel file")
+    options.held.enter_context(locked_file(out, "--out", "data superpixels"))
     seen = look(options.root)
     if not seen.pictures:
         raise InputError(f"root {options.root!r} holds no picture but {seen.found()}; expected pictures, in any depth of folders")
@@ -170,10 +176,13 @@ def _entities(options: argparse.Namespace) -> int:
     from ..data.entities import load_entities
     from ..data.entity_index import filter_captions
     from ..errors import InputError
+    from ..output_lock import locked_file
+    from ..replacing import file_for
 
     if options.column < 0:
         raise InputError(f"--column is {options.column}; expected 0 or more")
     entities = load_entities(options.entities)
+    options.held.enter_context(locked_file(file_for(options.out, "--out"), "--out", "data entities"))
     found = filter_captions(Path(options.captions), Path(options.out), entities, column=options.column, key=options.key,
                             exact=options.exact, progress=True)
     print(f"{found.kept} of {found.read} captions name one of {len(entities)} entities: {options.out}")
@@ -188,10 +197,13 @@ def _cross_pairs(options: argparse.Namespace) -> int:
     from ..data.sources.base import ModelInputs
     from ..data.sources.folder import FolderPairs, captions_of
     from ..errors import DataError, InputError
+    from ..output_lock import locked_file
+    from ..replacing import file_for
 
     if Path(options.out).suffix != ".safetensors":
         raise InputError(f"--out is {options.out!r}; expected a name that ends in .safetensors")
     entities = load_entities(options.entities)
+    options.held.enter_context(locked_file(file_for(options.out, "index of entities"), "--out", "data cross-pairs"))
     pairs = FolderPairs(options.root, ModelInputs(224))
 
     def captions():
@@ -224,13 +236,15 @@ def _browse(options: argparse.Namespace) -> int:
     from ..data.scenes import Scenes
     from ..errors import InputError
     from ..inference.pictures import colour, contact_sheet, palette
-    from ..replacing import file_for
+    from ..output_lock import locked_file
+    from ..replacing import file_for, replacing
 
     out = file_for(options.out, "--out")
     if not 1 <= options.count <= _MOST_SCENES:
         raise InputError(f"--count is {options.count}; expected 1 to {_MOST_SCENES}")
     if out.suffix.lower() not in SUFFIXES:
         raise InputError(f"--out is {options.out!r}; expected a picture's name, such as scenes.png")
+    options.held.enter_context(locked_file(out, "--out", "data browse"))
     scenes = Scenes(options.form, options.split, options.count, options.seed)[:]
     vocabulary = Scenes(options.form, options.split, 0).vocabulary
     count = len(vocabulary.classes)
@@ -241,8 +255,8 @@ def _browse(options: argparse.Namespace) -> int:
         titles += [f"{part[0].index}-{part[-1].index}", "mask"]
     present = sorted({int(i) for scene in scenes for i in np.unique(scene.mask)})
     legend = [(tuple(int(v) for v in palette(count)[i]), vocabulary.classes[i]) for i in present]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows, titles, legend).save(out)
+    with replacing(out) as part:
+        contact_sheet(rows, titles, legend).save(part)
     for scene in scenes[:6]:
         print(f"{scene.index}: {', '.join(scene.things) or 'nothing'} on {scene.stuff}: {[c.text for c in scene.captions]}")
     print(out)

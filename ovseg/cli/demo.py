@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..progress import duration
 from .notes import no_plots
 from .numbers import at_least
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from .. import distributed
-    from ..data.scenes import Scenes
     from ..errors import ConfigError
-    from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
-    from ..models import from_pretrained
-    from ..replacing import folder_for, write_text
-    from ..training.plots import join_curves
+    from ..evaluation.scenes import scene_table
+    from ..output_lock import locked_folder
+    from ..replacing import folder_for
     from ..training.recipe import load_recipe
     from ..training.trainer import Interrupted, train
 
@@ -88,12 +90,13 @@ def run(options: argparse.Namespace) -> int:
         stages = [CLIP, *stages]  # the bundled one knows other words
     if options.steps and len(options.steps) != len(stages):
         raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
+    options.held.enter_context(locked_folder(out, "--out", "demo"))
     results = out / "results.json"
     before = _earlier(results)
     if all(stage.title in before for stage in stages):
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
     no_plots("no loss curve is drawn")
-    began, seconds = time.time(), {title: row["train_seconds"] for title, row in before.items()}
+    found = _Found(out, options, {title: row["train_seconds"] for title, row in before.items()})
     for i, stage in enumerate(stages):
         recipe = load_recipe(stage.recipe, [*_settings(stage, options.data, out), f"train.seed={options.seed}"])
         if options.steps:
@@ -112,31 +115,66 @@ def run(options: argparse.Namespace) -> int:
         except Interrupted as error:
             print(f"ovseg demo: {error}; the same command goes on")
             return 143
-        seconds[stage.title] = round(time.time() - started, 1)
-    scenes = Scenes(options.data, "val", options.scenes, options.seed)
-    done = [stage for stage in dict.fromkeys(stage for system in SYSTEMS.values() for stage in system) if stage.title in seconds]
-    reports = {}
-    for stage in done:  # those of earlier demos too: the pictures need their predictions
-        model = from_pretrained(out / stage.folder / "model")
-        reports[stage.title] = evaluate_scenes(model, scenes, keep=10, progress=not options.quiet)
-        reports[stage.title].summary |= {"model": stage.title, "train_seconds": seconds[stage.title]}
-    rows = [report.summary for report in reports.values()]
-    text = scene_table(rows)
-    gallery(reports).save(out / "gallery.png")
-    curve = join_curves({stage.title: out / stage.folder / "log.jsonl" for stage in done}, out / "loss.png")
-    write_text(out / "table.md", text + "\n")
-    seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
-    ratios = [value / max(seen[0], 1e-9) for value in seen]
-    facts = {"data": options.data, "seed": options.seed, "rows": rows, "seen_miou_over_first": ratios,
-             "seconds": round(time.time() - began, 1), "environment": json.loads((out / stages[-1].folder / "env.json").read_text())}
-    write_text(results, json.dumps(facts, indent=2) + "\n")
-    print(text)
+        found.seconds[stage.title] = round(time.time() - started, 1)
+        found.evaluate(stage)
+    rows = [report.summary for report in found.reports.values()]
+    print(scene_table(rows))
+    ratios = found.facts["seen_miou_over_first"]
     shown = ", ".join(f"{row['model']} {ratio:.1f}" for row, ratio in zip(rows[1:], ratios[1:], strict=True))
     compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {shown}; " if shown else ""
-    print(f"\n{compared}{facts['seconds']:.0f} s in all.")
-    print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
+    print(f"\n{compared}{found.facts['seconds']:.0f} s in all.")
+    print(*(path for path in (out / "gallery.png", out / "loss.png", results) if path.exists()), sep="\n")
     print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")
     return 0
+
+
+@dataclass
+class _Found:
+    """What the demo has found so far, written after each stage: a demo that is stopped leaves the rows that it has.
+
+    Attributes:
+        seconds: of training, by the title of each stage that has been trained, in earlier demos too.
+        reports: by title, in the order of ``SYSTEMS``.
+        facts: of ``results.json``.
+    """
+
+    out: Path
+    options: argparse.Namespace
+    seconds: dict[str, float]
+    reports: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.time)
+
+    def evaluate(self, last: Stage) -> None:
+        """Evaluate what has been trained and is not evaluated yet; write table, pictures, curves, and the results at the end."""
+        from ..data.scenes import Scenes
+        from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
+        from ..inference.pictures import save_result
+        from ..models import from_pretrained
+        from ..replacing import write_text
+        from ..training.plots import join_curves
+
+        scenes = Scenes(self.options.data, "val", self.options.scenes, self.options.seed)
+        done = [stage for stage in dict.fromkeys(stage for system in SYSTEMS.values() for stage in system) if stage.title in self.seconds]
+        for stage in done:  # those of earlier demos too: the pictures need their predictions
+            if stage.title not in self.reports:
+                model = from_pretrained(self.out / stage.folder / "model")
+                report = evaluate_scenes(model, scenes, keep=10, progress=not self.options.quiet)
+                report.summary |= {"model": stage.title, "train_seconds": self.seconds[stage.title]}
+                self.reports[stage.title] = report
+                logger.info("%s: seen mIoU %s, trained in %s", stage.title, report.summary["seen_miou"],
+                            duration(self.seconds[stage.title]))
+        self.reports = {stage.title: self.reports[stage.title] for stage in done}
+        rows = [report.summary for report in self.reports.values()]
+        save_result(gallery(self.reports), self.out / "gallery.png")
+        join_curves({stage.title: self.out / stage.folder / "log.jsonl" for stage in done}, self.out / "loss.png")
+        write_text(self.out / "table.md", scene_table(rows) + "\n")
+        seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
+        environment = json.loads((self.out / last.folder / "env.json").read_text())
+        self.facts = {"data": self.options.data, "seed": self.options.seed, "rows": rows,
+                      "seen_miou_over_first": [value / max(seen[0], 1e-9) for value in seen],
+                      "seconds": round(time.time() - self.began, 1), "environment": environment}
+        write_text(self.out / "results.json", json.dumps(self.facts, indent=2) + "\n")
 
 
 def _earlier(results: Path) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ Benchmarks: ovseg data list. Check your copy first: ovseg data check.
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from .inference_options import add_inference_options, given_inference_options
 from .notes import no_plots
 from .numbers import at_least
 from .weights_options import MODEL_HELP, add_weights, load_model, no_readouts, proxy_option
+
+logger = logging.getLogger(__name__)
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -61,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from .. import distributed
     from ..errors import InputError
     from ..libraries import require
+    from ..output_lock import locked_folder
     from ..paths import no_folder
     from ..replacing import folder_for
 
@@ -81,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
         require("scipy", "--boundary")
     if options.sweep and options.out is not None:
         no_plots("no curve of --sweep is drawn")
+    if options.out is not None:
+        options.held.enter_context(locked_folder(Path(options.out), "--out", "eval"))
     return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)
 
 
@@ -106,6 +112,7 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
 
     from ..data.labels import LabelSet
     from ..data.segmentation_sets import SegmentationSet, describe
+    from ..environment import environment
     from ..errors import InputError
     from ..evaluation.evaluate import Report, class_table, evaluate, table, write_results
     from ..evaluation.protocols import protocol
@@ -122,6 +129,8 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
         if options.root is None:
             raise InputError(f"--root is missing; expected the folder that holds {about.title}")
         sets.append(SegmentationSet(name, options.root, options.split, description=about))
+    if options.out is not None:
+        facts = {"command": _command(options), "environment": environment(device_of(options))}
     reports: dict[str, Report] = {}
     shown: dict[str, Any] = {}
     for data in sets:
@@ -143,6 +152,10 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
                 report = evaluate(model, data, chosen, **scored)
             report.summary["model"] = title
             reports[title if len(sets) == 1 else f"{title} {data.description.name}"] = report
+            if rank == 0:
+                logger.info("%s on %s: mIoU %s", title, data.description.name, report.summary["miou"])
+            if rank == 0 and options.out:  # what is done outlives a run that is stopped
+                write_results(list(reports.values()), Path(options.out), **facts)
     rows = list(reports.values())
     skipped = sum(len(report.skipped) for report in rows)
     if rank > 0:
@@ -153,16 +166,15 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     for line in dict.fromkeys(line for report in rows for line in report.skipped):  # models share data
         print(f"left out: {line}")
     if options.out:
-        from ..environment import environment
         from ..evaluation.plots import plot_classes, plot_confusion, plot_sweeps
+        from ..inference.pictures import save_result
 
         out = Path(options.out)
-        written: list[Path | None] = [*write_results(rows, out, command=_command(options), environment=environment(device_of(options)))]
+        written: list[Path | None] = [*write_results(rows, out, **facts)]
         for data in sets:
             some = {title: report for title, report in reports.items() if report.data is data.description}
             stem = "" if len(sets) == 1 else f"{data.description.name}_"
-            gallery(some).save(out / f"{stem}gallery.png")
-            written.append(out / f"{stem}gallery.png")
+            written.append(save_result(gallery(some), out / f"{stem}gallery.png"))
             if options.sweep:
                 written.append(plot_sweeps(some, out / f"{stem}sweep.png"))
             if options.plots:
@@ -184,7 +196,8 @@ def _print_choices(title: str, choices: dict[str, Any]) -> None:
 
 
 def _command(options: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if key not in ("run", "verb", "out", "list_protocols") and value is not None}
+    left_out = ("run", "verb", "out", "held", "list_protocols")
+    return {key: value for key, value in vars(options).items() if key not in left_out and value is not None}
 
 
 def _classify(options: argparse.Namespace, rank: int) -> int:
@@ -205,6 +218,9 @@ def _classify(options: argparse.Namespace, rank: int) -> int:
                                          **given_inference_options(options))
         result.summary["model"] = title
         found.append(result)
+        if rank == 0 and options.out:
+            write_text(Path(options.out) / "results.json",
+                       json.dumps({"command": _command(options), "results": [r.to_dict() for r in found]}, indent=1))
     if rank > 0:
         return 3 if found[0].skipped else 0
     names = {"model": "model", "data": "data", "pictures": "pictures", "classes": "classes", "top1": "top-1", "top5": "top-5",
@@ -213,8 +229,5 @@ def _classify(options: argparse.Namespace, rank: int) -> int:
     for line in found[0].skipped:
         print(f"left out: {line}")
     if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "results.json", json.dumps({"command": _command(options), "results": [r.to_dict() for r in found]}, indent=1))
-        print(out / "results.json")
+        print(Path(options.out) / "results.json")
     return 3 if found[0].skipped else 0

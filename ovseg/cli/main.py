@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,12 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads.set_up()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+            # Names of files need not be UTF-8; results are seen as they come, in a file or a pipe too.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         if (verb := _verb(argv)) is not None:
             _import_torch()
         options = parsed(argv)
-        with in_force(options):
+        with in_force(options), told(quiet=getattr(options, "quiet", False)), ExitStack() as options.held:
             return options.run(options) or 0
     except KeyboardInterrupt:
         return 130
@@ -107,6 +110,37 @@ def _import_torch() -> None:
     except (ImportError, OSError) as error:
         raise ImportError(f"needs torch, which is installed and does not import: {first_line(error)}; expected a release "
                           "that fits this machine, pip install --force-reinstall torch") from error
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what ``sys.stderr`` is at the moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+@contextmanager
+def told(*, quiet: bool = False) -> Iterator[None]:
+    """What this package logs goes to stderr, a plain line each; of ranks beyond the first errors only, of other libraries nothing."""
+    from .. import distributed
+
+    package = logging.getLogger("ovseg")
+    before = package.level
+    handler = _Stderr()
+    if distributed.is_main():
+        package.setLevel(logging.WARNING if quiet else logging.INFO)
+    else:
+        package.setLevel(logging.ERROR)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(before)
 
 
 _FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError, UnicodeError, json.JSONDecodeError, MemoryError)

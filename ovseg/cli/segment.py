@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ from .weights_options import MODEL_HELP, add_weights, load_model, proxy_option
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
     from ..inference import Segmentation
+    from ..inference.sources import Source
 
 _ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json", "rle": ".rle.json"}
 
@@ -55,9 +58,10 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import InputError
     from ..inference import Predictor
     from ..inference.folder import Journal, fingerprint
-    from ..inference.pictures import strip
+    from ..inference.pictures import save_result, strip
     from ..inference.predictor import as_published, check_words
     from ..inference.sources import Source, find_pictures
+    from ..output_lock import locked_folder
     from ..paths import no_file
     from ..progress import bar
     from ..replacing import folder_for
@@ -82,6 +86,12 @@ def run(options: argparse.Namespace) -> int:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
     if len(sources) == 1 and demo is None and (what := no_file(sources[0].path)) is not None:  # before the weights, which may be large
         raise InputError(f"image {str(sources[0].path)!r} {what}; expected a picture")
+
+    def files(name: str) -> list[Path]:
+        return [out / f"{name}{_ENDINGS[kind]}" for kind in formats]
+
+    _check_apart(sources, files)
+    options.held.enter_context(locked_folder(out, "--out", "segment"))
     name = MODEL if options.model is None and options.demo else options.model
     model = load_model(name, **({"readout": options.readout} if options.readout is not None else {}), **proxy_option(options))
     rank, world = distributed.rank(), distributed.world_size()
@@ -108,9 +118,6 @@ def run(options: argparse.Namespace) -> int:
     for problem in bad:
         print(f"skipped: {problem}", file=sys.stderr)
 
-    def files(name: str) -> list[Path]:
-        return [out / f"{name}{_ENDINGS[kind]}" for kind in formats]
-
     def write(result: Segmentation, name: str, image: str) -> None:
         for kind, file in zip(formats, files(name), strict=True):
             _write(result, kind, file, image)
@@ -124,11 +131,11 @@ def run(options: argparse.Namespace) -> int:
         write(found, "demo", "demo")
         if own:
             path = out / "demo.strip.png"
-            strip(found.image, {"truth": demo.truth, model.name: found.labels}, found.names).save(path)
+            save_result(strip(found.image, {"truth": demo.truth, model.name: found.labels}, found.names), path)
             print(path)
     todo = [source for source in sources if few or options.overwrite or not journal.has(source, files(source.name))]
     before, written = len(sources) - len(todo), 0
-    progress = bar(total=len(sources), initial=before, show=not few and rank == 0, unit="picture")
+    progress = bar(total=len(sources), initial=before, show=rank == 0, unit="picture", desc="segment", leave=not few, delay=2.0 * few)
     for source, result in predictor.stream(todo):
         assert isinstance(source, Source)
         progress.update()
@@ -158,6 +165,25 @@ def run(options: argparse.Namespace) -> int:
         share = f" (process {rank} of {world})" if world > 1 else ""
         print(f"{written} pictures into {out}{earlier}, {len(bad)} skipped{share}")
     return 3 if bad else 0
+
+
+def _check_apart(sources: Sequence[Source], files: Callable[[str], list[Path]]) -> None:
+    """No result may replace a picture that is to be read: what is no result of an earlier run is the user's own."""
+    from ..errors import InputError
+
+    places: dict[Path, str] = {}
+
+    def place(path: Path) -> str:
+        if path.parent not in places:
+            places[path.parent] = os.path.realpath(path.parent)
+        return os.path.join(places[path.parent], path.name)
+
+    pictures = {place(source.path): source for source in sources if source.offset is None}
+    for source in sources:
+        for file in files(source.name):
+            if (other := pictures.get(place(file))) is not None:
+                raise InputError(f"the result of {str(source)!r} would be written over {str(other)!r}, which is a picture to segment; "
+                                 "expected another --out")
 
 
 def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
 
     from .. import distributed
     from ..errors import ConfigError
+    from ..output_lock import locked_folder
     from ..replacing import folder_for
     from ..training.recipe import list_recipes, load_recipe
     from ..training.trainer import Interrupted, train
@@ -50,9 +50,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
-    folder_for(folders[-1], "run")
     no_plots("no loss curve is drawn")
-    logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
+    options.held.enter_context(locked_folder(folder_for(folders[-1], "run"), "run", "train"))
     try:
         resume = "auto" if options.auto_resume else options.resume
         train(recipe, folders[-1], resume=resume, allow=options.allow, evaluate=validation(recipe))
@@ -74,6 +73,7 @@ def validation(recipe: Any) -> Any:
     from ..evaluation.evaluate import evaluate
     from ..evaluation.protocols import protocol
     from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
+    from ..inference.pictures import save_result
 
     part = recipe.validation
     if part.every_steps is None:
@@ -94,8 +94,7 @@ def validation(recipe: Any) -> Any:
         asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
         report = evaluate_scene_set(model, data, chosen=chosen, **asked) if name in SCENE_SETS else evaluate(model, data, chosen, **asked)
         if distributed.is_main() and report.examples:
-            folder.mkdir(parents=True, exist_ok=True)
-            gallery({recipe.model.name: report}).save(folder / f"step_{step:08d}.png")
+            save_result(gallery({recipe.model.name: report}), folder / f"step_{step:08d}.png")
         return {key: value for key, value in report.summary.items() if isinstance(value, (int, float))}
 
     return call

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..distributed import is_main
 from ..errors import ConfigError, InputError
 
 MODEL_HELP = ("NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of weights (pacl_tiny), "
@@ -57,11 +58,12 @@ def no_readouts(what: str, name: str) -> InputError:
 def load_model(name: str | None, **options: Any) -> Any:
     """The model that ``-m`` names, on the CPU; the default one without it. ``options`` change how it was built."""
     from ..models import default_model, from_pretrained
-    from ..progress import note
+    from ..progress import note, waiting
 
     asked = {"readout": "--readout", "proxy": "--proxy"}
     try:
-        model = default_model(**options) if name is None else from_pretrained(name, **options)
+        with waiting("loading the default model" if name is None else f"loading {name}", show=is_main()):
+            model = default_model(**options) if name is None else from_pretrained(name, **options)
     except (ConfigError, TypeError) as error:  # TypeError: of a registered function
         bare = None if name is None or not asked.keys() & options else from_pretrained(name)
         if bare is None or hasattr(bare, "set_readout"):

@@ -154,7 +154,8 @@ def _of_names(data: SegmentationSet) -> list[str]:
     before, _, after = data.layout.path.partition("{}")
     folder, _, start = before.rpartition("/")
     keys, end = set(data.listed.keys), len(after)
-    for name in look(data.root / folder).pictures:
+    masks = look(data.root / folder)
+    for name in sorted(masks.pictures + masks.results):  # `ovseg segment --format mask` may have made the masks
         parts = name[len(start) : len(name) - end].split("_")
         # x_labelTrainIds.png beside x.png is another layout's mask of x.
         if name.startswith(start) and name.endswith(after) and not any("_".join(parts[: i + 1]) in keys for i in range(len(parts))):

@@ -10,14 +10,17 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..paths import no_file, no_folder
+from ..progress import waiting
 from .foreign_files import VIDEO_SUFFIXES, by_suffix, not_read
 from .images import FORMATS, SUFFIXES
+from .own_results import OwnResults
 
 # Pictures to people, but not to read_image: what needs a library of its own, runs a program, or cannot be told from noise.
 _OTHERS = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf",
           ".emf", ".ico", ".icns", ".cur", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ras", ".sgi", ".rgb", ".xbm", ".xpm", ".fits", ".dcm",
           ".djvu", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
           ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq", ".flif", ".bpg", ".pam")  # fmt: skip
+LOCK = ".ovseg.lock"  # of whoever writes into a folder, who may be this process
 _READ = frozenset(SUFFIXES)
 UNREAD = tuple(suffix for suffix in _OTHERS if suffix not in _READ)
 _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # copies and thumbnails, never the pictures
@@ -38,6 +41,7 @@ class Folder:
         bad: what looks like a picture and cannot be read, a line each: of formats that are not read, links to nothing, links to folders,
             FIFOs, folders named like a picture, folders that cannot be opened.
         hidden: paths of what was left out for its name.
+        results: paths of pictures that earlier runs of this package wrote.
         others: files that are no pictures, by suffix.
     """
 
@@ -45,7 +49,9 @@ class Folder:
     pictures: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
+    _own: OwnResults = field(default_factory=OwnResults, repr=False)
 
     def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
         """(path below the root, "" or with "/" at its end; names of pictures; names of other files) of the root and each folder in it, in
@@ -68,10 +74,14 @@ class Folder:
         for entry in found:
             name = entry.name
             suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(LOCK):
+                continue
             if hidden(name):
                 self.hidden.append(f"{below}{name}")
             elif entry.is_file(follow_symlinks=False) or _leads_to(entry, "is_file"):
-                if suffix in _READ:
+                if suffix in _READ and self._own.holds(Path(entry.path)):
+                    self.results.append(f"{below}{name}")
+                elif suffix in _READ:
                     pictures.append(name)
                 elif suffix in UNREAD:
                     self.bad.append(f"{entry.path}: {not_read(suffix, ', '.join(FORMATS))}")
@@ -99,11 +109,16 @@ class Folder:
         parts += [f"{number} {suffix}" for suffix, number in self.others.most_common(6)]
         parts += [f"{len(self.bad)} that cannot be read (the first: {self.bad[0]})"] if self.bad else []
         parts += [f"{len(self.hidden)} hidden"] if self.hidden else []
+        parts += [f"{len(self.results)} results of earlier runs"] if self.results else []
         return ", ".join(parts) or "nothing"
 
     def left_out(self) -> list[str]:
-        """Lines about what is no picture: hidden names and other files."""
+        """Lines about what is no picture: results of earlier runs, hidden names and other files."""
         lines = []
+        if self.results:
+            more = ", ..." if len(self.results) > 4 else ""
+            lines.append(f"{self.root}: {len(self.results)} results of earlier runs of ovseg are left out: "
+                         f"{', '.join(self.results[:4])}{more}")
         if self.hidden:
             names = dict.fromkeys(path.rpartition("/")[2] for path in self.hidden)
             more = ", ..." if len(names) > 4 else ""
@@ -128,8 +143,9 @@ def look(root: str | Path) -> Folder:
     if (found := no_folder(root)) is not None:
         raise DataError(f"{str(root)!r} {found}; expected a folder")
     folder = Folder(Path(root))
-    for _ in folder.walk():
-        pass
+    with waiting(f"looking through {root}"):
+        for _ in folder.walk():
+            pass
     folder.pictures.sort()
     return folder
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..errors import DataError, InputError, NoData
 from ..paths import address, as_given, exists, no_file
+from ..progress import waiting
 from ..text_files import text_of, tree_of
 from .folders import Folder
 from .images import MAX_PIXELS, orientation, read_image, upright
@@ -201,6 +202,8 @@ class SegmentationSet:
         if not keys:
             found = self.others.found() if self.others else "nothing"
             raise DataError(f"{self.description.name}: no picture {images} in {self.root}, but {found}")
+        if self.others is not None and self.others.results:
+            logger.warning("%s", self.others.left_out()[0])
         if self.listed.repeated:
             logger.warning("%s: %d keys stand several times in the list and count once, the first: %r", self.root / part["list"],
                            len(self.listed.repeated), next(iter(self.listed.repeated)))
@@ -278,8 +281,9 @@ class SegmentationSet:
 
 def _keys(folder: Folder, start: str, after: str) -> list[str]:
     """Of the pictures whose path begins and ends so; the others stay in ``folder.pictures``."""
-    for _ in folder.walk():
-        pass
+    with waiting(f"looking through {folder.root}"):
+        for _ in folder.walk():
+            pass
     taken = {name for name in folder.pictures if name.startswith(start) and name.endswith(after) and len(name) > len(start) + len(after)}
     folder.pictures = sorted(set(folder.pictures) - taken)
     return sorted(name[len(start) : len(name) - len(after)] for name in taken)

@@ -14,6 +14,7 @@ from .. import distributed
 from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
+from ..data.own_results import OwnResults, is_folder_of_results
 from ..errors import DataError, InputError, NoData
 from ..inference import Predictor
 from ..models import OVSegModel
@@ -42,11 +43,18 @@ class ClassFolders:
         self.root = Path(root)
         if (what := no_folder(self.root)) is not None:
             raise NoData(f"{self.root} {what}; expected a folder with a sub-folder for each class")
+        own = OwnResults()
         folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not hidden(path.name))
         seen = [look(folder) for folder in folders]
+        runs = [folder.root for folder in seen if not folder.pictures and is_folder_of_results(folder.root)]
+        if runs:
+            logger.warning("%s: %d folders hold results of ovseg and no picture, and are no classes: %s", self.root, len(runs),
+                           ", ".join(path.name for path in runs))
+        folders = [folder for folder in folders if folder not in runs]
+        seen = [folder for folder in seen if folder.root not in runs]
         self.items = [(folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures]
         beside = [path for path in sorted(self.root.iterdir()) if not path.is_dir() and not hidden(path.name)
-                  and path.suffix.lower() in (*SUFFIXES, *UNREAD)]
+                  and path.suffix.lower() in (*SUFFIXES, *UNREAD) and not own.holds(path)]
         self.bad = [line for folder in seen for line in folder.bad] + [f"{path}: a picture in no class's folder" for path in beside]
         if not self.items:
             found = f"; in the first: {seen[0].found()}" if seen else ""
@@ -55,7 +63,8 @@ class ClassFolders:
         if empty:
             logger.warning("%s: %d of %d class folders hold no picture, the first: %s", self.root, len(empty), len(folders), empty[0])
         left_out = Folder(self.root, hidden=[path.name for path in self.root.iterdir() if hidden(path.name)]
-                          + [name for folder in seen for name in folder.hidden])
+                          + [name for folder in seen for name in folder.hidden],
+                          results=[f"{folder.root.name}/{name}" for folder in seen for name in folder.results])
         for line in left_out.left_out():
             logger.warning("%s", line)
         self.labels = labels or LabelSet.of([folder.name.replace("_", " ") for folder in folders])
@@ -93,7 +102,7 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: 
     skipped: list[str] = list(data.bad) if skip_bad and rank == 0 else []
     failures: list[str] = []
     place = {name: i for i, name in enumerate(data.labels.names)}
-    for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc="classifying", leave=False):
+    for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc=f"classify by {model.name}", leave=False):
         path, truth = data.items[i]
         try:
             order = [place[name] for name in predictor.set_image(path).classify()]

@@ -127,8 +127,8 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     skipped: list[str] = []
     failure: Exception | None = None
-    shown = bar(total=len(range(rank, total, world)), show=progress and rank == 0, unit="picture", desc=f"{model.name} on {about.name}",
-                leave=False)
+    shown = bar(total=len(range(rank, total, world)), show=progress and rank == 0, unit="picture",
+                desc=f"evaluate {model.name} on {about.name}", leave=False)
     for i, image, truth, seen in _seen(data, range(rank, total, world), predictor, batch):
         shown.update()
         if isinstance(seen, Exception):

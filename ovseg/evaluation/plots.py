@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.own_results import SOFTWARE
 from .evaluate import Report
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def plot_confusion(report: Report, out: Path) -> Path | None:
     if len(names) <= _MOST_NAMED:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(int(rows.sum())), np.array(report.scores.classes)[rows], fontsize=8)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, metadata={"Software": SOFTWARE})
     return out
 
 
@@ -69,7 +70,7 @@ def plot_bars(values: dict[str, float], out: Path, title: str, *, colours: dict[
     if log and max(values.values()) > 0:
         axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, metadata={"Software": SOFTWARE})
     return out
 
 
@@ -88,7 +89,7 @@ def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
     axes.set(xlabel=f"background threshold ({first.choices['scores']})", ylabel="mIoU, %", title=first.choices["data"])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, metadata={"Software": SOFTWARE})
     return out
 
 

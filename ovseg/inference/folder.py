@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..data.own_results import JOURNAL
 from ..paths import no_file
 from ..text_files import records_of
 from .sources import Source
@@ -25,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.path = folder / "ovseg_segment.jsonl"
+        self.path = folder / JOURNAL
         self.key = f"{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}"
         self._done: dict[str, tuple[list[Any], dict[str, int]]] = {}
         for entry in records_of(self.path)[0]:  # without the line that a kill cut off
@@ -44,7 +45,7 @@ class Journal:
         sizes = {file.name: file.stat().st_size for file in files}
         entry = {"name": source.name, "settings": self.key, "source": _state(source), "files": sizes}
         with open(self.path, "a", encoding="utf-8") as journal:
-            # It begins with a line break, in case a kill cut the last line off.
+            # It begins with a line break, in case a kill cut the last line off. One write: lines of several processes do not mix.
             journal.write("\n" + json.dumps(entry))
 
     def _note(self, name: str, state: list[Any], sizes: dict[str, int]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.images import read_image
+from ..data.own_results import png_mark
 from ..errors import InputError
+from ..replacing import replacing
 
 _BLOCK = 1 << 18  # pixels
 _INK, _PAPER, _NONE = (25, 25, 25), (255, 255, 255), (0, 0, 0)
@@ -112,6 +115,13 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
+
+
+def save_result(image: Image.Image, path: Path) -> Path:
+    """Write a picture by rename, marked as a result that is no input of later runs."""
+    with replacing(path) as part:
+        image.save(part, **png_mark(path))
+    return path
 
 
 def legend_strip(entries: Sequence[tuple[tuple[int, ...], str]], width: int) -> Image.Image:

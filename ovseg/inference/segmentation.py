@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.own_results import png_mark
 from ..errors import InputError
 from ..replacing import file_for
 from .pictures import blocks, count_labels, overlay, palette
@@ -47,7 +48,7 @@ class Segmentation:
         path = file_for(path, "path")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.overlay(alpha, legend).save(path)
+            self.overlay(alpha, legend).save(path, **png_mark(path))
         except ValueError as error:
             raise InputError(f"cannot save {str(path)!r}: {error}; expected a suffix such as .png") from error
         return path
@@ -65,7 +66,7 @@ class Segmentation:
         mask = Image.fromarray(values) if wide else Image.fromarray(values, "L")
         if not wide:
             mask.putpalette(np.concatenate([palette(255), np.zeros((1, 3), np.uint8)]).tobytes())
-        mask.save(path)
+        mask.save(path, **png_mark(path))
         return path
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from .. import distributed
 from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.foreign_files import by_suffix, not_read
 from ..data.images import FORMATS, SUFFIXES
+from ..data.own_results import OwnResults
 from ..data.shards import expand_braces, read_shard
 from ..errors import InputError
 from ..paths import address, no_file, no_folder
@@ -66,7 +67,8 @@ def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
 
     A name is a picture; a folder (all pictures below); a pattern such as ``photos/*.jpg`` or ``shards/*.tar``; a range of names,
     ``shard-{000..002}.tar``; a list of any of these, ``.txt`` with a name on each line, relative to the list; or a shard, an uncompressed
-    ``.tar`` as webdataset writes it. Hidden files and folders, and files that are no pictures, are left out, which is said once.
+    ``.tar`` as webdataset writes it. Of folders and patterns hidden files and folders, files that are no pictures and results of earlier
+    runs are left out, which is said once.
 
     The result name of a picture in a folder is its path below that folder without the suffix, so that folders are mirrored; in a
     shard, the shard's name and the member's. Where two pictures differ in their suffix alone, both keep it: ``a_png``, ``a_jpg``.
@@ -170,12 +172,14 @@ class _Search:
         return [(PurePosixPath(name), Source("", path / name)) for name in seen.pictures]
 
     def _pattern(self, name: str) -> list[tuple[PurePosixPath, Source]]:
-        matched, seen = [], Folder(Path(name))
+        matched, seen, own = [], Folder(Path(name)), OwnResults()
         for match in sorted(glob.glob(name, recursive=True)):
             path = Path(match)
             suffix, why = path.suffix.lower(), no_file(match)
             if any(hidden(part) and part not in Path(name).parts for part in path.parts):
                 seen.hidden.append(match)
+            elif why is None and own.holds(path):
+                seen.results.append(match)
             elif suffix in UNREAD and why is None:
                 self.problems.append(f"{match}: {not_read(suffix, ', '.join(FORMATS))}")
             elif suffix not in (*SUFFIXES, ".tar"):  # captions and whatever else lies beside them are no pictures

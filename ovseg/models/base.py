@@ -235,7 +235,7 @@ class OVSegModel(nn.Module):
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
-        for start in bar(starts, show=len(starts) > 4, desc="encoding labels", leave=False):
+        for start in bar(starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False):
             rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)

@@ -6,6 +6,7 @@ import logging
 import statistics
 from pathlib import Path
 
+from ..data.own_results import SOFTWARE
 from ..text_files import records_of
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
         axes.set(xlabel="step", ylabel="loss", title=title)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, metadata={"Software": SOFTWARE})
     return out
 
 

@@ -30,6 +30,7 @@ from ..data.skips import SkipLimit
 from ..errors import CheckpointError, first_line
 from ..objectives import Objective
 from ..paths import read_bounded
+from ..replacing import part_of, remove_parts
 from .gradients import LossScaler
 
 _MARK = "COMPLETE"  # holds the hash of every other file
@@ -104,14 +105,16 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
         recipe, key: of the run and its hash, so that going on with another one is noticed.
     """
     total = state.done + state.step
-    target, part = folder / f"step_{total:08d}", folder / f"step_{total:08d}.part"
+    target = folder / f"step_{total:08d}"
+    part = part_of(target)
     model, rest = _parts(whole(state.objective))
     average = None if state.average is None else whole(state.average.module)
     optimizer = _optimizer_tensors(state)
     ranks = distributed.gather_strings([json.dumps({"loader": state.loader.state_dict(), "random": _random_state()})])
     if distributed.is_main():
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(folder.iterdir())  # of a run that was killed while it saved
+        part.mkdir()
         for name, tensors in (("model", model), ("objective", rest), ("ema", average), ("optimizer", optimizer)):
             if tensors or name in ("model", "optimizer"):
                 save_tensors(tensors or {}, part / f"{name}.safetensors", {"format": "pt"}, sealed=name != "optimizer")  # read here alone

@@ -138,7 +138,6 @@ class Trainer:
         title = self.recipe.model.name if self.stages == 1 else f"{self.recipe.name}: {self.recipe.model.name}"
         with bar(show=show, initial=state.step, total=self.steps, unit="step", desc=title) as shown, state.loader as loader:
             batches = iter(loader)
-            spoken = time.time()
             while state.step < self.steps:
                 began = time.perf_counter()
                 batch, images = self._next(batches)
@@ -156,9 +155,6 @@ class Trainer:
                                              "see log.jsonl. Lower optim.lr or look at the data")
                 shown.update()
                 shown.set_postfix(loss=f"{step.losses['total']:.3f}", refresh=False)
-                if show and not sys.stderr.isatty() and time.time() - spoken > 20:
-                    spoken = time.time()
-                    logger.info("%s step %d/%d loss %.3f", title, state.step, self.steps, step.losses["total"])
                 if step.stopping and not step.last:
                     raise Interrupted(f"signal {received[0] if received else 'to another process'} at step {step.number}; "
                                       "saved, go on with resume")

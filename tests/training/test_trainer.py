@@ -192,7 +192,17 @@ def test_a_run_is_not_overwritten(tmp_path):
 def test_old_checkpoints_are_dropped(tmp_path):
     train(recipe("checkpoint.keep=1"), tmp_path, quiet=True)
     assert [path.name for path in state.complete(tmp_path / "checkpoints")] == ["step_00000006"]
-    assert not list((tmp_path / "checkpoints").glob("*.part"))
+    assert not list((tmp_path / "checkpoints").glob("*.part")) and not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.third_trial(4)
+def test_what_a_killed_run_was_saving_is_removed(tmp_path):
+    left = tmp_path / "checkpoints" / ".part.4194305-0123abcd.step_00000001"
+    left.mkdir(parents=True)
+    (left / "COMPLETE").write_text("")
+    assert state.complete(tmp_path / "checkpoints") == []
+    train(recipe("train.steps=1"), tmp_path, resume="auto", quiet=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
 
 
 @pytest.mark.bad_input("training", "a checkpoint of another model")

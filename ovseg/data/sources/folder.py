@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...distributed import is_main
 from ...errors import ConfigError, DataError, NoData
 from ...paths import no_folder
+from ...progress import waiting
 from ...text_files import lines_of
 from ..batch_types import PairBatch
 from ..draws import some
@@ -85,7 +87,8 @@ class FolderPairs(Source[PairSample]):
         if (what := no_folder(root)) is not None:
             raise NoData(f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions beside them")
         seen = Folder(self.root)
-        pairs = _pairs(seen)
+        with waiting(f"looking through {root}", show=is_main()):
+            pairs = _pairs(seen)
         if not pairs:
             shards = ("; shards are not read in training: unpack them (tar -xf), the captions lie in them as .txt" if ".tar" in seen.others
                       else "")
@@ -96,8 +99,8 @@ class FolderPairs(Source[PairSample]):
                            len(seen.pictures), root)
         if seen.bad:
             logger.warning("%d files below %s cannot be used and are left out; the first: %s", len(seen.bad), root, seen.bad[0])
-        if seen.hidden:
-            logger.warning("%s", seen.left_out()[0])
+        for line in seen.left_out()[: bool(seen.results) + bool(seen.hidden)]:  # without the captions
+            logger.warning("%s", line)
         self.names = Names(pairs)
         self.superpixels = None if superpixels is None else SuperpixelFile(superpixels)
         missing = [] if self.superpixels is None else [name for name in pairs if name not in self.superpixels]
