@@ -30,5 +30,12 @@ class NoCheckpoint(CheckpointError, InputError):
 
 
 def first_line(error: BaseException) -> str:
-    """Of its text; its kind where it says nothing."""
+    """Return what an error says in one line: the first of its text, or its kind where it says nothing.
+
+    YAML's errors draw the place over several lines; of them the problem and where it is, "line 3, column 7: expected ...".
+    """
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    if isinstance(problem, str) and mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code is None:
             raise
         text = str(error) if code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED) else first_line(error)
-        print(f"ovseg {options.verb}: {text or first_line(error)}", file=sys.stderr)
+        lines = [line.strip() for line in (text or first_line(error)).splitlines()]  # those of libraries have several
+        print(f"ovseg {options.verb}: {'; '.join(line for line in lines if line)}", file=sys.stderr)
         return code
     finally:
         distributed.close()

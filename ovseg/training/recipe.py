@@ -150,9 +150,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+        raise ConfigError(f"recipe {path} cannot be read: {first_line(error)}") from error
     except YAMLError as error:
-        raise ConfigError(f"recipe {path} is no YAML: {error}") from error
+        raise ConfigError(f"recipe {path} is no YAML: {first_line(error)}") from error
     if not loaded:
         raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
     for override in overrides:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...checkpoints.hub import PREFIX, fetch
 from ...checkpoints.published import read_published
-from ...errors import CheckpointError, InputError
+from ...errors import CheckpointError, InputError, first_line
 from ...layers.attention import attention
 from ...layers.packing import Packing
 from .base import PackedText
@@ -64,7 +64,7 @@ class BertTokenizer:
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             except (OSError, ValueError, TypeError, KeyError) as error:
-                raise InputError(f"text.tokenizer is {self.source!r}, of which transformers makes no tokenizer ({error}); expected a "
+                raise InputError(f"text.tokenizer is {self.source!r}, of which transformers makes no tokenizer ({first_line(error)}); expected a "
                                  "folder or repository with tokenizer.json") from error
         found = self._tokenizer([texts] if isinstance(texts, str) else list(texts), padding="max_length", truncation=True,
                                 max_length=self.context_length, return_tensors="pt")
