@@ -99,7 +99,7 @@ def _check(options: argparse.Namespace) -> int:
     from ..replacing import folder_for, write_text
 
     if options.out is not None:
-        folder_for(options.out, "--out").mkdir(parents=True, exist_ok=True)
+        folder_for(options.out, "--out")
     wrong = 0
     for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
         report = check_set(data, sample=options.sample, progress=True)
@@ -111,9 +111,9 @@ def _check(options: argparse.Namespace) -> int:
             out = Path(options.out)
             stem = f"{data.description.name}_{options.split}"
             write_text(out / f"{stem}.json", json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
-            plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
-                      f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
-            print(out / f"{stem}.json", out / f"{stem}.png", sep="\n")
+            drawn = plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
+                              f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
+            print(*(path for path in (out / f"{stem}.json", drawn) if path), sep="\n")
     return 1 if wrong else 0
 
 

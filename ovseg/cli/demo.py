@@ -69,7 +69,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..data.scenes import Scenes
     from ..errors import ConfigError
-    from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
+    from ..evaluation.scenes import evaluate_scenes, save_gallery, scene_table
     from ..models import from_pretrained
     from ..replacing import folder_for, write_text
     from ..training.plots import join_curves
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
         reports[stage.title].summary |= {"model": stage.title, "train_seconds": seconds[stage.title]}
     rows = [report.summary for report in reports.values()]
     text = scene_table(rows)
-    gallery(reports).save(out / "gallery.png")
+    shown = save_gallery(reports, out / "gallery.png")
     curve = join_curves({stage.title: out / stage.folder / "log.jsonl" for stage in done}, out / "loss.png")
     write_text(out / "table.md", text + "\n")
     seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
@@ -127,10 +127,10 @@ def run(options: argparse.Namespace) -> int:
              "seconds": round(time.time() - began, 1), "environment": json.loads((out / stages[-1].folder / "env.json").read_text())}
     write_text(results, json.dumps(facts, indent=2) + "\n")
     print(text)
-    shown = ", ".join(f"{row['model']} {ratio:.1f}" for row, ratio in zip(rows[1:], ratios[1:], strict=True))
-    compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {shown}; " if shown else ""
+    ratio_list = ", ".join(f"{row['model']} {ratio:.1f}" for row, ratio in zip(rows[1:], ratios[1:], strict=True))
+    compared = f"Seen-object mIoU over that of {rows[0]['model']!r}: {ratio_list}; " if ratio_list else ""
     print(f"\n{compared}{facts['seconds']:.0f} s in all.")
-    print(*(path for path in (out / "gallery.png", curve, results) if path), sep="\n")
+    print(*(path for path in (shown, curve, results) if path), sep="\n")
     print(f"next: ovseg segment --demo --model {out / stages[-1].folder}")
     return 0
 

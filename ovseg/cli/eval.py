@@ -101,7 +101,7 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     from ..errors import InputError
     from ..evaluation.evaluate import Report, class_table, evaluate, table, write_results
     from ..evaluation.protocols import protocol
-    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
+    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
 
     changes = given_inference_options(options)
     labels = LabelSet.read(options.labels_file) if options.labels_file else None
@@ -154,8 +154,7 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
         for data in sets:
             some = {title: report for title, report in reports.items() if report.data is data.description}
             stem = "" if len(sets) == 1 else f"{data.description.name}_"
-            gallery(some).save(out / f"{stem}gallery.png")
-            written.append(out / f"{stem}gallery.png")
+            written.append(save_gallery(some, out / f"{stem}gallery.png"))
             if options.sweep:
                 written.append(plot_sweeps(some, out / f"{stem}sweep.png"))
             if options.plots:

@@ -67,7 +67,7 @@ def validation(recipe: Any) -> Any:
     from ..errors import ConfigError
     from ..evaluation.evaluate import evaluate
     from ..evaluation.protocols import protocol
-    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
+    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
 
     part = recipe.validation
     if part.every_steps is None:
@@ -87,8 +87,7 @@ def validation(recipe: Any) -> Any:
         asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
         report = evaluate_scene_set(model, data, chosen=chosen, **asked) if name in SCENE_SETS else evaluate(model, data, chosen, **asked)
         if distributed.is_main() and report.examples:
-            folder.mkdir(parents=True, exist_ok=True)
-            gallery({recipe.model.name: report}).save(folder / f"step_{step:08d}.png")
+            save_gallery({recipe.model.name: report}, folder / f"step_{step:08d}.png")
         return {key: value for key, value in report.summary.items() if isinstance(value, (int, float))}
 
     return call

@@ -66,6 +66,7 @@ class Log(Hook):
     every: int
     began: float = field(default_factory=time.time)
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    _failed: bool = False
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self._sums = [a + b for a, b in zip(self._sums, (step.images, step.seconds, step.waited), strict=True)]
@@ -82,9 +83,15 @@ class Log(Hook):
             self._sums = [0.0, 0.0, 0.0]
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if distributed.is_main():
+        if not distributed.is_main():
+            return
+        try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # a disk that is full for now: the weights are worth more than a line
+            if not self._failed:
+                logger.warning("%s cannot be written (%s); training goes on, lines are missing", self.path, error.strerror)
+            self._failed = True
 
 
 @dataclass

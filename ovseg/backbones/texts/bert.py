@@ -64,8 +64,8 @@ class BertTokenizer:
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             except (OSError, ValueError, TypeError, KeyError) as error:
-                raise InputError(f"text.tokenizer is {self.source!r}, of which transformers makes no tokenizer ({first_line(error)}); expected a "
-                                 "folder or repository with tokenizer.json") from error
+                raise InputError(f"text.tokenizer is {self.source!r}, of which transformers makes no tokenizer ({first_line(error)}); "
+                                 "expected a folder or repository with tokenizer.json") from error
         found = self._tokenizer([texts] if isinstance(texts, str) else list(texts), padding="max_length", truncation=True,
                                 max_length=self.context_length, return_tensors="pt")
         return found["input_ids"] * found["attention_mask"]  # padding is 0, whatever the tokenizer pads with
