@@ -127,6 +127,7 @@ class Trainer:
         self.state = State(objective, build_optimizer(objective, recipe), loader, SkipLimit(len(loader.source)),
                            LossScaler(precision == "fp16"), average, number, 0, done)
         self.steps = recipe.train.steps if recipe.train.epochs is None else len(loader)
+        self.first_row = 0  # of this process in the batch of all
         _seed(distributed.seed_for(recipe.train.seed, distributed.rank()))  # what is drawn in training, dropout, is not
         if at is not None:
             checkpoints.restore(at, self.state)
@@ -169,7 +170,7 @@ class Trainer:
         rate = learning_rate(recipe.schedule, recipe.optim.lr, state.step, self.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        progress = Progress(state.step, self.steps, recipe.train.seed, distributed.rank())
+        progress = Progress(state.step, self.steps, recipe.train.seed, distributed.rank(), first=self.first_row)
         state.optimizer.zero_grad(set_to_none=True)
         losses = self.gradients(batch.to(self.device, but=state.objective.on_host), progress, state.scaler.scale)
         state.scaler.unscale(trained(state.objective))
@@ -199,14 +200,17 @@ class Trainer:
         except (DataError, InputError, OSError) as error:
             failure = str(error) or repr(error)
         skipped = () if batch is None else batch.skipped
-        counts = np.array([batch is None, bool(failure), len(skipped), 0 if batch is None else len(batch)], np.int64)
-        ended, failed, bad, images = distributed.all_reduce_sum(counts).tolist()
+        counts = np.zeros(3 + distributed.world_size(), np.int64)  # and the pictures of each process
+        counts[:3] = batch is None, bool(failure), len(skipped)
+        counts[3 + distributed.rank()] = 0 if batch is None else len(batch)
+        ended, failed, bad, *sizes = distributed.all_reduce_sum(counts).tolist()
+        self.first_row = sum(sizes[: distributed.rank()])
         if failed:
             raise DataError(distributed.gather_strings([failure] if failure else [])[0])
         if bad:
             for line in self.state.skips.add(distributed.gather_strings(list(skipped))):
                 logger.warning("skipped: %s", line)
-        return (None if ended else batch), images
+        return (None if ended else batch), sum(sizes)
 
     def model_to_use(self) -> OVSegModel:
         """The trained model, or the average of it; a whole copy where it is sharded."""
