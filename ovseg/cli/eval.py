@@ -60,14 +60,15 @@ def run(options: argparse.Namespace) -> int:
     from .. import distributed
     from ..errors import InputError
     from ..paths import no_folder
-    from ..replacing import folder_for
+    from ..replacing import file_for, folder_for
 
     at_least(1, options, "limit", "scenes", "batch")
     at_least(0, options, "seed")
     if options.plots and options.out is None:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
     if options.out is not None:
-        folder_for(options.out, "--out")
+        for name in ("results.json", "table.md", "classes.csv", "gallery.png"):
+            file_for(folder_for(options.out, "--out") / name, "--out needs a file, and")
     if options.root is not None and (what := no_folder(options.root)) is not None:
         raise InputError(f"--root {options.root!r} {what}; expected the folder that holds the data")
     if options.labels_file == "":

@@ -33,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..replacing import folder_for
     from ..training.recipe import list_recipes, load_recipe
+    from ..training.stages import finished
     from ..training.trainer import Interrupted, train
 
     if options.recipe == "list":
@@ -47,7 +48,11 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
-    folder_for(folders[-1], "run")
+    folder = folder_for(folders[-1], "run")
+    if (options.resume or options.auto_resume) and (steps := finished(folder, recipe)) is not None:
+        if distributed.is_main():
+            print(f"{folder} is done already, {steps} steps: ovseg segment --model {folder} ...")
+        return 0
     logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
     try:
         resume = "auto" if options.auto_resume else options.resume
@@ -66,7 +71,7 @@ def validation(recipe: Any) -> Any:
     from ..data.segmentation_sets import SegmentationSet
     from ..errors import ConfigError
     from ..evaluation.evaluate import evaluate
-    from ..evaluation.protocols import protocol
+    from ..evaluation.protocols import protocol, read_protocol
     from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
 
     part = recipe.validation
@@ -82,6 +87,8 @@ def validation(recipe: Any) -> Any:
     else:
         data = SegmentationSet(name, part.root, "val")
 
+    read_protocol(part.protocol)
+
     def call(model: Any, step: int, folder: Path) -> dict[str, float]:
         chosen = protocol(part.protocol, data.description, model)
         asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
@@ -90,4 +97,5 @@ def validation(recipe: Any) -> Any:
             save_gallery({recipe.model.name: report}, folder / f"step_{step:08d}.png")
         return {key: value for key, value in report.summary.items() if isinstance(value, (int, float))}
 
+    call.check = lambda model: protocol(part.protocol, data.description, model)  # type: ignore[attr-defined]
     return call

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import distributed
 from ..models import OVSegModel, save_pretrained
 from ..replacing import write_text
 from ..text_files import records_of
 from . import state
-from .stages import BEST, Run
+from .recipe import Recipe
+from .stages import BEST, Run, begin_run
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -55,6 +58,25 @@ class Step:
 class Hook:
     def after_step(self, trainer: Trainer, step: Step) -> None:
         """In all processes, also after a step that was skipped."""
+
+
+@dataclass
+class Begin(Hook):
+    """Writes the folder of the run once a step is made: what fails before leaves it as it was."""
+
+    run: Run
+    recipe: Recipe
+    device: torch.device
+    done: bool = False
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.now()
+
+    def now(self) -> None:
+        """In all processes; only the first call does anything."""
+        if not self.done:
+            begin_run(self.run, self.recipe, self.device)
+            self.done = True
 
 
 @dataclass
