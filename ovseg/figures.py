@@ -38,7 +38,7 @@ def beside_the_work(what: str) -> Callable[[Callable[_P, Path | None]], Callable
             try:
                 return draw(*arguments, **options)
             except Exception as error:
-                missing = isinstance(error, ModuleNotFoundError) and error.name == "matplotlib"
+                missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("matplotlib")
                 why = ("matplotlib is not installed (pip install 'ovseg-kernels[plot]')" if missing
                        else f"{type(error).__name__}: {first_line(error)}")
                 logger.warning("no %s is drawn: %s", what, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
@@ -20,6 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Who may read it is for the umask to say: safetensors from 0.8 on writes files that their owner alone can read.
     """
+    made = [above for above in path.parents if not above.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
@@ -30,6 +31,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        with suppress(OSError):  # what was made for nothing; a folder that holds something stays
+            for above in made:
+                above.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
