@@ -349,16 +349,15 @@ def test_a_run_that_was_killed_before_its_model_was_written_writes_it(done, copi
 
 
 @pytest.mark.third_trial(15)
-def test_a_run_with_epochs_and_one_of_an_earlier_version_are_done_too(tmp_path, capsys):
-    run, once = tmp_path / "run", recipe("train.epochs=1")
-    train(once, run, quiet=True)
-    facts = state.facts_of(state.complete(run / "checkpoints")[-1])
-    assert facts["of"] == facts["step"] == 5
-    line = ["train", str(run / "config.yaml"), f"run={run}", "--resume"]
-    assert main(line) == 0 and "is done already, 5 steps" in capsys.readouterr().out
-    at = state.complete(run / "checkpoints")[-1] / "state.json"
-    at.write_text(json.dumps({key: value for key, value in json.loads(at.read_text()).items() if key != "of"}))
-    assert state.facts_of(at.parent)["of"] is None and finished(run, once) is None  # the data must be looked at
-    one = recipe("train.steps=5")
-    at.write_text(json.dumps({**json.loads(at.read_text()), "recipe": to_dict(one)}))
-    assert finished(run, one) == 5
+def test_checkpoints_of_earlier_versions_do_not_say_of_how_many_steps(copied):
+    made = recipe("train.steps=2", "checkpoint.every_steps=1")
+    at = state.complete(copied / "checkpoints")[-1] / "state.json"
+    facts = json.loads(at.read_text())
+    assert facts.pop("of") == facts["step"] == 2 and finished(copied, made) == 2
+    at.write_text(json.dumps(facts))
+    assert finished(copied, made) == 2  # the recipe says it
+    epochs = recipe("train.epochs=1", "checkpoint.every_steps=1")
+    at.write_text(json.dumps({**facts, "recipe": to_dict(epochs)}))
+    assert finished(copied, epochs) is None  # the data do
+    at.write_text(json.dumps({**facts, "of": 2, "recipe": to_dict(epochs)}))
+    assert finished(copied, epochs) == 2
