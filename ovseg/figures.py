@@ -1,7 +1,7 @@
 """Plots and pictures beside the work: whether they can be drawn or not, the results are kept.
 
-They are drawn by matplotlib's ``Figure`` alone, without pyplot: no window, and no account of the backend that a notebook or a terminal
-asks for.
+They are drawn by matplotlib's ``Figure`` alone, without pyplot: no window, and no account of the
+backend that a notebook or a terminal asks for.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ def beside_the_work(what: str) -> Callable[[Callable[_P, Path | None]], Callable
             try:
                 return draw(*arguments, **options)
             except Exception as error:
-                missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("matplotlib")
-                why = ("matplotlib is not installed (pip install 'ovseg-kernels[plot]')" if missing
-                       else f"{type(error).__name__}: {first_line(error)}")
+                missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(
+                    "matplotlib"
+                )
+                why = (
+                    "matplotlib is not installed (pip install 'ovseg-kernels[plot]')"
+                    if missing
+                    else f"{type(error).__name__}: {first_line(error)}"
+                )
                 logger.warning("no %s is drawn: %s", what, why)
                 return None
 
@@ -59,7 +64,7 @@ def new_figure(**options: Any) -> Figure:
 
 
 def _import_matplotlib() -> None:
-    """Import it without MPLBACKEND: with one that is not installed, such as a notebook's, it does not import at all."""
+    """Import it without MPLBACKEND: with one that is not installed, such as a notebook's, it fails."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -68,7 +73,9 @@ def _import_matplotlib() -> None:
             os.environ["MPLBACKEND"] = backend
     if backend:
         with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # for the rest of the program, as if it had imported it
+            matplotlib.rcParams["backend"] = (
+                backend  # for the rest of the program, as if it had imported it
+            )
 
 
 def save_figure(figure: Figure, out: Path, dpi: int) -> Path:

@@ -111,7 +111,7 @@ def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, 
 
 
 def check_source(source: Source, objective: Objective, kind: str) -> None:
-    """Raise ConfigError if the objective takes another kind of batch than the data make, or means something else by them."""
+    """Raise ConfigError if the data make other batches than the objective takes, or mean others."""
     if not issubclass(source.batch_type, objective.batch_type):
         raise ConfigError(f"data.kind is {kind!r}, which gives {source.batch_type.__name__}; the objective "
                           f"{type(objective).__name__} expects {objective.batch_type.__name__}")
@@ -119,12 +119,14 @@ def check_source(source: Source, objective: Objective, kind: str) -> None:
 
 
 def check_batches(pictures: int, recipe: Recipe) -> int:
-    """Return the steps of a stage on so many pictures; ConfigError, by the key, if they make no batch."""
+    """Return the steps of a stage on so many pictures; ConfigError if they make no batch."""
     train = recipe.train
     try:
-        each = batches_of(pictures, train.batch_size, ranks=distributed.world_size(), drop_last=train.drop_last)
+        ranks = distributed.world_size()
+        each = batches_of(pictures, train.batch_size, ranks=ranks, drop_last=train.drop_last)
     except ConfigError as error:
-        raise ConfigError(f"train.{error}" if str(error).startswith("batch_size") else str(error)) from error
+        text = str(error)
+        raise ConfigError(f"train.{text}" if text.startswith("batch_size") else text) from error
     return train.steps if train.epochs is None else train.epochs * each
 
 
@@ -136,7 +138,7 @@ class Run:
         at: the checkpoint to go on from, if any.
         recipe, key: plain values and their hash, for checkpoints.
         goes_on: whether there is a run in it; otherwise one is begun.
-        changed: keys of the recipe that are not what the run was begun with, and are allowed not to be.
+        changed: keys of the recipe that are not what the run was begun with, and may be.
         damaged: checkpoints that ``begin_run`` sets aside.
     """
 
@@ -158,7 +160,7 @@ class Run:
 
 
 def check_names(folder: Path) -> None:
-    """Raise InputError if a name of the run's own is taken by something of another kind: it would be found out after the training."""
+    """Raise InputError if a name of the run's own is taken by something of another kind."""
     for name in _FOLDERS:
         folder_for(folder / name, "run needs a folder, and")
     for name in _FILES:
@@ -169,7 +171,8 @@ def _check_unused(folder: Path) -> None:
     """Refuse to begin a run where a model of something else would be written over."""
     for name in ("model", BEST):
         if (folder / name).is_dir() and any((folder / name).iterdir()):
-            raise ConfigError(f"{folder / name} holds files and {folder} no run that wrote them; expected a folder without a {name!r}")
+            raise ConfigError(f"{folder / name} holds files and {folder} no run that wrote them; "
+                              f"expected a folder without a {name!r}")
 
 
 def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequence[str] = ()) -> Run:
@@ -203,13 +206,14 @@ def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequenc
         if not any(key == name or key.startswith(f"{name}.") for name in allow):
             raise ConfigError(f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected the same recipe, a new "
                               f"folder, or --allow {key} to go on with another one")
-    return Run(folder, plain, hash_of(plain), at, bool(resume) and begun, tuple(key for key, *_ in changed), tuple(damaged))
+    keys = tuple(key for key, *_ in changed)
+    return Run(folder, plain, hash_of(plain), at, bool(resume) and begun, keys, tuple(damaged))
 
 
 def begin_run(run: Run, recipe: Recipe, device: torch.device) -> None:
-    """Write ``config.yaml`` and ``env.json``, and put away what does not belong to the run any more. Called by all processes.
+    """Write ``config.yaml`` and ``env.json``, and put away what is no part of the run any more.
 
-    What was there before under the first name is kept beside it, if it is another recipe.
+    Called by all processes. Another recipe that was there is kept beside the new one.
     """
     distributed.barrier()  # nobody writes before all have read
     if distributed.is_main():
@@ -219,7 +223,8 @@ def begin_run(run: Run, recipe: Recipe, device: torch.device) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         _write_recipe(run, recipe)
-        write_text(run.folder / "env.json", json.dumps({**environment(device), "processes": distributed.world_size()}, indent=2))
+        facts_here = {**environment(device), "processes": distributed.world_size()}
+        write_text(run.folder / "env.json", json.dumps(facts_here, indent=2))
         facts = None if run.at is None else facts_of(run.at)
         _forget_after(run.log, 0 if facts is None else facts["done"] + facts["step"])
     distributed.barrier()
@@ -230,7 +235,9 @@ def _write_recipe(run: Run, recipe: Recipe) -> None:
     if saved.exists() and (run.changed or (not run.goes_on and not _is_of(saved, run.recipe))):
         kept = run.folder / f"config.until_{run.at.name if run.at else 'start'}.yaml"
         saved.replace(kept)
-        why = f"going on with another recipe ({', '.join(run.changed)})" if run.goes_on else "another recipe was here"
+        why = "another recipe was here"
+        if run.goes_on:
+            why = f"going on with another recipe ({', '.join(run.changed)})"
         logger.warning("%s; the old one is kept in %s", why, kept)
     if not saved.exists():
         save_recipe(recipe, saved)
@@ -245,7 +252,7 @@ def _is_of(saved: Path, plain: dict[str, Any]) -> bool:
 
 
 def finished(folder: Path, recipe: Recipe) -> int | None:
-    """Return the steps of a run by ``recipe`` that has nothing left to do, its model in ``folder/model``; None if there is something.
+    """Return the steps of a run by ``recipe`` that has nothing left to do; None if it has.
 
     Small files alone are read: neither weights nor data.
     """
@@ -253,15 +260,16 @@ def finished(folder: Path, recipe: Recipe) -> int | None:
         at = complete(folder / "checkpoints")[-1]
         facts = facts_of(at)
         steps = facts["done"] + facts["step"]
-        exported = read_config(folder / "model").get("steps") == steps and (folder / "model" / "model.safetensors").is_file()
+        exported = (folder / "model" / "model.safetensors").is_file()
+        exported = exported and read_config(folder / "model").get("steps") == steps
     except (IndexError, CheckpointError, OSError):
         return None
     stages = stages_of(recipe)
     last = stages[-1].train
-    of = facts["of"] or (last.steps if last.epochs is None else None)  # earlier versions did not write it
+    of = facts["of"] or (last.steps if last.epochs is None else None)  # earlier versions lack it
     same = facts["recipe"] == to_dict(recipe) and facts["processes"] == distributed.world_size()
-    done = same and exported and facts["stage"] == len(stages) - 1 and of is not None and facts["step"] >= of
-    return steps if done else None
+    ended = facts["stage"] == len(stages) - 1 and of is not None and facts["step"] >= of
+    return steps if same and exported and ended else None
 
 
 def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
