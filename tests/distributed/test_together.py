@@ -151,7 +151,7 @@ def scenarios(folder):
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    return folder, [json.loads(text.splitlines()[-1]) for text in run(__file__, "scenarios", 2, folder, seconds=120)]
+    return folder, [json.loads(text.splitlines()[-1]) for text in run(__file__, "scenarios", 2, folder, seconds=180)]
 
 
 def curve(folder):
