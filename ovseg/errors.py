@@ -29,13 +29,21 @@ class NoCheckpoint(CheckpointError, InputError):
     """A checkpoint that is not where it was said to be."""
 
 
+# What torch, transformers and numpy advise where a file holds code: to run it.
+_ADVICE = ("weights_only", "trust_remote_code", "allow_pickle", "unsafely")
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says in one line: the first of its text, or its kind where it says nothing.
 
-    YAML's errors draw the place over several lines; of them the problem and where it is, "line 3, column 7: expected ...".
+    YAML's errors draw the place over several lines; of them it is the problem and where it is. Advice
+    to run code that came with a file is not passed on.
     """
     problem = getattr(error, "problem", None)
     mark = getattr(error, "problem_mark", None)
     if isinstance(problem, str) and mark is not None:
         return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip()
+    if any(word in text for word in _ADVICE):
+        return "it holds code, which is not run"
+    return (text or type(error).__name__).splitlines()[0]

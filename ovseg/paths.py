@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 
 _KINDS = ((stat.S_ISDIR, "is a folder"), (stat.S_ISFIFO, "is a FIFO"), (stat.S_ISSOCK, "is a socket"),
           (stat.S_ISCHR, "is a device"), (stat.S_ISBLK, "is a device"))  # fmt: skip
+
+# With one "/" as well, which is what pathlib makes of two.
+_ADDRESS = re.compile(r"(https?|s?ftps?|s3[an]?|gs|gcs|az|abfss?|wasbs?|hdfs|hf|oss|ssh|scp|smb|webdavs?|file):/+[^/]|data:[a-z]+/",
+                      re.IGNORECASE)
+
+
+def address(path: str | Path) -> str | None:
+    """Why a name that is an address, such as ``https://...``, ``s3://...`` or ``file://...``, is no path; None if it is none."""
+    name = str(path)
+    if _ADDRESS.match(name) is None or os.path.lexists(name):
+        return None
+    if name[:5].lower() == "file:":
+        return "is an address; expected the path alone, which begins after file://"
+    return "is an address, and only files are read: download it first"
+
+
+def as_given(path: str | Path) -> str:
+    """The name for messages; an address as it was given, of which pathlib has taken a "/"."""
+    name = str(path)
+    return re.sub(r"^(\w+):/(?=[^/])", r"\1://", name) if address(name) else name
 
 
 def no_file(path: str | Path) -> str | None:
@@ -33,9 +54,29 @@ def no_folder(path: str | Path) -> str | None:
     return next((words for test, words in _KINDS if test(mode)), "is a file")
 
 
+def read_bounded(path: str | Path, most: int) -> bytes:
+    """The bytes of a plain file of at most ``most`` bytes. Nothing else is opened: a FIFO would be
+    waited for, a device has no end.
+
+    Raises:
+        OSError: FileNotFoundError and the like if it is not there, an OSError in words if it is no
+            plain file, cannot be read or is longer.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} {no_file(path)}; expected a file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"{path} has more than {most} bytes; expected at most that")
+    return data
+
+
 def _unreachable(path: str | Path, error: OSError | ValueError) -> str:
     if isinstance(error, ValueError):
         return "holds a NUL character"
+    if (what := address(path)) is not None:
+        return what
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "is a link to nothing" if os.path.islink(path) else "does not exist"
     if error.errno == errno.ELOOP:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError
-from .paths import no_file, no_folder
+from .paths import address, as_given, no_file, no_folder
 
 LONGEST = 255  # bytes of a name, on the file systems in use
 
@@ -56,6 +56,8 @@ def folder_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
+    if address(path):
+        raise InputError(f"{option} {as_given(path)!r} is an address, and only local folders are written to; expected a folder")
     found = no_folder(path)
     if found not in (None, "does not exist"):
         raise InputError(f"{option} {str(path)!r} {found}; expected a folder, or a name where nothing is yet")
@@ -69,6 +71,8 @@ def file_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
+    if address(path):
+        raise InputError(f"{option} {as_given(path)!r} is an address, and only local files are written; expected the name of a file")
     found = no_file(path)
     if found not in (None, "does not exist"):  # a device would be replaced by a file
         raise InputError(f"{option} {str(path)!r} {found}; expected the name of a file to write")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import first_line
-from .paths import no_file
+from .paths import as_given, no_file
 
 
 def text_of(path: Path, what: str, expected: str, error: type[Exception]) -> str:
@@ -21,16 +21,16 @@ def text_of(path: Path, what: str, expected: str, error: type[Exception]) -> str
         error: if there is no file, it cannot be read, or is not UTF-8.
     """
     if (found := no_file(path)) is not None:
-        raise error(f"{what} {str(path)!r} {found}; expected {expected}")
+        raise error(f"{what} {as_given(path)!r} {found}; expected {expected}")
     try:
         data = path.read_bytes()
     except OSError as failure:
-        raise error(f"{what} {str(path)!r} cannot be read: {failure.strerror}; expected {expected}") from failure
+        raise error(f"{what} {as_given(path)!r} cannot be read: {failure.strerror}; expected {expected}") from failure
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         line = data.count(b"\n", 0, failure.start) + 1
-        raise error(f"{what} {str(path)!r} is no UTF-8 text, line {line}: {failure.reason} 0x{data[failure.start]:02x}; "
+        raise error(f"{what} {as_given(path)!r} is no UTF-8 text, line {line}: {failure.reason} 0x{data[failure.start]:02x}; "
                     f"expected {expected}") from failure
 
 
@@ -44,7 +44,7 @@ def lines_of(path: Path, what: str, expected: str, error: type[Exception]) -> li
     lines = [line.strip() for line in text_of(path, what, expected, error).replace("\r", "\n").split("\n")]
     lines = [line for line in lines if line]
     if not lines:
-        raise error(f"{what} {str(path)!r} is empty; expected {expected}")
+        raise error(f"{what} {as_given(path)!r} is empty; expected {expected}")
     return lines
 
 

@@ -109,6 +109,11 @@ class ClipBackbone(nn.Module):
         """Options beside those that built it which a saved folder needs, because they came with weights that it does not name."""
         return {}
 
+    def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``state``, under the names of this module, with tables of positions of another size
+        resized to the module's."""
+        return state
+
     def check_readout(self, readout: Readout) -> None:
         """Raises ValueError for a readout that the vision tower does not have."""
 

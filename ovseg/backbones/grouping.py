@@ -13,9 +13,12 @@ from torch import nn
 
 from ..layers.block import AttentionBlock
 from ..layers.grouping_vit import GroupingViT, VisionGroups
+from ..layers.positions import resize_positions
 from ..layers.projector import Projector
 from .base import ClipBackbone
 from .texts import build_text
+
+_POSITIONS = "image.pos_embed"
 
 
 @dataclass
@@ -90,6 +93,23 @@ class GroupingBackbone(ClipBackbone):
     def lasting_options(self) -> dict[str, Any]:
         """Weights that the text tower began with are in the saved file."""
         return {"text": {key: x for key, x in self.options.text.items() if key != "weights"}} if self.options.text.get("weights") else {}
+
+    def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        table, own = state.get(_POSITIONS), self.state_dict().get(_POSITIONS)
+        rows = 0 if table is None or table.dim() != 3 else table.shape[1]
+        side = math.isqrt(rows)
+        if (
+            table is None
+            or own is None
+            or not rows
+            or side * side != rows
+            or table.shape[2] != own.shape[2]
+        ):
+            return state  # for the comparison of shapes to name
+        resized = resize_positions(
+            table[0], (side, side), (self.image.side, self.image.side), antialias=False, prefix=0
+        )
+        return {**state, _POSITIONS: resized[None]}
 
     @property
     def vision_blocks(self) -> Sequence[AttentionBlock]:

@@ -10,17 +10,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..checkpoints.state_dicts import State
 from ..errors import InputError, first_line
 from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.readout import READOUTS, ProxyFeatures, Readout
 from .base import ClipBackbone, DenseTokens, PatchTokens
+from .clip_positions import resize_clip_positions
 from .towers import ClipVit, image_tower
-from .weights import clip_tokenizer, configuration, create_clip, import_open_clip
+from .weights import (
+    clip_tokenizer,
+    configuration,
+    create_clip,
+    import_open_clip,
+    sized,
+)
+
+_CLIP = "clip."  # of the names of its tensors
 
 
 class ClipTokenizer:
@@ -73,22 +83,40 @@ class OpenClipOptions:
         stride: step between patches in pixels; None is the patch size. A smaller step gives overlapping patches and a
             finer grid (PACL's stride trick: 4 for patches of 16).
         attention_backend: ``sdpa`` or ``xformers``.
+        image_size, context_length: side of pictures in pixels and tokens of a text, if not those of
+            the architecture; positions of weights of another size are resized, as open_clip does
+            it. Pictures of any size are read without: this is the size that the model is built for.
     """
+
+    ends: ClassVar[dict[str, tuple[float, float]]] = {
+        "image_size": (1, 16384),
+        "context_length": (3, 65536),
+        "stride": (1, 16384),
+    }
 
     architecture: Any = "ViT-B-16-quickgelu"
     clip: str | None = None
     stride: int | None = None
     attention_backend: str = "sdpa"
+    image_size: int | None = None
+    context_length: int | None = None
 
 
 class OpenClipBackbone(ClipBackbone):
     """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``."""
 
-    def __init__(self, architecture: str | dict[str, Any], weights: str | None = None, stride: int | None = None,
-                 attention_backend: str = "sdpa"):
+    def __init__(
+        self,
+        architecture: str | dict[str, Any],
+        weights: str | None = None,
+        stride: int | None = None,
+        attention_backend: str = "sdpa",
+        image_size: int | None = None,
+        context_length: int | None = None,
+    ):
         super().__init__()
         try:
-            clip: Any = create_clip(architecture, weights)
+            clip: Any = create_clip(architecture, weights, image_size, context_length)
         except OSError as error:
             if not isinstance(architecture, str) or "hf_model_name" not in import_open_clip().get_model_config(architecture)["text_cfg"]:
                 raise
@@ -106,7 +134,7 @@ class OpenClipBackbone(ClipBackbone):
             plain = import_open_clip().transformer.ResidualAttentionBlock
             text.transformer.resblocks = nn.ModuleList(ClipBlock(b, attention_backend) if type(b) is plain else b for b in blocks)
         self.clip = clip
-        self.architecture = architecture
+        self.architecture = architecture = sized(architecture, image_size, context_length)
         tower = self.tower
         self.patch_size, self.stride, self.image_size = tower.patch_size, tower.stride, tower.image_size
         self.token_dim, self.embed_dim = tower.token_dim, tower.embed_dim
@@ -137,6 +165,13 @@ class OpenClipBackbone(ClipBackbone):
     def lasting_options(self) -> dict[str, Any]:
         known, seen = configuration(self.architecture), {"mean": self.image_mean, "std": self.image_std}
         return {} if known.get("preprocess_cfg") == seen else {"architecture": {**known, "preprocess_cfg": seen}}
+
+    def resize_positions(self, state: State) -> State:
+        own = {name.removeprefix(_CLIP): x for name, x in state.items() if name.startswith(_CLIP)}
+        resized = resize_clip_positions(
+            self.clip, own, self.tower.interpolation, self.tower.antialias
+        )
+        return {**state, **{_CLIP + name: x for name, x in resized.items()}}
 
     def check_readout(self, readout: Readout) -> None:
         self.tower.check_readout(readout)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..checkpoints.files import check_numbers
 from ..checkpoints.hub import fetch
 from ..checkpoints.published import read_published
 from ..errors import CheckpointError, ConfigError, WeightsError
@@ -61,6 +62,8 @@ class ProxyEncoder(nn.Module):
                 raise
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit timm's {options.name}: {reason[:300]}") from error
+        if overlay is not None:
+            _check_numbers(path, overlay["state_dict"], self.vit)
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
         cfg = self.vit.pretrained_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"])[:, None, None], persistent=False)
@@ -110,6 +113,20 @@ def _without_classifier(timm: Any, name: str, state: dict[str, torch.Tensor]) ->
     found = facts.classifier if facts is not None and facts.classifier else ()
     layers = tuple(f"{layer}." for layer in ([found] if isinstance(found, str) else found))
     return {key: x for key, x in state.items() if not key.startswith(layers)} if layers else state
+
+
+def _check_numbers(path: Path | None, state: dict[str, torch.Tensor], vit: nn.Module) -> None:
+    """``check_numbers`` of weights that timm has loaded, and renamed where they are not its own:
+    kinds as the file has them."""
+    own = vit.state_dict()
+    counters = {name.rsplit(".", 1)[-1] for name, x in own.items() if not x.is_floating_point()}
+    kinds = {
+        name: torch.zeros(
+            (), dtype=torch.int64 if name.rsplit(".", 1)[-1] in counters else torch.float32
+        )
+        for name in state
+    }
+    check_numbers(str(path), state, kinds)
 
 
 def _takes_sizes(timm: Any, architecture: str) -> bool:

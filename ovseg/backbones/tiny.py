@@ -84,6 +84,8 @@ class TinyClip(ClipBackbone):
         super().__init__()
         o = TinyOptions(**options)
         width, heads = o.width, o.heads
+        if width % heads:
+            raise ValueError(f"heads is {heads}; expected a divisor of the width, {width}")
         self.token_dim, self.embed_dim, self.image_size, self.heads = width, o.embed_dim, o.image_size, heads
         self.tokenizer = WordTokenizer(context_length=o.context_length)
         self.stem = local_stem(width)

@@ -6,7 +6,6 @@ more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` i
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,14 +22,29 @@ from torch import nn
 
 from ..checkpoints.files import check_fit
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
+from ..checkpoints.json_files import load_json
 from ..checkpoints.published import read_published
-from ..checkpoints.transformers_layout import MODEL_TYPES, transformers_config, transformers_state
+from ..checkpoints.state_dicts import State, plain_names, without_prefix
+from ..checkpoints.transformers_layout import (
+    MODEL_TYPES,
+    parts_of,
+    transformers_config,
+    transformers_state,
+)
 from ..errors import CheckpointError, InputError, WeightsError
-from ..paths import no_file
+from ..paths import address, no_file
+from .clip_positions import resize_clip_positions
 
 Architecture = str | dict[str, Any]
 QUICK = "-quickgelu"  # how open_clip names an architecture with OpenAI's activation
 _NUMBERS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's state dicts hold them as tensors
+_TOKENIZER_OPTIONS = (
+    "clean",
+    "strip_sep_token",
+    "language",
+    "reduction_mask",
+    "additional_special_tokens",
+)
 _TOKENIZER_FILES = (("tokenizer.json", "spiece.model", "vocab.txt"), ("tokenizer_config.json",), ("special_tokens_map.json",))
 
 
@@ -104,17 +118,21 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
     if isinstance(architecture, str) and weights in (tags := tags_of(architecture)):
         facts = tags[weights]
         path = _fetch_tag(facts, f" and -m {architecture}:FILE" if "/" not in architecture else "")
-        return ClipSource(lambda: read_published(path), f"{architecture}:{weights}", _of_activation(architecture, facts),
-                          {key: tuple(facts[key]) for key in ("mean", "std")})
+        return ClipSource(
+            lambda: read_clip(path),
+            f"{architecture}:{weights}",
+            _of_activation(architecture, facts),
+            {key: tuple(facts[key]) for key in ("mean", "std")},
+        )
     path = Path(weights)
     if is_clip_file(path):
         path = path.parent
     if path.is_dir():
         return _of_folder(path, str(path))
     if path.is_file():
-        return ClipSource(lambda: read_published(path), str(path))
+        return ClipSource(lambda: read_clip(path), str(path))
     known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
-    there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+    there = f", which {no_file(path)}" if os.path.lexists(path) or address(weights) else ""
     raise InputError(f"clip is {weights!r}{there}; expected a file or folder that exists, {PREFIX}owner/name{known}")
 
 
@@ -128,7 +146,7 @@ def fetch_folder(repo: str) -> Path:
     files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin") if ours else CLIP_FILES
     path = fetch(repo, files, ways=f", beside {config.name} in a folder that -m names")
     if path.name.endswith(".index.json"):
-        for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+        for part in parts_of(path):
             fetch(repo, (part,))
     if path.parent != config.parent:  # the repository has moved on since the configuration was cached
         fetch(repo, (config.name,))
@@ -147,25 +165,88 @@ def is_clip_file(path: Path) -> bool:
     return path.is_file() and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin") and is_clip_folder(path.parent)
 
 
-def create_clip(architecture: Architecture, weights: str | None = None) -> nn.Module:
-    """Arguments as ``OpenClipOptions.architecture`` and ``clip``."""
+def read_clip(path: Path) -> State:
+    """The tensors of a checkpoint of a CLIP, which may be a part called ``clip`` of what was
+    saved."""
+    return clip_names(read_published(path))
+
+
+def clip_names(state: State) -> State:
+    """``state`` under the names of a CLIP that stands alone."""
+    return plain_names(without_prefix(state, "clip."))
+
+
+def create_clip(
+    architecture: Architecture,
+    weights: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+) -> nn.Module:
+    """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``. With a size the positions
+    of the weights are resized to it."""
     source = None if weights is None else find_clip(weights, architecture)
     if source is not None and source.architecture is not None and _quick(source.architecture) != _quick(architecture):
         raise ValueError(f"clip is {weights!r}, trained with{'' if _quick(source.architecture) else 'out'} QuickGELU, and architecture "
                          f"{_title(architecture)}; expected architecture={_title(source.architecture)}")
-    model = _build(architecture, source.preprocess if source else None)
+    model = _build(
+        sized(architecture, image_size, context_length), source.preprocess if source else None
+    )
     if source is not None:
-        load_clip(model, source)
+        load_clip(model, source, resize=(image_size, context_length) != (None, None))
     return model
 
 
-def load_clip(model: nn.Module, source: ClipSource) -> None:
+def sized(
+    architecture: Architecture, image_size: int | None, context_length: int | None
+) -> Architecture:
+    """The architecture for pictures of so many pixels a side and texts of so many tokens; None
+    leaves them as they are.
+
+    Raises:
+        InputError: for a size that it cannot have.
+    """
+    if image_size is None and context_length is None:
+        return architecture
+    config = configuration(architecture)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if image_size is not None:
+        patch = vision.get("patch_size", 16)
+        if (
+            not isinstance(vision.get("layers", 12), int)
+            or {"timm_model_name", "timm_kwargs"} & vision.keys()
+        ):
+            raise InputError(
+                f"image_size is {image_size} and architecture {_title(architecture)}, whose image "
+                "tower is not open_clip's ViT; expected None: pictures of any size are read all the same"
+            )
+        if not isinstance(patch, int) or image_size < patch or image_size % patch:
+            raise InputError(
+                f"image_size is {image_size}; expected a multiple of the patch, {patch} pixels"
+            )
+        vision["image_size"] = image_size
+    if context_length is not None:
+        if "hf_model_name" in text:
+            raise InputError(
+                f"context_length is {context_length} and architecture {_title(architecture)}, "
+                "whose text tower is transformers'; expected None"
+            )
+        text["context_length"] = context_length
+    return config
+
+
+def load_clip(model: nn.Module, source: ClipSource, *, resize: bool = False) -> None:
     """Load weights into open_clip's model, strictly.
+
+    Args:
+        resize: whether positions of another resolution or context are resized to the model's; they
+            are refused else.
 
     Raises:
         CheckpointError: for files that are damaged, and weights of another architecture.
     """
     state = _state_for(model, source.read())
+    if resize:
+        state = resize_clip_positions(model, state)
     check_fit(source.where, state, model.state_dict())
     model.load_state_dict(state)
 
@@ -235,17 +316,49 @@ def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torc
     if not name:
         if isinstance(architecture, str):
             return open_clip.get_tokenizer(architecture)
-        return open_clip.tokenizer.SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
+        return open_clip.tokenizer.SimpleTokenizer(
+            context_length=length, **_tokenizer_options(text)
+        )
     folder = Path(name)
     if not folder.is_dir():
         folder = fetch(name, _TOKENIZER_FILES[0], ways=f", with tokenizer_config.json, into {name} below the present folder").parent
         for files in _TOKENIZER_FILES[1:]:
             _fetch_optional(name, files)
     try:
+        # None, transformers' default, would ask on the terminal whether to run a folder's code.
         return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, tokenizer_mode=text.get("tokenizer_mode"),
-                                               **text.get("tokenizer_kwargs") or {})
+                                               **_tokenizer_options(text), trust_remote_code=False)
     except ImportError as error:
         raise ImportError(f"the words of {_title(architecture)} need transformers ({error}): pip install transformers") from error
+
+
+def _tokenizer_options(text: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration, which may come from anybody, says about how texts are cut."""
+    given = text.get("tokenizer_kwargs") or {}
+    for key in given:
+        if key not in _TOKENIZER_OPTIONS:
+            raise CheckpointError(
+                f"text_cfg.tokenizer_kwargs holds {key!r}; expected some of "
+                f"{list(_TOKENIZER_OPTIONS)}"
+            )
+    return dict(given)
+
+
+def _check_text(config: dict[str, Any], where: str) -> None:
+    """Raises CheckpointError for a text tower of transformers that none of open_clip's own models
+    has: its repository may hold code."""
+    name = config["text_cfg"].get("hf_model_name")
+    if name is None:
+        return
+    open_clip = import_open_clip()
+    known = {
+        open_clip.get_model_config(one)["text_cfg"].get("hf_model_name")
+        for one in open_clip.list_models()
+    } - {None}
+    if name not in known:
+        raise CheckpointError(
+            f"{where} has transformers' {name!r} as text tower; expected one of {sorted(known)}"
+        )
 
 
 def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None) -> nn.Module:
@@ -293,16 +406,26 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
     if (folder / "open_clip_config.json").is_file():
         path = folder / "open_clip_config.json"
         try:
-            tree = json.loads(path.read_text("utf-8"))
-            config = {**tree["model_cfg"], "preprocess_cfg": {key: tuple(tree["preprocess_cfg"][key]) for key in ("mean", "std")}}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg") from error
+            tree = load_json(path)
+            config = {
+                **tree["model_cfg"],
+                "vision_cfg": {**tree["model_cfg"]["vision_cfg"]},
+                "text_cfg": {**tree["model_cfg"]["text_cfg"]},
+                "preprocess_cfg": {
+                    key: tuple(tree["preprocess_cfg"][key]) for key in ("mean", "std")
+                },
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg"
+            ) from error
+        _check_text(config, str(path))
         if (folder / "tokenizer.json").is_file() and config["text_cfg"].get("hf_tokenizer_name"):
             config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
         files = [folder / name for name in CLIP_FILES if (folder / name).is_file()]
         if not files:
             raise CheckpointError(f"{folder} has no weights; expected {' or '.join(CLIP_FILES)}")
-        return ClipSource(lambda: read_published(files[0]), where, config)
+        return ClipSource(lambda: read_clip(files[0]), where, config)
     if model_type_of(folder) is None:
         raise CheckpointError(f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of transformers' {MODEL_TYPES}")
     return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
@@ -310,9 +433,10 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
 
 def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | None:
     try:
-        tree = json.loads(config.read_text("utf-8"))
-        return next((tree[key] for key in keys if key in tree), None)
-    except (OSError, ValueError, TypeError, RecursionError):
+        tree = load_json(config)
+        found = next((tree[key] for key in keys if key in tree), None)
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -1,7 +1,9 @@
 """Files of the Hugging Face Hub: from the cache, else by one attempt; whole by their hash, or refused.
 
 Offline is what ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` say at the moment of the call. The Hub's own client asks again for half a
-minute where there is no network; here the first answer, or its absence after ``HF_HUB_ETAG_TIMEOUT`` seconds (2), is the last.
+minute where there is no network; here the first answer, or its absence after
+``HF_HUB_ETAG_TIMEOUT`` seconds (2), is the last. A server that sends next to nothing is given up,
+``slow_answers.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from ..errors import CheckpointError, InputError, WeightsError
 from ..progress import note
 from ..replacing import write_text
 from .cache import cache_folder
+from .json_files import load_json
+from .slow_answers import Received, answered, counted, watched
 
 PREFIX = "hf-hub:"
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip names them, the better one first
@@ -86,7 +91,8 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
     errors, once = hub.errors, {"retry_on_errors": False} if "retry_on_errors" in signature(hub.get_hf_file_metadata).parameters else {}
     for file in files:
         try:
-            facts = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, endpoint=endpoint), timeout=_seconds(), **once)
+            address = hub.hf_hub_url(repo, file, endpoint=endpoint)
+            facts = answered(partial(hub.get_hf_file_metadata, address, timeout=_seconds(), **once))
         except errors.EntryNotFoundError:
             continue
         except errors.GatedRepoError as error:
@@ -99,12 +105,44 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         if (facts.size or 0) > 10**6:
             note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
         try:
-            path = Path(hub.hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
+            path = _download(hub, repo, file, endpoint)
         except Exception as error:  # likewise
             raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
         check_hash(path, f"{PREFIX}{repo}")
         return path
     raise _unavailable(repo, files, f"{repo} holds none of {', '.join(files)}", ways)
+
+
+def _download(hub: Any, repo: str, file: str, endpoint: str | None) -> Path:
+    """A file into the cache; ended where too little comes, if the client has a session that says
+    what comes: versions from 1.0 on."""
+    received = Received()
+    session = hub.get_session() if hasattr(hub, "get_session") else None
+    if not hasattr(session, "event_hooks"):
+        return Path(hub.hf_hub_download(repo, file, cache_dir=hub_cache(), endpoint=endpoint))
+
+    class Bar(hub.utils.tqdm):
+        """The client's own bar, which also hears of what does not come through the session: files
+        of Xet's store."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            received.add(n)
+            return super().update(n)
+
+    with counted(session, received):
+        return Path(
+            watched(
+                partial(
+                    hub.hf_hub_download,
+                    repo,
+                    file,
+                    cache_dir=hub_cache(),
+                    endpoint=endpoint,
+                    tqdm_class=Bar,
+                ),
+                received,
+            )
+        )
 
 
 def check_hash(path: Path, source: str) -> None:
@@ -122,7 +160,7 @@ def check_hash(path: Path, source: str) -> None:
     state, folder = [status.st_size, status.st_mtime_ns], cache_folder()
     seen = folder / "hashes" / f"{expected}.json" if folder else None
     try:
-        if seen is not None and json.loads(seen.read_text()) == state:
+        if seen is not None and load_json(seen) == state:
             return
     except (OSError, ValueError):
         pass
@@ -156,7 +194,9 @@ def _line(error: Exception) -> str:
 
 def _licence(repo: str, endpoint: str | None) -> str:
     try:
-        card = client().HfApi(endpoint=endpoint).model_info(repo, timeout=_seconds()).card_data
+        card = answered(
+            partial(client().HfApi(endpoint=endpoint).model_info, repo, timeout=_seconds())
+        ).card_data
         return str(card["license"]) if card and card.get("license") else f"not stated, see https://huggingface.co/{repo}"
     except Exception:  # the file is what was asked for
         return f"see https://huggingface.co/{repo}"

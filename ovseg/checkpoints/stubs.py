@@ -43,15 +43,29 @@ class _Mapping:
 def known_names(path: Path) -> list[str] | None:
     """The names in a checkpoint that torch's reader does not know; None unless all of them are settings' and metrics'."""
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = _unknown(path)
     except Exception:  # a damaged or hostile file, or torch's first format, which does not list them
         return None
     known = all(name in _NAMES or name.partition(".")[0] in _MODULES for name in names)
     return sorted(names) if known and names else None
 
 
+def refused_names(path: Path) -> list[str]:
+    """The names in a checkpoint that torch's reader does not know; none where they cannot be
+    listed."""
+    try:
+        return sorted(_unknown(path))
+    except Exception:  # as above
+        return []
+
+
 def load_with_stubs(path: Path, names: list[str]) -> Any:
     """The checkpoint, with stubs for these names."""
     stubs = [(type("Stub", (_Mapping if name == "collections.defaultdict" else Stub,), {}), name) for name in names]
-    with torch.serialization.safe_globals(stubs):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(stubs), open(path, "rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _unknown(path: Path) -> list[str]:
+    with open(path, "rb") as file:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(file)

@@ -6,13 +6,13 @@ they are transposed. The words and the tensors are transformers' and open_clip's
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
+from .json_files import read_json
 from .published import read_published
 
 State = dict[str, torch.Tensor]
@@ -22,6 +22,18 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {  # the activation there -> what open
 }
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
+_MOST = 1_000_000  # of any size
+_WHOLE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "image_size",
+    "patch_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "projection_size",
+)
 _BYTE_PAIRS = 49408  # words of CLIP's own tokenizer, which open_clip brings along
 
 
@@ -158,7 +170,7 @@ def _siglip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _sizes(config: dict[str, Any], part: str, heads: int, patch: int, act: str, eps: float) -> dict[str, Any]:
     """Of a tower; what the file leaves out is the default of transformers' classes."""
     clip_text = part == "text_config" and act == "quick_gelu"
-    given = config.get(part) or {}
+    given = tower_config(config, part)
     width = given.get("hidden_size", 512 if clip_text else 768)
     inner = given.get("intermediate_size", 2048 if clip_text else 3072)
     found = {"width": width, "heads": given.get("num_attention_heads", heads), "layers": given.get("num_hidden_layers", 12),
@@ -171,6 +183,25 @@ def _sizes(config: dict[str, Any], part: str, heads: int, patch: int, act: str, 
     if found["act"] not in _ACTIVATIONS:
         raise CheckpointError(f"{part}.hidden_act is {found['act']!r}; expected one of {list(_ACTIVATIONS)}")
     return found
+
+
+def tower_config(config: dict[str, Any], part: str) -> dict[str, Any]:
+    """What a configuration says of one tower, ``part``.
+
+    Raises:
+        CheckpointError: for a size that is none.
+    """
+    given = config.get(part) or {}
+    if not isinstance(given, dict):
+        raise CheckpointError(f"{part} is {str(given)[:40]!r}; expected names and values")
+    for key in _WHOLE:
+        if given.get(key) is not None and (
+            type(given[key]) is not int or not 0 < given[key] <= _MOST
+        ):
+            raise CheckpointError(
+                f"{part}.{key} is {str(given[key])[:40]!r}; expected 1 to {_MOST}"
+            )
+    return given
 
 
 def _norm(sizes: dict[str, Any], usual: float) -> dict[str, Any]:
@@ -187,29 +218,41 @@ def preprocess_of(folder: Path, mean: tuple[float, ...], std: tuple[float, ...])
     """Mean and std that the folder states, else these."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
-    return {"mean": tuple(given.get("image_mean", mean)), "std": tuple(given.get("image_std", std))}
+    found = {"mean": given.get("image_mean", mean), "std": given.get("image_std", std)}
+    for name, row in found.items():
+        if (
+            not isinstance(row, (list, tuple))
+            or len(row) != 3
+            or not all(isinstance(x, (int, float)) for x in row)
+        ):
+            raise CheckpointError(
+                f"{path}: image_{name} is {str(row)[:60]}; expected three numbers"
+            )
+    return {name: tuple(row) for name, row in found.items()}
+
+
+def parts_of(index: Path) -> list[str]:
+    """The names of the files, beside it, that an index of tensors lists.
+
+    Raises:
+        CheckpointError: if it lists none, or a path that leads elsewhere.
+    """
+    names = read_json(index).get("weight_map")
+    parts = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not parts or any(Path(part).name != part for part in parts):
+        raise CheckpointError(
+            f"{index} is damaged; expected weight_map, tensors' names and the files beside it that "
+            f"hold them"
+        )
+    return parts
 
 
 def folder_weights(folder: Path) -> State:
     """All tensors of a folder, which may be in several files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        parts = sorted(set(read_json(index)["weight_map"].values()))
-        return {name: x for part in parts for name, x in read_published(folder / part).items()}
+        return {
+            name: x for part in parts_of(index) for name, x in read_published(folder / part).items()
+        }
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     return read_published(next((file for file in files if file.is_file()), files[0]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON.
-
-    Raises:
-        CheckpointError: for anything else.
-    """
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds {type(found).__name__}; expected names and values")
-    return found

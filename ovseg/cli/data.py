@@ -37,6 +37,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     cut.add_argument("--sigma", type=float, default=0.9)
     cut.add_argument("--min-size", type=int, default=224)
     cut.add_argument("--workers", type=int, default=1, help="processes")
+    for one in (check, convert, cut):
+        one.add_argument("--max-pixels", type=int, help="pictures of more pixels are refused (64 million)")
     named = actions.add_parser("entities", help="keep the lines of a list of captions that name an entity")
     named.add_argument("captions", help=".tsv (address, caption) or .jsonl")
     named.add_argument("--out", required=True, help="the new list, of the same kind")
@@ -57,13 +59,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..data.images import MAX_PIXELS
     from ..errors import InputError
     from ..paths import no_folder
 
     if (root := getattr(options, "root", None)) is not None and (what := no_folder(root)) is not None:
         raise InputError(f"root {root!r} {what}; expected the folder that holds the data")
-    at_least(1, options, *({"sample"} & vars(options).keys()))
+    at_least(1, options, *({"sample", "max_pixels"} & vars(options).keys()))
     at_least(0, options, *({"seed"} & vars(options).keys()))
+    options.max_pixels = getattr(options, "max_pixels", None) or MAX_PIXELS
     verbs = {"list": _list, "check": _check, "convert": _convert, "superpixels": _superpixels, "entities": _entities,
              "cross-pairs": _cross_pairs, "browse": _browse}
     return verbs[options.action](options)
@@ -101,7 +105,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.out is not None:
         folder_for(options.out, "--out")
     wrong = 0
-    for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
+    for data in [SegmentationSet(name, options.root, options.split, max_pixels=options.max_pixels) for name in _names(options.data)]:
         report = check_set(data, sample=options.sample, progress=True)
         print(report)
         wrong += len(report.wrong)
@@ -124,7 +128,7 @@ def _convert(options: argparse.Namespace) -> int:
     from ..data.segmentation_sets import SegmentationSet
 
     bad: list[str] = []
-    for data in [SegmentationSet(name, options.root, options.split) for name in _names(options.data)]:
+    for data in [SegmentationSet(name, options.root, options.split, max_pixels=options.max_pixels) for name in _names(options.data)]:
         written, left, failed = convert_masks(data, progress=True)
         print(f"{data.description.name}: {written} masks written as {data.description.layouts(options.split)[0].path}, {left} were there"
               + (f", {len(failed)} skipped" if failed else ""))
@@ -150,7 +154,7 @@ def _superpixels(options: argparse.Namespace) -> int:
     for line in seen.left_out():
         note(line)
     count, bad = write_superpixels([(name, seen.root / name) for name in seen.pictures], out, workers=options.workers, progress=True,
-                                   scale=options.scale, sigma=options.sigma, min_size=options.min_size)
+                                   scale=options.scale, sigma=options.sigma, min_size=options.min_size, max_pixels=options.max_pixels)
     bad = seen.bad + bad
     print(f"{count} pictures cut up into {out} ({out.stat().st_size / 2**20:.1f} MiB), {len(bad)} skipped")
     for line in bad:

@@ -143,9 +143,8 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     print(table([report.summary for report in rows]))
     if len(rows) == 1:
         print("\n" + class_table(rows[0]))
-    for report in rows:
-        for line in report.skipped:
-            print(f"left out: {line}")
+    for line in dict.fromkeys(line for report in rows for line in report.skipped):  # models share data
+        print(f"left out: {line}")
     if options.out:
         from ..environment import environment
         from ..evaluation.plots import plot_classes, plot_confusion, plot_sweeps

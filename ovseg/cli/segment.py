@@ -104,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
     few = len(sources) + (demo is not None) < 3 and world == 1
     asked = [labels.names, labels.texts, labels.templates]
     journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": str(model.config.get("readout"))})
+    bad = list(dict.fromkeys(bad))  # names may overlap
     for problem in bad:
         print(f"skipped: {problem}", file=sys.stderr)
 
@@ -135,7 +136,8 @@ def run(options: argparse.Namespace) -> int:
             if len(sources) == 1 and demo is None:
                 raise result
             bad.append(str(source))
-            print(f"skipped: {result}", file=sys.stderr)
+            named = "" if str(source) in str(result) else f"{source}: "
+            print(f"skipped: {named}{result}", file=sys.stderr)
             continue
         try:
             write(result, source.name, str(source))
@@ -155,8 +157,6 @@ def run(options: argparse.Namespace) -> int:
         earlier = f", {before} done before" if before else ""
         share = f" (process {rank} of {world})" if world > 1 else ""
         print(f"{written} pictures into {out}{earlier}, {len(bad)} skipped{share}")
-    if bad:
-        print("\n".join(["bad pictures:", *bad]), file=sys.stderr)
     return 3 if bad else 0
 
 

@@ -80,17 +80,18 @@ def validation(recipe: Any) -> Any:
     name = part.data or recipe.data.get("style")
     if name is None:
         raise ConfigError("validation.data is null and the recipe trains on no scenes; expected a benchmark of `ovseg data list`")
+    limit = {"max_pixels": recipe.data["max_pixels"]} if recipe.data.get("max_pixels") else {}
     if name in SCENE_SETS:
         data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
     elif not part.root:
         raise ConfigError(f"validation.root is {'null' if part.root is None else repr(part.root)}; expected the folder that holds {name}")
     else:
-        data = SegmentationSet(name, part.root, "val")
+        data = SegmentationSet(name, part.root, "val", **limit)
 
     read_protocol(part.protocol)
 
     def call(model: Any, step: int, folder: Path) -> dict[str, float]:
-        chosen = protocol(part.protocol, data.description, model)
+        chosen = protocol(part.protocol, data.description, model, **limit)
         asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
         report = evaluate_scene_set(model, data, chosen=chosen, **asked) if name in SCENE_SETS else evaluate(model, data, chosen, **asked)
         if distributed.is_main() and report.examples:

@@ -109,7 +109,7 @@ def check_set(data: SegmentationSet, *, sample: int | None = None, progress: boo
     for i in bar(chosen, show=progress, unit="picture", desc="checking"):
         item = data.items[i]
         try:
-            image, turned = read_image(item.image), orientation(item.image)
+            image, turned = read_image(item.image, max_pixels=data.max_pixels), orientation(item.image)
             if turned != 1:
                 report.turned[str(item.image)] = turned
         except InputError as error:
@@ -197,7 +197,7 @@ def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int
             left += 1
             continue
         try:
-            truth = data.truth(read_mask(item.mask), item.mask)
+            truth = data.truth(read_mask(item.mask, max_pixels=data.max_pixels), item.mask)
         except DataError as error:
             bad.append(str(error))
             continue

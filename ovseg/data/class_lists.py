@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, first_line
+from ..paths import as_given, no_file
 from .labels import check_labels
 from .scenes import VOCABULARIES
 from .segmentation_sets import describe
@@ -73,16 +74,23 @@ def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Ten
     Raises:
         InputError: for a file that is missing, damaged, of another shape or not of finite floats.
     """
+    expected = f"expected a .npy file [{count}, {width}] of floats"
+    if (what := no_file(path)) is not None:
+        raise InputError(f"class embeddings {as_given(path)!r} cannot be read: it {what}; {expected}")
     path = Path(path)
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"class embeddings {path} cannot be read: {error}; expected a .npy file [{count}, {width}] of floats") from error
+        rows = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # nothing is read before its shape is known
+    except (OSError, ValueError, EOFError, TypeError, OverflowError) as error:
+        raise InputError(
+            f"class embeddings {path} cannot be read: {first_line(error)}; {expected}"
+        ) from error
     shape = list(rows.shape) if isinstance(rows, np.ndarray) else "several arrays"
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f" or rows.shape != (count, width):
         kind = rows.dtype if isinstance(rows, np.ndarray) else "an archive"
         raise InputError(f"class embeddings {path} are {kind} of {shape}; expected floats of [{count}, {width}], a row for each text")
-    found = torch.from_numpy(rows.astype(np.float32))
+    found = torch.from_numpy(np.array(rows, np.float32))
     if not bool(found.isfinite().all()):
         raise InputError(f"class embeddings {path} hold NaN or infinities; expected finite numbers")
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..text_files import text_of, tree_of
+from .invisible import invisible_in
 
 FOLDER = Path(__file__).parent / "entity_lists"
 MASK = "[MASK]"
@@ -61,6 +62,8 @@ class Entities:
         self.surface: dict[str, int] = {}
         for index, (name, others) in enumerate(words.items()):
             for word in (name, *others):
+                if (hidden := invisible_in(word)) is not None:
+                    raise ConfigError(f"entity {name!r} is called {word!r}, which holds {hidden}; expected a word without it")
                 key = " ".join(_WORD.findall(word.lower()))
                 if not key:
                     raise ConfigError(f"entity {name!r} is called {word!r}; expected letters or digits")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError, InputError
-from ..paths import no_file
+from ..paths import as_given, no_file
 from ..progress import bar
 from ..replacing import file_for, replacing
 from .draws import integer
@@ -158,7 +158,7 @@ def filter_captions(source: Path, out: Path, entities: Entities, *, column: int 
         DataError: if no caption names an entity.
     """
     if (what := no_file(source)) is not None:
-        raise InputError(f"captions {str(source)!r} {what}; expected a .tsv or .jsonl file")
+        raise InputError(f"captions {as_given(source)!r} {what}; expected a .tsv or .jsonl file")
     if source.suffix.lower() not in SUFFIXES or out.suffix.lower() != source.suffix.lower():
         raise InputError(f"captions are {str(source)!r} and --out {str(out)!r}; expected two names that end in one of {list(SUFFIXES)}")
     if out.exists() and out.samefile(source):

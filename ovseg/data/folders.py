@@ -10,14 +10,16 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..paths import no_file, no_folder
+from .foreign_files import VIDEO_SUFFIXES, by_suffix, not_read
 from .images import FORMATS, SUFFIXES
 
 # Pictures to people, but not to read_image: what needs a library of its own, runs a program, or cannot be told from noise.
-UNREAD = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf",
+_OTHERS = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf",
           ".emf", ".ico", ".icns", ".cur", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ras", ".sgi", ".rgb", ".xbm", ".xpm", ".fits", ".dcm",
           ".djvu", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
           ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq", ".flif", ".bpg", ".pam")  # fmt: skip
 _READ = frozenset(SUFFIXES)
+UNREAD = tuple(suffix for suffix in _OTHERS if suffix not in _READ)
 _MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # copies and thumbnails, never the pictures
 
 
@@ -72,7 +74,7 @@ class Folder:
                 if suffix in _READ:
                     pictures.append(name)
                 elif suffix in UNREAD:
-                    self.bad.append(f"{entry.path}: pictures that end in {suffix} are not read; expected {', '.join(FORMATS)}")
+                    self.bad.append(f"{entry.path}: {not_read(suffix, ', '.join(FORMATS))}")
                 else:
                     others.append(name)
             elif _leads_to(entry, "is_dir"):
@@ -109,7 +111,12 @@ class Folder:
         if self.others:
             lines.append(f"{self.root}: {sum(self.others.values())} files are no pictures and are left out: "
                          + ", ".join(f"{number} {suffix}" for suffix, number in self.others.most_common(6)))
+            lines += [f"{self.root}: {line}" for line in self.videos()]
         return lines
+
+    def videos(self) -> list[str]:
+        """What to do about videos, if there are some, in one line."""
+        return [f"{suffix} is {by_suffix(suffix)}" for suffix in VIDEO_SUFFIXES if suffix in self.others][:1]
 
 
 def look(root: str | Path) -> Folder:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 from ..errors import InputError
 from ..text_files import text_of, tree_of
 
+logger = logging.getLogger(__name__)
 _TEXT, _TABLE, _TREE = (".txt", ".names", ".lst", ".list", ""), (".csv", ".tsv"), (".yaml", ".yml", ".json")
 EXPECTED = (".txt (a class on each line), .csv or .tsv (with a header that names a column name), .yaml or .json (a list of names, "
             "{name: texts}, {id: name} or {name: id})")
 _NAMES = ("name", "names", "label", "labels", "class", "classes", "class_name", "classname", "category", "display_name")
 _NUMBERS = ("idx", "index", "id", "class_id", "classid", "label_id", "category_id", "number", "no", "train_id", "trainid")
 _SYNONYMS = ("synonyms", "texts", "aliases")
+_QUOTES = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019")
+_LITERALLY = "a .json or .yaml list takes any name as it is"
 Labels = list[Any] | dict[Any, Any]
 
 
@@ -67,8 +72,41 @@ def in_order(numbered: Iterable[tuple[int, Any]]) -> list[Any]:
 
 
 def split_texts(line: str) -> list[str]:
-    """The texts of one class in a file: after commas, semicolons or bars; blank ones left out."""
-    return [text.strip() for text in re.split(r"[,;|]", line) if text.strip()]
+    """The texts of one class in a file: after commas, semicolons or bars; blank ones left out.
+
+    Raises:
+        ValueError: for one in quotation marks, which would be a part of its name.
+    """
+    texts = [text.strip() for text in re.split(r"[,;|]", line) if text.strip()]
+    for text in (line.strip(), *texts):
+        _no_quotes(text)
+    return texts
+
+
+def _no_quotes(text: str) -> None:
+    if len(text) > 1 and text[0] + text[-1] in _QUOTES:
+        raise ValueError(f"{text} is in quotation marks; expected a name without them ({_LITERALLY})")
+
+
+def split_line(line: str) -> list[list[str]]:
+    """The classes of a command line and their texts: ``person|man|woman,road``.
+
+    Raises:
+        InputError: for a blank synonym, and a name in quotation marks.
+    """
+    found = []
+    try:
+        _no_quotes(line.strip())
+        for i, group in enumerate(line.split(",")):
+            if group.strip() and not all(text.strip() for text in re.split(r"[;|]", group)):
+                raise InputError(f"labels[{i}] is {group.strip()!r}, of which a synonym is blank; "
+                                 "expected a text on both sides of a bar")
+            found.append(split_texts(group))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"labels: {error}") from error
+    return found
 
 
 def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
@@ -86,18 +124,51 @@ def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
 
 
 def _from_lines(text: str) -> dict[str, list[str]]:
-    """A class on each line; ``#`` begins a comment. Lines such as ``0: wall`` are put in the order of their numbers."""
-    lines = [line.split("#", 1)[0].strip() for line in re.split(r"\r?\n|\r", text)]
-    lines = [line for line in lines if line]
-    numbered = [re.fullmatch(r"(\d+)\s*[:\t]\s*(\S.*)", line) for line in lines]
-    if lines and all(numbered):
-        lines = in_order([(int(one[1]), one[2]) for one in numbered if one])
+    """A class on each line; ``#`` at its beginning or after a blank begins a comment.
+
+    Lines such as ``0: wall`` are put in the order of their numbers.
+    """
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in re.split(r"\r?\n|\r", text)]
+    lines = _without_numbers([line for line in lines if line])
     if (table := next((line for line in lines if "\t" in line), None)) is not None:
         raise ValueError(f"the line {table!r} holds a tab as a row of a table does; expected a .tsv with a header, or texts alone")
     groups = [split_texts(line) for line in lines]
-    if groups and all(len(group) > 1 and group[0].isdigit() for group in groups):
-        raise ValueError(f"the line {lines[0]!r} looks like a row of a table without a header; expected one such as Idx,Name")
+    for line, group in zip(lines, groups, strict=True):
+        if len(group) > 1 and group[0].isdigit():
+            raise ValueError(f"the line {line!r} looks like a row of a table without a header; expected one such as Idx,Name")
+    if len(groups) == 1 and len(groups[0]) > 1:
+        logger.warning("%d texts on the only line are one class, %r, and its synonyms; several "
+                       "classes stand on a line each", len(groups[0]), groups[0][0])
     return grouped(groups)
+
+
+def _without_numbers(lines: list[str]) -> list[str]:
+    """Names as lines have them, in the order of their numbers if all have one.
+
+    Raises:
+        ValueError: where some lines have a number, a number may be a part of the name, or the lines are those of another kind of file.
+    """
+    numbered = [re.fullmatch(r"(\d{1,9})\s*[:\t]\s*(\S.*)", line) for line in lines]
+    if lines and all(numbered):
+        return in_order([(int(one[1]), one[2]) for one in numbered if one])
+    if any(numbered):
+        some = next(line for line, one in zip(lines, numbered, strict=True) if one)
+        other = next(line for line, one in zip(lines, numbered, strict=True) if not one)
+        raise ValueError(f"the line {some!r} has a number and {other!r} has none; expected one "
+                         f"before every name, or before no name ({_LITERALLY})")
+    counted = [re.fullmatch(r"(\d{1,9})(?:\s*[.)\]=]\s*|\s+-\s+|\s+)(\S.*)", line) for line in lines]
+    for place, one in enumerate(counted):
+        if one and (all(counted) or int(one[1]) in (place, place + 1)):
+            raise ValueError(f"the line {one[0]!r} may be a class of that name, or {one[2]!r} with "
+                             f"its number; expected '{one[1]}: {one[2]}' on every line for numbers, "
+                             "or a .json or .yaml list for names that begin with one")
+    if lines and all(re.fullmatch(r"\S.*[:=]\s*\d+", line) for line in lines):
+        raise ValueError(f"the line {lines[0]!r} has a number behind the name; expected it before, "
+                         "as in 0: wall, or a .yaml file")
+    if lines and (lines[0][0] in "[{" or all(line.startswith(("- ", "* ")) for line in lines)):
+        raise ValueError(f"the line {lines[0]!r} looks like JSON or YAML; expected a file that ends "
+                         "so, or a name on each line")
+    return lines
 
 
 def _is_table(text: str) -> bool:
@@ -110,7 +181,8 @@ def _from_table(text: str) -> dict[str, list[str]]:
     """A column of names, and of numbers and synonyms if it has one."""
     first = text.split("\n", 1)[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), ",")
-    rows = [row for row in csv.reader(re.split(r"\r?\n|\r", text), delimiter=delimiter, strict=True) if any(cell.strip() for cell in row)]
+    lines = io.StringIO(text, newline="")  # with their line breaks, of which some may be inside of quotation marks
+    rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if any(cell.strip() for cell in row)]
     header = [cell.strip().lower().replace(" ", "_") for cell in rows[0]] if rows else []
     name, number, synonyms = (next((header.index(word) for word in words if word in header), None)
                               for words in (_NAMES, _NUMBERS, _SYNONYMS))

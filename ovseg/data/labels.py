@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .label_files import by_number, grouped, read_labels, split_texts
+from .invisible import invisible_in
+from .label_files import by_number, grouped, read_labels, split_line
 from .templates import check_templates
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,15 @@ class LabelSet:
     texts: tuple[tuple[str, ...], ...]
     templates: str | tuple[str, ...] | None = None
 
+    def __post_init__(self):
+        if len(self.names) != len(self.texts):
+            raise InputError(f"names holds {len(self.names)} classes and texts {len(self.texts)}; expected a group of texts for each name")
+        for i, name in enumerate(self.names):
+            _check_text(f"labels[{i}]", name)
+        for name, group in zip(self.names, self.texts, strict=True):
+            for i, text in enumerate(group):
+                _check_text(f"text {i} of {name!r}", text)
+
     @property
     def queries(self) -> list[str]:
         """All texts, class by class."""
@@ -47,10 +58,11 @@ class LabelSet:
         """From names, one name, ``{name: texts}``, or names by number as ``id2label`` and ``label2id`` have them.
 
         A text that stands for several classes counts for the one whose name it is, else for the first; the others lose it, which is told.
+        Space around a name or text is left out, and any space inside is one blank.
 
         Raises:
-            InputError: for an empty set, a name or text that is no string or blank, a name that occurs twice, numbers with gaps, or a class
-                all of whose texts belong to others.
+            InputError: for an empty set, a name or text that is no string, blank, or holds a line break or another invisible character, a
+                name that occurs twice, numbers with gaps, a Python set, which has no order, or a class all of whose texts belong to others.
         """
         if isinstance(labels, LabelSet):
             return labels
@@ -71,7 +83,8 @@ class LabelSet:
     def read(cls, path: str | Path) -> LabelSet:
         """From a file.
 
-        ``.txt``: a class on each line, its texts separated by commas or semicolons, the first one its name; ``#`` begins a comment.
+        ``.txt``: a class on each line, its texts separated by commas or semicolons, the first one its name; ``#`` begins a comment at the
+        beginning of a line and after a blank.
         ``.csv``, ``.tsv``: with a header; a column ``name``, and ``idx`` and ``synonyms`` if there are. ``.yaml``, ``.json``: a list of
         names; ``{name: texts}``; ``{id: name}`` or ``{name: id}``; or ``{templates: ..., labels: one of these}``.
 
@@ -89,8 +102,12 @@ class LabelSet:
 
     @classmethod
     def parse(cls, line: str) -> LabelSet:
-        """From a command line: classes separated by commas, synonyms by ``|`` or ``;``: ``person|man|woman,road``."""
-        return cls.of(grouped(split_texts(group) for group in line.split(",")))
+        """From a command line: classes separated by commas, synonyms by ``|`` or ``;``: ``person|man|woman,road``.
+
+        Raises:
+            InputError: for a blank class or synonym, a name in quotation marks, and as ``of`` does.
+        """
+        return cls.of(grouped(split_line(line)))
 
 
 def _texts_of(name: str, given: Any) -> tuple[str, ...]:
@@ -103,6 +120,7 @@ def _texts_of(name: str, given: Any) -> tuple[str, ...]:
     for i, text in enumerate([given] if isinstance(given, str) else given):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"text {i} of {name!r} is {text!r}; expected a text that is not blank")
+        _check_text(f"text {i} of {name!r}", text)
         texts.append(" ".join(text.split()))
     return tuple(texts)
 
@@ -129,18 +147,34 @@ def _one_owner(names: Sequence[str], texts: Sequence[tuple[str, ...]]) -> tuple[
 
 
 def check_labels(labels: Sequence[str] | str) -> list[str]:
-    """A list of distinct, non-blank labels. A single string is one label."""
+    """A list of distinct, non-blank labels without invisible characters. A single string is one label."""
+    if isinstance(labels, (set, frozenset)):
+        raise InputError("labels is a set, whose order is chance; expected a list: a label map's numbers follow it")
+    if not isinstance(labels, Iterable):
+        raise InputError(f"labels is a {type(labels).__name__}; expected a list of names")
     labels = [labels] if isinstance(labels, str) else list(labels)
     if not labels:
         raise InputError('labels is empty; expected at least one name, e.g. labels=["cat"]')
+    found: list[str] = []
     seen: dict[str, int] = {}
     for i, label in enumerate(labels):
         if not isinstance(label, str):
             raise InputError(f"labels[{i}] is a {type(label).__name__}; expected a string")
         if not label.strip():
             raise InputError(f"labels[{i}] is blank; expected a name")
-        key = " ".join(label.split())
+        _check_text(f"labels[{i}]", label)
+        name = " ".join(label.split())
+        key = unicodedata.normalize("NFC", name)  # two ways to write one sign look alike
         if key in seen:
-            raise InputError(f"labels[{i}] and labels[{seen[key]}] are both {key!r}; expected distinct labels")
+            raise InputError(f"labels[{i}] and labels[{seen[key]}] are both {name!r}; expected distinct labels")
         seen[key] = i
-    return list(seen)
+        found.append(name)
+    return found
+
+
+def _check_text(what: str, text: str) -> None:
+    """Refuse a name or text of a class that is none or holds what nobody sees."""
+    if not isinstance(text, str):
+        raise InputError(f"{what} is a {type(text).__name__}; expected a string")
+    if (hidden := invisible_in(text)) is not None:
+        raise InputError(f"{what} is {text!r}, which holds {hidden}; expected a name without it")

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError, InputError
-from ..paths import no_file
+from ..errors import DataError, InputError, NoData
+from ..paths import address, as_given, no_file
 from ..text_files import text_of, tree_of
 from .folders import Folder
 from .images import MAX_PIXELS, orientation, read_image, upright
@@ -104,7 +104,9 @@ def describe(name: str) -> SetDescription:
         raise InputError(f"data set is {name!r}; expected one of {list_sets()}, or a .yaml file that describes one")
     try:
         tree = _read(path)
-        found = SetDescription(path.stem, tree["title"], tuple(map(str, tree["classes"])), bool(tree["background"]),
+        if (other := next((name for name in tree["classes"] if not isinstance(name, str)), None)) is not None:
+            raise ValueError(f"the class {other!r} is a {type(other).__name__}; expected a text, in YAML in quotation marks")
+        found = SetDescription(path.stem, tree["title"], tuple(tree["classes"]), bool(tree["background"]),
                                tuple(tree.get("unseen", ())), dict(tree.get("texts", {})), dict(tree.get("shares", {})), tree)
         if found.masks_made_on not in (None, *MADE_ON):
             raise ValueError(f"masks_made_on is {found.masks_made_on!r}; expected one of {list(MADE_ON)}")
@@ -179,6 +181,8 @@ class SegmentationSet:
         part = self.description._of(split)
         images = self.description.images(split)
         layouts = self.description.layouts(split)
+        if (what := address(root)) is not None:
+            raise NoData(f"{self.description.name}: root {as_given(root)!r} {what}")
         looked = [Path(root) / folder for folder in (*tree.get("folders", ()), ".")]
         before, _, after = images.partition("{}")
         folder_of, _, start = before.rpartition("/")

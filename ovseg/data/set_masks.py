@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 from ..paths import no_file
-from .images import MAX_PIXELS, ORIENTATION, opened
+from .images import MAX_PIXELS, TOO_LARGE, orientation_of, use_picture
 
 IGNORE = -1  # of a truth: pixels that are not counted
 INVALID = -2
@@ -75,15 +75,18 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     if (found := no_file(path)) is not None:
         raise DataError(f"mask {path} {'is missing' if found == 'does not exist' else found}")
+
+    def values_of(mask: Image.Image) -> np.ndarray:
+        if mask.width * mask.height > max_pixels:
+            raise DataError(f"mask {path} is {mask.width}x{mask.height}; the limit is {max_pixels} pixels. {TOO_LARGE}")
+        if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
+            raise DataError(f"mask {path} is a {mask.mode} picture; expected class indices in one channel, grey or with a palette")
+        if orientation_of(mask) != 1:
+            raise DataError(f"mask {path} has an EXIF orientation of its own; expected masks that are stored as they are to be read")
+        return np.asarray(mask)
+
     try:
-        with opened(path, _MASK_FORMATS) as mask:
-            if mask.width * mask.height > max_pixels:
-                raise DataError(f"mask {path} is {mask.width}x{mask.height}; the limit is {max_pixels} pixels")
-            if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
-                raise DataError(f"mask {path} is a {mask.mode} picture; expected class indices in one channel, grey or with a palette")
-            if mask.getexif().get(ORIENTATION, 1) != 1:
-                raise DataError(f"mask {path} has an EXIF orientation of its own; expected masks that are stored as they are to be read")
-            values = np.asarray(mask)
+        values = use_picture(path, values_of, _MASK_FORMATS)
     except DataError:
         raise
     except UnidentifiedImageError as error:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import InputError
 from ..paths import no_file
 from .folders import UNREAD, hidden
+from .foreign_files import not_read
 from .images import FORMATS, SUFFIXES
 
 _MOST_BYTES = 256 << 20  # of a member
@@ -146,7 +147,7 @@ def _refused(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:
     if not member.isreg():
         return "a folder that is named like a picture" if member.isdir() else "no regular file"
     if suffix in UNREAD:
-        return f"pictures that end in {suffix} are not read; expected {', '.join(FORMATS)}"
+        return not_read(suffix, ", ".join(FORMATS))
     if name.is_absolute() or ".." in name.parts:
         return "the name leaves the folder of the results"
     if member.issparse():

@@ -22,7 +22,7 @@ from ..options import within
 from ..paths import no_file
 from ..progress import bar
 from ..replacing import file_for, replacing
-from .images import read_image
+from .images import MAX_PIXELS, read_image
 
 MOST_WORKERS = 1024
 SHORT_SIDE = 224  # pictures are made smaller before they are cut up
@@ -128,7 +128,7 @@ class SuperpixelFile:
 
 
 def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, workers: int = 1, progress: bool = False, scale: float = 224.0,
-                      sigma: float = 0.9, min_size: int = 224) -> tuple[int, list[str]]:
+                      sigma: float = 0.9, min_size: int = 224, max_pixels: int = MAX_PIXELS) -> tuple[int, list[str]]:
     """Cut up pictures (key, file) into a side file; returns how many, and what could not be, a line each. The file appears by rename.
 
     Raises:
@@ -141,7 +141,7 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
         raise InputError(f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive number, one from 0, and at least 1")
     within("workers", workers, 1, MOST_WORKERS, InputError)
     file_for(path, "superpixel file")
-    jobs = [(key, file, scale, sigma, min_size) for key, file in pictures]
+    jobs = [(key, file, scale, sigma, min_size, max_pixels) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
     with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
@@ -164,10 +164,10 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
     return len(found), bad
 
 
-def _cut(job: tuple[str, Path, float, float, int]) -> tuple[str, bytes | None, str]:
-    key, file, scale, sigma, min_size = job
+def _cut(job: tuple[str, Path, float, float, int, int]) -> tuple[str, bytes | None, str]:
+    key, file, scale, sigma, min_size, max_pixels = job
     try:
-        image = read_image(file)
+        image = read_image(file, max_pixels=max_pixels)
         factor = min(1.0, SHORT_SIDE / min(image.size))
         small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
         ids = superpixels(np.asarray(small), scale=scale, sigma=sigma, min_size=min_size)

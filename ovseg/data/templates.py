@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import InputError
+from .invisible import invisible_in
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "label": ("{}",),
@@ -51,7 +52,8 @@ def check_templates(which: Any) -> None:
     """Whether that is a named set or a list of format strings.
 
     Raises:
-        InputError: for an unknown name, an empty list, what is no text, or a template without exactly one ``{}``.
+        InputError: for an unknown name, an empty list, what is no text, or a template without exactly one ``{}`` or with a line break or
+            another invisible character.
     """
     if isinstance(which, str):
         if which not in NAMES:
@@ -68,6 +70,8 @@ def check_templates(which: Any) -> None:
             raise InputError(f"template {template!r} holds {template.count('{}')} '{{}}'; expected exactly one")
         if "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
             raise InputError(f"template {template!r} holds other braces than its '{{}}'; expected none")
+        if (hidden := invisible_in(template)) is not None:
+            raise InputError(f"template {template!r} holds {hidden}; expected one without it")
 
 
 def _clip80() -> tuple[str, ...]:

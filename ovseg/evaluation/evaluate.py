@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from .. import distributed
+from ..checkpoints.state_dicts import unwrapped
 from ..data.segmentation_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
@@ -110,6 +111,7 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     if not about.background and (rules := background_rules(protocol)) and distributed.rank() == 0:
         logger.warning("%s has no background class, and pixels get no label where %s: they all count as wrong", about.name,
                        " or ".join(rules))
+    model = unwrapped(model)
     predictor = protocol.predictor(model)
     if thresholds is not None:
         if not about.background or decision.score_range is None:

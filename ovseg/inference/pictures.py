@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.images import read_image
 from ..errors import InputError
 
 _BLOCK = 1 << 18  # pixels
@@ -52,6 +53,7 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
     """
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha is {alpha}; expected 0, the picture alone, to 1, the labels alone")
+    image = _rgb(image)
     factor = max(1, -(-384 // max(image.size)))
     width, height, strip = image.width * factor, image.height * factor, None
     if legend:
@@ -72,7 +74,7 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
         skipped = (rows.start - above) * factor
         large, edge = large[skipped:], edge[skipped:]
         box = (0, rows.start, image.width, rows.stop)  # not crop: Pillow's limit of pixels acts there
-        base = np.asarray(image.resize((image.width, rows.stop - rows.start), Image.Resampling.NEAREST, box).convert("RGB"))
+        base = np.asarray(image.resize((image.width, rows.stop - rows.start), Image.Resampling.NEAREST, box))
         base = base.repeat(factor, 0).repeat(factor, 1)
         shown = np.where(large[..., None] < 0, base, (1 - alpha) * base + alpha * colour(large, len(names)))
         shown[edge] = _PAPER
@@ -87,7 +89,7 @@ def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str],
 
     Small pictures are enlarged to ``side``.
     """
-    factor, base = max(1, -(-side // max(image.size))), np.asarray(image.convert("RGB"))
+    factor, base = max(1, -(-side // max(image.size))), np.asarray(_rgb(image))
     panels = {"picture": base} | {title: (0.3 * base + 0.7 * colour(labels, len(names))).round().astype(np.uint8)
                                   for title, labels in maps.items()}
     font, margin, top = ImageFont.load_default(15), 8, 26
@@ -101,6 +103,11 @@ def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str],
     present = sorted({int(i) for labels in maps.values() for i in np.unique(labels)}, key=lambda i: (i < 0, i))
     entries = [(tuple(int(v) for v in palette(len(names))[i]), names[i]) if i >= 0 else (_NONE, "background") for i in present]
     return _stack([row, legend_strip(entries, row.width)])
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The picture as it was labelled."""
+    return image if image.mode == "RGB" else read_image(image, max_pixels=image.width * image.height)
 
 
 def _percent(share: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoints.state_dicts import unwrapped
 from ..data.labels import LabelSet
 from ..errors import InputError
 from ..layers.upload import upload
@@ -50,7 +51,7 @@ class Predictor:
 
     def __init__(self, model: OVSegModel, labels: Labels | None = None, *, view: View | None = None, decision: Decision | None = None,
                  **options: Any):
-        self.model = model
+        self.model = model = unwrapped(model)
         base = labels if isinstance(labels, Queries) else Queries()
         chosen = rule(model.decision)() if decision is None else decision
         self.view, self.queries, self.decision = route(options, view or View(), base, chosen)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data.class_lists import read_class_embeddings
+from ..data.invisible import invisible_in
 from ..data.labels import LabelSet
 from ..data.templates import templates as resolve_templates
 from ..errors import InputError
@@ -51,6 +52,8 @@ class Queries:
         texts = [self.background] if isinstance(self.background, str) else list(self.background or ())
         if any(not isinstance(text, str) or not text.strip() for text in texts):
             raise InputError(f"background is {texts!r}; expected texts that are not blank")
+        if (hidden := next((found for text in texts if (found := invisible_in(text))), None)) is not None:
+            raise InputError(f"background is {texts!r}, which holds {hidden}; expected texts without it")
         object.__setattr__(self, "background", tuple(texts))
         if isinstance(self.templates, list):
             object.__setattr__(self, "templates", tuple(self.templates))

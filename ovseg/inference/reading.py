@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..data.images import picture_size, read_image, to_tensor
+from ..data.images import TOO_LARGE, picture_size, read_image, to_tensor
 from ..errors import InputError
 from ..layers.upload import upload
 from ..models import ModelSpec
@@ -76,7 +76,7 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
     height, width = images.shape[2:]
     if height * width > view.max_pixels:
         raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}: it is too large. "
-                         "Resize it, or set max_pixels")
+                         + TOO_LARGE)
     placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
     if placement.canvas == (height, width):
         canvas = list(images)

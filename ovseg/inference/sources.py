@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from .. import distributed
 from ..data.folders import UNREAD, Folder, hidden, look
+from ..data.foreign_files import by_suffix, not_read
 from ..data.images import FORMATS, SUFFIXES
 from ..data.shards import expand_braces, read_shard
 from ..errors import InputError
-from ..paths import no_file, no_folder
+from ..paths import address, no_file, no_folder
 from ..progress import note
 from ..text_files import lines_of
 
@@ -123,6 +124,8 @@ class _Search:
         path = Path(name)
         if not name.strip():
             raise InputError("a name of pictures is empty; expected a picture, folder, pattern, list or shard")
+        if (what := address(name)) is not None:
+            raise InputError(f"{name!r} {what}")
         if no_folder(path) is None:
             return self._folder(path)
         if no_file(path) == "does not exist":
@@ -139,6 +142,8 @@ class _Search:
             return self._shard(path)
         if suffix in _COMPRESSED:
             raise InputError(f"{name!r} is compressed; expected an uncompressed .tar, or the folder that it unpacks to")
+        if suffix not in SUFFIXES and (what := by_suffix(suffix)) is not None and no_file(path) is None:
+            raise InputError(f"{name!r} is {what}")
         return [(PurePosixPath(path.name), Source("", path))]
 
     def _each(self, names: Sequence[str], listed: bool) -> list[tuple[PurePosixPath, Source]]:
@@ -160,7 +165,7 @@ class _Search:
         if not seen.pictures:
             shards = f"; shards are given by name: '{path}/*.tar'" if ".tar" in seen.others else ""
             raise InputError(f"folder {str(path)!r} holds no picture but {seen.found()}; expected files ending in "
-                             f"{', '.join(SUFFIXES)}{shards}")
+                             + "; ".join([f"{', '.join(SUFFIXES)}{shards}", *seen.videos()]))
         self.notes += seen.left_out()
         return [(PurePosixPath(name), Source("", path / name)) for name in seen.pictures]
 
@@ -172,7 +177,7 @@ class _Search:
             if any(hidden(part) and part not in Path(name).parts for part in path.parts):
                 seen.hidden.append(match)
             elif suffix in UNREAD and why is None:
-                self.problems.append(f"{match}: pictures that end in {suffix} are not read; expected {', '.join(FORMATS)}")
+                self.problems.append(f"{match}: {not_read(suffix, ', '.join(FORMATS))}")
             elif suffix not in (*SUFFIXES, ".tar"):  # captions and whatever else lies beside them are no pictures
                 seen.others["folders" if why == "is a folder" else suffix or "no suffix"] += 1
             elif why is not None:
@@ -189,7 +194,7 @@ class _Search:
         found, failed = [], []
         for line in lines:
             try:
-                entries = self.expand(str(path.parent / line), listed=True)
+                entries = self.expand(line if address(line) else str(path.parent / line), listed=True)
             except InputError as error:
                 failed.append(str(error))
                 continue

@@ -23,6 +23,7 @@ from .published import Published
 from .texts import check_reading
 
 _TEXTS_AT_ONCE = 256
+_BACKBONE = "backbone."  # of the names of its tensors
 MAX_SCALE = 100.0  # CLIP clips its logit scale there
 _F = TypeVar("_F", bound="PatchFeatures")
 
@@ -252,6 +253,19 @@ class OVSegModel(nn.Module):
         from .saving import save_pretrained
 
         return save_pretrained(self, folder, **facts)
+
+    def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``state``, under the model's names, with tables of positions of another resolution or
+        context resized to the model's."""
+        own = {
+            name.removeprefix(_BACKBONE): x
+            for name, x in state.items()
+            if name.startswith(_BACKBONE)
+        }
+        return {
+            **state,
+            **{_BACKBONE + name: x for name, x in self.backbone.resize_positions(own).items()},
+        }
 
     @property
     def named_clip(self) -> str | None:

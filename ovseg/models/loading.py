@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ..backbones.weights import (
     ClipSource,
+    clip_names,
     configuration,
     fetch_folder,
     find_clip,
@@ -20,13 +22,15 @@ from ..backbones.weights import (
     settled,
     tags_of,
 )
-from ..checkpoints.files import check_fit, load_tensors, load_weights
+from ..checkpoints.files import check_fit
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch
 from ..checkpoints.published import read_published
+from ..checkpoints.state_dicts import plain_names, plain_state, unwrapped
 from ..checkpoints.transformers_layout import folder_weights
 from ..errors import CheckpointError, InputError
 from ..paths import no_file
 from .base import OVSegModel
+from .limits import MOST_PARAMETERS, SizeError
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
 from .published import Published, marked
 from .registry import (
@@ -39,10 +43,13 @@ from .registry import (
     preset_of,
     system_of_folder,
     system_type,
+    systems,
     upgraded,
 )
 from .saving import is_saved, read_config
 
+_SIZES = {"image_size", "context_length"}  # options by which positions are resized
+_ROOM = 500_000_000  # numbers that a model may have beside those of its file
 _DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
 
 
@@ -101,12 +108,14 @@ def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) 
     Raises:
         ValueError: for a system without a published layout; CheckpointError: for tensors that are missing, unexpected or of another shape.
     """
-    return _published(model).load(model, state)
+    inner = unwrapped(model)
+    return _published(inner).load(inner, plain_names(state))
 
 
 def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
     """The model's tensors under the names of the published checkpoint."""
-    return _published(model).state(model)
+    inner = unwrapped(model)
+    return _published(inner).state(inner, plain_state(model))
 
 
 def _published(model: OVSegModel) -> Published:
@@ -147,8 +156,14 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     saved = read_config(folder)
     if name is not None and saved["model"] != name:
         raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
-    model = build(saved["model"], {**upgraded(saved["model"], saved["options"]), **options})
-    weights, own = load_tensors(folder / "model.safetensors"), model.state_dict()
+    weights = read_published(folder / "model.safetensors")
+    own_options = upgraded(saved["model"], saved["options"])
+    model = _built(
+        saved["model"], {**own_options, **options}, folder / "config.json", weights, options
+    )
+    if asks_size(options):
+        weights = model.resize_positions(weights)
+    own = model.state_dict()
     weights = {name: x for name, x in weights.items() if name in own or not name.startswith(model.training_only or "\0")}
     check_fit(folder / "model.safetensors", weights, own)
     model.load_state_dict(weights)
@@ -170,11 +185,14 @@ def _transformers_folder(name: str | None, folder: Path, options: dict[str, Any]
                          f"{system.model_types[kind]}, or weights of {name}")
     own = system.folder_options(folder)
     backbone = {**own.get("backbone", {}), **options.get("backbone", {})}
-    model = build(name, {**own, **options, "backbone": backbone})
+    weights = folder_weights(folder)
+    model = _built(
+        name, {**own, **options, "backbone": backbone}, folder / "config.json", weights, options
+    )
     if model.published is None:
         raise InputError(f"{name} with {options} is no model of transformers' {kind}; expected other options")
     try:
-        model.published.load(model, folder_weights(folder))
+        model.published.load(model, weights, model.resize_positions if asks_size(options) else None)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return model
@@ -187,22 +205,65 @@ def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
         return _clip(name, str(path), options)
     state = read_published(path)
     if _is_clip(state):
-        return _clip(name, str(path), options, state=state)
+        return _clip(name, str(path), options, state=clip_names(state))
     if name is None:
         return _published_file(path, state, options)
     model = build(name, options)
+    resize = model.resize_positions if asks_size(options) else None
     if model.published is not None and model.published.recognises(state):
-        model.published.load(model, state)
-    elif path.suffix == ".safetensors":
+        model.published.load(model, state, resize)
+    else:
+        state = state if resize is None else resize(state)
         check_fit(path, state, model.state_dict())
         model.load_state_dict(state)
-    else:
-        load_weights(model, path)  # ours are safetensors: it says so
     return model
 
 
 def _is_clip(state: dict[str, torch.Tensor]) -> bool:
-    return "logit_scale" in state and any(name.startswith(("visual.", "image_encoder.")) for name in state)
+    """Whether it is a CLIP that stands alone, or all of it in a part called ``clip`` and nothing of
+    a system's."""
+    plain = clip_names(state)
+    if "logit_scale" not in plain or not any(
+        name.startswith(("visual.", "image_encoder.")) for name in plain
+    ):
+        return False
+    return "logit_scale" in state or not any(
+        marked(state, system_type(system).published_marks) for system in systems()
+    )
+
+
+def asks_size(options: dict[str, Any]) -> bool:
+    """Whether the caller asks for pictures or texts of another size."""
+    return bool(_SIZES & ({*options} | {*(options.get("backbone") or {})}))
+
+
+def _built(
+    name: str,
+    options: dict[str, Any],
+    config: Path,
+    weights: dict[str, torch.Tensor],
+    asked: dict[str, Any],
+) -> OVSegModel:
+    """The model of a folder, if its configuration makes one of about the size of its weights.
+
+    Args:
+        config: where the options come from, for messages; ``asked``: those that the caller has put
+            over them.
+    """
+    named = any(
+        part.get("clip") for part in (options, options.get("backbone") or {})
+    )  # a CLIP that is elsewhere
+    try:
+        return build(name, options, most=MOST_PARAMETERS if named else _most(weights))
+    except SizeError as error:
+        if asked:
+            raise
+        raise CheckpointError(f"{config} is damaged: {error}") from error
+
+
+def _most(weights: dict[str, torch.Tensor]) -> int:
+    """How many numbers a model may have that these are the weights of."""
+    return min(_ROOM + 4 * sum(tensor.numel() for tensor in weights.values()), MOST_PARAMETERS)
 
 
 def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[str, Any]) -> OVSegModel:
@@ -242,8 +303,17 @@ def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path 
         options["architecture"] = chosen
     if _is_clips_own(chosen):
         options.setdefault("readout", DEFAULT_READOUT)
-    model = build(name, options)
-    load_clip(model.backbone.clip, source)
+    most = MOST_PARAMETERS
+    if isinstance(chosen, dict):
+        found = source.read()  # once: the model may be no larger than they are
+        source, most = replace(source, read=lambda: found), _most(found)
+    try:
+        model = build(name, options, most=most)
+    except SizeError as error:
+        if not isinstance(chosen, dict) or asked is not None:
+            raise
+        raise CheckpointError(f"{source.where}: its configuration is damaged: {error}") from error
+    load_clip(model.backbone.clip, source, resize=asks_size(options))
     model.source = weights if architecture is None or folder or state else source.where
     return model
 

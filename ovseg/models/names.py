@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..backbones.weights import architectures, tags_of
 from ..checkpoints.hub import PREFIX
 from ..errors import InputError
+from ..paths import address
 from .registry import CLIP_SYSTEM, architecture_of, is_name, list_bundled, list_models, preset_of
 
 # The best published readout without training at ViT-B/16, and the view it was published with: docs/weights.md.
@@ -90,6 +91,8 @@ def check_name(text: str) -> str:
 
 def unknown(text: str, what: str = "model") -> InputError:
     """The error for a name, or a ``pattern`` of names, that does not exist, with the closest that do."""
+    if (what_it_is := address(text)) is not None:
+        return InputError(f"{what} is {text!r}, which {what_it_is}; expected NAME, NAME:TAG, {PREFIX}OWNER/NAME or PATH")
     known = [*list_models(), *architectures()]
     name, colon, tag = text.partition(":")
     plain = {one.lower(): one for one in known}
@@ -108,6 +111,8 @@ def unknown(text: str, what: str = "model") -> InputError:
 
 def unknown_tag(name: str | None, weights: str) -> InputError:
     """The error for weights that are no tag and no path."""
+    if (what := address(weights)) is not None:
+        return InputError(f"pretrained is {weights!r}, which {what}; expected a tag or a path")
     found = tags(name) if name else []
     close = get_close_matches(weights, found, 1, 0.6)
     hint = f"; did you mean {name}:{close[0]}?" if close else ""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..checkpoints.files import check_fit
+from ..checkpoints.state_dicts import plain_state
 
 State = dict[str, torch.Tensor]
 
@@ -48,33 +49,50 @@ class Published:
     def _of(self, state: State) -> Published | None:
         return next((one for one in (self, *self.others) if marked(state, one.mark)), None)
 
-    def load(self, model: nn.Module, state: State) -> list[str]:
+    def load(
+        self, model: nn.Module, state: State, resize: Callable[[State], State] | None = None
+    ) -> list[str]:
         """Load a published state dict; returns the tensors that only training needs and that it lacks: they stay as they are.
 
+        Args:
+            resize: what is done with the tensors under our names before they are compared:
+                positions of another size.
+
         Raises:
-            CheckpointError: for any other missing tensor, an unexpected one, or one of another shape; naming them.
+            CheckpointError: for any other missing tensor, an unexpected one, or one of another
+                shape or kind; naming them.
         """
         layout = self._of(state)
         if layout is not None and layout is not self:
-            return layout.load(model, state)
+            return layout.load(model, state, resize)
         own = model.state_dict()
-        given = {self.to_ours(name): tensor for name, tensor in self.reshape(state).items() if name not in self.tables}
+        given: State = {
+            self.to_ours(name): tensor
+            for name, tensor in self.reshape(state).items()
+            if name not in self.tables
+        }
         given = {name: tensor for name, tensor in given.items()
                  if name in own or not self.surplus or not self.to_theirs(name).startswith(self.surplus)}
+        if resize is not None:
+            given = resize(given)
         lacking = [name for name in own if name not in given]
         allowed = [name for name in lacking if self.to_theirs(name).startswith(self.optional)]
-        missing = [self.to_theirs(name) for name in lacking if name not in allowed]
-        unexpected = [self.to_theirs(name) for name in given if name not in own]
-        reshaped = [f"{self.to_theirs(name)} {list(given[name].shape)} instead of {list(own[name].shape)}"
-                    for name in given if name in own and own[name].shape != given[name].shape]
-        if missing or unexpected or reshaped:
-            groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-            text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in groups if names)
-            raise CheckpointError(f"the checkpoint does not fit {getattr(model, 'name', '') or type(model).__name__} ({text})")
+        present = {name: tensor for name, tensor in own.items() if name not in allowed}
+        check_fit(
+            "the checkpoint",
+            given,
+            present,
+            getattr(model, "name", "") or type(model).__name__,
+            self.to_theirs,
+        )
         model.load_state_dict({**own, **{name: tensor.to(own[name].dtype) for name, tensor in given.items()}})
         return [self.to_theirs(name) for name in allowed]
 
-    def state(self, model: nn.Module) -> State:
-        """The model's tensors under their names."""
-        found = {self.to_theirs(name): tensor for name, tensor in model.state_dict().items()}
+    def state(self, model: nn.Module, own: State | None = None) -> State:
+        """The model's tensors under their names; ``own``: under ours, where they are taken from
+        elsewhere."""
+        found = {
+            self.to_theirs(name): tensor
+            for name, tensor in (plain_state(model) if own is None else own).items()
+        }
         return {**self.restore(found), **{name: make() for name, make in self.tables.items()}}

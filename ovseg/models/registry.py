@@ -8,6 +8,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from ..backbones.weights import architectures, import_open_clip, supported
 from ..errors import ConfigError
 from ..options import options_of, unknown_key
 from .base import OVSegModel
+from .limits import MOST_PARAMETERS, check_sizes
 
 BUNDLED = Path(__file__).parent.parent / "checkpoints" / "bundled"
 CLIP_SYSTEM = "clip_dense"  # what segments with a CLIP as it is
+_WEIGHTS = ("clip", "dino", "weights")  # options that name some
 _BUILDERS: dict[str, Callable[..., OVSegModel]] = {}
 
 
@@ -113,8 +116,14 @@ def upgraded(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return system_type(preset_of(name)["system"]).Options.upgrade(options)
 
 
-def build(name: str, options: dict[str, Any]) -> OVSegModel:
-    """A model with random weights, or those that its options name."""
+def build(name: str, options: dict[str, Any], *, most: int = MOST_PARAMETERS) -> OVSegModel:
+    """A model with random weights, or those that its options name. Of ``most`` numbers, if
+    ``options`` hold sizes.
+
+    Raises:
+        ConfigError: for an unknown option, or a value that makes no model; SizeError: for sizes
+            beyond the limits, before they are built.
+    """
     if name in _BUILDERS:
         model = _BUILDERS[name](**options)
     else:
@@ -128,6 +137,20 @@ def build(name: str, options: dict[str, Any]) -> OVSegModel:
                 raise unknown_key(key, own | of_backbone, f"options of {name}: ", kind.Options.moved)
         backbone |= {key: value for key, value in options.items() if key in of_backbone - own}
         chosen = {**preset, **{key: value for key, value in options.items() if key in own}, "backbone": backbone}
-        model = kind(options_of(kind.Options, chosen, f"options of {name}"))
+        where = f"options of {name}"
+        check_sizes(
+            options,
+            lambda: kind(options_of(kind.Options, _without_weights(chosen), where)),
+            where,
+            most,
+        )
+        model = kind(options_of(kind.Options, chosen, where))
     model.name, model.config = name, options
     return model
+
+
+def _without_weights(options: Any) -> Any:
+    """A copy of a model's options that names no weights from elsewhere."""
+    if not isinstance(options, dict):
+        return deepcopy(options)
+    return {key: _without_weights(value) for key, value in options.items() if key not in _WEIGHTS}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.files import save_weights
 from ..checkpoints.hub import PREFIX, check_repo, upload
+from ..checkpoints.json_files import load_json
+from ..checkpoints.state_dicts import unwrapped
 from ..errors import CheckpointError, InputError, NoCheckpoint
 from ..replacing import folder_for, write_text
 
@@ -25,8 +27,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:
     """Write ``config.json`` and ``model.safetensors``. ``facts`` (metrics, seed, ...) go into the config as they are.
 
-    A CLIP that a model keeps by its name is not among the tensors; its hash is written, so that another one is noticed.
+    A model that is wrapped (``torch.compile``, DDP, DataParallel, ``AveragedModel``) is written as
+    the bare one is; one that is sharded has to be saved by all processes together. A CLIP that a
+    model keeps by its name is not among the tensors; its hash is written, so that another one is
+    noticed.
     """
+    whole, model = model, unwrapped(model)
     folder = folder_for(folder, "folder")
     # The weights are all in the file.
     options = {key: value for key, value in model.config.items() if key not in model.starting_options}
@@ -41,7 +47,7 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     if isinstance(options.get("architecture"), dict):
         options["architecture"] = _with_tokenizer(options["architecture"], folder)
     text = json.dumps({"format": 1, "model": model.name, "options": options, **facts}, indent=2)
-    save_weights(model, folder / "model.safetensors")
+    save_weights(whole, folder / "model.safetensors")
     write_text(folder / "config.json", text + "\n")  # last: a folder that was begun is none yet
     return folder
 
@@ -49,10 +55,10 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
 def is_saved(folder: Path) -> bool:
     """Whether ``save_pretrained`` wrote it; a damaged config counts, so that it is named."""
     try:
-        found = json.loads((folder / "config.json").read_text())
+        found = load_json(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return True
     return not isinstance(found, dict) or "model_type" not in found
 
@@ -60,16 +66,17 @@ def is_saved(folder: Path) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = load_json(path)
         if not isinstance(config["model"], str) or not isinstance(config["options"], dict):
             raise KeyError("model, options")
     except FileNotFoundError as error:
         raise NoCheckpoint(f"{folder} has no config.json; expected a folder written by save_pretrained") from error
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); expected JSON with 'model' and 'options'") from error
     architecture = config["options"].get("architecture")
-    if isinstance(architecture, dict) and architecture["text_cfg"].get("hf_tokenizer_name") == _TOKENIZER:
-        architecture["text_cfg"]["hf_tokenizer_name"] = str((folder / _TOKENIZER).resolve())
+    text = architecture.get("text_cfg") if isinstance(architecture, dict) else None
+    if isinstance(text, dict) and text.get("hf_tokenizer_name") == _TOKENIZER:
+        text["hf_tokenizer_name"] = str((folder / _TOKENIZER).resolve())
     return config
 
 
@@ -90,11 +97,12 @@ def push_to_hub(model: OVSegModel, repo: str, *, licence: str, labels: Sequence[
         InputError: for a model that names its CLIP by a path, which nobody else has.
     """
     check_repo(repo)
+    whole, model = model, unwrapped(model)
     if model.named_clip is not None and Path(model.named_clip).exists():
         raise InputError(f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; expected one that others can "
                          "name, a tag or hf-hub:OWNER/NAME, in the option clip")
     with tempfile.TemporaryDirectory() as parent:
-        folder = save_pretrained(model, Path(parent) / "model", **facts)
+        folder = save_pretrained(whole, Path(parent) / "model", **facts)
         write_text(folder / "README.md", card(model, repo, licence, labels, facts))
         return upload(folder, repo, private=private, message=f"Upload {model.name}", token=token)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from yaml import YAMLError
 from ..data.sources import load_options
 from ..errors import ConfigError, first_line
 from ..options import check_finite, unknown_key
-from ..paths import no_file
+from ..paths import address, no_file, read_bounded
 from ..replacing import write_text
 from .schedule import Schedule, check_schedule
 
 FOLDER = Path(__file__).parent / "recipes"
+_LONGEST = 16 << 20  # bytes of a recipe
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "sgd")
@@ -139,7 +141,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = FOLDER / f"{source}.yaml" if str(source) in list_recipes() else Path(source)
     if not path.is_file():
-        there = f", which {no_file(path)}" if os.path.lexists(path) else ""
+        there = f", which {no_file(path)}" if os.path.lexists(path) or address(str(source)) else ""
         raise ConfigError(f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}")
     for override in overrides:
         if "=" not in override:
@@ -147,7 +149,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if override.endswith("="):  # an unset variable of a script
             raise ConfigError(f"override {override!r} has no value; expected key=value, or {override}null for none")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = load_yaml(path)
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
@@ -160,6 +162,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(loaded, override, path)
     plain: Any = OmegaConf.to_container(loaded)
     return build_recipe(plain, str(path))
+
+
+def load_yaml(path: Path) -> Any:
+    """What OmegaConf reads of a plain file of at most ``_LONGEST`` bytes."""
+    text = io.StringIO(read_bounded(path, _LONGEST).decode("utf-8"))
+    text.name = str(path)  # for messages of YAML's
+    return OmegaConf.load(text)
 
 
 def _override(loaded: Any, override: str, path: Path) -> None:

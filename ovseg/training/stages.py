@@ -16,17 +16,27 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .. import distributed
-from ..checkpoints.files import check_fit, load_tensors
+from ..checkpoints.files import check_fit
+from ..checkpoints.published import read_published
 from ..data.loader import Loader, batches_of
 from ..data.sources import ModelInputs, Source, create_source, load_options
 from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
 from ..models import OVSegModel, create_model, from_pretrained
+from ..models.loading import asks_size
 from ..models.saving import read_config
 from ..objectives import Objective, create_objective
 from ..replacing import file_for, folder_for, write_text
 from ..text_files import records_of
-from .recipe import Recipe, differences, hash_of, save_recipe, stages_of, to_dict
+from .recipe import (
+    Recipe,
+    differences,
+    hash_of,
+    load_yaml,
+    save_recipe,
+    stages_of,
+    to_dict,
+)
 from .state import complete, damage, facts_of
 
 logger = logging.getLogger(__name__)
@@ -67,6 +77,8 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
         else:
             weights = _weights(str(run / BEST if source == BEST else source), where, own)
         taken = {name: x for name, x in weights.items() if name.startswith(prefix)}
+        if asks_size(recipe.model.options):
+            taken = model.resize_positions(taken)
         try:
             check_fit(str(source), taken, own)
         except CheckpointError as error:
@@ -295,7 +307,7 @@ def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
 
 def _saved_recipe(path: Path) -> Any:
     try:
-        found: Any = OmegaConf.to_container(OmegaConf.load(path))
+        found: Any = OmegaConf.to_container(load_yaml(path))
         if not isinstance(found, dict) or "model" not in found:
             raise ValueError("it holds no recipe")
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
@@ -307,7 +319,7 @@ def _weights(name: str, where: str, own: dict[str, torch.Tensor]) -> dict[str, t
     path = Path(name)
     try:
         for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
-            found = load_tensors(file) if file.is_file() and file.suffix == ".safetensors" else {}
+            found = read_published(file) if file.is_file() else {}
             if any(key.startswith("backbone.") or key in own for key in found):
                 return found
         return from_pretrained(name).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's

@@ -24,10 +24,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from .. import distributed
 from ..checkpoints.files import check_fit, file_hash, load_tensors, save_tensors
+from ..checkpoints.json_files import MOST, load_json
 from ..data.loader import Loader
 from ..data.skips import SkipLimit
 from ..errors import CheckpointError, first_line
 from ..objectives import Objective
+from ..paths import read_bounded
 from .gradients import LossScaler
 
 _MARK = "COMPLETE"  # holds the hash of every other file
@@ -64,7 +66,7 @@ def complete(folder: Path) -> list[Path]:
 def damage(path: Path) -> str:
     """What is wrong with a complete checkpoint: a file that is not what was written. Nothing if all are."""
     try:
-        mark = (path / _MARK).read_bytes()
+        mark = read_bounded(path / _MARK, MOST)
         if not mark and facts_of(path)["format"] < 3:  # of an earlier version, without hashes: whole, at least
             for file in sorted(path.glob("*.safetensors")):
                 load_tensors(file)
@@ -88,7 +90,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         CheckpointError: if it cannot be read.
     """
     try:
-        facts = json.loads((path / "state.json").read_text())
+        facts = load_json(path / "state.json")
         keys = ("format", "stage", "step", "done", "recipe", "hash", "processes", "scaler", "skips", "averaged")
         return {**{key: facts[key] for key in keys}, "of": facts.get("of")}  # which earlier versions do not write
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -154,7 +156,10 @@ def restore(path: Path, state: State) -> None:
     state.skips.load_state_dict(facts["skips"])
     state.stage, state.step, state.done = facts["stage"], facts["step"], facts["done"]
     try:
-        ranks = [json.loads(line) for line in (path / "ranks.jsonl").read_text().splitlines()]
+        ranks = [
+            json.loads(line)
+            for line in read_bounded(path / "ranks.jsonl", MOST).decode().splitlines()
+        ]
         # With another number of processes (which has to be allowed) all go to one position, with fresh random states.
         mine = ranks[distributed.rank()] if len(ranks) == distributed.world_size() else {"loader": ranks[0]["loader"]}
     except (OSError, ValueError, KeyError, IndexError) as error:

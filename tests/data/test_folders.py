@@ -84,7 +84,7 @@ def test_the_command_counts_them_and_goes_on(strange, tmp_path, capsys):
     command = ["segment", str(root), "-m", "pacl_tiny", "--labels", "gravel,grass", "--format", "json", "-o", str(tmp_path / "out")]
     assert main(command) == 3
     printed = capsys.readouterr()
-    assert "2 pictures into" in printed.out and message in printed.err and message in printed.err.split("bad pictures:")[1]
+    assert "2 pictures into" in printed.out and printed.err.count(message) == 1
 
 
 HIDDEN = (".ipynb_checkpoints/a-checkpoint.png", "._a.png", ".hidden.png", ".part.a.png", "__MACOSX/a.png", "@eaDir/a.png")

@@ -4,15 +4,18 @@ import io
 import os
 import struct
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
-from ovseg.data.images import FORMATS, orientation, read_image
-from ovseg.errors import InputError
+from ovseg.data.images import FORMATS, orientation, picture_size, read_image
+from ovseg.data.set_masks import read_mask
+from ovseg.errors import DataError, InputError
+from ovseg.inference.pictures import overlay, strip
 
 
 def encoded(image, form="PNG", **options):
@@ -199,3 +202,151 @@ def test_what_is_no_file(tmp_path, what):
 def test_names_that_no_file_can_have(name, message):
     with pytest.raises(InputError, match=message):
         read_image(name)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, depth, colours, row, *between):
+    """A picture of one row in PNG's own terms, ``between`` its header and its pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colours, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(between) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+
+
+def shorts(*values):
+    return struct.pack(f">{len(values)}H", *values)
+
+
+MIB = 1 << 20
+PACKED = zlib.compress(bytes(2 * MIB))
+LARGE = {"a packed text": (b"zTXt", b"k\0\0" + PACKED), "a packed text in UTF-8": (b"iTXt", b"k\0\1\0\0\0" + PACKED),
+         "a colour profile": (b"iCCP", b"k\0\0" + PACKED), "a text": (b"tEXt", b"k\0" + b"a" * 2 * MIB)}  # fmt: skip
+NOISE = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+
+
+def with_chunk(whole, new, *, behind):
+    """``new`` before the pixels, or behind them."""
+    at = whole.rindex(struct.pack(">I", 0) + b"IEND") if behind else 33
+    return whole[:at] + new + whole[at:]
+
+
+@pytest.mark.third_trial(10)
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("what", LARGE)
+def test_metadata_beyond_pillows_bound_leave_a_png_intact(tmp_path, what, behind, monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", MIB)  # of 64, which take seconds
+    data = with_chunk(encoded(Image.fromarray(NOISE)), chunk(*LARGE[what]), behind=behind)
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (data, tmp_path / "a.png"):
+        assert np.array_equal(np.asarray(read_image(source)), NOISE) and orientation(source) == 1
+    assert picture_size(data[:100]) == 600
+    with pytest.raises(InputError, match="cannot decode"):
+        read_image(data[: data.index(b"IDAT") + 40])  # cut off all the same
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES and PngImagePlugin.MAX_TEXT_CHUNK == MIB
+
+
+@pytest.mark.third_trial(10)
+def test_other_metadata_of_such_a_png_still_count(tmp_path):
+    turned = encoded(Image.fromarray(NOISE), exif=bytes.fromhex("4578696600004d4d002a000000080001011200030000000100060000") + bytes(4))
+    large = with_chunk(turned, chunk(*LARGE["a colour profile"]), behind=False)
+    assert read_image(turned).size == read_image(large).size == (20, 30) and orientation(large) == 6
+    mask = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    (tmp_path / "m.png").write_bytes(with_chunk(encoded(Image.fromarray(mask)), chunk(*LARGE["a packed text"]), behind=True))
+    assert np.array_equal(read_mask(tmp_path / "m.png"), mask)
+    (tmp_path / "m.png").write_bytes(with_chunk(encoded(Image.fromarray(NOISE)), chunk(*LARGE["a packed text"]), behind=False))
+    with pytest.raises(DataError, match="is a RGB picture"):
+        read_mask(tmp_path / "m.png")
+
+
+@pytest.mark.third_trial(10)
+def test_a_bomb_in_metadata_is_unpacked_to_the_bound_alone(monkeypatch):
+    data = with_chunk(encoded(Image.fromarray(NOISE)), chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(64 * MIB), 1)), behind=False)
+    asked = []
+    unpack = PngImagePlugin._safe_zlib_decompress
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", lambda packed: asked.append(len(packed)) or unpack(packed))
+    tracemalloc.start()
+    try:
+        assert read_image(data).size == (30, 20) and len(asked) == 2  # by Pillow, and to see which chunk it was
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.third_trial(10)
+def test_a_pil_image_with_such_metadata_behind_its_pixels():
+    data = with_chunk(encoded(Image.fromarray(NOISE)), chunk(*LARGE["a packed text"]), behind=True)
+    assert np.array_equal(np.asarray(read_image(Image.open(io.BytesIO(data)))), NOISE)
+
+
+@pytest.mark.third_trial(10)
+@pytest.mark.parametrize("form,options", [
+    ("JPEG", {"icc_profile": bytes(2 * MIB)}), ("WEBP", {"icc_profile": bytes(2 * MIB), "xmp": bytes(2 * MIB)}),
+    ("TIFF", {"icc_profile": bytes(2 * MIB)}), ("AVIF", {"icc_profile": bytes(2 * MIB)}), ("GIF", {"comment": b"a" * 2 * MIB}),
+])
+def test_large_metadata_of_other_formats(form, options):
+    assert read_image(encoded(Image.fromarray(NOISE), form, **options)).size == (30, 20)
+
+
+@pytest.mark.third_trial(10)
+def test_damaged_exif_leaves_the_pixels_intact():
+    for data in (with_chunk(encoded(Image.fromarray(NOISE)), chunk(b"eXIf", b"garbage"), behind=False),
+                 encoded(Image.fromarray(NOISE), "WEBP", lossless=True, exif=b"Exif\0\0garbage")):  # fmt: skip
+        assert np.array_equal(np.asarray(read_image(data)), NOISE) and orientation(data) == 1
+
+
+RED, WHITE, GREY = (200, 0, 0), (255, 255, 255), (16, 16, 16)
+HALF = np.array([[[*RED, 0], [*RED, 255], [*RED, 128]]], np.uint8)  # clear, opaque, between
+COLOURS = chunk(b"PLTE", bytes([10, 20, 30, *RED]))
+TRANSPARENT = {
+    "grey, 1 bit": (png(8, 1, 0, b"\x7f", chunk(b"tRNS", shorts(0))), [WHITE, WHITE]),
+    "grey, 2 bits": (png(4, 2, 0, b"\x1b", chunk(b"tRNS", shorts(1))), [(0, 0, 0), WHITE, (170, 170, 170)]),
+    "grey, 4 bits": (png(2, 4, 0, b"\x01", chunk(b"tRNS", shorts(0))), [WHITE, (17, 17, 17)]),
+    "grey, 8 bits": (png(2, 8, 0, bytes([10, 16]), chunk(b"tRNS", shorts(10))), [WHITE, GREY]),
+    "grey, 16 bits": (png(2, 16, 0, shorts(0x1010, 0x1011), chunk(b"tRNS", shorts(0x1011))), [GREY, WHITE]),
+    "RGB, 8 bits": (png(2, 8, 2, bytes([1, 2, 3, *RED]), chunk(b"tRNS", shorts(1, 2, 3))), [WHITE, RED]),
+    "RGB, 16 bits": (png(2, 16, 2, shorts(0x1234, 9, 9, 0xC8C8, 0, 0), chunk(b"tRNS", shorts(0x1234, 9, 9))), [WHITE, RED]),
+    "a palette with one clear colour": (png(2, 8, 3, b"\0\1", COLOURS, chunk(b"tRNS", b"\0")), [WHITE, RED]),
+    "a palette with alpha": (png(2, 8, 3, b"\0\1", COLOURS, chunk(b"tRNS", b"\x80\0")), [(132, 137, 142), WHITE]),
+    "grey and alpha, 16 bits": (png(2, 16, 4, shorts(0x1010, 0, 0x1010, 0xFFFF)), [WHITE, GREY]),
+    "RGBA, 16 bits": (png(2, 16, 6, shorts(0xC8C8, 0, 0, 0, 0xC8C8, 0, 0, 0xFFFF)), [WHITE, RED]),
+    "GIF": (encoded(Image.fromarray(HALF), "GIF"), [WHITE, RED]),
+    **{form: (encoded(Image.fromarray(HALF), form, **options), [WHITE, RED, (227, 127, 127)]) for form, options in {
+        "PNG": {}, "WEBP": {"lossless": True, "exact": True}, "TIFF": {}, "JPEG2000": {}, "QOI": {}, "AVIF": {"quality": 100}}.items()},
+    "an array": (HALF, [WHITE, RED, (227, 127, 127)]),
+    "an image": (Image.fromarray(HALF), [WHITE, RED, (227, 127, 127)]),
+    "an image, premultiplied": (Image.fromarray(HALF).convert("RGBa"), [WHITE, RED, (227, 127, 127)]),
+    "an image, grey": (Image.fromarray(HALF).convert("LA"), [WHITE, (60, 60, 60)]),
+    "an image, grey, premultiplied": (Image.fromarray(HALF).convert("LA").convert("La"), [WHITE, (60, 60, 60)]),
+}  # fmt: skip
+
+
+@pytest.mark.third_trial(10)
+@pytest.mark.parametrize("what", TRANSPARENT)
+def test_white_lies_behind_what_is_transparent(what):
+    """Whatever colours the file hides there."""
+    source, expected = TRANSPARENT[what]
+    read = np.asarray(read_image(source))[0, : len(expected)].astype(int)
+    assert np.abs(read - expected).max() <= (1 if what == "AVIF" else 0)
+
+
+@pytest.mark.third_trial(10)
+def test_pictures_of_results_have_the_same_background():
+    labels = np.full((1, 3), -1)
+    for shown in (overlay(Image.fromarray(HALF), labels, ["cat"], legend=False), strip(Image.fromarray(HALF), {}, ["cat"])):
+        colours = {colour for _, colour in shown.getcolors(1 << 20)}
+        assert (227, 127, 127) in colours and (100, 0, 0) not in colours
+
+
+@pytest.mark.third_trial(10)
+def test_headers_of_nonsense_about_transparency():
+    for mode, value in (("L", b"ab"), ("RGB", 3), ("L", 70000), ("1", (1, 2, 3))):
+        image = Image.new(mode, (2, 1))
+        image.info["transparency"] = value
+        assert np.asarray(read_image(image)).max() == 0 and image.info["transparency"] == value
+
+
+@pytest.mark.third_trial(10)
+def test_four_inks():
+    for source in (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), Image.new("CMYK", (8, 8), (0, 255, 255, 0))):
+        assert read_image(source).getpixel((4, 4)) == (255, 0, 0)

@@ -10,10 +10,13 @@ import pytest
 
 import ovseg
 from ovseg.cli.main import main
+from ovseg.data.entities import Entities
 from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
+from ovseg.data.segmentation_sets import describe
 from ovseg.data.templates import check_templates, templates
-from ovseg.errors import InputError
+from ovseg.errors import ConfigError, InputError
+from ovseg.inference import Queries
 
 CAT_DOG = ("cat", "dog")
 
@@ -169,3 +172,86 @@ def test_tables_survive_what_csv_can_write(tmp_path):
     assert LabelSet.read(tmp_path / "a.csv").names == tuple(names)
     (tmp_path / "b.json").write_text(json.dumps(names))
     assert LabelSet.read(tmp_path / "b.json").names == tuple(names)
+
+
+@pytest.mark.third_trial(9)
+@pytest.mark.parametrize("text,names", [
+    ("c# book\nf#\n", ("c# book", "f#")),
+    ("cat # a comment\n# another\n#third\ndog #4\n", CAT_DOG),
+    (" cat\n\tdog \n", CAT_DOG),
+    ("swivel\u00a0chair\noffice\u3000chair\n", ("swivel chair", "office chair")),
+    ("18 wheeler\ncat\n3D printer\n", ("18 wheeler", "cat", "3D printer")),
+    ("rock 'n' roll\n'n sync\n12\" vinyl\n", ("rock 'n' roll", "'n sync", '12" vinyl')),
+    ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645\ncat\n", ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "cat")),
+])
+def test_lines_are_the_names_that_were_meant(tmp_path, text, names):
+    (tmp_path / "a.txt").write_text(text, "utf-8", newline="")
+    assert LabelSet.read(tmp_path / "a.txt").names == names
+
+
+@pytest.mark.third_trial(9)
+@pytest.mark.parametrize("text,message", [
+    ("0: grass\ngravel\n", "'0: grass' has a number and 'gravel' has none; expected one before every name"),
+    ("gravel\n0\tgrass\n", r"'0\\tgrass' has a number and 'gravel' has none"),
+    ("0: grass\n1:\n", "'0: grass' has a number and '1:' has none"),
+    ("1 wall\n", "'1 wall' may be a class of that name, or 'wall' with its number; expected '1: wall' on every line .* or a .json"),
+    ("0 wall\n1 floor\n", "'0 wall' may be a class of that name"),
+    ("wall\n2 floor\n", "'2 floor' may be a class of that name"),
+    ("7. wall\n8. floor\n", r"'7\. wall' may be a class of that name"),
+    ("1) wall\n", r"'1\) wall' may be a class of that name"),
+    ("wall: 0\nfloor: 1\n", "'wall: 0' has a number behind the name"),
+    ("0, cat\ndog\n", "looks like a row of a table without a header"),
+    ('"cat"\ndog\n', '"cat" is in quotation marks; expected a name without them'),
+    ('"traffic light, red"\n', "is in quotation marks"),
+    ("cat, 'kitty'\n", "'kitty' is in quotation marks"),
+    ("\u201ccat\u201d\n", "is in quotation marks"),
+    ("- cat\n- dog\n", "'- cat' looks like JSON or YAML"),
+    ('["cat", "dog"]\n', "looks like JSON or YAML"),
+    (("1" * 5000 + ": wall\n") * 2, "labels.* are both '1111"),
+])
+def test_lines_that_may_mean_something_else_are_refused(tmp_path, text, message):
+    (tmp_path / "a.txt").write_text(text, "utf-8", newline="")
+    with pytest.raises(InputError, match=message):
+        LabelSet.read(tmp_path / "a.txt")
+
+
+@pytest.mark.third_trial(9)
+@pytest.mark.parametrize("name,text", [
+    ("a.txt", "cat\x0bdog\n"), ("a.txt", "cat\u2028dog\n"), ("a.csv", 'name\n"cat\ndog"\nbird\n'), ("a.csv", 'name\r\n"cat\r\ndog"\r\n'),
+    ("a.tsv", 'id\tname\n0\t"cat\ndog"\n'), ("a.json", '["cat\\ndog"]'), ("a.json", '{"0": "cat\\ndog"}'), ("a.json", '{"cat\\ndog": 0}'),
+    ("a.json", '{"pets": ["cat\\ndog"]}'), ("a.yaml", '- "cat\\ndog"\n'), ("a.yaml", "- |\n  cat\n  dog\n"),
+])
+def test_a_line_break_in_a_name_is_refused_in_files_of_every_kind(tmp_path, name, text):
+    (tmp_path / name).write_text(text, "utf-8", newline="")
+    with pytest.raises(InputError, match=r"which holds a line break \(U\+00..|which holds a line break \(U\+2028"):
+        LabelSet.read(tmp_path / name)
+
+
+@pytest.mark.third_trial(9)
+def test_a_cell_in_quotation_marks_is_read_whole(tmp_path):
+    (tmp_path / "a.csv").write_text('name\r\n"cat"\r\n"c# book"\r\n', "utf-8", newline="")
+    assert LabelSet.read(tmp_path / "a.csv").names == ("cat", "c# book")
+    (tmp_path / "a.json").write_text('["# x", "1 wall", "\\"q\\"", "a, b", "cat\\n"]')
+    assert LabelSet.read(tmp_path / "a.json").names == ("# x", "1 wall", '"q"', "a, b", "cat")  # literally
+
+
+@pytest.mark.third_trial(9)
+def test_several_names_on_the_only_line_are_told_to_be_one_class(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("cat, dog, bird\n")
+    assert LabelSet.read(tmp_path / "a.txt").names == ("cat",)
+    assert "3 texts on the only line are one class, 'cat', and its synonyms" in caplog.text
+
+
+@pytest.mark.third_trial(9)
+def test_a_description_of_a_set_names_its_classes_by_texts(tmp_path):
+    (tmp_path / "mine.yaml").write_text("like: voc20\nclasses: [cat, no]\n")
+    with pytest.raises(InputError, match="the class False is a bool; expected a text, in YAML in quotation marks"):
+        describe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.third_trial(9)
+@pytest.mark.parametrize("make", [
+    lambda: templates(["a photo of\na {}"]), lambda: Queries(background=("wall\nsky",)), lambda: Entities({"traffic\nlight": ()})])
+def test_other_texts_with_a_line_break(make):
+    with pytest.raises((InputError, ConfigError), match=r"holds a line break \(U\+000A\)"):
+        make()

@@ -63,3 +63,40 @@ def test_bad_files(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
         LabelSet.read(tmp_path / name)
+
+
+@pytest.mark.third_trial(9)
+@pytest.mark.parametrize("make,message", [
+    (lambda: LabelSet.of(["cat\ndog"]), r"labels\[0\] is 'cat\\ndog', which holds a line break \(U\+000A\)"),
+    (lambda: LabelSet.of("cat\rdog"), "a line break"),
+    (lambda: LabelSet.of({"pets": ["cat", "dog\u2029hound"]}), "text 1 of 'pets' is .* a line break"),
+    (lambda: LabelSet.of({0: "cat\ndog"}), "a line break"),
+    (lambda: LabelSet.parse("cat\ndog"), "a line break"),
+    (lambda: LabelSet(("cat\ndog",), (("cat",),)), "a line break"),
+    (lambda: LabelSet(("cat",), (("cat\ndog",),)), "a line break"),
+    (lambda: LabelSet(("cat", "dog"), (("cat",),)), "names holds 2 classes and texts 1"),
+    (lambda: LabelSet.of(["cat\tdog"]), "a tab"),
+    (lambda: LabelSet.of(["cat\0"]), r"a control character \(U\+0000\)"),
+    (lambda: LabelSet.of(["cat", "cat\u200b"]), r"labels\[1\] .* an invisible character \(U\+200B\)"),
+    (lambda: LabelSet.of(["\ufeffcat"]), "an invisible character"),
+    (lambda: LabelSet.of(["c\u200dat"]), "an invisible character"),
+    (lambda: LabelSet.of(["\u200b"]), "an invisible character"),
+    (lambda: LabelSet.of(["caf\udce9"]), "a byte that is no UTF-8"),
+    (lambda: LabelSet.of(["caf\u00e9", "cafe\u0301"]), r"labels\[1\] and labels\[0\] are both"),
+    (lambda: LabelSet.of({"cat", "dog"}), "labels is a set, whose order is chance; expected a list"),
+    (lambda: LabelSet.of(None), "labels is a NoneType; expected a list of names"),
+    (lambda: LabelSet.parse("cat, , dog"), r"labels\[1\] is blank"),
+    (lambda: LabelSet.parse("a|"), r"labels\[0\] is 'a\|', of which a synonym is blank"),
+    (lambda: LabelSet.parse("b,a||c"), r"labels\[1\] is 'a\|\|c', of which a synonym is blank"),
+    (lambda: LabelSet.parse("'cat','dog'"), "is in quotation marks; expected a name without them"),
+    (lambda: LabelSet.parse('road,"cat"|kitty'), '"cat" is in quotation marks'),
+])
+def test_names_that_are_not_what_they_look_like(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.third_trial(9)
+def test_space_around_names_is_left_out():
+    assert LabelSet.of(["cat\n", " big\u00a0 dog "]).names == ("cat", "big dog")
+    assert LabelSet.of(["\U0001f469\u200d\U0001f692"]).names == ("\U0001f469\u200d\U0001f692",)  # one emoji of two

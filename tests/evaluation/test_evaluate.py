@@ -85,6 +85,14 @@ def test_bad_files_end_it_or_are_left_out_and_named(folder, tmp_path, capsys):
     assert "none of 5 pictures could be used" in capsys.readouterr().err
 
 
+@pytest.mark.third_trial(15)
+def test_what_is_left_out_is_told_once_for_all_models(folder, tmp_path, capsys):
+    make(tmp_path, "voc20", 2)
+    (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2008_000001.png").unlink()
+    assert main(["eval", str(folder), "pacl_tiny", "--data", "voc20", "--root", str(tmp_path), "--skip-bad"]) == 3
+    assert capsys.readouterr().out.count("left out:") == 1
+
+
 @pytest.mark.bad_input("evaluation", "pictures and masks of too many pixels")
 def test_one_limit_of_pixels(folder, tmp_path, capsys, monkeypatch):
     """``--max-pixels`` is that of the pictures, of the masks and of what is seen; Pillow's own does not act."""

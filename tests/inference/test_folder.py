@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -92,9 +93,25 @@ def test_bad_pictures_are_named_and_the_rest_is_done(photos, tmp_path, capsys):
     for _ in range(2):  # they are tried again
         assert main(["segment", str(photos), "-m", "pacl_tiny", *LABELS, "-o", str(tmp_path / "out")]) == 3
         printed = capsys.readouterr()
-        assert "2 skipped" in printed.out and "bad pictures:" in printed.err
-        assert all(str(photos / name) in printed.err.split("bad pictures:")[1] for name in ("broken.jpg", "half.jpg"))
+        assert "2 skipped" in printed.out
+        assert all(printed.err.count(str(photos / name)) == 1 for name in ("broken.jpg", "half.jpg"))  # with its reason
     assert len(list((tmp_path / "out").rglob("*.json"))) == 6
+
+
+@pytest.mark.third_trial(15)
+def test_every_skipped_picture_is_told_once_with_its_reason(photos, tmp_path, capsys):
+    """Given twice, of a shard, or of a format that is not read."""
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff junk")
+    (photos / "c.nef").write_bytes(b"x")
+    with tarfile.open(tmp_path / "s.tar", "w") as shard:
+        shard.add(photos / "broken.jpg", "inside.jpg")
+    command = ["segment", str(photos), str(photos / "*.*"), str(tmp_path / "s.tar"), "-m", "pacl_tiny", *LABELS]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 3
+    printed = capsys.readouterr()
+    told = [line for line in printed.err.splitlines() if line.startswith("skipped: ")]
+    assert len(told) == 3 and "3 skipped" in printed.out
+    for name, reason in (("broken.jpg", "cannot decode"), ("inside.jpg", "cannot decode"), ("c.nef", "are not read")):
+        assert printed.err.count(name) == 1 and any(name in line and reason in line for line in told)
 
 
 @pytest.mark.slow
@@ -115,7 +132,7 @@ def test_killed_in_the_middle_and_started_again(tmp_path, capsys):
     assert 25 <= done < 180, "it was not killed in the middle"
     assert main(command) == 3
     printed = capsys.readouterr()
-    assert "20 skipped" in printed.out and len(printed.err.split("bad pictures:")[1].split()) == 20
+    assert "20 skipped" in printed.out and printed.err.count("skipped: ") == printed.err.count("/bad") == 20
     before = int(printed.out.split(" done before")[0].split()[-1])
     assert done - 1 <= before <= done and f"{180 - before} pictures into" in printed.out
     found = [json.loads(path.read_text()) for path in out.glob("*.json")]

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ARCHITECTURE = "small-clip"
@@ -33,10 +33,30 @@ def fill_cache(cache, repo, files):
 
 
 @contextmanager
-def hub(files=None, *, status=200, error="EntryNotFound", lie=None):
+def hub(files=None, *, status=200, error="EntryNotFound", lie=None, drip=None):
     """A server that answers for ``files``, (repo, name) -> bytes; yields (address, requests so far). ``lie``: what comes in
-    their place; ``status`` and ``error``: of every answer that is not 200."""
+    their place; ``status`` and ``error``: of every answer that is not 200; ``drip``: what comes
+    byte by byte, ten a second: the "body"
+    of what is fetched, or the "headers" of every answer."""
     asked = []
+    done = Event()
+
+    class Slow:
+        def __init__(self, file):
+            self.file, self.closed = file, False
+
+        def write(self, data):
+            with suppress(OSError):  # nobody listens any more
+                for one in data:
+                    if done.wait(0.1):
+                        return
+                    self.file.write(bytes([one]))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            pass
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, body):
@@ -54,9 +74,14 @@ def hub(files=None, *, status=200, error="EntryNotFound", lie=None):
                 if code < 500:
                     self.send_header("X-Error-Code", error)
                 self.send_header("Content-Length", "0")
+            if drip == "headers":
+                self._headers_buffer.append(b"X-Padding: " + b"x" * 1000 + b"\r\n")
+                self.wfile = Slow(self.wfile)
             self.end_headers()
             if body and data is not None:
-                self.wfile.write(data if lie is None else lie(data))
+                (Slow(self.wfile) if drip == "body" else self.wfile).write(
+                    data if lie is None else lie(data)
+                )
 
         def do_HEAD(self):
             self.answer(False)
@@ -72,6 +97,7 @@ def hub(files=None, *, status=200, error="EntryNotFound", lie=None):
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", asked
     finally:
+        done.set()
         server.shutdown()
         server.server_close()
 

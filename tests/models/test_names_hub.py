@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -151,6 +152,49 @@ def test_a_download_that_is_cut_is_refused(lie, message, photo, weights, online,
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises((WeightsError, CheckpointError), match=message):
             ovseg.segment(photo, ["cat"])
+
+
+@pytest.mark.third_trial(14)
+@pytest.mark.parametrize(
+    "drip,message",
+    [
+        (
+            "body",
+            r"the download of .* broke off \(the server sent \d+ bytes in 0 seconds; expected at "
+            r"least 65536\)",
+        ),
+        ("headers", "the Hub does not answer .*expected at least 1"),
+    ],
+)
+def test_a_server_that_drips_is_given_up(drip, message, tmp_path, online, monkeypatch):
+    """One byte after the other keeps every single read alive."""
+    from ovseg.checkpoints import slow_answers
+    from ovseg.checkpoints.hub import fetch
+
+    monkeypatch.setattr(slow_answers, "WINDOW", 0.4)
+    monkeypatch.setattr(slow_answers, "QUESTION", 0.4)
+    if drip == "body":
+        monkeypatch.setattr(slow_answers, "QUESTION", 5.0)
+    began = time.monotonic()
+    with hub({("me/clip", FILE): b"x" * 1000}, drip=drip) as (address, _):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(WeightsError, match=message):
+            fetch("me/clip", (FILE,))
+        assert time.monotonic() - began < 4
+        assert not list((tmp_path / "hub").rglob("*.incomplete"))
+
+
+@pytest.mark.third_trial(14)
+def test_a_slow_download_that_comes_on_is_waited_for(tmp_path, online, monkeypatch):
+    """Longer than the window, and never too little in it."""
+    from ovseg.checkpoints import slow_answers
+    from ovseg.checkpoints.hub import fetch
+
+    monkeypatch.setattr(slow_answers, "WINDOW", 0.5)
+    monkeypatch.setattr(slow_answers, "LEAST", 1)
+    with hub({("me/clip", FILE): b"x" * 12}, drip="body") as (address, _):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        assert fetch("me/clip", (FILE,)).read_bytes() == b"x" * 12
 
 
 def test_the_second_name_of_a_file(online, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...checkpoints.files import check_numbers
 from ...checkpoints.hub import PREFIX, fetch
 from ...checkpoints.published import read_published
 from ...errors import CheckpointError, InputError, first_line
@@ -62,10 +63,14 @@ class BertTokenizer:
                 fetch(self.source, ("tokenizer_config.json",))
             transformers = _transformers()
             try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False)
             except (OSError, ValueError, TypeError, KeyError) as error:
-                raise InputError(f"text.tokenizer is {self.source!r}, of which transformers makes no tokenizer ({first_line(error)}); "
-                                 "expected a folder or repository with tokenizer.json") from error
+                why = first_line(error)
+                raise InputError(
+                    f"text.tokenizer is {self.source!r}, of which transformers makes no "
+                    f"tokenizer ({why}); expected a folder or repository with tokenizer.json"
+                ) from error
         found = self._tokenizer([texts] if isinstance(texts, str) else list(texts), padding="max_length", truncation=True,
                                 max_length=self.context_length, return_tensors="pt")
         return found["input_ids"] * found["attention_mask"]  # padding is 0, whatever the tokenizer pads with
@@ -137,6 +142,7 @@ class Bert(PackedText):
         if wrong:
             raise CheckpointError(f"{path} does not fit the text tower ({len(wrong)} tensors: {', '.join(wrong[:5])}); expected those of "
                                   f"transformers' BertModel of width {self.options.width} and depth {self.options.depth}")
+        check_numbers(path, state, own)
         self.transformer.load_state_dict(state)
 
     def facts(self) -> Any:

@@ -18,7 +18,7 @@ from ...text_files import lines_of
 from ..batch_types import PairBatch
 from ..draws import some
 from ..folders import Folder
-from ..images import read_image
+from ..images import MAX_PIXELS, read_image
 from ..pairs import PairSample, caption_id, collate_pairs
 from ..superpixels import SuperpixelFile, patch_labels
 from ..transforms import PairAugment, as_items, pair_transform, plain
@@ -36,6 +36,7 @@ class Options(SourceOptions):
     superpixels: side file of ``ovseg data superpixels``; batches then carry ``segments``, cropped with the picture.
     superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
     augment: see ``PairAugment``.
+    max_pixels: pictures with more are bad ones.
     """
 
     kind: str = "folder"
@@ -45,6 +46,7 @@ class Options(SourceOptions):
     superpixels: str | None = None
     superpixel_labels: str = "majority"
     augment: PairAugment = field(default_factory=PairAugment)
+    max_pixels: int = MAX_PIXELS
 
 
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> FolderPairs:
@@ -61,7 +63,7 @@ def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed:
                           "expected one of them: superpixels would not move with the picture")
     augment = options.augment if split == "train" else PairAugment((1.0, 1.0), (1.0, 1.0))
     return FolderPairs(options.root, inputs, image_size=options.image_size, captions=options.captions, superpixels=options.superpixels,
-                       superpixel_labels=options.superpixel_labels, augment=augment)
+                       superpixel_labels=options.superpixel_labels, augment=augment, max_pixels=options.max_pixels)
 
 
 class FolderPairs(Source[PairSample]):
@@ -76,9 +78,11 @@ class FolderPairs(Source[PairSample]):
     batch_type = PairBatch
 
     def __init__(self, root: str | Path, inputs: ModelInputs, *, image_size: int | None = None, captions: int = 1,
-                 superpixels: str | Path | None = None, superpixel_labels: str = "majority", augment: PairAugment | None = None):
+                 superpixels: str | Path | None = None, superpixel_labels: str = "majority", augment: PairAugment | None = None,
+                 max_pixels: int = MAX_PIXELS):
         self.root, self.inputs, self.captions, self.superpixel_labels = Path(root), inputs, captions, superpixel_labels
-        if (what := no_folder(self.root)) is not None:
+        self.max_pixels = max_pixels
+        if (what := no_folder(root)) is not None:
             raise NoData(f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions beside them")
         seen = Folder(self.root)
         pairs = _pairs(seen)
@@ -126,7 +130,8 @@ class FolderPairs(Source[PairSample]):
 
     def picture(self, index: int, rng: torch.Generator, *maps: np.ndarray) -> list[torch.Tensor]:
         """A picture [3, H, W] and its maps, augmented together."""
-        return [plain(part) for part in self.transform(rng, *as_items(read_image(self.root / self.names[index]), *maps))]
+        image = read_image(self.root / self.names[index], max_pixels=self.max_pixels)
+        return [plain(part) for part in self.transform(rng, *as_items(image, *maps))]
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
         return collate_pairs(samples)

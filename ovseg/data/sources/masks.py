@@ -12,6 +12,7 @@ from PIL import Image
 
 from ...errors import ConfigError, InputError
 from ..batch_types import MaskBatch
+from ..images import MAX_PIXELS
 from ..mask_transforms import MaskAugment, mask_transform
 from ..scenes import VOCABULARIES, Scenes
 from ..segmentation_sets import IGNORE, SegmentationSet
@@ -29,6 +30,7 @@ class Options(SourceOptions):
     image_size: side of the crop; None: the model's.
     ignore_index: of pixels that have no label.
     augment: see ``MaskAugment``; for training only.
+    max_pixels: pictures and masks of a set with more are bad ones.
     """
 
     kind: str = "masks"
@@ -42,6 +44,7 @@ class Options(SourceOptions):
     image_size: int | None = None
     ignore_index: int = 255
     augment: MaskAugment = field(default_factory=MaskAugment)
+    max_pixels: int = MAX_PIXELS
 
 
 def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Masks:
@@ -60,7 +63,8 @@ def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed:
         elif options.root is None:
             raise ValueError(f"data.root is null; expected the folder that holds {options.set!r}")
         else:
-            data = SegmentationSet(options.set, options.root, options.train_split if train else options.val_split)
+            data = SegmentationSet(options.set, options.root, options.train_split if train else options.val_split,
+                                   max_pixels=options.max_pixels)
     except (ValueError, InputError) as error:
         raise ConfigError(str(error)) from error
     return Masks(data, inputs, image_size=options.image_size, ignore_index=options.ignore_index, augment=augment, train=train)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.transformers_layout import preprocess_of, read_json
+from ...checkpoints.json_files import read_json
+from ...checkpoints.transformers_layout import preprocess_of, tower_config
 from ...errors import CheckpointError
 from ...layers.vit_block import ACTIVATIONS
 from ..grouping import convolutions, linear
@@ -135,7 +136,7 @@ def folder_options(folder: Path) -> dict[str, Any]:
         CheckpointError: for a model that ours does not compute.
     """
     config = read_json(folder / "config.json")
-    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    vision, text = tower_config(config, "vision_config"), tower_config(config, "text_config")
     width, hidden, act = vision.get("hidden_size", 384), vision.get("intermediate_size", 1536), text.get("hidden_act", "quick_gelu")
     expected = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "assign_eps": 1.0, "num_channels": 3,
                 "assign_mlp_ratio": [0.5, hidden / width]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 
+from ...checkpoints.files import check_numbers
 from ...errors import CheckpointError
 from ...layers.grouping_vit import GroupingViT
 from ..grouping import convolutions, linear
@@ -75,4 +76,5 @@ def load_dino(image: GroupingViT, state: State, where: str) -> None:
         shapes = [f"{name} {list(taken[name].shape) if name in taken else 'missing'}" for name in wrong[:4]]
         raise CheckpointError(f"{where} does not fit the image tower ({len(wrong)} tensors: {', '.join(shapes)}); expected DINO's ViT of "
                               f"width {own['norm.weight'].shape[0]} with as many blocks and patches")
+    check_numbers(where, taken, own)
     image.load_state_dict({**own, **{name: tensor.to(own[name].dtype) for name, tensor in taken.items()}})

@@ -8,7 +8,7 @@ load there.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -73,12 +73,14 @@ class Layout(Published):
     def __init__(self) -> None:
         super().__init__(to_ours, to_theirs, MARK, ("text_encoder.",))
 
-    def load(self, model: ZegCLIP, state: State) -> list[str]:
-        """As ``Published.load``. Files without any ``text_encoder.*`` are taken: their classes come as embeddings.
+    def load(self, model: ZegCLIP, state: State, resize: Any = None) -> list[str]:
+        """As ``Published.load``; the model takes the size of the file's pictures unless ``resize``
+        is given. Files without any ``text_encoder.*`` are taken: their classes come as
+        embeddings.
 
         A CLIP that the model's options name stays named if it is the file's.
         """
-        _fit(model, state)
+        _fit(model, state, positions=resize is None)
         found = _reduced(model, state)
         text = any(name.startswith(self.optional) for name in state)
         strict = Published(to_ours, to_theirs, self.mark, (to_theirs(_ALONE),) if text else self.optional)
@@ -86,15 +88,15 @@ class Layout(Published):
         before = "" if named is None else model.clip_hash()
         model.options.clip = None  # so that all tensors are looked at
         try:
-            lacking = strict.load(model, found)
+            lacking = strict.load(model, found, resize)
         finally:
             if named is not None and model.clip_hash() == before:
                 model.options.clip = named
         return [name for name in lacking if name != to_theirs(_ALONE)]
 
-    def state(self, model: ZegCLIP) -> State:
+    def state(self, model: ZegCLIP, own: State | None = None) -> State:
         """The model's tensors under their names, with those that are without effect."""
-        own = torch.nn.Module.state_dict(model)  # the CLIP too
+        own = torch.nn.Module.state_dict(model)  # the CLIP too, whatever its state dict leaves out
         prompts = own.pop(_PROMPTS)
         found = {to_theirs(name): tensor for name, tensor in own.items() if name != _ALONE}
         unused = torch.ones(model.options.seen_classes + 1)
@@ -104,8 +106,9 @@ class Layout(Published):
         return {**found, _FIRST: prompts[:1], _DEEP: prompts[1:], **{name: tensor.to(*like) for name, tensor in added.items()}}
 
 
-def _fit(model: ZegCLIP, state: State) -> None:
-    """Prompt tokens, position table and the unused buffer of the sizes that the file has."""
+def _fit(model: ZegCLIP, state: State, *, positions: bool) -> None:
+    """Prompt tokens, position table if ``positions``, and the unused buffer of the sizes that the
+    file has."""
     changed = {}
     if _FIRST in state and state[_FIRST].dim() == 3 and state[_FIRST].shape[1] != model.options.prompts:
         changed["prompts"] = state[_FIRST].shape[1]
@@ -114,7 +117,7 @@ def _fit(model: ZegCLIP, state: State) -> None:
     side = math.isqrt(max(rows - 1, 0))
     if rows and side * side + 1 != rows:
         raise CheckpointError(f"{_POSITIONS} has {rows} rows; expected a class token and a square of patches")
-    if rows and side * model.spec.patch_size != model.options.image_size:
+    if positions and rows and side * model.spec.patch_size != model.options.image_size:
         changed["image_size"] = side * model.spec.patch_size
         model.backbone.set_image_size(changed["image_size"], "bilinear")
     if _UNUSED in state and len(state[_UNUSED]) - 1 != model.options.seen_classes:
