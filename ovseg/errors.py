@@ -34,8 +34,15 @@ _ADVICE = ("weights_only", "trust_remote_code", "allow_pickle", "unsafely")
 
 
 def first_line(error: BaseException) -> str:
-    """Of its text; its kind where it says nothing. Advice to run code that came with a file is not
-    passed on."""
+    """Return what an error says in one line: the first of its text, or its kind where it says nothing.
+
+    YAML's errors draw the place over several lines; of them it is the problem and where it is. Advice
+    to run code that came with a file is not passed on.
+    """
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    if isinstance(problem, str) and mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}"
     text = str(error).strip()
     if any(word in text for word in _ADVICE):
         return "it holds code, which is not run"

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import ConfigError, first_line
 
 _T = TypeVar("_T")
+_CLOSE = 0.65  # of difflib's ratio: a letter lost or two that changed places; "wandb" is no "train"
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "", moved: Mapping[str, str] | None = None) -> ConfigError:
@@ -21,8 +22,9 @@ def unknown_key(key: str, known: Iterable[str], where: str = "", moved: Mapping[
     if moved and key in moved:
         return ConfigError(f"{where}{key}: unknown key; {moved[key]}")
     names = sorted(known)
-    close = get_close_matches(key, names, 1, 0.4)
-    return ConfigError(f"{where}{key}: unknown key, " + (f"did you mean {where}{close[0]}?" if close else f"expected one of {names}"))
+    close = get_close_matches(key, names, 1, _CLOSE)
+    hint = f"did you mean {where}{close[0]}? Expected one of" if close else "expected one of"
+    return ConfigError(f"{where}{key}: unknown key, {hint} {names}")
 
 
 def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:

@@ -24,6 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Who may read it is for the umask to say: safetensors from 0.8 on writes files that their owner alone can read.
     """
+    made = [above for above in path.parents if not above.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
@@ -34,6 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what was made for nothing; a folder that holds something stays
+            for above in made:
+                above.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

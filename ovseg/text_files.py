@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .errors import first_line
 from .paths import as_given, no_file
 
 
@@ -60,7 +61,7 @@ def tree_of(text: str, *, is_json: bool = False) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"no YAML: {error}") from error
+        raise ValueError(f"no YAML: {first_line(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{'JSON' if is_json else 'YAML'} that is nested too deeply") from error
 

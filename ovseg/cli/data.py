@@ -118,9 +118,9 @@ def _check(options: argparse.Namespace) -> int:
             out = Path(options.out)
             stem = f"{data.description.name}_{options.split}"
             write_text(out / f"{stem}.json", json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
-            plot = plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
-                             f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
-            print(*(path for path in (out / f"{stem}.json", plot) if path), sep="\n")
+            drawn = plot_bars({k: 100 * v for k, v in report.shares.items()}, out / f"{stem}.png",
+                              f"{data.description.title}, {options.split}: % of the counted pixels", log=True)
+            print(*(path for path in (out / f"{stem}.json", drawn) if path), sep="\n")
     return 1 if wrong else 0
 
 

@@ -76,8 +76,7 @@ def run(options: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..evaluation.scenes import scene_table
     from ..output_lock import locked_folder
-    from ..replacing import folder_for
-    from ..training.recipe import load_recipe
+    from ..replacing import file_for, folder_for
     from ..training.trainer import Interrupted, train
 
     distributed.place()  # variables that do not fit are refused before any work
@@ -90,28 +89,23 @@ def run(options: argparse.Namespace) -> int:
         stages = [CLIP, *stages]  # the bundled one knows other words
     if options.steps and len(options.steps) != len(stages):
         raise ConfigError(f"--steps holds {len(options.steps)} numbers; expected one for each of {', '.join(s.title for s in stages)}")
+    for name in ("results.json", "table.md", "gallery.png", "loss.png"):
+        file_for(out / name, "--out needs a file, and")
     options.held.enter_context(locked_folder(out, "--out", "demo"))
     results = out / "results.json"
     before = _earlier(results)
     if all(stage.title in before for stage in stages):
         raise ConfigError(f"{out} holds the results of a demo already; expected a new --out, or remove it")
+    recipes = {stage: _recipe(stage, options, out, i) for i, stage in enumerate(stages)}  # all, before the first of them trains
     no_plots("no loss curve is drawn")
     found = _Found(out, options, {title: row["train_seconds"] for title, row in before.items()})
-    for i, stage in enumerate(stages):
-        recipe = load_recipe(stage.recipe, [*_settings(stage, options.data, out), f"train.seed={options.seed}"])
-        if options.steps:
-            _shorten(recipe, options.steps[i])
-        if options.train_scenes:
-            recipe.data["train_size"] = options.train_scenes
-        folder = out / stage.folder
-        saved = folder / "config.yaml"
-        if saved.exists() and load_recipe(saved) != recipe:  # another seed or data: going on would mix two runs
-            raise ConfigError(f"{folder} was begun with other settings; expected a new --out, or the same command again")
+    for stage, recipe in recipes.items():
         if stage.title in before:
             continue
         started = time.time()
         try:
-            train(recipe, folder, resume="auto", quiet=options.quiet)  # a demo that was stopped goes on by the same command
+            # A demo that was stopped goes on by the same command.
+            train(recipe, out / stage.folder, resume="auto", quiet=options.quiet)
         except Interrupted as error:
             print(f"ovseg demo: {error}; the same command goes on")
             return 143
@@ -148,8 +142,7 @@ class _Found:
     def evaluate(self, last: Stage) -> None:
         """Evaluate what has been trained and is not evaluated yet; write table, pictures, curves, and the results at the end."""
         from ..data.scenes import Scenes
-        from ..evaluation.scenes import evaluate_scenes, gallery, scene_table
-        from ..inference.pictures import save_result
+        from ..evaluation.scenes import evaluate_scenes, save_gallery, scene_table
         from ..models import from_pretrained
         from ..replacing import write_text
         from ..training.plots import join_curves
@@ -166,7 +159,7 @@ class _Found:
                             duration(self.seconds[stage.title]))
         self.reports = {stage.title: self.reports[stage.title] for stage in done}
         rows = [report.summary for report in self.reports.values()]
-        save_result(gallery(self.reports), self.out / "gallery.png")
+        save_gallery(self.reports, self.out / "gallery.png")
         join_curves({stage.title: self.out / stage.folder / "log.jsonl" for stage in done}, self.out / "loss.png")
         write_text(self.out / "table.md", scene_table(rows) + "\n")
         seen = [row["seen_miou"] or 0.0 for row in rows]  # None where no class of them occurs
@@ -189,6 +182,26 @@ def _earlier(results: Path) -> dict[str, dict[str, Any]]:
         raise DataError(f"{results} is damaged ({error!r}); expected the results of a demo. Remove it, or give a new --out") from error
 
 
+def _recipe(stage: Stage, options: argparse.Namespace, out: Path, number: int) -> Any:
+    """The recipe of a row, as the options change it; refused where its folder holds another run."""
+    from ..errors import ConfigError
+    from ..replacing import folder_for
+    from ..training.recipe import load_recipe
+    from ..training.stages import check_names
+
+    recipe = load_recipe(stage.recipe, [*_settings(stage, options.data, out), f"train.seed={options.seed}"])
+    if options.steps:
+        _shorten(recipe, options.steps[number])
+    if options.train_scenes:
+        recipe.data["train_size"] = options.train_scenes
+    folder = folder_for(out / stage.folder, "--out needs a folder, and")
+    check_names(folder)
+    saved = folder / "config.yaml"
+    if saved.exists() and load_recipe(saved) != recipe:  # another seed or data: going on would mix two runs
+        raise ConfigError(f"{folder} was begun with other settings; expected a new --out, or the same command again")
+    return recipe
+
+
 def _settings(stage: Stage, data: str, out: Path) -> list[str]:
     """What the recipe of a stage is changed to: the data, and the CLIP it starts from."""
     from ..training.recipe import load_recipe
@@ -201,12 +214,16 @@ def _settings(stage: Stage, data: str, out: Path) -> list[str]:
 
 
 def _shorten(recipe: Any, steps: int) -> None:
-    """So many steps in all; stages keep their shares."""
+    """So many steps in all; stages keep their shares, and warm-ups theirs of a shorter run."""
     usual = recipe.train.steps
-    whole = sum(stage.get("train", {}).get("steps", usual) for stage in recipe.stages)
+    whole = sum(stage.get("train", {}).get("steps", usual) for stage in recipe.stages) or usual
     recipe.train.steps = steps
+    share = min(1.0, steps / whole)
+    recipe.schedule.warmup_steps = int(recipe.schedule.warmup_steps * share)
     for stage in recipe.stages:
         part = stage.setdefault("train", {})
         part["steps"] = max(1, part.get("steps", usual) * steps // whole)
         if "steps" in stage.get("schedule", {}):
             stage["schedule"]["steps"] = max(1, stage["schedule"]["steps"] * steps // whole)
+        if "warmup_steps" in stage.get("schedule", {}):
+            stage["schedule"]["warmup_steps"] = int(stage["schedule"]["warmup_steps"] * share)

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     from ..libraries import require
     from ..output_lock import locked_folder
     from ..paths import no_folder
-    from ..replacing import folder_for
+    from ..replacing import file_for, folder_for
 
     rank = distributed.rank()  # variables that do not fit are refused before any work
     at_least(1, options, "limit", "scenes", "batch")
@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plots and options.out is None:
         raise InputError("--plots is given and --out is missing; expected a folder for the plots")
     if options.out is not None:
-        folder_for(options.out, "--out")
+        for name in ("results.json", "table.md", "classes.csv", "gallery.png"):
+            file_for(folder_for(options.out, "--out") / name, "--out needs a file, and")
     if options.root is not None and (what := no_folder(options.root)) is not None:
         raise InputError(f"--root {options.root!r} {what}; expected the folder that holds the data")
     if options.labels_file == "":
@@ -116,7 +117,7 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     from ..errors import InputError
     from ..evaluation.evaluate import Report, class_table, evaluate, table, write_results
     from ..evaluation.protocols import protocol
-    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
+    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
 
     changes = given_inference_options(options)
     labels = LabelSet.read(options.labels_file) if options.labels_file else None
@@ -167,14 +168,13 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
         print(f"left out: {line}")
     if options.out:
         from ..evaluation.plots import plot_classes, plot_confusion, plot_sweeps
-        from ..inference.pictures import save_result
 
         out = Path(options.out)
         written: list[Path | None] = [*write_results(rows, out, **facts)]
         for data in sets:
             some = {title: report for title, report in reports.items() if report.data is data.description}
             stem = "" if len(sets) == 1 else f"{data.description.name}_"
-            written.append(save_result(gallery(some), out / f"{stem}gallery.png"))
+            written.append(save_gallery(some, out / f"{stem}gallery.png"))
             if options.sweep:
                 written.append(plot_sweeps(some, out / f"{stem}sweep.png"))
             if options.plots:

@@ -147,11 +147,13 @@ _FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError,
 
 
 def _message(error: Exception, code: int) -> str:
-    """Return what is printed of an error that ends a command; of a name without end only the ends."""
+    """Return the one line that is printed of an error that ends a command; of a name without end only the ends."""
     if isinstance(error, ImportError):
         return reason(error)
     whole = code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED)
     text = (str(error) if whole else "") or first_line(error)
+    lines = (line.strip() for line in text.splitlines())  # those of libraries have several
+    text = "; ".join(line for line in lines if line)
     return re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:60]}...{word[0][-20:]}", text)
 
 

@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
     from ..output_lock import locked_folder
     from ..replacing import folder_for
     from ..training.recipe import list_recipes, load_recipe
+    from ..training.stages import finished
     from ..training.trainer import Interrupted, train
 
     distributed.place()  # variables that do not fit are refused before any work
@@ -50,8 +51,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
+    folder = folder_for(folders[-1], "run")
+    if (options.resume or options.auto_resume) and (steps := finished(folder, recipe)) is not None:
+        if distributed.is_main():
+            print(f"{folder} is done already, {steps} steps: ovseg segment --model {folder} ...")
+        return 0
     no_plots("no loss curve is drawn")
-    options.held.enter_context(locked_folder(folder_for(folders[-1], "run"), "run", "train"))
+    options.held.enter_context(locked_folder(folder, "run", "train"))
     try:
         resume = "auto" if options.auto_resume else options.resume
         train(recipe, folders[-1], resume=resume, allow=options.allow, evaluate=validation(recipe))
@@ -71,9 +77,8 @@ def validation(recipe: Any) -> Any:
     from ..data.segmentation_sets import SegmentationSet
     from ..errors import ConfigError
     from ..evaluation.evaluate import evaluate
-    from ..evaluation.protocols import protocol
-    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, gallery
-    from ..inference.pictures import save_result
+    from ..evaluation.protocols import protocol, read_protocol
+    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
 
     part = recipe.validation
     if part.every_steps is None:
@@ -89,12 +94,15 @@ def validation(recipe: Any) -> Any:
     else:
         data = SegmentationSet(name, part.root, "val", **limit)
 
+    read_protocol(part.protocol)
+
     def call(model: Any, step: int, folder: Path) -> dict[str, float]:
         chosen = protocol(part.protocol, data.description, model, **limit)
         asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
         report = evaluate_scene_set(model, data, chosen=chosen, **asked) if name in SCENE_SETS else evaluate(model, data, chosen, **asked)
         if distributed.is_main() and report.examples:
-            save_result(gallery({recipe.model.name: report}), folder / f"step_{step:08d}.png")
+            save_gallery({recipe.model.name: report}, folder / f"step_{step:08d}.png")
         return {key: value for key, value in report.summary.items() if isinstance(value, (int, float))}
 
+    call.check = lambda model: protocol(part.protocol, data.description, model)  # type: ignore[attr-defined]
     return call

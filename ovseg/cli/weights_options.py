@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..distributed import is_main
 from ..errors import ConfigError, InputError
 
 MODEL_HELP = ("NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of weights (pacl_tiny), "
@@ -57,6 +56,7 @@ def no_readouts(what: str, name: str) -> InputError:
 
 def load_model(name: str | None, **options: Any) -> Any:
     """The model that ``-m`` names, on the CPU; the default one without it. ``options`` change how it was built."""
+    from ..distributed import is_main
     from ..models import default_model, from_pretrained
     from ..progress import note, waiting
 

@@ -50,6 +50,22 @@ class Waiting:
     _since: float | None
 
 
+def batches_of(pictures: int, batch_size: int, *, ranks: int = 1, drop_last: bool = True) -> int:
+    """Return the batches of an epoch.
+
+    Raises:
+        ConfigError: if there is none, or a rank would go without a picture.
+    """
+    if not ranks <= batch_size <= pictures:
+        raise ConfigError(f"batch_size is {batch_size}; expected at least one picture for each of {ranks} processes and at most "
+                          f"{pictures}, the number of pictures")
+    rest = 0 if drop_last else pictures % batch_size
+    if 0 < rest < ranks:
+        raise ConfigError(f"the last batch of an epoch holds {rest} of {pictures} pictures, too few for {ranks} processes; "
+                          "expected drop_last, or another batch_size")
+    return pictures // batch_size + (rest > 0)
+
+
 class Loader:
     """Batches of a source, for one rank; iterating goes on from the position.
 
@@ -82,15 +98,8 @@ class Loader:
                  timeout: float = 0.0):
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}; expected 0 to {ranks - 1}")
-        if not ranks <= batch_size <= len(source):
-            raise ConfigError(f"batch_size is {batch_size}; expected at least one picture for each of {ranks} processes and at most "
-                              f"{len(source)}, the number of pictures")
-        rest = 0 if drop_last else len(source) % batch_size
-        if 0 < rest < ranks:
-            raise ConfigError(f"the last batch of an epoch holds {rest} of {len(source)} pictures, too few for {ranks} processes; "
-                              "expected drop_last, or another batch_size")
+        self.steps_per_epoch = batches_of(len(source), batch_size, ranks=ranks, drop_last=drop_last)
         self.source, self.seed, self.batch_size, self.epochs, self.drop_last = source, seed, batch_size, epochs, drop_last
-        self.steps_per_epoch = len(source) // batch_size + (rest > 0)
         self.epoch = self.step = 0
         self.waiting = Waiting()
         self._steps = _Steps(source, EpochOrder(len(source), seed, shuffle=shuffle), batch_size, self.steps_per_epoch, rank, ranks)

@@ -1,30 +1,18 @@
-"""Plots of evaluations: confusion matrix, IoU of each class, background-threshold curves. They need matplotlib, and say so."""
+"""Plots of evaluations: confusion matrix, IoU of each class, background-threshold curves. What cannot be drawn is None, with a warning."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..data.own_results import SOFTWARE
+from ..figures import beside_the_work, new_figure, save_figure
 from .evaluate import Report
-
-logger = logging.getLogger(__name__)
 
 _MOST_NAMED = 60  # rows of a confusion matrix that are still labelled
 
 
-def _figure(**options: Any):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("matplotlib is not installed: no plot is drawn (pip install 'ovseg-kernels[plot]')")
-        return None
-    return Figure(layout="constrained", **options)
-
-
+@beside_the_work("confusion matrix")
 def plot_confusion(report: Report, out: Path) -> Path | None:
     """Rows: truth, each row in percent of its pixels; columns: prediction."""
     matrix = report.scores.matrix.astype(float)
@@ -34,9 +22,9 @@ def plot_confusion(report: Report, out: Path) -> Path | None:
     rows = matrix.sum(1) > 0
     share = 100 * matrix[rows] / matrix[rows].sum(1, keepdims=True)
     size = min(16.0, 3.5 + 0.26 * len(names))
-    figure = _figure(figsize=(size + 1, size))
-    if figure is None or not rows.any():
+    if not rows.any():
         return None
+    figure = new_figure(figsize=(size + 1, size))
     axes = figure.subplots()
     image = axes.imshow(share, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     figure.colorbar(image, ax=axes, label="% of the truth's pixels")
@@ -44,10 +32,10 @@ def plot_confusion(report: Report, out: Path) -> Path | None:
     if len(names) <= _MOST_NAMED:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(int(rows.sum())), np.array(report.scores.classes)[rows], fontsize=8)
-    figure.savefig(out, dpi=110, metadata={"Software": SOFTWARE})
-    return out
+    return save_figure(figure, out, dpi=110)
 
 
+@beside_the_work("plot of the classes")
 def plot_classes(report: Report, out: Path) -> Path | None:
     """IoU of each class, sorted; unseen classes in another colour."""
     values = {name: float(iou) for name, iou in zip(report.scores.classes, report.scores.iou, strict=True) if not np.isnan(iou)}
@@ -56,13 +44,14 @@ def plot_classes(report: Report, out: Path) -> Path | None:
                      note="unseen classes orange" if report.data.unseen else "")
 
 
+@beside_the_work("plot of bars")
 def plot_bars(values: dict[str, float], out: Path, title: str, *, colours: dict[str, str] | None = None, label: str = "%",
               log: bool = False, note: str = "") -> Path | None:
     """A bar for each name, the largest first."""
     order = sorted(values, key=lambda name: -values[name])
-    figure = _figure(figsize=(min(30.0, 3 + 0.24 * len(order)), 4.2))
-    if figure is None or not order:
+    if not order:
         return None
+    figure = new_figure(figsize=(min(30.0, 3 + 0.24 * len(order)), 4.2))
     axes = figure.subplots()
     axes.bar(range(len(order)), [values[name] for name in order], color=[(colours or {}).get(name, "#1f77b4") for name in order])
     axes.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
@@ -70,16 +59,16 @@ def plot_bars(values: dict[str, float], out: Path, title: str, *, colours: dict[
     if log and max(values.values()) > 0:
         axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.3)
-    figure.savefig(out, dpi=110, metadata={"Software": SOFTWARE})
-    return out
+    return save_figure(figure, out, dpi=110)
 
 
+@beside_the_work("sweep of the threshold")
 def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
     """mIoU against the background threshold, a curve for each report, its best point marked."""
-    figure = _figure(figsize=(10, 4.4))
     curves = {name: report.sweep for name, report in reports.items() if report.sweep is not None}
-    if figure is None or not curves:
+    if not curves:
         return None
+    figure = new_figure(figsize=(10, 4.4))
     axes = figure.subplots()
     for name, (thresholds, miou) in curves.items():
         best = int(np.nanargmax(miou))
@@ -89,8 +78,7 @@ def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
     axes.set(xlabel=f"background threshold ({first.choices['scores']})", ylabel="mIoU, %", title=first.choices["data"])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(out, dpi=110, metadata={"Software": SOFTWARE})
-    return out
+    return save_figure(figure, out, dpi=110)
 
 
 def _title(report: Report) -> str:

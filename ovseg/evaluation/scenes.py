@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from PIL import Image
 from .. import distributed
 from ..data.scenes import VOCABULARIES, Scenes
 from ..data.segmentation_sets import SetDescription
+from ..figures import beside_the_work
 from ..inference import Predictor, Segmentation
-from ..inference.pictures import colour, contact_sheet, palette
+from ..inference.pictures import colour, contact_sheet, palette, save_result
 from ..models import OVSegModel
 from .evaluate import Report, evaluate, rounded, table
 from .metrics import harmonic_mean
@@ -98,3 +100,9 @@ def gallery(reports: dict[str, Report], count: int = 10, scale: int | None = Non
     present = sorted({int(i) for _, truth, labels in examples for x in (truth, labels) for i in np.unique(x) if i >= 0})
     legend = [(tuple(int(v) for v in palette(len(classes))[i]), classes[i]) for i in present]
     return contact_sheet(rows, ["image", "truth", *reports], legend, scale=scale or max(1, 96 // max(1, side // smaller)))
+
+
+@beside_the_work("gallery")
+def save_gallery(reports: dict[str, Report], out: Path) -> Path | None:
+    """Write ``gallery`` as a picture."""
+    return save_result(gallery(reports), out)

@@ -42,4 +42,5 @@ def _refusal(name: str, value: Any, decision: Decision, known: list[str]) -> Inp
         return InputError(f"{name} is {value!r}, an option of the rule of labelling {' and '.join(others)}; this model labels by "
                           f"{decision.name}, whose options are {', '.join(option_names(decision))}")
     close = get_close_matches(name, known, 1)
-    return InputError(f"unknown option {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"expected some of {known}"))
+    hint = f"did you mean {close[0]!r}? Expected" if close else "expected"
+    return InputError(f"unknown option {name!r}; {hint} some of {known}")

@@ -34,7 +34,6 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     """
     whole, model = model, unwrapped(model)
     folder = folder_for(folder, "folder")
-    folder.mkdir(parents=True, exist_ok=True)
     # The weights are all in the file.
     options = {key: value for key, value in model.config.items() if key not in model.starting_options}
     if isinstance(options.get("backbone"), dict):
@@ -44,6 +43,7 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
         options["clip"] = str(Path(source).resolve()) if Path(source).exists() else source
         facts = {"clip_hash": model.clip_hash(), **facts}
     options |= model.backbone.lasting_options()
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(options.get("architecture"), dict):
         options["architecture"] = _with_tokenizer(options["architecture"], folder)
     text = json.dumps({"format": 1, "model": model.name, "options": options, **facts}, indent=2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ class Progress:
         step, steps: of the stage, from 0.
         seed: of the run.
         rank, chunk: of the process, and of the part of its batch that is being encoded.
+        first: row of the whole batch at which that part begins.
     """
 
     step: int = 0
@@ -43,6 +45,7 @@ class Progress:
     seed: int = 0
     rank: int = 0
     chunk: int = 0
+    first: int = 0
 
     @property
     def share(self) -> float:
@@ -52,21 +55,44 @@ class Progress:
     @torch.compiler.disable
     def rng(self, device: torch.device | str, use: str) -> torch.Tensor:
         """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``; the same when a step is done again."""
-        return philox.make_rng(self._number(use), device=device)
+        return philox.make_rng(self._number(use, self.rank, self.chunk), device=device)
+
+    @torch.compiler.disable
+    def uniform(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uniform numbers for the rows of this part of the batch. A row's are its own, whichever process or chunk it falls to."""
+        blocks, before = self._place(shape)
+        drawn = philox.uniform(philox.make_rng(self._number(use), blocks, device), (before + math.prod(shape),))
+        return drawn[before:].view(shape)
+
+    @torch.compiler.disable
+    def gumbel(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Gumbel noise, likewise."""
+        return -torch.log(-torch.log(self.uniform(device, use, shape)))
+
+    @torch.compiler.disable
+    def noise(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """What an operator draws ``gumbel`` of this shape from: [seed, offset], or the numbers where a row begins amid a block of four."""
+        blocks, before = self._place(shape)
+        return self.gumbel(device, use, shape) if before else philox.make_rng(self._number(use), blocks, device)
+
+    def _place(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Where the rows of a tensor of this shape begin in that of the whole batch: blocks of four numbers, and numbers beyond them."""
+        return divmod(self.first * math.prod(shape[1:]), 4)
 
     @contextlib.contextmanager
     def seeded(self, device: torch.device, use: str, on: bool = True) -> Iterator[None]:
-        """What torch itself draws inside, such as dropout, depends on the same; its generators are as before afterwards."""
+        """What torch itself draws inside, such as dropout, depends on the same and on rank and chunk; its generators are as before
+        afterwards."""
         if not on:
             yield
             return
         devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(self._number(use))
+            torch.manual_seed(self._number(use, self.rank, self.chunk))
             yield
 
-    def _number(self, use: str) -> int:
-        key = f"{self.seed} {self.step} {self.rank} {self.chunk} {use}".encode()
+    def _number(self, use: str, rank: int = 0, chunk: int = 0) -> int:
+        key = f"{self.seed} {self.step} {rank} {chunk} {use}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from ovseg_kernels import philox
-
 from ..data.batch_types import PairBatch
 from ..errors import ConfigError, InputError
 from ..layers.mae_decoder import patchify
@@ -90,7 +88,7 @@ class SegCLIPObjective(Objective):
                         progress: Progress) -> torch.Tensor:
         """[B], of each picture the mean squared error of the removed patches' pixels."""
         B, N, D = x.shape
-        shuffle = batch.noise["masking"] if "masking" in batch.noise else philox.uniform(progress.rng(x.device, "masking"), (B, N))
+        shuffle = batch.noise["masking"] if "masking" in batch.noise else progress.uniform(x.device, "masking", (B, N))
         order = shuffle.argsort(dim=1, stable=True)
         count = int((N + 1) * self.kept) - 1  # the class token counts among the kept
         if not 0 < count < N:
@@ -109,4 +107,4 @@ class SegCLIPObjective(Objective):
     def _gumbel(self, batch: PairBatch, progress: Progress, name: str, x: torch.Tensor) -> torch.Tensor:
         if name in batch.noise:
             return batch.noise[name]
-        return philox.gumbel(progress.rng(x.device, name), (len(x), len(self.model.groups.semantic_center), x.shape[1]))
+        return progress.gumbel(x.device, name, (len(x), len(self.model.groups.semantic_center), x.shape[1]))

@@ -8,6 +8,7 @@ graph of one chunk. Random states are kept for each chunk, so that both passes s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -71,11 +72,13 @@ class Gradients:
         # FSDP2 gathers parameters in every chunk: all processes need the same number of them, none of them empty.
         most, fewest = distributed.smallest(-math.ceil(len(batch) / self.chunk), len(batch))
         chunks = batch.split(min(-most, fewest))
+        firsts = itertools.accumulate([len(chunk) for chunk in chunks], initial=progress.first)
+        places = [replace(progress, chunk=i, first=first) for i, first in zip(range(len(chunks)), firsts, strict=False)]
         states, parts = [], []
-        for i, chunk in enumerate(chunks):
+        for chunk, place in zip(chunks, places, strict=True):
             states.append(_random_state())
             with torch.no_grad(), self.cast():
-                parts.append(self.objective.encode(chunk, replace(progress, chunk=i)))
+                parts.append(self.objective.encode(chunk, place))
         after = _random_state()
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         rows = {name: x.requires_grad_(x.is_floating_point()) for name, x in rows.items()}
@@ -87,7 +90,7 @@ class Gradients:
         for i, chunk in enumerate(chunks):
             _set_random_state(states[i])
             with self.cast():
-                again = self.objective.encode(chunk, replace(progress, chunk=i))
+                again = self.objective.encode(chunk, places[i])
             found = [(again[name], share[i]) for name, share in shares.items() if again[name].requires_grad]
             torch.autograd.backward([x for x, _ in found], [g for _, g in found])
         _set_random_state(after)

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import distributed
 from ..models import OVSegModel, save_pretrained
 from ..replacing import write_text
 from ..text_files import records_of
 from . import state
-from .stages import BEST, Run
+from .recipe import Recipe
+from .stages import BEST, Run, begin_run
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -58,6 +61,25 @@ class Hook:
 
 
 @dataclass
+class Begin(Hook):
+    """Writes the folder of the run once a step is made: what fails before leaves it as it was."""
+
+    run: Run
+    recipe: Recipe
+    device: torch.device
+    done: bool = False
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.now()
+
+    def now(self) -> None:
+        """In all processes; only the first call does anything."""
+        if not self.done:
+            begin_run(self.run, self.recipe, self.device)
+            self.done = True
+
+
+@dataclass
 class Log(Hook):
     """A line of JSON every so many steps, and one for every step that was skipped: loss and its parts, rate, norm of the gradient, seconds
     since the run began or went on, pictures a second and the share of time spent waiting for data since the last line."""
@@ -66,6 +88,7 @@ class Log(Hook):
     every: int
     began: float = field(default_factory=time.time)
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    _failed: bool = False
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self._sums = [a + b for a, b in zip(self._sums, (step.images, step.seconds, step.waited), strict=True)]
@@ -82,9 +105,15 @@ class Log(Hook):
             self._sums = [0.0, 0.0, 0.0]
 
     def _write(self, entry: dict[str, Any]) -> None:
-        if distributed.is_main():
+        if not distributed.is_main():
+            return
+        try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # a disk that is full for now: the weights are worth more than a line
+            if not self._failed:
+                logger.warning("%s cannot be written (%s); training goes on, lines are missing", self.path, error.strerror)
+            self._failed = True
 
 
 @dataclass

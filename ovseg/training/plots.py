@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 from pathlib import Path
 
-from ..data.own_results import SOFTWARE
+from ..figures import beside_the_work, new_figure, save_figure
 from ..text_files import records_of
 
-logger = logging.getLogger(__name__)
 _COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"), ("#a1d99b", "#00682a"))
 
 
 def plot_loss(log: Path, out: Path, title: str = "") -> Path | None:
-    """Loss against step from ``log.jsonl``, raw and smoothed. None, with a note, where matplotlib is missing."""
+    """Loss against step from ``log.jsonl``, raw and smoothed. None, with a warning, where it cannot be drawn."""
     return join_curves({title or "loss": log}, out)
 
 
+@beside_the_work("loss curve")
 def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
     """One panel a run, four side by side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("matplotlib is not installed: no loss curve is drawn (pip install 'ovseg-kernels[plot]')")
-        return None
     curves = {title: _points(log) for title, log in logs.items()}
     curves = {title: points for title, points in curves.items() if points}
     if not curves:
         return None
     columns, rows = min(4, len(curves)), -(-len(curves) // 4)
-    figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
+    figure = new_figure(figsize=(5.5 * columns, 3.5 * rows))
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[len(curves) :]:
         axes.remove()
@@ -43,8 +37,7 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
         axes.set(xlabel="step", ylabel="loss", title=title)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    figure.savefig(out, dpi=120, metadata={"Software": SOFTWARE})
-    return out
+    return save_figure(figure, out, dpi=120)
 
 
 def _points(log: Path) -> list[tuple[int, float]]:

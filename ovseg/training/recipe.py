@@ -27,6 +27,7 @@ _LONGEST = 16 << 20  # bytes of a recipe
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "sgd")
+_OF_THE_RUN: dict[str, tuple[str, ...] | None] = {"validation": None, "checkpoint": None, "log": None, "train": ("device",)}
 
 
 @dataclass
@@ -152,9 +153,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+        raise ConfigError(f"recipe {path} cannot be read: {first_line(error)}") from error
     except YAMLError as error:
-        raise ConfigError(f"recipe {path} is no YAML: {error}") from error
+        raise ConfigError(f"recipe {path} is no YAML: {first_line(error)}") from error
     if not loaded:
         raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
     for override in overrides:
@@ -207,6 +208,7 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
     for number, changes in enumerate(recipe.stages):
         if "stages" in changes:
             raise ConfigError(f"stages[{number}].stages: a stage has no stages of its own")
+        _check_of_the_run(changes, number)
         init = recipe.init if number == 0 else {"model": "previous"}
         data = changes.get("data", {})
         fresh = {"data": data} if data.get("kind", common["data"]["kind"]) != common["data"]["kind"] else {}  # options of another kind
@@ -217,6 +219,15 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
             raise ConfigError(f"stages[{number}].{error}") from error
         found.append(stage)
     return found
+
+
+def _check_of_the_run(changes: dict[str, Any], number: int) -> None:
+    """Refuse in a stage what is of the whole run, and would be passed over."""
+    for part, keys in _OF_THE_RUN.items():
+        given = changes.get(part)
+        named = [key for key in given if keys is None or key in keys] if isinstance(given, dict) else []
+        if named:
+            raise ConfigError(f"stages[{number}].{part}.{named[0]}: it is of the whole run; expected {part}.{named[0]} beside the stages")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -61,6 +61,32 @@ def learning_rate(schedule: Schedule, lr: float, step: int, steps: int) -> float
     return lr * rising * _curve(schedule, lr, step / steps)
 
 
+def misfits(schedule: Schedule, lr: float, steps: int) -> list[str]:
+    """Return what does not go together in a schedule and the steps of its stage, in sentences."""
+    found = []
+    whole = schedule.steps or steps
+    key = "warmup_steps" if schedule.warmup_share is None else "warmup_share"
+    warm = schedule.warmup_steps if schedule.warmup_share is None else schedule.warmup_share * whole
+    highest = max(learning_rate(schedule, lr, step, steps) for step in _some(steps))
+    value = getattr(schedule, key)
+    reached = f"the rate gets up to {highest:.2g} of optim.lr {lr:.2g}"
+    if warm > steps:
+        found.append(f"schedule.{key} is {value}, which is {warm:.0f} steps, and the stage has {steps}: "
+                     f"{reached}; expected fewer, such as schedule.warmup_steps={steps // 20}")
+    elif highest < lr / 2:
+        found.append(f"schedule.{key} is {value} and the stage has {steps} steps: {reached}; "
+                     "expected a shorter warm-up, or more steps")
+    if schedule.kind != "constant" and whole < steps:
+        found.append(f"schedule.steps is {whole} and the stage has {steps}: the last {steps - whole} of them "
+                     f"are at schedule.min_lr, {schedule.min_lr:g}; expected {steps} or more, or null")
+    return found
+
+
+def _some(steps: int) -> list[int]:
+    """All steps of a short stage, a thousand of a long one."""
+    return list(range(0, steps, max(1, steps // 1000)))
+
+
 def check_schedule(schedule: Schedule, lr: float, prefix: str = "schedule.") -> None:
     """Raises ConfigError for values that make no schedule."""
     if schedule.kind not in KINDS:

@@ -18,21 +18,32 @@ from yaml import YAMLError
 from .. import distributed
 from ..checkpoints.files import check_fit
 from ..checkpoints.published import read_published
-from ..data.loader import Loader
-from ..data.sources import ModelInputs, create_source, load_options
+from ..data.loader import Loader, batches_of
+from ..data.sources import ModelInputs, Source, create_source, load_options
 from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
 from ..models import OVSegModel, create_model, from_pretrained
 from ..models.loading import asks_size
+from ..models.saving import read_config
 from ..objectives import Objective, create_objective
 from ..paths import no_file
-from ..replacing import folder_for, write_text
+from ..replacing import file_for, folder_for, write_text
 from ..text_files import records_of
-from .recipe import Recipe, differences, hash_of, load_yaml, save_recipe, to_dict
+from .recipe import (
+    Recipe,
+    differences,
+    hash_of,
+    load_yaml,
+    save_recipe,
+    stages_of,
+    to_dict,
+)
 from .state import complete, damage, facts_of
 
 logger = logging.getLogger(__name__)
 PREVIOUS, BEST = "previous", "best"
+_FOLDERS = ("checkpoints", "model", "best", "validation")
+_FILES = ("config.yaml", "env.json", "log.jsonl", "loss.png", "validation.jsonl")
 
 
 def build_model(recipe: Recipe) -> OVSegModel:
@@ -106,27 +117,51 @@ def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, 
     """
     options, train = load_options(recipe.data), recipe.train
     source = create_source(options, ModelInputs.of(objective.model), seed=train.seed, progress=progress)
-    if not issubclass(source.batch_type, objective.batch_type):
-        raise ConfigError(f"data.kind is {options.kind!r}, which gives {source.batch_type.__name__}; the objective "
-                          f"{type(objective).__name__} expects {objective.batch_type.__name__}")
-    objective.check_source(source)
+    check_source(source, objective, options.kind)
+    check_batches(len(source), recipe)
     return Loader(source, train.batch_size, seed=train.seed, rank=distributed.rank(), ranks=distributed.world_size(), epochs=train.epochs,
                   drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda")
 
 
+def check_source(source: Source, objective: Objective, kind: str) -> None:
+    """Raise ConfigError if the data make other batches than the objective takes, or mean others."""
+    if not issubclass(source.batch_type, objective.batch_type):
+        raise ConfigError(f"data.kind is {kind!r}, which gives {source.batch_type.__name__}; the objective "
+                          f"{type(objective).__name__} expects {objective.batch_type.__name__}")
+    objective.check_source(source)
+
+
+def check_batches(pictures: int, recipe: Recipe) -> int:
+    """Return the steps of a stage on so many pictures; ConfigError if they make no batch."""
+    train = recipe.train
+    try:
+        ranks = distributed.world_size()
+        each = batches_of(pictures, train.batch_size, ranks=ranks, drop_last=train.drop_last)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(f"train.{text}" if text.startswith("batch_size") else text) from error
+    return train.steps if train.epochs is None else train.epochs * each
+
+
 @dataclass
 class Run:
-    """A folder of a run.
+    """A folder of a run, as ``find_run`` found it.
 
     Attributes:
         at: the checkpoint to go on from, if any.
         recipe, key: plain values and their hash, for checkpoints.
+        goes_on: whether there is a run in it; otherwise one is begun.
+        changed: keys of the recipe that are not what the run was begun with, and may be.
+        damaged: checkpoints that ``begin_run`` sets aside.
     """
 
     folder: Path
     recipe: dict[str, Any]
     key: str
     at: Path | None
+    goes_on: bool = False
+    changed: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -137,23 +172,43 @@ class Run:
         return self.folder / "log.jsonl"
 
 
-def open_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequence[str] = (), device: torch.device) -> Run:
-    """Find out where to begin, and write ``config.yaml`` and ``env.json``.
+def check_names(folder: Path) -> None:
+    """Raise InputError if a name of the run's own is taken by something of another kind."""
+    for name in _FOLDERS:
+        folder_for(folder / name, "run needs a folder, and")
+    for name in _FILES:
+        file_for(folder / name, "run needs a file, and")
+
+
+def _check_unused(folder: Path) -> None:
+    """Refuse to begin a run where a model of something else would be written over."""
+    for name in ("model", BEST):
+        if (folder / name).is_dir() and any((folder / name).iterdir()):
+            raise ConfigError(f"{folder / name} holds files and {folder} no run that wrote them; "
+                              f"expected a folder without a {name!r}")
+
+
+def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequence[str] = ()) -> Run:
+    """Find out where to begin. Nothing is written: that is for ``begin_run``, once the start is certain.
 
     Raises:
+        InputError: if a name that a run needs is taken by something else.
         ConfigError: if the folder holds a run and ``resume`` is false, or none and it is true; if it holds one of another recipe, by the
             name of the first key that differs and that ``allow`` does not name.
         CheckpointError: if none of the run's checkpoints is intact.
     """
     if resume not in (True, False, "auto"):
         raise ConfigError(f"resume is {resume!r}; expected True, False or 'auto'")
-    plain, saved = to_dict(recipe), folder_for(folder, "run") / "config.yaml"
+    check_names(folder_for(folder, "run"))
+    plain, saved = to_dict(recipe), folder / "config.yaml"
     begun = bool(distributed.broadcast_json(any((folder / name).exists() for name in (saved.name, "log.jsonl", "checkpoints"))))
     if resume is True and not begun:
         raise ConfigError(f"{folder} holds no run to go on with; expected the folder of one. Without --resume a run is begun; "
                           "--auto-resume goes on where there is one and begins where there is none")
     if not resume and any((folder / name).exists() for name in ("log.jsonl", "checkpoints")):
         raise ConfigError(f"{folder} holds a run already; expected a new folder, or resume to go on with it")
+    if not begun:
+        _check_unused(folder)
     at, damaged = _newest_intact(folder / "checkpoints") if resume else (None, [])
     facts = None if at is None else facts_of(at)
     old = facts["recipe"] if facts is not None else _saved_recipe(saved) if resume and saved.exists() else None
@@ -164,25 +219,70 @@ def open_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequenc
         if not any(key == name or key.startswith(f"{name}.") for name in allow):
             raise ConfigError(f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected the same recipe, a new "
                               f"folder, or --allow {key} to go on with another one")
+    keys = tuple(key for key, *_ in changed)
+    return Run(folder, plain, hash_of(plain), at, bool(resume) and begun, keys, tuple(damaged))
+
+
+def begin_run(run: Run, recipe: Recipe, device: torch.device) -> None:
+    """Write ``config.yaml`` and ``env.json``, and put away what is no part of the run any more.
+
+    Called by all processes. Another recipe that was there is kept beside the new one.
+    """
     distributed.barrier()  # nobody writes before all have read
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in damaged:  # not counted among those that are kept, nor looked at again
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for path in run.damaged:  # not counted among those that are kept, nor looked at again
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-        if saved.exists() and changed:
-            kept = folder / f"config.until_{at.name if at else 'start'}.yaml"
-            saved.replace(kept)
-            logger.warning("going on with another recipe (%s); the old one is kept in %s", ", ".join(key for key, *_ in changed), kept)
-        if not saved.exists():
-            save_recipe(recipe, saved)
-        write_text(folder / "env.json", json.dumps({**environment(device), "processes": distributed.world_size()}, indent=2))
-    run = Run(folder, plain, hash_of(plain), at)
-    if distributed.is_main():
+        _write_recipe(run, recipe)
+        facts_here = {**environment(device), "processes": distributed.world_size()}
+        write_text(run.folder / "env.json", json.dumps(facts_here, indent=2))
+        facts = None if run.at is None else facts_of(run.at)
         _forget_after(run.log, 0 if facts is None else facts["done"] + facts["step"])
     distributed.barrier()
-    return run
+
+
+def _write_recipe(run: Run, recipe: Recipe) -> None:
+    saved = run.folder / "config.yaml"
+    if saved.exists() and (run.changed or (not run.goes_on and not _is_of(saved, run.recipe))):
+        kept = run.folder / f"config.until_{run.at.name if run.at else 'start'}.yaml"
+        saved.replace(kept)
+        why = "another recipe was here"
+        if run.goes_on:
+            why = f"going on with another recipe ({', '.join(run.changed)})"
+        logger.warning("%s; the old one is kept in %s", why, kept)
+    if not saved.exists():
+        save_recipe(recipe, saved)
+
+
+def _is_of(saved: Path, plain: dict[str, Any]) -> bool:
+    """Whether a ``config.yaml`` holds the whole of a recipe."""
+    try:
+        return not differences(_saved_recipe(saved), plain)
+    except CheckpointError:
+        return False
+
+
+def finished(folder: Path, recipe: Recipe) -> int | None:
+    """Return the steps of a run by ``recipe`` that has nothing left to do; None if it has.
+
+    Small files alone are read: neither weights nor data.
+    """
+    try:
+        at = complete(folder / "checkpoints")[-1]
+        facts = facts_of(at)
+        steps = facts["done"] + facts["step"]
+        exported = (folder / "model" / "model.safetensors").is_file()
+        exported = exported and read_config(folder / "model").get("steps") == steps
+    except (IndexError, CheckpointError, OSError):
+        return None
+    stages = stages_of(recipe)
+    last = stages[-1].train
+    of = facts["of"] or (last.steps if last.epochs is None else None)  # earlier versions lack it
+    same = facts["recipe"] == to_dict(recipe) and facts["processes"] == distributed.world_size()
+    ended = facts["stage"] == len(stages) - 1 and of is not None and facts["step"] >= of
+    return steps if same and exported and ended else None
 
 
 def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:

@@ -43,6 +43,7 @@ class State:
     """Attributes:
         done: steps of the stages before this one.
         stage, step: where training stands: ``step`` steps of the stage are done.
+        of: steps of the stage.
         average: of the objective's model, where the recipe asks for one.
     """
 
@@ -55,6 +56,7 @@ class State:
     stage: int = 0
     step: int = 0
     done: int = 0
+    of: int | None = None
 
 
 def complete(folder: Path) -> list[Path]:
@@ -91,7 +93,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     try:
         facts = load_json(path / "state.json")
         keys = ("format", "stage", "step", "done", "recipe", "hash", "processes", "scaler", "skips", "averaged")
-        return {key: facts[key] for key in keys}
+        return {**{key: facts[key] for key in keys}, "of": facts.get("of")}  # which earlier versions do not write
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from error
 
@@ -110,7 +112,7 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
     model, rest = _parts(whole(state.objective))
     average = None if state.average is None else whole(state.average.module)
     optimizer = _optimizer_tensors(state)
-    ranks = distributed.gather_strings([json.dumps({"loader": state.loader.state_dict(), "random": _random_state()})])
+    ranks = distributed.gather_strings([json.dumps({"loader": state.loader.state_dict(), "random": random_state()})])
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         remove_parts(folder.iterdir())  # of a run that was killed while it saved
@@ -118,8 +120,9 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
         for name, tensors in (("model", model), ("objective", rest), ("ema", average), ("optimizer", optimizer)):
             if tensors or name in ("model", "optimizer"):
                 save_tensors(tensors or {}, part / f"{name}.safetensors", {"format": "pt"}, sealed=name != "optimizer")  # read here alone
-        facts = {"format": _FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "processes": distributed.world_size(),
-                 "scaler": state.scaler.state_dict(), "skips": state.skips.state_dict(), "hash": key, "recipe": recipe,
+        facts = {"format": _FORMAT, "stage": state.stage, "step": state.step, "of": state.of, "done": state.done,
+                 "processes": distributed.world_size(), "scaler": state.scaler.state_dict(),
+                 "skips": state.skips.state_dict(), "hash": key, "recipe": recipe,
                  "averaged": None if state.average is None else int(state.average.n_averaged)}  # fmt: skip
         _write(part / "state.json", json.dumps(facts))
         _write(part / "ranks.jsonl", "".join(line + "\n" for line in ranks))
@@ -166,7 +169,7 @@ def restore(path: Path, state: State) -> None:
         raise CheckpointError(f"{path / 'ranks.jsonl'} is damaged: {error!r}") from error
     state.loader.load_state_dict(mine["loader"])
     if "random" in mine:
-        _set_random_state(mine["random"])
+        set_random_state(mine["random"])
 
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -232,7 +235,8 @@ def _restore_optimizer(path: Path, state: State) -> None:
             fill(entry[key], value)
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Return where torch, Python and numpy stand in their random numbers."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
     states = {"torch": _text(torch.get_rng_state()), "python": [version, list(numbers), gauss],
@@ -240,7 +244,8 @@ def _random_state() -> dict[str, Any]:
     return states | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
 
 
-def _set_random_state(states: dict[str, Any]) -> None:
+def set_random_state(states: dict[str, Any]) -> None:
+    """Go back to where ``random_state`` was called."""
     torch.set_rng_state(_bytes(states["torch"]))
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))

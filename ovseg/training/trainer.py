@@ -30,17 +30,18 @@ from .. import distributed
 from ..data.batch_types import Batch
 from ..data.skips import SkipLimit
 from ..errors import DataError, InputError
-from ..models import OVSegModel, save_pretrained
+from ..models import OVSegModel, from_pretrained, save_pretrained
 from ..objectives import Progress
 from ..progress import bar
 from ..replacing import folder_for
 from . import state as checkpoints
 from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
-from .hooks import Checkpoints, Evaluate, Hook, Log, Step, Validation
+from .hooks import Begin, Checkpoints, Evaluate, Hook, Log, Step, Validation
 from .plots import plot_loss
 from .recipe import Recipe, stages_of
 from .schedule import learning_rate
-from .stages import build_loader, build_model, build_objective, build_optimizer, open_run, start
+from .stages import Run, build_loader, build_model, build_objective, build_optimizer, find_run, finished, start
+from .start_checks import check_later_stages, check_room, check_validation, tell_intervals, warn_of_misfits
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,14 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow:
     """
     device = distributed.device(recipe.train.device)
     stages = stages_of(recipe)
-    folder = open_run(folder_for(run, "run"), recipe, resume=resume, allow=allow, device=device)
+    folder = find_run(folder_for(run, "run"), recipe, resume=resume, allow=allow)
+    if folder.at is not None and not folder.damaged and finished(folder.folder, recipe) is not None:
+        logger.info("%s is done already", folder.folder)
+        return from_pretrained(folder.folder / "model").to(device)
     first = 0 if folder.at is None else checkpoints.facts_of(folder.at)["stage"]
     _keep_freed_memory()
-    beside: list[Hook] = [Log(folder.log, recipe.log.every_steps), *hooks]
+    begin = Begin(folder, recipe, device)
+    beside: list[Hook] = [begin, Log(folder.log, recipe.log.every_steps), *hooks]
     if recipe.validation.every_steps and evaluate is not None:
         beside.append(Validation(folder.folder, recipe.validation.every_steps, evaluate))
     beside.append(Checkpoints(folder, recipe.checkpoint.every_steps, recipe.checkpoint.keep))
@@ -86,15 +91,31 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow:
             at = folder.at if number == first else None
             trainer = Trainer(stages[number], folder.folder, device, number=number, stages=len(stages), done=done, at=at, previous=model,
                               quiet=quiet)
+            if number == first:
+                _check_start(stages, trainer, folder, recipe, evaluate)
             trainer.run(beside, received)
+            begin.now()  # also where no step was left
             model, done = trainer.model_to_use(), trainer.state.done + trainer.state.step
     assert model is not None
     model.eval()
     if distributed.is_main():
-        save_pretrained(model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=stages[-1].data)
         plot_loss(folder.log, folder.folder / "loss.png", title=recipe.model.name)
+        # Last: it says that nothing is left to do.
+        save_pretrained(model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=stages[-1].data)
     distributed.barrier()
     return model
+
+
+def _check_start(stages: Sequence[Recipe], trainer: Trainer, run: Run, recipe: Recipe, evaluate: Evaluate | None) -> None:
+    """Look at all that is known before the first step, see ``start_checks``."""
+    validated = evaluate if recipe.validation.every_steps else None
+    check_validation(validated, trainer.state.objective.model)
+    prefix = "" if len(stages) == 1 else f"stages[{trainer.state.stage}]."
+    warn_of_misfits(trainer.recipe, trainer.steps, prefix)
+    check_later_stages(stages, trainer.state.stage, trainer.state, run, validated)
+    if len(stages) == 1:
+        tell_intervals(recipe, trainer.steps)
+    check_room(trainer.state, run, recipe.checkpoint.keep)
 
 
 class Trainer:
@@ -126,7 +147,8 @@ class Trainer:
         loader = build_loader(recipe, objective, device, progress=not quiet and distributed.is_main())
         self.state = State(objective, build_optimizer(objective, recipe), loader, SkipLimit(len(loader.source)),
                            LossScaler(precision == "fp16"), average, number, 0, done)
-        self.steps = recipe.train.steps if recipe.train.epochs is None else len(loader)
+        self.steps = self.state.of = recipe.train.steps if recipe.train.epochs is None else len(loader)
+        self.first_row = 0  # of this process in the batch of all
         _seed(distributed.seed_for(recipe.train.seed, distributed.rank()))  # what is drawn in training, dropout, is not
         if at is not None:
             checkpoints.restore(at, self.state)
@@ -165,7 +187,7 @@ class Trainer:
         rate = learning_rate(recipe.schedule, recipe.optim.lr, state.step, self.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        progress = Progress(state.step, self.steps, recipe.train.seed, distributed.rank())
+        progress = Progress(state.step, self.steps, recipe.train.seed, distributed.rank(), first=self.first_row)
         state.optimizer.zero_grad(set_to_none=True)
         losses = self.gradients(batch.to(self.device, but=state.objective.on_host), progress, state.scaler.scale)
         state.scaler.unscale(trained(state.objective))
@@ -195,14 +217,17 @@ class Trainer:
         except (DataError, InputError, OSError) as error:
             failure = str(error) or repr(error)
         skipped = () if batch is None else batch.skipped
-        counts = np.array([batch is None, bool(failure), len(skipped), 0 if batch is None else len(batch)], np.int64)
-        ended, failed, bad, images = distributed.all_reduce_sum(counts).tolist()
+        counts = np.zeros(3 + distributed.world_size(), np.int64)  # and the pictures of each process
+        counts[:3] = batch is None, bool(failure), len(skipped)
+        counts[3 + distributed.rank()] = 0 if batch is None else len(batch)
+        ended, failed, bad, *sizes = distributed.all_reduce_sum(counts).tolist()
+        self.first_row = sum(sizes[: distributed.rank()])
         if failed:
             raise DataError(distributed.gather_strings([failure] if failure else [])[0])
         if bad:
             for line in self.state.skips.add(distributed.gather_strings(list(skipped))):
                 logger.warning("skipped: %s", line)
-        return (None if ended else batch), images
+        return (None if ended else batch), sum(sizes)
 
     def model_to_use(self) -> OVSegModel:
         """The trained model, or the average of it; a whole copy where it is sharded."""

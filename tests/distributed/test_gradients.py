@@ -14,6 +14,7 @@ from ovseg import distributed
 from ovseg.data.batch_types import CrossEntityBatch, MaskBatch, NounBatch
 from ovseg.objectives import Progress, create_objective
 from ovseg.training.gradients import Gradients, LossScaler, clip
+from ovseg_kernels import philox
 
 SYSTEMS = ("pacl", "segclip", "clip_dense", "groupvit", "ovsegmentor", "zegclip", "mgca")
 TINY = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
@@ -29,6 +30,8 @@ OPTIONS = {"pacl": {"trained": ["embedder", "scale", "vision", "text"]},
 TRAINING = {"groupvit": {"multi_label": 0.5}, "ovsegmentor": {"weights": {"mask": 1.0}, "mask_scale": 4},
             "zegclip": {"setting": "transductive"},
             "mgca": {"regions": 3, "positives": 4, "negatives": 12, "sampling": "gumbel", "pixel_start": 0.0}}
+BOUNDS = {1: [0, 7], 2: [0, 4, 7], 3: [0, 3, 6, 7]}  # of the pictures of each process
+NOISY = ("segclip", "groupvit", "ovsegmentor")
 PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
 
 
@@ -78,7 +81,7 @@ def a_batch(system="pacl"):
 
 def share_of(batch, rank, world):
     """The rank's pictures; the last rank has fewest: 4 and 3 of 7, or 3, 3 and 1."""
-    bounds = {1: [0, 7], 2: [0, 4, 7], 3: [0, 3, 6, 7]}[world][rank : rank + 2]
+    bounds = BOUNDS[world][rank : rank + 2]
     per_text = {"token_ids", "text_ids", "text_entities"}
 
     def rows(name, x):
@@ -90,9 +93,9 @@ def share_of(batch, rank, world):
     return replace(batch, **values, **({"noise": noise} if noise else {}))
 
 
-def found(objective, batch, parallel, chunk):
+def found(objective, batch, parallel, chunk, first=0):
     gradients = Gradients(objective, parallel, chunk)
-    losses = gradients(batch, Progress(3, 10, 1, distributed.rank()))
+    losses = gradients(batch, Progress(3, 10, 1, distributed.rank(), first=first))
     whole = copies(objective)
     norm = float(clip(objective.parameters(), 0.1))
     return {name: float(x) for name, x in losses.items()}, whole, norm, copies(objective)
@@ -105,20 +108,22 @@ def copies(objective):
 
 def compare_with(folder, parallel):
     """In one of several processes: all systems and chunk sizes against what one process found."""
-    worst = {}
-    for system in SYSTEMS:
-        expected = torch.load(f"{folder}/{system}.pt")
-        for chunk in (None, 2):
-            objective = an_objective(system)
-            mine = share_of(a_batch(system), distributed.rank(), distributed.world_size())
-            losses, gradients, norm, clipped = found(objective, mine, parallel, chunk)
-            assert gradients.keys() == expected[1].keys(), set(gradients) ^ set(expected[1])
-            difference = max(abs(losses[name] - value) for name, value in expected[0].items())
-            for name, value in expected[1].items():
-                size = max(1.0, float(value.abs().max()))  # statistics of few rows make some gradients large
-                difference = max(difference, float((gradients[name] - value).abs().max()) / size)
-                difference = max(difference, float((clipped[name] - expected[3][name]).abs().max()))
-            worst[f"{system} {chunk}"] = max(difference, abs(norm / expected[2] - 1))
+    worst, first = {}, BOUNDS[distributed.world_size()][distributed.rank()]
+    given = [(system, system, chunk) for system in SYSTEMS for chunk in (None, 2)]
+    drawn = [(f"{system}-drawn", system, 2) for system in NOISY]
+    for name, system, chunk in (*given, *drawn):
+        expected = torch.load(f"{folder}/{name}.pt")
+        objective, batch = an_objective(system), a_batch(system)
+        batch = batch if name == system else replace(batch, noise={})
+        mine = share_of(batch, distributed.rank(), distributed.world_size())
+        losses, gradients, norm, clipped = found(objective, mine, parallel, chunk, first)
+        assert gradients.keys() == expected[1].keys(), set(gradients) ^ set(expected[1])
+        difference = max(abs(losses[key] - value) for key, value in expected[0].items())
+        for key, value in expected[1].items():
+            size = max(1.0, float(value.abs().max()))  # statistics of few rows make some gradients large
+            difference = max(difference, float((gradients[key] - value).abs().max()) / size)
+            difference = max(difference, float((clipped[key] - expected[3][key]).abs().max()))
+        worst[f"{name} {chunk}"] = max(difference, abs(norm / expected[2] - 1))
     distributed.close()
     print(json.dumps(worst), flush=True)
     os._exit(0)  # gloo's threads may still run when the interpreter ends, and then abort it
@@ -129,6 +134,9 @@ def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     for system in SYSTEMS:
         torch.save(found(an_objective(system), a_batch(system), "ddp", None), folder / f"{system}.pt")
+    for system in NOISY:  # with the noise of the grouping drawn, not given
+        batch = replace(a_batch(system), noise={})
+        torch.save(found(an_objective(system), batch, "ddp", None), folder / f"{system}-drawn.pt")
     return folder
 
 
@@ -137,7 +145,7 @@ def one_process(tmp_path_factory):
 def test_several_processes_equal_one(one_process, world, parallel):
     for printed in run(__file__, "compare_with", world, one_process, parallel, seconds=180):
         worst = json.loads(printed.splitlines()[-1])
-        assert len(worst) == 2 * len(SYSTEMS) and max(worst.values()) < 1e-10, worst
+        assert len(worst) == 2 * len(SYSTEMS) + len(NOISY) and max(worst.values()) < 1e-10, worst
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -149,6 +157,32 @@ def test_chunks_equal_the_whole_batch(system, one_process):
         assert gradients.keys() == expected[1].keys()
         assert max(float((gradients[name] - value).abs().max() / value.abs().max().clamp(min=1)) for name, value in
                    expected[1].items()) < 1e-10
+
+
+@pytest.mark.third_trial(14)
+@pytest.mark.parametrize("system", NOISY)
+def test_chunks_draw_the_noise_of_the_whole_batch(system, one_process):
+    """Of each picture its own, by its row, also where a row begins amid a block of four numbers."""
+    expected = torch.load(one_process / f"{system}-drawn.pt")
+    batch = replace(a_batch(system), noise={})
+    losses, gradients, _, _ = found(an_objective(system), batch, "ddp", 3)
+    assert losses == pytest.approx(expected[0], abs=1e-10)
+    assert max(float((gradients[name] - value).abs().max() / value.abs().max().clamp(min=1)) for name, value in
+               expected[1].items()) < 1e-10
+    other = found(an_objective(system), batch, "ddp", None, first=1)[0]
+    assert other["total"] != pytest.approx(expected[0]["total"], abs=1e-6)  # noise has its part in it
+
+
+@pytest.mark.third_trial(14)
+@pytest.mark.parametrize("each", [(3, 5), (4, 6), (1,)])
+def test_rows_draw_the_same_wherever_they_fall(each):
+    whole = Progress(2, seed=5).gumbel("cpu", "groups", (7, *each))
+    for first, count in ((0, 7), (1, 3), (4, 2), (6, 1)):
+        place = Progress(2, seed=5, rank=3, chunk=1, first=first)
+        assert torch.equal(place.gumbel("cpu", "groups", (count, *each)), whole[first : first + count])
+        noise = place.noise("cpu", "groups", (count, *each))
+        drawn = noise if noise.is_floating_point() else philox.gumbel(noise, (count, *each))
+        assert torch.equal(drawn, whole[first : first + count])
 
 
 def test_both_passes_of_a_chunk_draw_the_same():
@@ -188,7 +222,7 @@ def test_noise_differs_by_rank_step_and_chunk():
     assert len(shown) == 48
     objective = an_objective("segclip")
     batch = replace(a_batch(), noise={})
-    reconstruction = [float(objective(batch, Progress(rank=rank))["reconstruction"].detach()) for rank in (0, 0, 1)]
+    reconstruction = [float(objective(batch, Progress(first=first))["reconstruction"].detach()) for first in (0, 0, 7)]
     assert reconstruction[0] == reconstruction[1] != reconstruction[2]
 
 

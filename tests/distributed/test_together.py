@@ -34,6 +34,13 @@ def recipe(*overrides):
     return load_recipe("clip_scenes", [*SMALL, *overrides])
 
 
+def noisy(*overrides):
+    """SegCLIP by its contrast alone: the noise of its groups is all that is drawn."""
+    small = [*SMALL[:-1], "data.superpixels=false", "objective.options.weights={superpixel: 0, reconstruction: 0}", "train.steps=4"]
+    tiny = "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}, decoder: {width: 16, depth: 1, heads: 2}}"
+    return load_recipe("segclip_scenes", [*small, tiny, *overrides])
+
+
 def log_of(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
@@ -134,6 +141,7 @@ def scenarios(folder):
         shutil.rmtree(state.complete(Path(folder) / "halves" / "checkpoints")[-1])
     distributed.barrier()
     attempt("halves", *halves, resume=True)
+    train(noisy("train.chunk=3"), f"{folder}/noisy", quiet=True)
     attempt("other", "optim.lr=1")
     attempt("other", "optim.lr=2", resume=True)
     distributed.close()
@@ -143,11 +151,18 @@ def scenarios(folder):
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    return folder, [json.loads(text.splitlines()[-1]) for text in run(__file__, "scenarios", 2, folder, seconds=120)]
+    return folder, [json.loads(text.splitlines()[-1]) for text in run(__file__, "scenarios", 2, folder, seconds=180)]
 
 
 def curve(folder):
     return [entry["loss"] for entry in log_of(folder)]
+
+
+@pytest.mark.third_trial(14)
+def test_noise_is_that_of_one_process(met, tmp_path):
+    """Of the groups, by the row of the whole batch: two processes in chunks of 3 and 2 follow one that encodes 10 pictures at once."""
+    train(noisy(), tmp_path, quiet=True)
+    assert curve(met[0] / "noisy") == pytest.approx(curve(tmp_path), abs=1e-4) and len(set(curve(tmp_path))) == 4
 
 
 def same(met, name):

@@ -6,7 +6,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from ovseg.errors import ConfigError
+from ovseg.data.entities import load_entities
+from ovseg.data.labels import LabelSet
+from ovseg.data.segmentation_sets import describe
+from ovseg.errors import ConfigError, DataError, InputError
+from ovseg.evaluation.protocols import read_protocol
 from ovseg.training.recipe import Recipe, list_recipes, load_recipe, save_recipe, stages_of
 
 
@@ -43,6 +47,34 @@ def test_shipped_recipes(name, tmp_path):
 def test_bad_overrides(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe("pacl_scenes", overrides)
+
+
+@pytest.mark.third_trial(15)
+@pytest.mark.parametrize("override,message", [
+    ("wandb=true", r"^wandb: unknown key, expected one of \['checkpoint', 'data', .*'validation'\]$"),
+    ("optim.lrr=1", r"did you mean optim\.lr\? Expected one of \['betas', .*'weight_decay'\]$"),
+    ("data.sizes=3", r"^data\.sizes: unknown key, expected one of \['captions', "),
+    ("train.name=x", r"^train\.name: unknown key, expected one of"),
+])
+def test_only_what_is_close_is_suggested(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("pacl_scenes", [override])
+
+
+@pytest.mark.third_trial(15)
+@pytest.mark.parametrize("text", ["model: [unclosed", "a: 1\nb: {c: 1\nd: 2\n", "a: 'x\n", "\ta: 1\n", "a: *b\n"])
+def test_yaml_errors_are_one_line(tmp_path, text):
+    """In a recipe, a label file, a protocol, a description of a set, a list of entities."""
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+
+    def override(_):
+        return load_recipe("pacl_scenes", [f"data={text}"])
+
+    for read in (load_recipe, LabelSet.read, read_protocol, describe, load_entities, override):
+        with pytest.raises((ConfigError, InputError, DataError), match=r"no YAML: line \d, column \d+: \w+") as caught:
+            read(str(path))
+        assert len(str(caught.value).splitlines()) == 1, read
 
 
 def test_overrides_of_a_stage():
