@@ -26,8 +26,15 @@ def positive(value: Any, *names: str) -> None:
     """None, or an integer above zero."""
     for name in names:
         number = getattr(value, name)
-        if number is not None and not (isinstance(number, int) and not isinstance(number, bool) and number > 0):
-            raise InputError(f"{name} is {number!r}; expected a positive integer")
+        if number is not None:
+            positive_integer(name, number)
+
+
+def positive_integer(name: str, number: Any) -> int:
+    """An integer above zero, and no bool."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InputError(f"{name} is {number!r}; expected a positive integer")
+    return number
 
 
 def number(value: Any, name: str, low: float, top: float, expected: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -37,11 +37,13 @@ class Prepared:
         source: the picture, or its values [3, H, W] uint8 where it came as a tensor.
         pixels: [3, Hc, Wc], uint8 or floats in 0..1.
         placement: of its windows.
+        view: by which it was resized and cut.
     """
 
     source: Image.Image | torch.Tensor
     pixels: torch.Tensor
     placement: Placement
+    view: View
 
     def image(self) -> Image.Image:
         """The picture; reads a tensor's device."""
@@ -56,7 +58,26 @@ def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:
     """One picture in any form that ``read_image`` takes."""
     image = read_image(picture, max_pixels=view.max_pixels)
     placement = place((image.height, image.width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
-    return Prepared(image, resized(image, placement.canvas, view.resize), placement)
+    return Prepared(image, resized(image, placement.canvas, view.resize), placement, view)
+
+
+def pictures_of(images: Any, name: str) -> Iterable[Any]:
+    """Several pictures, which are to be walked over.
+
+    Raises:
+        InputError: for one picture, which would be walked over row by row or letter by letter, and for what holds none.
+    """
+    several = images.dim() == 4 if isinstance(images, torch.Tensor) else (
+        isinstance(images, Iterable) and not isinstance(images, str | bytes | bytearray | np.ndarray | Mapping | Image.Image))
+    if several:
+        return images
+    what = f"a {type(images).__name__}"
+    if isinstance(images, torch.Tensor | np.ndarray):
+        what += f" of shape {list(images.shape)}"
+    elif isinstance(images, str | Path):
+        what = repr(str(images))
+    raise InputError(f"{name} is {what}; expected a list of pictures or a tensor [B, 3, H, W]. One picture: [picture]; an array "
+                     "[B, H, W, 3]: list(array)")
 
 
 def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[list[Prepared], torch.Tensor | None]:
@@ -84,7 +105,7 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
         canvas = list(F.interpolate(images.float() / 255, placement.canvas, mode="bilinear", align_corners=False))
     else:
         canvas = [resized(_to_image(image), placement.canvas, "bicubic") for image in images]
-    return [Prepared(image, pixels, placement) for image, pixels in zip(images, canvas, strict=True)], wrong
+    return [Prepared(image, pixels, placement, view) for image, pixels in zip(images, canvas, strict=True)], wrong
 
 
 def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: int, readers: int = 2, *,

@@ -239,6 +239,10 @@ class OVSegModel(nn.Module):
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
 
+    def image_state(self) -> tuple[list[torch.Tensor], Any]:
+        """The tensors that ``encode_image`` depends on, and whatever else it does: features are stale once one of them has changed."""
+        return [*self.parameters(), *self.buffers()], None
+
     def text_parameters(self) -> list[nn.Parameter]:
         """The parameters that ``encode_text`` depends on."""
         return self.backbone.text_parameters()

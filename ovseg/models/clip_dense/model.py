@@ -53,6 +53,10 @@ class ClipDense(OVSegModel):
         self.readout = self._checked(readout)
         self.config["readout"] = readout
 
+    def image_state(self) -> tuple[list[torch.Tensor], Any]:
+        tensors, _ = super().image_state()
+        return tensors if self.proxy is None else [*tensors, *self.proxy.parameters(), *self.proxy.buffers()], self.readout
+
     def _apply(self, fn: Any, recurse: bool = True) -> ClipDense:
         """What ``to``, ``half`` and the like do: the second encoder goes along."""
         if self.proxy is not None:
