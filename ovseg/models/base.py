@@ -224,13 +224,14 @@ class OVSegModel(nn.Module):
             InputError: for an empty list, a label that is not a string, blank or reads as nothing, or two that are or read the same.
         """
         labels = check_labels(labels)
-        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates or self.templates))
+        templates = self.templates if templates is None else templates
+        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates))
         return self.encode_checked(labels, templates, unit=unit)
 
     @torch.no_grad()
     def encode_checked(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
         """``encode_labels`` of labels that have been looked at: synonyms may read the same."""
-        chosen = resolve_templates(templates or self.templates)
+        chosen = resolve_templates(self.templates if templates is None else templates)
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
