@@ -52,6 +52,7 @@ def folder_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
+    _is_path(path, option)
     found = no_folder(path)
     if found not in (None, "does not exist"):
         raise InputError(f"{option} {str(path)!r} {found}; expected a folder, or a name where nothing is yet")
@@ -65,11 +66,17 @@ def file_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
+    _is_path(path, option)
     found = no_file(path)
     if found not in (None, "does not exist"):  # a device would be replaced by a file
         raise InputError(f"{option} {str(path)!r} {found}; expected the name of a file to write")
     _check(path, option, "a file", there=False)
     return Path(path)
+
+
+def _is_path(path: object, option: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{option} is a {type(path).__name__}; expected a path")
 
 
 def _check(path: str | Path, option: str, expected: str, *, there: bool) -> None:

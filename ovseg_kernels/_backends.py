@@ -1,9 +1,9 @@
 """Which implementation answers a call, and why not a faster one.
 
 ``OVSEG_BACKEND=cpu|cuda|triton|reference`` forces one for the process, ``with ovseg_kernels.backend("reference"):`` for the calls of one
-thread or asyncio task; asking for one that cannot run is an error. Otherwise the best one is taken, and a fall back to the reference warns
-once per operator. A backward runs on the backend that is in force where it runs, which on a GPU is a thread of autograd's own; where nothing
-is forced, on that of its forward: all of them read the same saved statistics.
+thread or asyncio task; asking for one that cannot run is an error. Otherwise the best one is taken, and a fall back to the
+reference warns once per operator. A backward runs on the backend that is in force where it runs, which on a GPU is a thread
+of autograd's own; where nothing is forced, on that of its forward: all of them read the same saved statistics.
 """
 
 from __future__ import annotations

@@ -17,9 +17,16 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def shown(value: Any) -> str:
+    """A value in a message; of a long one its kind, as of a tensor."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def one_of(value: Any, name: str, expected: Sequence[Any]) -> None:
-    if getattr(value, name) not in expected:
-        raise InputError(f"{name} is {getattr(value, name)!r}; expected one of {list(expected)}")
+    found = getattr(value, name)
+    if not isinstance(found, str | None) or found not in expected:
+        raise InputError(f"{name} is {shown(found)}; expected one of {list(expected)}")
 
 
 def positive(value: Any, *names: str) -> None:
@@ -33,7 +40,7 @@ def positive(value: Any, *names: str) -> None:
 def positive_integer(name: str, number: Any) -> int:
     """An integer above zero, and no bool."""
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise InputError(f"{name} is {number!r}; expected a positive integer")
+        raise InputError(f"{name} is {shown(number)}; expected a positive integer")
     return number
 
 
@@ -43,7 +50,7 @@ def number(value: Any, name: str, low: float, top: float, expected: str) -> None
     if found is None:
         return
     if isinstance(found, bool) or not isinstance(found, int | float):
-        raise InputError(f"{name} is {found!r}; expected {expected}")
+        raise InputError(f"{name} is {shown(found)}; expected {expected}")
     if not math.isfinite(found) or not low <= found <= top:
         raise InputError(f"{name} is {found}; expected {expected}")
 

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..layers.kept import Version
 from ..layers.upload import upload
 from ..models import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
+from ..models.arguments import check_model
 from ..models.finite import not_finite
 from .decisions import Decision, rule
 from .fields import positive_integer
@@ -72,10 +73,14 @@ class Predictor:
 
     def __init__(self, model: OVSegModel, labels: Labels | None = None, *, view: View | None = None, decision: Decision | None = None,
                  **options: Any):
-        self.model = _checked(model)
+        check_model(model)
+        if not isinstance(view, View | None) or not isinstance(decision, Decision | None):
+            wrong = ("decision", decision) if isinstance(view, View | None) else ("view", view)
+            raise InputError(f"{wrong[0]} is a {type(wrong[1]).__name__}; expected one of ovseg.inference")
+        self.model = model
         base = labels if isinstance(labels, Queries) else Queries()
         chosen = rule(model.decision)() if decision is None else decision
-        self.view, self.queries, self.decision = route(options, view or View(), base, chosen)
+        self.view, self.queries, self.decision = route(options, View() if view is None else view, base, chosen)
         self.view.check(patch=model.spec.patch_size, trained=model.spec.image_size, stride=model.spec.stride)
         self._encoded = RememberedTexts()
         self._seen: Seen | None = None
@@ -88,6 +93,8 @@ class Predictor:
 
         Labels that cannot be asked for leave those of before.
         """
+        if labels is None:
+            raise InputError("labels is None; expected names, {name: texts}, a LabelSet or Queries")
         queries = self._with(labels)
         self._asked(queries)
         self.queries = queries
@@ -240,17 +247,17 @@ class Predictor:
         """The current queries with other labels, or others altogether."""
         if labels is None or isinstance(labels, Queries):
             return self.queries if labels is None else labels
-        return replace(self.queries, labels=LabelSet.of(labels))
+        return replace(self.queries, labels=_label_set(labels))
 
     def _asked(self, queries: Queries | None = None) -> EncodedQueries:
         """The queries, the current ones if None, as the model reads them."""
         return self._encoded.encoded(self.model, self.queries if queries is None else queries)
 
 
-def _checked(model: Any) -> OVSegModel:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode_image"):
-        raise InputError(f"model is a {type(model).__name__}; expected a model of create_model or from_pretrained")
-    return model  # type: ignore[return-value]
+def _label_set(labels: Any) -> LabelSet:
+    if isinstance(labels, torch.Tensor):
+        raise InputError("labels is a tensor; expected names, {name: texts}, a LabelSet or Queries")
+    return LabelSet.of(labels)
 
 
 def _evaluate(model: OVSegModel) -> None:
@@ -304,7 +311,7 @@ def segment(image: Any, labels: Labels, *, model: OVSegModel | str | None = None
         >>> result.save("out.png")
     """
     if not isinstance(labels, Queries):
-        labels = LabelSet.of(labels)
+        labels = _label_set(labels)
     if model is None:
         model, options = default_model(), as_published(options)
     predictor = Predictor(from_pretrained(model) if isinstance(model, str | Path) else model, **options)

@@ -50,9 +50,9 @@ class Queries:
         one_of(self, "synonyms", ("max", "mean"))
         if isinstance(self.background, (int, float)):
             raise InputError(f"background is {self.background!r}; expected texts such as 'wall'. A number is background_threshold")
-        if not isinstance(self.background, Iterable) and self.background is not None:
+        if not isinstance(self.background, Iterable | None) or isinstance(self.background, torch.Tensor):
             raise InputError(f"background is a {type(self.background).__name__}; expected texts such as 'wall'")
-        texts = [self.background] if isinstance(self.background, str) else list(self.background or ())
+        texts = [self.background] if isinstance(self.background, str) else list(() if self.background is None else self.background)
         if any(not isinstance(text, str) or not text.strip() for text in texts):
             raise InputError(f"background is {texts!r}; expected texts that are not blank")
         object.__setattr__(self, "background", tuple(texts))
@@ -125,7 +125,7 @@ class EncodedQueries:
 
     def allowed(self, names: Sequence[str]) -> torch.Tensor:
         """[T] bool: the texts that may win where only the labels ``names`` may. Those of the background always may."""
-        if not isinstance(names, Iterable):
+        if not isinstance(names, Iterable) or isinstance(names, torch.Tensor):
             raise InputError(f"allowed is a {type(names).__name__}; expected names of labels")
         given = [names] if isinstance(names, str) else list(names)
         unknown = [name for name in given if name not in self.names]

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..data.images import picture_size, read_image, to_tensor
+from ..dense import FLOATS, check_dense
 from ..errors import InputError
 from ..layers.upload import upload
 from ..models import ModelSpec
@@ -67,6 +68,8 @@ def pictures_of(images: Any, name: str) -> Iterable[Any]:
     Raises:
         InputError: for one picture, which would be walked over row by row or letter by letter, and for what holds none.
     """
+    if isinstance(images, torch.Tensor):
+        check_dense(name, images, "a list of pictures or a tensor [B, 3, H, W]")
     several = images.dim() == 4 if isinstance(images, torch.Tensor) else (
         isinstance(images, Iterable) and not isinstance(images, str | bytes | bytearray | np.ndarray | Mapping | Image.Image))
     if several:
@@ -86,10 +89,11 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
     They stay on their device, unless bicubic resizing, which is Pillow's, takes them to the CPU. Floats are rounded to 1/255, as for
     pictures in any other form.
     """
+    check_dense("images", images, "a list of pictures or a tensor [B, 3, H, W]")
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W] with at least one pixel")
     wrong = None
-    if images.is_floating_point():
+    if images.dtype in FLOATS:
         wrong = ~((images >= 0) & (images <= 1)).all()  # NaN is neither
         images = (images * 255).round().to(torch.uint8)
     elif images.dtype != torch.uint8:
@@ -143,9 +147,9 @@ def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: in
 
 def pixels_of(item: Any) -> int:
     """Of a picture in any form, by its header; 0 for what has none, which its reader will say."""
-    if isinstance(item, np.ndarray | torch.Tensor):
-        return int(np.prod(item.shape)) // 3
     try:
+        if isinstance(item, np.ndarray | torch.Tensor):
+            return int(np.prod(item.shape)) // 3
         if isinstance(item, Source):
             with open(item.path, "rb") as file:
                 file.seek(item.offset or 0)
@@ -156,7 +160,7 @@ def pixels_of(item: Any) -> int:
         if isinstance(item, bytes | bytearray):
             return picture_size(bytes(item[:_HEADER]))
         return item.width * item.height if isinstance(item, Image.Image) else 0
-    except (OSError, InputError):
+    except (OSError, InputError, RuntimeError):  # nested tensors have no shape
         return 0
 
 

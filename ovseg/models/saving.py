@@ -13,6 +13,7 @@ from ..checkpoints.files import save_weights
 from ..checkpoints.hub import PREFIX, check_repo, upload
 from ..errors import CheckpointError, InputError, NoCheckpoint
 from ..replacing import folder_for, write_text
+from .arguments import check_model
 
 if TYPE_CHECKING:
     from .base import OVSegModel
@@ -27,6 +28,7 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
 
     A CLIP that a model keeps by its name is not among the tensors; its hash is written, so that another one is noticed.
     """
+    check_model(model)
     folder = folder_for(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     # The weights are all in the file.
