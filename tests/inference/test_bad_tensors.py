@@ -117,9 +117,9 @@ def test_labels_that_are_tensors(pacl, kind):
     picture = np.zeros((8, 8, 3), np.uint8)
     for ask in (predictor.set_labels, pacl.encode_labels, lambda x: predictor.predict_batch([picture], x),
                 lambda x: ovseg.segment(picture, x, model=pacl), lambda x: ovseg.Predictor(pacl, x)):
-        with pytest.raises(InputError, match="^labels is a tensor; expected"):
+        with pytest.raises(InputError, match=r"^labels is a tensor; expected"):
             ask(given)
-    with pytest.raises(InputError, match="^allowed is a Tensor; expected names"):
+    with pytest.raises(InputError, match=r"^allowed is a Tensor; expected names"):
         predictor.predict_batch([picture], allowed=given)
 
 
