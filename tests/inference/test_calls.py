@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ovseg
+from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, InputError
 from ovseg.inference import PatchArgmax, Queries, View
 from ovseg.inference.queries import EncodedQueries
@@ -271,6 +272,17 @@ def test_weights_that_are_no_numbers_are_named(name, options):
                 lambda: ovseg.segment(picture(0, 24), LABELS, model=model, **options)):
         with pytest.raises(CheckpointError, match=message):
             ask()
+
+
+@pytest.mark.third_trial(9)
+def test_the_command_names_them_and_ends_with_1(model, tmp_path, capsys):
+    with torch.no_grad():
+        next(model.embedder.parameters()).fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    Image.fromarray(picture(0, 24)).save(tmp_path / "a.png")
+    line = ["segment", str(tmp_path / "a.png"), "--labels", "grass,sand", "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
+    assert main(line) == 1
+    assert "embedder." in capsys.readouterr().err and not list(tmp_path.glob("out/*.png"))
 
 
 @pytest.mark.third_trial(9)
