@@ -21,6 +21,10 @@ class WeightsError(InputError):
     """Weights that can be had neither from the cache nor from the network."""
 
 
+class NotFinite(CheckpointError, ValueError):
+    """Weights that hold NaN or an infinity, told by what a model makes of them."""
+
+
 class NoData(DataError, InputError):
     """Data that are not where they were said to be."""
 

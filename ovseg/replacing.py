@@ -103,6 +103,7 @@ def folder_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
+    _is_path(path, option)
     if address(path):
         raise InputError(f"{option} {as_given(path)!r} is an address, and only local folders are written to; expected a folder")
     found = no_folder(path)
@@ -118,6 +119,7 @@ def file_for(path: str | Path, option: str) -> Path:
     Raises:
         InputError: if it cannot, naming ``option``.
     """
+    _is_path(path, option)
     if address(path):
         raise InputError(f"{option} {as_given(path)!r} is an address, and only local files are written; expected the name of a file")
     found = no_file(path)
@@ -125,6 +127,11 @@ def file_for(path: str | Path, option: str) -> Path:
         raise InputError(f"{option} {str(path)!r} {found}; expected the name of a file to write")
     _check(path, option, "a file", there=False)
     return Path(path)
+
+
+def _is_path(path: object, option: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{option} is a {type(path).__name__}; expected a path")
 
 
 def _check(path: str | Path, option: str, expected: str, *, there: bool) -> None:

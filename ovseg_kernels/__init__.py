@@ -1,6 +1,6 @@
 """Fused, differentiable operators for dense image-text learning."""
 
-from . import distributed, philox, results
+from . import _backends, distributed, philox, results
 from ._backends import available_backends, backend, explain
 from ._checking import check_errors, checking
 from ._library import BackendError
@@ -53,3 +53,5 @@ __all__ = [
     "upsample_mask_loss",
     "window_argmax",
 ]
+
+_backends.start()

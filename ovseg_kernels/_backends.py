@@ -1,8 +1,9 @@
 """Which implementation answers a call, and why not a faster one.
 
-``OVSEG_BACKEND=cpu|cuda|triton|reference`` or ``with ovseg_kernels.backend("reference"):`` forces one; asking for one
-that cannot run is an error. Otherwise the best one is taken, and a fall back to the reference warns once per operator.
-A backward runs on the backend that is in force when it runs: all of them read the same saved statistics.
+``OVSEG_BACKEND=cpu|cuda|triton|reference`` forces one for the process, ``with ovseg_kernels.backend("reference"):`` for the calls of one
+thread or asyncio task; asking for one that cannot run is an error. Otherwise the best one is taken, and a fall back to the
+reference warns once per operator. A backward runs on the backend that is in force where it runs, which on a GPU is a thread
+of autograd's own; where nothing is forced, on that of its forward: all of them read the same saved statistics.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from . import _library as lib
 from ._build import cuda_archs
+from ._context import BACKEND
 from .triton import IMPLEMENTATIONS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-_forced = os.environ.get("OVSEG_BACKEND", "auto")
+_forced = os.environ.get("OVSEG_BACKEND", "auto")  # for the process
 _warned: set[str] = set()
 
 
@@ -40,22 +43,23 @@ class Choice:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block.
+    """Force a backend inside a ``with`` block, for this thread or asyncio task.
 
     Raises:
         ValueError: for a name that is no backend. BackendError comes from the call that cannot be served.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; expected one of {list(BACKENDS)}")
-    before, _forced = _forced, name
     available_backends()  # asked now, and not while a call is being compiled
-    try:
+    with BACKEND.to(name):
         _let_triton_answer(_triton_keys())
         yield
-    finally:
-        _forced = before
-        _let_triton_answer(_triton_keys())
+
+
+def forced() -> str:
+    """The backend that is forced here, or ``auto``."""
+    inside = BACKEND.get()
+    return _forced if inside is None else inside
 
 
 def available_backends() -> dict[str, str]:
@@ -69,25 +73,47 @@ def interpreted() -> bool:
 
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_registered = contextlib.ExitStack()  # Triton's kernels, while they answer
-_registered_keys: tuple[str, ...] = ()
+_registering = threading.Lock()
+_asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
+_asking_at: set[str] = set()  # dispatch keys
+_no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded  # or none for this GPU
 
 
 def _triton_keys() -> tuple[str, ...]:
-    """Where Triton should answer now: where it is forced, and on CUDA where no CUDA library is loaded."""
-    if _forced == "triton":
+    """Where Triton may have to answer now: where it is forced, and on CUDA where no CUDA library is loaded."""
+    if forced() == "triton":
         return () if _unavailable("triton") else ("CPU", "CUDA") if interpreted() else ("CUDA",)
-    stands_in = _forced == "auto" and _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
-    return ("CUDA",) if stands_in else ()
+    return ("CUDA",) if forced() == "auto" and _no_cuda_library else ()
+
+
+def start() -> None:
+    """Where Triton answers without being forced in a block. Called once, when all schemas are defined."""
+    _let_triton_answer(_triton_keys())
 
 
 def _let_triton_answer(keys: tuple[str, ...]) -> None:
-    global _registered_keys
-    if keys != _registered_keys:
-        _registered.close()
-        _registered_keys = keys
-        if keys:
-            _registered.enter_context(lib.overriding(IMPLEMENTATIONS, keys))
+    """Put at the dispatch keys, once, what asks in every call whether Triton is to answer it: the dispatcher knows of no contexts."""
+    with _registering:
+        for key in set(keys) - _asking_at:
+            asking = {name: _asks(name, key) for name in IMPLEMENTATIONS}
+            _asking.enter_context(lib.overriding(asking, (key,), with_keyset=True))
+            _asking_at.add(key)
+
+
+def _asks(name: str, key: str) -> Callable:
+    """The kernel that calls Triton's where it is forced, or stands in for a CUDA library, and otherwise what answered before."""
+    try:
+        before = torch.library.get_kernel(f"ovseg::{name}", key)
+    except RuntimeError:  # none for this device
+        before = None
+
+    def kernel(keyset, *args):
+        wanted = forced()
+        if wanted == "triton" or (wanted == "auto" and key == "CUDA" and _no_cuda_library):
+            return IMPLEMENTATIONS[name](*args)
+        return lib.FALLBACKS[name](*args) if before is None else before.call_boxed(keyset, *args)
+
+    return kernel
 
 
 _reasons: dict[str, str] = {}
@@ -143,16 +169,17 @@ def select(op: str, device: torch.device) -> Choice:
     for name in ("cuda", "triton", "cpu"):
         fits = device.type in {"cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cpu": ("cpu",)}[name]
         refused[name] = _unavailable(name) if fits else f"the tensors are on {device.type}"
-    if _forced == "auto" and device.type == "cpu" and not refused["triton"]:
+    wanted = forced()
+    if wanted == "auto" and device.type == "cpu" and not refused["triton"]:
         refused["triton"] = "the interpreter runs only when it is asked for"
-    if _forced not in BACKENDS:
-        raise ValueError(f"OVSEG_BACKEND is {_forced!r}; expected one of {list(BACKENDS)}")
-    if _forced == "reference":
+    if wanted not in BACKENDS:
+        raise ValueError(f"OVSEG_BACKEND is {wanted!r}; expected one of {list(BACKENDS)}")
+    if wanted == "reference":
         return Choice(op, "reference", {name: reason or "reference is forced" for name, reason in refused.items()})
-    if _forced != "auto":
-        if refused[_forced]:
-            raise lib.BackendError(f"{op}: backend {_forced!r} was asked for and cannot run: {refused[_forced]}")
-        return Choice(op, _forced, {n: r or f"{_forced} is forced" for n, r in refused.items() if n != _forced})
+    if wanted != "auto":
+        if refused[wanted]:
+            raise lib.BackendError(f"{op}: backend {wanted!r} was asked for and cannot run: {refused[wanted]}")
+        return Choice(op, wanted, {n: r or f"{wanted} is forced" for n, r in refused.items() if n != wanted})
     for name, reason in refused.items():
         if not reason:
             return Choice(op, name, {n: r for n, r in refused.items() if r})
@@ -161,14 +188,17 @@ def select(op: str, device: torch.device) -> Choice:
 
 def use_definition(op: str, device: torch.device) -> bool:
     """True when the reference is forced: the caller then runs the differentiable definition itself."""
-    if _forced == "auto" and torch.compiler.is_compiling():
+    global _no_cuda_library
+    wanted = forced()
+    if wanted == "auto" and torch.compiler.is_compiling():
         return False  # the first call outside of it says what there is to say
     if device.type == "meta":
-        return _forced == "reference"  # the fakes answer
+        return wanted == "reference"  # the fakes answer
     choice = select(op, device)
-    if choice.backend == "triton" and _forced == "auto":
-        _let_triton_answer(("CUDA",))  # a CUDA library may be loaded, and not be for this GPU
-    if choice.backend == "reference" and _forced == "auto" and op not in _warned:
+    if choice.backend == "triton" and wanted == "auto" and not _no_cuda_library:
+        _no_cuda_library = True  # a CUDA library may be loaded, and not be for this GPU
+        _let_triton_answer(("CUDA",))
+    if choice.backend == "reference" and wanted == "auto" and op not in _warned:
         _warned.add(op)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
         warnings.warn(
@@ -177,7 +207,7 @@ def use_definition(op: str, device: torch.device) -> bool:
             RuntimeWarning,
             stacklevel=3,
         )
-    return _forced == "reference"
+    return wanted == "reference"
 
 
 def explain(op: str, *args: object) -> Choice:
@@ -193,6 +223,3 @@ def explain(op: str, *args: object) -> Choice:
         raise ValueError(f"op is {op!r}; expected one of {list(OPERATORS)}")
     device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
     return select(op, device)
-
-
-_let_triton_answer(_triton_keys())

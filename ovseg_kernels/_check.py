@@ -17,16 +17,20 @@ NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 def tensor(name: str, x: object, rank: int, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {shape}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected a dense tensor {shape}")
-    if x.is_nested:
-        raise TypeError(f"{name} is a nested tensor; expected a dense tensor {shape}")
+    dense(name, x, shape)
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected {allowed}")
     if x.dim() != rank:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected {rank} dimensions, {shape}")
     return x
+
+
+def dense(name: str, x: torch.Tensor, shape: str) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected a dense tensor {shape}")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; expected a dense tensor {shape}")
 
 
 def same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
@@ -115,6 +119,7 @@ def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: to
     """
     wanted = "a finite number" if least is None else "a positive finite number"
     if isinstance(value, torch.Tensor):
+        dense(name, value, "of one element")
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {list(value.shape)}; expected one element")
         if not value.is_floating_point():

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch._C import _functorch as functorch
 
+from ._context import CHECKING
+
 _on = os.environ.get("OVSEG_CHECK", "0") not in ("", "0")
 DEFERRED = (
     "upsample_argmax: logits or bias holds NaN, or infinities of both signs in one class; expected numbers",
@@ -27,21 +29,18 @@ DEFERRED = (
 def checking(on: bool = True) -> Iterator[None]:
     """Look at numbers on a GPU too inside a ``with`` block, or not; what ``OVSEG_CHECK=1`` does for a whole process.
 
-    Every call then waits for the GPU, and none can be captured in a CUDA graph.
+    Every call of this thread or task then waits for the GPU, and none can be captured in a CUDA graph.
     """
-    global _on
-    before, _on = _on, on
-    try:
+    with CHECKING.to(on):
         yield
-    finally:
-        _on = before
 
 
 def looks_at_values(x: torch.Tensor) -> bool:
     """Whether a check may read ``x`` on the host: not while a call is being compiled, nor where there are no numbers."""
     if torch.compiler.is_compiling() or x.device.type == "meta":
         return False
-    return _on or x.device.type == "cpu"
+    inside = CHECKING.get()
+    return (_on if inside is None else inside) or x.device.type == "cpu"
 
 
 def defers(x: torch.Tensor) -> bool:

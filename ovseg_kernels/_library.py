@@ -95,8 +95,8 @@ def autocast_type(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def overriding(implementations: dict[str, Callable], keys: tuple[str, ...]) -> Iterator[None]:
-    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again afterwards."""
+def overriding(implementations: dict[str, Callable], keys: tuple[str, ...], *, with_keyset: bool = False) -> Iterator[None]:
+    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again afterwards. In all threads."""
     library = torch_library.Library("ovseg", "IMPL")
     # Newer releases of torch let Python override Python by default, older ones want to be told, the oldest do not know.
     options = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
@@ -105,7 +105,7 @@ def overriding(implementations: dict[str, Callable], keys: tuple[str, ...]) -> I
             warnings.filterwarnings("ignore", message=".*[Oo]verrid")  # that is the purpose
             for name, function in implementations.items():
                 for key in keys:
-                    library.impl(name, function, key, **options)
+                    library.impl(name, function, key, with_keyset=with_keyset, **options)
         yield
     finally:
         library._destroy()

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import _library as lib
+from ._context import BACKEND
 
 
 def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
@@ -30,13 +31,17 @@ def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
 
     def forward(ctx, *args):
         *inputs, keyset = args  # behind the others, so that ctx.needs_input_grad counts from the first argument
+        ctx.backend = BACKEND.get()
         output = below(keyset, inputs)
         if setup is not None:
             setup(ctx, tuple(inputs), output)
         return output
 
     def gradients(ctx, *grads):
-        found = backward(ctx, *grads)
+        # A thread of autograd's own is in no block of the caller's.
+        forced = BACKEND.to(ctx.backend) if BACKEND.get() is None and ctx.backend is not None else contextlib.nullcontext()
+        with forced:
+            found = backward(ctx, *grads)
         return (*found, None) if isinstance(found, tuple) else (found, None)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}

@@ -12,7 +12,7 @@ import torch
 
 from . import OPERATORS, __version__, _build, available_backends, explain
 from . import _library as lib
-from ._backends import _forced, unsupported
+from ._backends import forced, unsupported
 
 
 def report() -> str:
@@ -40,7 +40,7 @@ def report() -> str:
         lines.append(f"  {name:16} {size}{origin}; {'loaded' if native.loaded else f'not loaded: {native.reason}'}")
     lines.append("backends")
     lines += [f"  {name:16} {state}" for name, state in available_backends().items()]
-    lines.append(f"  forced           {_forced}" if _forced != "auto" else "  forced           none (OVSEG_BACKEND)")
+    lines.append(f"  forced           {forced()}" if forced() != "auto" else "  forced           none (OVSEG_BACKEND)")
     lines.append("operators")
     lines += [f"  {explain(op)}".replace("\n", "\n  ") for op in OPERATORS]
     return "\n".join(lines)

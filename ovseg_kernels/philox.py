@@ -49,6 +49,8 @@ def check(rng: object) -> torch.Tensor:
         if isinstance(rng, torch.Tensor):
             came = str(rng.dtype if rng.layout == torch.strided else rng.layout).removeprefix("torch.")
         raise TypeError(f"rng is {came}; expected an int64 tensor [seed, offset], as ovseg_kernels.philox.make_rng gives")
+    if rng.is_nested:  # which has no shape
+        raise TypeError("rng is a nested tensor; expected an int64 tensor [seed, offset], as ovseg_kernels.philox.make_rng gives")
     if rng.shape != (2,):
         raise ValueError(f"rng has shape {list(rng.shape)}; expected [2], seed and offset")
     return rng

@@ -125,7 +125,7 @@ FAULTS = (
           "interpreted and mask_loss and golden"),
     Fault("dense, Triton: noise of another pixel", "ovseg_kernels/triton/dense_contrastive_loss.py", "* pixels_in_all + x",
           "* pixels_in_all + x + 1", "interpreted and contrastive"),
-    Fault("waits: numbers of a GPU read in every call", "ovseg_kernels/_checking.py", 'return _on or x.device.type == "cpu"', "return True",
+    Fault("waits: numbers of a GPU read in every call", "ovseg_kernels/_checking.py", '_on if inside is None else inside', "True",
           "no_operator_reads"),
     Fault("waits: a seed copied from the host", "ovseg_kernels/philox.py", "torch.arange(2, device=rng.device)",
           "torch.tensor([0, 1], device=rng.device)", "goes_with_the_operators"),
@@ -145,6 +145,7 @@ _SETS, _SEGCLIP = "tests/evaluation/test_segmentation_sets.py", "tests/models/te
 _EVALUATE, _SOURCES = "tests/evaluation/test_evaluate.py", "tests/inference/test_sources.py"
 _PATCHES, _GROUPS = "inference/decisions/patches.py", "inference/decisions/groups.py"
 _VALUES, _BATCHES = "tests/inference/test_three_values.py", "tests/inference/test_batches.py"
+_CALLS = "tests/inference/test_calls.py"
 FAULTS += (
     _system("window of another width", "layers/readout.py", "(2 * std * std)", "(std * std)", "tests/layers"),
     _system("group table of all classes", _GROUPS, "logits.softmax(-1) * (logits", "(logits", _MAPS, "group"),
@@ -154,9 +155,13 @@ FAULTS += (
     _system("cut labels are not looked for", "models/texts.py", "found[i] += is_cut", "found[i] += 0",
             "tests/inference/test_values_that_cannot_be.py", "cut"),
     _system("small classes kept", _PATCHES, "small = area <= self", "small = area < 0 * self", _MAPS, "area"),
-    _system("stale texts", "inference/predictor.py", "key = replace(self.queries, templates=self.queries.templates_for(self.model))",
-            "key = Queries(self.queries.labels)", _VALUES, "follow"),
-    _system("stale view", "inference/predictor.py", "if self._seen.view != self.view:", "if False:", _VALUES, "another"),
+    _system("stale texts", "inference/remembered_texts.py", "queries = replace(queries, templates=queries.templates_for(model))",
+            "queries = Queries(queries.labels)", _VALUES, "follow"),
+    _system("texts of earlier weights", "inference/remembered_texts.py", "version is None or not version.holds(*_made_of(model))",
+            "version is None", _CALLS, "weights"),
+    _system("labels of another call", "inference/predictor.py", "self._asked(call.queries), call.decision", "self._asked(), call.decision",
+            _CALLS, "threads"),
+    _system("stale view", "inference/predictor.py", "seen.view == call.view and seen.version", "seen.version", _VALUES, "another"),
     _system("allowed ignored", "inference/queries.py", "base.masked_fill(~allowed, -torch.inf)", "base", _VALUES, "allowed"),
     _system("windows of another picture", "inference/windows.py", "at += count", "at += 0", _BATCHES, "single_calls"),
     _system("threshold is background", "evaluation/metrics.py", 'side="right"', 'side="left"', _METRICS, "sweep"),

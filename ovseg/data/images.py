@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
+from ..dense import FLOATS, check_dense
 from ..errors import InputError
 from ..paths import no_file
 from .foreign_files import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register_heif
@@ -298,9 +299,10 @@ def _to_bytes(values: np.ndarray, mode: str, kind: str | None, name: str) -> np.
 
 
 def _tensor_to_array(x: torch.Tensor) -> np.ndarray:
+    check_dense("image", x, "a tensor [3, H, W]")
     if x.dim() != 3 or x.shape[0] != 3:
         raise InputError(f"image has shape {list(x.shape)}; expected [3, H, W]")
-    if x.is_floating_point():
+    if x.dtype in FLOATS:
         if not bool(x.isfinite().all()):
             raise InputError("image holds NaN or infinity; expected values in 0..1")
         low, high = float(x.min()), float(x.max())

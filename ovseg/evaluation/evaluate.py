@@ -19,6 +19,7 @@ from ..checkpoints.state_dicts import unwrapped
 from ..data.segmentation_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
+from ..inference.fields import positive_integer
 from ..inference.predictor import Seen
 from ..inference.reading import Prepared, read_ahead
 from ..models import OVSegModel
@@ -90,7 +91,7 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
     report, with the examples of its own share.
 
     Args:
-        model: in eval mode, on its device.
+        model: on its device; put into eval mode, which is logged, if it is in train mode.
         data: pictures and truths.
         protocol: of ``protocols.protocol`` for this data set and model.
         boundary: Boundary IoU too.
@@ -103,8 +104,11 @@ def evaluate(model: OVSegModel, data: EvaluationSet, protocol: Protocol, *, boun
 
     Raises:
         DataError: for a picture or mask that cannot be read, unless ``skip_bad``; if nothing is left.
-        InputError: for a sweep where it means nothing.
+        InputError: for a sweep where it means nothing, and a ``batch`` or ``limit`` that is no positive integer.
     """
+    positive_integer("batch", batch)
+    if limit is not None:
+        positive_integer("limit", limit)
     about, decision = data.description, protocol.decision
     classes = about.classes or protocol.labels.names
     sweeping, own_threshold = None, getattr(decision, "background_threshold", None)

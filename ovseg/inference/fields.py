@@ -17,17 +17,31 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def shown(value: Any) -> str:
+    """A value in a message; of a long one its kind, as of a tensor."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def one_of(value: Any, name: str, expected: Sequence[Any]) -> None:
-    if getattr(value, name) not in expected:
-        raise InputError(f"{name} is {getattr(value, name)!r}; expected one of {list(expected)}")
+    found = getattr(value, name)
+    if not isinstance(found, str | None) or found not in expected:
+        raise InputError(f"{name} is {shown(found)}; expected one of {list(expected)}")
 
 
 def positive(value: Any, *names: str) -> None:
     """None, or an integer above zero."""
     for name in names:
         number = getattr(value, name)
-        if number is not None and not (isinstance(number, int) and not isinstance(number, bool) and number > 0):
-            raise InputError(f"{name} is {number!r}; expected a positive integer")
+        if number is not None:
+            positive_integer(name, number)
+
+
+def positive_integer(name: str, number: Any) -> int:
+    """An integer above zero, and no bool."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise InputError(f"{name} is {shown(number)}; expected a positive integer")
+    return number
 
 
 def number(value: Any, name: str, low: float, top: float, expected: str) -> None:
@@ -36,7 +50,7 @@ def number(value: Any, name: str, low: float, top: float, expected: str) -> None
     if found is None:
         return
     if isinstance(found, bool) or not isinstance(found, int | float):
-        raise InputError(f"{name} is {found!r}; expected {expected}")
+        raise InputError(f"{name} is {shown(found)}; expected {expected}")
     if not math.isfinite(found) or not low <= found <= top:
         raise InputError(f"{name} is {found}; expected {expected}")
 

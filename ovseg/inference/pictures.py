@@ -54,8 +54,8 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
 
     Small pictures are enlarged to 384 pixels, by whole factors, so that the legend can be read.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha is {alpha}; expected 0, the picture alone, to 1, the labels alone")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+        raise InputError(f"alpha is {alpha!r}; expected 0, the picture alone, to 1, the labels alone")
     image = _rgb(image)
     factor = max(1, -(-384 // max(image.size)))
     width, height, strip = image.width * factor, image.height * factor, None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from ..data.class_lists import read_class_embeddings
 from ..data.invisible import invisible_in
 from ..data.labels import LabelSet
+from ..data.templates import check_templates
 from ..data.templates import templates as resolve_templates
 from ..errors import InputError
 from ..layers.upload import upload
@@ -49,14 +51,24 @@ class Queries:
         one_of(self, "synonyms", ("max", "mean"))
         if isinstance(self.background, (int, float)):
             raise InputError(f"background is {self.background!r}; expected texts such as 'wall'. A number is background_threshold")
-        texts = [self.background] if isinstance(self.background, str) else list(self.background or ())
+        if not isinstance(self.background, Iterable | None) or isinstance(self.background, torch.Tensor):
+            raise InputError(f"background is a {type(self.background).__name__}; expected texts such as 'wall'")
+        texts = [self.background] if isinstance(self.background, str) else list(() if self.background is None else self.background)
         if any(not isinstance(text, str) or not text.strip() for text in texts):
             raise InputError(f"background is {texts!r}; expected texts that are not blank")
         if (hidden := next((found for text in texts if (found := invisible_in(text))), None)) is not None:
             raise InputError(f"background is {texts!r}, which holds {hidden}; expected texts without it")
         object.__setattr__(self, "background", tuple(texts))
+        if self.templates is not None:
+            check_templates(self.templates)
         if isinstance(self.templates, list):
             object.__setattr__(self, "templates", tuple(self.templates))
+        if self.labels is not None:
+            object.__setattr__(self, "labels", LabelSet.of(self.labels))
+        if self.embeddings is not None:
+            if not isinstance(self.embeddings, str | Path):
+                raise InputError(f"embeddings is a {type(self.embeddings).__name__}; expected the path of a .npy file")
+            object.__setattr__(self, "embeddings", str(self.embeddings))
 
     @property
     def rivals(self) -> tuple[str, ...]:
@@ -66,7 +78,9 @@ class Queries:
 
     def templates_for(self, model: OVSegModel) -> str | tuple[str, ...]:
         """The templates that are used: these, else those of the label set, else the model's."""
-        return self.templates or (self.labels and self.labels.templates) or model.templates
+        of_labels = None if self.labels is None else self.labels.templates
+        given = (found for found in (self.templates, of_labels) if found is not None)
+        return next(given, model.templates)
 
 
 @dataclass(frozen=True)
@@ -114,8 +128,10 @@ class EncodedQueries:
 
     def allowed(self, names: Sequence[str]) -> torch.Tensor:
         """[T] bool: the texts that may win where only the labels ``names`` may. Those of the background always may."""
-        given = {names} if isinstance(names, str) else set(names)
-        unknown = sorted(given - set(self.names))
+        if not isinstance(names, Iterable) or isinstance(names, torch.Tensor):
+            raise InputError(f"allowed is a {type(names).__name__}; expected names of labels")
+        given = [names] if isinstance(names, str) else list(names)
+        unknown = [name for name in given if name not in self.names]
         if unknown:
             raise InputError(f"allowed names {unknown[0]!r}; expected some of the labels")
         of_name = upload(torch.tensor([name in given for name in self.names] + [True]), self.texts.device)
@@ -125,7 +141,7 @@ class EncodedQueries:
         """[T], what is added to each text's score: its class's bias, -inf where it may not win; None if that is nothing."""
         found = None
         if bias:
-            unknown = sorted(set(bias) - set(self.names))
+            unknown = [name for name in bias if name not in self.names]
             if unknown:
                 raise InputError(f"bias names {unknown[0]!r}; expected some of the labels")
             of_name = upload(torch.tensor([bias.get(name, 0.0) for name in self.names] + [0.0], dtype=dtype), self.texts.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..data.images import TOO_LARGE, picture_size, read_image, to_tensor
+from ..dense import FLOATS, check_dense
 from ..errors import InputError
 from ..layers.upload import upload
 from ..models import ModelSpec
@@ -37,11 +38,13 @@ class Prepared:
         source: the picture, or its values [3, H, W] uint8 where it came as a tensor.
         pixels: [3, Hc, Wc], uint8 or floats in 0..1.
         placement: of its windows.
+        view: by which it was resized and cut.
     """
 
     source: Image.Image | torch.Tensor
     pixels: torch.Tensor
     placement: Placement
+    view: View
 
     def image(self) -> Image.Image:
         """The picture; reads a tensor's device."""
@@ -56,7 +59,28 @@ def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:
     """One picture in any form that ``read_image`` takes."""
     image = read_image(picture, max_pixels=view.max_pixels)
     placement = place((image.height, image.width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
-    return Prepared(image, resized(image, placement.canvas, view.resize), placement)
+    return Prepared(image, resized(image, placement.canvas, view.resize), placement, view)
+
+
+def pictures_of(images: Any, name: str) -> Iterable[Any]:
+    """Several pictures, which are to be walked over.
+
+    Raises:
+        InputError: for one picture, which would be walked over row by row or letter by letter, and for what holds none.
+    """
+    if isinstance(images, torch.Tensor):
+        check_dense(name, images, "a list of pictures or a tensor [B, 3, H, W]")
+    several = images.dim() == 4 if isinstance(images, torch.Tensor) else (
+        isinstance(images, Iterable) and not isinstance(images, str | bytes | bytearray | np.ndarray | Mapping | Image.Image))
+    if several:
+        return images
+    what = f"a {type(images).__name__}"
+    if isinstance(images, torch.Tensor | np.ndarray):
+        what += f" of shape {list(images.shape)}"
+    elif isinstance(images, str | Path):
+        what = repr(str(images))
+    raise InputError(f"{name} is {what}; expected a list of pictures or a tensor [B, 3, H, W]. One picture: [picture]; an array "
+                     "[B, H, W, 3]: list(array)")
 
 
 def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[list[Prepared], torch.Tensor | None]:
@@ -65,10 +89,11 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
     They stay on their device, unless bicubic resizing, which is Pillow's, takes them to the CPU. Floats are rounded to 1/255, as for
     pictures in any other form.
     """
+    check_dense("images", images, "a list of pictures or a tensor [B, 3, H, W]")
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W] with at least one pixel")
     wrong = None
-    if images.is_floating_point():
+    if images.dtype in FLOATS:
         wrong = ~((images >= 0) & (images <= 1)).all()  # NaN is neither
         images = (images * 255).round().to(torch.uint8)
     elif images.dtype != torch.uint8:
@@ -84,7 +109,7 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
         canvas = list(F.interpolate(images.float() / 255, placement.canvas, mode="bilinear", align_corners=False))
     else:
         canvas = [resized(_to_image(image), placement.canvas, "bicubic") for image in images]
-    return [Prepared(image, pixels, placement) for image, pixels in zip(images, canvas, strict=True)], wrong
+    return [Prepared(image, pixels, placement, view) for image, pixels in zip(images, canvas, strict=True)], wrong
 
 
 def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: int, readers: int = 2, *,
@@ -122,9 +147,9 @@ def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: in
 
 def pixels_of(item: Any) -> int:
     """Of a picture in any form, by its header; 0 for what has none, which its reader will say."""
-    if isinstance(item, np.ndarray | torch.Tensor):
-        return int(np.prod(item.shape)) // 3
     try:
+        if isinstance(item, np.ndarray | torch.Tensor):
+            return int(np.prod(item.shape)) // 3
         if isinstance(item, Source):
             with open(item.path, "rb") as file:
                 file.seek(item.offset or 0)
@@ -135,7 +160,7 @@ def pixels_of(item: Any) -> int:
         if isinstance(item, bytes | bytearray):
             return picture_size(bytes(item[:_HEADER]))
         return item.width * item.height if isinstance(item, Image.Image) else 0
-    except (OSError, InputError):
+    except (OSError, InputError, RuntimeError):  # nested tensors have no shape
         return 0
 
 

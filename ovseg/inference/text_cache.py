@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,9 +20,11 @@ from ..checkpoints.cache import cache_folder
 from ..checkpoints.files import load_tensors, save_tensors
 from ..data.templates import templates as resolve_templates
 from ..errors import CheckpointError
+from ..layers.kept import Version, autocast_type
 from ..models import OVSegModel
 
 _FEW = 1_000_000  # parameters of a text tower that is not worth a file
+_HASHES: WeakKeyDictionary[OVSegModel, tuple[Version, str]] = WeakKeyDictionary()
 
 
 def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequence[str], *, unit: bool) -> torch.Tensor:
@@ -41,8 +44,9 @@ def encode_labels(model: OVSegModel, texts: Sequence[str], templates: str | Sequ
         except (CheckpointError, KeyError):
             pass
     rows = model.encode_checked(texts, templates, unit=unit)
-    with contextlib.suppress(OSError):  # no space, no permission: the next run encodes them again
-        save_tensors({"texts": rows}, path)
+    if bool(rows.isfinite().all()):
+        with contextlib.suppress(OSError):  # no space, no permission: the next run encodes them again
+            save_tensors({"texts": rows}, path)
     return rows
 
 
@@ -51,18 +55,20 @@ def _path(model: OVSegModel, texts: Sequence[str], templates: str | Sequence[str
     if folder is None or model.source is None or sum(p.numel() for p in model.text_parameters()) < _FEW:
         return None
     asked = [_weights_hash(model), model.text_facts(), list(texts), list(resolve_templates(templates)), unit]
+    cast = autocast_type(model.text_parameters()[0].device.type)
+    asked += [] if cast is None else [str(cast)]
     return folder / "texts" / f"{hashlib.blake2b(json.dumps(asked).encode(), digest_size=20).hexdigest()}.safetensors"
 
 
 def _weights_hash(model: OVSegModel) -> str:
     """Of the text tower; made again when a parameter has been written to or moved since."""
     parameters = model.text_parameters()
-    state = [(p.data_ptr(), p._version, str(p.dtype)) for p in parameters]
-    known = model.__dict__.get("_text_hash")
-    if known is None or known[0] != state:
-        digest = hashlib.blake2b(digest_size=20)
+    version, value = _HASHES.get(model, (None, ""))
+    if version is None or not version.holds(parameters):
+        version, digest = Version(parameters), hashlib.blake2b(digest_size=20)
         for parameter in parameters:
             digest.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        known = model.__dict__["_text_hash"] = (state, digest.hexdigest())
-    return known[1]
+        value = digest.hexdigest()
+        _HASHES[model] = (version, value)
+    return value

@@ -19,6 +19,7 @@ from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import ConfigError, InputError
 from ..progress import bar
+from .arguments import check_compared, check_ids, check_pixels
 from .published import Published
 from .texts import check_reading
 
@@ -163,15 +164,18 @@ class OVSegModel(nn.Module):
 
     def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
         """Image-level similarity [B, T] with text embeddings [T, E]; classifies without training."""
+        check_compared(images, texts, PatchFeatures)
         features = self(images) if isinstance(images, torch.Tensor) else images
         return F.normalize(features.embedding, dim=-1) @ F.normalize(texts.to(features.embedding.dtype), dim=-1).T
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Text embeddings [T, E], not normalised; ``token_ids`` on the CPU, which is cheaper, or on the model's device."""
+        check_ids(token_ids, self)
         return self.backbone.encode_text(token_ids)
 
     def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
         """Cosine of every patch with every text: [B, C, h, w] at the resolution of the tokens."""
+        check_compared(features, texts, PatchFeatures, encoded=True)
         s = F.normalize(features.tokens, dim=-1) @ F.normalize(texts.to(features.tokens.dtype), dim=-1).T
         return s.transpose(1, 2).unflatten(2, features.grid)
 
@@ -197,6 +201,7 @@ class OVSegModel(nn.Module):
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """RGB [B, 3, H, W], uint8 or floats in 0..1, to what ``encode_image`` takes, in the model's dtype."""
+        check_pixels(pixels)
         pixels, spec = pixels / 255 if pixels.dtype == torch.uint8 else pixels, self.spec
         mean, std = ([torch.full((), x, device=pixels.device, dtype=pixels.dtype) for x in row] for row in (spec.mean, spec.std))
         normal = (pixels - torch.stack(mean)[:, None, None]) / torch.stack(std)[:, None, None]
@@ -224,14 +229,17 @@ class OVSegModel(nn.Module):
         Raises:
             InputError: for an empty list, a label that is not a string, blank or reads as nothing, or two that are or read the same.
         """
+        if isinstance(labels, torch.Tensor):
+            raise InputError("labels is a tensor; expected texts")
         labels = check_labels(labels)
-        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates or self.templates))
+        templates = self.templates if templates is None else templates
+        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates))
         return self.encode_checked(labels, templates, unit=unit)
 
     @torch.no_grad()
     def encode_checked(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
         """``encode_labels`` of labels that have been looked at: synonyms may read the same."""
-        chosen = resolve_templates(templates or self.templates)
+        chosen = resolve_templates(self.templates if templates is None else templates)
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
@@ -239,6 +247,10 @@ class OVSegModel(nn.Module):
             rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
         return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
+
+    def image_state(self) -> tuple[list[torch.Tensor], Any]:
+        """The tensors that ``encode_image`` depends on, and whatever else it does: features are stale once one of them has changed."""
+        return [*self.parameters(), *self.buffers()], None
 
     def text_parameters(self) -> list[nn.Parameter]:
         """The parameters that ``encode_text`` depends on."""
@@ -317,10 +329,3 @@ class OVSegModel(nn.Module):
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-
-
-def check_images(images: torch.Tensor) -> None:
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W]")
-    if not images.is_floating_point():
-        raise InputError(f"images has dtype {images.dtype}; expected floats from model.normalize")

@@ -13,7 +13,8 @@ from ..backbones.grouping import GroupingBackbone
 from ..backbones.texts import PackedText
 from ..layers.grouping_vit import GroupingViT
 from ..layers.projector import Projector
-from .base import GroupFeatures, OVSegModel, SystemOptions, check_images
+from .arguments import check_images
+from .base import GroupFeatures, OVSegModel, SystemOptions
 from .published import State
 
 PARTS = ["image", "text", "projectors", "scale"]
@@ -60,7 +61,7 @@ class GroupingSystem(OVSegModel):
 
     def encode_image(self, images: torch.Tensor) -> GroupFeatures:
         """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its group."""
-        check_images(images)
+        check_images(images, self)
         found, image, groups = self.backbone.groups(images)
         index = found.index
         tokens = groups.gather(1, index[..., None].expand(-1, -1, groups.shape[2]))

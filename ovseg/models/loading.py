@@ -29,6 +29,7 @@ from ..checkpoints.state_dicts import plain_names, plain_state, unwrapped
 from ..checkpoints.transformers_layout import folder_weights
 from ..errors import CheckpointError, InputError
 from ..paths import exists, no_file, no_folder
+from .arguments import check_device, check_name
 from .base import OVSegModel
 from .limits import MOST_PARAMETERS, SizeError
 from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
@@ -68,6 +69,9 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
     Raises:
         ValueError: for an unknown name, tag or option; CheckpointError: for weights that are damaged or of another model.
     """
+    check_name("name", name)
+    check_name("pretrained", "" if pretrained is None else pretrained)
+    device = check_device(device)
     if not is_name(name):
         if pretrained is None and (":" in name or exists(name)):
             return from_pretrained(name, device=device, **options)
@@ -86,6 +90,8 @@ def from_pretrained(source: str | Path, *, device: str | torch.device = "cpu", *
         device: where it goes.
         options: change how it was built (``readout``, ``stride``).
     """
+    check_name("source", source)
+    device = check_device(device)
     text = str(source)
     if isinstance(source, Path) and not exists(source):
         raise CheckpointError(f"{source} is not a folder; expected one written by save_pretrained")

@@ -15,6 +15,7 @@ from ..checkpoints.json_files import load_json
 from ..checkpoints.state_dicts import unwrapped
 from ..errors import CheckpointError, InputError, NoCheckpoint
 from ..replacing import folder_for, write_text
+from .arguments import check_model
 
 if TYPE_CHECKING:
     from .base import OVSegModel
@@ -32,6 +33,7 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     model keeps by its name is not among the tensors; its hash is written, so that another one is
     noticed.
     """
+    check_model(model)
     whole, model = model, unwrapped(model)
     folder = folder_for(folder, "folder")
     # The weights are all in the file.

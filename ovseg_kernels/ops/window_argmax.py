@@ -28,6 +28,8 @@ Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegC
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, overload
 
@@ -180,21 +182,49 @@ def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int]) -> None:
-    """Windows inside of the canvas, and no pixel without one. Between the borders of windows all pixels are alike: one is looked at."""
-    corners = origins.tolist()
+    """Windows inside of the canvas, and no pixel without one."""
+    corners = [(y, x) for y, x in origins.tolist()]
     for y, x in corners:
         if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
             raise ValueError(f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected rows 0 to {canvas[0] - crop[0]} and "
                              f"columns 0 to {canvas[1] - crop[1]}, inside the canvas {tuple(canvas)}")  # fmt: skip
-    borders = [sorted({0, canvas[i], *(at[i] for at in corners), *(at[i] + crop[i] for at in corners)}) for i in (0, 1)]
-    rows, columns = ({at: place for place, at in enumerate(some)} for some in borders)
-    covered = torch.zeros(len(rows) - 1, len(columns) - 1, dtype=torch.bool)
-    for y, x in corners:
-        covered[rows[y] : rows[y + crop[0]], columns[x] : columns[x + crop[1]]] = True
-    if not bool(covered.all()):
-        row, column = (~covered).nonzero()[0].tolist()
-        y, x = borders[0][row], borders[1][column]
-        raise ValueError(f"origins leaves row {y}, column {x} of the canvas without a window; expected every pixel covered")
+    hole = _first_hole(sorted(corners), crop, canvas)
+    if hole is not None:
+        raise ValueError(f"origins leaves row {hole[0]}, column {hole[1]} of the canvas without a window; expected every pixel covered")
+
+
+def _first_hole(corners: list[tuple[int, int]], crop: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int] | None:
+    """Row and column of the first pixel, row by row, that no window covers; None where there is none.
+
+    A sweep down the rows, which are all alike between two borders of windows. Windows are equally wide: those of a row cover it where
+    none begins more than a width right of the one before.
+
+    Args:
+        corners: upper left, sorted.
+    """
+    height, width = crop
+    columns = [-width, canvas[1]]  # of the windows of the present rows, between two that end and begin outside of the canvas
+    gaps = int(canvas[1] > 0)
+    begun = ended = 0
+    for row in sorted({0, *(y for y, _ in corners), *(y + height for y, _ in corners)} - {canvas[0]}):
+        while begun < len(corners) and corners[begun][0] == row:
+            gaps += _changed(columns, corners[begun][1], width)
+            bisect.insort(columns, corners[begun][1])
+            begun += 1
+        while ended < begun and corners[ended][0] + height == row:
+            columns.pop(bisect.bisect_left(columns, corners[ended][1]))
+            gaps -= _changed(columns, corners[ended][1], width)
+            ended += 1
+        if gaps:
+            return row, next(a + width for a, b in itertools.pairwise(columns) if b - a > width)
+    return None
+
+
+def _changed(columns: list[int], column: int, width: int) -> int:
+    """By how many the gaps change when a window is put at ``column``."""
+    place = bisect.bisect(columns, column)
+    left, right = columns[place - 1], columns[place]
+    return (column - left > width) + (right - column > width) - (right - left > width)
 
 
 def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: bool) -> None:

@@ -91,7 +91,7 @@ def test_published_backgrounds_may_hold_a_class(caplog):
     plain = ovseg.Predictor(model, ["gravel", "grass"], background=["brick"]).set_image(image).predict()
     assert (first.labels == plain.labels).all() and predictor.classify().keys() == {"gravel", "grass"}
     with caplog.at_level(logging.WARNING):
-        predictor.predict(["grass"])
+        predictor.set_labels(["grass"])
         ovseg.Predictor(model, ["gravel"], background=["gravel", "brick"])
     assert caplog.text.count("left out of the background, being labels: 'gravel'") == 1  # of the second; the first had been told before
     assert predictor.queries.rivals == ("gravel", "brick")  # a label no more, it is a word of the background again

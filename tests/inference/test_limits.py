@@ -270,7 +270,7 @@ def test_alpha(alpha):
         random_map().overlay(alpha)
 
 
-def test_more_labels_than_two_bytes_hold(model, tmp_path):
+def test_more_labels_than_two_bytes_hold(model, tmp_path, monkeypatch):
     """Beyond 32768 names labels are int32; a mask holds 65535 of them."""
     names = [f"w{i}" for i in range(32770)]
     found = ovseg.inference.queries.EncodedQueries(tuple(names), torch.zeros(1, 1), torch.zeros(1))
@@ -278,8 +278,8 @@ def test_more_labels_than_two_bytes_hold(model, tmp_path):
     predictor = ovseg.Predictor(model, LABELS)
     queries = predictor._asked()
     texts = torch.cat([queries.texts, queries.texts.new_zeros(len(names) - 4, queries.texts.shape[1])])
-    key = next(iter(predictor._encoded))
-    predictor._encoded[key] = ovseg.inference.queries.EncodedQueries(tuple(names), texts.roll(-1, 0), torch.arange(len(names)))
+    many = ovseg.inference.queries.EncodedQueries(tuple(names), texts.roll(-1, 0), torch.arange(len(names)))
+    monkeypatch.setattr(predictor._encoded, "encoded", lambda model, queries: many)
     result = predictor.set_image(noise(48, 48)).predict()
     assert result.labels.dtype == np.int32 and result.labels.max() == len(names) - 1
     assert np.asarray(Image.open(result.save_mask(tmp_path / "m.png"))).max() == len(names) - 1

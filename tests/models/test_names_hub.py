@@ -236,7 +236,7 @@ def test_texts_are_remembered_on_disk(weights, tmp_path, monkeypatch):
     def texts(model=model, labels=("cat", "wall"), **options):
         calls.clear()
         predictor = ovseg.Predictor(model, list(labels), **options)
-        return next(iter(predictor._encoded.values())).texts
+        return predictor._asked().texts
 
     first, folder = texts(), tmp_path / "ovseg" / "texts"
     assert sum(calls) == 160 and len(list(folder.iterdir())) == 1

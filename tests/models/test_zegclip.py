@@ -393,7 +393,7 @@ def test_what_is_kept_is_made_again():
         low = masks()
     assert not torch.equal(low.float(), first) and torch.equal(masks(), first)
     again = pickle.loads(pickle.dumps(model.prompts._kept))
-    assert again._made_of == [] and copy.deepcopy(model.descriptor._kept)._result is None
+    assert again._last == ([], None) == copy.deepcopy(model.descriptor._kept)._last
     with torch.enable_grad():  # training sees the parameters themselves
         assert model.segment_logits(model(images), texts).requires_grad
 

@@ -202,3 +202,18 @@ def test_gather_rows_names_the_group():
         ok.distributed.gather_rows(torch.ones(2), None)
     with pytest.raises(TypeError, match="x is a list; expected a tensor"):
         ok.distributed.gather_rows([1.0], None)
+
+
+@pytest.mark.third_trial(15)
+@pytest.mark.parametrize("make,message", [
+    (lambda x: x.to_sparse(), "has layout sparse_coo"), (lambda x: x[None].to_sparse_csr(), "has layout sparse_csr"),
+    (lambda x: torch.nested.nested_tensor([x]), "is a nested tensor"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse|.*nested")
+def test_numbers_given_as_tensors_are_dense(make, message):
+    given, patches, texts = make(torch.ones(1)), torch.randn(2, 3, 4), torch.randn(3, 4)
+    for name, call in {"temperature": lambda x: ok.patch_text_similarity(patches, texts, temperature=x),
+                       "weight_scale": lambda x: ok.patch_text_similarity(patches, texts, weight="sigmoid", weight_scale=x),
+                       "logit_scale": lambda x: ok.contrastive_loss(texts, texts, logit_scale=x)}.items():  # fmt: skip
+        with pytest.raises(TypeError, match=f"{name} {message}; expected a dense tensor of one element"):
+            call(given)

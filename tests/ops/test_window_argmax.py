@@ -1,6 +1,7 @@
 """What is special about window_argmax: equal to whole maps outside ties, for every activation and place of it, tables, overlaps."""
 
 import itertools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -275,3 +276,40 @@ def test_one_thread_and_two():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def first_hole(corners, crop, canvas):
+    """By a canvas of pixels."""
+    covered = np.zeros(canvas, bool)
+    for y, x in corners:
+        covered[y : y + crop[0], x : x + crop[1]] = True
+    return None if covered.all() else tuple(int(place) for place in np.argwhere(~covered)[0])
+
+
+@pytest.mark.third_trial(14)
+def test_the_first_pixel_without_a_window():
+    random, seen = np.random.default_rng(0), [0, 0]
+    for _ in range(300):
+        crop = tuple(int(side) for side in random.integers(1, 6, 2))
+        canvas = tuple(side + int(random.integers(0, 7)) for side in crop)
+        corners = [tuple(int(random.integers(0, canvas[i] - crop[i] + 1)) for i in (0, 1)) for _ in range(random.choice([1, 4, 20, 40]))]
+        hole = first_hole(corners, crop, canvas)
+        seen[hole is None] += 1
+        call = (torch.zeros(len(corners), 1, 1, 1), corners, crop, canvas, (2, 2))
+        if hole is None:
+            ok.window_argmax(*call)
+        else:
+            with pytest.raises(ValueError, match=f"origins leaves row {hole[0]}, column {hole[1]} of the canvas without a window"):
+                ok.window_argmax(*call)
+    assert min(seen) > 30
+
+
+@pytest.mark.third_trial(14)
+def test_windows_of_distinct_borders_are_checked_in_little_time():
+    """6 000 of them: a table of all cells between their borders took 75 s."""
+    origins = torch.stack([torch.randperm(10_001)[:6000], torch.randperm(10_001)[:6000]], 1)
+    corners = torch.tensor([(0, 0), (0, 10_000), (10_000, 0), (10_000, 10_000)])
+    logits, origins = torch.zeros(6004, 1, 1, 1), torch.cat([origins, corners])
+    began = time.process_time()
+    ok.window_argmax(logits, origins, (10_000, 10_000), (20_000, 20_000), (2, 2))
+    assert time.process_time() - began < 5

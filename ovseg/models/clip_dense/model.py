@@ -18,7 +18,8 @@ from ...backbones.proxy import ProxyEncoder, ProxyOptions
 from ...errors import ConfigError
 from ...layers.readout import ProxyFeatures, Readout, resolve_readout
 from ...options import options_of
-from ..base import OVSegModel, PatchFeatures, SystemOptions, check_images
+from ..arguments import check_compared, check_images
+from ..base import OVSegModel, PatchFeatures, SystemOptions
 
 
 @dataclass
@@ -53,6 +54,10 @@ class ClipDense(OVSegModel):
         self.readout = self._checked(readout)
         self.config["readout"] = readout
 
+    def image_state(self) -> tuple[list[torch.Tensor], Any]:
+        tensors, _ = super().image_state()
+        return tensors if self.proxy is None else [*tensors, *self.proxy.parameters(), *self.proxy.buffers()], self.readout
+
     def _apply(self, fn: Any, recurse: bool = True) -> ClipDense:
         """What ``to``, ``half`` and the like do: the second encoder goes along."""
         if self.proxy is not None:
@@ -84,7 +89,7 @@ class ClipDense(OVSegModel):
         return self.backbone.logit_bias
 
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
-        check_images(images)
+        check_images(images, self)
         found = self.backbone.encode_dense(images, self.readout, self._seen_by_proxy(images))
         return PatchFeatures(found.embedding, found.tokens, found.grid)
 
@@ -96,6 +101,9 @@ class ClipDense(OVSegModel):
         return self.proxy(images, mean, std)
 
     def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        check_compared(images, texts, PatchFeatures)
+        if isinstance(images, torch.Tensor):
+            check_images(images, self)
         # A picture's own vector does not need the last block's patches.
         embedding = self.backbone.encode_image(images) if isinstance(images, torch.Tensor) else images.embedding
         return F.normalize(embedding, dim=-1) @ F.normalize(texts.to(embedding.dtype), dim=-1).T

@@ -20,7 +20,8 @@ import ovseg_kernels as ok
 from ...errors import ConfigError
 from ...layers.light_decoder import LightDecoder
 from ...layers.readout import READOUTS
-from ..base import MAX_SCALE, PatchFeatures, check_images
+from ..arguments import check_compared, check_images
+from ..base import MAX_SCALE, PatchFeatures
 from ..frozen_clip import FrozenClipModel, FrozenClipOptions
 
 WEIGHTS = ("softmax", "sigmoid")
@@ -98,7 +99,7 @@ class MGCA(FrozenClipModel):
 
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
         """``embedding`` is the CLIP's own; the vector that a text is compared with depends on the text, see ``similarity``."""
-        check_images(images)
+        check_images(images, self)
         with torch.no_grad():
             found = self.backbone.encode_dense(images, READOUTS[self.options.readout])
         tokens, grid = self.decoder(found.tokens, found.grid)
@@ -114,5 +115,6 @@ class MGCA(FrozenClipModel):
         return ok.patch_text_similarity(tokens, texts.to(tokens.dtype), **options)
 
     def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        check_compared(images, texts, PatchFeatures)
         features = self(images) if isinstance(images, torch.Tensor) else images
         return self.compatibility(features.tokens, texts)

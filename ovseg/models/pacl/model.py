@@ -17,7 +17,8 @@ import ovseg_kernels as ok
 
 from ...errors import ConfigError
 from ...layers.embedder import VisionEmbedder
-from ..base import MAX_SCALE, OVSegModel, PatchFeatures, SystemOptions, check_images
+from ..arguments import check_compared, check_images
+from ..base import MAX_SCALE, OVSegModel, PatchFeatures, SystemOptions
 
 
 @dataclass
@@ -90,7 +91,7 @@ class PACL(OVSegModel):
 
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
         """``embedding`` is the mean patch: PACL's image vector depends on the text, see ``similarity``."""
-        check_images(images)
+        check_images(images, self)
         with torch.set_grad_enabled("vision" in self.options.trained and torch.is_grad_enabled()):
             patches = self.backbone.encode_patches(images, tap=self.tap)
         tokens = self.embedder(patches.tokens)
@@ -101,5 +102,6 @@ class PACL(OVSegModel):
             return super().encode_text(token_ids)
 
     def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        check_compared(images, texts, PatchFeatures)
         features = self(images) if isinstance(images, torch.Tensor) else images
         return ok.patch_text_similarity(features.tokens, texts.to(features.tokens.dtype), temperature=self.temperature)

@@ -16,7 +16,8 @@ from torch import nn
 from ...layers.mae_decoder import MaeDecoder, sincos_positions
 from ...layers.quick_gelu import quick_gelu
 from ...layers.semantic_groups import Groups, SemanticGroups
-from ..base import GroupFeatures, OVSegModel, SystemOptions, check_images
+from ..arguments import check_images
+from ..base import GroupFeatures, OVSegModel, SystemOptions
 from ..published import Published
 from .published import MARK, layout
 
@@ -112,7 +113,7 @@ class SegCLIP(OVSegModel):
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(patch tokens [B, N, D] before the first block, grid)."""
-        check_images(images)
+        check_images(images, self)
         return self.backbone.embed(images)
 
     def first_blocks(self, x: torch.Tensor) -> torch.Tensor:

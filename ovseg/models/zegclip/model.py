@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ...layers.class_decoder import ClassDecoder, Descriptor
 from ...layers.prompts import DeepPrompts
-from ..base import ModelSpec, PatchFeatures, check_images
+from ..arguments import check_compared, check_images
+from ..base import ModelSpec, PatchFeatures
 from ..frozen_clip import FrozenClipModel, FrozenClipOptions
 from ..published import Published
 from .published import MARK, Layout
@@ -102,7 +103,7 @@ class ZegCLIP(FrozenClipModel):
 
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
         """``embedding`` and ``tokens``, which the prompts have tuned, are unit vectors."""
-        check_images(images)
+        check_images(images, self)
         x, grid = self.backbone.sequence(images, self.options.class_weight)
         x = self.prompts.run(self.backbone.vision_blocks, x)
         x = F.normalize(self.backbone.project(self.backbone.final_norm(self.prompts.norm(x))), dim=-1)
@@ -110,6 +111,7 @@ class ZegCLIP(FrozenClipModel):
 
     def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
         """Logits of each text's mask, [B, C, h, w]; masks do not exclude each other."""
+        check_compared(features, texts, PatchFeatures, encoded=True)
         queries = self.descriptor(features.embedding, texts.to(features.embedding.dtype))
         return self.decoder(queries, features.tokens).unflatten(2, features.grid)
 
