@@ -74,11 +74,11 @@ class Predictor:
 
     def __init__(self, model: OVSegModel, labels: Labels | None = None, *, view: View | None = None, decision: Decision | None = None,
                  **options: Any):
+        self.model = model = unwrapped(model)
         check_model(model)
         if not isinstance(view, View | None) or not isinstance(decision, Decision | None):
             wrong = ("decision", decision) if isinstance(view, View | None) else ("view", view)
             raise InputError(f"{wrong[0]} is a {type(wrong[1]).__name__}; expected one of ovseg.inference")
-        self.model = model = unwrapped(model)
         base = labels if isinstance(labels, Queries) else Queries()
         chosen = rule(model.decision)() if decision is None else decision
         self.view, self.queries, self.decision = route(options, View() if view is None else view, base, chosen)

@@ -33,8 +33,8 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     model keeps by its name is not among the tensors; its hash is written, so that another one is
     noticed.
     """
-    check_model(model)
     whole, model = model, unwrapped(model)
+    check_model(model)
     folder = folder_for(folder, "folder")
     # The weights are all in the file.
     options = {key: value for key, value in model.config.items() if key not in model.starting_options}

@@ -325,3 +325,14 @@ def test_templates_that_are_none(trained, templates, message):
             ask()
     with pytest.raises(InputError, match="templates is empty"):
         ovseg.Predictor(trained, ovseg.inference.predictor.LabelSet(("grass",), (("grass",),), ()))
+
+
+@pytest.mark.third_trial(11)
+def test_a_wrapped_model_is_taken_for_the_bare_one(trained, tmp_path):
+    """It is unwrapped before it is looked at: a wrapper has no methods of a model."""
+    wrapped = torch.nn.DataParallel(trained)
+    predictor = ovseg.Predictor(wrapped, LABELS)
+    expected = ovseg.Predictor(trained, LABELS).set_image(picture(0)).predict()
+    assert same(predictor.set_image(picture(0)).predict(), expected)
+    again = ovseg.from_pretrained(ovseg.save_pretrained(wrapped, tmp_path / "model"))
+    assert same(ovseg.Predictor(again, LABELS).set_image(picture(0)).predict(), expected)
