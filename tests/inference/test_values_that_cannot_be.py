@@ -82,15 +82,16 @@ LONG = " ".join(["blue"] * 74)
 @pytest.mark.bad_input("inference", "a label that reads as nothing")
 @pytest.mark.parametrize("label", ["汽车", "!?", "🚗", "\u200b", "машина"])
 def test_a_label_that_reads_as_nothing(label, tmp_path, capsys):
+    why = "invisible character" if label == "\u200b" else "reads as nothing"
     model = ovseg.from_pretrained("pacl_tiny")
     image = Image.fromarray(np.zeros((48, 48, 3), np.uint8))
     for ask in (lambda: ovseg.segment(image, ["grass", label], model=model), lambda: ovseg.Predictor(model, [label, "grass"]),
                 lambda: model.encode_labels([label]), lambda: ovseg.Predictor(model, ["grass"], background=(label,))):
-        with pytest.raises(InputError, match="reads as nothing: the model's tokenizer knows none of its signs"):
+        with pytest.raises(InputError, match=why):
             ask()
     image.save(tmp_path / "a.png")
     assert main(["segment", str(tmp_path / "a.png"), "--labels", f"grass,{label}", "-m", "pacl_tiny", "-o", str(tmp_path / "out")]) == 2
-    assert "reads as nothing" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.bad_input("inference", "labels that read the same")
