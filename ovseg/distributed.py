@@ -7,17 +7,30 @@ use NCCL there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from .errors import ConfigError
+from . import time_limits
+from .errors import ConfigError, ProcessError, first_line
+
+# What gloo says, in a RuntimeError, of a process that is gone or stands still. Its other complaints
+# are faults of this package.
+_GONE = re.compile(
+    r"gloo.*(closed by peer|reset by peer|broken pipe|connection refused|timed out|timeout)",
+    re.IGNORECASE | re.DOTALL,
+)
+_LAUNCHER = os.getppid()
 
 # Rank, number of processes, rank on this machine. SLURM_STEP_* exist inside srun only: the script that sbatch runs, which has the other
 # two, is one process.
@@ -120,11 +133,100 @@ def group() -> dist.ProcessGroup | None:
     if world_size() == 1:
         return None
     if not dist.is_initialized():
-        address, port = _meeting_place()
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        place = f"tcp://{address}:{port}" if address else "env://"
-        dist.init_process_group(backend, init_method=place, rank=rank(), world_size=world_size())
+        _open()
     return dist.group.WORLD
+
+
+def _open() -> None:
+    """Open the group.
+
+    The wait for the others has a short limit of its own: where one does not start, the rest should
+    end soon.
+
+    Raises:
+        ProcessError: if they have not all come in time.
+    """
+    address, port = _meeting_place()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    meeting = f"tcp://{address}:{port}" if address else "env://"
+    limit = time_limits.start_limit()
+    later = timedelta(seconds=time_limits.rank_limit())
+    try:
+        host = address or os.environ["MASTER_ADDR"]
+        left = _wait_for_rank_0(host, str(port or os.environ.get("MASTER_PORT", "")), limit)
+        dist.init_process_group(
+            backend,
+            init_method=meeting,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timedelta(seconds=left),
+        )
+    except (dist.DistError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_gone(error):
+            raise
+        raise ProcessError(
+            f"the {world_size()} processes did not come together ({first_line(error)}); expected all "
+            f"to be started within {limit:g} s of each other (OVSEG_START_TIMEOUT), and a MASTER_PORT "
+            "that is free"
+        ) from error
+    # torch 2.14 has a public name for it
+    public: Any = getattr(dist, "set_timeout", None)
+    set_timeout = public or dist.distributed_c10d._set_pg_timeout
+    set_timeout(later, dist.group.WORLD)
+
+
+def _wait_for_rank_0(address: str, port: str, limit: float) -> float:
+    """Wait until rank 0 listens; returns what is left of ``limit``, in seconds.
+
+    Torch's own wait takes twice its limit and prints stacks.
+
+    Raises:
+        OSError: if it does not in time.
+    """
+    deadline = time.monotonic() + limit
+    while rank() > 0 and port.isdigit():  # torch refuses another
+        try:
+            patience = max(0.1, deadline - time.monotonic())
+            socket.create_connection((address, int(port)), timeout=patience).close()
+            break
+        except OSError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+    return max(5.0, deadline - time.monotonic())
+
+
+@contextlib.contextmanager
+def others_watched(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Say in a sentence that another process is gone or does not answer; the libraries take many.
+
+    Args:
+        advice: what to do about it, asked for at that moment.
+
+    Raises:
+        ProcessError: in their place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not _is_gone(error):
+            raise
+        text = f"another of {world_size()} processes ended or stopped answering ({_short(error)})"
+        raise ProcessError(f"{text}; {advice()}".removesuffix("; ")) from error
+
+
+def launcher_gone() -> bool:
+    """Whether torchrun, which started this process, has ended without a word."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _LAUNCHER
+
+
+def _is_gone(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or _GONE.search(str(error)) is not None
+
+
+def _short(error: RuntimeError) -> str:
+    """Its first sentence, without the place in gloo's code."""
+    return re.sub(r"^\[[^\]]*\] ", "", first_line(error)).split(". ")[0]
 
 
 def close() -> None:

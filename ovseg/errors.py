@@ -17,6 +17,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is damaged, incomplete or belongs to another model."""
 
 
+class ProcessError(RuntimeError):
+    """Another process of the same run that did not come, has ended or does not answer."""
+
+
 class WeightsError(InputError):
     """Weights that can be had neither from the cache nor from the network."""
 

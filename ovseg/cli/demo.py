@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import duration
+from .ending import STOPPED, say
 from .notes import no_plots
 from .numbers import at_least
 
@@ -107,8 +108,8 @@ def run(options: argparse.Namespace) -> int:
             # A demo that was stopped goes on by the same command.
             train(recipe, out / stage.folder, resume="auto", quiet=options.quiet)
         except Interrupted as error:
-            print(f"ovseg demo: {error}; the same command goes on")
-            return 143
+            say(f"ovseg demo: {error}; the same command goes on")
+            return STOPPED
         found.seconds[stage.title] = round(time.time() - started, 1)
         found.evaluate(stage)
     rows = [report.summary for report in found.reports.values()]

@@ -86,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         require("scipy", "--boundary")
     if options.sweep and options.out is not None:
         no_plots("no curve of --sweep is drawn")
+    distributed.group()  # whoever does not come is known before anything is loaded
     if options.out is not None:
         options.held.enter_context(locked_folder(Path(options.out), "--out", "eval"))
     return _classify(options, rank) if options.data == "imagefolder" else _segment(options, rank)

@@ -1,5 +1,6 @@
 """ovseg: one verb a file. Exit codes, the same for all (docs/commands.md): 0 done; 1 it failed, or what lies on the disk is damaged; 2 it
-cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted.
+cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted;
+141 nobody reads stdout any more.
 
 Nothing here imports torch before ``threads.set_up``, and what is asked about the command line alone imports it not at all.
 """
@@ -19,9 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError, DataError, InputError, first_line
+from ..errors import CheckpointError, ConfigError, DataError, InputError, ProcessError, first_line
 from ..libraries import MissingLibrary, reason
 from . import threads
+from .ending import INTERRUPTED, NO_READER, reader_left, say
 from .weights_options import in_force
 
 _LONGEST_WORD = 500  # letters that are printed of a name in a message: a long path is left whole
@@ -81,15 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (verb := _verb(argv)) is not None:
             _import_torch()
         options = parsed(argv)
-        with in_force(options), told(quiet=getattr(options, "quiet", False)), ExitStack() as options.held:
+        from .. import distributed  # not before _import_torch
+
+        quiet = getattr(options, "quiet", False)
+        with in_force(options), told(quiet=quiet), distributed.others_watched(), ExitStack() as options.held:
             return options.run(options) or 0
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return NO_READER
         code = exit_code(error)
         if code is None:
             raise
-        print(f"ovseg {verb}: {_message(error, code)}", file=sys.stderr)
+        say(f"ovseg {verb}: {_message(error, code)}")
         return code
     finally:
         if "ovseg.distributed" in sys.modules:
@@ -143,7 +150,8 @@ def told(*, quiet: bool = False) -> Iterator[None]:
         package.setLevel(before)
 
 
-_FAILED = (CheckpointError, DataError, ImportError, FloatingPointError, OSError, UnicodeError, json.JSONDecodeError, MemoryError)
+_FAILED = (CheckpointError, DataError, ProcessError, ImportError, FloatingPointError, OSError, UnicodeError, json.JSONDecodeError,
+           MemoryError)
 
 
 def _message(error: Exception, code: int) -> str:

@@ -9,10 +9,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from .ending import STOPPED, say
 from .notes import no_plots
 
 
@@ -30,8 +30,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
-    from .. import distributed
-    from ..errors import ConfigError
+    from .. import distributed, stop_signals
+    from ..errors import ConfigError, ProcessError
     from ..output_lock import locked_folder
     from ..replacing import folder_for
     from ..training.recipe import list_recipes, load_recipe
@@ -57,13 +57,21 @@ def run(options: argparse.Namespace) -> int:
             print(f"{folder} is done already, {steps} steps: ovseg segment --model {folder} ...")
         return 0
     no_plots("no loss curve is drawn")
+    with stop_signals.noted() as request:
+        try:
+            distributed.group()  # whoever does not come is known before anything is loaded
+        except ProcessError:
+            if not (request or distributed.launcher_gone()):
+                raise
+            say(f"ovseg train: {request} before the first step; nothing new is trained")
+            return STOPPED
     options.held.enter_context(locked_folder(folder, "run", "train"))
     try:
         resume = "auto" if options.auto_resume else options.resume
         train(recipe, folders[-1], resume=resume, allow=options.allow, evaluate=validation(recipe))
     except Interrupted as error:
-        print(f"ovseg train: {error}", file=sys.stderr)
-        return 143
+        say(f"ovseg train: {error}")
+        return STOPPED
     if distributed.is_main():
         curve = Path(folders[-1], "loss.png")
         print(f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ..."

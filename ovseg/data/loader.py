@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .. import stop_signals
 from ..errors import ConfigError, DataError, InputError
 from .batch_types import Batch
 from .draws import mix
 from .order import EpochOrder, rank_slice
 from .sources.base import Source
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_LOOK = 1.0  # seconds without a batch after which the workers are looked at
 
 
 class Waiting:
@@ -84,6 +88,8 @@ class Loader:
         prefetch: batches each worker keeps ready.
         pin_memory: for copies to a GPU that do not wait.
         timeout: seconds without a batch after which workers are given up; 0: never.
+        tell_signals: whether a worker passes a signal that asks it to end on to this process, which
+            then decides (``stop_signals.noted``).
 
     Attributes:
         epoch, step: of the next batch; ``step`` counts within the epoch.
@@ -95,7 +101,7 @@ class Loader:
 
     def __init__(self, source: Source, batch_size: int, *, seed: int = 0, rank: int = 0, ranks: int = 1, epochs: int | None = None,
                  drop_last: bool = True, shuffle: bool = True, workers: int = 0, prefetch: int = 2, pin_memory: bool = False,
-                 timeout: float = 0.0):
+                 timeout: float = 0.0, tell_signals: bool = False):
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}; expected 0 to {ranks - 1}")
         self.steps_per_epoch = batches_of(len(source), batch_size, ranks=ranks, drop_last=drop_last)
@@ -103,9 +109,13 @@ class Loader:
         self.epoch = self.step = 0
         self.waiting = Waiting()
         self._steps = _Steps(source, EpochOrder(len(source), seed, shuffle=shuffle), batch_size, self.steps_per_epoch, rank, ranks)
-        self._how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "timeout": timeout}
+        self._how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+        self._timeout, self._of_rank = timeout, f" of process {rank}" if ranks > 1 else ""
         if workers:
-            self._how |= {"prefetch_factor": prefetch, "worker_init_fn": _start_worker}
+            telling = partial(_start_telling_worker, parent=os.getpid())
+            begin = telling if tell_signals else _start_worker
+            self._how |= {"prefetch_factor": prefetch, "worker_init_fn": begin}
+            self._how |= {"timeout": min(_LOOK, timeout or _LOOK)}
         self._running: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -125,13 +135,13 @@ class Loader:
         # A generator of its own: DataLoader would take its seed from torch's global one, and so change what training draws.
         loader = DataLoader(self._steps, batch_size=None, sampler=places, generator=torch.Generator().manual_seed(self.seed), **self._how)
         with _signals_held():
-            iterator = iter(loader)
+            iterator, loud = _quietly(loader)
         self.waiting.restart()
         atexit.register(self.close)  # Python's own end would send one SIGTERM to the workers and wait
         try:
             while True:
                 began = time.perf_counter()
-                batch = _next(iterator)
+                batch = _next(iterator, self._timeout, self._of_rank)
                 self.waiting.add(began, time.perf_counter())
                 if batch is None:
                     return
@@ -140,6 +150,8 @@ class Loader:
         finally:
             atexit.unregister(self.close)
             _stop(iterator)
+            if loud is not None:
+                _on_child(loud)
 
     def close(self) -> None:
         """End the workers. The position stays; iterating starts new ones."""
@@ -209,22 +221,110 @@ class _Steps(Dataset):
             return _Failed(str(error))
 
 
-def _next(iterator: Iterator[Any]) -> Batch | None:
-    try:
-        batch = next(iterator, None)
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader"):  # killed, or the time limit; a bug of the source says "Caught"
-            raise DataError(f"{error}. A process that reads data ended or stopped answering; often memory or shared memory (/dev/shm) ran "
-                            "out: lower data.workers or data.prefetch") from error
-        raise
+def _next(iterator: Any, timeout: float, of_rank: str) -> Batch | None:
+    """Return the next batch, None at the end.
+
+    Raises:
+        DataError: that names the workers, if one of them has ended or none has given a batch for
+            ``timeout`` seconds.
+    """
+    with _given_up(getattr(iterator, "_workers", ()), timeout) as given_up:
+        while True:
+            try:
+                batch = next(iterator, None)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                ended = _ended(iterator, of_rank, wait=not isinstance(error, RuntimeError))
+                if given_up.is_set():
+                    names = ", ".join(f"{i} (pid {one.pid})" for i, one in enumerate(iterator._workers))
+                    raise DataError(
+                        f"DataLoader timed out after {timeout:g} s without a batch: workers {names}"
+                        f"{of_rank} read too slowly, stood still or waited for the disk. "
+                        "OVSEG_DATA_TIMEOUT is how long training waits"
+                    ) from error
+                if ended:
+                    raise DataError(
+                        f"DataLoader {ended}. Often memory or shared memory (/dev/shm) ran out: lower "
+                        "data.workers or data.prefetch"
+                    ) from error
+                # A bug of the source says "Caught".
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
     if isinstance(batch, _Failed):
         raise DataError(batch.message)
     return batch
 
 
+@contextlib.contextmanager
+def _given_up(workers: Sequence[Any], timeout: float) -> Iterator[threading.Event]:
+    """Kill the workers after ``timeout`` seconds, and note it.
+
+    What waits for a tensor of one that stands still, deep in torch, has no limit of its own.
+    """
+    noted = threading.Event()
+
+    def give_up() -> None:
+        noted.set()
+        for worker in workers:
+            worker.kill()
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    if workers and timeout:
+        timer.start()
+    try:
+        yield noted
+    finally:
+        timer.cancel()
+
+
+def _ended(iterator: Any, of_rank: str, *, wait: bool) -> str:
+    """Say which workers have ended and how; nothing if all run.
+
+    Args:
+        wait: one that has just been killed may not be known to be dead.
+    """
+    found = []
+    for number, worker in enumerate(getattr(iterator, "_workers", ())):
+        if wait:
+            worker.join(0.1)
+        if not worker.is_alive():
+            how = stop_signals.end_of(worker.exitcode)
+            found.append(f"worker {number}{of_rank} (pid {worker.pid}) {how}")
+    return ", ".join(found)
+
+
+def _quietly(loader: DataLoader) -> tuple[Any, Any]:
+    """Start to iterate; returns the iterator, and torch's handler of SIGCHLD, to be put back.
+
+    That handler raises a worker's death out of whatever line runs, in the middle of a step or of a
+    collective. ``_next`` finds out as well.
+    """
+    iterator = iter(loader)
+    loud = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if not loader.num_workers or not callable(loud):
+        return iterator, None
+
+    def quiet(number: int, frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            loud(number, frame)
+
+    return iterator, loud if _on_child(quiet) else None
+
+
+def _on_child(handler: Any) -> bool:
+    """Set the handler of SIGCHLD, where this is the thread that may."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    signal.signal(signal.SIGCHLD, handler)
+    return True
+
+
 def _stop(iterator: Any) -> None:
     """End the workers now, not when the iterator happens to be collected; one that hangs has been asked before and is killed."""
     if hasattr(iterator, "_shutdown_workers"):
+        for worker in iterator._workers:
+            worker.terminate = worker.kill  # SIGTERM has another meaning in a worker
         iterator._shutdown_workers()
         for worker in iterator._workers:
             if worker.is_alive():
@@ -239,8 +339,29 @@ def _start_worker(number: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _last_minute)
+    _release()
+
+
+def _start_telling_worker(number: int, parent: int) -> None:
+    """Pass the first signal on to the training process, as it may have come to this worker alone.
+
+    The others are ignored.
+    """
+    for known in stop_signals.SIGNALS:
+        signal.signal(known, partial(_tell, parent))
+    _release()
+
+
+def _release() -> None:
+    """Let the signals come that were held while this worker started."""
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals.SIGNALS)
+
+
+def _tell(parent: int, number: int, _: Any) -> None:
+    stop_signals.ignore()
+    if os.getppid() == parent:  # otherwise the worker is about to find out that it is alone
+        os.kill(parent, number)
 
 
 @contextlib.contextmanager
@@ -249,7 +370,7 @@ def _signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)
     try:
         yield
     finally:

@@ -7,7 +7,9 @@ read without running code, and a picture's map is decoded when it is asked for.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
+import threading
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -147,7 +149,7 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
     jobs = [(key, file, scale, sigma, min_size, max_pixels) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
-    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+    with ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else nullcontext() as pool:
         results = map(_cut, jobs) if pool is None else pool.map(_cut, jobs, chunksize=16)
         try:
             for key, data, error in bar(results, total=len(jobs), show=progress, unit="picture", desc="superpixels"):
@@ -165,6 +167,21 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
     with replacing(path) as part:
         save_file(found, part, {"method": "felzenszwalb", "scale": str(scale), "sigma": str(sigma), "min_size": str(min_size)})
     return len(found), bad
+
+
+def _end_with_parent() -> None:
+    """Let a worker watch the process that it works for.
+
+    One that is killed says nothing, and its workers would wait for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _cut(job: tuple[str, Path, float, float, int, int]) -> tuple[str, bytes | None, str]:

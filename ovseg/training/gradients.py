@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ from ..data.batch_types import Batch
 from ..objectives import Losses, Objective, Progress
 
 Cast = Callable[[], contextlib.AbstractContextManager]
+# Buffers are not sent before each pass. Torch 2.14 has a new name for that, and warns of the old one
+# in every process.
+_NEW, _OLD = "forward_sync_buffers", "broadcast_buffers"
+_BUFFERS_STAY = {_NEW if _NEW in signature(DistributedDataParallel).parameters else _OLD: False}
 
 
 class Gradients:
@@ -51,7 +56,8 @@ class Gradients:
                 register_fsdp_forward_method(objective, name)
         elif chunk is None:
             # Parameters that a batch does not reach are usual here: ZegCLIP's last layer, SegCLIP without superpixels.
-            self.wrapped = DistributedDataParallel(objective, find_unused_parameters=True, broadcast_buffers=False)
+            unused = {"find_unused_parameters": True}
+            self.wrapped = DistributedDataParallel(objective, **unused, **_BUFFERS_STAY)
         else:  # chunks pass DDP's hooks by: one average after the last does the same
             synchronize(objective)
             self._by_hand = [p for p in objective.parameters() if p.requires_grad]

@@ -56,8 +56,18 @@ class Step:
 
 
 class Hook:
+    def before_steps(self, trainer: Trainer) -> None:
+        """In all processes, before the first step of a stage, or of what is left of it."""
+
     def after_step(self, trainer: Trainer, step: Step) -> None:
         """In all processes, also after a step that was skipped."""
+
+    def before_failure(self, trainer: Trainer) -> bool:
+        """In all processes, between two steps, where the data have failed.
+
+        Returns whether what is trained is saved.
+        """
+        return False
 
 
 @dataclass
@@ -119,16 +129,30 @@ class Log(Hook):
 @dataclass
 class Validation(Hook):
     """Every so many steps and at the end of a stage: figures to ``validation.jsonl``, pictures to ``validation/``, and the model to
-    ``best/`` where ``miou`` is the highest of the stage so far."""
+    ``best/`` where ``miou`` is the highest of the stage so far. What a signal left out is made up for
+    when the run goes on."""
 
     folder: Path
     every: int
     evaluate: Evaluate
 
+    def before_steps(self, trainer: Trainer) -> None:
+        of_stage, done = trainer.state.step, trainer.state.done + trainer.state.step
+        if of_stage and (of_stage == trainer.steps or done % self.every == 0):
+            made = [entry.get("step") for entry in records_of(self._path)[0]]
+            if not distributed.broadcast_json(done in made):  # as the main process sees the file
+                self._validate(trainer, done)
+
     def after_step(self, trainer: Trainer, step: Step) -> None:
         done = step.number + 1
-        if step.stopping or not (step.last or done % self.every == 0):
-            return
+        if not step.stopping and (step.last or done % self.every == 0):
+            self._validate(trainer, done)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "validation.jsonl"
+
+    def _validate(self, trainer: Trainer, done: int) -> None:
         model = trainer.model_to_use()
         was = model.training
         try:
@@ -137,7 +161,7 @@ class Validation(Hook):
             model.train(was)
         if not distributed.is_main():
             return
-        path = self.folder / "validation.jsonl"
+        path = self._path
         # A killed run does some again.
         before = [entry for entry in records_of(path)[0] if isinstance(entry.get("step"), int) and entry["step"] < done]
         write_text(path, "".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})))
@@ -149,12 +173,29 @@ class Validation(Hook):
 
 @dataclass
 class Checkpoints(Hook):
-    """Every so many steps, at the end of a stage, and when a signal asks to stop."""
+    """Every so many steps, at the end of a stage, when a signal asks to stop, and before the run
+    fails for want of data."""
 
     run: Run
     every: int
     keep: int
+    _saved: int = 0  # steps of the newest checkpoint
+
+    def __post_init__(self) -> None:
+        if self.run.at is not None:
+            facts = state.facts_of(self.run.at)
+            self._saved = facts["done"] + facts["step"]
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         if step.last or step.stopping or (step.number + 1) % self.every == 0:
-            state.save(self.run.checkpoints, trainer.state, self.run.recipe, self.run.key, self.keep)
+            self._save(trainer)
+
+    def before_failure(self, trainer: Trainer) -> bool:
+        steps = trainer.state.done + trainer.state.step
+        if steps != self._saved:
+            self._save(trainer)
+        return steps > 0
+
+    def _save(self, trainer: Trainer) -> None:
+        state.save(self.run.checkpoints, trainer.state, self.run.recipe, self.run.key, self.keep)
+        self._saved = trainer.state.done + trainer.state.step

@@ -29,6 +29,7 @@ from ..objectives import Objective, create_objective
 from ..paths import no_file
 from ..replacing import file_for, folder_for, write_text
 from ..text_files import records_of
+from ..time_limits import data_limit
 from .recipe import (
     Recipe,
     differences,
@@ -120,7 +121,8 @@ def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, 
     check_source(source, objective, options.kind)
     check_batches(len(source), recipe)
     return Loader(source, train.batch_size, seed=train.seed, rank=distributed.rank(), ranks=distributed.world_size(), epochs=train.epochs,
-                  drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda")
+                  drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda",
+                  timeout=data_limit(), tell_signals=True)
 
 
 def check_source(source: Source, objective: Objective, kind: str) -> None:

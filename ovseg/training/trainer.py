@@ -9,13 +9,11 @@ not finite, becomes known to all before any acts on it; so none waits for anothe
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import math
 import platform
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from .. import distributed
+from .. import distributed, stop_signals
 from ..data.batch_types import Batch
 from ..data.skips import SkipLimit
 from ..errors import DataError, InputError
@@ -34,6 +32,7 @@ from ..models import OVSegModel, from_pretrained, save_pretrained
 from ..objectives import Progress
 from ..progress import bar
 from ..replacing import folder_for
+from ..stop_signals import StopRequest
 from . import state as checkpoints
 from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
 from .hooks import Begin, Checkpoints, Evaluate, Hook, Log, Step, Validation
@@ -46,11 +45,10 @@ from .state import State
 
 logger = logging.getLogger(__name__)
 _BAD_IN_A_ROW = 10  # steps without a finite loss before the run stops
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SLURM announces the end of the time limit by the last
 
 
 class Interrupted(Exception):
-    """SIGTERM, SIGINT or SIGUSR1 came to one of the processes; the state is saved."""
+    """A signal came to one of the processes, see ``stop_signals``; the state is saved."""
 
 
 def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow: Sequence[str] = (), quiet: bool = False,
@@ -68,9 +66,22 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow:
     Raises:
         ConfigError: if the folder holds a run and ``resume`` is false, none or another one and it is true; if it cannot be followed.
         CheckpointError: if the run has checkpoints and none is intact.
+        DataError: if there is no next batch; what is trained is saved.
+        ProcessError: if another process is gone or does not answer; the newest checkpoint holds.
         Interrupted: after a signal, once the state is saved.
         FloatingPointError: after ten steps in a row without a finite loss.
     """
+    with (
+        stop_signals.noted(speak=distributed.is_main()) as request,
+        distributed.others_watched(lambda: _newest(Path(run))),
+    ):
+        options: dict[str, Any] = {"resume": resume, "allow": allow, "quiet": quiet}
+        return _train(recipe, run, request, evaluate=evaluate, hooks=hooks, **options)
+
+
+def _train(recipe: Recipe, run: str | Path, request: StopRequest, *, resume: bool | str,
+           allow: Sequence[str], quiet: bool, evaluate: Evaluate | None,
+           hooks: Sequence[Hook]) -> OVSegModel:
     device = distributed.device(recipe.train.device)
     stages = stages_of(recipe)
     folder = find_run(folder_for(run, "run"), recipe, resume=resume, allow=allow)
@@ -86,23 +97,23 @@ def train(recipe: Recipe, run: str | Path, *, resume: bool | str = False, allow:
     beside.append(Checkpoints(folder, recipe.checkpoint.every_steps, recipe.checkpoint.keep))
     model: OVSegModel | None = None
     done = 0
-    with _signals() as received:
-        for number in range(first, len(stages)):
-            at = folder.at if number == first else None
-            trainer = Trainer(stages[number], folder.folder, device, number=number, stages=len(stages), done=done, at=at, previous=model,
-                              quiet=quiet)
-            if number == first:
-                _check_start(stages, trainer, folder, recipe, evaluate)
-            trainer.run(beside, received)
-            begin.now()  # also where no step was left
-            model, done = trainer.model_to_use(), trainer.state.done + trainer.state.step
+    for number in range(first, len(stages)):
+        at = folder.at if number == first else None
+        trainer = Trainer(stages[number], folder.folder, device, number=number, stages=len(stages),
+                          done=done, at=at, previous=model, quiet=quiet)
+        if number == first:
+            _check_start(stages, trainer, folder, recipe, evaluate)
+        trainer.run(beside, request)
+        begin.now()  # also where no step was left
+        model, done = trainer.model_to_use(), trainer.state.done + trainer.state.step
     assert model is not None
     model.eval()
     if distributed.is_main():
         plot_loss(folder.log, folder.folder / "loss.png", title=recipe.model.name)
         # Last: it says that nothing is left to do.
         save_pretrained(model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=stages[-1].data)
-    distributed.barrier()
+    if distributed.any_flag(_asked(request))[0]:
+        raise Interrupted(f"{request} after the last step; the run is complete")
     return model
 
 
@@ -116,6 +127,20 @@ def _check_start(stages: Sequence[Recipe], trainer: Trainer, run: Run, recipe: R
     if len(stages) == 1:
         tell_intervals(recipe, trainer.steps)
     check_room(trainer.state, run, recipe.checkpoint.keep)
+
+
+def _asked(request: StopRequest) -> bool:
+    """Whether this process is to stop: for a signal, or because torchrun, which would have passed
+    one on, is gone."""
+    return bool(request) or distributed.launcher_gone()
+
+
+def _newest(run: Path) -> str:
+    """Which checkpoint holds after a failure."""
+    found = checkpoints.complete(run / "checkpoints")
+    if not found:
+        return "no checkpoint was written yet, --resume begins anew"
+    return f"--resume goes on from {found[-1]}"
 
 
 class Trainer:
@@ -153,21 +178,23 @@ class Trainer:
         if at is not None:
             checkpoints.restore(at, self.state)
 
-    def run(self, hooks: Sequence[Hook], received: list[int]) -> None:
-        """All steps that are left. ``received`` fills with signals."""
+    def run(self, hooks: Sequence[Hook], request: StopRequest) -> None:
+        """Make all steps that are left, or those until ``request``."""
         state, bad = self.state, 0
         show = not self.quiet and distributed.is_main()
         title = self.recipe.model.name if self.stages == 1 else f"{self.recipe.name}: {self.recipe.model.name}"
+        for hook in hooks:
+            hook.before_steps(self)
         with bar(show=show, initial=state.step, total=self.steps, unit="step", desc=title) as shown, state.loader as loader:
             batches = iter(loader)
             while state.step < self.steps:
                 began = time.perf_counter()
-                batch, images = self._next(batches)
+                batch, images = self._next(batches, hooks)
                 if batch is None:
                     logger.warning("the data ended after %d of %d steps", state.step, self.steps)
                     break
                 waited = time.perf_counter() - began
-                step = self._step(batch, bool(received))
+                step = self._step(batch, request)
                 step.images, step.seconds, step.waited = images, time.perf_counter() - began, waited
                 for hook in hooks:
                     hook.after_step(self, step)
@@ -177,11 +204,10 @@ class Trainer:
                                              "see log.jsonl. Lower optim.lr or look at the data")
                 shown.update()
                 shown.set_postfix(loss=f"{step.losses['total']:.3f}", refresh=False)
-                if step.stopping and not step.last:
-                    raise Interrupted(f"signal {received[0] if received else 'to another process'} at step {step.number}; "
-                                      "saved, go on with resume")
+                if step.stopping:
+                    raise Interrupted(f"{request} at step {step.number}; saved, go on with resume")
 
-    def _step(self, batch: Batch, stop: bool) -> Step:
+    def _step(self, batch: Batch, request: StopRequest) -> Step:
         """Gradient, update, bookkeeping."""
         recipe, state, number = self.recipe, self.state, self.state.done + self.state.step
         rate = learning_rate(recipe.schedule, recipe.optim.lr, state.step, self.steps)
@@ -195,7 +221,8 @@ class Trainer:
         numbers = [x.to(self.device, torch.float64) for x in (*losses.values(), norm)]
         *found, norm = torch.stack(numbers).tolist()  # the step's one wait for the device
         values = dict(zip(losses, found, strict=True))
-        infinite, stopping = distributed.any_flag(not (math.isfinite(values["total"]) and math.isfinite(norm)), stop)
+        finite = math.isfinite(values["total"]) and math.isfinite(norm)
+        infinite, stopping = distributed.any_flag(not finite, _asked(request))
         if not infinite:  # a step that would write NaN into the weights is left out and counted
             state.optimizer.step()
             state.objective.after_step(progress)
@@ -205,13 +232,15 @@ class Trainer:
         state.step += 1
         return Step(number, values, rate, norm, finite=not infinite, explained=explained, last=state.step == self.steps, stopping=stopping)
 
-    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, int]:
+    def _next(self, batches: Iterator[Batch], hooks: Sequence[Hook]) -> tuple[Batch | None, int]:
         """(the next batch, pictures in those of all processes); None if the data of any has ended.
 
         Raises:
-            DataError: in all processes if one of them has no batch, or too many pictures are bad.
+            DataError: in all processes if one of them has no batch, once what is trained is saved; if
+                too many pictures are bad.
         """
         batch, failure = None, ""
+        position = self.state.loader.state_dict()
         try:
             batch = next(batches, None)
         except (DataError, InputError, OSError) as error:
@@ -223,7 +252,13 @@ class Trainer:
         ended, failed, bad, *sizes = distributed.all_reduce_sum(counts).tolist()
         self.first_row = sum(sizes[: distributed.rank()])
         if failed:
-            raise DataError(distributed.gather_strings([failure] if failure else [])[0])
+            failure = distributed.gather_strings([failure] if failure else [])[0]
+            self.state.loader.load_state_dict(position)  # others may have got the batch
+            saved = [hook.before_failure(self) for hook in hooks]
+            if any(saved):
+                steps = self.state.done + self.state.step
+                failure = f"{failure}; saved after {steps} steps, --resume goes on"
+            raise DataError(failure)
         if bad:
             for line in self.state.skips.add(distributed.gather_strings(list(skipped))):
                 logger.warning("skipped: %s", line)
@@ -259,29 +294,6 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that a first signal fills; a second one acts as usual. Only in the main thread."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        for key, old in previous.items():
-            signal.signal(key, old)
-
-    try:
-        for number in _SIGNALS:
-            previous[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread
-        pass
-    try:
-        yield received
-    finally:
-        for key, old in previous.items():
-            signal.signal(key, old)
 
 
 def _keep_freed_memory() -> None:
