@@ -20,15 +20,11 @@ from ..errors import InputError, first_line
 from ..layers.block import AttentionBlock, ClipBlock
 from ..layers.readout import READOUTS, ProxyFeatures, Readout
 from .base import ClipBackbone, DenseTokens, PatchTokens
+from .clip_architectures import configuration, import_open_clip, sized
 from .clip_positions import resize_clip_positions
+from .clip_tokenizer import clip_tokenizer
 from .towers import ClipVit, image_tower
-from .weights import (
-    clip_tokenizer,
-    configuration,
-    create_clip,
-    import_open_clip,
-    sized,
-)
+from .weights import create_clip
 
 _CLIP = "clip."  # of the names of its tensors
 

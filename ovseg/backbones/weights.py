@@ -1,20 +1,11 @@
-"""An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder, or drawn at random.
-
-An architecture is a name of open_clip's or its configuration, a dictionary as ``model_cfg`` in ``open_clip_config.json``, with two keys
-more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` in ``vision_cfg``, a ViT of timm of any size.
-"""
+"""An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder, or drawn at random."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,21 +22,22 @@ from ..checkpoints.transformers_layout import (
     transformers_config,
     transformers_state,
 )
-from ..errors import CheckpointError, InputError, WeightsError, first_line
+from ..errors import CheckpointError, InputError, WeightsError
 from ..paths import address, no_file, no_folder
-from .clip_positions import resize_clip_positions
-
-Architecture = str | dict[str, Any]
-QUICK = "-quickgelu"  # how open_clip names an architecture with OpenAI's activation
-_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's state dicts hold them as tensors
-_TOKENIZER_OPTIONS = (
-    "clean",
-    "strip_sep_token",
-    "language",
-    "reduction_mask",
-    "additional_special_tokens",
+from .clip_architectures import (
+    Architecture,
+    configuration,
+    import_open_clip,
+    is_quick,
+    of_activation,
+    sized,
+    tags_of,
+    title,
 )
-_TOKENIZER_FILES = (("tokenizer.json", "spiece.model", "vocab.txt"), ("tokenizer_config.json",), ("special_tokens_map.json",))
+from .clip_positions import resize_clip_positions
+from .clip_tokenizer import TOKENIZER_FILES, fetch_optional
+
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's state dicts hold them as tensors
 
 
 @dataclass(frozen=True)
@@ -63,43 +55,6 @@ class ClipSource:
     where: str
     architecture: Architecture | None = None
     preprocess: dict[str, Any] | None = None
-
-
-def import_open_clip() -> ModuleType:
-    """open_clip, or an error that names the usual cause: a torchvision that does not match torch."""
-    try:
-        import open_clip
-    except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            f"open_clip does not import ({first_line(error)}). It needs open_clip_torch and a torchvision built for torch "
-            f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and torchvision of one release "
-            "(torchvision has no CPU wheel on PyPI; the CUDA build of torch runs without a GPU)"
-        ) from error
-    return open_clip
-
-
-def architectures() -> list[str]:
-    """open_clip's names, without importing it; none where it is not installed."""
-    loaded = sys.modules.get("open_clip")
-    if loaded is not None:
-        return loaded.list_models()
-    spec = find_spec("open_clip")
-    return sorted(path.stem for path in (Path(spec.origin).parent / "model_configs").glob("*.json")) if spec and spec.origin else []
-
-
-def supported(architecture: str) -> bool:
-    """Whether ``OpenClipBackbone`` can walk it."""
-    tower = import_open_clip().get_model_config(architecture)["vision_cfg"].get("timm_model_name", "")
-    return not tower.startswith("swin") and "relpos" not in tower  # their tables of positions are those of one picture size
-
-
-def tags_of(architecture: str) -> dict[str, dict[str, Any]]:
-    """open_clip's pretrained tags of an architecture: tag -> its facts. Those of both activations: the tag decides between them."""
-    open_clip = import_open_clip()
-    stem = architecture.removesuffix(QUICK)
-    names = [name for name in (architecture, stem, stem + QUICK) if name in open_clip.list_models()]
-    return {tag: open_clip.pretrained.get_pretrained_cfg(name, tag)
-            for name in reversed(names) for tag in open_clip.pretrained.list_pretrained_tags_by_model(name)}
 
 
 def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSource:
@@ -121,7 +76,7 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
         return ClipSource(
             lambda: read_clip(path),
             f"{architecture}:{weights}",
-            _of_activation(architecture, facts),
+            of_activation(architecture, facts),
             {key: tuple(facts[key]) for key in ("mean", "std")},
         )
     path = Path(weights)
@@ -150,8 +105,8 @@ def fetch_folder(repo: str) -> Path:
             fetch(repo, (part,))
     if path.parent != config.parent:  # the repository has moved on since the configuration was cached
         fetch(repo, (config.name,))
-    for names in (("preprocessor_config.json",), *_TOKENIZER_FILES) if model_type_of(path.parent) else ():
-        _fetch_optional(repo, names)
+    for names in (("preprocessor_config.json",), *TOKENIZER_FILES) if model_type_of(path.parent) else ():
+        fetch_optional(repo, names)
     return path.parent
 
 
@@ -185,53 +140,15 @@ def create_clip(
     """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``. With a size the positions
     of the weights are resized to it."""
     source = None if weights is None else find_clip(weights, architecture)
-    if source is not None and source.architecture is not None and _quick(source.architecture) != _quick(architecture):
-        raise ValueError(f"clip is {weights!r}, trained with{'' if _quick(source.architecture) else 'out'} QuickGELU, and architecture "
-                         f"{_title(architecture)}; expected architecture={_title(source.architecture)}")
+    if source is not None and source.architecture is not None and is_quick(source.architecture) != is_quick(architecture):
+        raise ValueError(f"clip is {weights!r}, trained with{'' if is_quick(source.architecture) else 'out'} QuickGELU, and architecture "
+                         f"{title(architecture)}; expected architecture={title(source.architecture)}")
     model = _build(
         sized(architecture, image_size, context_length), source.preprocess if source else None
     )
     if source is not None:
         load_clip(model, source, resize=(image_size, context_length) != (None, None))
     return model
-
-
-def sized(
-    architecture: Architecture, image_size: int | None, context_length: int | None
-) -> Architecture:
-    """The architecture for pictures of so many pixels a side and texts of so many tokens; None
-    leaves them as they are.
-
-    Raises:
-        InputError: for a size that it cannot have.
-    """
-    if image_size is None and context_length is None:
-        return architecture
-    config = configuration(architecture)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if image_size is not None:
-        patch = vision.get("patch_size", 16)
-        if (
-            not isinstance(vision.get("layers", 12), int)
-            or {"timm_model_name", "timm_kwargs"} & vision.keys()
-        ):
-            raise InputError(
-                f"image_size is {image_size} and architecture {_title(architecture)}, whose image "
-                "tower is not open_clip's ViT; expected None: pictures of any size are read all the same"
-            )
-        if not isinstance(patch, int) or image_size < patch or image_size % patch:
-            raise InputError(
-                f"image_size is {image_size}; expected a multiple of the patch, {patch} pixels"
-            )
-        vision["image_size"] = image_size
-    if context_length is not None:
-        if "hf_model_name" in text:
-            raise InputError(
-                f"context_length is {context_length} and architecture {_title(architecture)}, "
-                "whose text tower is transformers'; expected None"
-            )
-        text["context_length"] = context_length
-    return config
 
 
 def load_clip(model: nn.Module, source: ClipSource, *, resize: bool = False) -> None:
@@ -251,19 +168,6 @@ def load_clip(model: nn.Module, source: ClipSource, *, resize: bool = False) -> 
     model.load_state_dict(state)
 
 
-def configuration(architecture: Architecture) -> dict[str, Any]:
-    """A copy of the configuration, with ``preprocess_cfg``."""
-    if isinstance(architecture, dict):
-        return deepcopy(architecture)
-    open_clip = import_open_clip()
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise ValueError(f"architecture is {architecture!r}; expected one of open_clip.list_models()")
-    seen = [(tuple(facts["mean"]), tuple(facts["std"])) for facts in tags_of(architecture).values()]
-    mean, std = max(seen, key=seen.count) if seen else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return {**config, "preprocess_cfg": {"mean": mean, "std": std}}
-
-
 def settled(source: ClipSource, architecture: Architecture | None) -> Architecture:
     """The architecture to build for these weights, and to write down beside them: ``architecture`` with their activation, else their
     own, else the one they fit.
@@ -273,7 +177,7 @@ def settled(source: ClipSource, architecture: Architecture | None) -> Architectu
     """
     own = source.architecture
     if isinstance(architecture, str) and isinstance(own, dict):
-        own = _of_activation(architecture, own)
+        own = of_activation(architecture, own)
     found = own or architecture
     if found is None:
         fits = fitting(source.read())
@@ -307,42 +211,6 @@ def fitting(state: dict[str, torch.Tensor]) -> list[str]:
         if {key: tuple(x.shape) for key, x in own.items()} == shapes:
             found.append(name)
     return found
-
-
-def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Texts to ids [T, L]: open_clip's byte pairs, or a tokenizer of transformers whose files are fetched."""
-    open_clip, text = import_open_clip(), configuration(architecture)["text_cfg"]
-    length, name = text.get("context_length", 77), text.get("hf_tokenizer_name")
-    if not name:
-        if isinstance(architecture, str):
-            return open_clip.get_tokenizer(architecture)
-        return open_clip.tokenizer.SimpleTokenizer(
-            context_length=length, **_tokenizer_options(text)
-        )
-    folder = Path(name)
-    if no_folder(folder) is not None:
-        folder = fetch(name, _TOKENIZER_FILES[0], ways=f", with tokenizer_config.json, into {name} below the present folder").parent
-        for files in _TOKENIZER_FILES[1:]:
-            _fetch_optional(name, files)
-    try:
-        # None, transformers' default, would ask on the terminal whether to run a folder's code.
-        return open_clip.tokenizer.HFTokenizer(str(folder), context_length=length, tokenizer_mode=text.get("tokenizer_mode"),
-                                               **_tokenizer_options(text), trust_remote_code=False)
-    except ImportError as error:
-        raise ImportError(f"the words of {_title(architecture)} need transformers ({first_line(error)}): "
-                          "pip install transformers") from error
-
-
-def _tokenizer_options(text: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration, which may come from anybody, says about how texts are cut."""
-    given = text.get("tokenizer_kwargs") or {}
-    for key in given:
-        if key not in _TOKENIZER_OPTIONS:
-            raise CheckpointError(
-                f"text_cfg.tokenizer_kwargs holds {key!r}; expected some of "
-                f"{list(_TOKENIZER_OPTIONS)}"
-            )
-    return dict(given)
 
 
 def _check_text(config: dict[str, Any], where: str) -> None:
@@ -455,22 +323,3 @@ def _fetch_tag(facts: dict[str, Any], ways: str) -> Path:
     return fetch(repo, (file,) if file else CLIP_FILES, ways=ways)
 
 
-def _of_activation(architecture: str, facts: dict[str, Any]) -> Architecture:
-    """The architecture with the activation that the tag was trained with. open_clip's names of OpenAI's models leave it out."""
-    if facts.get("quick_gelu") and not _quick(architecture):
-        quick = architecture + QUICK
-        return quick if quick in import_open_clip().list_models() else {**configuration(architecture), "quick_gelu": True}
-    return architecture if facts.get("quick_gelu") else architecture.removesuffix(QUICK)
-
-
-def _quick(architecture: Architecture) -> bool:
-    return bool(configuration(architecture).get("quick_gelu"))
-
-
-def _title(architecture: Architecture) -> str:
-    return repr(architecture) if isinstance(architecture, str) else "a configuration of its own"
-
-
-def _fetch_optional(repo: str, files: Sequence[str]) -> None:
-    with suppress(WeightsError):  # many models have none
-        fetch(repo, files)

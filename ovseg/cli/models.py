@@ -17,7 +17,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..backbones.weights import import_open_clip
+    from ..backbones.clip_architectures import import_open_clip
     from ..models import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
     from ..models.names import unknown
     from ..progress import note

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..backbones.clip_architectures import configuration, tags_of
 from ..backbones.weights import (
     ClipSource,
     clip_names,
-    configuration,
     fetch_folder,
     find_clip,
     is_clip_file,
@@ -20,7 +20,6 @@ from ..backbones.weights import (
     load_clip,
     model_type_of,
     settled,
-    tags_of,
 )
 from ..checkpoints.files import check_fit
 from ..checkpoints.hub import CLIP_FILES, PREFIX, fetch

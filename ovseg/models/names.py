@@ -13,7 +13,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from ..backbones.weights import architectures, tags_of
+from ..backbones.clip_architectures import architectures, tags_of
 from ..checkpoints.hub import PREFIX
 from ..errors import InputError
 from ..libraries import installed, remedy

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ..backbones import options_type
-from ..backbones.weights import architectures, import_open_clip, supported
+from ..backbones.clip_architectures import architectures, import_open_clip, supported
 from ..errors import ConfigError
 from ..options import options_of, unknown_key
 from .base import OVSegModel

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import ovseg
-from ovseg.backbones.weights import ClipSource, clip_tokenizer, create_clip, find_clip, load_clip
+from ovseg.backbones.clip_tokenizer import clip_tokenizer
+from ovseg.backbones.weights import ClipSource, create_clip, find_clip, load_clip
 from ovseg.checkpoints.transformers_layout import transformers_config, transformers_state
 from ovseg.errors import CheckpointError
 from ovseg.models import from_pretrained
