@@ -9,7 +9,7 @@ from reduced_towers import configuration, key, lively, reduced, twins
 from towers_table import PAGE, build, page, supported
 
 import ovseg
-from ovseg.backbones.clip_architectures import supported
+from ovseg.backbones import clip_architectures
 from ovseg.backbones.open_clip import ClipTokenizer, OpenClipBackbone
 from ovseg.data.batch_types import PairBatch
 from ovseg.errors import InputError
@@ -65,7 +65,7 @@ def test_architectures_are_open_clips(name):
 def test_the_table_is_the_page_and_says_what_is_supported():
     assert len(supported()) == len(open_clip.list_models()) - 2 >= 120
     assert {name for name in open_clip.list_models() if name not in supported()} == set(NOT)
-    assert {name for name in open_clip.list_models() if not supported(name)} == set(NOT)  # what can be named
+    assert {name for name in open_clip.list_models() if not clip_architectures.supported(name)} == set(NOT)  # what can be named
     assert PAGE.read_text("utf-8") == page(PAGE.read_text("utf-8")), "python tests/models/towers_table.py writes it again"
 
 
