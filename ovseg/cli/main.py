@@ -86,7 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .. import distributed  # not before _import_torch
 
         quiet = getattr(options, "quiet", False)
-        with in_force(options), told(quiet=quiet), distributed.others_watched(), ExitStack() as options.held:
+        with (
+            in_force(options),
+            told(quiet=quiet),
+            distributed.others_watched(),
+            ExitStack() as options.held,
+        ):
             return options.run(options) or 0
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -117,18 +117,6 @@ def _train(recipe: Recipe, run: str | Path, request: StopRequest, *, resume: boo
     return model
 
 
-def _check_start(stages: Sequence[Recipe], trainer: Trainer, run: Run, recipe: Recipe, evaluate: Evaluate | None) -> None:
-    """Look at all that is known before the first step, see ``start_checks``."""
-    validated = evaluate if recipe.validation.every_steps else None
-    check_validation(validated, trainer.state.objective.model)
-    prefix = "" if len(stages) == 1 else f"stages[{trainer.state.stage}]."
-    warn_of_misfits(trainer.recipe, trainer.steps, prefix)
-    check_later_stages(stages, trainer.state.stage, trainer.state, run, validated)
-    if len(stages) == 1:
-        tell_intervals(recipe, trainer.steps)
-    check_room(trainer.state, run, recipe.checkpoint.keep)
-
-
 def _asked(request: StopRequest) -> bool:
     """Whether this process is to stop: for a signal, or because torchrun, which would have passed
     one on, is gone."""
@@ -139,8 +127,20 @@ def _newest(run: Path) -> str:
     """Which checkpoint holds after a failure."""
     found = checkpoints.complete(run / "checkpoints")
     if not found:
-        return "no checkpoint was written yet, --resume begins anew"
+        return "no checkpoint was written yet, --auto-resume begins anew"
     return f"--resume goes on from {found[-1]}"
+
+
+def _check_start(stages: Sequence[Recipe], trainer: Trainer, run: Run, recipe: Recipe, evaluate: Evaluate | None) -> None:
+    """Look at all that is known before the first step, see ``start_checks``."""
+    validated = evaluate if recipe.validation.every_steps else None
+    check_validation(validated, trainer.state.objective.model)
+    prefix = "" if len(stages) == 1 else f"stages[{trainer.state.stage}]."
+    warn_of_misfits(trainer.recipe, trainer.steps, prefix)
+    check_later_stages(stages, trainer.state.stage, trainer.state, run, validated)
+    if len(stages) == 1:
+        tell_intervals(recipe, trainer.steps)
+    check_room(trainer.state, run, recipe.checkpoint.keep)
 
 
 class Trainer:

@@ -199,6 +199,13 @@ def nobody_comes(folder, rank):
     return {"codes": lives.wait(), "printed": lives.printed(rank), "seconds": time.time() - began}
 
 
+def a_signal_while_the_others_do_not_come(folder):
+    waiting = train(folder, "early", "early", ranks=(0,), OVSEG_START_TIMEOUT="2")
+    time.sleep(1)
+    os.kill(waiting.pids[0], signal.SIGUSR1)
+    return [waiting.wait(), waiting.printed(0)]
+
+
 def alone(folder, name, command, **more):
     return Lives(folder, name, command, ranks=(0,), WORLD_SIZE="1", **more)
 
@@ -287,6 +294,7 @@ def lives(folder, seed):
         "still": a_rank_stands_still(folder),
         "reader": a_reader_dies(folder),
         "alone": [nobody_comes(folder, rank) for rank in (0, 1)],
+        "early": a_signal_while_the_others_do_not_come(folder),
         "unread": nobody_reads(folder),
         "ctrl_c": ctrl_c(folder),
         "closed": the_terminal_is_closed(folder),
@@ -343,7 +351,7 @@ def test_a_process_that_stands_still_ends_the_run_after_the_limit(met):
     said = one_sentence(found["printed"])
     assert (
         "stopped answering (" in said
-        and "no checkpoint was written yet, --resume begins anew" in said
+        and "no checkpoint was written yet, --auto-resume begins anew" in said
     )
 
 
@@ -372,6 +380,13 @@ def test_a_process_that_the_others_do_not_join_ends_soon(met, rank):
     assert one_sentence(found["printed"]).startswith(
         "ovseg eval: the 2 processes did not come together ("
     )
+
+
+@pytest.mark.third_trial(7)
+def test_a_signal_before_all_have_come_leaves_with_143(met):
+    codes, printed = met["early"]
+    assert codes == [143]
+    assert one_sentence(printed).startswith("ovseg train: signal 10 (SIGUSR1) before the first step")
 
 
 @pytest.mark.third_trial(7)

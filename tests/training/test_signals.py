@@ -146,7 +146,7 @@ def validations(folder):
 
 
 @pytest.mark.parametrize("place,name,at,steps", [
-    (trainer, "open_run", 1, 1), (trainer, "build_model", 1, 1), (trainer, "build_loader", 1, 1),
+    (trainer, "find_run", 1, 1), (trainer, "build_model", 1, 1), (trainer, "build_loader", 1, 1),
     (Loader, "_batches", 1, 1), (trainer, "clip", 2, 2), (trainer, "clip", 3, 3),
     (hooks, "save_pretrained", 1, 3), (state, "save_tensors", 2, 4),
     (trainer.Trainer, "model_to_use", 3, 4), (trainer, "build_loader", 2, 4),
