@@ -216,7 +216,7 @@ def others_watched(advice: Callable[[], str] = lambda: "") -> Iterator[None]:
 
 
 def launcher_gone() -> bool:
-    """Whether torchrun, which started this process, has ended without a word."""
+    """Return whether torchrun, which started this process, has ended without a word."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _LAUNCHER
 
 
@@ -225,7 +225,7 @@ def _is_gone(error: RuntimeError) -> bool:
 
 
 def _short(error: RuntimeError) -> str:
-    """Its first sentence, without the place in gloo's code."""
+    """Return the first sentence of an error, without the place in gloo's code."""
     return re.sub(r"^\[[^\]]*\] ", "", first_line(error)).split(". ")[0]
 
 

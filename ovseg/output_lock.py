@@ -168,7 +168,7 @@ def _make(folder: Path) -> list[str]:
 
 
 def _flock(file: int, how: str) -> bool:
-    """Whether it could be had at once."""
+    """Return whether it could be had at once."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, "this system has no flock")
     try:
@@ -179,7 +179,7 @@ def _flock(file: int, how: str) -> bool:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file still is the one of that name: its last holder may have removed it meanwhile."""
+    """Return whether the open file still is the one of that name: its last holder may have removed it meanwhile."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

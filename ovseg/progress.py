@@ -75,11 +75,11 @@ class Lines:
         self.n += n
 
     def set_postfix(self, **values: Any) -> None:
-        """What else a line tells, in place of what it told before."""
+        """Set what else a line tells, in place of what it told before."""
         self.postfix = ", ".join(f"{key} {value}" for key, value in values.items() if key != "refresh")
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """The same in words."""
+        """Set it in words."""
         self.postfix = text
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ def duration(seconds: float) -> str:
 
 
 def _watched() -> bool:
-    """Whether bars are seen: on a terminal, and in a notebook."""
+    """Return whether bars are seen: on a terminal, and in a notebook."""
     if sys.stderr is not None and sys.stderr.isatty():
         return True
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

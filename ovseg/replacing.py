@@ -87,7 +87,7 @@ def remove_parts(paths: Iterable[Path], *, older: float = float("inf")) -> int:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """Return whether there is such a process on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

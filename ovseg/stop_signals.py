@@ -25,7 +25,7 @@ SIGNALS = tuple(
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop.
+    """Return whether a signal asked this process to stop.
 
     Attributes:
         numbers: of the signals that came, in their order.

@@ -14,12 +14,12 @@ _MOST = 1e7  # about four months; what torch is given must fit into its millisec
 
 
 def start_limit() -> float:
-    """Of several processes, until all have come."""
+    """Return the limit of several processes, until all have come."""
     return _seconds("OVSEG_START_TIMEOUT", 30.0)
 
 
 def rank_limit() -> float:
-    """Of several processes, until the others take part in what all do together."""
+    """Return the limit of several processes, until the others take part in what all do together."""
     return _seconds("OVSEG_RANK_TIMEOUT", 1800.0)
 
 

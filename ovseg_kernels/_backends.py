@@ -80,14 +80,14 @@ _no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not 
 
 
 def _triton_keys() -> tuple[str, ...]:
-    """Where Triton may have to answer now: where it is forced, and on CUDA where no CUDA library is loaded."""
+    """Return the dispatch keys where Triton may have to answer now: where it is forced, and on CUDA where no CUDA library is loaded."""
     if forced() == "triton":
         return () if _unavailable("triton") else ("CPU", "CUDA") if interpreted() else ("CUDA",)
     return ("CUDA",) if forced() == "auto" and _no_cuda_library else ()
 
 
 def start() -> None:
-    """Where Triton answers without being forced in a block. Called once, when all schemas are defined."""
+    """Let Triton answer where it does without being forced in a block. Called once, when all schemas are defined."""
     _let_triton_answer(_triton_keys())
 
 

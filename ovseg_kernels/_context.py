@@ -16,7 +16,7 @@ class _OfThread(threading.local):
 
 
 class Setting:
-    """What the innermost block around a call has set; None outside of any, where the setting of the process holds.
+    """A value that the innermost block around a call has set; None outside of any, where the setting of the process holds.
 
     torch.compile guards on a copy of the thread's, for it traces a ContextVar from torch 2.14 on only: tasks that force different backends
     and share a thread should not share compiled functions.

@@ -44,7 +44,7 @@ def architectures() -> list[str]:
 
 
 def supported(architecture: str) -> bool:
-    """Whether ``OpenClipBackbone`` can walk it."""
+    """Return whether ``OpenClipBackbone`` can walk it."""
     tower = import_open_clip().get_model_config(architecture)["vision_cfg"].get("timm_model_name", "")
     return not tower.startswith("swin") and "relpos" not in tower  # their tables of positions are those of one picture size
 
@@ -118,7 +118,7 @@ def of_activation(architecture: str, facts: dict[str, Any]) -> Architecture:
 
 
 def is_quick(architecture: Architecture) -> bool:
-    """Whether its activation is OpenAI's QuickGELU."""
+    """Return whether its activation is OpenAI's QuickGELU."""
     return bool(configuration(architecture).get("quick_gelu"))
 
 

@@ -49,7 +49,7 @@ def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torc
 
 
 def _tokenizer_options(text: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration, which may come from anybody, says about how texts are cut."""
+    """Return what a configuration, which may come from anybody, says about how texts are cut."""
     given = text.get("tokenizer_kwargs") or {}
     for key in given:
         if key not in _OPTIONS:

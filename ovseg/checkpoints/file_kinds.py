@@ -1,4 +1,4 @@
-"""What a file of weights is, by its first bytes: the name may say something else."""
+"""The kind of a file of weights, by its first bytes: the name may say something else."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def check_fit(
     what: str = "the model",
     named: Callable[[str], str] = str,
 ) -> None:
-    """Whether ``weights`` can be loaded: names, shapes, kinds of numbers, and that they are finite.
+    """Check that ``weights`` can be loaded: names, shapes, kinds of numbers, and that they are finite.
 
     Args:
         path: where they come from, for messages.
@@ -163,7 +163,7 @@ def misfit(path: str | Path, what: str, missing: Sequence[str], unexpected: Sequ
 def check_numbers(
     path: str | Path, weights: State, own: State, named: Callable[[str], str] = str
 ) -> None:
-    """Whether tensors hold the kind of numbers that the model's have, and finite ones where the
+    """Check that tensors hold the kind of numbers that the model's have, and finite ones where the
     model's are: a mask may hold -infinity.
 
     Raises:
@@ -193,7 +193,7 @@ def check_numbers(
 
 
 def _are_integers(tensor: torch.Tensor) -> bool:
-    """Whether a counter or table of numbers can be read: integers, or whole ones in a file whose
+    """Return whether a counter or table of numbers can be read: integers, or whole ones in a file whose
     tensors were all made halves."""
     if tensor.is_meta:
         return True

@@ -14,7 +14,7 @@ MOST = 64 << 20  # bytes; the largest that are known, indices of tensors, have a
 
 
 def load_json(path: Path) -> Any:
-    """What a file of JSON holds.
+    """Return what a file of JSON holds.
 
     Raises:
         OSError: if it is not there, no plain file, or too long; ValueError: if it is no JSON in

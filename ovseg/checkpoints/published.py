@@ -54,7 +54,7 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _without_settings(path: Path, error: UnpicklingError) -> Any:
-    """What lies in a file that torch's reader refuses, if the classes that it refuses are those of
+    """Return what lies in a file that torch's reader refuses, if the classes that it refuses are those of
     settings."""
     names = known_names(path)
     if names is None:

@@ -47,8 +47,8 @@ def watched(download: Callable[[], _T], received: Received) -> _T:
 
 
 def _awaited(work: Callable[[], _T], received: Received, window: float, least: int) -> _T:
-    """What ``work`` gives or raises in a thread of its own, which is left behind where it is too
-    slow: its reads cannot be broken off."""
+    """Return what ``work`` gives, or raise what it raises; it runs in a thread of its own, which is
+    left behind where it is too slow: its reads cannot be broken off."""
     found: list[_T] = []
     failed: list[BaseException] = []
 

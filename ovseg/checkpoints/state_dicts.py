@@ -171,7 +171,7 @@ def _place(module: nn.Module) -> str | None:
 
 
 def _no_numbers(value: torch.Tensor) -> str | None:
-    """What is wrong with a tensor that is no plain one; None of one that is."""
+    """Return what is wrong with a tensor that is no plain one; None of one that is."""
     if value.layout != torch.strided:
         return f"of layout {value.layout}"
     if value.is_meta:

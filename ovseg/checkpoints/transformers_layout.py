@@ -186,7 +186,7 @@ def _sizes(config: dict[str, Any], part: str, heads: int, patch: int, act: str, 
 
 
 def tower_config(config: dict[str, Any], part: str) -> dict[str, Any]:
-    """What a configuration says of one tower, ``part``.
+    """Return what a configuration says of one tower, ``part``.
 
     Raises:
         CheckpointError: for a size that is none.

@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass
 class _Found:
-    """What the demo has found so far, written after each stage: a demo that is stopped leaves the rows that it has.
+    """Results of the demo so far, written after each stage: a demo that is stopped leaves the rows that it has.
 
     Attributes:
         seconds: of training, by the title of each stage that has been trained, in earlier demos too.

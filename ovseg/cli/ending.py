@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 
 def reader_left() -> bool:
-    """Whether a program that read stdout or stderr has ended.
+    """Return whether a program that read stdout or stderr has ended.
 
     What leads to it, or to a closed terminal, leads nowhere from then on: Python flushes once more
     at its end.

@@ -137,7 +137,7 @@ class _Stderr(logging.StreamHandler):
 
 @contextmanager
 def told(*, quiet: bool = False) -> Iterator[None]:
-    """What this package logs goes to stderr, a plain line each; of ranks beyond the first errors only, of other libraries nothing."""
+    """Send what this package logs to stderr, a plain line each; of ranks beyond the first errors only, of other libraries nothing."""
     from .. import distributed
 
     package = logging.getLogger("ovseg")

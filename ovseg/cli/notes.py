@@ -1,4 +1,4 @@
-"""What a command says before its work about what will not come of it."""
+"""Notes of a command, before its work, about what will not come of it."""
 
 from __future__ import annotations
 

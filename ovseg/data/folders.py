@@ -130,7 +130,7 @@ class Folder:
         return lines
 
     def videos(self) -> list[str]:
-        """What to do about videos, if there are some, in one line."""
+        """Return what to do about videos, if there are some, in one line."""
         return [f"{suffix} is {by_suffix(suffix)}" for suffix in VIDEO_SUFFIXES if suffix in self.others][:1]
 
 

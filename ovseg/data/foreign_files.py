@@ -54,7 +54,7 @@ _BEGINNINGS = {
 
 
 def by_suffix(suffix: str) -> str | None:
-    """What a file that ends so is and what to do, "a video; expected ...".
+    """Return what a file that ends so is and what to do, "a video; expected ...".
 
     None where there is nothing to say.
     """
@@ -70,7 +70,7 @@ def not_read(suffix: str, formats: str) -> str:
 
 
 def by_content(head: bytes) -> str | None:
-    """The same by the first bytes of a file."""
+    """Return what a file is by its first bytes."""
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12], _VIDEO)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -82,12 +82,12 @@ def by_content(head: bytes) -> str | None:
 
 
 def is_heif(head: bytes) -> bool:
-    """Whether a file that begins so is a HEIC picture."""
+    """Return whether a file that begins so is a HEIC picture."""
     return by_content(head) == _HEIF
 
 
 def reads_heif() -> bool:
-    """Whether pillow-heif is installed."""
+    """Return whether pillow-heif is installed."""
     return find_spec("pillow_heif") is not None
 
 

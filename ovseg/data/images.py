@@ -127,7 +127,7 @@ def opened(file: Any, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]
 def use_picture(
     file: Any, use: Callable[[Image.Image], _Used], formats: Sequence[str] = FORMATS
 ) -> _Used:
-    """What ``use`` makes of an open picture.
+    """Return what ``use`` makes of an open picture.
 
     It is called once more where metadata alone were in the way, or where Pillow is still to be told
     of a library.
@@ -264,7 +264,7 @@ def _packing(image: Image.Image) -> str:
 
 
 def _is_key(values: np.ndarray, key: Any, packing: str) -> np.ndarray | None:
-    """Where a picture [H, W] or [H, W, 3] has the one value that stands for nothing.
+    """Return where a picture [H, W] or [H, W, 3] has the one value that stands for nothing.
 
     As PNG and GIF have it; None: there is none.
     """

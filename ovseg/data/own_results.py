@@ -37,7 +37,7 @@ class OwnResults:
         self._journals: dict[Path, dict[str, int]] = {}
 
     def holds(self, path: Path) -> bool:
-        """Whether the file is a result: named like one, and marked as one or, unchanged since, in the journal of a folder above."""
+        """Return whether the file is a result: named like one, and marked as one or, unchanged since, in the journal of a folder above."""
         if _NAMED.search(path.name) is None:
             return False
         try:
@@ -68,5 +68,5 @@ class OwnResults:
 
 
 def is_folder_of_results(folder: Path) -> bool:
-    """Whether a run writes or wrote into it."""
+    """Return whether a run writes or wrote into it."""
     return any((folder / name).exists() for name in _IN_FOLDERS)

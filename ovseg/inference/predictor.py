@@ -50,7 +50,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call goes by from beginning to end, whatever is set meanwhile."""
+    """The three values that one call goes by from beginning to end, whatever is set meanwhile."""
 
     view: View
     queries: Queries

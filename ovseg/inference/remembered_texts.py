@@ -71,7 +71,7 @@ def _version(model: OVSegModel) -> Version:
 
 
 def _file_state(path: str | None) -> Any:
-    """What changes when a file is written again; its reader says what is wrong with one that is not there."""
+    """Return what changes when a file is written again; its reader says what is wrong with one that is not there."""
     try:
         status = Path(path).stat() if path is not None else None
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What is kept from one call to the next, while the tensors that it was made of stay as they are."""
+"""Results that are kept from one call to the next, while the tensors that it was made of stay as they are."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Version:
         self._facts = facts
 
     def holds(self, of: Iterable[torch.Tensor], facts: Any = None) -> bool:
-        """Whether these are the tensors, and as they were."""
+        """Return whether these are the tensors, and as they were."""
         now = list(of)
         return facts == self._facts and len(now) == len(self._of) and all(
             known() is x and state == _state(x) for x, (known, state) in zip(now, self._of, strict=True))
@@ -80,7 +80,7 @@ class Version:
 
 
 def autocast_type(kind: str) -> torch.dtype | None:
-    """What autocast computes in on a kind of device; None where it is off."""
+    """Return the dtype that autocast computes in on a kind of device; None where it is off."""
     return torch.get_autocast_dtype(kind) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else None
 
 

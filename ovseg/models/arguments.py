@@ -1,4 +1,4 @@
-"""What the methods of a model are given, looked at before anything is computed."""
+"""Arguments of the methods of a model, looked at before anything is computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_model(model: Any) -> None:
-    """Whether it is a system, whatever wraps it."""
+    """Check that it is a system, whatever wraps it."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode_image"):
         raise InputError(f"model is a {type(model).__name__}; expected a model of create_model or from_pretrained")
 
@@ -27,7 +27,7 @@ def check_name(argument: str, value: Any) -> None:
 
 
 def check_device(device: Any) -> torch.device:
-    """What ``torch.device`` takes.
+    """Return the device, if it is one that ``torch.device`` takes.
 
     Raises:
         InputError: for anything else, a tensor among it, which ``Module.to`` would take for its dtype.
@@ -41,7 +41,7 @@ def check_device(device: Any) -> torch.device:
 
 
 def check_images(images: Any, model: OVSegModel) -> None:
-    """Whether ``images`` are what ``model.normalize`` gives."""
+    """Check that ``images`` are what ``model.normalize`` gives."""
     check_dense("images", images, "[B, 3, H, W]", meta=True)
     if images.dim() != 4 or images.shape[1] != 3:
         raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W]")

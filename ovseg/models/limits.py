@@ -1,4 +1,4 @@
-"""What sizes a model may have: looked at before anything is made, because they may come from a file
+"""Bounds on the sizes of a model, looked at before anything is made, because they may come from a file
 that somebody else wrote."""
 
 from __future__ import annotations

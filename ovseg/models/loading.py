@@ -225,7 +225,7 @@ def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
 
 
 def _is_clip(state: dict[str, torch.Tensor]) -> bool:
-    """Whether it is a CLIP that stands alone, or all of it in a part called ``clip`` and nothing of
+    """Return whether it is a CLIP that stands alone, or all of it in a part called ``clip`` and nothing of
     a system's."""
     plain = clip_names(state)
     if "logit_scale" not in plain or not any(
@@ -238,7 +238,7 @@ def _is_clip(state: dict[str, torch.Tensor]) -> bool:
 
 
 def asks_size(options: dict[str, Any]) -> bool:
-    """Whether the caller asks for pictures or texts of another size."""
+    """Return whether the caller asks for pictures or texts of another size."""
     return bool(_SIZES & ({*options} | {*(options.get("backbone") or {})}))
 
 

@@ -71,18 +71,20 @@ class Progress:
 
     @torch.compiler.disable
     def noise(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """What an operator draws ``gumbel`` of this shape from: [seed, offset], or the numbers where a row begins amid a block of four."""
+        """Return what an operator draws ``gumbel`` of this shape from: [seed, offset], or the numbers
+        themselves where a row begins amid a block of four."""
         blocks, before = self._place(shape)
         return self.gumbel(device, use, shape) if before else philox.make_rng(self._number(use), blocks, device)
 
     def _place(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Where the rows of a tensor of this shape begin in that of the whole batch: blocks of four numbers, and numbers beyond them."""
+        """Return where the rows of a tensor of this shape begin in that of the whole batch: blocks of
+        four numbers, and numbers beyond them."""
         return divmod(self.first * math.prod(shape[1:]), 4)
 
     @contextlib.contextmanager
     def seeded(self, device: torch.device, use: str, on: bool = True) -> Iterator[None]:
-        """What torch itself draws inside, such as dropout, depends on the same and on rank and chunk; its generators are as before
-        afterwards."""
+        """Seed what torch itself draws inside, such as dropout, by the same and by rank and chunk; its
+        generators are as before afterwards."""
         if not on:
             yield
             return

@@ -165,7 +165,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_yaml(path: Path) -> Any:
-    """What OmegaConf reads of a plain file of at most ``_LONGEST`` bytes."""
+    """Return what OmegaConf reads of a plain file of at most ``_LONGEST`` bytes."""
     text = io.StringIO(read_bounded(path, _LONGEST).decode("utf-8"))
     text.name = str(path)  # for messages of YAML's
     return OmegaConf.load(text)

@@ -259,7 +259,7 @@ def _write_recipe(run: Run, recipe: Recipe) -> None:
 
 
 def _is_of(saved: Path, plain: dict[str, Any]) -> bool:
-    """Whether a ``config.yaml`` holds the whole of a recipe."""
+    """Return whether a ``config.yaml`` holds the whole of a recipe."""
     try:
         return not differences(_saved_recipe(saved), plain)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""What can be known of a run before its first step, of all its stages.
+"""Checks of what can be known of a run before its first step, of all its stages.
 
 What cannot be followed is refused, what is hardly meant is said.
 """

@@ -118,7 +118,7 @@ def _train(recipe: Recipe, run: str | Path, request: StopRequest, *, resume: boo
 
 
 def _asked(request: StopRequest) -> bool:
-    """Whether this process is to stop: for a signal, or because torchrun, which would have passed
+    """Return whether this process is to stop: for a signal, or because torchrun, which would have passed
     one on, is gone."""
     return bool(request) or distributed.launcher_gone()
 
