@@ -80,7 +80,7 @@ def test_class_embeddings_in_place_of_the_text_tower(folder, tmp_path, capsys):
     assert other["confusion"] != by_texts["confusion"]
     wrong = ["eval", str(folder), "--data", "voc20", "--root", str(tmp_path), "--embeddings", str(tmp_path / "none.npy")]
     capsys.readouterr()
-    assert main(wrong) == 2 and "none.npy cannot be read" in capsys.readouterr().err
+    assert main(wrong) == 2 and "none.npy' cannot be read" in capsys.readouterr().err
 
 
 def test_segment_with_any_words(folder, tmp_path):
