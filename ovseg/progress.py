@@ -52,6 +52,7 @@ class Lines:
         self._began = time.monotonic()
         self._spoken = False
         self._ended = threading.Event()
+        weakref.finalize(self, self._ended.set)  # its owner may leave by an exception
         if speak and logger.isEnabledFor(logging.INFO):
             threading.Thread(target=_speak, args=(weakref.ref(self), self._ended), name="progress", daemon=True).start()
 
@@ -113,7 +114,7 @@ class Lines:
 def _speak(lines: weakref.ref[Lines], ended: threading.Event) -> None:
     wait = FIRST
     while not ended.wait(wait):
-        if (found := lines()) is None:  # its owner left by an exception
+        if (found := lines()) is None:
             return
         found.speak()
         del found

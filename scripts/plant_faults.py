@@ -281,7 +281,8 @@ FAULTS += (
              "unseen_classes_alone"),
     _zegclip("dice of absent classes", "objectives/zegclip.py", "(dice * present).sum()", "dice.sum()", "alone"),
     _zegclip("masks of one rank", "objectives/zegclip.py", "dist.all_reduce(whole, group=group)", "pass", "equal_one", _GRADIENTS),
-    _zegclip("dropout of the first step", "objectives/base.py", "torch.manual_seed(self._number(use))", "torch.manual_seed(0)", "dropout"),
+    _zegclip("dropout of the first step", "objectives/base.py", "torch.manual_seed(self._number(use, self.rank, self.chunk))",
+             "torch.manual_seed(0)", "dropout"),
 )
 
 
