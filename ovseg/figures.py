@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from .data.own_results import SOFTWARE
 from .errors import first_line
+from .libraries import remedy
 from .replacing import replacing
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def beside_the_work(what: str) -> Callable[[Callable[_P, Path | None]], Callable
                     "matplotlib"
                 )
                 why = (
-                    "matplotlib is not installed (pip install 'ovseg-kernels[plot]')"
+                    f"matplotlib is not installed ({remedy('matplotlib')})"
                     if missing
                     else f"{type(error).__name__}: {first_line(error)}"
                 )

@@ -45,7 +45,7 @@ class Failed(Exception):
 
 @dataclass
 class Place:
-    """Where a check works.
+    """The folders and environments that a check works in.
 
     Attributes:
         folder: for everything it makes.
@@ -77,7 +77,7 @@ class Place:
         return python
 
     def variables(self, way: str) -> dict[str, str]:
-        """What a build sees: no variable of this checkout's own builds, no CUDA."""
+        """Return the environment variables of a build: none of this checkout's own builds, no CUDA."""
         found = {name: value for name, value in os.environ.items() if not name.startswith(("OVSEG_", "PYTHONPATH"))}
         found |= {"FORCE_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
         return found | ({} if way in self.native else {"OVSEG_BUILD_NATIVE": "0"})

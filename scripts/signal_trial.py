@@ -207,7 +207,7 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def compare(whole: Path, stopped: Path) -> list[str]:
-    """What of the last checkpoint and of the curve is not the same."""
+    """Return which files of the last checkpoint, or the curve, are not the same."""
     last = [sorted(run.glob("checkpoints/step_*"))[-1] for run in (whole, stopped)]
     different = [
         name for name in _COMPARED if (last[0] / name).read_bytes() != (last[1] / name).read_bytes()

@@ -40,14 +40,14 @@ _MODELS = ("PIL", "safetensors", "omegaconf", "yaml", "scipy", "tqdm", "open_cli
 
 
 def without(hidden, code, *arguments):
-    """What ``code`` prints as JSON in a process where ``hidden`` modules cannot be found."""
+    """Return what ``code`` prints as JSON in a process where ``hidden`` modules cannot be found."""
     line = [sys.executable, "-c", textwrap.dedent(_HIDE) + textwrap.dedent(code), ",".join(hidden), *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(ovseg.__file__).parents[1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_commands_without_the_extras():
-    """What needs torch only works; the rest says one sentence, and the package too. No word of the import is chained."""
+    """Commands that need torch only work; the others say one sentence, and the package too. No word of the import is chained."""
     lines = ["--version", "--help", "info", "segment p.png", "eval pacl_tiny", "train clip_scenes run=r", "demo",
              "data list", "models", "convert a b --out c", "bench --whole pictures", "bench --case zzz"]  # fmt: skip
     code = """
@@ -141,7 +141,7 @@ def test_before_the_work(tmp_path, monkeypatch, capsys, hide, library, line, tol
 
 
 def test_a_plot_that_will_not_be_drawn_is_said_first(tmp_path, monkeypatch, capsys, hide):
-    """What is beside the work goes without its library, but not in silence."""
+    """Plots beside the work go without their library, but not in silence."""
     hide("matplotlib")
     monkeypatch.chdir(tmp_path)
     wrong = {"train clip_scenes run=r train.device=tpu": "no loss curve is drawn",

@@ -71,7 +71,7 @@ print(json.dumps(torch.get_num_threads()))
 
 
 def test_cores(monkeypatch, tmp_path):
-    """Those of the affinity, hyperthreads once; a quota below them counts."""
+    """Cores of the affinity are granted, hyperthreads once, or a quota that is below them."""
     if hasattr(os, "sched_getaffinity"):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setattr(os, "cpu_count", lambda: 4)

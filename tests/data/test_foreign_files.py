@@ -109,7 +109,7 @@ def test_in_folders_they_are_counted_and_named(tmp_path, capsys):
 
 def test_heic_is_read_where_pillow_heif_is(tmp_path, monkeypatch):
     class Plugin(ImageFile.ImageFile):
-        """What pillow-heif registers, as far as Pillow sees it."""
+        """A stand-in for what pillow-heif registers, as far as Pillow sees it."""
 
         format = "HEIF"
 
