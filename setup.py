@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import setuptools
-from setuptools import Command, Extension, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 try:
@@ -220,6 +220,8 @@ if "editable_wheel" in sys.argv and bdist_wheel is None:
                      "expected a later one, pip install 'setuptools>=77'")
 
 setup(
+    # Found, so that no system is in the source tree alone.
+    packages=[*find_packages(include=["ovseg", "ovseg.*", "ovseg_kernels", "ovseg_kernels.*"]), "ovseg_benchmarks"],
     # Before 77 setuptools knows no expression and takes a text.
     **{"license_expression" if int(setuptools.__version__.partition(".")[0]) >= 77 else "license": "Apache-2.0"},
     ext_modules=[] if os.environ.get("OVSEG_BUILD_NATIVE") == "0" else [Extension("ovseg_kernels._C_cpu", sources=[])],

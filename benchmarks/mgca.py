@@ -1,6 +1,6 @@
 """The losses of a training step of MGCA-style, all three levels, from pixels and texts to their gradients, against the eager composition.
 
-``eager``: the definitions of ``ovseg/objectives/mgca_reference.py``, whole: all similarities [T, B N], weights [B, T, N], unit pixels for
+``eager``: the definitions of ``ovseg/systems/mgca/reference.py``, whole: all similarities [T, B N], weights [B, T, N], unit pixels for
 each loss. Both have the same groups of pixels, by the same function. Random pixels that are correlated within a picture.
 """
 
@@ -12,11 +12,12 @@ import torch
 from torch.nn import functional as F
 
 import ovseg
-from ovseg.data.batch_types import PairBatch
-from ovseg.layers.units import cluster, mean_weights
-from ovseg.objectives import Progress, create_objective, mgca_reference
-from ovseg.objectives.mgca import MGCAObjective
+from ovseg.data.batches import PairBatch
+from ovseg.nn.units import cluster, mean_weights
 from ovseg.progress import waiting
+from ovseg.systems.mgca import reference as mgca_reference
+from ovseg.systems.mgca.objective import MGCAObjective
+from ovseg.systems.objective import Progress, create_objective
 
 from .run import environment, save
 from .steps import memory_of_both, step_memory, step_times, step_values

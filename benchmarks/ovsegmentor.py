@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.inference import View
-from ovseg.inference.decisions.groups import GroupTables, group_tables
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import encode, place
-from ovseg.models import GroupFeatures
-from ovseg.models.ovsegmentor.model import OVSegmentor
-from ovseg.objectives.mask_consistency import mask_consistency
+from ovseg.inference.rules.groups import GroupTables, group_tables
+from ovseg.inference.view import encode, place
 from ovseg.progress import bar, waiting
+from ovseg.systems import GroupFeatures
+from ovseg.systems.ovsegmentor.mask_consistency import mask_consistency
+from ovseg.systems.ovsegmentor.model import OVSegmentor
 
 from .run import _status, environment, save
 

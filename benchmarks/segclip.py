@@ -20,16 +20,16 @@ import torch
 from torch.nn import functional as F
 
 import ovseg
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batches import PairBatch
 from ovseg.inference import View
-from ovseg.inference.decisions.groups import GroupTables, group_tables
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import encode, place
-from ovseg.layers.mae_decoder import patchify
-from ovseg.models import GroupFeatures
-from ovseg.models.segclip.model import SegCLIP
-from ovseg.objectives import create_objective
+from ovseg.inference.rules.groups import GroupTables, group_tables
+from ovseg.inference.view import encode, place
 from ovseg.progress import bar, waiting
+from ovseg.systems import GroupFeatures
+from ovseg.systems.objective import create_objective
+from ovseg.systems.segclip.layers import patchify
+from ovseg.systems.segclip.model import SegCLIP
 
 from .run import _status, environment, save
 

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 import ovseg
 from ovseg.data.images import to_tensor
 from ovseg.inference import View
-from ovseg.inference.decisions.patches import PatchArgmax
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import encode, place
-from ovseg.models import PatchFeatures
+from ovseg.inference.rules.patches import PatchArgmax
+from ovseg.inference.view import encode, place
 from ovseg.progress import bar
+from ovseg.systems import PatchFeatures
 
 from .run import environment, save
 

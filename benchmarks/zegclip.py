@@ -19,16 +19,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import ovseg
-from ovseg.data.batch_types import MaskBatch
+from ovseg.data.batches import MaskBatch
 from ovseg.inference import View
-from ovseg.inference.decisions.masks import ClassMasks
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import encode, place
-from ovseg.models import PatchFeatures
-from ovseg.models.zegclip.model import ZegCLIP
-from ovseg.models.zegclip.published import dead
-from ovseg.objectives import Progress, create_objective
+from ovseg.inference.rules.masks import ClassMasks
+from ovseg.inference.view import encode, place
 from ovseg.progress import bar, waiting
+from ovseg.systems import PatchFeatures
+from ovseg.systems.objective import Progress, create_objective
+from ovseg.systems.zegclip.model import ZegCLIP
+from ovseg.systems.zegclip.published import dead
 
 from .run import environment, save
 from .segmentation import photograph

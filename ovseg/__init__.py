@@ -1,8 +1,7 @@
 """Open-vocabulary semantic segmentation from text supervision, composed from ``ovseg_kernels``.
 
 What a name stands for is imported when it is first asked for. So the command line can set up torch's threads before torch
-is imported, and ``ovseg --version`` and ``ovseg info`` work without the libraries of ``[models]``.
-"""
+is imported, and ``ovseg --version`` and ``ovseg info`` work without the libraries of ``[models]``."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from ovseg_kernels import __version__
 
     from .inference import Predictor, Segmentation, segment
-    from .models import (
+    from .systems import (
         create_model,
         from_pretrained,
         list_models,
@@ -44,9 +43,9 @@ __all__ = [
 ]
 
 _INFERENCE = ("Predictor", "Segmentation", "segment")
-_SUBMODULES = ("backbones", "checkpoints", "data", "distributed", "environment", "evaluation", "inference",
-               "layers", "models", "objectives", "options", "paths", "progress", "replacing",
-               "text_files", "training")  # fmt: skip
+_SUBMODULES = ("data", "distributed", "environment", "evaluation", "inference", "nn", "objectives",
+               "options", "paths", "progress", "registration", "replacing", "systems", "text_files",
+               "training", "weights")  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 
@@ -78,4 +77,4 @@ def _found(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name == "__version__":
         return import_module("ovseg_kernels").__version__
-    return getattr(import_module(".inference" if name in _INFERENCE else ".models", __name__), name)
+    return getattr(import_module(".inference" if name in _INFERENCE else ".systems", __name__), name)

@@ -2,8 +2,7 @@
 
 Started by ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) or by ``srun`` (SLURM_*). Nothing is opened until the first collective: who
 takes what can be asked without a group. What is small travels over gloo as integers or JSON, on a GPU machine too; gradients and features
-use NCCL there.
-"""
+use NCCL there."""
 
 from __future__ import annotations
 

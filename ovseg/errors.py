@@ -1,6 +1,8 @@
 """Errors a user meets. Each message says what is wrong, the value seen, what is accepted, what to do."""
 
 
+
+
 class InputError(ValueError):
     """An image, a label list or another argument that cannot be used."""
 

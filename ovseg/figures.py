@@ -1,8 +1,7 @@
 """Plots and pictures beside the work: whether they can be drawn or not, the results are kept.
 
 They are drawn by matplotlib's ``Figure`` alone, without pyplot: no window, and no account of the
-backend that a notebook or a terminal asks for.
-"""
+backend that a notebook or a terminal asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from .data.own_results import SOFTWARE
+from .data.file_types import SOFTWARE
 from .errors import first_line
 from .libraries import remedy
 from .replacing import replacing

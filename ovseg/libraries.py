@@ -1,7 +1,6 @@
 """Libraries that are optional: what to install for one that is missing, in one sentence.
 
-A library is looked for before the work that needs it, so that its absence does not show after an hour.
-"""
+A library is looked for before the work that needs it, so that its absence does not show after an hour."""
 
 from __future__ import annotations
 

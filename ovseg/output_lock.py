@@ -2,8 +2,7 @@
 
 A lock is a hidden file beside the results, ``.ovseg.lock`` in a folder and ``.ovseg.lock.NAME`` beside a file, held by ``flock``: the
 system lets go of it when the process ends, however it ends, so no lock outlives its owner. Inside stands who holds it, in JSON. The
-processes of one run (torchrun, srun) hold it together. It is removed at the end, and with it folders that were made and stayed empty.
-"""
+processes of one run (torchrun, srun) hold it together. It is removed at the end, and with it folders that were made and stayed empty."""
 
 from __future__ import annotations
 

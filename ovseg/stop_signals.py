@@ -2,8 +2,7 @@
 
 The first one is noted, and what comes within ten seconds of it is counted and otherwise without
 effect: a launcher, a terminal and a cluster often say the same thing twice. A later one acts as it
-would have without this module.
-"""
+would have without this module."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """How long this package waits for other processes.
 
-Each limit is a variable of the environment, in seconds (docs/commands.md).
-"""
+Each limit is a variable of the environment, in seconds (docs/commands.md)."""
 
 from __future__ import annotations
 

@@ -69,10 +69,10 @@ def run(options: argparse.Namespace) -> int:
     import ovseg
     from ovseg.environment import environment
     from ovseg.inference.predictor import as_published
-    from ovseg.models import DEFAULT_MODEL, default_model
     from ovseg.output_lock import locked_folder
     from ovseg.progress import bar, waiting
     from ovseg.replacing import folder_for, write_text
+    from ovseg.systems import DEFAULT_MODEL, default_model
 
     out = folder_for(options.out, "--out")
     options.held.enter_context(locked_folder(out, "--out", "first_real_run"))

@@ -7,14 +7,13 @@
   ovseg bench --whole ovsegmentor                        OVSegmentor: inference, texts of a training step, the mask loss
   ovseg bench --whole zegclip                            ZegCLIP: head and loss of a training step, and inference
   ovseg bench --whole mgca                               MGCA-style: the losses of a training step
-  ovseg bench show results/*.jsonl                       tables of result files, of a run that was killed too
-"""
+  ovseg bench show results/*.jsonl                       tables of result files, of a run that was killed too"""
 
 from __future__ import annotations
 
 import argparse
 
-from .numbers import at_least
+from .options import at_least
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

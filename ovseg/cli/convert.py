@@ -1,8 +1,7 @@
 """Published checkpoints to this package's folders, and back.
 
   ovseg convert segclip.bin segclip_vit_b16 --out models/segclip         a folder for from_pretrained, ovseg segment -m, ovseg eval
-  ovseg convert models/segclip --out segclip.bin                         the published layout again
-"""
+  ovseg convert models/segclip --out segclip.bin                         the published layout again"""
 
 from __future__ import annotations
 
@@ -17,16 +16,16 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..checkpoints.published import read_published, write_published
     from ..errors import InputError
-    from ..models import create_model, load_official_state_dict, official_state_dict, save_pretrained
-    from ..models.names import check_name
-    from ..models.registry import has_published_layout
     from ..output_lock import locked_file, locked_folder
     from ..paths import no_folder
     from ..progress import waiting
     from ..replacing import file_for, folder_for
-    from .weights_options import load_model
+    from ..systems import create_model, load_official_state_dict, official_state_dict, save_pretrained
+    from ..systems.names import check_name
+    from ..systems.registry import has_published_layout
+    from ..weights.pickles import read_published, write_published
+    from .options import load_model
 
     if not options.source:
         raise InputError("source is empty; expected a published checkpoint, or a folder")

@@ -6,16 +6,14 @@
   ovseg data superpixels pairs/ --out superpixels.safetensors           what SegCLIP's training needs beside the pictures
   ovseg data entities cc12m.tsv --out cc4m.tsv        the captions that name an entity: CC4M from CC12M
   ovseg data cross-pairs pairs/ --out index.safetensors                 which pictures share an entity, for OVSegmentor's second stage
-  ovseg data browse --form shapes --out scenes.png    a contact sheet of scenes with their masks and captions
-"""
+  ovseg data browse --form shapes --out scenes.png    a contact sheet of scenes with their masks and captions"""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 
-from .notes import no_plots
-from .numbers import at_least
+from .options import at_least, no_plots
 
 _MOST_SCENES = 10_000  # of a contact sheet
 
@@ -84,7 +82,7 @@ def _names(text: str) -> list[str]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from ..data.segmentation_sets import describe, list_sets
+    from ..data.benchmark_sets import describe, list_sets
 
     for name in list_sets():
         about = describe(name)
@@ -99,8 +97,8 @@ def _check(options: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
+    from ..data.benchmark_sets import SegmentationSet
     from ..data.check import check_set
-    from ..data.segmentation_sets import SegmentationSet
     from ..output_lock import locked_folder
     from ..replacing import folder_for, write_text
 
@@ -127,8 +125,8 @@ def _check(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     import sys
 
+    from ..data.benchmark_sets import SegmentationSet
     from ..data.check import convert_masks
-    from ..data.segmentation_sets import SegmentationSet
     from ..output_lock import locked_folder
 
     bad: list[str] = []
@@ -235,7 +233,7 @@ def _browse(options: argparse.Namespace) -> int:
     from ..data.images import SUFFIXES
     from ..data.scenes import Scenes
     from ..errors import InputError
-    from ..inference.pictures import colour, contact_sheet, palette
+    from ..inference.segmentation import colour, contact_sheet, palette
     from ..output_lock import locked_file
     from ..replacing import file_for, replacing
 

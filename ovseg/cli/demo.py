@@ -9,8 +9,7 @@ the reconstruction of MGCA on the image-level CLIP, frozen. ``all``: all of them
   ovseg demo --system segclip                 SegCLIP, into the same table if --out is the same
   ovseg demo --system pacl segclip --data shapes
   ovseg demo --system all                     an hour and more
-Writes results.json, table.md, gallery.png, loss.png and all runs into --out; nothing is downloaded.
-"""
+Writes results.json, table.md, gallery.png, loss.png and all runs into --out; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ from typing import Any
 
 from ..progress import duration
 from .ending import STOPPED, say
-from .notes import no_plots
-from .numbers import at_least
+from .options import at_least, no_plots
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +142,9 @@ class _Found:
         """Evaluate what has been trained and is not evaluated yet; write table, pictures, curves, and the results at the end."""
         from ..data.scenes import Scenes
         from ..evaluation.scenes import evaluate_scenes, save_gallery, scene_table
-        from ..models import from_pretrained
         from ..replacing import write_text
-        from ..training.plots import join_curves
+        from ..systems import from_pretrained
+        from ..training.hooks import join_curves
 
         scenes = Scenes(self.options.data, "val", self.options.scenes, self.options.seed)
         done = [stage for stage in dict.fromkeys(stage for system in SYSTEMS.values() for stage in system) if stage.title in self.seconds]

@@ -7,8 +7,7 @@
   torchrun --nproc-per-node 2 -m ovseg eval runs/mine --data ade150 --root /data
   ovseg eval runs/mine --data imagefolder --root /data/imagenet/val         zero-shot classification
 
-Benchmarks: ovseg data list. Check your copy first: ovseg data check.
-"""
+Benchmarks: ovseg data list. Check your copy first: ovseg data check."""
 
 from __future__ import annotations
 
@@ -17,11 +16,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .device import add_device, device_of, to_device
-from .inference_options import add_inference_options, given_inference_options
-from .notes import no_plots
-from .numbers import at_least
-from .weights_options import MODEL_HELP, add_weights, load_model, no_readouts, proxy_option
+from .options import (
+    MODEL_HELP,
+    add_device,
+    add_inference_options,
+    add_weights,
+    at_least,
+    device_of,
+    given_inference_options,
+    load_model,
+    no_plots,
+    no_readouts,
+    proxy_option,
+    to_device,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +120,8 @@ def _models(options: argparse.Namespace, quiet: bool):
 def _segment(options: argparse.Namespace, rank: int) -> int:
     import numpy as np
 
+    from ..data.benchmark_sets import SegmentationSet, describe
     from ..data.labels import LabelSet
-    from ..data.segmentation_sets import SegmentationSet, describe
     from ..environment import environment
     from ..errors import InputError
     from ..evaluation.evaluate import Report, class_table, evaluate, table, write_results

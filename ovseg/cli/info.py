@@ -1,5 +1,4 @@
-"""Say what is installed, what was built and which backend answers: the thing to paste into an issue.
-"""
+"""Say what is installed, what was built and which backend answers: the thing to paste into an issue."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted;
 141 nobody reads stdout any more.
 
-Nothing here imports torch before ``threads.set_up``, and what is asked about the command line alone imports it not at all.
-"""
+Nothing here imports torch before ``threads.set_up``, and what is asked about the command line alone imports it not at all."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DataError, InputError, ProcessError, first_line
 from ..libraries import MissingLibrary, reason
-from . import threads
+from . import ending as threads
 from .ending import INTERRUPTED, NO_READER, reader_left, say
-from .weights_options import in_force
+from .options import in_force
 
 _LONGEST_WORD = 500  # letters that are printed of a name in a message: a long path is left whole
 VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models", "info")

@@ -3,8 +3,7 @@
   ovseg models
   ovseg models "ViT-B-16*"
 
-Beside the presets stand open_clip's architectures, each with its tags: NAME:TAG. Others: hf-hub:OWNER/NAME and paths.
-"""
+Beside the presets stand open_clip's architectures, each with its tags: NAME:TAG. Others: hf-hub:OWNER/NAME and paths."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..backbones.clip_architectures import import_open_clip
-    from ..models import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
-    from ..models.names import unknown
+    from ..nn.clip_architectures import import_open_clip
     from ..progress import note
+    from ..systems import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
+    from ..systems.names import unknown
 
     bundled = list_bundled()
     tags: dict[str, list[str]] = {}

@@ -8,8 +8,7 @@
   torchrun --nproc-per-node 2 -m ovseg segment photos/ --labels-file names.txt       # each process takes its share
 
 Pictures that cannot be read are counted and named; the rest is done; the exit code is 3. A run that was killed goes on when the same
-command is given again.
-"""
+command is given again."""
 
 from __future__ import annotations
 
@@ -23,9 +22,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .device import add_device, to_device
-from .inference_options import add_inference_options, given_inference_options
-from .weights_options import MODEL_HELP, add_weights, load_model, proxy_option
+from .options import (
+    MODEL_HELP,
+    add_device,
+    add_inference_options,
+    add_weights,
+    given_inference_options,
+    load_model,
+    proxy_option,
+    to_device,
+)
 
 if TYPE_CHECKING:
     from ..data.labels import LabelSet
@@ -57,15 +63,15 @@ def run(options: argparse.Namespace) -> int:
     from .. import distributed
     from ..errors import InputError
     from ..inference import Predictor
-    from ..inference.folder import Journal, fingerprint
-    from ..inference.pictures import save_result, strip
+    from ..inference.jobs import Journal, fingerprint
     from ..inference.predictor import as_published, check_words
+    from ..inference.segmentation import save_result, strip
     from ..inference.sources import Source, find_pictures
     from ..output_lock import locked_folder
     from ..paths import no_file
     from ..progress import bar
     from ..replacing import folder_for
-    from .built_in import MODEL, built_in
+    from .options import MODEL, built_in
 
     distributed.place()  # variables that do not fit are refused before any work
     formats = options.format.split(",")
@@ -213,7 +219,7 @@ def _labels(options: argparse.Namespace) -> LabelSet | None:
     if options.labels_file is not None:
         return LabelSet.read(options.labels_file)
     if options.classes is not None:
-        from ..data.segmentation_sets import describe
+        from ..data.benchmark_sets import describe
 
         return describe(options.classes).label_set
     return None if options.labels is None else LabelSet.parse(options.labels)

@@ -3,8 +3,7 @@
   ovseg train clip_scenes run=runs/clip
   ovseg train pacl_scenes run=runs/pacl init.backbone=runs/clip optim.lr=1e-3
   ovseg train my_recipe.yaml run=runs/mine --resume
-  torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl          one batch shared by two processes
-"""
+  torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl          one batch shared by two processes"""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .ending import STOPPED, say
-from .notes import no_plots
+from .options import no_plots
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def validation(recipe: Any) -> Any:
     """What ``validation`` of a recipe describes, as training calls it: (model, step, folder) -> figures. None if it asks for none."""
     from .. import distributed
-    from ..data.segmentation_sets import SegmentationSet
+    from ..data.benchmark_sets import SegmentationSet
     from ..errors import ConfigError
     from ..evaluation.evaluate import evaluate
     from ..evaluation.protocols import protocol, read_protocol

@@ -11,10 +11,10 @@ from PIL import Image
 from ..errors import DataError, InputError
 from ..progress import bar
 from ..replacing import replacing
+from .benchmark_sets import SegmentationSet
 from .folders import look
 from .images import orientation, read_image
-from .segmentation_sets import SegmentationSet
-from .set_masks import IGNORE, read_mask
+from .masks import IGNORE, read_mask
 
 _CLEARLY = 0.6  # shifted labels must fit the known shares so much better than the labels as they are
 

@@ -11,9 +11,9 @@ import torch
 
 from ..errors import ConfigError, InputError, first_line
 from ..paths import as_given, no_file
+from .benchmark_sets import describe
 from .labels import check_labels
 from .scenes import VOCABULARIES
-from .segmentation_sets import describe
 
 
 @dataclass(frozen=True)

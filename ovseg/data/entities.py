@@ -1,8 +1,7 @@
 """Entities: what captions name, from a list of words. A caption becomes a question, its entities masked, and an answer that names them.
 
 No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a plural of it by
-the rules of ``singulars``.
-"""
+the rules of ``singulars``."""
 
 from __future__ import annotations
 
@@ -13,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..registration import Registry, yaml_files
 from ..text_files import text_of, tree_of
-from .invisible import invisible_in
+from .templates import invisible_in
 
-FOLDER = Path(__file__).parent / "entity_lists"
+ENTITY_LISTS: Registry[Path] = Registry(
+    "list of entities", lambda: yaml_files(Path(__file__).parent / "entity_lists")
+)
 MASK = "[MASK]"
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")  # a possessive's ending is no part of it
 _STRIPPED = "'s"  # published training takes any of these letters off both ends of a word: "sheep" becomes "heep"
@@ -138,7 +140,8 @@ def _again(names: tuple[str, ...], phrases: tuple[str, ...], surface: dict[str, 
 
 
 def list_entities() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Return the names of the lists of entities in the package."""
+    return list(ENTITY_LISTS)
 
 
 def load_entities(which: str) -> Entities:
@@ -147,7 +150,7 @@ def load_entities(which: str) -> Entities:
     Raises:
         ConfigError: for a list that is not there or says nothing of the kind.
     """
-    path = FOLDER / f"{which}.yaml" if which in list_entities() else Path(which)
+    path = ENTITY_LISTS[which] if which in ENTITY_LISTS else Path(which)
     expected = f"one of {list_entities()} or a YAML file of entities, each with a list of what else it is called"
     try:
         tree = tree_of(text_of(path, "list of entities", expected, ConfigError))

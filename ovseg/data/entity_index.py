@@ -1,7 +1,6 @@
 """Which pictures share an entity: the side file of ``ovseg data cross-pairs``, and captions that name one, of a large list.
 
-The index is a list of pictures for each entity, four bytes a mention: 4 million pictures with two entities each take 32 MB and their names.
-"""
+The index is a list of pictures for each entity, four bytes a mention: 4 million pictures with two entities each take 32 MB and their names."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from ..errors import DataError, InputError
 from ..paths import as_given, no_file
 from ..progress import bar
 from ..replacing import file_for, replacing
-from .draws import integer
 from .entities import Entities
+from .sampling import integer
 from .sources.folder import Names
 
 SUFFIXES = (".tsv", ".jsonl")

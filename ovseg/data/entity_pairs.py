@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, InputError
-from .batch_types import CrossEntityBatch, EntityBatch, NounBatch, PairBatch
-from .draws import integer, some
+from .batches import CrossEntityBatch, EntityBatch, NounBatch, PairBatch
 from .entities import Entities
-from .pairs import PairSample, collate_pairs
-from .sources.base import ModelInputs
+from .sampling import integer, some
+from .sources.base import ModelInputs, PairSample, collate_pairs
 from .templates import templates
 
 GIVES: dict[str, type[PairBatch]] = {"nouns": NounBatch, "masked": EntityBatch, "cross": CrossEntityBatch}

@@ -1,7 +1,6 @@
 """Pictures from anywhere to RGB, with hostile input in mind: size known before decoding, listed formats, no half pictures.
 
-Where a picture can be seen through, white lies behind it; read, trained on and evaluated alike.
-"""
+Where a picture can be seen through, white lies behind it; read, trained on and evaluated alike."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from ..dense import FLOATS, check_dense
 from ..errors import InputError
 from ..paths import no_file
-from .foreign_files import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register_heif
+from .file_types import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register_heif
 
 # What photographs come in, each known by its first bytes; security fixes of Pillow are mostly in the rarer ones. GIF, TIFF, WebP and AVIF
 # may hold several pictures: the first is read.

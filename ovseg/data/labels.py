@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .invisible import invisible_in
 from .label_files import by_number, grouped, read_labels, split_line
-from .templates import check_templates
+from .templates import check_templates, invisible_in
 
 logger = logging.getLogger(__name__)
 

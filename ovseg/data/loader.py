@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import stop_signals
 from ..errors import ConfigError, DataError, InputError
-from .batch_types import Batch
-from .draws import mix
-from .order import EpochOrder, rank_slice
+from .batches import Batch
+from .sampling import EpochOrder, mix, rank_slice
 from .sources.base import Source
 
 _LOOK = 1.0  # seconds without a batch after which the workers are looked at

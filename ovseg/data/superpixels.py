@@ -1,8 +1,7 @@
 """Superpixels (Felzenszwalb and Huttenlocher, IJCV 2004, by scikit-image), made once and kept in a compact side file.
 
 The file is safetensors: for each picture its segment ids, deflated, with height and width before them; ids are at most 16 bits. It is
-read without running code, and a picture's map is decoded when it is asked for.
-"""
+read without running code, and a picture's map is decoded when it is asked for."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 v2's own classes draw from torch's global generator; ours draw from one that is given and call v2's functions, so that a picture looks
 the same in any process. Superpixels and class masks are both a ``Mask``: resized by nearest pixels, moved as the picture is.
-torchvision is imported when the first transform is made.
-"""
+torchvision is imported when the first transform is made."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from ..errors import first_line
-from .draws import drawing_from, integer, uniform
+from .sampling import drawing_from, integer, uniform
 
 MOST_RATIO = 1000.0  # of a crop's sides
 _INTERPOLATIONS = ("bicubic", "bilinear")

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from .. import distributed
+from ..data.file_types import OwnResults, is_folder_of_results
 from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.images import SUFFIXES
 from ..data.labels import LabelSet
-from ..data.own_results import OwnResults, is_folder_of_results
 from ..errors import DataError, InputError, NoData
 from ..inference import Predictor
-from ..models import OVSegModel
 from ..paths import no_folder
 from ..progress import bar
+from ..systems import OVSegModel
 
 logger = logging.getLogger(__name__)
 

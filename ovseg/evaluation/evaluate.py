@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 from .. import distributed
-from ..checkpoints.state_dicts import unwrapped
-from ..data.segmentation_sets import IGNORE, SetDescription
+from ..data.benchmark_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
 from ..inference.fields import positive_integer
 from ..inference.predictor import Seen
 from ..inference.reading import Prepared, read_ahead
-from ..models import OVSegModel
 from ..progress import bar
 from ..replacing import write_text
+from ..systems import OVSegModel
+from ..weights.state_dicts import unwrapped
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
 from .protocols import Protocol
 

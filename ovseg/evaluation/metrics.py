@@ -1,8 +1,7 @@
 """Segmentation metrics from integer histograms over the whole data set. Histograms of several processes are added.
 
 IoU is derived from one confusion matrix as mmsegmentation does it, and the tests hold it to torchmetrics: per class over all pixels of the
-data set; classes that neither occur nor are predicted are left out of the mean.
-"""
+data set; classes that neither occur nor are predicted are left out of the mean."""
 
 from __future__ import annotations
 

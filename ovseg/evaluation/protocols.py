@@ -2,8 +2,7 @@
 
 A protocol says how pictures are resized and cut (``View``), which texts stand for the classes and the background, through which templates
 (``Queries``), and how labels are decided (the model's rule). It is a file in ``evaluation/protocols``, whose ``settings`` go to the one of
-the three that has them; where it is silent their defaults hold.
-"""
+the three that has them; where it is silent their defaults hold."""
 
 from __future__ import annotations
 
@@ -11,18 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.benchmark_sets import SetDescription
 from ..data.labels import LabelSet
-from ..data.segmentation_sets import SetDescription
 from ..data.templates import templates
 from ..errors import ConfigError, InputError
 from ..inference import Decision, Predictor, Queries, View
-from ..inference.decisions import rule
-from ..inference.routing import option_names, route
-from ..models import OVSegModel
-from ..paths import no_file
+from ..inference.predictor import option_names, route
+from ..inference.rules import rule
+from ..registration import Registry, yaml_files
+from ..systems import OVSegModel
+from ..systems.registry import files_of_systems
 from ..text_files import text_of, tree_of
 
-_PROTOCOLS = Path(__file__).parent / "protocols"
+PROTOCOLS: Registry[Path] = Registry(
+    "protocol",
+    lambda: yaml_files(Path(__file__).parent / "protocols", *files_of_systems("protocols")),
+)
 METRIC = ("IoU per class over all counted pixels of the set, mean over the classes that occur or are predicted; "
           "accuracy per class over the classes that occur; pixels without a truth are not counted")
 
@@ -91,7 +94,8 @@ class Protocol:
 
 
 def list_protocols() -> list[str]:
-    return sorted(path.stem for path in _PROTOCOLS.glob("*.yaml"))
+    """Return the names of the protocols in the package."""
+    return list(PROTOCOLS)
 
 
 def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: LabelSet | None = None, present_only: bool = False,
@@ -151,10 +155,11 @@ def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet
 
 def read_protocol(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
     """The file of a protocol, with what it takes over from another one; ``below``: those that led here."""
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _PROTOCOLS / f"{name}.yaml"
-    if (path.parent == _PROTOCOLS and no_file(path) is not None) or name in below:
+    is_file = Path(name).suffix in (".yaml", ".yml")
+    if not (is_file or name in PROTOCOLS) or name in below:
         raise ConfigError(f"protocol is {name!r}; expected one of {list_protocols()}, or a .yaml file"
                           + (f"; {below[0]!r} is like itself" if name in below else ""))
+    path = Path(name) if is_file else PROTOCOLS[name]
     text = text_of(path, "protocol", f"one of {list_protocols()}, or a .yaml file", ConfigError)
     try:
         tree = tree_of(text)

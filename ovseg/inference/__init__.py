@@ -1,12 +1,12 @@
 """Pictures in, label maps out: how a picture is seen (``View``), what is asked (``Queries``), how it is decided (``decisions``)."""
 
-from .decisions import Decision
-from .decisions.groups import GroupTables
-from .decisions.masks import ClassMasks
-from .decisions.patches import PatchArgmax
-from .decisions.units import SemanticUnits
 from .predictor import Predictor, segment
 from .queries import Queries
+from .rules import Decision
+from .rules.groups import GroupTables
+from .rules.masks import ClassMasks
+from .rules.patches import PatchArgmax
+from .rules.units import SemanticUnits
 from .segmentation import Segmentation
 from .view import View
 

@@ -1,35 +1,68 @@
-"""Segment pictures with free-text labels: encode a picture once, ask it for many label sets."""
+"""Flat options, ``crop=448, background_threshold=0.2``, to the one of the three values that has a field of that name.
+
+Segment pictures with free-text labels: encode a picture once, ask it for many label sets.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..checkpoints.state_dicts import unwrapped
 from ..data.labels import LabelSet
 from ..errors import InputError
-from ..layers.kept import Version
-from ..layers.upload import upload
-from ..models import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
-from ..models.arguments import check_model
-from ..models.finite import not_finite
-from .decisions import Decision, rule
+from ..nn.tensors import Version, upload
+from ..systems import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
+from ..systems.checks import check_model, not_finite
+from ..weights.state_dicts import unwrapped
 from .fields import positive_integer
-from .queries import EncodedQueries, Queries
+from .queries import EncodedQueries, Queries, RememberedTexts
 from .reading import Prepared, pictures_of, pixels_of, prepare, prepare_tensors, read_ahead
-from .remembered_texts import RememberedTexts
-from .routing import route
+from .rules import Decision, rule, rule_names
 from .segmentation import Segmentation
 from .sources import Source
-from .view import View
-from .windows import encode
+from .view import View, encode
+
+
+def option_names(value: type | Any) -> list[str]:
+    """The fields of a value that callers set by name. The label set is given apart."""
+    return [field.name for field in fields(value) if field.name != "labels"]
+
+
+def route(options: Mapping[str, Any], view: View, queries: Queries, decision: Decision) -> tuple[View, Queries, Decision]:
+    """The three values with ``options`` changed.
+
+    Raises:
+        InputError: for an option that none of them has, naming the closest or the rule of labelling that has it; for values that cannot be.
+    """
+    values = {"view": view, "queries": queries, "decision": decision}
+    owner = {name: part for part, value in values.items() for name in option_names(value)}
+    given: dict[str, dict[str, Any]] = {part: {} for part in values}
+    for name, value in options.items():
+        if name not in owner:
+            raise _refusal(name, value, decision, sorted(owner))
+        given[owner[name]][name] = value
+    changed: dict[str, Any] = {part: replace(value, **given[part]) if given[part] else value  # type: ignore[type-var]
+                               for part, value in values.items()}
+    return changed["view"], changed["queries"], changed["decision"]
+
+
+def _refusal(name: str, value: Any, decision: Decision, known: list[str]) -> InputError:
+    others = [other for other in rule_names() if name in option_names(rule(other))]
+    if others:
+        return InputError(f"{name} is {value!r}, an option of the rule of labelling {' and '.join(others)}; this model labels by "
+                          f"{decision.name}, whose options are {', '.join(option_names(decision))}")
+    close = get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]!r}? Expected" if close else "expected"
+    return InputError(f"unknown option {name!r}; {hint} some of {known}")
+
 
 logger = logging.getLogger(__name__)
 Labels = Queries | LabelSet | Mapping[str, str | Sequence[str]] | Sequence[str] | str

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from ..data.images import TOO_LARGE, picture_size, read_image, to_tensor
 from ..dense import FLOATS, check_dense
 from ..errors import InputError
-from ..layers.upload import upload
-from ..models import ModelSpec
+from ..nn.tensors import upload
+from ..systems import ModelSpec
 from .sources import Source
-from .view import View
-from .windows import Placement, place
+from .view import Placement, View, place
 
 PIXELS_AHEAD = 96_000_000  # of the pictures that are labelled and of those that are read meanwhile
 _HEADER = 1 << 18

@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from .. import distributed
-from ..data.folders import UNREAD, Folder, hidden, look
-from ..data.foreign_files import by_suffix, not_read
+from ..data.file_types import OwnResults, by_suffix, not_read
+from ..data.folders import UNREAD, Folder, expand_braces, hidden, look, read_shard
 from ..data.images import FORMATS, SUFFIXES
-from ..data.own_results import OwnResults
-from ..data.shards import expand_braces, read_shard
 from ..errors import InputError
 from ..paths import address, no_file, no_folder
 from ..progress import note

@@ -2,8 +2,7 @@
 
 In chunks (Gao et al., GradCache, arXiv:2101.06983): all rows are encoded without a graph, the losses of the whole batch give the gradient
 of the rows, then each chunk is encoded again with a graph and takes its share of it. Every picture meets every text, and memory holds the
-graph of one chunk. Random states are kept for each chunk, so that both passes see the same noise.
-"""
+graph of one chunk. Random states are kept for each chunk, so that both passes see the same noise."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
-from ..data.batch_types import Batch
-from ..objectives import Losses, Objective, Progress
+from ..data.batches import Batch
+from ..systems.objective import Losses, Objective, Progress
 
 Cast = Callable[[], contextlib.AbstractContextManager]
 # Buffers are not sent before each pass. Torch 2.14 has a new name for that, and warns of the old one

@@ -19,10 +19,12 @@ from ..data.sources import load_options
 from ..errors import ConfigError, first_line
 from ..options import check_finite, unknown_key
 from ..paths import address, no_file, read_bounded
+from ..registration import Registry, yaml_files
 from ..replacing import write_text
+from ..systems.registry import files_of_systems
 from .schedule import Schedule, check_schedule
 
-FOLDER = Path(__file__).parent / "recipes"
+RECIPES: Registry[Path] = Registry("recipe", lambda: yaml_files(*files_of_systems("recipes")))
 _LONGEST = 16 << 20  # bytes of a recipe
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PARALLEL = ("ddp", "fsdp")
@@ -130,7 +132,8 @@ class Recipe:
 
 
 def list_recipes() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Return the names of the recipes in the package, which lie in the folders of the systems."""
+    return list(RECIPES)
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -139,7 +142,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: for a recipe that does not exist, YAML that cannot be read, unknown keys, values of the wrong kind.
     """
-    path = FOLDER / f"{source}.yaml" if str(source) in list_recipes() else Path(source)
+    path = RECIPES[str(source)] if str(source) in RECIPES else Path(source)
     if no_file(path) is not None:
         there = f", which {no_file(path)}" if os.path.lexists(path) or address(str(source)) else ""
         raise ConfigError(f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}")

@@ -9,8 +9,7 @@ With s the step from 0 of S, w the warm-up's steps, t = s / S, and min the lowes
 
 ``multiply``: warm-up times curve, both from the first step. ``replace``: the warm-up alone, then the curve where it stands by then (timm's
 ``warmup_prefix=False``). ``before``: the warm-up alone, then the whole curve over the steps that are left, t counted from s + 1 (CLIP's
-BertAdam, and so SegCLIP).
-"""
+BertAdam, and so SegCLIP)."""
 
 from __future__ import annotations
 

@@ -16,29 +16,21 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .. import distributed
-from ..checkpoints.files import check_fit
-from ..checkpoints.published import read_published
 from ..data.loader import Loader, batches_of
 from ..data.sources import ModelInputs, Source, create_source, load_options
 from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
-from ..models import OVSegModel, create_model, from_pretrained
-from ..models.loading import asks_size
-from ..models.saving import read_config
-from ..objectives import Objective, create_objective
 from ..paths import no_file
 from ..replacing import file_for, folder_for, write_text
+from ..systems import OVSegModel, create_model, from_pretrained
+from ..systems.loading import asks_size
+from ..systems.objective import Objective, create_objective
 from ..text_files import records_of
 from ..time_limits import data_limit
-from .recipe import (
-    Recipe,
-    differences,
-    hash_of,
-    load_yaml,
-    save_recipe,
-    stages_of,
-    to_dict,
-)
+from ..weights.files import check_fit
+from ..weights.pickles import read_published
+from ..weights.saving import read_config
+from .recipe import Recipe, differences, hash_of, load_yaml, save_recipe, stages_of, to_dict
 from .state import complete, damage, facts_of
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """Checks of what can be known of a run before its first step, of all its stages.
 
-What cannot be followed is refused, what is hardly meant is said.
-"""
+What cannot be followed is refused, what is hardly meant is said."""
 
 from __future__ import annotations
 
@@ -18,22 +17,12 @@ from .. import distributed
 from ..data.sources import ModelInputs, Source, SourceOptions, create_source, load_options
 from ..data.sources.scenes import Options as SceneOptions
 from ..errors import CheckpointError, ConfigError, DataError, InputError
-from ..models import OVSegModel
-from ..objectives import Objective
+from ..systems import OVSegModel
+from ..systems.objective import Objective
 from . import state as checkpoints
 from .recipe import Recipe
 from .schedule import misfits
-from .stages import (
-    BEST,
-    PREVIOUS,
-    Run,
-    build_model,
-    build_objective,
-    build_optimizer,
-    check_batches,
-    check_source,
-    start,
-)
+from .stages import BEST, PREVIOUS, Run, build_model, build_objective, build_optimizer, check_batches, check_source, start
 from .state import State
 
 logger = logging.getLogger(__name__)

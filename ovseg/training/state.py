@@ -1,8 +1,7 @@
 """What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest intact one wins.
 
 A checkpoint holds whole tensors whatever shards them, under the names of the parameters: model, average, what else the objective has, the
-optimizer; and for every process its position in the data and its random states.
-"""
+optimizer; and for every process its position in the data and its random states."""
 
 from __future__ import annotations
 
@@ -23,14 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .. import distributed
-from ..checkpoints.files import check_fit, file_hash, load_tensors, save_tensors
-from ..checkpoints.json_files import MOST, load_json
 from ..data.loader import Loader
-from ..data.skips import SkipLimit
+from ..data.sources.base import SkipLimit
 from ..errors import CheckpointError, first_line
-from ..objectives import Objective
 from ..paths import read_bounded
 from ..replacing import part_of, remove_parts
+from ..systems.objective import Objective
+from ..weights.files import MOST, check_fit, file_hash, load_json, load_tensors, save_tensors
 from .gradients import LossScaler
 
 _MARK = "COMPLETE"  # holds the hash of every other file

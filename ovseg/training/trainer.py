@@ -4,8 +4,7 @@ A run folder holds config.yaml, env.json, log.jsonl, loss.png, checkpoints/ and 
 also validation.jsonl, validation/ and best/.
 
 All processes do the same steps. What one of them alone sees, the end of its data, a picture that cannot be read, a signal, a loss that is
-not finite, becomes known to all before any acts on it; so none waits for another that has left.
-"""
+not finite, becomes known to all before any acts on it; so none waits for another that has left."""
 
 from __future__ import annotations
 
@@ -25,18 +24,17 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from .. import distributed, stop_signals
-from ..data.batch_types import Batch
-from ..data.skips import SkipLimit
+from ..data.batches import Batch
+from ..data.sources.base import SkipLimit
 from ..errors import DataError, InputError
-from ..models import OVSegModel, from_pretrained, save_pretrained
-from ..objectives import Progress
 from ..progress import bar
 from ..replacing import folder_for
 from ..stop_signals import StopRequest
+from ..systems import OVSegModel, from_pretrained, save_pretrained
+from ..systems.objective import Progress
 from . import state as checkpoints
 from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
-from .hooks import Begin, Checkpoints, Evaluate, Hook, Log, Step, Validation
-from .plots import plot_loss
+from .hooks import Begin, Checkpoints, Evaluate, Hook, Log, Step, Validation, plot_loss
 from .recipe import Recipe, stages_of
 from .schedule import learning_rate
 from .stages import Run, build_loader, build_model, build_objective, build_optimizer, find_run, finished, start

@@ -10,10 +10,10 @@ from PIL import Image
 from processor_time import processor_seconds
 from safetensors.torch import save_file
 
-from ovseg.cli.built_in import built_in
 from ovseg.cli.main import VERBS, main
+from ovseg.cli.options import built_in
 from ovseg.data.scenes import Scenes
-from ovseg.inference.pictures import colour
+from ovseg.inference.segmentation import colour
 
 SMALL = ["data.style=shapes", "data.train_size=30", "train.batch_size=8", "train.steps=2",
          "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]

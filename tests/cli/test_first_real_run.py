@@ -48,7 +48,7 @@ def test_a_fact_that_does_not_hold_is_an_exit_code(script, tmp_path, monkeypatch
     import ovseg
 
     small = ovseg.create_model("clip_dense", architecture=script.SMALL)
-    monkeypatch.setattr("ovseg.models.default_model", lambda **_: small)
+    monkeypatch.setattr("ovseg.systems.default_model", lambda **_: small)
     wrong = {"chelsea": (["cat", "wall"], [script.Fact("cat", script.WHOLE, 1.1)])}
     monkeypatch.setattr(script, "PHOTOGRAPHS", wrong)
     assert script.main(["--out", str(tmp_path)]) == 1

@@ -103,7 +103,7 @@ def test_a_torch_that_does_not_import(monkeypatch, capsys, error):
 
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
-    monkeypatch.setattr("ovseg.cli.threads.set_up", lambda: None)  # it looks whether torch is imported
+    monkeypatch.setattr("ovseg.cli.ending.set_up", lambda: None)  # it looks whether torch is imported
     assert main(["info"]) == 1
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1

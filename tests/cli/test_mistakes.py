@@ -126,7 +126,7 @@ def test_a_backend_that_cannot_run(here, backend, message, monkeypatch, capsys):
 
 @pytest.mark.bad_input("command line", "weights that are looked at before a model is built")
 def test_convert_looks_at_the_file_first(here, monkeypatch):
-    monkeypatch.setattr("ovseg.models.create_model", lambda *a, **k: pytest.fail("a model was built"))
+    monkeypatch.setattr("ovseg.systems.create_model", lambda *a, **k: pytest.fail("a model was built"))
     assert main(["convert", "empty", "segclip_vit_b16", "--out", "x"]) == 1
 
 
@@ -135,8 +135,8 @@ def test_no_work_is_done_for_an_output_that_cannot_be_made(here, monkeypatch):
     def work(*arguments, **options):
         pytest.fail("work was done")
 
-    for name in ("ovseg.models.from_pretrained", "ovseg.evaluation.evaluate.evaluate", "ovseg.training.trainer.train",
-                 "ovseg_benchmarks.run.run", "ovseg.data.check.check_set", "ovseg.checkpoints.published.read_published"):  # fmt: skip
+    for name in ("ovseg.systems.from_pretrained", "ovseg.evaluation.evaluate.evaluate", "ovseg.training.trainer.train",
+                 "ovseg_benchmarks.run.run", "ovseg.data.check.check_set", "ovseg.weights.pickles.read_published"):  # fmt: skip
         monkeypatch.setattr(name, work)
     for line in (SEGMENT[:-1], ["eval", "pacl_tiny", "--out"], ["demo", "--out"], ["convert", "empty", "segclip_tiny", "--out"],
                  ["data", "check", "voc21", "--root", ".", "--out"]):  # fmt: skip

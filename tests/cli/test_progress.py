@@ -19,8 +19,8 @@ from ovseg.cli.main import main, told
 from ovseg.data.scenes import Scenes
 from ovseg.errors import DataError
 from ovseg.evaluation import scenes
-from ovseg.models import base, create_model
 from ovseg.progress import Lines, bar, duration, waiting
+from ovseg.systems import base, create_model
 from ovseg.training import trainer
 
 trial = pytest.mark.third_trial(16)

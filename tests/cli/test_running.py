@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ovseg.cli.device import DTYPES, add_device, dtype_of
-from ovseg.cli.inference_options import add_inference_options, given_inference_options
 from ovseg.cli.main import main
+from ovseg.cli.options import DTYPES, add_device, add_inference_options, dtype_of, given_inference_options
 from ovseg.data.scenes import Scenes
 
 

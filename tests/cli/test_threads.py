@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ovseg.cli import threads
-from ovseg.cli.threads import cpu_quota, granted_cores
+from ovseg.cli import ending as threads
+from ovseg.cli.ending import cpu_quota, granted_cores
 
 pytestmark = pytest.mark.third_trial(17)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import ovseg
 from ovseg.cli.main import main
-from ovseg.data.segmentation_sets import SegmentationSet, describe
+from ovseg.data.benchmark_sets import SegmentationSet, describe
 
 sys.path.append(str(Path(__file__).parent.parent / "evaluation"))
 from miniatures import make

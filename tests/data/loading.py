@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ovseg.data.batch_types import Batch, PairBatch
+from ovseg.data.batches import Batch, PairBatch
 from ovseg.data.sources import ModelInputs
-from ovseg.data.tokenizers import WordTokenizer
+from ovseg.nn.tiny import WordTokenizer
 
 INPUTS = ModelInputs(48, 4, WordTokenizer(), (0.5, 0.25, 0.0))
 

@@ -6,20 +6,20 @@ import pytest
 from PIL import Image
 
 import ovseg
-from ovseg.backbones.weights import find_clip
-from ovseg.checkpoints.published import read_published
 from ovseg.cli.main import main
+from ovseg.data.benchmark_sets import SegmentationSet, describe
 from ovseg.data.class_lists import read_class_embeddings
 from ovseg.data.entities import load_entities
 from ovseg.data.images import read_image
 from ovseg.data.labels import LabelSet
-from ovseg.data.segmentation_sets import SegmentationSet, describe
 from ovseg.data.sources import ModelInputs, create_source, load_options
 from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.inference.sources import find_pictures
 from ovseg.paths import address, as_given, no_file
 from ovseg.replacing import file_for, folder_for
 from ovseg.training.recipe import load_recipe
+from ovseg.weights.clip import find_clip
+from ovseg.weights.pickles import read_published
 
 pytestmark = pytest.mark.third_trial(10)
 AT = "https://example.com/x"

@@ -14,20 +14,19 @@ from loading import INPUTS, pairs, same
 from PIL import Image
 
 from ovseg.cli.main import main
-from ovseg.data.batch_types import CrossImageBatch, PairBatch
-from ovseg.data.draws import generator, integer
+from ovseg.data.batches import CrossImageBatch, PairBatch
 from ovseg.data.loader import Loader
-from ovseg.data.pairs import PairSample, caption_id, collate_pairs, countable_pairs
+from ovseg.data.sampling import generator, integer
 from ovseg.data.scenes import Scenes
-from ovseg.data.skips import SkipLimit
 from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_options
+from ovseg.data.sources.base import PairSample, SkipLimit, caption_id, collate_pairs, countable_pairs
 from ovseg.data.sources.folder import FolderPairs, Names
 from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.data.superpixels import patch_labels, write_superpixels
-from ovseg.data.tokenizers import END, UNKNOWN, WordTokenizer
 from ovseg.data.transforms import PairAugment
 from ovseg.errors import ConfigError, DataError
+from ovseg.nn.tiny import END, UNKNOWN, WordTokenizer
 
 
 def batch_of(source, indices, seed=0):
@@ -134,8 +133,8 @@ from dataclasses import dataclass
 import torch
 
 from ovseg.cli.main import main
-from ovseg.data.batch_types import PairBatch
-from ovseg.data.pairs import PairSample, collate_pairs
+from ovseg.data.batches import PairBatch
+from ovseg.data.sources.base import PairSample, collate_pairs
 from ovseg.data.sources.base import Source, SourceOptions
 
 
@@ -399,7 +398,7 @@ def test_inputs_of_a_model():
 def test_torchvision_is_not_needed_for_scenes():
     code = ("import sys; sys.modules['torchvision'] = None\n"
             "import ovseg.data.loader, ovseg.data.sources as s\n"
-            "from ovseg.data.tokenizers import WordTokenizer\n"
+            "from ovseg.nn.tiny import WordTokenizer\n"
             "inputs = s.ModelInputs(48, 4, WordTokenizer())\n"
             "tree = {'kind': 'scenes', 'style': 'shapes', 'train_size': 4, 'superpixels': True}\n"
             "source = s.create_source(s.load_options(tree), inputs)\n"

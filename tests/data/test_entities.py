@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 import ovseg
 from ovseg.cli.main import main
-from ovseg.data.batch_types import CrossEntityBatch, EntityBatch, NounBatch
-from ovseg.data.draws import generator
+from ovseg.data.batches import CrossEntityBatch, EntityBatch, NounBatch
 from ovseg.data.entities import Entities, load_entities, singulars
 from ovseg.data.entity_index import EntityIndex
 from ovseg.data.loader import Loader
-from ovseg.data.pairs import countable_pairs
+from ovseg.data.sampling import generator
 from ovseg.data.sources import ModelInputs, create_source, load_options
-from ovseg.data.tokenizers import WordTokenizer
+from ovseg.data.sources.base import countable_pairs
 from ovseg.errors import ConfigError, DataError, InputError
-from ovseg.objectives import Progress, create_objective
+from ovseg.nn.tiny import WordTokenizer
+from ovseg.systems.objective import Progress, create_objective
 
 EVERYDAY = load_entities("everyday")
 CAPTIONS = ["two dogs on a sofa", "a dog and a cat", "the man's cat\nnothing here", "an empty street", "people with dogs\na cup", "a mug"]

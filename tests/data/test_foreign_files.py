@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from ovseg.cli.main import main
-from ovseg.data import foreign_files, images
+from ovseg.data import file_types as foreign_files
+from ovseg.data import images
 from ovseg.data.folders import look
 from ovseg.data.images import read_image
 from ovseg.errors import InputError

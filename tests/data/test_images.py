@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
 from ovseg.data.images import FORMATS, orientation, picture_size, read_image
-from ovseg.data.set_masks import read_mask
+from ovseg.data.masks import read_mask
 from ovseg.errors import DataError, InputError
-from ovseg.inference.pictures import overlay, strip
+from ovseg.inference.segmentation import overlay, strip
 
 
 def encoded(image, form="PNG", **options):

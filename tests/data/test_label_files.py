@@ -10,10 +10,10 @@ import pytest
 
 import ovseg
 from ovseg.cli.main import main
+from ovseg.data.benchmark_sets import describe
 from ovseg.data.entities import Entities
 from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
-from ovseg.data.segmentation_sets import describe
 from ovseg.data.templates import check_templates, templates
 from ovseg.errors import ConfigError, InputError
 from ovseg.inference import Queries

@@ -24,7 +24,7 @@ from ovseg.data.sources import ModelInputs, create_source, load_options
 from ovseg.data.sources.folder import FolderPairs
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import ConfigError, DataError
-from ovseg.objectives import create_objective
+from ovseg.systems.objective import create_objective
 
 
 @pytest.fixture(scope="module")

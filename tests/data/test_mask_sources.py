@@ -10,9 +10,9 @@ import torch
 from loading import INPUTS, same
 from PIL import Image
 
-from ovseg.data.batch_types import MaskBatch
+from ovseg.data.batches import MaskBatch
 from ovseg.data.loader import Loader
-from ovseg.data.mask_transforms import MaskAugment
+from ovseg.data.masks import MaskAugment
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import create_source, load_options
 from ovseg.data.sources.masks import LabelledScenes, Masks

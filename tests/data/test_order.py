@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovseg.data.draws import mix
-from ovseg.data.order import EpochOrder, rank_slice
+from ovseg.data.sampling import EpochOrder, mix, rank_slice
 
 
 @settings(max_examples=150, deadline=None)

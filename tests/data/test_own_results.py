@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 
 from ovseg.cli.main import main
+from ovseg.data.benchmark_sets import SegmentationSet
 from ovseg.data.check import check_set
 from ovseg.data.folders import look
-from ovseg.data.segmentation_sets import SegmentationSet
 from ovseg.data.sources.base import ModelInputs
 from ovseg.data.sources.folder import FolderPairs
 from ovseg.evaluation.classification import ClassFolders
 from ovseg.evaluation.plots import plot_bars
-from ovseg.inference.pictures import save_result
+from ovseg.inference.segmentation import save_result
 from ovseg.inference.sources import find_pictures
-from ovseg.training.plots import plot_loss
+from ovseg.training.hooks import plot_loss
 
 trial = pytest.mark.third_trial(4)
 SEGMENT = ["-m", "pacl_tiny", "--labels", "grass,sand", "--format", "overlay,mask"]

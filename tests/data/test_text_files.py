@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovseg.checkpoints.files import load_tensors
-from ovseg.checkpoints.published import read_published
 from ovseg.cli.main import main
 from ovseg.data.scenes import Scenes
 from ovseg.errors import CheckpointError, ConfigError, DataError
-from ovseg.inference.folder import Journal
+from ovseg.inference.jobs import Journal
 from ovseg.inference.sources import find_pictures
-from ovseg.models.saving import is_saved, read_config
 from ovseg.text_files import lines_of, records_of, text_of, tree_of
-from ovseg.training.plots import plot_loss
+from ovseg.training.hooks import plot_loss
 from ovseg.training.recipe import load_recipe
 from ovseg.training.stages import _forget_after
+from ovseg.weights.files import load_tensors
+from ovseg.weights.pickles import read_published
+from ovseg.weights.saving import is_saved, read_config
 
 DAMAGE = {"not UTF-8": b"\xff\xfe{caf\xe9}", "cut off": b'{"step": 3, "lo', "no object": b"[1, 2]", "zeros": bytes(40),
           "nested too deeply": b"[" * 100_000}  # fmt: skip

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from ovseg.data.draws import generator, integer, some, uniform
-from ovseg.data.mask_transforms import (
+from ovseg.data.masks import (
     CappedCrop,
     MaskAugment,
     MiddleCrop,
@@ -23,6 +22,7 @@ from ovseg.data.mask_transforms import (
     mask_transform,
     to_hsv,
 )
+from ovseg.data.sampling import generator, integer, some, uniform
 from ovseg.data.transforms import (
     Compose,
     PairAugment,

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 import ovseg
 from ovseg import distributed
-from ovseg.data.batch_types import CrossEntityBatch, MaskBatch, NounBatch
-from ovseg.objectives import Progress, create_objective
+from ovseg.data.batches import CrossEntityBatch, MaskBatch, NounBatch
+from ovseg.systems.objective import Progress, create_objective
 from ovseg.training.gradients import Gradients, LossScaler, clip
 from ovseg_kernels import philox
 

@@ -230,7 +230,7 @@ def test_another_recipe_is_refused_in_all(met):
 
 def test_torchrun_trains_to_the_curve_of_one_process(tmp_path):
     """The same global batch, shared by two: eleven pictures, six and five. The validation is shared too."""
-    clip = Path(ovseg.__file__).parent / "checkpoints" / "bundled" / "pacl_tiny.digits"
+    clip = Path(ovseg.__file__).parent / "systems" / "pacl" / "bundled" / "pacl_tiny.digits"
     common = ["train", "pacl_scenes", f"init.backbone={clip}", "data.train_size=60", "train.batch_size=11", f"train.steps={STEPS}",
               "log.every_steps=1", "train.device=cpu", "schedule.warmup_steps=2", "validation={every_steps: 10, limit: 5}"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

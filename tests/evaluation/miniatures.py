@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ovseg.data.segmentation_sets import describe
+from ovseg.data.benchmark_sets import describe
 
 # name -> (picture, mask, list or None) below the root, with {} for the key; keys; value of the first class; removed values; ignored value
 VOC = "VOCdevkit/VOC2012"

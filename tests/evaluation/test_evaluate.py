@@ -16,9 +16,9 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import ovseg
 from ovseg.cli.main import main
+from ovseg.data.benchmark_sets import SegmentationSet, describe
 from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
-from ovseg.data.segmentation_sets import SegmentationSet, describe
 from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.evaluation.evaluate import evaluate
 from ovseg.evaluation.protocols import list_protocols, protocol
@@ -101,7 +101,7 @@ def test_one_limit_of_pixels(folder, tmp_path, capsys, monkeypatch):
     assert main([*command, "--max-pixels", "2399"]) == 1 and "is 60x40 = 2400 pixels; the limit is 2399" in capsys.readouterr().err
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert main([*command, "--max-pixels", "400000000"]) == 0
-    monkeypatch.setattr("ovseg.data.segmentation_sets.read_image", lambda path, max_pixels: Image.open(path).convert("RGB"))
+    monkeypatch.setattr("ovseg.data.benchmark_sets.read_image", lambda path, max_pixels: Image.open(path).convert("RGB"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(DataError, match=r"mask .* is 60x40; the limit is 2399 pixels"):
         SegmentationSet("voc20", tmp_path, max_pixels=2399)[0]

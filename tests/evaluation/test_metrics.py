@@ -71,7 +71,7 @@ def test_a_perfect_model_scores_a_hundred():
     def encode(images):
         pixels = ((images * 0.25 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         masks_ = torch.stack([masks[np.ascontiguousarray(p).tobytes()] for p in pixels])
-        return ovseg.models.PatchFeatures(torch.zeros(len(images), 64), masks_, (48, 48))
+        return ovseg.systems.PatchFeatures(torch.zeros(len(images), 64), masks_, (48, 48))
 
     model.encode_image = encode
     model.similarity = lambda features, texts: torch.stack([torch.bincount(m.flatten(), minlength=classes)[: len(texts)].float()

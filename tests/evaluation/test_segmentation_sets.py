@@ -10,8 +10,8 @@ from miniatures import LAYOUTS, REMOVED, make, png, values_of
 from PIL import Image
 
 from ovseg.cli.main import main
+from ovseg.data.benchmark_sets import SegmentationSet, describe, list_sets
 from ovseg.data.check import check_set
-from ovseg.data.segmentation_sets import SegmentationSet, describe, list_sets
 from ovseg.errors import DataError, InputError
 
 

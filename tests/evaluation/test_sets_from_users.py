@@ -8,10 +8,9 @@ from miniatures import make, png
 from PIL import Image, ImageOps
 
 from ovseg.cli.main import main
+from ovseg.data.benchmark_sets import SegmentationSet, describe, read_list
 from ovseg.data.check import check_set
 from ovseg.data.images import read_image, upright
-from ovseg.data.lists import read_list
-from ovseg.data.segmentation_sets import SegmentationSet, describe
 from ovseg.errors import DataError, InputError
 
 VOC = "VOCdevkit/VOC2012"

@@ -7,7 +7,7 @@ from PIL import Image
 
 import ovseg
 from ovseg.cli.main import main
-from ovseg.data.segmentation_sets import describe
+from ovseg.data.benchmark_sets import describe
 from ovseg.errors import ConfigError
 from ovseg.evaluation.evaluate import evaluate
 from ovseg.evaluation.protocols import protocol
@@ -88,7 +88,7 @@ def test_protocols_that_cannot_be_read(model, tmp_path, data, message):
 
 @bad("keys that stand twice in a list, evaluated")
 def test_a_picture_counts_once(model, tmp_path):
-    from ovseg.data.segmentation_sets import SegmentationSet
+    from ovseg.data.benchmark_sets import SegmentationSet
 
     make(tmp_path, "voc20", 2)
     path = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"

@@ -14,7 +14,7 @@ from ovseg.data.scenes import Scenes
 from ovseg.evaluation.evaluate import evaluate
 from ovseg.evaluation.protocols import protocol
 from ovseg.evaluation.scenes import SceneSet
-from ovseg.models import list_bundled
+from ovseg.systems import list_bundled
 
 STORED = Path(__file__).parents[1] / "golden" / "bundled_labels.npz"
 LABELS = {"seven": ["a red seven", "a blue seven"], "zero": ["a blue zero"], "gravel": ["gravel", "brick"], "grass": "grass",

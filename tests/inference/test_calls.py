@@ -206,7 +206,7 @@ def test_a_file_of_embeddings_is_read_again_when_it_has_changed(trained, tmp_pat
 
 def test_the_hash_of_a_text_tower_knows_its_weights(model, monkeypatch, tmp_path):
     """What is remembered on disk is found by it."""
-    from ovseg.inference import text_cache
+    from ovseg.inference import queries as text_cache
 
     monkeypatch.setenv("OVSEG_CACHE", str(tmp_path))
     monkeypatch.setattr(text_cache, "_FEW", 1)

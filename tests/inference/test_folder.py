@@ -15,7 +15,7 @@ from PIL import Image
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import InputError
-from ovseg.inference.folder import Journal, fingerprint
+from ovseg.inference.jobs import Journal, fingerprint
 from ovseg.inference.sources import find_pictures
 from ovseg.replacing import replacing
 

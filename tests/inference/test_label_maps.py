@@ -11,13 +11,12 @@ from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
 from ovseg.inference import View
-from ovseg.inference.decisions.groups import GroupTables, group_tables
-from ovseg.inference.decisions.patches import PatchArgmax
-from ovseg.inference.pamr import pamr
+from ovseg.inference.predictor import route
 from ovseg.inference.queries import EncodedQueries, Queries
-from ovseg.inference.routing import route
-from ovseg.inference.windows import Placement, place, window_origins
-from ovseg.models import GroupFeatures
+from ovseg.inference.rules.groups import GroupTables, group_tables
+from ovseg.inference.rules.patches import PatchArgmax, pamr
+from ovseg.inference.view import Placement, place, window_origins
+from ovseg.systems import GroupFeatures
 
 LABELS = {"seven": ["a red seven", "a blue seven"], "zero": ["a blue zero"], "gravel": ["gravel", "brick"]}
 

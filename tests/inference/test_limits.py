@@ -16,11 +16,12 @@ import ovseg_kernels as ok
 from ovseg.cli.main import main
 from ovseg.data.images import MAX_PIXELS, picture_size, read_image
 from ovseg.errors import InputError
-from ovseg.inference import Segmentation, View, pictures, reading
-from ovseg.inference.pictures import colour, legend_strip, palette
+from ovseg.inference import Segmentation, View, reading
+from ovseg.inference import segmentation as pictures
 from ovseg.inference.reading import pixels_of, read_ahead
+from ovseg.inference.segmentation import colour, legend_strip, palette
 from ovseg.inference.sources import Source
-from ovseg.inference.windows import place
+from ovseg.inference.view import place
 
 LABELS = ["a red seven", "gravel", "grass", "a blue one"]
 

@@ -8,7 +8,7 @@ from PIL import Image
 import ovseg
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
-from ovseg.inference.pictures import colour, contact_sheet, palette
+from ovseg.inference.segmentation import colour, contact_sheet, palette
 
 LABELS = ["a red seven", "a blue zero", "gravel", "grass"]
 

@@ -10,14 +10,15 @@ from ovseg.cli.main import main
 from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
-from ovseg.inference import Queries, View, decisions
-from ovseg.inference.decisions import rule, rule_names
-from ovseg.inference.decisions.groups import GroupTables
-from ovseg.inference.decisions.masks import ClassMasks
-from ovseg.inference.decisions.patches import PatchArgmax
-from ovseg.inference.decisions.units import SemanticUnits
+from ovseg.inference import Queries, View
+from ovseg.inference import rules as decisions
+from ovseg.inference.predictor import option_names, route
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.routing import option_names, route
+from ovseg.inference.rules import rule, rule_names
+from ovseg.inference.rules.groups import GroupTables
+from ovseg.inference.rules.masks import ClassMasks
+from ovseg.inference.rules.patches import PatchArgmax
+from ovseg.inference.rules.units import SemanticUnits
 
 LABELS = ["a red seven", "a blue zero", "gravel", "grass"]
 
@@ -159,7 +160,7 @@ RULE = '''
 from dataclasses import dataclass
 import torch
 import ovseg_kernels as ok
-from ovseg.inference.decisions import Decision
+from ovseg.inference.rules import Decision
 from ovseg.inference.fields import option
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def throw_away_rule(tmp_path, monkeypatch):
     model = ovseg.create_model("pacl_tiny", "digits")
     model.decision = "lowered"
     yield model
-    sys.modules.pop("ovseg.inference.decisions.lowered", None)
+    sys.modules.pop("ovseg.inference.rules.lowered", None)
 
 
 def test_a_new_rule_is_one_file(throw_away_rule, picture, tmp_path, capsys):

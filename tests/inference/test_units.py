@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import ovseg
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
-from ovseg.evaluation.units import UnitCounts, count_units
+from ovseg.evaluation.scenes import UnitCounts, count_units
 from ovseg.inference import Predictor
-from ovseg.inference.decisions import rule
-from ovseg.inference.decisions.units import SemanticUnits
-from ovseg.layers.units import merge, unit_tokens
+from ovseg.inference.rules import rule
+from ovseg.inference.rules.units import SemanticUnits
+from ovseg.nn.units import merge, unit_tokens
 
 LABELS = ["a red seven", "gravel", "a blue one", "grass"]
 

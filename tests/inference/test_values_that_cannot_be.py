@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 import ovseg
-from ovseg.backbones.open_clip import ClipTokenizer
 from ovseg.cli.main import main
-from ovseg.data.tokenizers import WordTokenizer
 from ovseg.errors import InputError
 from ovseg.inference import GroupTables, PatchArgmax, Queries, View
-from ovseg.inference.decisions import rule, rule_names
-from ovseg.models.texts import check_reading
+from ovseg.inference.rules import rule, rule_names
+from ovseg.nn.open_clip import ClipTokenizer
+from ovseg.nn.tiny import WordTokenizer
+from ovseg.systems.checks import check_reading
 
 VALUES = (View, *(rule(name) for name in rule_names()))
 BESIDE = {"stride": {"crop": 64}, "background_entropy": {"scale": 40.0}}  # what an option needs

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import InputError
-from ovseg.inference.windows import window_origins
+from ovseg.inference.view import window_origins
 
 LABELS = ["a red seven", "a blue zero", "gravel", "grass"]
 

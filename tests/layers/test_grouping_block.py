@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ovseg_kernels as ok
-from ovseg.layers.grouping_block import CrossBlock, GroupingBlock
-from ovseg.layers.packing import Packing
+from ovseg.nn.grouping import CrossBlock, GroupingBlock
+from ovseg.nn.vit_blocks import Packing
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from ovseg.layers.kept import Kept, Version
+from ovseg.nn.tensors import Kept, Version
 
 pytestmark = pytest.mark.third_trial(3)
 

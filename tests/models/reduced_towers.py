@@ -124,7 +124,7 @@ def lively(module):
 
 def twins(name, **beside):
     """(our backbone, open_clip's own module with the same weights), both at the reduced size."""
-    from ovseg.backbones.open_clip import OpenClipBackbone
+    from ovseg.nn.open_clip import OpenClipBackbone
 
     with reduced(name, **beside):
         theirs = lively(open_clip.create_model(name, pretrained_text=False)).eval()

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.data.batch_types import NounBatch, PairBatch
+from ovseg.data.batches import NounBatch, PairBatch
 from ovseg.errors import CheckpointError, InputError
-from ovseg.layers.packing import Packing
-from ovseg.models.groupvit.published import NVIDIA, to_ours, to_theirs
-from ovseg.objectives import Progress, create_objective
+from ovseg.nn.vit_blocks import Packing
+from ovseg.systems.groupvit.published import NVIDIA, to_ours, to_theirs
+from ovseg.systems.objective import Progress, create_objective
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 TEXT = {"vocab_size": 49408, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 3}

@@ -12,10 +12,10 @@ from hub_stand_in import CONFIG
 from safetensors.torch import save_file
 
 import ovseg
-from ovseg.checkpoints.transformers_layout import folder_weights
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, ConfigError, InputError, first_line
-from ovseg.models.limits import SizeError
+from ovseg.systems.registry import SizeError
+from ovseg.weights.transformers_layout import folder_weights
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_a_folder_cannot_ask_for_its_code_to_be_run(tmp_path, monkeypatch):
     """transformers asks on the terminal unless it is told; a configuration must not tell it
     either."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ovseg.backbones.clip_tokenizer import clip_tokenizer
-    from ovseg.backbones.open_clip import ClipTokenizer
+    from ovseg.nn.open_clip import ClipTokenizer
+    from ovseg.weights.tokenizers import clip_tokenizer
 
     ran = tmp_path / "ran"
     (tmp_path / "words.py").write_text(f"open({str(ran)!r}, 'w')\nclass Words: pass\n")
@@ -139,7 +139,7 @@ ABSURD = [
 @pytest.mark.third_trial(12)
 @pytest.mark.parametrize("system", TINY)
 def test_absurd_sizes_are_refused_before_anything_is_made(system, tmp_path, monkeypatch):
-    from ovseg.models import registry
+    from ovseg.systems import registry
 
     name = f"{system}_tiny"
     folder = ovseg.save_pretrained(ovseg.create_model(name), tmp_path / "m")
@@ -257,7 +257,7 @@ def test_configurations_of_transformers_are_bounded_too(kind, tmp_path):
 @pytest.mark.third_trial(12)
 @pytest.mark.parametrize("name", ["config.json", "open_clip_config.json"])
 def test_configurations_are_plain_files_of_bounded_length(tmp_path, name, monkeypatch):
-    from ovseg.checkpoints import json_files
+    from ovseg.weights import files as json_files
 
     path = tmp_path / name
     if name == "config.json":

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ovseg
 from ovseg.errors import InputError
-from ovseg.inference.decisions.groups import GroupTables
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import Placement
-from ovseg.objectives.mask_consistency import mask_consistency
+from ovseg.inference.rules.groups import GroupTables
+from ovseg.inference.view import Placement
+from ovseg.systems.ovsegmentor.mask_consistency import mask_consistency
 
 
 def maps(B, G, h, w, dtype=torch.float64, scale=1.0):

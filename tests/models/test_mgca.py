@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import ovseg
 import ovseg_kernels as ok
 from ovseg.errors import CheckpointError, ConfigError
-from ovseg.layers.readout import READOUTS
-from ovseg.objectives import create_objective
+from ovseg.nn.readout import READOUTS
+from ovseg.systems.objective import create_objective
 from ovseg.training.recipe import load_recipe
 
 SMALL = {"embed_dim": 32, "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "patch_size": 16},

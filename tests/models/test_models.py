@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional as F
 
 import ovseg
-from ovseg.backbones.tiny import TinyClip
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batches import PairBatch
 from ovseg.errors import CheckpointError, ConfigError, InputError
-from ovseg.layers.attention import attention
-from ovseg.layers.positions import resize_positions
-from ovseg.models.base import PatchFeatures, check_labels
-from ovseg.objectives import create_objective
+from ovseg.nn.blocks import attention
+from ovseg.nn.tiny import TinyClip
+from ovseg.nn.vit_blocks import resize_positions
+from ovseg.systems.base import PatchFeatures, check_labels
+from ovseg.systems.objective import create_objective
 
 TINY = ("clip_dense_tiny", "pacl_tiny")
 

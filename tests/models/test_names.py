@@ -10,9 +10,9 @@ from hub_stand_in import ARCHITECTURE, CONFIG, PREPROCESS, fill_cache, open_clip
 from safetensors.torch import save, save_file
 
 import ovseg
-from ovseg.checkpoints import hub
 from ovseg.errors import CheckpointError, InputError, WeightsError
-from ovseg.models import names
+from ovseg.systems import names
+from ovseg.weights import hub
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
@@ -61,7 +61,7 @@ def labels(source, **options):
 
 
 def state_of(clip):
-    from ovseg.checkpoints.transformers_layout import from_clip
+    from ovseg.weights.transformers_layout import from_clip
 
     return {name: tensor.contiguous() for name, tensor in from_clip(clip.state_dict()).items()}
 
@@ -116,9 +116,9 @@ def test_what_the_weights_are_seen_with_comes_along(clip, cache, tmp_path, monke
 
 def test_a_tag_decides_the_activation(monkeypatch):
     """open_clip lists OpenAI's weights under ViT-B-16 too, whose GELU is not theirs, and says so in a warning alone."""
-    from ovseg.backbones.weights import ClipSource, find_clip, settled
+    from ovseg.weights.clip import ClipSource, find_clip, settled
 
-    monkeypatch.setattr("ovseg.backbones.weights.fetch", lambda repo, files, **_: files[0])
+    monkeypatch.setattr("ovseg.weights.clip.fetch", lambda repo, files, **_: files[0])
     assert settled(find_clip("openai", "ViT-B-16"), "ViT-B-16") == "ViT-B-16-quickgelu"
     assert settled(find_clip("laion2b_s34b_b88k", "ViT-B-16-quickgelu"), "ViT-B-16-quickgelu") == "ViT-B-16"
     assert settled(find_clip("laion2b_s32b_b82k", "ViT-L-14"), "ViT-L-14")["preprocess_cfg"]["mean"] == (0.5, 0.5, 0.5)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, InputError, WeightsError
-from ovseg.models.names import DEFAULT_REPO
+from ovseg.systems.names import DEFAULT_REPO
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 FILE = "open_clip_model.safetensors"
@@ -168,8 +168,8 @@ def test_a_download_that_is_cut_is_refused(lie, message, photo, weights, online,
 )
 def test_a_server_that_drips_is_given_up(drip, message, tmp_path, online, monkeypatch):
     """One byte after the other keeps every single read alive."""
-    from ovseg.checkpoints import slow_answers
-    from ovseg.checkpoints.hub import fetch
+    from ovseg.weights import hub as slow_answers
+    from ovseg.weights.hub import fetch
 
     monkeypatch.setattr(slow_answers, "WINDOW", 0.4)
     monkeypatch.setattr(slow_answers, "QUESTION", 0.4)
@@ -187,8 +187,8 @@ def test_a_server_that_drips_is_given_up(drip, message, tmp_path, online, monkey
 @pytest.mark.third_trial(14)
 def test_a_slow_download_that_comes_on_is_waited_for(tmp_path, online, monkeypatch):
     """Longer than the window, and never too little in it."""
-    from ovseg.checkpoints import slow_answers
-    from ovseg.checkpoints.hub import fetch
+    from ovseg.weights import hub as slow_answers
+    from ovseg.weights.hub import fetch
 
     monkeypatch.setattr(slow_answers, "WINDOW", 0.5)
     monkeypatch.setattr(slow_answers, "LEAST", 1)
@@ -200,7 +200,7 @@ def test_a_slow_download_that_comes_on_is_waited_for(tmp_path, online, monkeypat
 def test_the_second_name_of_a_file(online, monkeypatch):
     with hub({("me/clip", "open_clip_pytorch_model.bin"): b"x" * 50}) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        from ovseg.checkpoints.hub import CLIP_FILES, fetch
+        from ovseg.weights.hub import CLIP_FILES, fetch
 
         assert fetch("me/clip", CLIP_FILES).name == "open_clip_pytorch_model.bin"
         with pytest.raises(WeightsError, match=r"me/other holds none of open_clip_model\.safetensors, open_clip_pytorch_model\.bin"):
@@ -291,7 +291,7 @@ def test_switches(photo, weights, tmp_path, monkeypatch):
 
 def test_training_starts_from_named_weights(weights, tmp_path):
     from ovseg.errors import ConfigError
-    from ovseg.models import create_model
+    from ovseg.systems import create_model
     from ovseg.training.recipe import load_recipe
     from ovseg.training.stages import start
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import ovseg
-from ovseg.backbones.clip_tokenizer import clip_tokenizer
-from ovseg.backbones.weights import ClipSource, create_clip, find_clip, load_clip
-from ovseg.checkpoints.transformers_layout import transformers_config, transformers_state
 from ovseg.errors import CheckpointError
-from ovseg.models import from_pretrained
+from ovseg.systems import from_pretrained
+from ovseg.weights.clip import ClipSource, create_clip, find_clip, load_clip
+from ovseg.weights.tokenizers import clip_tokenizer
+from ovseg.weights.transformers_layout import transformers_config, transformers_state
 
 pytest.importorskip("open_clip", reason="open_clip is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -136,7 +136,7 @@ def test_names_are_open_clips_siglip(tmp_path):
         full = transformers.SiglipModel(transformers.SiglipConfig())
     full.config.save_pretrained(tmp_path)
     (tmp_path / "spiece.model").touch()
-    from ovseg.checkpoints.transformers_layout import from_siglip
+    from ovseg.weights.transformers_layout import from_siglip
 
     found = from_siglip({name: torch.empty(tensor.shape, device="meta") for name, tensor in full.state_dict().items()})
     assert {name: x.shape for name, x in found.items()} == {name: x.shape for name, x in theirs.state_dict().items()}
@@ -162,7 +162,7 @@ def test_names_are_open_clips_clip(tmp_path):
         built = open_clip.CLIP(**config)
     shapes = {name: x.shape for name, x in theirs.state_dict().items()}
     assert {name: x.shape for name, x in built.state_dict().items()} == shapes
-    from ovseg.checkpoints.transformers_layout import from_clip
+    from ovseg.weights.transformers_layout import from_clip
 
     assert {name: x.shape for name, x in from_clip(full.state_dict()).items()} == shapes
     assert built.visual.transformer.resblocks[0].attn.num_heads == 16 and config["quick_gelu"] is True

@@ -7,10 +7,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from unreadable import backward, unreadable_device
 
 import ovseg
-from ovseg.data.batch_types import EntityBatch, MaskBatch, NounBatch, PairBatch
+from ovseg.data.batches import EntityBatch, MaskBatch, NounBatch, PairBatch
 from ovseg.inference.queries import EncodedQueries
-from ovseg.layers import packing
-from ovseg.objectives import Progress, create_objective
+from ovseg.nn import vit_blocks as packing
+from ovseg.systems.objective import Progress, create_objective
 from ovseg_kernels import _checking
 
 SMALL = {"embed_dim": 32, "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "patch_size": 16},
@@ -40,7 +40,7 @@ def test_nothing_waits_for_the_device(name, options, losses, monkeypatch):
     with unreadable_device(monkeypatch) as refusing:
         monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)  # fake parameters cannot move: they are made in place
         monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *_, **__: tensor)  # reads what it drew
-        monkeypatch.setattr("ovseg.models.base.check_reading", lambda *_: None)  # compares token ids of the host, which are fake here
+        monkeypatch.setattr("ovseg.systems.base.check_reading", lambda *_: None)  # compares token ids of the host, which are fake here
         with torch.device("cuda"):
             model = ovseg.create_model(name, **options)
             objective = create_objective(model, **losses).train()

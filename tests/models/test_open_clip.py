@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 import ovseg
-from ovseg.backbones.open_clip import OpenClipBackbone
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batches import PairBatch
 from ovseg.data.templates import templates
-from ovseg.objectives import create_objective
+from ovseg.nn.open_clip import OpenClipBackbone
+from ovseg.systems.objective import create_objective
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.checkpoints.published import read_published
-from ovseg.data.batch_types import CrossEntityBatch
+from ovseg.data.batches import CrossEntityBatch
 from ovseg.errors import CheckpointError
-from ovseg.inference.decisions.groups import GroupTables, group_tables
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import Placement
-from ovseg.models.ovsegmentor.model import OVSegmentor, OVSegmentorOptions
-from ovseg.objectives import Progress, create_objective
-from ovseg.objectives.mask_consistency import mask_consistency
+from ovseg.inference.rules.groups import GroupTables, group_tables
+from ovseg.inference.view import Placement
+from ovseg.systems.objective import Progress, create_objective
+from ovseg.systems.ovsegmentor.mask_consistency import mask_consistency
+from ovseg.systems.ovsegmentor.model import OVSegmentor, OVSegmentorOptions
+from ovseg.weights.pickles import read_published
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.checkpoints.published import read_published
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batches import PairBatch
 from ovseg.errors import CheckpointError, InputError
-from ovseg.inference.decisions.groups import GroupTables, group_tables
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import Placement
-from ovseg.layers.mae_decoder import sincos_positions
-from ovseg.models.segclip.model import SegCLIP, SegCLIPOptions
-from ovseg.models.segclip.published import POSITIONS
-from ovseg.objectives import Progress, create_objective
-from ovseg.objectives.superpixel import superpixel_loss
+from ovseg.inference.rules.groups import GroupTables, group_tables
+from ovseg.inference.view import Placement
+from ovseg.systems.objective import Progress, create_objective
+from ovseg.systems.segclip.layers import sincos_positions
+from ovseg.systems.segclip.model import SegCLIP, SegCLIPOptions
+from ovseg.systems.segclip.objective import superpixel_loss
+from ovseg.systems.segclip.published import POSITIONS
+from ovseg.weights.pickles import read_published
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -394,7 +394,7 @@ def test_nothing_is_left_out_in_silence():
 
 @torch.no_grad()
 def test_the_attention_backend_reaches_every_block(golden, monkeypatch):
-    from ovseg.layers import block
+    from ovseg.nn import blocks as block
 
     seen = []
     real = block.attention

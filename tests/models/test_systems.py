@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ovseg
-from ovseg.data.batch_types import MaskBatch, PairBatch
+from ovseg.data.batches import MaskBatch, PairBatch
 from ovseg.data.scenes import Scenes
 from ovseg.errors import ConfigError
-from ovseg.models import registry
-from ovseg.objectives import Progress, create_objective
+from ovseg.systems import registry
+from ovseg.systems.objective import Progress, create_objective
 from ovseg.training.recipe import load_recipe
 from ovseg.training.trainer import train
 
@@ -148,7 +148,7 @@ def test_preprocess(model):
 THROW_AWAY = '''
     from dataclasses import dataclass, field
     from torch import nn
-    from ovseg.models.base import OVSegModel, PatchFeatures, SystemOptions
+    from ovseg.systems.base import OVSegModel, PatchFeatures, SystemOptions
 
     @dataclass
     class Options(SystemOptions):
@@ -174,11 +174,11 @@ THROW_AWAY = '''
 
 
 def test_a_system_is_its_folder_and_one_preset_line(tmp_path, monkeypatch):
-    import ovseg.models
+    import ovseg.systems
 
     (tmp_path / "throw_away").mkdir()
     (tmp_path / "throw_away" / "__init__.py").write_text(textwrap.dedent(THROW_AWAY))
-    monkeypatch.setattr(ovseg.models, "__path__", [*ovseg.models.__path__, str(tmp_path)])
+    monkeypatch.setattr(ovseg.systems, "__path__", [*ovseg.systems.__path__, str(tmp_path)])
     line = {"throw_away_tiny": {"system": "throw_away", "backbone": {"kind": "tiny"}, "templates": "scenes"}}
     known = registry.presets()
     monkeypatch.setattr(registry, "presets", lambda: {**known, **line})
@@ -193,7 +193,7 @@ def test_a_system_is_its_folder_and_one_preset_line(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="options of throw_away_tiny: shfit: unknown key, did you mean"):
             ovseg.create_model("throw_away_tiny", shfit=1.0)
     finally:
-        sys.modules.pop("ovseg.models.throw_away", None)
+        sys.modules.pop("ovseg.systems.throw_away", None)
 
 
 @pytest.mark.parametrize("name", ["groupvit_tiny", "ovsegmentor_tiny"])

@@ -9,12 +9,12 @@ from reduced_towers import configuration, key, lively, reduced, twins
 from towers_table import PAGE, build, page, supported
 
 import ovseg
-from ovseg.backbones import clip_architectures
-from ovseg.backbones.open_clip import ClipTokenizer, OpenClipBackbone
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batches import PairBatch
 from ovseg.errors import InputError
-from ovseg.layers.readout import NAMED, READOUTS
-from ovseg.objectives import create_objective
+from ovseg.nn import clip_architectures
+from ovseg.nn.open_clip import ClipTokenizer, OpenClipBackbone
+from ovseg.nn.readout import NAMED, READOUTS
+from ovseg.systems.objective import create_objective
 
 FIRST = list({key(name): name for name in reversed(open_clip.list_models())}.values())  # one of each that differ at the reduced size
 NOT = ("swin_base_patch4_window7_224", "vit_relpos_medium_patch16_cls_224")

@@ -11,7 +11,7 @@ from reduced_towers import reduced
 from unreadable import unreadable_device
 
 import ovseg
-from ovseg.layers.readout import NAMED
+from ovseg.nn.readout import NAMED
 
 NAMES = ("ViT-B-16", "ViT-L-14-CLIPA", "coca_ViT-B-32", "ViT-B-16-SigLIP", "PE-Core-B-16", "EVA02-B-16", "MobileCLIP2-B", "ViTamin-S",
          "MobileCLIP2-S0", "convnext_large_d", "RN50")

@@ -12,9 +12,9 @@ from safetensors.torch import save, save_file
 from torch.nn import functional as F
 
 import ovseg
-from ovseg.backbones.proxy import ProxyEncoder, ProxyOptions
 from ovseg.errors import CheckpointError, ConfigError, WeightsError
-from ovseg.layers.readout import NAMED, READOUTS, ProxyFeatures, Readout, proxy_attention, resolve_readout, run_blocks
+from ovseg.nn.readout import NAMED, READOUTS, ProxyFeatures, Readout, proxy_attention, resolve_readout, run_blocks
+from ovseg.systems.clip_dense.proxy import ProxyEncoder, ProxyOptions
 
 TOWERS = {
     "rope, q/k norm, layer scale, registers": ("PE-Core-B-16", {"qk_norm": True, "init_values": 0.3, "num_reg_tokens": 2}),

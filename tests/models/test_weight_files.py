@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ovseg
-from ovseg.checkpoints.files import load_tensors, save_weights
-from ovseg.checkpoints.published import read_published, write_published
-from ovseg.checkpoints.state_dicts import CONTAINERS, plain_names, plain_state, unwrapped
 from ovseg.errors import CheckpointError
+from ovseg.weights.files import load_tensors, save_weights
+from ovseg.weights.pickles import read_published, write_published
+from ovseg.weights.state_dicts import CONTAINERS, plain_names, plain_state, unwrapped
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
 

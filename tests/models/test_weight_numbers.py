@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ovseg
-from ovseg.checkpoints.files import check_numbers
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError
+from ovseg.weights.files import check_numbers
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
 

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.checkpoints.files import load_tensors
-from ovseg.checkpoints.published import read_published
 from ovseg.errors import CheckpointError, ConfigError, InputError
-from ovseg.inference.decisions.masks import ClassMasks
 from ovseg.inference.queries import EncodedQueries
-from ovseg.inference.windows import Placement, window_origins
-from ovseg.models.zegclip.model import ZegCLIP, ZegCLIPOptions
+from ovseg.inference.rules.masks import ClassMasks
+from ovseg.inference.view import Placement, window_origins
+from ovseg.systems.zegclip.model import ZegCLIP, ZegCLIPOptions
+from ovseg.weights.files import load_tensors
+from ovseg.weights.pickles import read_published
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SEEN, CLASSES = (0, 1, 3, 4, 6), tuple("abcdefg")
@@ -179,7 +179,7 @@ def test_the_official_resize_is_ours(golden):
 
     from ovseg.inference import View
     from ovseg.inference.reading import resized
-    from ovseg.inference.windows import place
+    from ovseg.inference.view import place
 
     original = golden["in/slide/original_u8"]
     placement = place(tuple(original.shape[:2]), View(short_side=128, resize="bilinear", crop=128, stride=106), patch=16, trained=128)

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.data.batch_types import MaskBatch
+from ovseg.data.batches import MaskBatch
 from ovseg.data.class_lists import class_list, read_class_embeddings
 from ovseg.errors import ConfigError, InputError
-from ovseg.models import PatchFeatures
-from ovseg.objectives import Progress, create_objective
+from ovseg.systems import PatchFeatures
+from ovseg.systems.objective import Progress, create_objective
 
 SETTINGS = ("inductive", "transductive", "supervised")
 UNSEEN = ["c", "f"]

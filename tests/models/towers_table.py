@@ -9,8 +9,8 @@ import open_clip
 sys.path.insert(0, str(Path(__file__).parent))
 from reduced_towers import key, reduced
 
-from ovseg.backbones.open_clip import OpenClipBackbone
-from ovseg.layers.readout import NAMED, Readout
+from ovseg.nn.open_clip import OpenClipBackbone
+from ovseg.nn.readout import READOUTS, Readout
 
 PAGE = Path(__file__).parents[2] / "docs" / "towers.md"
 BEGIN, END = "<!-- the table, written by tests/models/towers_table.py -->\n", "<!-- end of the table -->"
@@ -48,8 +48,8 @@ def row(name):
         reason = re.search(r"the image tower is (.*); expected", str(found))
         return f"| {name} | not supported: {reason[1]} | | | | |"
     tower = found.tower
-    readouts = [readout for readout in NAMED if accepts(tower.check_readout, NAMED[readout])]
-    assert len(readouts) in (1, len(NAMED)) and accepts(tower.check_readout, Readout())
+    readouts = [readout for readout in READOUTS if accepts(tower.check_readout, READOUTS[readout])]
+    assert len(readouts) in (1, len(READOUTS)) and accepts(tower.check_readout, Readout())
     stride = "any" if accepts(tower.step, 1) else "the patch"
     size, words = config["vision_cfg"]["image_size"], f"transformers: {text} ¹" if text else "open_clip"
     return f"| {name} | {tower.kind} | {size} / {tower.patch_size} | {words} | {'all' if len(readouts) > 1 else 'clip'} | {stride} |"

@@ -40,7 +40,7 @@ def test_wheel_from_the_sdist_beside_a_failing_nvcc(sdist, tmp_path):
     assert info["torch_floor"] == "2.10" and info["cuda"] == "off"
     assert (site / "ovseg" / "training" / "recipes" / "pacl_scenes.yaml").exists()
     assert (site / "ovseg" / "data" / "entity_lists" / "everyday.yaml").exists()
-    assert len(list((site / "ovseg" / "checkpoints" / "bundled").glob("*/model.safetensors"))) >= 2
+    assert len(list((site / "ovseg" / "systems").glob("*/bundled/*/model.safetensors"))) >= 2
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "no"), str(sdist)]
     asked = {**os.environ, **broken, "OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1"}
     assert subprocess.run(command, capture_output=True, env=asked, check=False).returncode != 0
@@ -53,7 +53,7 @@ def test_the_sdist_is_small(sdist):
         sizes = {member.name.split("/", 1)[-1]: member.size for member in archive.getmembers() if member.isfile()}
     assert not [name for name in sizes if name.startswith(("tests/", "scripts/")) or name.endswith((".npz", ".png"))]
     large = [name for name, size in sizes.items() if size > 100_000]
-    assert large and all(re.fullmatch(r"ovseg/checkpoints/bundled/\w+\.digits/model\.safetensors", name) for name in large)
+    assert large and all(re.fullmatch(r"ovseg/systems/\w+/bundled/\w+\.digits/model\.safetensors", name) for name in large)
     assert max(sizes.values()) < 2e6 and sum(sizes[name] for name in large) < 6.5e6
     assert sum(sizes.values()) - sum(sizes[name] for name in large) < 2.5e6
     assert sdist.stat().st_size < 7e6

@@ -10,7 +10,6 @@ import torch
 from test_trainer import recipe, weights
 
 import ovseg
-from ovseg.checkpoints.files import load_tensors, save_tensors
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, ConfigError
 from ovseg.replacing import write_text
@@ -18,6 +17,7 @@ from ovseg.training import state
 from ovseg.training.recipe import load_recipe
 from ovseg.training.stages import _forget_after, start
 from ovseg.training.trainer import train
+from ovseg.weights.files import load_tensors, save_tensors
 
 SMALL = ["data.style=shapes", "data.train_size=40", "train.batch_size=8", "train.steps=6", "checkpoint.every_steps=2", "train.device=cpu",
          "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]  # fmt: skip

@@ -7,10 +7,11 @@ import torch
 
 import ovseg
 import ovseg_kernels as ok
-from ovseg.data.batch_types import PairBatch
+from ovseg.data.batches import PairBatch
 from ovseg.errors import ConfigError
-from ovseg.layers.units import cluster, mean_weights
-from ovseg.objectives import Progress, create_objective, mgca_reference
+from ovseg.nn.units import cluster, mean_weights
+from ovseg.systems.mgca import reference as mgca_reference
+from ovseg.systems.objective import Progress, create_objective
 
 B, SIDE = 5, 24
 BACKBONE = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 2, "text_depth": 1}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ovseg_kernels as ok
-from ovseg.objectives.one_gradient import OneGradient
+from ovseg.systems.mgca.one_gradient import OneGradient
 from ovseg_kernels.results import SelectedPixels
 
 

@@ -6,9 +6,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from ovseg.data.benchmark_sets import describe
 from ovseg.data.entities import load_entities
 from ovseg.data.labels import LabelSet
-from ovseg.data.segmentation_sets import describe
 from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.evaluation.protocols import read_protocol
 from ovseg.training.recipe import Recipe, list_recipes, load_recipe, save_recipe, stages_of

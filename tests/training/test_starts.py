@@ -23,11 +23,10 @@ from ovseg.cli.train import validation
 from ovseg.data.loader import Loader
 from ovseg.errors import CheckpointError, ConfigError, DataError, InputError
 from ovseg.evaluation.scenes import save_gallery
-from ovseg.objectives.clip_dense import ClipDenseObjective
 from ovseg.replacing import replacing
+from ovseg.systems.clip_dense.objective import ClipDenseObjective
 from ovseg.training import start_checks, state, trainer
-from ovseg.training.hooks import Log
-from ovseg.training.plots import plot_loss
+from ovseg.training.hooks import Log, plot_loss
 from ovseg.training.recipe import list_recipes, load_recipe, stages_of, to_dict
 from ovseg.training.schedule import Schedule, misfits
 from ovseg.training.stages import finished
@@ -361,7 +360,7 @@ def test_a_backend_that_is_not_installed(tmp_path):
     """A notebook sets MPLBACKEND for the processes that it starts; with it matplotlib does not even import."""
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
     code = (
-        "import pathlib; from ovseg.training.plots import plot_loss; "
+        "import pathlib; from ovseg.training.hooks import plot_loss; "
         "print(plot_loss(pathlib.Path('log.jsonl'), pathlib.Path('loss.png')))"
     )
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.not_installed"}
@@ -379,7 +378,7 @@ def fail(*_, **__):
 
 @pytest.mark.third_trial(13)
 def test_plots_that_fail_fail_nothing_else(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("ovseg.training.plots.new_figure", fail)
+    monkeypatch.setattr("ovseg.training.hooks.new_figure", fail)
     train(recipe("train.steps=1"), tmp_path / "run", quiet=True)
     assert "no loss curve is drawn: OSError: No space left on device" in caplog.text
     assert (tmp_path / "run" / "model" / "config.json").exists() and not (

@@ -15,20 +15,20 @@ import torch
 from PIL import Image
 
 import ovseg
-from ovseg.checkpoints.files import load_tensors
 from ovseg.cli.main import main
 from ovseg.cli.train import validation
-from ovseg.data.batch_types import Batch, PairBatch
+from ovseg.data.batches import Batch, PairBatch
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import CheckpointError, ConfigError, DataError
-from ovseg.objectives.clip_dense import ClipDenseObjective
+from ovseg.systems.clip_dense.objective import ClipDenseObjective
 from ovseg.training import state, trainer
 from ovseg.training.hooks import Hook
 from ovseg.training.recipe import load_recipe, stages_of
 from ovseg.training.schedule import Schedule, learning_rate
 from ovseg.training.stages import build_model, build_objective, build_optimizer
 from ovseg.training.trainer import train
+from ovseg.weights.files import load_tensors
 
 SMALL = ["data.style=shapes", "data.train_size=40", "train.batch_size=8", "train.steps=6", "checkpoint.every_steps=2",
          "log.every_steps=1", "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}", "train.device=cpu"]

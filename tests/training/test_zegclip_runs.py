@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import ovseg
-from ovseg.checkpoints.files import load_tensors
 from ovseg.errors import ConfigError
 from ovseg.training import state
 from ovseg.training.recipe import load_recipe, stages_of
 from ovseg.training.schedule import learning_rate
 from ovseg.training.stages import build_model, build_objective, build_optimizer
 from ovseg.training.trainer import train
+from ovseg.weights.files import load_tensors
 
 SMALL = ["data.train_size=40", "data.workers=0", "train.batch_size=4", "train.steps=6", "checkpoint.every_steps=2", "checkpoint.keep=9",
          "log.every_steps=1", "train.device=cpu", "model.options.dropout=0.1"]

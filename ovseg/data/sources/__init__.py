@@ -1,27 +1,26 @@
 """Kinds of data, one file each: a recipe names the file, ``data: {kind: folder, root: ...}``.
 
 A file ``<kind>.py`` holds ``Options``, a dataclass with ``kind`` and everything that can be set, and ``create(options, inputs, ...)``.
-It is found by its name; nothing else needs to know it.
-"""
+It is found by its name; nothing else needs to know it."""
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 from ...errors import ConfigError
 from ...options import options_of
+from ...registration import Registry, modules
 from .base import ModelInputs, Sample, Source, SourceOptions
 
 __all__ = ["ModelInputs", "Sample", "Source", "SourceOptions", "create_source", "list_kinds", "load_options"]
-_NO_KIND = ("base",)
+SOURCES: Registry[Any] = Registry("data.kind", lambda: modules(__name__))
 SPLITS = ("train", "val")
 
 
 def list_kinds() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_KIND)
+    """Return the names of the kinds of data."""
+    return list(SOURCES)
 
 
 def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
@@ -33,7 +32,7 @@ def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
     kind = tree.get("kind")
     if kind not in list_kinds():
         raise ConfigError(f"{key}.kind is {kind!r}; expected one of {list_kinds()}")
-    options = options_of(_module(str(kind)).Options, tree, key)
+    options = options_of(SOURCES[str(kind)].Options, tree, key)
     options.check(key)
     return options
 
@@ -52,10 +51,5 @@ def create_source(options: SourceOptions, inputs: ModelInputs, *, split: str = "
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {list(SPLITS)}")
     options.check()
-    return _module(options.kind).create(options, inputs, split=split, seed=seed, progress=progress)
-
-
-def _module(kind: str) -> Any:
-    if kind not in list_kinds():
-        raise ConfigError(f"kind is {kind!r}; expected one of {list_kinds()}")
-    return import_module(f"{__name__}.{kind}")
+    source = SOURCES[options.kind]
+    return source.create(options, inputs, split=split, seed=seed, progress=progress)

@@ -1,18 +1,24 @@
-"""What a source of data is: a list of pictures of which each can be read by its number, and the way from samples to a batch."""
+"""What a source of data is: a list of pictures of which each can be read by its number, and the way from samples to a batch.
+
+Pairs of pictures and texts: a sample, its way into a ``PairBatch``, ids, and which pairs may count as negatives.
+
+Pictures that could not be used: named once, counted, and too many of them end training.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from ...errors import DataError, InputError
 from ...options import within
-from ..batch_types import Batch
-from ..draws import generator, mix
+from ..batches import Batch, PairBatch
+from ..sampling import generator, mix
 
 _ATTEMPTS = 32  # pictures in a row; at the limit of 1 % bad ones this never happens
 
@@ -139,3 +145,92 @@ def stack(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 def together(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """``torch.cat``; None if the parts are."""
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
+
+
+def countable_pairs(text_entities: torch.Tensor, image_entities: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: the image's own texts, and texts that name something which no caption of the image names.
+
+    A foreign text of which everything is named by the image's captions is true of that image by accident: it is no
+    negative and is left out. Only captions are looked at, as with real data.
+
+    Args:
+        text_entities: [T, K] 0/1, what each text names among K entities.
+        image_entities: [B, K] 0/1, what all captions of each image name.
+        own: [B, T] bool, which texts are captions of which image.
+    """
+    unnamed = (1 - image_entities.float()) @ text_entities.float().T
+    return own | (unnamed > 0)
+
+
+def caption_id(text: str) -> int:
+    """A 63-bit number of a caption, the same in every process: pictures with one and the same caption are positives of each other."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass
+class PairSample(Sample):
+    """One picture with its texts.
+
+    Attributes:
+        image: [3, H, W] uint8.
+        token_ids: [C, L] int64, C texts.
+        id: what picture and texts share, and pairs of other pictures only if they are positives of this one.
+        image_entities, text_entities: [K], [C, K] uint8, see ``PairBatch``.
+        segments: [N] int64, the superpixel of each patch.
+    """
+
+    image: torch.Tensor
+    token_ids: torch.Tensor
+    id: int
+    image_entities: torch.Tensor | None = None
+    text_entities: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+
+def collate_pairs(samples: Sequence[PairSample]) -> PairBatch:
+    """Texts lie in the order of their pictures. Columns at the end that are padding (0) of every text are cut off."""
+    image_ids = torch.tensor([sample.id for sample in samples])
+    token_ids = torch.cat([sample.token_ids for sample in samples])
+    used = (token_ids != 0).any(0).nonzero()
+    return PairBatch(
+        images=torch.stack([sample.image for sample in samples]),
+        token_ids=token_ids[:, : int(used[-1]) + 1 if len(used) else 1].contiguous(),
+        image_ids=image_ids,
+        text_ids=image_ids.repeat_interleave(torch.tensor([len(sample.token_ids) for sample in samples])),
+        image_entities=stack([sample.image_entities for sample in samples]),
+        text_entities=together([sample.text_entities for sample in samples]),
+        segments=stack([sample.segments for sample in samples]),
+        skipped=tuple(line for sample in samples for line in sample.skipped),
+    )
+
+
+class SkipLimit:
+    """Counts different bad pictures against a share of all.
+
+    Args:
+        pictures: number of pictures of the source.
+        share: of them that may be bad; one always may.
+    """
+
+    def __init__(self, pictures: int, share: float = 0.01):
+        self.pictures, self.share = pictures, share
+        self.seen: dict[str, None] = {}
+
+    def add(self, lines: Iterable[str]) -> list[str]:
+        """Take note of ``Batch.skipped`` of all ranks; returns the lines that are new.
+
+        Raises:
+            DataError: past the limit. On every rank alike if every rank is given the lines of all.
+        """
+        new = [line for line in dict.fromkeys(lines) if line not in self.seen]
+        self.seen.update(dict.fromkeys(new))
+        if len(self.seen) > max(1, self.share * self.pictures):
+            raise DataError(f"{len(self.seen)} of {self.pictures} pictures cannot be used, {100 * self.share:g} % may; "
+                            f"the last: {next(reversed(self.seen))}")
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": list(self.seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = dict.fromkeys(state["seen"])

@@ -1,7 +1,6 @@
 """A folder of pairs with what their captions name, by a list of entities: nouns, questions and answers, or a second picture of the entity.
 
-Pictures two by two need the side file of ``ovseg data cross-pairs``, and are those that have an entity.
-"""
+Pictures two by two need the side file of ``ovseg data cross-pairs``, and are those that have an entity."""
 
 from __future__ import annotations
 
@@ -12,13 +11,12 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, DataError
-from ..batch_types import PairBatch
+from ..batches import PairBatch
 from ..entities import load_entities
 from ..entity_index import EntityIndex, read_index
 from ..entity_pairs import GIVES, EntitySample, EntityText, EntityTexts
-from ..pairs import PairSample
 from . import folder
-from .base import ModelInputs
+from .base import ModelInputs, PairSample
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """The scenes with what their captions name: nouns, questions and answers, or a second scene that shows the same entity.
 
-An entity is what a caption names, "red seven" or "gravel".
-"""
+An entity is what a caption names, "red seven" or "gravel"."""
 
 from __future__ import annotations
 
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ..batch_types import PairBatch
+from ..batches import PairBatch
 from ..entities import Entities
 from ..entity_index import EntityIndex
 from ..entity_pairs import GIVES, EntitySample, EntityText, EntityTexts
-from ..pairs import PairSample
 from ..scenes import CAPTIONS_PER_SCENE
 from . import scenes
-from .base import ModelInputs
+from .base import ModelInputs, PairSample
 
 
 @dataclass

@@ -17,14 +17,13 @@ from ...errors import ConfigError, DataError, NoData
 from ...paths import no_folder
 from ...progress import waiting
 from ...text_files import lines_of
-from ..batch_types import PairBatch
-from ..draws import some
+from ..batches import PairBatch
 from ..folders import Folder
 from ..images import MAX_PIXELS, read_image
-from ..pairs import PairSample, caption_id, collate_pairs
+from ..sampling import some
 from ..superpixels import SuperpixelFile, patch_labels
 from ..transforms import PairAugment, as_items, pair_transform, plain
-from .base import ModelInputs, Source, SourceOptions
+from .base import ModelInputs, PairSample, Source, SourceOptions, caption_id, collate_pairs
 
 logger = logging.getLogger(__name__)
 

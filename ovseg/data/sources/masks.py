@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from ...errors import ConfigError, InputError
-from ..batch_types import MaskBatch
+from ..batches import MaskBatch
+from ..benchmark_sets import IGNORE, SegmentationSet
 from ..images import MAX_PIXELS
-from ..mask_transforms import MaskAugment, mask_transform
+from ..masks import MaskAugment, mask_transform
 from ..scenes import VOCABULARIES, Scenes
-from ..segmentation_sets import IGNORE, SegmentationSet
 from ..transforms import as_items, checked_range, plain
 from .base import ModelInputs, Sample, Source, SourceOptions
 

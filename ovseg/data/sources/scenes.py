@@ -11,12 +11,11 @@ import torch
 
 from ...errors import ConfigError
 from ...progress import bar
-from ..batch_types import PairBatch
-from ..draws import some
-from ..pairs import PairSample, collate_pairs
+from ..batches import PairBatch
+from ..sampling import some
 from ..scenes import CAPTIONS_PER_SCENE, Scenes
 from ..superpixels import patch_labels, superpixels
-from .base import ModelInputs, Source, SourceOptions
+from .base import ModelInputs, PairSample, Source, SourceOptions, collate_pairs
 
 
 @dataclass

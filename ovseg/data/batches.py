@@ -1,0 +1,136 @@
+"""What a batch holds, one dataclass a kind of supervision. An objective says which kind it takes.
+
+Images are uint8 until they are on the device, where the objective normalises them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+
+_B = TypeVar("_B", bound="Batch")
+
+
+@dataclass
+class Batch:
+    """Base of the kinds.
+
+    Attributes:
+        images: [B, 3, H, W] uint8 pixels, or floats that ``model.normalize`` made.
+        skipped: what could not be read and was replaced, one line each.
+    """
+
+    images: torch.Tensor
+    skipped: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _mapped(self: _B, function: Any, but: Collection[str] = ()) -> _B:
+        def over(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return function(value)
+            return {key: over(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+        return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self) if f.name not in but})
+
+    def split(self: _B, parts: int) -> list[_B]:
+        """So many neighbouring parts, as equal as can be; texts and other rows are shared out in the same way, in order."""
+        return [self._mapped(lambda x, part=part: x.tensor_split(parts)[part]) for part in range(parts)]
+
+    def to(self: _B, device: torch.device | str, but: Collection[str] = ()) -> _B:
+        """All tensors on the device, ``but`` those of these fields."""
+        return self._mapped(lambda x: x.to(device, non_blocking=True), but)
+
+    def pin_memory(self: _B) -> _B:
+        return self._mapped(lambda x: x.pin_memory())
+
+
+@dataclass
+class PairBatch(Batch):
+    """Pictures and texts of one rank.
+
+    Attributes:
+        token_ids: [T, L] int64; several texts may belong to one picture.
+        image_ids, text_ids: [B], [T] int64, unique over all ranks: picture and text of one id are a positive pair.
+        image_entities, text_entities: [B, K], [T, K] 0/1, what all captions of a picture name and what a text names among K entities: a
+            text of which everything is named by another picture's captions is no negative of it. None: every other pair is a negative.
+        segments: [B, L] int64, the superpixel of each patch.
+        noise: random tensors given from outside, by name, the first dimension over pictures; drawn where they are missing.
+    """
+
+    token_ids: torch.Tensor
+    image_ids: torch.Tensor
+    text_ids: torch.Tensor
+    image_entities: torch.Tensor | None = None
+    text_entities: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    noise: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class MaskBatch(Batch):
+    """Pictures with masks.
+
+    Attributes:
+        masks: [B, H, W] int64, class indices; ``ignore_index`` where there is no label.
+        ignore_index: of the masks.
+    """
+
+    masks: torch.Tensor
+    ignore_index: int = 255
+
+
+@dataclass
+class CrossImageBatch(PairBatch):
+    """Pairs whose pictures come two by two: ``partner`` [B, 3, H, W] shows the entity that picture and partner share.
+
+    Attributes:
+        partner: uint8 pictures.
+        entity_ids: [B] int64, the shared entity.
+    """
+
+    partner: torch.Tensor = field(kw_only=True)
+    entity_ids: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
+class NounBatch(PairBatch):
+    """Pairs, one text a picture, with what GroupViT's multi-label contrast asks for beside them.
+
+    Attributes:
+        noun_ids: [B, K, L] int64, K prompted nouns of each caption; the caption itself in place of nouns that it does not have.
+    """
+
+    noun_ids: torch.Tensor = field(kw_only=True)
+
+
+@dataclass
+class EntityBatch(PairBatch):
+    """Pairs for OVSegmentor's masked entities: one question and answer a picture, of one of its captions. Texts are padded with 0; how far
+    does not matter.
+
+    Attributes:
+        question_ids: [B, L] int64, each caption with ``[MASK]`` in place of every word that names an entity. The tokenizers know that word:
+            BERT's has an id for it, the tiny models' reads it as an unknown word.
+        answer_ids: [B, L] int64, a prompt with the entities of the caption, joined by "and".
+        answer_entities: [B, K] 0/1, what each answer names among the K entities of ``image_entities``: an answer that is true of another
+            picture is no negative of it. None: every other answer is a negative.
+    """
+
+    question_ids: torch.Tensor = field(kw_only=True)
+    answer_ids: torch.Tensor = field(kw_only=True)
+    answer_entities: torch.Tensor | None = field(default=None, kw_only=True)
+
+
+@dataclass
+class CrossEntityBatch(EntityBatch, CrossImageBatch):
+    """Masked entities and pictures two by two: the second stage of OVSegmentor.
+
+    Attributes:
+        entity_token_ids: [B, L] int64, "A photo of ..." with the entity that picture and partner share.
+    """
+
+    entity_token_ids: torch.Tensor = field(kw_only=True)

@@ -1,0 +1,64 @@
+"""The rule of class masks: every pixel takes the class whose mask is the most probable there.
+
+    p = sigmoid(mask logits of each window, upsampled), their mean on the canvas, resized to the picture               (1)
+    label = class of argmax (p + bias), -1 where the background is the largest or max (p + bias) < threshold              (2)
+
+Masks do not exclude each other: where no class is there, all are improbable. ZegCLIP (arXiv:2212.03588) lowers classes that it was trained
+on by 0.1 where others were never seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ovseg_kernels as ok
+
+from ...nn.tensors import at_least_float32
+from ..fields import biases, number, option
+from ..queries import EncodedQueries
+from ..view import Placement
+from .base import Decision
+
+
+@dataclass(frozen=True)
+class ClassMasks(Decision):
+    """The most probable mask.
+
+    Attributes:
+        background_threshold: pixels whose winner is less probable get -1, 0 .. 1.
+        bias: added to the probabilities of classes by name, last.
+    """
+
+    background_threshold: float | None = option(None, "pixels whose best mask is less probable get no label (masks: 0 to 1)")
+    bias: dict[str, float] | None = None
+
+    def __post_init__(self):
+        number(self, "background_threshold", 0, 1, "a probability, 0 .. 1")
+        biases(self, "bias")
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
+        masks = at_least_float32(model.segment_logits(features, queries.texts))
+        origins, *sizes = placement.windows
+        labels, value = ok.window_argmax(masks, origins, *sizes, activation="sigmoid", stage="window",
+                                         bias=queries.offsets(self.bias, allowed, masks.dtype), class_labels=queries.owners,
+                                         label_type=queries.label_type, return_value=True)
+        if allowed is not None:  # where none of them may win there is no label
+            labels.masked_fill_(value == -torch.inf, -1)
+        if self.background_threshold is not None:
+            labels.masked_fill_(value < self.background_threshold, -1)
+        return labels, value
+
+    def background_rules(self) -> list[str]:
+        return [] if self.background_threshold is None else [f"the best mask is less probable than {self.background_threshold}"]
+
+    def describe(self) -> dict[str, Any]:
+        return {"scores": "probabilities of class masks, sigmoid at the window stage", "bias": self.bias or {}}
+
+
+Rule = ClassMasks

@@ -1,0 +1,221 @@
+"""PAMR: class maps adapted to the edges of their picture. Araslanov and Roth, arXiv:2005.08104, section 3.2.
+
+    k(i, j) = -mean over channels of |I_i - I_j| / (1e-8 + 0.1 sigma_i)          j around i at each dilation     (1)
+    alpha_i = softmax over j of k(i, j)                                                                        (2)
+    m_i <- sum_j alpha_ij m_j, ten times                                                                       (3)
+
+sigma_i is the standard deviation of the picture, channel by channel, over the 3 x 3 pixels around i at every dilation. Borders are
+replicated. Nothing is trained; maps need not be probabilities.
+
+The rule of patches: every pixel takes the class whose upsampled score is the largest.
+
+    s = scale * cosine of every patch with every text, by ``model.segment_logits``                               (1)
+    z = s upsampled to the windows, their mean on the canvas, resized to the picture; ``activation`` at its ``stage``   (2)
+    label = class of argmax (z + bias), -1 where a rule of background says so                                       (3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import ovseg_kernels as ok
+from ovseg_kernels.reference.upsample_argmax import LABEL_TYPES, winners
+from ovseg_kernels.reference.window_argmax import window_maps
+
+from ...errors import InputError
+from ...nn.tensors import at_least_float32, upload
+from ...systems import OVSegModel, PatchFeatures
+from ..fields import SCALES, biases, number, one_of, option
+from ..queries import EncodedQueries
+from ..view import Placement
+from .base import Decision
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+_SQUARE = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+_RING = [offset for offset in _SQUARE if offset != (0, 0)]
+
+
+def pamr(image: torch.Tensor, maps: torch.Tensor, *, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
+    """Refined maps [C, H, W].
+
+    Memory: 8 affinities for each dilation and pixel, and a few maps; classes go one by one.
+
+    Args:
+        image: [3, H, W].
+        maps: [C, H, W] of the same size.
+        iterations: of (3).
+        dilations: distances of the eight neighbours.
+    """
+    if image.dim() != 3 or maps.dim() != 3 or image.shape[1:] != maps.shape[1:]:
+        raise ValueError(f"image has shape {list(image.shape)} and maps {list(maps.shape)}; expected [3, H, W] and [C, H, W]")
+    reach = max(dilations)
+
+    def around(x: torch.Tensor, offsets: Sequence[tuple[int, int]] = _RING):
+        """The neighbours of every pixel of ``x`` [..., H, W], one after the other."""
+        height, width = x.shape[-2:]
+        padded = F.pad(x[None], (reach,) * 4, mode="replicate")[0]
+        for dilation in dilations:
+            for y, x_ in offsets:
+                top, left = reach + y * dilation, reach + x_ * dilation
+                yield padded[..., top : top + height, left : left + width]
+
+    count = len(dilations) * len(_SQUARE)
+    mean = sum(around(image, _SQUARE)) / count
+    sigma = (sum((near - mean) ** 2 for near in around(image, _SQUARE)) / (count - 1)).sqrt()
+    scores = torch.stack([-((image - near).abs() / (1e-8 + 0.1 * sigma)).mean(0) for near in around(image)])
+    weights = scores.softmax(0)
+    refined = torch.empty_like(maps)
+    for c in range(len(maps)):
+        one = maps[c : c + 1]
+        for _ in range(iterations):
+            total = torch.zeros_like(one)
+            for weight, near in zip(weights, around(one), strict=True):
+                total.addcmul_(weight[None], near)
+            one = total
+        refined[c] = one[0]
+    return refined
+
+
+_AT_ONCE = 1 << 23  # pixels
+ACTIVATIONS, STAGES = (None, "sigmoid", "softmax"), ("window", "merged", "output")
+
+
+@dataclass(frozen=True)
+class PatchArgmax(Decision):
+    """The largest of the patches' scores.
+
+    Attributes:
+        scale: multiplies the cosines; needed by softmax and entropy, where it decides what a probability means.
+        activation: None, ``sigmoid`` or ``softmax`` over all texts.
+        stage: where it acts: in each ``window``, on the ``merged`` windows, or on the ``output`` after the last resize.
+        background_threshold: pixels whose winner scores less get -1. Without an activation a cosine, -1 .. 1, times the scale; with one a
+            probability, 0 .. 1.
+        background_entropy: pixels get -1 where the entropy (nats) of softmax(scale * cosines) over all texts exceeds this;
+            taken at the patches, upsampled like a class.
+        area_threshold: classes with less than this share of the foreground are taken back and their pixels decided again.
+        bias: added to the scores of classes by name, last: ZegCLIP's -0.1 for classes seen in training.
+        refine: ``pamr`` adapts the class maps to the picture's edges; see ``inference/pamr.py``.
+    """
+
+    scale: float | None = option(None, "multiplies the cosines, for softmax and entropy")
+    activation: str | None = option(None, "sigmoid or softmax (which needs --scale); then scores are probabilities")
+    stage: str = option("output", "where the activation acts: window, merged or output")
+    background_threshold: float | None = option(
+        None, "pixels whose winner scores less get no label: a cosine, or a probability with --activation")
+    background_entropy: float | None = option(
+        None, "pixels get no label where the entropy of softmax(scale * cosines) exceeds this")
+    area_threshold: float = option(0.0, "labels with less than this share of the foreground are taken back")
+    bias: dict[str, float] | None = None
+    refine: str | None = option(None, "pamr: adapt the label maps to the picture's edges (slow)")
+
+    def __post_init__(self):
+        one_of(self, "activation", ACTIVATIONS)
+        one_of(self, "stage", STAGES)
+        one_of(self, "refine", (None, "pamr"))
+        number(self, "scale", *SCALES, "a positive number, {:g} .. {:g}".format(*SCALES))
+        number(self, "background_entropy", 0, 100, "nats, 0 .. 100")
+        number(self, "background_threshold", -torch.inf, torch.inf, "a finite number")
+        number(self, "area_threshold", 0, 1, "a share of 0 to below 1")
+        biases(self, "bias")
+        for name, needs in (("activation", self.activation == "softmax"), ("background_entropy", self.background_entropy is not None)):
+            if needs and self.scale is None:
+                raise InputError(f"{name} is {getattr(self, name)!r} and scale is missing: softmax over plain cosines is nearly "
+                                 "uniform; expected a scale such as 40")
+        low, top = self.score_range
+        if self.background_threshold is not None and not low <= self.background_threshold <= top:
+            kind = f"what {self.activation} gives" if self.activation else "a cosine" + ("" if top == 1 else f" times {top:g}")
+            raise InputError(f"background_threshold is {self.background_threshold}; expected {kind}, {low:g} .. {top:g}")
+        if self.area_threshold == 1:
+            raise InputError(f"area_threshold is {self.area_threshold}; expected a share in 0 .. 1")
+
+    @property
+    def needs_picture(self) -> bool:
+        return self.refine is not None
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        top = 1.0 if self.activation else self.scale or 1.0
+        return (0.0 if self.activation else -top), top
+
+    def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
+        scores = self.cosines(model, features, queries.texts)
+        scores = scores if self.scale is None else scores * self.scale
+        offsets = queries.offsets(self.bias, allowed, scores.dtype)
+        if self.refine is None:
+            decide = self._from_patches(scores, queries, placement)
+        elif picture is None:
+            raise InputError("refine needs the picture and none is given")
+        else:
+            maps = pamr(picture.to(scores), _maps(scores, placement, self.activation, self.stage))
+
+            def decide(offsets):
+                return winners(maps, offsets, queries.owners, None, -1, LABEL_TYPES.index(queries.label_type), True)
+
+        labels, value = decide(offsets)
+        if self.area_threshold:
+            offsets = self._without_small(labels, queries, offsets, scores.dtype)
+            del labels, value  # of a large picture: not beside the next ones
+            labels, value = decide(offsets)
+        if allowed is not None:  # where none of them may win there is no label
+            labels.masked_fill_(value == -torch.inf, -1)
+        if self.background_threshold is not None:
+            labels.masked_fill_(value < self.background_threshold, -1)
+        if self.background_entropy is not None:
+            entropy = torch.special.entr(scores.float().softmax(1)).sum(1, keepdim=True)
+            origins, *sizes = placement.windows
+            high = ok.window_argmax(-entropy, origins, *sizes, threshold=-self.background_entropy, background=1, label_type=torch.uint8)
+            labels.masked_fill_(high.bool(), -1)
+        return labels, value
+
+    def cosines(self, model: OVSegModel, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """[n, T, h, w], what (1) scales."""
+        return at_least_float32(model.segment_logits(features, texts))
+
+    def _from_patches(self, scores: torch.Tensor, queries: EncodedQueries, placement: Placement):
+        options: dict[str, Any] = {"class_labels": queries.owners, "label_type": queries.label_type, "return_value": True}
+
+        def decide(offsets):
+            if placement.origins is None and self.activation is None:
+                labels, value = ok.upsample_argmax(scores, placement.size, bias=offsets, **options)
+                return labels[0], value[0]
+            origins, *sizes = placement.windows
+            return ok.window_argmax(scores, origins, *sizes, activation=self.activation, stage=self.stage, bias=offsets,
+                                    **options)
+
+        return decide
+
+    def _without_small(self, labels, queries, offsets, dtype):
+        """The offsets with -inf for the classes below ``area_threshold``, unless that is all. Computed without reading the device."""
+        # Background goes into a last bin of its own: a mask would make a shape that depends on values.
+        bins = torch.zeros(len(queries.names) + 1, dtype=torch.int64, device=labels.device)
+        for some in labels.flatten().split(_AT_ONCE):  # indices are eight bytes each
+            index = some.long() % len(bins)
+            bins.scatter_add_(0, index, torch.ones_like(index))
+        area = bins[:-1]
+        small = area <= self.area_threshold * area.sum()
+        dropped = (queries.owners >= 0) & small[queries.owners] & ~small.all()
+        base = torch.zeros(len(dropped), device=labels.device, dtype=dtype) if offsets is None else offsets
+        return base.masked_fill(dropped, -torch.inf)
+
+    def background_rules(self) -> list[str]:
+        rules = [f"the winner scores below {self.background_threshold}"] if self.background_threshold is not None else []
+        return rules + ([f"entropy above {self.background_entropy} nats"] if self.background_entropy is not None else [])
+
+    def describe(self) -> dict[str, Any]:
+        scores = "cosines" + (f" times {self.scale:g}" if self.scale else "")
+        scores += f", {self.activation} at the {self.stage} stage" if self.activation else ""
+        return {"scores": scores, "area_threshold": self.area_threshold, "bias": self.bias or {}, "refine": self.refine}
+
+
+def _maps(scores: torch.Tensor, placement: Placement, *activation: str | None) -> torch.Tensor:
+    """(2), whole: [C, H, W]."""
+    origins, *sizes = placement.windows
+    return window_maps(scores, None, upload(origins, scores.device), *sizes, *activation)
+
+
+Rule = PatchArgmax

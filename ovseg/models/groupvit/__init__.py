@@ -1,5 +1,0 @@
-"""GroupViT."""
-
-from .model import GroupViT as System
-
-__all__ = ["System"]

@@ -1,5 +1,0 @@
-"""OVSegmentor."""
-
-from .model import OVSegmentor as System
-
-__all__ = ["System"]

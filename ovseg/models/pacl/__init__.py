@@ -1,5 +1,0 @@
-"""PACL."""
-
-from .model import PACL as System
-
-__all__ = ["System"]

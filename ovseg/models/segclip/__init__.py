@@ -1,5 +1,0 @@
-"""SegCLIP."""
-
-from .model import SegCLIP as System
-
-__all__ = ["System"]

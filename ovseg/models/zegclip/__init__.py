@@ -1,5 +1,0 @@
-"""ZegCLIP."""
-
-from .model import ZegCLIP as System
-
-__all__ = ["System"]

@@ -1,0 +1,162 @@
+"""GroupViT in transformers' layout and in NVIDIA's: names and tensors, and the options of a folder.
+
+transformers keeps q, k and v of its blocks apart; here they are packed. Its dead tensors: none. A file may hold beside the model's own
+tensors the tables of positions' numbers that older versions wrote (``*.position_ids``); it may lack the second temperature, which only
+training has. Nothing else. NVIDIA's own files are read and not written. Their image tower has OVSegmentor's names; those of the text tower
+are after the table by which transformers 4 converted such files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError
+from ...nn.vit_blocks import ACTIVATIONS
+from ...weights.files import read_json
+from ...weights.published import Published, State
+from ...weights.transformers_layout import preprocess_of, tower_config
+from ..grouping import convolutions, linear
+
+_BYTE_PAIRS = 49408  # words of CLIP's own tokenizer
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SEPARATE = re.compile(r"(.+\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
+_PACKED = re.compile(r"(.+\.layers\.\d+\.self_attn)\.qkv\.(weight|bias)")
+_NVIDIA = (  # as below
+    ("img_encoder.layers.{}.group_projector.0.", "backbone.image.layers.{}.group_projector.norm."),
+    ("img_encoder.layers.{}.group_projector.1.", "backbone.image.layers.{}.group_projector.mlp."),
+    ("img_encoder.", "backbone.image."),
+    ("text_encoder.transformer.resblocks.{}.attn.in_proj_", "backbone.text.layers.{}.attn.qkv."),
+    ("text_encoder.transformer.resblocks.{}.attn.out_proj.", "backbone.text.layers.{}.attn.proj."),
+    ("text_encoder.transformer.resblocks.{}.ln_1.", "backbone.text.layers.{}.norm1."),
+    ("text_encoder.transformer.resblocks.{}.ln_2.", "backbone.text.layers.{}.norm2."),
+    ("text_encoder.transformer.resblocks.{}.mlp.c_fc.", "backbone.text.layers.{}.mlp.fc1."),
+    ("text_encoder.transformer.resblocks.{}.mlp.c_proj.", "backbone.text.layers.{}.mlp.fc2."),
+    ("text_encoder.", "backbone.text."),
+    ("img_projector.", "backbone.image_projector."),
+    ("text_projector.", "backbone.text_projector."),
+    ("logit_scale", "backbone.logit_scale"),
+)
+_RULES = (  # theirs, ours; the first that fits, {} is a number
+    ("vision_model.embeddings.position_embeddings", "backbone.image.pos_embed"),
+    ("vision_model.embeddings.patch_embeddings.projection.", "backbone.image.patch_embed.proj."),
+    ("vision_model.embeddings.layernorm.", "backbone.image.patch_embed.norm."),
+    ("vision_model.encoder.stages.{}.layers.{}.", "backbone.image.layers.{}.blocks.{}."),
+    ("vision_model.encoder.stages.{}.group_projector.0.", "backbone.image.layers.{}.group_projector.norm."),
+    ("vision_model.encoder.stages.{}.group_projector.1.", "backbone.image.layers.{}.group_projector.mlp."),
+    ("vision_model.encoder.stages.{}.", "backbone.image.layers.{}."),
+    ("vision_model.layernorm.", "backbone.image.norm."),
+    ("text_model.embeddings.token_embedding.", "backbone.text.token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "backbone.text.positional_embedding"),
+    ("text_model.encoder.layers.{}.", "backbone.text.layers.{}."),
+    ("text_model.final_layer_norm.", "backbone.text.ln_final."),
+    ("visual_projection.3.", "backbone.image_projector.linear_out."),
+    ("text_projection.3.", "backbone.text_projector.linear_out."),
+    ("visual_projection.{}.", "backbone.image_projector.linear_hidden.{}."),
+    ("text_projection.{}.", "backbone.text_projector.linear_hidden.{}."),
+    ("logit_scale", "backbone.logit_scale"),
+)
+_INSIDE = (("layer_norm1.", "norm1."), ("layer_norm2.", "norm2."), ("self_attn.qkv.", "attn.qkv."), ("self_attn.out_proj.", "attn.proj."),
+           ("pre_assign_attn.attn.out_proj.", "pre_assign_attn.attn.proj."))
+
+
+def to_ours(name: str) -> str:
+    """From transformers'."""
+    start, rest = _split(_RULES, name, 0, 1)
+    return start + _swapped(rest, 0, 1)
+
+
+def to_theirs(name: str) -> str:
+    """The inverse of ``to_ours``."""
+    start, rest = _split(_RULES, name, 1, 0)
+    return start + _swapped(rest, 1, 0)
+
+
+def _split(rules: tuple[tuple[str, str], ...], name: str, old: int, new: int) -> tuple[str, str]:
+    """(the beginning that the first fitting rule gives, the rest of the name as it is)."""
+    for rule in rules:
+        found = re.match(re.escape(rule[old]).replace(r"\{\}", r"(\d+)"), name)
+        if found:
+            return rule[new].format(*found.groups()), name[found.end() :]
+    return "", name
+
+
+def _swapped(rest: str, old: int, new: int) -> str:
+    for pair in _INSIDE:
+        if rest.startswith(pair[old]):
+            return pair[new] + rest[len(pair[old]) :]
+        inner = f"downsample.{pair[old]}"
+        if rest.startswith(inner):
+            return f"downsample.{pair[new]}" + rest[len(inner) :]
+    return rest
+
+
+def packed(state: State) -> State:
+    """q, k and v of the blocks in one tensor."""
+    found: State = {}
+    for name, tensor in state.items():
+        one = _SEPARATE.fullmatch(name)
+        if one is None:
+            found[name] = tensor
+            continue
+        names = [f"{one[1]}.{letter}_proj.{one[3]}" for letter in "qkv"]
+        if all(other in state for other in names):
+            found[f"{one[1]}.qkv.{one[3]}"] = torch.cat([state[other] for other in names])
+        else:
+            found[name] = tensor
+    return found
+
+
+def unpacked(state: State) -> State:
+    """The inverse of ``packed``."""
+    found: State = {}
+    for name, tensor in state.items():
+        one = _PACKED.fullmatch(name)
+        if one is None:
+            found[name] = tensor
+        else:
+            found |= {f"{one[1]}.{letter}_proj.{one[2]}": part for letter, part in zip("qkv", tensor.chunk(3), strict=True)}
+    return found
+
+
+NVIDIA = Published(lambda name: "".join(_split(_NVIDIA, name, 0, 1)), lambda name: "".join(_split(_NVIDIA, name, 1, 0)),
+                   "text_encoder.transformer.resblocks.", ("multi_label_logit_scale",), surplus=("multi_label_logit_scale",),
+                   reshape=linear, restore=convolutions)
+LAYOUT = Published(to_ours, to_theirs, "vision_model.encoder.stages.", ("multi_label_logit_scale",), reshape=packed, restore=unpacked,
+                   surplus=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"), others=(NVIDIA,))
+
+
+def folder_options(folder: Path) -> dict[str, Any]:
+    """The backbone's options of a folder of transformers.
+
+    Raises:
+        CheckpointError: for a model that ours does not compute.
+    """
+    config = read_json(folder / "config.json")
+    vision, text = tower_config(config, "vision_config"), tower_config(config, "text_config")
+    width, hidden, act = vision.get("hidden_size", 384), vision.get("intermediate_size", 1536), text.get("hidden_act", "quick_gelu")
+    expected = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "assign_eps": 1.0, "num_channels": 3,
+                "assign_mlp_ratio": [0.5, hidden / width]}
+    wrong = [f"vision_config.{key} is {vision[key]!r}, expected {value!r}" for key, value in expected.items()
+             if vision.get(key, value) != value]
+    if text.get("layer_norm_eps", 1e-5) != 1e-5:
+        wrong.append(f"text_config.layer_norm_eps is {text['layer_norm_eps']}, expected 1e-05")
+    if act not in ACTIVATIONS:
+        wrong.append(f"text_config.hidden_act is {act!r}, expected one of {list(ACTIVATIONS)}")
+    if wrong:
+        raise CheckpointError(f"{folder} holds a GroupViT that is not computed here: {'; '.join(wrong)}")
+    vocabulary, eos = text.get("vocab_size", _BYTE_PAIRS), text.get("eos_token_id", _BYTE_PAIRS - 1)
+    words = {"kind": "clip", "width": text.get("hidden_size", 256), "heads": text.get("num_attention_heads", 4), "act": act,
+             "depth": text.get("num_hidden_layers", 12), "hidden": text.get("intermediate_size", 1024), "vocab_size": vocabulary,
+             "context_length": text.get("max_position_embeddings", 77),
+             "eos_id": None if eos == 2 else eos,  # with 2, as the first folders say, transformers takes the largest id
+             "tokenizer": str(folder.resolve()) if vocabulary != _BYTE_PAIRS else None}
+    tokens, seen = vision.get("num_group_tokens", [64, 8, 0]), preprocess_of(folder, *_IMAGENET)
+    groups = [made for made, count in zip(vision.get("num_output_groups", [64, 8, 8]), tokens, strict=False) if count]
+    return {"width": width, "heads": vision.get("num_attention_heads", 6), "hidden": hidden, "depths": vision.get("depths", [6, 3, 3]),
+            "group_tokens": tokens, "groups": groups, "patch_norm": True, "image_size": vision.get("image_size", 224),
+            "patch_size": vision.get("patch_size", 16), "embed_dim": config.get("projection_dim", 256),
+            "projector": config.get("projection_intermediate_dim", 4096), "mean": list(seen["mean"]), "std": list(seen["std"]),
+            "text": words}

@@ -1,0 +1,178 @@
+"""What is trained: a module of its own around a model, ``forward(batch, progress, group) -> losses``.
+
+It is what DDP, FSDP2 and ``torch.compile`` wrap. ``forward`` is ``loss(encode(batch))``: rows of pictures and texts first, then everything
+that compares rows with each other. Gradient accumulation with all negatives encodes a batch in chunks and calls ``loss`` once.
+
+With ``group`` every rank passes its own batch and gets the losses of the whole one; the mean over the ranks of the gradients, which DDP and
+FSDP2 take, is then exactly the gradient of one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ovseg_kernels import philox
+
+from ..data.batches import Batch, PairBatch
+from ..errors import ConfigError
+from ..options import options_of
+from .base import OVSegModel
+from .registry import SYSTEMS
+
+Losses = dict[str, torch.Tensor]
+Rows = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands: what a loss may depend on beside its batch.
+
+    Attributes:
+        step, steps: of the stage, from 0.
+        seed: of the run.
+        rank, chunk: of the process, and of the part of its batch that is being encoded.
+        first: row of the whole batch at which that part begins.
+    """
+
+    step: int = 0
+    steps: int = 1
+    seed: int = 0
+    rank: int = 0
+    chunk: int = 0
+    first: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the stage that is done, 0 to 1."""
+        return self.step / max(1, self.steps)
+
+    @torch.compiler.disable
+    def rng(self, device: torch.device | str, use: str) -> torch.Tensor:
+        """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``; the same when a step is done again."""
+        return philox.make_rng(self._number(use, self.rank, self.chunk), device=device)
+
+    @torch.compiler.disable
+    def uniform(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uniform numbers for the rows of this part of the batch. A row's are its own, whichever process or chunk it falls to."""
+        blocks, before = self._place(shape)
+        drawn = philox.uniform(philox.make_rng(self._number(use), blocks, device), (before + math.prod(shape),))
+        return drawn[before:].view(shape)
+
+    @torch.compiler.disable
+    def gumbel(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Gumbel noise, likewise."""
+        return -torch.log(-torch.log(self.uniform(device, use, shape)))
+
+    @torch.compiler.disable
+    def noise(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return what an operator draws ``gumbel`` of this shape from: [seed, offset], or the numbers
+        themselves where a row begins amid a block of four."""
+        blocks, before = self._place(shape)
+        return self.gumbel(device, use, shape) if before else philox.make_rng(self._number(use), blocks, device)
+
+    def _place(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return where the rows of a tensor of this shape begin in that of the whole batch: blocks of
+        four numbers, and numbers beyond them."""
+        return divmod(self.first * math.prod(shape[1:]), 4)
+
+    @contextlib.contextmanager
+    def seeded(self, device: torch.device, use: str, on: bool = True) -> Iterator[None]:
+        """Seed what torch itself draws inside, such as dropout, by the same and by rank and chunk; its
+        generators are as before afterwards."""
+        if not on:
+            yield
+            return
+        devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._number(use, self.rank, self.chunk))
+            yield
+
+    def _number(self, use: str, rank: int = 0, chunk: int = 0) -> int:
+        key = f"{self.seed} {self.step} {rank} {chunk} {use}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
+
+
+class Objective(nn.Module):
+    """Base class. An objective defines ``encode`` and ``loss``.
+
+    Args:
+        model: the system that is trained.
+
+    Attributes:
+        batch_type: the kind of batch it takes.
+        on_host: fields of the batch that the host reads: they stay where the loader made them, for a GPU would be waited for.
+    """
+
+    batch_type: ClassVar[type[Batch]] = PairBatch
+    on_host: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: OVSegModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None) -> Losses:
+        """Named scalars with ``total``.
+
+        Args:
+            batch: of ``batch_type``, on the model's device but for ``on_host``.
+            progress: the step, for schedules and noise.
+            group: the ranks that hold the rest of the batch; None for one process.
+        """
+        return self.loss(self.encode(batch, progress), batch, progress, group)
+
+    def encode(self, batch: Any, progress: Progress) -> Rows:
+        """What each row of the batch, or of a chunk of it, gives by itself: named tensors, their first dimension the rows."""
+        raise NotImplementedError
+
+    def loss(self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
+        """From the rows of the whole batch to the losses."""
+        raise NotImplementedError
+
+    def check_source(self, source: Any) -> None:
+        """Raises ConfigError for a source of data (``data/sources``) whose batches would mean something else than what is trained."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after every step of the optimizer."""
+
+    def images(self, batch: Batch) -> torch.Tensor:
+        """The batch's pictures as the model takes them: uint8 is normalised here, floats are so already."""
+        return batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
+
+
+def list_objectives() -> list[str]:
+    """Return the systems, each of which has an objective of its own name."""
+    return list(SYSTEMS)
+
+
+def create_objective(model: OVSegModel, name: str | None = None, **options: Any) -> Objective:
+    """Build what trains ``model``.
+
+    Args:
+        model: a system.
+        name: of ``list_objectives``; the model's own if None.
+        options: of the objective.
+
+    Raises:
+        ConfigError: for an unknown objective or option.
+    """
+    name = name or model.objective
+    if name not in SYSTEMS:
+        raise ConfigError(f"objective is {name!r}; expected one of {list_objectives()}")
+    kind = SYSTEMS[name].Objective
+    schema = getattr(kind, "Options", None)
+    if schema is None:
+        if options:
+            raise ConfigError(
+                f"objective {name!r} has no options and {sorted(options)} are given; expected none"
+            )
+        return kind(model)
+    return kind(model, options_of(schema, options, f"objective {name}"))
