@@ -26,15 +26,14 @@ def _fixed_seed():
 
 @pytest.fixture(autouse=True)
 def _log_is_left_as_it_was():
-    """A level that a test leaves at the log of the package changes what later ones of its process see."""
+    """A level or handler that a test, or a fixture of its module, leaves at the log of the package is seen by all later tests."""
     log = logging.getLogger("ovseg")
-    before = log.level, list(log.handlers), log.propagate
     yield
-    after = log.level, list(log.handlers), log.propagate
-    log.setLevel(before[0])
-    log.handlers[:] = before[1]
-    log.propagate = before[2]
-    assert after == before, "level, handlers and propagation of the log 'ovseg' after the test"
+    left = log.level, list(log.handlers), log.propagate
+    log.setLevel(logging.NOTSET)
+    log.handlers.clear()
+    log.propagate = True
+    assert left == (logging.NOTSET, [], True), "level, handlers and propagation of the log 'ovseg' after the test"
 
 
 def pytest_addoption(parser):
