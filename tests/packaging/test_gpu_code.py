@@ -31,8 +31,13 @@ def nvidia_tool(name):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """What a wheel of the checkout holds, with CUDA for all three architectures. Objects of the install are taken as they are."""
+    """What a wheel of the checkout holds, with CUDA for all three architectures. Objects of the install are taken as they are.
+
+    Of several processes that run the tests this one waits meanwhile: the compilers get its core, and not those of the others.
+    """
     environment = {"OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1", "OVSEG_KEEP_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a;12.0"}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        environment |= {"MAX_JOBS": "1", "NVCC_APPEND_FLAGS": "--threads=1"}
     return install(ROOT, tmp_path_factory.mktemp("cuda"), OVSEG_WERROR="1", **environment)[1]
 
 
