@@ -3,8 +3,6 @@
 tests/ops/test_contract.py runs them.
 """
 
-import re
-
 import numpy as np
 import torch
 from bad_input import BAD_INPUT
@@ -108,38 +106,16 @@ def _others(op):
         yield "rng", "an rng on another device", good.to("meta"), ValueError, "rng is on meta and .* is on cpu"
 
 
-def rows():
-    """(operator, kind, argument, value, error, message)."""
-    for op, (base, _) in BAD_INPUT.items():
-        for name, x in {**base, **TENSORS.get(op, {})}.items():
-            if isinstance(x, torch.Tensor) and not (op == "window_argmax" and name == "origins"):
-                for kind, value, error, message in _tensor(name, x):
-                    if "meta" in kind and name in ("logits", "similarity"):
-                        continue  # the only tensor of the call: its shapes are the result
-                    yield op, kind, name, value, error, message
-        for name in NUMBERS[op]:
-            for kind, value, error, message in _number(op, name):
-                yield op, kind, name, value, error, message
-        for name, kind, value, error, message in _others(op):
-            yield op, kind, name, value, error, message
-
-
-def identity(row):
-    op, kind, name, *_ = row
-    return re.sub(r"\W+", "-", f"{op}-{name}-{kind}")
-
-
-OWN = (
-    (r"dimensions?, \\\[|dimensions", "a tensor of the wrong rank"),
-    ("has dtype|label_type|is a str|is a float|is a Tensor|is a list|is int", "a wrong type"),
-    ("is on meta", "a tensor on another device"),
-    ("holds", "numbers in a tensor that the operator cannot take"),
-    ("go together|both given|is missing|is given|was given|use weight_scale", "arguments that go together, or exclude each other"),
-    ("expected one of", "an unknown choice"),
-    (r"has shape|have \d and|has \d images|has last dimension|at least one", "a size that does not fit"),
-)
-
-
-def own_kind(message):
-    """Of a row of BAD_INPUT, by what its message is about."""
-    return next((kind for pattern, kind in OWN if re.search(pattern, message)), "a number out of its range")
+def rows(op):
+    """(kind, argument, value, error, message) of an operator."""
+    for name, x in {**BAD_INPUT[op][0], **TENSORS.get(op, {})}.items():
+        if isinstance(x, torch.Tensor) and not (op == "window_argmax" and name == "origins"):
+            for kind, value, error, message in _tensor(name, x):
+                if "meta" in kind and name in ("logits", "similarity"):
+                    continue  # the only tensor of the call: its shapes are the result
+                yield kind, name, value, error, message
+    for name in NUMBERS[op]:
+        for kind, value, error, message in _number(op, name):
+            yield kind, name, value, error, message
+    for name, kind, value, error, message in _others(op):
+        yield kind, name, value, error, message

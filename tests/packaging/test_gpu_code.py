@@ -1,6 +1,5 @@
 """GPU code on a machine without a GPU: it compiles for real chips, fits their limits, and the libraries keep their promises."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -32,8 +31,13 @@ def nvidia_tool(name):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """What a wheel of the checkout holds, with CUDA for all three architectures. Objects of the install are taken as they are."""
+    """What a wheel of the checkout holds, with CUDA for all three architectures. Objects of the install are taken as they are.
+
+    Of several processes that run the tests this one waits meanwhile: the compilers get its core, and not those of the others.
+    """
     environment = {"OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1", "OVSEG_KEEP_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a;12.0"}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        environment |= {"MAX_JOBS": "1", "NVCC_APPEND_FLAGS": "--threads=1"}
     return install(ROOT, tmp_path_factory.mktemp("cuda"), OVSEG_WERROR="1", **environment)[1]
 
 
@@ -302,21 +306,7 @@ def test_the_suite_needs_few_triton_compilations():
     assert done.returncode == 0, done.stderr[-4000:]
     counted = json.loads(done.stdout.splitlines()[-1])
     assert set(counted["broken"]) <= {  # after what they launch
-        "test_contract.py::test_export",
         "test_no_synchronisation.py::test_a_graph_of_a_gpu_flags_at_every_replay",
         "test_philox.py::test_triton_equals_python",
     }, counted
     assert 200 <= counted["specialisations"] <= 350, counted
-
-
-def test_planted_faults_can_still_be_planted():
-    """The list of docs/testing.md against the source as it is; whether each is caught, `make faults` shows."""
-    spec = importlib.util.spec_from_file_location("plant_faults", ROOT / "scripts" / "plant_faults.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plant_faults"] = module
-    spec.loader.exec_module(module)
-    assert len(module.FAULTS) >= 10
-    for fault in module.FAULTS:
-        source = (ROOT / fault.file).read_text()
-        assert fault.after in source and fault.right in source[source.index(fault.after) :], fault.name
-        assert fault.right != fault.wrong and (ROOT / fault.folder).exists(), fault

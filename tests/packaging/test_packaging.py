@@ -23,27 +23,63 @@ def sdist(tmp_path_factory):
     return next(out.glob("*.tar.gz"))
 
 
-@pytest.mark.slow
-def test_wheel_from_the_sdist_beside_a_failing_nvcc(sdist, tmp_path):
-    """A header that MANIFEST.in forgets shows here. An nvcc that cannot compile leaves the CPU kernels, unless CUDA was asked for."""
+PACKAGES = ("csrc", "ovseg", "ovseg_kernels", "benchmarks")
+
+
+def test_the_sdist_holds_what_builds(sdist):
+    """A header or recipe that MANIFEST.in or pyproject.toml forget shows here; .ci/run compiles a copy of the same files."""
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"CMakeLists.txt", "LICENSE", "csrc/common/gemm.h", "constraints.txt"} <= names
+    assert {"CMakeLists.txt", "LICENSE", "csrc/common/gemm.h", "constraints.txt", "setup.py", "pyproject.toml"} <= names
     assert not any(name.endswith((".so", "build_info.json")) for name in names)
+    lost = {name for name in tracked(*PACKAGES) if not name.startswith("benchmarks/results/")} - names
+    assert not lost, lost
+
+
+CMAKE = """#!/bin/sh
+echo "$*" >> {log}
+for word in "$@"; do
+  case "$word" in
+    -DOVSEG_CUDA=ON) touch CMakeCache.txt; exit 1 ;;
+    -DOVSEG_OUTPUT=*) test ! -e CMakeCache.txt && echo "${{word#*=}}" > place ;;
+    --build) cp {library} "$(cat place)" ;;
+  esac
+done
+"""
+
+
+def tracked(*folders):
+    """The files of the repository below ``folders`` that are here."""
+    names = subprocess.run(["git", "ls-files", *folders], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    return {name for name in names if (ROOT / name).exists()}
+
+
+def test_wheel_beside_an_nvcc_that_fails(sdist, tmp_path):
+    """CMake with CUDA fails: the CPU kernels are built in an empty folder, unless CUDA was asked for. A script stands for CMake.
+
+    The wheel holds every file of the packages, so that a system, a recipe or a set of data cannot be in the source tree alone.
+    """
     (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "nvcc").chmod(0o755)
-    broken = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CUDACXX": str(tmp_path / "nvcc")}
+    library = ROOT / "ovseg_kernels" / "_C_cpu.so"
+    (tmp_path / "cmake").write_text(CMAKE.format(log=tmp_path / "log", library=library))
+    for name in ("nvcc", "cmake"):
+        (tmp_path / name).chmod(0o755)
+    broken = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "OVSEG_KEEP_BUILD": ""}
     wheel, site = install(sdist, tmp_path / "out", OVSEG_BUILD_NATIVE="", FORCE_CUDA="", **broken)
+    configured, again, built = (tmp_path / "log").read_text().splitlines()
+    assert "-DOVSEG_CUDA=ON" in configured and "-DOVSEG_CUDA=OFF" in again and built.startswith("--build")
     assert "-py3-none-linux" in wheel.name or "-py3-none-macosx" in wheel.name
     assert smoke(site) == "cpu" and not (site / "ovseg_kernels" / "_C_cuda.so").exists()
     info = json.loads((site / "ovseg_kernels" / "build_info.json").read_text())
     assert info["torch_floor"] == "2.10" and info["cuda"] == "off"
-    assert (site / "ovseg" / "training" / "recipes" / "pacl_scenes.yaml").exists()
-    assert (site / "ovseg" / "data" / "entity_lists" / "everyday.yaml").exists()
-    assert len(list((site / "ovseg" / "systems").glob("*/bundled/*/model.safetensors"))) >= 2
+    assert not {name for name in tracked("ovseg", "ovseg_kernels") if not (site / name).exists()}
+    systems = subprocess.run([sys.executable, "-c", "from ovseg.systems.registry import SYSTEMS; print(*SYSTEMS)"], cwd=site,
+                             capture_output=True, text=True, check=True).stdout.split()
+    assert systems == sorted(path.parent.name for path in (ROOT / "ovseg" / "systems").glob("*/preset.yaml"))
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "no"), str(sdist)]
     asked = {**os.environ, **broken, "OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1"}
     assert subprocess.run(command, capture_output=True, env=asked, check=False).returncode != 0
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
 
 
 @pytest.mark.third_trial(14)
@@ -152,6 +188,11 @@ def test_install_without_any_compiler(sdist, tmp_path):
 def test_pure_python_wheel(sdist, tmp_path):
     wheel, site = install(sdist, tmp_path, OVSEG_BUILD_NATIVE="0")
     assert wheel.name.endswith("-py3-none-any.whl") and smoke(site) == "reference"
+    tracked = subprocess.run(["git", "ls-files", "ovseg", "ovseg_kernels"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    lost = {name for name in tracked if (ROOT / name).exists() and not (site / name).exists()}
+    assert not lost, lost
+    assert list((site / "ovseg").rglob("pacl_scenes.yaml")) and list((site / "ovseg").rglob("everyday.yaml"))
+    assert len(list((site / "ovseg").rglob("model.safetensors"))) >= 2
 
 
 def test_imports_are_cheap():

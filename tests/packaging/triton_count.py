@@ -92,8 +92,6 @@ class Stand:
     def pytest_collection_modifyitems(self, items, config):
         mine = [item for item in items if "gpu" in item.keywords and getattr(item, "callspec", None)
                 and item.callspec.params.get("backend") == "triton"]
-        for item in mine:
-            item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = mine
         order.update({item.nodeid.split("/")[-1]: i for i, item in enumerate(mine)})
@@ -108,7 +106,8 @@ class Stand:
 
 
 def main() -> None:
-    pytest.main([str(OPS), *sys.argv[1:], "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"], plugins=[Stand()])
+    options = ["--every-gpu-case", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+    pytest.main([str(OPS), *sys.argv[1:], *options], plugins=[Stand()])
     for (name, key), needed_by in sorted(found.items()):
         print(name, needed_by, key)
     print(json.dumps({"broken": sorted(broken), "specialisations": len(found), "of_the_largest_shard": max(map(len, shards.values())),
