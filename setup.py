@@ -1,8 +1,12 @@
-"""Maps environment variables to CMake options, runs CMake, and writes build_info.json. CMakeLists.txt is the build.
+"""Maps environment variables to CMake options, runs CMake, and writes build_info.json.
 
-OVSEG_BUILD_NATIVE  1: a failing native build is an error; 0: no native build; unset: try, and go on without it
+CMakeLists.txt is the build.
+
+OVSEG_BUILD_NATIVE  1: a failing native build is an error; 0: no native build; unset: try, and go on
+without it
 FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
-TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset: 8.0;9.0a;10.0;12.0+PTX, those of them that nvcc knows
+TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset:
+8.0;9.0a;10.0;12.0+PTX, those of them that nvcc knows
 MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
 OVSEG_WERROR        1: warnings are errors
 OVSEG_KEEP_BUILD    1: go on with the objects of an earlier build that was cut short; unset: build everything anew
@@ -36,7 +40,8 @@ except ImportError:
         bdist_wheel = None
 
 ROOT = Path(__file__).parent.resolve()
-# sm_80 code serves 8.6 and 8.9 too; 9.0a is Hopper and nothing else; the last one's PTX serves chips to come.
+# sm_80 code serves 8.6 and 8.9 too; 9.0a is Hopper and nothing else; the last one's PTX serves
+# chips to come.
 DEFAULT_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
 
 
@@ -56,29 +61,47 @@ def use_cuda() -> bool:
 
 
 def nvcc_codes() -> str:
-    """The chips that the compiler knows, as it lists them: ``sm_80 sm_86 ...``; empty where it cannot be asked."""
+    """The chips that the compiler knows, as it lists them: ``sm_80 sm_86 ...``; empty where it
+    cannot be asked.
+    """
     done = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else ""
 
 
 def default_archs(codes: str) -> str:
-    """Of ``DEFAULT_ARCHS`` those among ``codes``, the last one with PTX; all where nothing is known."""
+    """Of ``DEFAULT_ARCHS`` those among ``codes``, the last one with PTX; all where nothing is
+    known.
+    """
     known = {int(code.removeprefix("sm_").rstrip("af")) for code in codes.split()}
-    chosen = [arch for arch in DEFAULT_ARCHS if not known or int(arch.rstrip("a").replace(".", "")) in known]
+    chosen = [
+        arch
+        for arch in DEFAULT_ARCHS
+        if not known or int(arch.rstrip("a").replace(".", "")) in known
+    ]
     if not chosen:
-        raise RuntimeError(f"nvcc compiles for {codes} and for none of {DEFAULT_ARCHS}; expected TORCH_CUDA_ARCH_LIST to be set")
+        raise RuntimeError(
+            f"nvcc compiles for {codes} and for none of {DEFAULT_ARCHS}; expected "
+            f"TORCH_CUDA_ARCH_LIST to be set"
+        )
     # Code for one chip alone ("a") has no PTX that later chips could take.
     return ";".join([*chosen[:-1], chosen[-1].rstrip("a") + "+PTX"])
 
 
 def first_line(*command: str, last: bool = False) -> str:
     """What a compiler says of itself."""
-    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().split("\n")
+    lines = (
+        subprocess.run(command, capture_output=True, text=True, check=False)
+        .stdout.strip()
+        .split("\n")
+    )
     return lines[-1 if last else 0]
 
 
 class CMakeBuild(build_ext):
-    """Builds the shared libraries into ovseg_kernels/. They hold no Python symbol and load by torch.ops.load_library."""
+    """Builds the shared libraries into ovseg_kernels/.
+
+    They hold no Python symbol and load by torch.ops.load_library.
+    """
 
     def run(self) -> None:
         wanted = os.environ.get("OVSEG_BUILD_NATIVE", "")
@@ -91,15 +114,22 @@ class CMakeBuild(build_ext):
             except subprocess.CalledProcessError as error:
                 if wanted == "1" or not use_cuda() or os.environ.get("FORCE_CUDA") == "1":
                     raise
-                print(f"\novseg_kernels: the build with CUDA failed ({error}); building for the CPU only.\n"
-                      "FORCE_CUDA=1 makes this an error, FORCE_CUDA=0 does not try.\n", file=sys.stderr)
+                print(
+                    f"\novseg_kernels: the build with CUDA failed ({error}); building for the CPU "
+                    f"only.\n"
+                    "FORCE_CUDA=1 makes this an error, FORCE_CUDA=0 does not try.\n",
+                    file=sys.stderr,
+                )
                 self._build(False)
         except Exception as error:
             if wanted == "1":
                 raise
-            print(f"\novseg_kernels: the native build failed ({error}).\n"
-                  "Going on without it: every operator runs on its plain-torch reference.\n"
-                  "OVSEG_BUILD_NATIVE=1 makes this an error.\n", file=sys.stderr)
+            print(
+                f"\novseg_kernels: the native build failed ({error}).\n"
+                "Going on without it: every operator runs on its plain-torch reference.\n"
+                "OVSEG_BUILD_NATIVE=1 makes this an error.\n",
+                file=sys.stderr,
+            )
 
     def _build(self, cuda: bool) -> None:
         import torch
@@ -113,7 +143,9 @@ class CMakeBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         torch_root = Path(torch.__file__).parent
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(nvcc_codes() if cuda else "")
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(
+            nvcc_codes() if cuda else ""
+        )
         archs = [arch for arch in archs.replace(" ", ";").replace(",", ";").split(";") if arch]
         options = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -126,7 +158,9 @@ class CMakeBuild(build_ext):
         }
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         jobs = max_jobs()
-        subprocess.check_call(["cmake", str(ROOT), *generator, *(f"-D{k}={v}" for k, v in options.items())], cwd=work)
+        subprocess.check_call(
+            ["cmake", str(ROOT), *generator, *(f"-D{k}={v}" for k, v in options.items())], cwd=work
+        )
         subprocess.check_call(["cmake", "--build", ".", "--parallel", str(jobs)], cwd=work)
         build = runpy.run_path(str(ROOT / "ovseg_kernels" / "_build.py"))
         info = {
@@ -137,7 +171,9 @@ class CMakeBuild(build_ext):
             "compiler": first_line(os.environ.get("CXX", "c++"), "--version"),
             "machine": platform.machine(),
             "libc": build["libc"](),
-            "instruction_sets": ["baseline", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"],
+            "instruction_sets": ["baseline", "avx2", "avx512"]
+            if platform.machine() in ("x86_64", "AMD64")
+            else ["baseline"],
             "cuda": first_line("nvcc", "--version", last=True) if cuda else "off",
             "cuda_archs": [arch.replace(".", "") for arch in archs] if cuda else [],
             "jobs": jobs,
@@ -147,7 +183,9 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self):
         folder = Path(self.build_lib) / "ovseg_kernels"
-        return [str(path) for path in folder.glob("_C_*.so")] + [str(path) for path in folder.glob("build_info.json")]
+        return [str(path) for path in folder.glob("_C_*.so")] + [
+            str(path) for path in folder.glob("build_info.json")
+        ]
 
     def get_output_mapping(self):
         return {}
@@ -163,7 +201,9 @@ class PlatformWheel(bdist_wheel or object):
 
 
 class PlainWheel(Command):
-    """bdist_wheel where neither setuptools nor ``wheel`` has one: what `pip install .` asks of it, and no more."""
+    """bdist_wheel where neither setuptools nor ``wheel`` has one: what `pip install .` asks of it,
+    and no more.
+    """
 
     user_options: ClassVar[list] = [("dist-dir=", "d", "where the wheel goes")]
 
@@ -174,7 +214,9 @@ class PlainWheel(Command):
         self.dist_dir = Path(self.dist_dir or "dist")
 
     def egg2dist(self, egg_info, dist_info):
-        """Write METADATA and what stands beside it, from the folder that egg_info made; dist_info asks for it."""
+        """Write METADATA and what stands beside it, from the folder that egg_info made; dist_info
+        asks for it.
+        """
         dist_info = Path(dist_info)
         shutil.rmtree(dist_info, ignore_errors=True)
         dist_info.mkdir(parents=True)
@@ -191,11 +233,17 @@ class PlainWheel(Command):
         self.run_command("egg_info")
         build = self.get_finalized_command("build")
         site = Path(build.build_lib)
-        tag = "py3-none-any" if os.environ.get("OVSEG_BUILD_NATIVE") == "0" else f"py3-none-{build.plat_name.replace('-', '_')}"
+        tag = (
+            "py3-none-any"
+            if os.environ.get("OVSEG_BUILD_NATIVE") == "0"
+            else f"py3-none-{build.plat_name.replace('-', '_')}"
+        )
         name = f"ovseg_kernels-{self.distribution.get_version()}"
         dist_info = site / f"{name}.dist-info"
         self.egg2dist(self.get_finalized_command("egg_info").egg_info, dist_info)
-        (dist_info / "WHEEL").write_text(f"Wheel-Version: 1.0\nGenerator: setup.py\nRoot-Is-Purelib: false\nTag: {tag}\n")
+        (dist_info / "WHEEL").write_text(
+            f"Wheel-Version: 1.0\nGenerator: setup.py\nRoot-Is-Purelib: false\nTag: {tag}\n"
+        )
         self.dist_dir.mkdir(parents=True, exist_ok=True)
         files = sorted(path for path in site.rglob("*") if path.is_file())
         wheel = self.dist_dir / f"{name}-{tag}.whl"
@@ -216,14 +264,26 @@ class PlainWheel(Command):
 
 
 if "editable_wheel" in sys.argv and bdist_wheel is None:
-    raise SystemExit(f"ovseg-kernels: setuptools {setuptools.__version__} makes no editable install without `wheel`; "
-                     "expected a later one, pip install 'setuptools>=77'")
+    raise SystemExit(
+        f"ovseg-kernels: setuptools {setuptools.__version__} makes no editable install without "
+        f"`wheel`; "
+        "expected a later one, pip install 'setuptools>=77'"
+    )
 
 setup(
     # Found, so that no system is in the source tree alone.
-    packages=[*find_packages(include=["ovseg", "ovseg.*", "ovseg_kernels", "ovseg_kernels.*"]), "ovseg_benchmarks"],
+    packages=[
+        *find_packages(include=["ovseg", "ovseg.*", "ovseg_kernels", "ovseg_kernels.*"]),
+        "ovseg_benchmarks",
+    ],
     # Before 77 setuptools knows no expression and takes a text.
-    **{"license_expression" if int(setuptools.__version__.partition(".")[0]) >= 77 else "license": "Apache-2.0"},
-    ext_modules=[] if os.environ.get("OVSEG_BUILD_NATIVE") == "0" else [Extension("ovseg_kernels._C_cpu", sources=[])],
+    **{
+        "license_expression"
+        if int(setuptools.__version__.partition(".")[0]) >= 77
+        else "license": "Apache-2.0"
+    },
+    ext_modules=[]
+    if os.environ.get("OVSEG_BUILD_NATIVE") == "0"
+    else [Extension("ovseg_kernels._C_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel if bdist_wheel else PlainWheel},
 )

@@ -1,1 +1,4 @@
-"""Benchmarks of the operators: a registry of op x shape x baseline, and a runner. Installed as ``ovseg_benchmarks``."""
+"""Benchmarks of the operators: a registry of op x shape x baseline, and a runner.
+
+Installed as ``ovseg_benchmarks``.
+"""

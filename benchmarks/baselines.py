@@ -1,7 +1,7 @@
 """What our operators are compared with: name to function of the inputs, the first is ours.
 
-In float32 "eager" is the definition. In 16 bits the definition would compute in float32; there "eager" has the dtype's own products,
-and softmax and losses in float32, as autocast gives them.
+In float32 "eager" is the definition. In 16 bits the definition would compute in float32; there
+"eager" has the dtype's own products, and softmax and losses in float32, as autocast gives them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import ovseg_kernels as ok
 from ovseg_kernels.reference.center_assignment import center_assignment
 from ovseg_kernels.reference.folded_center_assignment import folded_center_assignment
 from ovseg_kernels.reference.patch_text_similarity import patch_text_similarity
-from ovseg_kernels.reference.segclip_center_assignment import grouped_linear, segclip_center_assignment
+from ovseg_kernels.reference.segclip_center_assignment import (
+    grouped_linear,
+    segclip_center_assignment,
+)
 from ovseg_kernels.reference.similarity_contrastive_loss import similarity_contrastive_loss
 
 if TYPE_CHECKING:
@@ -30,7 +33,9 @@ Functions = dict[str, Callable[..., torch.Tensor]]
 def patch_text(case: Case) -> Functions:
     options = dict(case.options)
     pool, weight = options.get("pool", "vector"), options.get("weight", "softmax")
-    scale, bias = (1 / options.get("temperature", 1.0), 0.0) if weight == "softmax" else (10.0, -2.5)
+    scale, bias = (
+        (1 / options.get("temperature", 1.0), 0.0) if weight == "softmax" else (10.0, -2.5)
+    )
 
     def eager(patches, texts):
         if patches.dtype.itemsize == 2:
@@ -46,19 +51,28 @@ def patch_text(case: Case) -> Functions:
         a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
         if pool == "score":
             return (a * s).sum(-1)
-        return torch.einsum("btd,td->bt", F.normalize(torch.einsum("btn,bnd->btd", a, patches), dim=-1), q)
+        return torch.einsum(
+            "btd,td->bt", F.normalize(torch.einsum("btn,bnd->btd", a, patches), dim=-1), q
+        )
 
     def in_chunks(one_chunk):
         def run(patches, texts, step=32):
             unit = F.normalize(patches, dim=-1)
-            parts = [checkpoint(one_chunk, unit, patches, part, use_reentrant=False) for part in texts.split(step)]
+            parts = [
+                checkpoint(one_chunk, unit, patches, part, use_reentrant=False)
+                for part in texts.split(step)
+            ]
             return torch.cat(parts, dim=1)
 
         return run
 
     def by_image(patches, texts):
-        return torch.cat([_gram(u, texts, scale, bias, weight) if pool == "vector" else eager(u[None], texts)
-                          for u in patches])
+        return torch.cat(
+            [
+                _gram(u, texts, scale, bias, weight) if pool == "vector" else eager(u[None], texts)
+                for u in patches
+            ]
+        )
 
     return {
         FUSED: lambda patches, texts: ok.patch_text_similarity(patches, texts, **options),
@@ -80,17 +94,28 @@ def _gram(u, texts, scale, bias, weight):
 
 def similarity_loss(case: Case) -> Functions:
     def cross_entropy(similarity, logit_scale):
-        z, target = logit_scale * similarity, torch.arange(len(similarity), device=similarity.device)
+        z, target = (
+            logit_scale * similarity,
+            torch.arange(len(similarity), device=similarity.device),
+        )
         return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
 
-    return {FUSED: ok.similarity_contrastive_loss, "eager": similarity_contrastive_loss, "F.cross_entropy twice": cross_entropy,
-            "torch.compile": torch.compile(cross_entropy)}
+    return {
+        FUSED: ok.similarity_contrastive_loss,
+        "eager": similarity_contrastive_loss,
+        "F.cross_entropy twice": cross_entropy,
+        "torch.compile": torch.compile(cross_entropy),
+    }
 
 
 def _assign(queries, keys, values, noise, scale=1.0, tau=1.0, normalizer="mean_plus_one"):
-    """The definition of ``center_assignment``, its products in the dtype that the inputs have: (pooled,)."""
+    """The definition of ``center_assignment``, its products in the dtype that the inputs have:
+    (pooled,).
+    """
     if queries.dtype.itemsize > 2:
-        return center_assignment(queries, keys, values, scale=scale, tau=tau, noise=noise, normalizer=normalizer)
+        return center_assignment(
+            queries, keys, values, scale=scale, tau=tau, noise=noise, normalizer=normalizer
+        )
     s = ((scale * (queries @ keys.transpose(1, 2)) + noise) / tau).softmax(1)
     a = torch.zeros_like(s).scatter_(1, s.argmax(1, keepdim=True), 1.0) + (s - s.detach())
     n = a.sum(-1, keepdim=True)
@@ -99,7 +124,9 @@ def _assign(queries, keys, values, noise, scale=1.0, tau=1.0, normalizer="mean_p
 
 
 def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]) -> Functions:
-    """A training step of the assignment: the same Gumbel noise for all, drawn inside by ours and given to the others."""
+    """A training step of the assignment: the same Gumbel noise for all, drawn inside by ours and
+    given to the others.
+    """
     noises: dict[tuple, torch.Tensor] = {}
 
     def rng(x):
@@ -119,7 +146,9 @@ def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]
         return call
 
     return {
-        FUSED: lambda queries, **others: operator(queries, **others, rng=rng(queries), **case.options)[0],
+        FUSED: lambda queries, **others: operator(
+            queries, **others, rng=rng(queries), **case.options
+        )[0],
         **{name: given(function) for name, function in definitions},
         "torch.compile": given(torch.compile(definitions[0][1])),
     }
@@ -132,8 +161,15 @@ def assignment(case: Case) -> Functions:
 def folded_assignment(case: Case) -> Functions:
     def eager(queries, tokens, key_weight, value_weight, key_bias, value_bias, **options):
         if tokens.dtype.itemsize > 2:
-            return folded_center_assignment(queries, tokens, key_weight, value_weight, key_bias, value_bias, **options)
-        return _assign(queries, F.linear(tokens, key_weight, key_bias), F.linear(tokens, value_weight, value_bias), **options)
+            return folded_center_assignment(
+                queries, tokens, key_weight, value_weight, key_bias, value_bias, **options
+            )
+        return _assign(
+            queries,
+            F.linear(tokens, key_weight, key_bias),
+            F.linear(tokens, value_weight, value_bias),
+            **options,
+        )
 
     def batched(queries, tokens, key_weight, value_weight, key_bias, value_bias, noise, scale):
         """The same algebra in plain torch: the fastest that it does here."""
@@ -143,33 +179,76 @@ def folded_assignment(case: Case) -> Functions:
         n = a.sum(-1, keepdim=True)
         return ((a.to(tokens.dtype) @ tokens) @ value_weight.T + n * value_bias) / (n + 1), None
 
-    return _training(case, ok.folded_center_assignment, ("eager", eager), ("eager, folded", batched))
+    return _training(
+        case, ok.folded_center_assignment, ("eager", eager), ("eager, folded", batched)
+    )
 
 
 def segclip_assignment(case: Case) -> Functions:
-    def convolutions(queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias, **options):
-        """As the modules of the system are written: Conv1d over channels, with the transposes it asks for."""
+    def convolutions(
+        queries,
+        tokens,
+        key_weight,
+        value_weight,
+        norm_weight,
+        norm_bias,
+        key_norm_weight,
+        key_norm_bias,
+        **options,
+    ):
+        """As the modules of the system are written: Conv1d over channels, with the transposes it
+        asks for.
+        """
         D, groups = tokens.shape[-1:], tokens.shape[-1] // key_weight.shape[1]
         x = F.layer_norm(tokens, D, norm_weight, norm_bias).transpose(1, 2)
-        keys, values = (F.conv1d(x, w[..., None], groups=groups).transpose(1, 2) for w in (key_weight, value_weight))
-        return _assign(queries, F.layer_norm(keys, D, key_norm_weight, key_norm_bias), values, **options)
+        keys, values = (
+            F.conv1d(x, w[..., None], groups=groups).transpose(1, 2)
+            for w in (key_weight, value_weight)
+        )
+        return _assign(
+            queries, F.layer_norm(keys, D, key_norm_weight, key_norm_bias), values, **options
+        )
 
-    def eager(queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias, **options):
+    def eager(
+        queries,
+        tokens,
+        key_weight,
+        value_weight,
+        norm_weight,
+        norm_bias,
+        key_norm_weight,
+        key_norm_bias,
+        **options,
+    ):
         if tokens.dtype.itemsize > 2:
-            weights = (key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias)
+            weights = (
+                key_weight,
+                value_weight,
+                norm_weight,
+                norm_bias,
+                key_norm_weight,
+                key_norm_bias,
+            )
             return segclip_center_assignment(queries, tokens, *weights, **options)
         x = F.layer_norm(tokens, tokens.shape[-1:], norm_weight, norm_bias)
-        keys = F.layer_norm(grouped_linear(x, key_weight), tokens.shape[-1:], key_norm_weight, key_norm_bias)
+        keys = F.layer_norm(
+            grouped_linear(x, key_weight), tokens.shape[-1:], key_norm_weight, key_norm_bias
+        )
         return _assign(queries, keys, grouped_linear(x, value_weight), **options)
 
-    return _training(case, ok.segclip_center_assignment, ("eager", eager), ("eager, Conv1d", convolutions))
+    return _training(
+        case, ok.segclip_center_assignment, ("eager", eager), ("eager, Conv1d", convolutions)
+    )
 
 
 def contrastive(case: Case) -> Functions:
     """InfoNCE of unit features, as CLIP trains."""
 
     def eager(image, text, logit_scale):
-        z, target = (logit_scale * image @ text.T).float(), torch.arange(len(image), device=image.device)
+        z, target = (
+            (logit_scale * image @ text.T).float(),
+            torch.arange(len(image), device=image.device),
+        )
         return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
 
     def half(image, text, logit_scale, target):
@@ -180,7 +259,9 @@ def contrastive(case: Case) -> Functions:
         target, total = torch.arange(len(image), device=image.device), 0.0
         for own, other in ((image, text), (text, image)):
             for rows, places in zip(own.split(step), target.split(step), strict=True):
-                total = total + checkpoint(half, rows, other, logit_scale, places, use_reentrant=False)
+                total = total + checkpoint(
+                    half, rows, other, logit_scale, places, use_reentrant=False
+                )
         return total / (2 * len(image))
 
     def by_hand(image, text, logit_scale):
@@ -192,7 +273,9 @@ def contrastive(case: Case) -> Functions:
         return ClipLoss()(image, text, logit_scale)
 
     return {
-        FUSED: lambda image, text, logit_scale: ok.contrastive_loss(image, text, logit_scale, normalize=False),
+        FUSED: lambda image, text, logit_scale: ok.contrastive_loss(
+            image, text, logit_scale, normalize=False
+        ),
         "eager": eager,
         "open_clip ClipLoss": open_clip,
         "eager, blocks of 512 rows": in_blocks,
@@ -264,7 +347,9 @@ def dense(case: Case) -> Functions:
         return loss(s_p / t, s_n / t, chosen @ q.T / t)
 
     def sparse(pixels, texts):
-        """Selection image by image without a graph, then autograd through the selected pixels alone."""
+        """Selection image by image without a graph, then autograd through the selected pixels
+        alone.
+        """
         k_pos, k_neg = counts(pixels)
         with torch.no_grad():
             q, best, where = F.normalize(texts, dim=-1), None, None
@@ -281,7 +366,9 @@ def dense(case: Case) -> Functions:
                 where = at.gather(1, order)
             index = torch.cat([torch.stack(own), where], 1)
         q = F.normalize(texts, dim=-1)
-        chosen = F.normalize(pixels.flatten(0, 1).index_select(0, index.flatten()), dim=-1).unflatten(0, index.shape)
+        chosen = F.normalize(
+            pixels.flatten(0, 1).index_select(0, index.flatten()), dim=-1
+        ).unflatten(0, index.shape)
         z = torch.einsum("tkd,td->tk", chosen, q) / t
         return loss(z[:, :k_pos], z[:, k_pos:], chosen[:, :k_pos].flatten(0, 1) @ q.T / t)
 
@@ -294,7 +381,10 @@ def dense(case: Case) -> Functions:
 
 
 def upsampling(case: Case) -> Functions:
-    size, label_type = (case.shape["H"], case.shape["H"]), getattr(torch, case.options.get("label_type", "int64"))
+    size, label_type = (
+        (case.shape["H"], case.shape["H"]),
+        getattr(torch, case.options.get("label_type", "int64")),
+    )
 
     def eager(logits):
         return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
@@ -303,7 +393,9 @@ def upsampling(case: Case) -> Functions:
         """A few classes at a time with a running maximum."""
         best, winner = None, None
         for first in range(0, logits.shape[1], step):
-            maps = F.interpolate(logits[:, first : first + step], size, mode="bilinear", align_corners=False)
+            maps = F.interpolate(
+                logits[:, first : first + step], size, mode="bilinear", align_corners=False
+            )
             value, index = maps.max(1)
             index = index + first
             if best is not None:
@@ -326,22 +418,33 @@ def window_labels(case: Case) -> Functions:
     threshold = options.get("threshold")
 
     def eager(logits, origins, tables=None):
-        """The published procedure: maps at full size, summed window by window, divided by their number, resized."""
+        """The published procedure: maps at full size, summed window by window, divided by their
+        number, resized.
+        """
         maps = F.interpolate(logits, crop, mode="bilinear", align_corners=False)
         if tables is not None:
-            maps = torch.stack([table[groups].permute(2, 0, 1) for table, groups in zip(tables, maps.argmax(1), strict=True)])
+            maps = torch.stack(
+                [
+                    table[groups].permute(2, 0, 1)
+                    for table, groups in zip(tables, maps.argmax(1), strict=True)
+                ]
+            )
         if options.get("activation") == "sigmoid":
             maps = maps.sigmoid()
         total, count = maps.new_zeros(maps.shape[1], *canvas), maps.new_zeros(canvas)
         for window, x in zip(maps, (0, canvas[1] - side), strict=True):  # the origins
             total[:, :, x : x + side] += window
             count[:, x : x + side] += 1
-        scores = F.interpolate((total / count)[None], size, mode="bilinear", align_corners=False)[0].softmax(0)
+        scores = F.interpolate((total / count)[None], size, mode="bilinear", align_corners=False)[
+            0
+        ].softmax(0)
         best, labels = scores.max(0)
         return labels if threshold is None else labels.masked_fill(best < threshold, -1)
 
     return {
-        FUSED: lambda logits, origins, tables=None: ok.window_argmax(logits, origins, crop, canvas, size, tables=tables, **options),
+        FUSED: lambda logits, origins, tables=None: ok.window_argmax(
+            logits, origins, crop, canvas, size, tables=tables, **options
+        ),
         "eager": eager,
         "torch.compile": torch.compile(eager),
     }
@@ -372,8 +475,12 @@ def mask_loss(_: Case) -> Functions:
 
     def in_chunks(logits, labels, step=8):
         classes = torch.arange(logits.shape[1], device=logits.device)
-        return loss(*sum(checkpoint(parts, some, labels, which, use_reentrant=False)
-                         for some, which in zip(logits.split(step, 1), classes.split(step), strict=True)))
+        return loss(
+            *sum(
+                checkpoint(parts, some, labels, which, use_reentrant=False)
+                for some, which in zip(logits.split(step, 1), classes.split(step), strict=True)
+            )
+        )
 
     return {
         FUSED: ours,

@@ -1,4 +1,7 @@
-"""What a benchmark needs of a device: time, memory, rates and names. ``Gpu`` is the real one; tests put another in its place."""
+"""What a benchmark needs of a device: time, memory, rates and names.
+
+``Gpu`` is the real one; tests put another in its place.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ class Device(Protocol):
         """Of ours that run here."""
 
     def rates(self, seconds: float) -> list[dict[str, Any]]:
-        """Rows of what the device reaches now: a large product in each dtype ("tflops"), and a copy ("gb_per_s")."""
+        """Rows of what the device reaches now: a large product in each dtype ("tflops"), and a copy
+        ("gb_per_s").
+        """
 
     def environment(self) -> dict[str, Any]:
         """Names and versions, for the first line of a file."""
@@ -55,7 +60,9 @@ class Gpu:
 
     def milliseconds(self, function: Callable[[], Any], seconds: float) -> dict[str, float]:
         if self._flush is None:
-            self._flush = torch.empty(2**26, dtype=torch.int32, device="cuda")  # 256 MiB: more than any L2
+            self._flush = torch.empty(
+                2**26, dtype=torch.int32, device="cuda"
+            )  # 256 MiB: more than any L2
         began = time.perf_counter()
         function()
         torch.cuda.synchronize()
@@ -69,7 +76,10 @@ class Gpu:
             last.record()
         torch.cuda.synchronize()
         times = sorted(first.elapsed_time(last) for first, last in events)
-        return {name: round(times[round(share * (runs - 1))], 4) for name, share in (("p20", 0.2), ("median", 0.5), ("p80", 0.8))}
+        return {
+            name: round(times[round(share * (runs - 1))], 4)
+            for name, share in (("p20", 0.2), ("median", 0.5), ("p80", 0.8))
+        }
 
     def extra_bytes(self, function: Callable[[], Any]) -> int:
         torch.cuda.synchronize()
@@ -90,20 +100,45 @@ class Gpu:
         for name, dtype in DTYPES.items():
             a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
             took = self.milliseconds(lambda a=a, b=b: a @ b, seconds)
-            rows.append({"op": "roofline", "case": "product 8192", "dtype": name, "implementation": "torch.matmul", **tf32(name),
-                         "ms": took["median"], "tflops": round(2 * 8192**3 / took["median"] / 1e9, 1)})
+            rows.append(
+                {
+                    "op": "roofline",
+                    "case": "product 8192",
+                    "dtype": name,
+                    "implementation": "torch.matmul",
+                    **tf32(name),
+                    "ms": took["median"],
+                    "tflops": round(2 * 8192**3 / took["median"] / 1e9, 1),
+                }
+            )
             del a, b
         x, y = (torch.randn(2**28, device="cuda") for _ in range(2))
         took = self.milliseconds(lambda: y.copy_(x), seconds)
-        return [*rows, {"op": "roofline", "case": "copy 1 GiB", "dtype": "float32", "implementation": "Tensor.copy_",
-                        "ms": took["median"], "gb_per_s": round(2 * 4 * x.numel() / took["median"] / 1e6)}]
+        return [
+            *rows,
+            {
+                "op": "roofline",
+                "case": "copy 1 GiB",
+                "dtype": "float32",
+                "implementation": "Tensor.copy_",
+                "ms": took["median"],
+                "gb_per_s": round(2 * 4 * x.numel() / took["median"] / 1e6),
+            },
+        ]
 
     def environment(self) -> dict[str, Any]:
         from importlib.metadata import PackageNotFoundError, version
 
         def output(*command: str) -> str:
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent, timeout=20)
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    cwd=Path(__file__).parent,
+                    timeout=20,
+                )
                 return done.stdout.strip()
             except (OSError, subprocess.TimeoutExpired):
                 return "unknown"
@@ -113,11 +148,19 @@ class Gpu:
         except PackageNotFoundError:
             triton = "not installed"
         return {
-            "op": "environment", "device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()),
-            "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton,
-            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"), "ovseg_kernels": ok.__version__,
-            "commit": output("git", "rev-parse", "--short", "HEAD"), "date": time.strftime("%Y-%m-%d"), "time": time.strftime("%H:%M:%S"),
-            "allow_tf32": torch.backends.cuda.matmul.allow_tf32, "backends": ok.available_backends(),
+            "op": "environment",
+            "device": torch.cuda.get_device_name(),
+            "capability": list(torch.cuda.get_device_capability()),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": triton,
+            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "ovseg_kernels": ok.__version__,
+            "commit": output("git", "rev-parse", "--short", "HEAD"),
+            "date": time.strftime("%Y-%m-%d"),
+            "time": time.strftime("%H:%M:%S"),
+            "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+            "backends": ok.available_backends(),
         }
 
 
@@ -128,5 +171,11 @@ def tf32(dtype: str) -> dict[str, bool]:
 
 def lost(error: BaseException) -> bool:
     """The GPU context of this process is gone: every later call would fail too."""
-    words = ("CUDA error", "illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
+    words = (
+        "CUDA error",
+        "illegal memory access",
+        "misaligned address",
+        "device-side assert",
+        "unspecified launch failure",
+    )
     return any(word in str(error) for word in words) and "out of memory" not in str(error)

@@ -1,10 +1,12 @@
-"""The runner on a GPU: forward and backward apart, cold L2, the allocator's peak, and the share of the rates of the same run.
+"""The runner on a GPU: forward and backward apart, cold L2, the allocator's peak, and the share of
+the rates of the same run.
 
     python -m benchmarks.gpu --out benchmarks/results/<device>/<date>-bench.jsonl --budget 300
 
-Our own rows are measured first, for every case and dtype, then eager's, then torch.compile's where the table needs it, then the rest.
-One JSON line a row, written at once; ``ovseg bench show`` reads the file at any time. An implementation whose values differ
-from ours is not timed, and the exit status is 1: which of the two is wrong, ``scripts/gpu_check.sh smoke`` says, against float64.
+Our own rows are measured first, for every case and dtype, then eager's, then torch.compile's where
+the table needs it, then the rest. One JSON line a row, written at once; ``ovseg bench show`` reads
+the file at any time. An implementation whose values differ from ours is not timed, and the exit
+status is 1: which of the two is wrong, ``scripts/gpu_check.sh smoke`` says, against float64.
 Started again on the same file with the same ``--run``, it goes on where it was.
 """
 
@@ -27,11 +29,17 @@ from .device import DTYPES, Device, Gpu, lost, tf32
 from .registry import FUSED, GPU_CASES, Case
 from .supervise import AGAIN
 
-# Relative Frobenius norm of the difference, of values and gradients. In 16 bits eager rounds its similarities, and so takes other
-# centers and other negatives than we do where two nearly tie: all that can be asked then is that the rest agrees.
+# Relative Frobenius norm of the difference, of values and gradients. In 16 bits eager rounds its
+# similarities, and so takes other centers and other negatives than we do where two nearly tie: all
+# that can be asked then is that the rest agrees.
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.02, "float32": 1e-3}
 CHOOSING = {"bfloat16": 0.5, "float16": 0.3, "float32": 2e-2}
-CHOOSES = ("center_assignment", "folded_center_assignment", "segclip_center_assignment", "dense_contrastive_loss")
+CHOOSES = (
+    "center_assignment",
+    "folded_center_assignment",
+    "segclip_center_assignment",
+    "dense_contrastive_loss",
+)
 LABELS_MAY_DIFFER = 1e-3  # share, where two classes tie within rounding
 WORKER = "bench"
 
@@ -65,14 +73,29 @@ def plan(cases: Sequence[Case], backends: Sequence[str]) -> Iterator[Planned]:
     for backend in backends:
         yield from (Planned(case, dtype, FUSED, backend) for case, dtype in pairs)
     others = [(case, list(registry.implementations(case))) for case in cases]
-    yield from (Planned(case, dtype, "eager") for case, names in others for dtype in case.dtypes if "eager" in names)
-    yield from (Planned(case, case.dtypes[0], "torch.compile") for case, names in others if case.compiled and "torch.compile" in names)
+    yield from (
+        Planned(case, dtype, "eager")
+        for case, names in others
+        for dtype in case.dtypes
+        if "eager" in names
+    )
+    yield from (
+        Planned(case, case.dtypes[0], "torch.compile")
+        for case, names in others
+        if case.compiled and "torch.compile" in names
+    )
     for case, names in others:
-        yield from (Planned(case, case.dtypes[0], name) for name in names if name not in (FUSED, "eager") and "compile" not in name)
+        yield from (
+            Planned(case, case.dtypes[0], name)
+            for name in names
+            if name not in (FUSED, "eager") and "compile" not in name
+        )
 
 
 def sample(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """At most 65536 elements of each, evenly spaced, on the CPU: what two implementations are compared by."""
+    """At most 65536 elements of each, evenly spaced, on the CPU: what two implementations are
+    compared by.
+    """
     found = []
     for x in tensors:
         flat = x.detach().flatten()
@@ -93,11 +116,15 @@ def allowed(case: Case, dtype: str, labels: bool) -> float:
 
 
 class Bench:
-    """Measures rows on a device; keeps the inputs of the last case and a sample of our values of every case."""
+    """Measures rows on a device; keeps the inputs of the last case and a sample of our values of
+    every case.
+    """
 
     def __init__(self, device: Device, seconds: float, rates: dict[str, float]):
         self.device, self.seconds, self.rates = device, seconds, rates
-        self.measured: dict[str, str] = {}  # inputs to a backend of ours that has been measured on them, by whatever process
+        self.measured: dict[
+            str, str
+        ] = {}  # inputs to a backend of ours that has been measured on them, by whatever process
         self.samples: dict[str, tuple[str, list[torch.Tensor]]] = {}
         self._functions: dict[str, dict] = {}
         self._inputs: tuple[str, dict[str, torch.Tensor]] = ("", {})
@@ -105,7 +132,10 @@ class Bench:
     def inputs(self, planned: Planned) -> dict[str, torch.Tensor]:
         if self._inputs[0] != planned.at:
             self.forget()
-            self._inputs = (planned.at, registry.inputs(planned.case, DTYPES[planned.dtype], device=self.device.torch_name))
+            self._inputs = (
+                planned.at,
+                registry.inputs(planned.case, DTYPES[planned.dtype], device=self.device.torch_name),
+            )
         return self._inputs[1]
 
     def forget(self) -> None:
@@ -120,7 +150,9 @@ class Bench:
         return self._functions[name][planned.implementation]
 
     def once(self, planned: Planned):
-        """One forward and backward: the function, its output, the gradient that goes in and those that come out."""
+        """One forward and backward: the function, its output, the gradient that goes in and those
+        that come out.
+        """
         tensors = self.inputs(planned)
         function = self.function(planned)
         out = function(**tensors)
@@ -144,7 +176,11 @@ class Bench:
         found = difference(values, expected)
         facts: dict[str, Any] = {"compared_with": name, "difference": found}
         limit = allowed(planned.case, planned.dtype, not values[0].is_floating_point())
-        return facts if found <= limit else {**facts, "failed": f"values differ from {name} by {found:.2g}, {limit:g} allowed"}
+        return (
+            facts
+            if found <= limit
+            else {**facts, "failed": f"values differ from {name} by {found:.2g}, {limit:g} allowed"}
+        )
 
     def measure(self, planned: Planned) -> dict[str, Any]:
         """The facts of one row."""
@@ -157,39 +193,68 @@ class Bench:
                 return row
             tensors = self.inputs(planned)
             leaves = [x for x in tensors.values() if x.requires_grad]
-            size = sum(x.numel() * x.element_size() for x in tensors.values()), out.numel() * out.element_size()
+            size = (
+                sum(x.numel() * x.element_size() for x in tensors.values()),
+                out.numel() * out.element_size(),
+            )
             grown = sum(x.numel() * x.element_size() for x in gradients)
             del out, gradients
-            row["extra_mib"] = round((self.device.extra_bytes(lambda: self.once(planned)) - grown) / 2**20, 1)
+            row["extra_mib"] = round(
+                (self.device.extra_bytes(lambda: self.once(planned)) - grown) / 2**20, 1
+            )
             flops, ran = registry.useful_flops(case), 0.0
             row |= self.part("forward", lambda: function(**tensors), flops[0], sum(size), dtype)
             ran += row["forward_ms"]
             if upstream is not None:
                 kept = function(**tensors)
-                row |= self.part("backward", lambda: torch.autograd.grad(kept, leaves, upstream, retain_graph=True), flops[1],
-                                 sum(size) + grown, dtype)
+                row |= self.part(
+                    "backward",
+                    lambda: torch.autograd.grad(kept, leaves, upstream, retain_graph=True),
+                    flops[1],
+                    sum(size) + grown,
+                    dtype,
+                )
                 ran += row["backward_ms"]
             return row | {"ms": round(ran, 4)}
 
     def part(self, name: str, function, flops: int, size: int, dtype: str) -> dict[str, Any]:
-        """Time of a pass, and its share of the rate of the product (where products bound it) and of the copy (of what must move)."""
+        """Time of a pass, and its share of the rate of the product (where products bound it) and of
+        the copy (of what must move).
+        """
         took = self.device.milliseconds(function, self.seconds)
-        row: dict[str, Any] = {f"{name}_ms": took["median"], f"{name}_ms_p20": took["p20"], f"{name}_ms_p80": took["p80"]}
+        row: dict[str, Any] = {
+            f"{name}_ms": took["median"],
+            f"{name}_ms_p20": took["p20"],
+            f"{name}_ms_p80": took["p80"],
+        }
         if flops:
             row[f"{name}_tflops"] = round(flops / took["median"] / 1e9, 2)
-            row[f"{name}_percent_of_product"] = round(100 * row[f"{name}_tflops"] / self.rates[dtype], 1)
+            row[f"{name}_percent_of_product"] = round(
+                100 * row[f"{name}_tflops"] / self.rates[dtype], 1
+            )
         row[f"{name}_gb_per_s"] = round(size / took["median"] / 1e6, 1)
-        row[f"{name}_percent_of_copy"] = round(100 * row[f"{name}_gb_per_s"] / self.rates["copy"], 1)
+        row[f"{name}_percent_of_copy"] = round(
+            100 * row[f"{name}_gb_per_s"] / self.rates["copy"], 1
+        )
         return row
 
 
 def run(device: Device, out: str | os.PathLike, *, budget: float, seconds: float = 0.2, cases: Sequence[Case] = GPU_CASES,
         again: str = "") -> int:  # fmt: skip
-    """Measure until ``budget`` seconds are spent; 0, or 1 if a row of ours failed, or AGAIN if only a new process can go on."""
+    """Measure until ``budget`` seconds are spent; 0, or 1 if a row of ours failed, or AGAIN if only
+    a new process can go on.
+    """
     functorch_config.donated_buffer = False  # a compiled backward is timed many times on one graph
     file = lines.Lines(out, worker=WORKER)
     before = lines.read(out)[0]
-    last = max((i for i, row in enumerate(before) if row.get("op") == "environment" and again and row.get("run") == again), default=None)
+    last = max(
+        (
+            i
+            for i, row in enumerate(before)
+            if row.get("op") == "environment" and again and row.get("run") == again
+        ),
+        default=None,
+    )
     earlier = before[last:] if last is not None else []
     began = earlier[0]["began"] if earlier else device.clock()
     if not earlier:
@@ -197,7 +262,10 @@ def run(device: Device, out: str | os.PathLike, *, budget: float, seconds: float
     rows = [row for row in earlier if row.get("op") == "roofline"]
     if not any("gb_per_s" in row for row in rows):
         rows = [file.write(row) for row in device.rates(seconds)]
-    rates = {row["dtype"] if "tflops" in row else "copy": row.get("tflops") or row["gb_per_s"] for row in rows}
+    rates = {
+        row["dtype"] if "tflops" in row else "copy": row.get("tflops") or row["gb_per_s"]
+        for row in rows
+    }
     planned = list(plan(cases, device.backends()))
     if not earlier:
         file.write({"planned": [p.key for p in planned]})
@@ -207,8 +275,16 @@ def run(device: Device, out: str | os.PathLike, *, budget: float, seconds: float
             if p.backend and "ms" in have[p.key]:
                 bench.measured[p.at] = p.backend
             continue
-        row = {"key": p.key, "op": p.case.op, "case": p.case.name, "shape": p.case.shape, "options": p.case.options, "dtype": p.dtype,
-               "implementation": p.label, **tf32(p.dtype)}
+        row = {
+            "key": p.key,
+            "op": p.case.op,
+            "case": p.case.name,
+            "shape": p.case.shape,
+            "options": p.case.options,
+            "dtype": p.dtype,
+            "implementation": p.label,
+            **tf32(p.dtype),
+        }
         if device.clock() - began > budget:
             have[p.key] = file.write({**row, "failed": "not measured: the time was spent"})
             continue
@@ -231,30 +307,51 @@ def run(device: Device, out: str | os.PathLike, *, budget: float, seconds: float
 
 
 def warm(op: str, device: Device) -> None:
-    """Compile the Triton kernels of an operator's cases into the cache, on few images: the kernels depend on the other sizes."""
+    """Compile the Triton kernels of an operator's cases into the cache, on few images: the kernels
+    depend on the other sizes.
+    """
     bench = Bench(device, 0.0, {})
     with ok.backend("triton"):
         for case in GPU_CASES:
             for dtype in case.dtypes if case.op == op else ():
-                pairs = op in ("contrastive_loss", "similarity_contrastive_loss", "dense_contrastive_loss")
-                shape = {k: min(v, 16) if k == "B" and not pairs else v for k, v in case.shape.items()}
-                bench.once(Planned(Case(op, f"{case.name} warm", shape, case.options), dtype, FUSED))
+                pairs = op in (
+                    "contrastive_loss",
+                    "similarity_contrastive_loss",
+                    "dense_contrastive_loss",
+                )
+                shape = {
+                    k: min(v, 16) if k == "B" and not pairs else v for k, v in case.shape.items()
+                }
+                bench.once(
+                    Planned(Case(op, f"{case.name} warm", shape, case.options), dtype, FUSED)
+                )
                 print(op, case.name, dtype, flush=True)
 
 
 def bad(row: dict[str, Any]) -> bool:
     """A row of ours failed, or a baseline has other values than ours."""
     reason = row.get("failed", "")
-    return "values differ" in reason or (bool(reason) and row["implementation"].startswith(FUSED) and "not measured" not in reason)
+    return "values differ" in reason or (
+        bool(reason) and row["implementation"].startswith(FUSED) and "not measured" not in reason
+    )
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--out")
     arguments.add_argument("--warm", metavar="OPERATOR", help="only compile its Triton kernels")
     arguments.add_argument("--seconds", type=float, default=0.2, help="of samples for each time")
-    arguments.add_argument("--budget", type=float, default=300, help="seconds in all; what is left over is written down as not measured")
-    arguments.add_argument("--run", default="", help="a name: started again with the same one, it goes on where it was")
+    arguments.add_argument(
+        "--budget",
+        type=float,
+        default=300,
+        help="seconds in all; what is left over is written down as not measured",
+    )
+    arguments.add_argument(
+        "--run", default="", help="a name: started again with the same one, it goes on where it was"
+    )
     options = arguments.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs an NVIDIA GPU, and torch sees none")
@@ -262,4 +359,6 @@ if __name__ == "__main__":
         raise SystemExit(warm(options.warm, Gpu()))
     if not options.out:
         arguments.error("--out is missing; expected a file for the rows")
-    raise SystemExit(run(Gpu(), options.out, budget=options.budget, seconds=options.seconds, again=options.run))
+    raise SystemExit(
+        run(Gpu(), options.out, budget=options.budget, seconds=options.seconds, again=options.run)
+    )

@@ -1,7 +1,8 @@
 """Result files that survive a kill: one JSON object a line, on the disk before the next begins.
 
-Several processes may append to one file. A worker says what it starts before it starts it, so that after a kill the file
-tells where it was, and a restarted worker goes on with the next. Needs nothing but Python.
+Several processes may append to one file. A worker says what it starts before it starts it, so that
+after a kill the file tells where it was, and a restarted worker goes on with the next. Needs
+nothing but Python.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Lines:
 
     def write(self, row: Row) -> Row:
         row = {**row, **self.common}
-        os.write(self._file, (json.dumps(row) + "\n").encode())  # one write: lines of several processes do not mix
+        os.write(
+            self._file, (json.dumps(row) + "\n").encode()
+        )  # one write: lines of several processes do not mix
         os.fsync(self._file)
         return row
 
@@ -57,7 +60,13 @@ def last_run(rows: list[Row]) -> list[Row]:
     names = [row.get("run") for row in rows if row.get("op") == "environment"]
     if not names or not names[-1]:
         return rows
-    return rows[next(i for i, row in enumerate(rows) if row.get("op") == "environment" and row.get("run") == names[-1]) :]
+    return rows[
+        next(
+            i
+            for i, row in enumerate(rows)
+            if row.get("op") == "environment" and row.get("run") == names[-1]
+        ) :
+    ]
 
 
 def finished(rows: Iterable[Row]) -> dict[str, Row]:

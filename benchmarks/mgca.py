@@ -1,7 +1,10 @@
-"""The losses of a training step of MGCA-style, all three levels, from pixels and texts to their gradients, against the eager composition.
+"""The losses of a training step of MGCA-style, all three levels, from pixels and texts to their
+gradients, against the eager composition.
 
-``eager``: the definitions of ``ovseg/systems/mgca/reference.py``, whole: all similarities [T, B N], weights [B, T, N], unit pixels for
-each loss. Both have the same groups of pixels, by the same function. Random pixels that are correlated within a picture.
+``eager``: the definitions of ``ovseg/systems/mgca/reference.py``, whole: all similarities [T, B N],
+    weights [B, T, N], unit pixels for
+each loss. Both have the same groups of pixels, by the same function. Random pixels that are
+correlated within a picture.
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from .run import environment, save
 from .steps import memory_of_both, step_memory, step_times, step_values
 
 B, GRID, WIDTH = 16, 28, 512  # 224 px, patches of 16, doubled once: the defaults of mgca_vit_b16
-_SMALL = {"embed_dim": WIDTH, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-          "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1}}  # the towers take no part
+_SMALL = {
+    "embed_dim": WIDTH,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1},
+}  # the towers take no part
 _LATE = Progress(step=9, steps=10)
 
 
@@ -37,18 +43,29 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
     base = torch.randn(images, 1, WIDTH)
     tokens = (base + torch.randn(images, grid * grid, WIDTH)).requires_grad_()
     texts, ids = torch.randn(images, WIDTH) + base[:, 0], torch.arange(images)
-    batch = PairBatch(torch.zeros(images, 3, 1, 1), torch.zeros(images, 1, dtype=torch.int64), ids, ids)
+    batch = PairBatch(
+        torch.zeros(images, 3, 1, 1), torch.zeros(images, 1, dtype=torch.int64), ids, ids
+    )
 
     def ours() -> torch.Tensor:
         return objective.loss({"tokens": tokens, "text": texts}, batch, _LATE, None)["total"]
 
     def eager() -> torch.Tensor:
         own, scale = ids[:, None] == ids, model.logit_scale
-        units = mean_weights(cluster(tokens.detach(), o.regions), o.regions, tokens.dtype).transpose(1, 2) @ tokens
-        cosines = torch.einsum("bnd,td->btn", F.normalize(units, dim=-1), F.normalize(texts, dim=-1))
-        return (mgca_reference.object_loss(tokens, texts, own, scale, model.options.temperature)
-                + mgca_reference.info_nce(scale * cosines.amax(-1), own)
-                + mgca_reference.dense_loss(tokens, texts, own, scale, o.positives, o.negatives))
+        units = (
+            mean_weights(cluster(tokens.detach(), o.regions), o.regions, tokens.dtype).transpose(
+                1, 2
+            )
+            @ tokens
+        )
+        cosines = torch.einsum(
+            "bnd,td->btn", F.normalize(units, dim=-1), F.normalize(texts, dim=-1)
+        )
+        return (
+            mgca_reference.object_loss(tokens, texts, own, scale, model.options.temperature)
+            + mgca_reference.info_nce(scale * cosines.amax(-1), own)
+            + mgca_reference.dense_loss(tokens, texts, own, scale, o.positives, o.negatives)
+        )
 
     return {"ours": ours, "eager": eager, "leaves": [tokens, model.log_scale]}
 
@@ -66,7 +83,10 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     with waiting("losses of a step"):
         step["loss"] = step_values(training_parts(B, GRID))
     print(step["loss"], flush=True)
-    for part in (lambda: step_times(training_parts(B, GRID), repeats), lambda: memory_of_both(__name__, repeats)):
+    for part in (
+        lambda: step_times(training_parts(B, GRID), repeats),
+        lambda: memory_of_both(__name__, repeats),
+    ):
         step |= (some := part())
         print(some, flush=True)
         save(out, found)

@@ -1,9 +1,10 @@
-"""OVSegmentor as a whole: windows of a picture from pixels to labels, the texts of a training step, the mask loss, against the published
-procedures written plainly.
+"""OVSegmentor as a whole: windows of a picture from pixels to labels, the texts of a training step,
+the mask loss, against the published procedures written plainly.
 
-``published`` inference: every window alone, encoded twice (for the maps, for the features), class maps at full size. Texts: every text
-padded to 77 through transformers' own BertModel; with the same mask in the decoder of entities, so with the same loss, and as published,
-without it and with the projector over every token. Mask loss: maps at 224 x 224. Random weights, ViT-B/16 and BERT-base.
+``published`` inference: every window alone, encoded twice (for the maps, for the features), class
+maps at full size. Texts: every text padded to 77 through transformers' own BertModel; with the same
+mask in the decoder of entities, so with the same loss, and as published, without it and with the
+projector over every token. Mask loss: maps at 224 x 224. Random weights, ViT-B/16 and BERT-base.
 """
 
 from __future__ import annotations
@@ -37,12 +38,15 @@ CLASSES, SIZE, THRESHOLD = 59, (375, 500), 0.35
 CONTEXT, RATIO = 77, 0.6
 
 
-# ---- the published procedures, written plainly --------------------------------------------------------------------------------------
+# ---- the published procedures, written plainly
+# --------------------------------------------------------------------------------------
 
 
 def _attend(attn, x, keys, heads):
-    q, k, v = (layer(t).unflatten(2, (heads, -1)).transpose(1, 2) for layer, t in
-               ((attn.q_proj, x), (attn.k_proj, keys), (attn.v_proj, keys)))
+    q, k, v = (
+        layer(t).unflatten(2, (heads, -1)).transpose(1, 2)
+        for layer, t in ((attn.q_proj, x), (attn.k_proj, keys), (attn.v_proj, keys))
+    )
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
     return attn.proj((weights @ v).transpose(1, 2).flatten(2))
 
@@ -53,7 +57,9 @@ def _cross(block, x, keys):
 
 
 def _block(block, x, mask=None):
-    q, k, v = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = (
+        block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
+    )
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
     weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
     x = x + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
@@ -77,7 +83,11 @@ def published_encode(model: OVSegmentor, images: torch.Tensor):
     patches, tokens = grouping.norm_x(x[:, :L]), grouping.norm_tokens(x[:, L:])
     g = grouping.norm_post_tokens(_mlp(grouping.mlp_inter, tokens.transpose(1, 2)).transpose(1, 2))
     g = _cross(grouping.pre_assign_attn, g, patches)
-    q, k, v = grouping.assign.q_proj(g), grouping.assign.k_proj(patches), grouping.assign.v_proj(patches)
+    q, k, v = (
+        grouping.assign.q_proj(g),
+        grouping.assign.k_proj(patches),
+        grouping.assign.v_proj(patches),
+    )
     soft = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(1)
     hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
     out = grouping.assign.proj(hard / (hard.sum(2, keepdim=True) + 1) @ v) + g
@@ -89,18 +99,30 @@ def published_encode(model: OVSegmentor, images: torch.Tensor):
 
 
 @torch.no_grad()
-def published_labels(model: OVSegmentor, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float) -> torch.Tensor:
+def published_labels(
+    model: OVSegmentor, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float
+) -> torch.Tensor:
     total, count = torch.zeros(1 + len(texts), *placement.canvas), torch.zeros(placement.canvas)
     h, w = placement.crop
     for y, x in placement.origins.tolist():
         crop = pixels[None, :, y : y + h, x : x + w]
         _, _, soft, grid = published_encode(model, crop)
         image, groups, _, _ = published_encode(model, crop)
-        table = group_tables(GroupFeatures(image, groups, grid, groups, soft.argmax(1), soft), texts, model.logit_scale, 5, threshold)
-        chosen = F.interpolate(soft.unflatten(2, grid), (h, w), mode="bilinear", align_corners=False)[0].argmax(0)
+        table = group_tables(
+            GroupFeatures(image, groups, grid, groups, soft.argmax(1), soft),
+            texts,
+            model.logit_scale,
+            5,
+            threshold,
+        )
+        chosen = F.interpolate(
+            soft.unflatten(2, grid), (h, w), mode="bilinear", align_corners=False
+        )[0].argmax(0)
         total[:, y : y + h, x : x + w] += table[0][chosen].permute(2, 0, 1)
         count[y : y + h, x : x + w] += 1
-    maps = F.interpolate((total / count)[None], placement.size, mode="bilinear", align_corners=False)
+    maps = F.interpolate(
+        (total / count)[None], placement.size, mode="bilinear", align_corners=False
+    )
     return maps.softmax(1).argmax(1)[0] - 1
 
 
@@ -110,22 +132,37 @@ def _contrast(image, text, scale):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def published_text_loss(model: OVSegmentor, bert, ids: dict[str, torch.Tensor], image: torch.Tensor, groups: torch.Tensor,
-                        as_published: bool = False) -> torch.Tensor:
+def published_text_loss(
+    model: OVSegmentor,
+    bert,
+    ids: dict[str, torch.Tensor],
+    image: torch.Tensor,
+    groups: torch.Tensor,
+    as_published: bool = False,
+) -> torch.Tensor:
     """Contrast and entity loss of padded texts, given what the image tower gave."""
-    states = {name: bert(one, attention_mask=(one != 0).int()).last_hidden_state for name, one in ids.items()}
+    states = {
+        name: bert(one, attention_mask=(one != 0).int()).last_hidden_state
+        for name, one in ids.items()
+    }
     if as_published:
         for tokens in states.values():  # of no use
             model.text_projector(tokens)
     layer, seen = model.entities.blocks[0], (ids["question"] != 0)[:, None, None]
-    mixed = _cross(layer.pre_assign_attn, layer.norm_tokens(states["question"]), layer.norm_x(groups))
-    completed = layer.norm_new_x(_block(layer.post_attn, mixed, None if as_published else seen) + mixed)[:, 0]
+    mixed = _cross(
+        layer.pre_assign_attn, layer.norm_tokens(states["question"]), layer.norm_x(groups)
+    )
+    completed = layer.norm_new_x(
+        _block(layer.post_attn, mixed, None if as_published else seen) + mixed
+    )[:, 0]
     text, answer = (model.text_projector(states[name][:, 0]) for name in ("text", "answer"))
     contrastive = _contrast(model.image_projector(image), text, model.logit_scale)
     return contrastive + _contrast(model.bridge_projector(completed), answer, model.logit_scale)
 
 
-def text_loss(model: OVSegmentor, ids: dict[str, torch.Tensor], image: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def text_loss(
+    model: OVSegmentor, ids: dict[str, torch.Tensor], image: torch.Tensor, groups: torch.Tensor
+) -> torch.Tensor:
     """The same by our parts, packed."""
     states = dict(zip(ids, model.text.encode_together(list(ids.values())), strict=True))
     tokens, seen = states["question"].padded()
@@ -135,9 +172,14 @@ def text_loss(model: OVSegmentor, ids: dict[str, torch.Tensor], image: torch.Ten
     return contrastive + _contrast(completed, answer, model.logit_scale)
 
 
-def published_mask_loss(prediction: torch.Tensor, target: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def published_mask_loss(
+    prediction: torch.Tensor, target: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
     """[B], with every map at full size."""
-    up = [F.interpolate(m, size, mode="bilinear", align_corners=True).flatten(2) for m in (prediction, target)]
+    up = [
+        F.interpolate(m, size, mode="bilinear", align_corners=True).flatten(2)
+        for m in (prediction, target)
+    ]
     with torch.no_grad():
         cost = torch.cdist(*(F.normalize(m, dim=-1) for m in up)).numpy()
         match = torch.stack([torch.from_numpy(linear_sum_assignment(one)[1]) for one in cost])
@@ -149,10 +191,13 @@ def published_mask_loss(prediction: torch.Tensor, target: torch.Tensor, size: tu
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------------------
+# ---- measuring
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def alternating(repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray, Any, Any]:
+def alternating(
+    repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any]
+) -> tuple[np.ndarray, np.ndarray, Any, Any]:
     """Seconds of both, turn by turn, the first turn left out; and what they gave last."""
     times: list[tuple[float, float]] = []
     for turn in bar(range(repeats + 1), unit="turn", desc="inference", leave=False):
@@ -174,7 +219,9 @@ def _row(case: str, mine: np.ndarray, other: np.ndarray, **more: Any) -> dict[st
 
 
 def spread_texts(model: OVSegmentor, count: int, images: torch.Tensor) -> torch.Tensor:
-    """Random unit texts, some like single groups of these pictures, none like what all groups have in common: several classes win."""
+    """Random unit texts, some like single groups of these pictures, none like what all groups have
+    in common: several classes win.
+    """
     with torch.no_grad():
         groups = model(images).groups.flatten(0, 1)
     common, texts = F.normalize(groups.mean(0), dim=0), torch.randn(count, groups.shape[1])
@@ -203,21 +250,34 @@ def inference(repeats: int) -> dict[str, Any]:
 
     @torch.no_grad()
     def ours():
-        return rule.label_map(model, encode(model, [(seen, placement)], 8)[0], queries, placement)[0]
+        return rule.label_map(model, encode(model, [(seen, placement)], 8)[0], queries, placement)[
+            0
+        ]
 
-    *times, found, expected = alternating(repeats, ours, lambda: published_labels(model, pixels, texts, placement, THRESHOLD))
+    *times, found, expected = alternating(
+        repeats, ours, lambda: published_labels(model, pixels, texts, placement, THRESHOLD)
+    )
     assert placement.origins is not None
-    return _row(f"{len(placement.origins)} windows of 448, stride 224", *times, differing_labels=int((found != expected).sum()),
-                pixels=found.numel(), labels_that_occur=len(found.unique()))
+    return _row(
+        f"{len(placement.origins)} windows of 448, stride 224",
+        *times,
+        differing_labels=int((found != expected).sum()),
+        pixels=found.numel(),
+        labels_that_occur=len(found.unique()),
+    )
 
 
-def text_batch(model: OVSegmentor, size: int, shortest: int = 8, longest: int = 30) -> dict[str, torch.Tensor]:
+def text_batch(
+    model: OVSegmentor, size: int, shortest: int = 8, longest: int = 30
+) -> dict[str, torch.Tensor]:
     """Random texts of 8 to 30 tokens, padded to 77: captions, questions, answers."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name in ("text", "question", "answer"):
         lengths = torch.randint(shortest, longest + 1, (size,), generator=generator)
-        words = torch.randint(1, model.text.options.vocab_size, (size, CONTEXT), generator=generator)
+        words = torch.randint(
+            1, model.text.options.vocab_size, (size, CONTEXT), generator=generator
+        )
         found[name] = words.masked_fill(torch.arange(CONTEXT) >= lengths[:, None], 0)
     return found
 
@@ -237,7 +297,9 @@ def plain_bert(model: OVSegmentor):
 def texts(repeats: int, size: int = 8) -> list[dict[str, Any]]:
     """Forward and backward of everything that texts cost in a step of the first stage, dropout off."""
     torch.manual_seed(0)
-    model = ovseg.create_model("ovsegmentor_vit_b16", stage=1, text={"kind": "bert", "dropout": 0.0}).train()
+    model = ovseg.create_model(
+        "ovsegmentor_vit_b16", stage=1, text={"kind": "bert", "dropout": 0.0}
+    ).train()
     bert, ids = plain_bert(model).train(), text_batch(model, size)
     image, groups = torch.randn(size, 768), torch.randn(size, 8, 768)
     tokens = int(sum((one != 0).sum() for one in ids.values()))
@@ -250,10 +312,25 @@ def texts(repeats: int, size: int = 8) -> list[dict[str, Any]]:
         return loss.item()
 
     rows = []
-    for name, as_published in (("padded to 77, the same mask", False), ("padded to 77, as published", True)):
-        *times, found, expected = alternating(repeats, lambda: step(lambda: text_loss(model, ids, image, groups)),
-                                              lambda p=as_published: step(lambda: published_text_loss(model, bert, ids, image, groups, p)))
-        rows.append(_row(f"{3 * size} texts, {tokens} tokens; {name}", *times, loss=round(found, 6), published_loss=round(expected, 6)))
+    for name, as_published in (
+        ("padded to 77, the same mask", False),
+        ("padded to 77, as published", True),
+    ):
+        *times, found, expected = alternating(
+            repeats,
+            lambda: step(lambda: text_loss(model, ids, image, groups)),
+            lambda p=as_published: step(
+                lambda: published_text_loss(model, bert, ids, image, groups, p)
+            ),
+        )
+        rows.append(
+            _row(
+                f"{3 * size} texts, {tokens} tokens; {name}",
+                *times,
+                loss=round(found, 6),
+                published_loss=round(expected, 6),
+            )
+        )
     return rows
 
 
@@ -267,7 +344,11 @@ def mask_memory(which: str, size: int = 128) -> dict[str, float]:
     before, start = _status("VmRSS"), time.perf_counter()
     loss = function(prediction, target, (224, 224)).sum()
     loss.backward()
-    return {"loss": loss.item() / 8, "peak KiB": _status("VmHWM") - before, "ms": round(1e3 * (time.perf_counter() - start), 1)}
+    return {
+        "loss": loss.item() / 8,
+        "peak KiB": _status("VmHWM") - before,
+        "ms": round(1e3 * (time.perf_counter() - start), 1),
+    }
 
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
@@ -277,9 +358,13 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     for which in ("ours", "published"):
         code = f"import json; from {__name__} import mask_memory; print(json.dumps(mask_memory({which!r})))"
         with waiting(f"memory of the mask loss, {which}"):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            )
         memory[which] = json.loads(done.stdout.splitlines()[-1])
-    memory["ratio of peaks"] = round(memory["ours"]["peak KiB"] / memory["published"]["peak KiB"], 5)
+    memory["ratio of peaks"] = round(
+        memory["ours"]["peak KiB"] / memory["published"]["peak KiB"], 5
+    )
     print("mask loss", memory, flush=True)
     save(out, found)
     found["inference"] = inference(repeats)
@@ -287,6 +372,8 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     with waiting("texts of a training step"):
         found["texts"] = texts(repeats)
     for row in (found["inference"], *found["texts"]):
-        print(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row.items()), flush=True)
+        print(
+            ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in row.items()), flush=True
+        )
     save(out, found)
     return found

@@ -30,31 +30,102 @@ _PACL = {"B": 256, "T": 256, "N": 196, "D": 512}
 _ZEGCLIP = {"C": 171, "h": 32, "side": 512}  # COCO-Stuff, a 4:3 picture in two windows
 CASES = (
     Case("patch_text_similarity", "pacl", _PACL, {"pool": "vector", "temperature": 0.1}),
-    Case("patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}, only=_SHORT),
+    Case(
+        "patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}, only=_SHORT
+    ),
     Case("patch_text_similarity", "max", _PACL, {"pool": "max"}, only=_SHORT),
     Case("patch_text_similarity", "mean", _PACL, {"pool": "mean"}, only=_SHORT),
-    Case("patch_text_similarity", "sigmoid", _PACL, {"pool": "vector", "weight": "sigmoid"}, only=_SHORT),
-    Case("patch_text_similarity", "tiny", {"B": 64, "T": 64, "N": 144, "D": 64}, {"pool": "vector", "temperature": 0.1}),
-    Case("patch_text_similarity", "classes", {"B": 8, "T": 20, "N": 196, "D": 512}, {"pool": "vector", "temperature": 0.1}),
-    Case("patch_text_similarity", "large", {"B": 1024, "T": 1024, "N": 196, "D": 512}, {"pool": "vector", "temperature": 0.1},
-         only=(FUSED,)),  # eager would need tens of GiB
-    Case("center_assignment", "groupvit", {"B": 32, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
-    Case("center_assignment", "segclip", {"B": 32, "L": 196, "G": 8, "D": 768}, {"tau": 0.9, "normalizer": "mean"}),
+    Case(
+        "patch_text_similarity",
+        "sigmoid",
+        _PACL,
+        {"pool": "vector", "weight": "sigmoid"},
+        only=_SHORT,
+    ),
+    Case(
+        "patch_text_similarity",
+        "tiny",
+        {"B": 64, "T": 64, "N": 144, "D": 64},
+        {"pool": "vector", "temperature": 0.1},
+    ),
+    Case(
+        "patch_text_similarity",
+        "classes",
+        {"B": 8, "T": 20, "N": 196, "D": 512},
+        {"pool": "vector", "temperature": 0.1},
+    ),
+    Case(
+        "patch_text_similarity",
+        "large",
+        {"B": 1024, "T": 1024, "N": 196, "D": 512},
+        {"pool": "vector", "temperature": 0.1},
+        only=(FUSED,),
+    ),  # eager would need tens of GiB
+    Case(
+        "center_assignment", "groupvit", {"B": 32, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}
+    ),
+    Case(
+        "center_assignment",
+        "segclip",
+        {"B": 32, "L": 196, "G": 8, "D": 768},
+        {"tau": 0.9, "normalizer": "mean"},
+    ),
     Case("center_assignment", "many", {"B": 8, "L": 1024, "G": 64, "D": 384}, {"scale": 384**-0.5}),
-    Case("folded_center_assignment", "ovsegmentor", {"B": 32, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}),
-    Case("folded_center_assignment", "groupvit", {"B": 32, "L": 196, "G": 64, "D": 384}, {"scale": 384**-0.5}),
-    Case("segclip_center_assignment", "window", {"B": 32, "L": 784, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
-    Case("segclip_center_assignment", "training", {"B": 96, "L": 196, "G": 8, "D": 768, "groups": 12}, {"tau": 0.9, "normalizer": "mean"}),
+    Case(
+        "folded_center_assignment",
+        "ovsegmentor",
+        {"B": 32, "L": 784, "G": 8, "D": 768},
+        {"scale": 768**-0.5},
+    ),
+    Case(
+        "folded_center_assignment",
+        "groupvit",
+        {"B": 32, "L": 196, "G": 64, "D": 384},
+        {"scale": 384**-0.5},
+    ),
+    Case(
+        "segclip_center_assignment",
+        "window",
+        {"B": 32, "L": 784, "G": 8, "D": 768, "groups": 12},
+        {"tau": 0.9, "normalizer": "mean"},
+    ),
+    Case(
+        "segclip_center_assignment",
+        "training",
+        {"B": 96, "L": 196, "G": 8, "D": 768, "groups": 12},
+        {"tau": 0.9, "normalizer": "mean"},
+    ),
     Case("contrastive_loss", "clip", {"B": 8192, "D": 512}),
     Case("contrastive_loss", "small", {"B": 1024, "D": 512}),
-    Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}),
-    Case("dense_contrastive_loss", "small", {"B": 32, "N": 196, "D": 512}, {"temperature": 0.07, "k_pos": 8, "k_neg": 32}),
+    Case(
+        "dense_contrastive_loss",
+        "mgca",
+        {"B": 128, "N": 784, "D": 512},
+        {"temperature": 0.07, "k_pos": 32, "k_neg": 64},
+    ),
+    Case(
+        "dense_contrastive_loss",
+        "small",
+        {"B": 32, "N": 196, "D": 512},
+        {"temperature": 0.07, "k_pos": 8, "k_neg": 32},
+    ),
     Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}),
     Case("upsample_argmax", "noise", {"C": 150, "h": 32, "H": 1024}),
-    Case("upsample_argmax", "uint8", {"C": 150, "h": 32, "H": 1024}, {"label_type": "uint8"}, only=(FUSED, "eager")),
+    Case(
+        "upsample_argmax",
+        "uint8",
+        {"C": 150, "h": 32, "H": 1024},
+        {"label_type": "uint8"},
+        only=(FUSED, "eager"),
+    ),
     Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}),
     Case("window_argmax", "noise", _ZEGCLIP, {"activation": "sigmoid"}),
-    Case("window_argmax", "sclip", {"C": 171, "h": 14, "side": 224}, {"activation": "softmax", "stage": "output", "threshold": 0.1}),
+    Case(
+        "window_argmax",
+        "sclip",
+        {"C": 171, "h": 14, "side": 224},
+        {"activation": "softmax", "stage": "output", "threshold": 0.1},
+    ),
     Case("window_argmax", "groupvit", {"C": 81, "h": 28, "side": 448, "G": 8}),
     Case("upsample_mask_loss", "zegclip", {"B": 2, "C": 156, "h": 32, "H": 512}),
     Case("upsample_mask_loss", "voc", {"B": 4, "C": 15, "h": 32, "H": 512}),
@@ -69,28 +140,82 @@ _ALL = ("bfloat16", "float32", "float16")
 _SEGCLIP = {"tau": 0.9, "normalizer": "mean"}
 GPU_CASES = (  # the most wanted first
     Case("patch_text_similarity", "pacl", _PACL, _PACL_GPU, dtypes=_ALL, compiled=True),
-    Case("center_assignment", "segclip-448", {"B": 768, "L": 784, "G": 8, "D": 768}, _SEGCLIP, dtypes=_ALL, compiled=True),
+    Case(
+        "center_assignment",
+        "segclip-448",
+        {"B": 768, "L": 784, "G": 8, "D": 768},
+        _SEGCLIP,
+        dtypes=_ALL,
+        compiled=True,
+    ),
     Case("contrastive_loss", "clip", {"B": 32768, "D": 512}, dtypes=_LOW, compiled=True),
-    Case("dense_contrastive_loss", "mgca", {"B": 128, "N": 784, "D": 512}, {"temperature": 0.07, "k_pos": 32, "k_neg": 64}, dtypes=_LOW,
-         compiled=True),
-    Case("segclip_center_assignment", "training", {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12}, _SEGCLIP, dtypes=_LOW,
-         compiled=True),
-    Case("folded_center_assignment", "ovsegmentor", {"B": 128, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}, dtypes=_LOW,
-         compiled=True),
+    Case(
+        "dense_contrastive_loss",
+        "mgca",
+        {"B": 128, "N": 784, "D": 512},
+        {"temperature": 0.07, "k_pos": 32, "k_neg": 64},
+        dtypes=_LOW,
+        compiled=True,
+    ),
+    Case(
+        "segclip_center_assignment",
+        "training",
+        {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12},
+        _SEGCLIP,
+        dtypes=_LOW,
+        compiled=True,
+    ),
+    Case(
+        "folded_center_assignment",
+        "ovsegmentor",
+        {"B": 128, "L": 784, "G": 8, "D": 768},
+        {"scale": 768**-0.5},
+        dtypes=_LOW,
+        compiled=True,
+    ),
     Case("upsample_mask_loss", "zegclip", {"B": 4, "C": 156, "h": 32, "H": 512}, compiled=True),
     Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}, compiled=True),
     Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}, compiled=True),
-    Case("center_assignment", "segclip", {"B": 768, "L": 196, "G": 8, "D": 768}, _SEGCLIP, dtypes=_LOW),
-    Case("patch_text_similarity", "pacl-576", {"B": 256, "T": 256, "N": 576, "D": 512}, _PACL_GPU, dtypes=_LOW),
-    Case("patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}, dtypes=_LOW),
-    Case("patch_text_similarity", "pacl-1024", {"B": 1024, "T": 1024, "N": 196, "D": 512}, _PACL_GPU, dtypes=_LOW),
-    Case("patch_text_similarity", "pacl-4096", {"B": 4096, "T": 4096, "N": 196, "D": 512}, _PACL_GPU, only=(FUSED,), dtypes=("bfloat16",)),
+    Case(
+        "center_assignment",
+        "segclip",
+        {"B": 768, "L": 196, "G": 8, "D": 768},
+        _SEGCLIP,
+        dtypes=_LOW,
+    ),
+    Case(
+        "patch_text_similarity",
+        "pacl-576",
+        {"B": 256, "T": 256, "N": 576, "D": 512},
+        _PACL_GPU,
+        dtypes=_LOW,
+    ),
+    Case(
+        "patch_text_similarity", "score", _PACL, {"pool": "score", "temperature": 0.1}, dtypes=_LOW
+    ),
+    Case(
+        "patch_text_similarity",
+        "pacl-1024",
+        {"B": 1024, "T": 1024, "N": 196, "D": 512},
+        _PACL_GPU,
+        dtypes=_LOW,
+    ),
+    Case(
+        "patch_text_similarity",
+        "pacl-4096",
+        {"B": 4096, "T": 4096, "N": 196, "D": 512},
+        _PACL_GPU,
+        only=(FUSED,),
+        dtypes=("bfloat16",),
+    ),
 )
 
 
 def useful_flops(case: Case) -> tuple[int, int]:
-    """Of the products of a forward and a backward in the cheaper form (docs/ops); zeros where memory is what bounds it."""
+    """Of the products of a forward and a backward in the cheaper form (docs/ops); zeros where
+    memory is what bounds it.
+    """
     if case.op == "contrastive_loss":
         once = 2 * case.shape["B"] ** 2 * case.shape["D"]
         return once, 3 * once
@@ -106,8 +231,12 @@ def useful_flops(case: Case) -> tuple[int, int]:
     return B * T * forward, B * T * backward
 
 
-def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Random tensors of a case, with gradients, drawn on the device; never zeros, which run faster on some hardware."""
+def inputs(
+    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Random tensors of a case, with gradients, drawn on the device; never zeros, which run faster
+    on some hardware.
+    """
     g = torch.Generator(device).manual_seed(seed)
     s = case.shape
 
@@ -120,22 +249,42 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
     if case.op == "patch_text_similarity":
         return leaves({"patches": randn(s["B"], s["N"], s["D"]), "texts": randn(s["T"], s["D"])})
     if case.op == "center_assignment":
-        return leaves({name: randn(s["B"], s[count], s["D"]) for name, count in (("queries", "G"), ("keys", "L"), ("values", "L"))})
+        return leaves(
+            {
+                name: randn(s["B"], s[count], s["D"])
+                for name, count in (("queries", "G"), ("keys", "L"), ("values", "L"))
+            }
+        )
     if case.op in ("folded_center_assignment", "segclip_center_assignment"):
         D, rows = s["D"], s["D"] if case.op.startswith("folded") else s["D"] // s["groups"]
-        names = ("key_bias", "value_bias") if rows == D else ("norm_weight", "norm_bias", "key_norm_weight", "key_norm_bias")
+        names = (
+            ("key_bias", "value_bias")
+            if rows == D
+            else ("norm_weight", "norm_bias", "key_norm_weight", "key_norm_bias")
+        )
         found = {"queries": randn(s["B"], s["G"], D), "tokens": randn(s["B"], s["L"], D)}
         found |= {name: randn(D, rows) / rows**0.5 for name in ("key_weight", "value_weight")}
         return leaves(found | {name: ("norm_weight" in name) + 0.1 * randn(D) for name in names})
     if case.op == "upsample_argmax":
         return {"logits": maps(randn, 1, s["C"], s["h"], 6, case.name == "noise").to(dtype)}
     if case.op == "upsample_mask_loss":
-        labels = torch.randint(0, s["C"] + 4, (s["B"], 1, 16, 16), generator=g, device=device).float()
+        labels = torch.randint(
+            0, s["C"] + 4, (s["B"], 1, 16, 16), generator=g, device=device
+        ).float()
         labels = F.interpolate(labels, (s["H"], s["H"]), mode="nearest")[:, 0].to(torch.int64)
-        return {**leaves({"logits": 2.5 * randn(s["B"], s["C"], s["h"], s["h"])}), "labels": labels.where(labels < s["C"], 255)}
+        return {
+            **leaves({"logits": 2.5 * randn(s["B"], s["C"], s["h"], s["h"])}),
+            "labels": labels.where(labels < s["C"], 255),
+        }
     if case.op == "window_argmax":
-        found = {"logits": maps(randn, 2, s.get("G", s["C"]), s["h"], 2.5, case.name == "noise").to(dtype)}
-        found["origins"] = torch.tensor([[0, 0], [0, round(s["side"] * 4 / 3) - s["side"]]], device=device)
+        found = {
+            "logits": maps(randn, 2, s.get("G", s["C"]), s["h"], 2.5, case.name == "noise").to(
+                dtype
+            )
+        }
+        found["origins"] = torch.tensor(
+            [[0, 0], [0, round(s["side"] * 4 / 3) - s["side"]]], device=device
+        )
         if "G" in s:
             found["tables"] = (5 * randn(2, s["G"], s["C"])).softmax(-1).to(dtype)
         return found
@@ -148,15 +297,28 @@ def inputs(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device
     return leaves({"similarity": similarity, "logit_scale": torch.tensor(14.3, device=device)})
 
 
-def maps(randn: Callable[..., torch.Tensor], images: int, classes: int, side: int, scale: float, noise: bool) -> torch.Tensor:
+def maps(
+    randn: Callable[..., torch.Tensor],
+    images: int,
+    classes: int,
+    side: int,
+    scale: float,
+    noise: bool,
+) -> torch.Tensor:
     """Logits: noise alone, or smooth as a network's with a little noise."""
     fine = randn(images, classes, side, side)
     if noise:
         return fine
-    return F.interpolate(scale * randn(images, classes, 5, 5), (side, side), mode="bicubic") + scale / 20 * fine
+    return (
+        F.interpolate(scale * randn(images, classes, 5, 5), (side, side), mode="bicubic")
+        + scale / 20 * fine
+    )
 
 
 def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
-    """Name to function of the inputs; the first is ours. All give the same values, which the runner checks."""
+    """Name to function of the inputs; the first is ours.
+
+    All give the same values, which the runner checks.
+    """
     found = BASELINES[case.op](case)
     return {name: f for name, f in found.items() if not case.only or name in case.only}

@@ -1,9 +1,12 @@
-"""SegCLIP as a whole: windows of pictures from pixels to labels, and the memory of a training step, against the published procedure.
+"""SegCLIP as a whole: windows of pictures from pixels to labels, and the memory of a training step,
+against the published procedure.
 
-``published``: every crop alone, encoded twice (once for the group map, once for the features), class maps at full size for each crop,
-added up, divided, resized, argmax; and for training the same model written plainly: attention with its weights, QuickGELU in three
-tensors, keys and values of every token in the group module, the superpixel product with an [L, L] matrix, the reconstruction of every
-patch. Random weights, ViT-B/16.
+``published``: every crop alone, encoded twice (once for the group map, once for the features),
+    class maps at full size for each crop,
+added up, divided, resized, argmax; and for training the same model written plainly: attention with
+its weights, QuickGELU in three tensors, keys and values of every token in the group module, the
+superpixel product with an [L, L] matrix, the reconstruction of every patch. Random weights,
+ViT-B/16.
 """
 
 from __future__ import annotations
@@ -37,14 +40,18 @@ CLASSES, SIZE = 80, (375, 500)
 TAU, KEPT = 0.9, 0.25  # of the published training
 
 
-# ---- the published procedure, written plainly -------------------------------------------------------------------------------------
+# ---- the published procedure, written plainly
+# -------------------------------------------------------------------------------------
 
 
 def _attend(attn, x, keys):
     """Packed multi-head attention of [B, S, D] with its weights kept."""
     heads, D = attn.num_heads, x.shape[-1]
     w, b = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
-    q, k, v = (F.linear(t, w[i], b[i]).unflatten(2, (heads, -1)).transpose(1, 2) for i, t in enumerate((x, keys, keys)))
+    q, k, v = (
+        F.linear(t, w[i], b[i]).unflatten(2, (heads, -1)).transpose(1, 2)
+        for i, t in enumerate((x, keys, keys))
+    )
     weights = (q * (D // heads) ** -0.5 @ k.transpose(2, 3)).softmax(-1)
     return attn.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
@@ -87,12 +94,16 @@ def published_encode(model: SegCLIP, images: torch.Tensor):
     tokens, _, soft = _groups(model.groups, x, None, 1.0)
     for block in _trunk(model)[model.first_stage :]:
         tokens = _block(block, tokens)
-    x = model.backbone.project(model.backbone.final_norm(torch.cat([tokens.amax(1, keepdim=True), tokens], 1)))
+    x = model.backbone.project(
+        model.backbone.final_norm(torch.cat([tokens.amax(1, keepdim=True), tokens], 1))
+    )
     return x[:, 0], x[:, 1:], soft, grid
 
 
 @torch.no_grad()
-def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float) -> torch.Tensor:
+def published_labels(
+    model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float
+) -> torch.Tensor:
     total, count = torch.zeros(1 + len(texts), *placement.canvas), torch.zeros(placement.canvas)
     h, w = placement.crop
     for y, x in placement.origins.tolist():
@@ -101,10 +112,14 @@ def published_labels(model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, 
         image, groups, _, _ = published_encode(model, crop)
         features = GroupFeatures(image, groups, grid, groups, soft.argmax(1), soft)
         table = group_tables(features, texts, float(model.logit_scale), 5, threshold)
-        chosen = F.interpolate(soft.unflatten(2, grid), (h, w), mode="bilinear", align_corners=False)[0].argmax(0)
+        chosen = F.interpolate(
+            soft.unflatten(2, grid), (h, w), mode="bilinear", align_corners=False
+        )[0].argmax(0)
         total[:, y : y + h, x : x + w] += table[0][chosen].permute(2, 0, 1)
         count[y : y + h, x : x + w] += 1
-    maps = F.interpolate((total / count)[None], placement.size, mode="bilinear", align_corners=False)
+    maps = F.interpolate(
+        (total / count)[None], placement.size, mode="bilinear", align_corners=False
+    )
     return maps.softmax(1).argmax(1)[0] - 1
 
 
@@ -117,14 +132,19 @@ def published_loss(model: SegCLIP, batch: PairBatch) -> torch.Tensor:
     tokens, hard, _ = _groups(model.groups, h, batch.noise["groups"], TAU)
     for block in _trunk(model)[model.first_stage :]:
         tokens = _block(block, tokens)
-    image = model.backbone.project(model.backbone.final_norm(torch.cat([tokens.amax(1, keepdim=True), tokens], 1)))[:, 0]
+    image = model.backbone.project(
+        model.backbone.final_norm(torch.cat([tokens.amax(1, keepdim=True), tokens], 1))
+    )[:, 0]
     clip, ids = model.backbone.clip, batch.token_ids
     t = clip.token_embedding(ids) + clip.positional_embedding[: ids.shape[1]]
     mask = clip.attn_mask[: ids.shape[1], : ids.shape[1]]
     for block in clip.transformer.resblocks:
         normed = block.ln_1(t)
         w, b = block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(normed, w[i], b[i]).unflatten(2, (block.attn.num_heads, -1)).transpose(1, 2) for i in range(3))
+        q, k, v = (
+            F.linear(normed, w[i], b[i]).unflatten(2, (block.attn.num_heads, -1)).transpose(1, 2)
+            for i in range(3)
+        )
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1)
         t = t + block.attn.out_proj((weights @ v).transpose(1, 2).flatten(2))
         t = t + block.mlp.c_proj(_gelu(block.mlp.c_fc(block.ln_2(t))))
@@ -154,7 +174,8 @@ def published_loss(model: SegCLIP, batch: PairBatch) -> torch.Tensor:
     return contrastive + superpixel + (each * removed).sum() / removed.sum()
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------------------
+# ---- measuring
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def training_batch(model: SegCLIP, size: int, pixels: int) -> PairBatch:
@@ -167,14 +188,23 @@ def training_batch(model: SegCLIP, size: int, pixels: int) -> PairBatch:
 
     ids = torch.randint(1, 40000, (size, 32), generator=generator)
     ids[:, -1] = 49407
-    noise = {"groups": gumbel(size, G, N), "kept_groups": gumbel(size, G, K), "masking": torch.rand(size, N, generator=generator)}
-    images, segments = torch.randn(size, 3, pixels, pixels, generator=generator), torch.randint(0, 20, (size, N), generator=generator)
+    noise = {
+        "groups": gumbel(size, G, N),
+        "kept_groups": gumbel(size, G, K),
+        "masking": torch.rand(size, N, generator=generator),
+    }
+    images, segments = (
+        torch.randn(size, 3, pixels, pixels, generator=generator),
+        torch.randint(0, 20, (size, N), generator=generator),
+    )
     pairs = torch.arange(size)
     return PairBatch(images, ids, pairs, pairs, segments=segments, noise=noise)
 
 
 def inference(repeats: int) -> list[dict[str, Any]]:
-    """Both procedures, alternating, on a photograph in windows of 224 (stride 224: the published one) and of 448 (stride 224)."""
+    """Both procedures, alternating, on a photograph in windows of 224 (stride 224: the published
+    one) and of 448 (stride 224).
+    """
     from PIL import Image
     from skimage import data
 
@@ -187,7 +217,10 @@ def inference(repeats: int) -> list[dict[str, Any]]:
     picture, rows = Image.fromarray(data.coffee()).resize(SIZE[::-1]), []
     for name, options in (("224, stride 224", {"short_side": 224, "crop": 224, "stride": 224}),
                           ("448, stride 224", {"short_side": 448, "crop": 448, "stride": 224})):  # fmt: skip
-        placement, rule = place(SIZE, View(**options), patch=16, trained=224), GroupTables(background_threshold=0.65)
+        placement, rule = (
+            place(SIZE, View(**options), patch=16, trained=224),
+            GroupTables(background_threshold=0.65),
+        )
         assert placement.origins is not None
         seen = resized(picture, placement.canvas, "bilinear")
         pixels = model.normalize(seen[None])[0]
@@ -195,7 +228,9 @@ def inference(repeats: int) -> list[dict[str, Any]]:
         for turn in bar(range(repeats + 1), unit="turn", desc="inference", leave=False):
             start = time.perf_counter()
             with torch.no_grad():
-                found = rule.label_map(model, encode(model, [(seen, placement)], 8)[0], queries, placement)[0]
+                found = rule.label_map(
+                    model, encode(model, [(seen, placement)], 8)[0], queries, placement
+                )[0]
             middle = time.perf_counter()
             expected = published_labels(model, pixels, texts, placement, 0.65)
             if turn:
@@ -210,23 +245,37 @@ def inference(repeats: int) -> list[dict[str, Any]]:
 
 
 def training_memory(which: str, size: int = 8, pixels: int = 224) -> dict[str, float]:
-    """Growth of the peak resident set by a forward and backward, and the loss; in a process of its own."""
+    """Growth of the peak resident set by a forward and backward, and the loss; in a process of its
+    own.
+    """
     torch.manual_seed(0)
     model = ovseg.create_model("segclip_vit_b16").train()
     objective = create_objective(model)
-    loss_of = (lambda batch: objective(batch)["total"]) if which == "ours" else (lambda batch: published_loss(model, batch))
+    loss_of = (
+        (lambda batch: objective(batch)["total"])
+        if which == "ours"
+        else (lambda batch: published_loss(model, batch))
+    )
     loss_of(training_batch(model, 2, 64)).backward()  # gradients exist, libraries are loaded
     batch = training_batch(model, size, pixels)
     Path("/proc/self/clear_refs").write_text("5")
     before, start = _status("VmRSS"), time.perf_counter()
     loss = loss_of(batch)
     loss.backward()
-    return {"loss": loss.item(), "peak MiB": round((_status("VmHWM") - before) / 1024, 1), "seconds": round(time.perf_counter() - start, 2)}
+    return {
+        "loss": loss.item(),
+        "peak MiB": round((_status("VmHWM") - before) / 1024, 1),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
 
 
 def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     """Measure, print, and write JSON if ``out`` is given."""
-    found: dict[str, Any] = {"environment": environment(), "inference": inference(repeats), "training, B = 8, 224 px": {}}
+    found: dict[str, Any] = {
+        "environment": environment(),
+        "inference": inference(repeats),
+        "training, B = 8, 224 px": {},
+    }
     save(out, found)
     for row in found["inference"]:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -234,12 +283,15 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     for which in ("ours", "published"):
         code = f"import json; from {__name__} import training_memory; print(json.dumps(training_memory({which!r})))"
         with waiting(f"memory of a training step, {which}"):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            )
         memory[which] = json.loads(done.stdout.splitlines()[-1])
         print(which, memory[which], flush=True)
         save(out, found)
-    memory["ratio of peaks"] = round(memory["ours"]["peak MiB"] / memory["published"]["peak MiB"], 3)
+    memory["ratio of peaks"] = round(
+        memory["ours"]["peak MiB"] / memory["published"]["peak MiB"], 3
+    )
     print("ratio of peaks", memory["ratio of peaks"])
     save(out, found)
     return found
-

@@ -1,11 +1,13 @@
 """A picture from pixels to labels: ``Predictor`` against the procedure as published code runs it.
 
-One 4:3 picture, random weights, 171 random unit vectors for texts, two windows of 512 with stride 426 on a canvas of 683 x 512.
-``windows one by one`` encodes each window alone, upsamples all classes to the window, adds them up on the canvas, divides by the count,
-resizes to the picture and takes the argmax. Pixels are ready in memory; texts are encoded before.
+One 4:3 picture, random weights, 171 random unit vectors for texts, two windows of 512 with stride
+426 on a canvas of 683 x 512. ``windows one by one`` encodes each window alone, upsamples all
+classes to the window, adds them up on the canvas, divides by the count, resizes to the picture and
+takes the argmax. Pixels are ready in memory; texts are encoded before.
 
-The picture is a photograph of scikit-image. Neighbouring patches of a photograph resemble each other, on which the time of the label map
-depends; ``noise`` is the other extreme, a label map from features without any structure.
+The picture is a photograph of scikit-image. Neighbouring patches of a photograph resemble each
+other, on which the time of the label map depends; ``noise`` is the other extreme, a label map from
+features without any structure.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from .run import environment, save
 
 CLASSES, CANVAS, CROP, STRIDE = 171, (512, 683), 512, 426
 TOWERS = {  # architecture and readout
-    "ViT-B/16": ("ViT-B-16-quickgelu", "sclip"), "SigLIP-B/16": ("ViT-B-16-SigLIP", "sclip"), "ConvNeXt-B": ("convnext_base_w", "clip"),
+    "ViT-B/16": ("ViT-B-16-quickgelu", "sclip"),
+    "SigLIP-B/16": ("ViT-B-16-SigLIP", "sclip"),
+    "ConvNeXt-B": ("convnext_base_w", "clip"),
 }
 
 
@@ -43,12 +47,18 @@ def photograph() -> torch.Tensor:
 
 
 @torch.no_grad()
-def one_by_one(model, pixels: torch.Tensor, texts: torch.Tensor, origins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def one_by_one(
+    model, pixels: torch.Tensor, texts: torch.Tensor, origins: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
     """Windows one by one, class maps at full size."""
     total, count = torch.zeros(len(texts), *CANVAS), torch.zeros(CANVAS)
     for y, x in origins.tolist():
-        logits = model.segment_logits(model.encode_image(pixels[None, :, y : y + CROP, x : x + CROP]), texts)
-        total[:, y : y + CROP, x : x + CROP] += F.interpolate(logits, (CROP, CROP), mode="bilinear", align_corners=False)[0]
+        logits = model.segment_logits(
+            model.encode_image(pixels[None, :, y : y + CROP, x : x + CROP]), texts
+        )
+        total[:, y : y + CROP, x : x + CROP] += F.interpolate(
+            logits, (CROP, CROP), mode="bilinear", align_corners=False
+        )[0]
         count[y : y + CROP, x : x + CROP] += 1
     merged = (total / count)[None]
     if size != CANVAS:
@@ -56,8 +66,13 @@ def one_by_one(model, pixels: torch.Tensor, texts: torch.Tensor, origins: torch.
     return merged.argmax(1)[0]
 
 
-def run(*, repeats: int = 7, out: str | None = None, layers: int | None = None) -> list[dict[str, Any]]:
-    """Measure, print, and write JSON if ``out`` is given. ``layers`` cuts the first model down, the only one then, for tests."""
+def run(
+    *, repeats: int = 7, out: str | None = None, layers: int | None = None
+) -> list[dict[str, Any]]:
+    """Measure, print, and write JSON if ``out`` is given.
+
+    ``layers`` cuts the first model down, the only one then, for tests.
+    """
     rows = []
     for title, (architecture, readout) in TOWERS.items():
         torch.manual_seed(0)
@@ -82,9 +97,16 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
         view = View(short_side=512, crop=CROP, stride=STRIDE)
         placement = place(size, view, patch=model.spec.patch_size, trained=model.spec.image_size)
         assert placement.canvas == CANVAS and placement.origins is not None
-        times: dict[str, list[float]] = {"ours": [], "label map": [], "windows one by one": [], "label map, noise": []}
+        times: dict[str, list[float]] = {
+            "ours": [],
+            "label map": [],
+            "windows one by one": [],
+            "label map, noise": [],
+        }
         noise = None
-        for turn in bar(range(repeats + 1), unit="turn", desc=f"bench {title} {name}", leave=False):  # the first one warms up
+        for turn in bar(
+            range(repeats + 1), unit="turn", desc=f"bench {title} {name}", leave=False
+        ):  # the first one warms up
             start = time.perf_counter()
             with torch.no_grad():
                 features = encode(model, [(picture, placement)], view.window_batch)[0]
@@ -93,12 +115,18 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
             done = time.perf_counter()
             theirs = one_by_one(model, pixels, texts, placement.origins, size)
             naive = time.perf_counter()
-            noise = noise or PatchFeatures(features.embedding, torch.randn_like(features.tokens), features.grid)
+            noise = noise or PatchFeatures(
+                features.embedding, torch.randn_like(features.tokens), features.grid
+            )
             rule.label_map(model, noise, queries, placement)
             end = time.perf_counter()
             if turn:
-                for key, value in (("ours", done - start), ("label map", done - encoded), ("windows one by one", naive - done),
-                                   ("label map, noise", end - naive)):
+                for key, value in (
+                    ("ours", done - start),
+                    ("label map", done - encoded),
+                    ("windows one by one", naive - done),
+                    ("label map, noise", end - naive),
+                ):
                     times[key].append(value)
         ms = {key: 1e3 * float(np.median(values)) for key, values in times.items()}
         rows.append({
@@ -106,12 +134,18 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
             **{f"{key} ms p20-p80": [round(1e3 * float(q), 1) for q in np.percentile(times[key], (20, 80))] for key in times},
             "label map share": round(float(np.median(np.array(times["label map"]) / np.array(times["ours"]))), 4),
             "ours over one by one": round(float(np.median(np.array(times["ours"]) / np.array(times["windows one by one"]))), 3),
-            "differing labels": int((ours != theirs).sum()), "pixels": ours.numel(), "labels that occur": len(ours.unique()),
+            "differing labels": int((ours != theirs).sum()), "pixels": ours.numel(), "labels that "
+                                                                                     "occur": len(ours.unique()),
         })  # fmt: skip
         share = 100 * rows[-1]["label map share"]
-        print(f"{title} {name}: ours {ms['ours']:.0f} ms, of which the label map {ms['label map']:.1f} = {share:.1f} %; "
-              f"windows one by one {ms['windows one by one']:.0f}; ratio {rows[-1]['ours over one by one']}; "
-              f"{rows[-1]['differing labels']} of {ours.numel()} labels differ, {rows[-1]['labels that occur']} occur; "
-              f"label map of noise {ms['label map, noise']:.0f}", flush=True)
+        print(
+            f"{title} {name}: ours {ms['ours']:.0f} ms, of which the label map "
+            f"{ms['label map']:.1f} = {share:.1f} %; "
+            f"windows one by one {ms['windows one by one']:.0f}; ratio "
+            f"{rows[-1]['ours over one by one']}; "
+            f"{rows[-1]['differing labels']} of {ours.numel()} labels differ, "
+            f"{rows[-1]['labels that occur']} occur; "
+            f"label map of noise {ms['label map, noise']:.0f}",
+            flush=True,
+        )
     return rows
-

@@ -1,4 +1,7 @@
-"""Result files as tables, whole or cut off by a kill. ``ovseg bench show FILES``; nothing installed: python -m benchmarks.show FILES."""
+"""Result files as tables, whole or cut off by a kill.
+
+``ovseg bench show FILES``; nothing installed: python -m benchmarks.show FILES.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,41 @@ def tables(path: str | Path) -> str:
         return whole
     rows, cut = lines.read(path)
     if not rows:
-        raise ValueError(f"{path} holds no row of results; expected lines of scripts/gpu_check.sh, or the file of `ovseg bench --json`")
+        raise ValueError(
+            f"{path} holds no row of results; expected lines of scripts/gpu_check.sh, or the file "
+            f"of `ovseg bench --json`"
+        )
     parts, everything = [], len(rows)
     rows = lines.last_run(rows)
     for row in rows:
         if row.get("op") == "environment":
-            names = ("device", "torch", "cuda", "triton", "driver", "commit", "date", "time", "allow_tf32")
+            names = (
+                "device",
+                "torch",
+                "cuda",
+                "triton",
+                "driver",
+                "commit",
+                "date",
+                "time",
+                "allow_tf32",
+            )
             parts.append(", ".join(f"{name} {row[name]}" for name in names if name in row))
     roof = [row for row in rows if row.get("op") == "roofline"]
-    rates = [f"{row['implementation']} {row['dtype']} {row['tflops']} TFLOP/s" for row in roof if "tflops" in row]
+    rates = [
+        f"{row['implementation']} {row['dtype']} {row['tflops']} TFLOP/s"
+        for row in roof
+        if "tflops" in row
+    ]
     rates += [f"copy {row['gb_per_s']} GB/s" for row in roof if "gb_per_s" in row]
     if rates:
         parts.append("reached here: " + ", ".join(rates))
     steps = [row for row in rows if "step" in row]
-    parts += [f"{row['step']}: {row['state']}, {row['seconds']} s" + (f"; {row['note']}" if row.get("note") else "") for row in steps]
+    parts += [
+        f"{row['step']}: {row['state']}, {row['seconds']} s"
+        + (f"; {row['note']}" if row.get("note") else "")
+        for row in steps
+    ]
     results, begun = lines.finished(rows), lines.unfinished(rows)
     if any("ms" in row for row in results.values()):
         parts.append(_bench([row for row in results.values() if "implementation" in row]))
@@ -45,7 +69,10 @@ def tables(path: str | Path) -> str:
     planned = lines.planned(rows)
     left = [key for key in planned if key not in results and key not in begun]
     if left:
-        parts.append(f"not reached: {len(left)} of {len(planned)} rows, the first of them: {', '.join(left[:5])}")
+        parts.append(
+            f"not reached: {len(left)} of {len(planned)} rows, the first of them: "
+            f"{', '.join(left[:5])}"
+        )
     if len(rows) < everything:
         parts.append(f"{everything - len(rows)} lines of earlier runs in this file, not shown")
     if cut:
@@ -63,7 +90,11 @@ def _whole(path: str | Path) -> str:
         return ""
     from .run import table
 
-    return ", ".join(f"{k} {v}" for k, v in found.get("environment", {}).items()) + "\n\n" + table(found["rows"])
+    return (
+        ", ".join(f"{k} {v}" for k, v in found.get("environment", {}).items())
+        + "\n\n"
+        + table(found["rows"])
+    )
 
 
 def _bench(rows: Sequence[Row]) -> str:
@@ -73,7 +104,18 @@ def _bench(rows: Sequence[Row]) -> str:
         at = (row["op"], row["case"], row["dtype"])
         if row["implementation"].startswith("ovseg") and "ms" in row:
             ours[at] = min(row["ms"], ours.get(at, row["ms"]))
-    names = ("op", "case", "dtype", "implementation", "forward ms", "backward ms", "ms / ovseg", "% product", "% copy", "extra MiB")
+    names = (
+        "op",
+        "case",
+        "dtype",
+        "implementation",
+        "forward ms",
+        "backward ms",
+        "ms / ovseg",
+        "% product",
+        "% copy",
+        "extra MiB",
+    )
     text = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in sorted(rows, key=lambda row: (row["op"], row["case"], row["dtype"])):
         at = (row["op"], row["case"], row["dtype"])
@@ -82,11 +124,21 @@ def _bench(rows: Sequence[Row]) -> str:
             cells[2] += " (tf32 allowed)"
         if "ms" in row:
             passes = [name for name in ("forward", "backward") if f"{name}_ms" in row]
-            cells += [f"{row[f'{name}_ms']:.3f} ({row[f'{name}_ms_p20']:.3f}-{row[f'{name}_ms_p80']:.3f})" if name in passes else ""
-                      for name in ("forward", "backward")]
+            cells += [
+                f"{row[f'{name}_ms']:.3f} ({row[f'{name}_ms_p20']:.3f}-{row[f'{name}_ms_p80']:.3f})"
+                if name in passes
+                else ""
+                for name in ("forward", "backward")
+            ]
             cells.append(f"{row['ms'] / ours[at]:.2f}" if at in ours else "")
-            cells += [", ".join(str(row[f"{name}_percent_of_{rate}"]) for name in passes if f"{name}_percent_of_{rate}" in row)
-                      for rate in ("product", "copy")]
+            cells += [
+                ", ".join(
+                    str(row[f"{name}_percent_of_{rate}"])
+                    for name in passes
+                    if f"{name}_percent_of_{rate}" in row
+                )
+                for rate in ("product", "copy")
+            ]
             cells.append(row.get("extra_mib", ""))
         else:
             cells += [row.get("failed", ""), *[""] * 5]
@@ -99,9 +151,16 @@ def _checks(rows: Sequence[Row]) -> str:
     counts: dict[str, Counter] = {}
     for row in rows:
         state = "failed" if "failed" in row else row.get("state", "passed")
-        counts.setdefault(str(row.get("backend") or row.get("group") or row.get("tool") or "all"), Counter())[state] += 1
-    text = [f"{name}: {', '.join(f'{n} {state}' for state, n in count.most_common())}" for name, count in counts.items()]
-    return "\n".join(text + [f"FAILED {row['key']}: {row['failed']}" for row in rows if "failed" in row])
+        counts.setdefault(
+            str(row.get("backend") or row.get("group") or row.get("tool") or "all"), Counter()
+        )[state] += 1
+    text = [
+        f"{name}: {', '.join(f'{n} {state}' for state, n in count.most_common())}"
+        for name, count in counts.items()
+    ]
+    return "\n".join(
+        text + [f"FAILED {row['key']}: {row['failed']}" for row in rows if "failed" in row]
+    )
 
 
 def run(paths: Sequence[str]) -> int:
@@ -109,7 +168,9 @@ def run(paths: Sequence[str]) -> int:
         raise ValueError("show needs a result file; expected paths of .jsonl or .json files")
     for path in paths:
         if not os.path.isfile(path):
-            raise ValueError(f"{path} is no file; expected the .jsonl or .json that a benchmark wrote")
+            raise ValueError(
+                f"{path} is no file; expected the .jsonl or .json that a benchmark wrote"
+            )
         print(f"# {path}\n\n{tables(path)}\n")
     return 0
 

@@ -1,6 +1,8 @@
-"""A training step's loss made in two ways, ``ours`` and ``eager``: how far they agree, their times turn by turn, and their memory.
+"""A training step's loss made in two ways, ``ours`` and ``eager``: how far they agree, their times
+turn by turn, and their memory.
 
-Parts are a dict of both, functions without arguments that give the loss, and of the ``leaves`` whose gradients are taken.
+Parts are a dict of both, functions without arguments that give the loss, and of the ``leaves``
+whose gradients are taken.
 """
 
 from __future__ import annotations
@@ -26,8 +28,15 @@ def step_values(parts: Parts) -> dict[str, float]:
     """Losses, and how far the gradients are apart."""
     losses = {way: parts[way]() for way in WAYS}
     ours, eager = (torch.autograd.grad(loss, parts["leaves"]) for loss in losses.values())
-    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, eager, strict=True) if float(b.norm()) > 1e-5)  # or 0 in theory
-    return {**{way: loss.item() for way, loss in losses.items()}, "largest relative difference of a gradient": worst}
+    worst = max(
+        float((a - b).norm() / b.norm())
+        for a, b in zip(ours, eager, strict=True)
+        if float(b.norm()) > 1e-5
+    )  # or 0 in theory
+    return {
+        **{way: loss.item() for way, loss in losses.items()},
+        "largest relative difference of a gradient": worst,
+    }
 
 
 def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
@@ -46,7 +55,10 @@ def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
 
 
 def step_memory(small: Parts, parts: Parts, way: str) -> float:
-    """MiB by which the peak of a forward and backward lies above what was there before. ``small`` loads the libraries."""
+    """MiB by which the peak of a forward and backward lies above what was there before.
+
+    ``small`` loads the libraries.
+    """
     for some in (small, parts):
         for x in some["leaves"]:
             x.grad = torch.zeros_like(x)  # gradients exist
@@ -58,12 +70,16 @@ def step_memory(small: Parts, parts: Parts, way: str) -> float:
 
 
 def memory_of_both(module: str, repeats: int) -> dict[str, Any]:
-    """``training_memory(way)`` of ``module``, each time in a process of its own, alternating: an allocator keeps some MiB more or less."""
+    """``training_memory(way)`` of ``module``, each time in a process of its own, alternating: an
+    allocator keeps some MiB more or less.
+    """
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in bar(range(repeats), unit="turn", desc="memory of a step", leave=False):
         for way, values in found.items():
             code = f"from {module} import training_memory; print(training_memory({way!r}))"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            )
             values.append(float(done.stdout.splitlines()[-1]))
     ratio = np.array(found["ours"]) / np.array(found["eager"])
     least, most = (round(float(x), 4) for x in (ratio.min(), ratio.max()))

@@ -1,8 +1,8 @@
 """Runs commands side by side, each with its own limit, and never waits for one that hangs.
 
-A worker that dies, or that is silent for longer than ``stall`` seconds, is ended and started again; it skips what the result file
-already holds. What it had begun is written down as failed, so that one kernel that hangs costs its own row and no other.
-Needs nothing but Python.
+A worker that dies, or that is silent for longer than ``stall`` seconds, is ended and started again;
+it skips what the result file already holds. What it had begun is written down as failed, so that
+one kernel that hangs costs its own row and no other. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ AGAIN = 70  # of one whose GPU context is lost: its row is written, the others n
 
 @dataclass
 class Job:
-    """A command, and the most seconds it may take. ``resume``: started again after a death, while time is left."""
+    """A command, and the most seconds it may take.
+
+    ``resume``: started again after a death, while time is left.
+    """
 
     name: str
     command: Sequence[str]
@@ -34,12 +37,17 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     resume: bool = False
     stall: float = float("inf")
-    ended: tuple[int, ...] = (0, 1)  # exit statuses of a command that came to its end, with or without failures
+    ended: tuple[int, ...] = (
+        0,
+        1,
+    )  # exit statuses of a command that came to its end, with or without failures
 
 
 @dataclass
 class Outcome:
-    """How a job ended: exit status, or None if it was never started; and why it was ended, if it was."""
+    """How a job ended: exit status, or None if it was never started; and why it was ended, if it
+    was.
+    """
 
     name: str
     status: int | None
@@ -85,9 +93,18 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def start(command: Sequence[str], output: IO[bytes], environment: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                            preexec_fn=_die_with_parent, env={**os.environ, **environment})
+def start(
+    command: Sequence[str], output: IO[bytes], environment: dict[str, str]
+) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+        env={**os.environ, **environment},
+    )
 
 
 def stop(process: subprocess.Popen, number: int) -> None:
@@ -99,14 +116,17 @@ def stop(process: subprocess.Popen, number: int) -> None:
 def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results: lines.Lines | None = None,
         report: Callable[[Outcome], None] | None = None, tick: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> list[Outcome]:  # fmt: skip
-    """All jobs, at most ``workers`` at once, none beyond ``until`` on the clock. In the order they ended.
+    """All jobs, at most ``workers`` at once, none beyond ``until`` on the clock.
+
+    In the order they ended.
 
     Args:
         jobs: started in this order.
         workers: how many at once.
         until: when the last must have ended.
         logs: folder for the output of each, a file a job.
-        results: where a worker writes its rows; what it began and did not finish is written there as failed.
+        results: where a worker writes its rows; what it began and did not finish is written there
+            as failed.
         report: called with each outcome at once.
         tick: called again and again while something runs.
     """
@@ -127,11 +147,16 @@ def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results:
                 if limit < 2 * GRACE:
                     done(Outcome(job.name, None, 0.0, "not reached: the time was spent"))
                 else:
-                    running.append(_Running(job, limit, logs / f"{job.name.replace(' ', '-')}.log", now))
+                    running.append(
+                        _Running(job, limit, logs / f"{job.name.replace(' ', '-')}.log", now)
+                    )
             for r in list(running):
                 status = r.process.poll()
                 if status is None and r.asked and now - r.asked > 2 * GRACE:
-                    status, r.reason = -signal.SIGKILL, f"{r.reason}, and cannot be killed"  # it sits in the driver
+                    status, r.reason = (
+                        -signal.SIGKILL,
+                        f"{r.reason}, and cannot be killed",
+                    )  # it sits in the driver
                 elif status is None:
                     if now >= r.until:
                         r.end(f"ended by its limit of {r.until + GRACE - r.began:.0f} s", now)
@@ -171,7 +196,17 @@ def _cause(status: int) -> str:
 
 def settle(results: lines.Lines, worker: str, why: str) -> int:
     """What this worker began and did not finish has failed; how many that were."""
-    lost = {key: row for key, row in lines.unfinished(lines.read(results.path)[0]).items() if row.get("worker") == worker}
+    lost = {
+        key: row
+        for key, row in lines.unfinished(lines.read(results.path)[0]).items()
+        if row.get("worker") == worker
+    }
     for key, row in lost.items():
-        results.write({**{k: v for k, v in row.items() if k != "started"}, "key": key, "failed": f"did not come back: {why}"})
+        results.write(
+            {
+                **{k: v for k, v in row.items() if k != "started"},
+                "key": key,
+                "failed": f"did not come back: {why}",
+            }
+        )
     return len(lost)

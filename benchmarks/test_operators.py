@@ -1,8 +1,9 @@
-"""The CPU rows as pytest-benchmark tests: forward and backward of every implementation of every case.
+"""The CPU rows as pytest-benchmark tests: forward and backward of every implementation of every
+case.
 
-    pytest benchmarks --benchmark-only -k "pacl and not chunks"
-    pytest benchmarks --benchmark-only --benchmark-autosave        then, after a change:
-    pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
+pytest benchmarks --benchmark-only -k "pacl and not chunks"
+pytest benchmarks --benchmark-only --benchmark-autosave        then, after a change:
+pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ def tensors(index: int):
     return registry.inputs(registry.CASES[index])
 
 
-@pytest.mark.parametrize("case,name", ROWS, ids=[f"{case.op}-{case.name}-{name}" for case, name in ROWS])
+@pytest.mark.parametrize(
+    "case,name", ROWS, ids=[f"{case.op}-{case.name}-{name}" for case, name in ROWS]
+)
 def test_step(case, name, benchmark):
     benchmark.group = f"{case.op} {case.name}"
-    benchmark.extra_info.update(op=case.op, case=case.name, implementation=name, shape=case.shape, options=case.options)
+    benchmark.extra_info.update(
+        op=case.op, case=case.name, implementation=name, shape=case.shape, options=case.options
+    )
     function, given = registry.implementations(case)[name], tensors(registry.CASES.index(case))
     benchmark.pedantic(step, args=(function, given), rounds=5, warmup_rounds=1)

@@ -1,11 +1,14 @@
-"""ZegCLIP as a whole: head and loss of a training step, and a picture from pixels to labels, against the eager composition.
+"""ZegCLIP as a whole: head and loss of a training step, and a picture from pixels to labels,
+against the eager composition.
 
-``eager``: the published procedure written plainly. Prompts are tokens of every block; the descriptor is concatenated; all three decoder
-layers are computed whole, with their scores for the masks that nobody reads; logits are upsampled, and the loss takes one-hot targets,
-focal and dice maps of the pictures' size and the accuracy of its log. At inference windows one by one, sigmoid maps of all classes at full
-size, seen classes lowered by indexing, padded onto the canvas and added, divided, resized, softmax, argmax. It is given torch's fused
-attention in the image tower, and texts as ready embeddings. Random weights; queries and keys of the head are scaled up, so that labels
-differ.
+``eager``: the published procedure written plainly. Prompts are tokens of every block; the
+    descriptor is concatenated; all three decoder
+layers are computed whole, with their scores for the masks that nobody reads; logits are upsampled,
+and the loss takes one-hot targets, focal and dice maps of the pictures' size and the accuracy of
+its log. At inference windows one by one, sigmoid maps of all classes at full size, seen classes
+lowered by indexing, padded onto the canvas and added, divided, resized, softmax, argmax. It is
+given torch's fused attention in the image tower, and texts as ready embeddings. Random weights;
+queries and keys of the head are scaled up, so that labels differ.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ CROP, STRIDE, CANVAS, PENALTY = 512, 426, (512, 683), 0.1
 B, SIDE, RATE = 2, 512, 0.1
 
 
-# ---- the published procedure, written plainly -------------------------------------------------------------------------------------
+# ---- the published procedure, written plainly
+# -------------------------------------------------------------------------------------
 
 
 class Head(nn.Module):
@@ -50,8 +54,17 @@ class Head(nn.Module):
         width, layers = model.backbone.embed_dim, len(model.decoder.layers)
         self.model, self.rate, self.heads, self.layers = model, rate, model.options.heads, layers
         prefix = f"decode_head.decoder_1.layers.{layers - 1}."
-        unused = {name.removeprefix(prefix): x for name, x in dead(layers, width, 4 * width).items() if name.startswith(prefix)}
-        self.last = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(torch.randn_like(x) * 0.02) for name, x in unused.items()})
+        unused = {
+            name.removeprefix(prefix): x
+            for name, x in dead(layers, width, 4 * width).items()
+            if name.startswith(prefix)
+        }
+        self.last = nn.ParameterDict(
+            {
+                name.replace(".", "_"): nn.Parameter(torch.randn_like(x) * 0.02)
+                for name, x in unused.items()
+            }
+        )
 
     def _part(self, i: int, name: str, x: torch.Tensor) -> torch.Tensor:
         """Linear layer or norm ``name`` of layer i."""
@@ -60,18 +73,29 @@ class Head(nn.Module):
             layer = getattr(layer, step, None)
         if layer is not None:
             return layer(x)
-        weight, bias = (self.last[f"{name}_{kind}".replace(".", "_")] for kind in ("weight", "bias"))
-        return F.layer_norm(x, x.shape[-1:], weight, bias) if "norm" in name else F.linear(x, weight, bias)
+        weight, bias = (
+            self.last[f"{name}_{kind}".replace(".", "_")] for kind in ("weight", "bias")
+        )
+        return (
+            F.layer_norm(x, x.shape[-1:], weight, bias)
+            if "norm" in name
+            else F.linear(x, weight, bias)
+        )
 
     def forward(self, g: torch.Tensor, patches: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """Mask logits [B, C, h, w] of pictures [B, E] with patches [B, E, h, w]."""
         size, (count, width) = patches.shape[2:], texts.shape
         memory = patches.flatten(2).transpose(1, 2)
         texts = texts.expand(len(g), -1, -1)
-        q = self.model.descriptor.proj(torch.cat([torch.einsum("bd,bcd->bcd", g, texts), texts], dim=-1))
+        q = self.model.descriptor.proj(
+            torch.cat([torch.einsum("bd,bcd->bcd", g, texts), texts], dim=-1)
+        )
         masks, queries = [], []
         for i in range(self.layers):
-            parts = [self._part(i, f"multihead_attn.{name}", x) for name, x in (("q", q), ("k", memory), ("v", memory))]
+            parts = [
+                self._part(i, f"multihead_attn.{name}", x)
+                for name, x in (("q", q), ("k", memory), ("v", memory))
+            ]
             query, key, value = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in parts)
             scores = query @ key.transpose(2, 3) * (width // self.heads) ** -0.5
             kept = scores.clone()
@@ -82,7 +106,9 @@ class Head(nn.Module):
             hidden = F.dropout(self._part(i, "linear1", q).relu(), self.rate)
             q = self._part(i, "norm3", q + F.dropout(self._part(i, "linear2", hidden), self.rate))
             queries.append(q)
-        maps = [mask.transpose(1, 2).reshape(len(g), *size, count).permute(0, 3, 1, 2) for mask in masks]
+        maps = [
+            mask.transpose(1, 2).reshape(len(g), *size, count).permute(0, 3, 1, 2) for mask in masks
+        ]
         return maps[-1]
 
 
@@ -118,7 +144,9 @@ def eager_encode(model: ZegCLIP, images: torch.Tensor) -> tuple[torch.Tensor, to
         kept = x if i == 0 else torch.cat([x[:, :1], x[:, 1 + PROMPTS :]], 1)
         x = torch.cat([kept[:, :1], prompts[i].expand(len(x), -1, -1), kept[:, 1:]], 1)
         q, k, v = block.project(block.ln_1(x))
-        x = x + block.attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + block.attn.out_proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         hidden = block.mlp.c_fc(block.ln_2(x))
         x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
     x = model.backbone.final_norm(model.prompts.norm(x))
@@ -128,12 +156,19 @@ def eager_encode(model: ZegCLIP, images: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def eager_labels(head: Head, pixels: torch.Tensor, texts: torch.Tensor, seen: list[int], placement: Any) -> np.ndarray:
+def eager_labels(
+    head: Head, pixels: torch.Tensor, texts: torch.Tensor, seen: list[int], placement: Any
+) -> np.ndarray:
     """Labels of a picture [3, H, W] that is normalised."""
-    total, count = pixels.new_zeros(1, len(texts), *placement.canvas), pixels.new_zeros(1, 1, *placement.canvas)
+    total, count = (
+        pixels.new_zeros(1, len(texts), *placement.canvas),
+        pixels.new_zeros(1, 1, *placement.canvas),
+    )
     for y, x in placement.origins.tolist():
         g, patches = eager_encode(head.model, pixels[None, :, y : y + CROP, x : x + CROP])
-        logits = F.interpolate(head(g, patches, texts), (CROP, CROP), mode="bilinear", align_corners=False)
+        logits = F.interpolate(
+            head(g, patches, texts), (CROP, CROP), mode="bilinear", align_corners=False
+        )
         maps = logits.sigmoid()
         maps[:, seen] = maps[:, seen] - PENALTY
         maps = F.interpolate(maps, (CROP, CROP), mode="bilinear", align_corners=False)
@@ -143,7 +178,8 @@ def eager_labels(head: Head, pixels: torch.Tensor, texts: torch.Tensor, seen: li
     return maps.softmax(1).argmax(1)[0].numpy()
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------------------
+# ---- measuring
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def a_model(prompts: int = PROMPTS) -> ZegCLIP:
@@ -158,15 +194,25 @@ def a_model(prompts: int = PROMPTS) -> ZegCLIP:
 
 
 def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
-    """Features of two pictures and their masks, and what makes the loss of them, ours and the eager one."""
+    """Features of two pictures and their masks, and what makes the loss of them, ours and the eager
+    one.
+    """
     model = a_model()
     generator = torch.Generator().manual_seed(1)
     texts = F.normalize(torch.randn(classes, 512, generator=generator), dim=-1)
     g = F.normalize(torch.randn(B, 512, generator=generator), dim=-1).requires_grad_()
     grid = side // 16
-    patches = F.normalize(torch.randn(B, grid * grid, 512, generator=generator), dim=-1).requires_grad_()
-    few = torch.randint(0, classes, (B, 12), generator=generator)  # a dozen classes a picture, in squares, some of them without a label
-    index = torch.randint(0, 14, (B, side // 32, side // 32), generator=generator).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    patches = F.normalize(
+        torch.randn(B, grid * grid, 512, generator=generator), dim=-1
+    ).requires_grad_()
+    few = torch.randint(
+        0, classes, (B, 12), generator=generator
+    )  # a dozen classes a picture, in squares, some of them without a label
+    index = (
+        torch.randint(0, 14, (B, side // 32, side // 32), generator=generator)
+        .repeat_interleave(32, 1)
+        .repeat_interleave(32, 2)
+    )
     labels = F.pad(few, (0, 2), value=255).gather(1, index.flatten(1)).view_as(index)
     for module in model.modules():
         if hasattr(module, "dropout"):
@@ -182,7 +228,9 @@ def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
         return objective.loss({"logits": logits}, batch, Progress(), None)["total"]
 
     def eager() -> torch.Tensor:
-        return eager_loss(head(g, patches.transpose(1, 2).unflatten(2, (grid, grid)), texts), labels)
+        return eager_loss(
+            head(g, patches.transpose(1, 2).unflatten(2, (grid, grid)), texts), labels
+        )
 
     leaves = [g, patches, *model.parts()["head"]]
     return {"ours": ours, "eager": eager, "leaves": leaves, "unused": list(head.last.values())}
@@ -199,7 +247,12 @@ def inference(repeats: int) -> list[dict[str, Any]]:
     names, seen = tuple(map(str, range(CLASSES))), list(range(SEEN))
     queries = EncodedQueries(names, texts, torch.arange(CLASSES))
     rule, head, rows = ClassMasks(bias={names[i]: -PENALTY for i in seen}), Head(model, 0.0), []
-    placement = place(CANVAS, View(short_side=512, crop=CROP, stride=STRIDE, resize="bilinear"), patch=16, trained=512)
+    placement = place(
+        CANVAS,
+        View(short_side=512, crop=CROP, stride=STRIDE, resize="bilinear"),
+        patch=16,
+        trained=512,
+    )
     assert placement.canvas == CANVAS and placement.origins is not None
     picture = photograph()
     times: dict[str, list[float]] = {"ours": [], "label map": [], "eager": []}
@@ -212,7 +265,11 @@ def inference(repeats: int) -> list[dict[str, Any]]:
         middle = time.perf_counter()
         expected = eager_labels(head, model.normalize(picture[None])[0], texts, seen, placement)
         if turn:
-            for which, seconds in (("ours", middle - start), ("label map", middle - encoded), ("eager", time.perf_counter() - middle)):
+            for which, seconds in (
+                ("ours", middle - start),
+                ("label map", middle - encoded),
+                ("eager", time.perf_counter() - middle),
+            ):
                 times[which].append(seconds)
     ratio = np.array(times["ours"]) / np.array(times["eager"])
     rows.append({"case": f"683x512, {CLASSES} classes, {PROMPTS} prompts",
@@ -230,7 +287,10 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     with waiting("loss of a step"):
         step["loss without dropout"] = step_values(training_parts(SEEN, SIDE, 0.0))
     print(step["loss without dropout"], flush=True)
-    for part in (lambda: step_times(training_parts(SEEN, SIDE, RATE), repeats), lambda: memory_of_both(__name__, repeats)):
+    for part in (
+        lambda: step_times(training_parts(SEEN, SIDE, RATE), repeats),
+        lambda: memory_of_both(__name__, repeats),
+    ):
         step |= (some := part())
         print(some, flush=True)
         save(out, found)

@@ -1,7 +1,9 @@
 """Open-vocabulary semantic segmentation from text supervision, composed from ``ovseg_kernels``.
 
-What a name stands for is imported when it is first asked for. So the command line can set up torch's threads before torch
-is imported, and ``ovseg --version`` and ``ovseg info`` work without the libraries of ``[models]``."""
+What a name stands for is imported when it is first asked for. So the command line can set up
+torch's threads before torch is imported, and ``ovseg --version`` and ``ovseg info`` work without
+the libraries of ``[models]``.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,10 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that is th
         except ModuleNotFoundError as error:
             if isinstance(error, MissingLibrary) or (error.name or "").startswith("ovseg"):
                 raise
-            raise MissingLibrary(f"ovseg {reason(error)}. The operators alone, ovseg_kernels, do without",
-                                 name=error.name) from None
+            raise MissingLibrary(
+                f"ovseg {reason(error)}. The operators alone, ovseg_kernels, do without",
+                name=error.name,
+            ) from None
         globals()[name] = found
         return found
 
@@ -77,4 +81,6 @@ def _found(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name == "__version__":
         return import_module("ovseg_kernels").__version__
-    return getattr(import_module(".inference" if name in _INFERENCE else ".systems", __name__), name)
+    return getattr(
+        import_module(".inference" if name in _INFERENCE else ".systems", __name__), name
+    )

@@ -12,7 +12,8 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_dense(name: str, x: Any, expected: str, *, meta: bool = False) -> None:
-    """Refuse what is no tensor, and tensors that are sparse, nested, quantised or, unless ``meta``, without numbers.
+    """Refuse what is no tensor, and tensors that are sparse, nested, quantised or, unless ``meta``,
+    without numbers.
 
     Raises:
         InputError: naming the argument.
@@ -22,8 +23,12 @@ def check_dense(name: str, x: Any, expected: str, *, meta: bool = False) -> None
     if x.is_nested:
         raise InputError(f"{name} is a nested tensor; expected {expected}, dense")
     if x.layout != torch.strided:
-        raise InputError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected {expected}, dense")
+        raise InputError(
+            f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected {expected}, dense"
+        )
     if x.is_quantized:
         raise InputError(f"{name} is quantised; expected {expected} of plain numbers")
     if x.device.type == "meta" and not meta:
-        raise InputError(f"{name} is on the meta device and holds no numbers; expected {expected} with numbers")
+        raise InputError(
+            f"{name} is on the meta device and holds no numbers; expected {expected} with numbers"
+        )

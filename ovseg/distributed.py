@@ -1,8 +1,11 @@
-"""Which of several processes this is, and the few things they agree on. The only place that reads ranks and opens the process group.
+"""Which of several processes this is, and the few things they agree on.
 
-Started by ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) or by ``srun`` (SLURM_*). Nothing is opened until the first collective: who
-takes what can be asked without a group. What is small travels over gloo as integers or JSON, on a GPU machine too; gradients and features
-use NCCL there."""
+The only place that reads ranks and opens the process group.
+
+Started by ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) or by ``srun`` (SLURM_*). Nothing
+is opened until the first collective: who takes what can be asked without a group. What is small
+travels over gloo as integers or JSON, on a GPU machine too; gradients and features use NCCL there.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ _GONE = re.compile(
 )
 _LAUNCHER = os.getppid()
 
-# Rank, number of processes, rank on this machine. SLURM_STEP_* exist inside srun only: the script that sbatch runs, which has the other
-# two, is one process.
+# Rank, number of processes, rank on this machine. SLURM_STEP_* exist inside srun only: the script
+# that sbatch runs, which has the other two, is one process.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 
@@ -49,37 +52,62 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """Return what the environment says of this process; torchrun's variables before srun's, which may have started it.
+    """Return what the environment says of this process; torchrun's variables before srun's, which
+    may have started it.
 
     Raises:
-        ConfigError: for variables that are no numbers, do not fit each other or lack one another. To go on as if there were
-            one process, or none, would do the work twice or not at all.
+        ConfigError: for variables that are no numbers, do not fit each other or lack one another.
+            To go on as if there were one process, or none, would do the work twice or not at all.
     """
     of_torchrun = any(name in os.environ for name in _TORCHRUN)
     names = _TORCHRUN if of_torchrun else _SRUN
     rank_name, world_name, local_name = names
     world = _number(world_name, 1)
     if world is None:
-        alone = None if of_torchrun else "0"  # what the script that sbatch runs has, beside no number of tasks
+        alone = (
+            None if of_torchrun else "0"
+        )  # what the script that sbatch runs has, beside no number of tasks
         given = next((name for name in names if os.environ.get(name, alone) != alone), None)
         if given is None:
             return Place()
-        raise ConfigError(f"{given} is {os.environ[given]!r} in the environment and {world_name} is missing; {_EXPECTED}")
+        raise ConfigError(
+            f"{given} is {os.environ[given]!r} in the environment and {world_name} is missing; "
+            f"{_EXPECTED}"
+        )
     rank = _number(rank_name, 0)
     if rank is None:
         if world > 1:
-            beside = f"; {_SRUN[0]} beside {world_name} is not read" if of_torchrun and _SRUN[0] in os.environ else ""
-            raise ConfigError(f"{world_name} is {world} in the environment and {rank_name} is missing{beside}; {_EXPECTED}")
+            beside = (
+                f"; {_SRUN[0]} beside {world_name} is not read"
+                if of_torchrun and _SRUN[0] in os.environ
+                else ""
+            )
+            raise ConfigError(
+                f"{world_name} is {world} in the environment and {rank_name} is missing{beside}; "
+                f"{_EXPECTED}"
+            )
         rank = 0
     if rank >= world:
-        raise ConfigError(f"{rank_name} is {rank} in the environment and {world_name} is {world}; expected 0 to {world - 1}")
+        raise ConfigError(
+            f"{rank_name} is {rank} in the environment and {world_name} is {world}; expected 0 to "
+            f"{world - 1}"
+        )
     local = _number(local_name, 0)
-    if local is not None and local > rank:  # of those before it, as many as its local rank run on this machine
-        raise ConfigError(f"{local_name} is {local} in the environment and {rank_name} is {rank}; expected 0 to {rank}")
+    if (
+        local is not None and local > rank
+    ):  # of those before it, as many as its local rank run on this machine
+        raise ConfigError(
+            f"{local_name} is {local} in the environment and {rank_name} is {rank}; expected 0 to "
+            f"{rank}"
+        )
     here = _number("LOCAL_WORLD_SIZE", 1) if of_torchrun else None
     if here is not None and (here > world or (local or 0) >= here):
-        raise ConfigError(f"LOCAL_WORLD_SIZE is {here} in the environment, {world_name} is {world} and {local_name} is "
-                          f"{os.environ.get(local_name, 'missing')}; expected {local_name} < LOCAL_WORLD_SIZE <= {world_name}")
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE is {here} in the environment, {world_name} is {world} and "
+            f"{local_name} is "
+            f"{os.environ.get(local_name, 'missing')}; expected {local_name} < LOCAL_WORLD_SIZE "
+            f"<= {world_name}"
+        )
     return Place(rank, world, rank if local is None else local)
 
 
@@ -103,15 +131,21 @@ def is_main() -> bool:
 
 
 def run_name() -> str:
-    """Return what the processes of one run have in common, and of runs at the same time no other; "" in one process."""
+    """Return what the processes of one run have in common, and of runs at the same time no other;
+    "" in one process.
+    """
     if world_size() == 1:
         return ""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-    return " ".join([f"of {world_size()}", *(os.environ[name] for name in names if name in os.environ)])
+    return " ".join(
+        [f"of {world_size()}", *(os.environ[name] for name in names if name in os.environ)]
+    )
 
 
 def device(name: str = "auto") -> torch.device:
-    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` (of several processes each takes the GPU of its local rank), ``cuda:1``."""
+    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` (of several processes each takes the
+    GPU of its local rank), ``cuda:1``.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -120,7 +154,10 @@ def device(name: str = "auto") -> torch.device:
         found = torch.device(name)
         torch.empty(1, device=found).cpu()  # meta holds no numbers, others are not there
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device is {name!r}, which torch cannot use here; expected 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+        raise ConfigError(
+            f"device is {name!r}, which torch cannot use here; expected 'auto', 'cpu', 'cuda' or "
+            f"'cuda:0'"
+        ) from error
     if found.type == "cuda" and found.index is None and world_size() > 1:
         found = torch.device("cuda", local_rank())
         torch.cuda.set_device(found)  # NCCL and kernels without an explicit device use it
@@ -164,8 +201,10 @@ def _open() -> None:
         if isinstance(error, RuntimeError) and not _is_gone(error):
             raise
         raise ProcessError(
-            f"the {world_size()} processes did not come together ({first_line(error)}); expected all "
-            f"to be started within {limit:g} s of each other (OVSEG_START_TIMEOUT), and a MASTER_PORT "
+            f"the {world_size()} processes did not come together ({first_line(error)}); expected "
+            f"all "
+            f"to be started within {limit:g} s of each other (OVSEG_START_TIMEOUT), and a "
+            f"MASTER_PORT "
             "that is free"
         ) from error
     # torch 2.14 has a public name for it
@@ -247,7 +286,10 @@ def any_flag(*flags: bool) -> tuple[bool, ...]:
 
 
 def all_reduce_sum(array: np.ndarray) -> np.ndarray:
-    """Replace ``array`` by its sum over the processes, and return it. Integers add up exactly, whatever the order."""
+    """Replace ``array`` by its sum over the processes, and return it.
+
+    Integers add up exactly, whatever the order.
+    """
     if (everyone := group()) is not None:
         total = torch.from_numpy(np.ascontiguousarray(array))
         dist.all_reduce(total, group=everyone)
@@ -293,7 +335,8 @@ def barrier() -> None:
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one collective a device and dtype.
 
-    A parameter that has a gradient in some processes only has zeros in the others; one that has none anywhere keeps none.
+    A parameter that has a gradient in some processes only has zeros in the others; one that has
+    none anywhere keeps none.
     """
     if (everyone := group()) is None:
         return
@@ -309,7 +352,9 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat = torch.cat([g.reshape(-1) for g in gradients])
         dist.all_reduce(flat, group=everyone)
         flat /= world_size()
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(mean.view_as(gradient))
 
 
@@ -319,22 +364,35 @@ def _number(name: str, least: int) -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-        raise ConfigError(f"{name} is {text!r} in the environment; expected a whole number from {least} on, as torchrun and srun set it")
+        raise ConfigError(
+            f"{name} is {text!r} in the environment; expected a whole number from {least} on, as "
+            f"torchrun and srun set it"
+        )
     return int(text)
 
 
 def _meeting_place() -> tuple[str | None, int]:
-    """Host and port of rank 0 under srun, which names neither; (None, 0) where the environment has both."""
+    """Host and port of rank 0 under srun, which names neither; (None, 0) where the environment has
+    both.
+    """
     if "MASTER_ADDR" in os.environ:
         port = _number("MASTER_PORT", 1)
         if port is None or port > 65535:
-            raise ConfigError(f"MASTER_PORT is {port} in the environment and MASTER_ADDR is {os.environ['MASTER_ADDR']!r}; "
-                              "expected a port, 1 to 65535, as torchrun sets it")
+            raise ConfigError(
+                f"MASTER_PORT is {port} in the environment and MASTER_ADDR is "
+                f"{os.environ['MASTER_ADDR']!r}; "
+                "expected a port, 1 to 65535, as torchrun sets it"
+            )
         return None, 0
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
     if nodes is None:
-        raise ConfigError(f"the environment says {world_size()} processes and names no MASTER_ADDR; expected torchrun or srun")
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)  # node[07-09,12] or a,b: the first of them
+        raise ConfigError(
+            f"the environment says {world_size()} processes and names no MASTER_ADDR; expected "
+            f"torchrun or srun"
+        )
+    found = re.match(
+        r"([^,\[]+)(?:\[([^\],-]+))?", nodes
+    )  # node[07-09,12] or a,b: the first of them
     assert found is not None
     host = found[1] + (found[2] or "")
     job = _number("SLURM_JOB_ID", 0) or 0

@@ -13,6 +13,16 @@ from ovseg_kernels import __version__
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, device and threads."""
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"ovseg": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": device.type,
-            "device_name": name, "threads": torch.get_num_threads()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "ovseg": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+    }

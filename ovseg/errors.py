@@ -1,6 +1,7 @@
-"""Errors a user meets. Each message says what is wrong, the value seen, what is accepted, what to do."""
+"""Errors a user meets.
 
-
+Each message says what is wrong, the value seen, what is accepted, what to do.
+"""
 
 
 class InputError(ValueError):
@@ -44,10 +45,11 @@ _ADVICE = ("weights_only", "trust_remote_code", "allow_pickle", "unsafely")
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says in one line: the first of its text, or its kind where it says nothing.
+    """Return what an error says in one line: the first of its text, or its kind where it says
+    nothing.
 
-    YAML's errors draw the place over several lines; of them it is the problem and where it is. Advice
-    to run code that came with a file is not passed on.
+    YAML's errors draw the place over several lines; of them it is the problem and where it is.
+    Advice to run code that came with a file is not passed on.
     """
     problem = getattr(error, "problem", None)
     mark = getattr(error, "problem_mark", None)

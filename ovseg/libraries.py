@@ -1,6 +1,8 @@
 """Libraries that are optional: what to install for one that is missing, in one sentence.
 
-A library is looked for before the work that needs it, so that its absence does not show after an hour."""
+A library is looked for before the work that needs it, so that its absence does not show after an
+hour.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from importlib.util import find_spec
 
 from .errors import first_line
 
-# The extra of pyproject.toml that brings a module. open_clip of [models] brings timm, torchvision and others.
+# The extra of pyproject.toml that brings a module. open_clip of [models] brings timm, torchvision
+# and others.
 _EXTRAS = {
     "PIL": "models", "ftfy": "models", "huggingface_hub": "models", "omegaconf": "models",
     "open_clip": "models", "regex": "models", "safetensors": "models", "scipy": "models",
@@ -24,16 +27,22 @@ class MissingLibrary(ModuleNotFoundError):
 def remedy(module: str) -> str:
     """Return the command that installs ``module``: "pip install 'ovseg-kernels[models]'"."""
     top = module.partition(".")[0]
-    return f"pip install 'ovseg-kernels[{_EXTRAS[top]}]'" if top in _EXTRAS else f"pip install {top}"
+    return (
+        f"pip install 'ovseg-kernels[{_EXTRAS[top]}]'" if top in _EXTRAS else f"pip install {top}"
+    )
 
 
 def reason(error: ImportError) -> str:
     """Return what a failed import says to a user, in one line.
 
-    "needs omegaconf, which is not installed: pip install 'ovseg-kernels[models]'" for a module that is missing; for what
-    is there and does not import, the first line of the error.
+    "needs omegaconf, which is not installed: pip install 'ovseg-kernels[models]'" for a module that
+    is missing; for what is there and does not import, the first line of the error.
     """
-    if isinstance(error, MissingLibrary) or not isinstance(error, ModuleNotFoundError) or not error.name:
+    if (
+        isinstance(error, MissingLibrary)
+        or not isinstance(error, ModuleNotFoundError)
+        or not error.name
+    ):
         return first_line(error)
     name = error.name.partition(".")[0]
     return f"needs {name}, which is not installed: {remedy(name)}"
@@ -55,4 +64,6 @@ def require(module: str, what: str) -> None:
         what: needs it, for the message: "--plots".
     """
     if not installed(module):
-        raise MissingLibrary(f"{what} needs {module}, which is not installed: {remedy(module)}", name=module)
+        raise MissingLibrary(
+            f"{what} needs {module}, which is not installed: {remedy(module)}", name=module
+        )

@@ -1,4 +1,7 @@
-"""Typed options: a dataclass is the schema, a mapping of names the values. Errors name the key and the closest one that exists."""
+"""Typed options: a dataclass is the schema, a mapping of names the values.
+
+Errors name the key and the closest one that exists.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,12 @@ _T = TypeVar("_T")
 _CLOSE = 0.65  # of difflib's ratio: a letter lost or two that changed places; "wandb" is no "train"
 
 
-def unknown_key(key: str, known: Iterable[str], where: str = "", moved: Mapping[str, str] | None = None) -> ConfigError:
-    """The error for a key that does not exist; ``moved``: names of earlier versions -> what stands for them now."""
+def unknown_key(
+    key: str, known: Iterable[str], where: str = "", moved: Mapping[str, str] | None = None
+) -> ConfigError:
+    """The error for a key that does not exist; ``moved``: names of earlier versions -> what stands
+    for them now.
+    """
     if moved and key in moved:
         return ConfigError(f"{where}{key}: unknown key; {moved[key]}")
     names = sorted(known)
@@ -28,16 +35,19 @@ def unknown_key(key: str, known: Iterable[str], where: str = "", moved: Mapping[
 
 
 def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
-    """An instance of the dataclass ``schema`` with the values ``given``; what is not given keeps its default.
+    """An instance of the dataclass ``schema`` with the values ``given``; what is not given keeps
+    its default.
 
     Args:
-        schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists, dictionaries, Any. A class variable ``ends``
-            may say of names of numbers, or of lists and mappings of them, the least and the largest that mean something.
+        schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists,
+            dictionaries, Any. A class variable ``ends`` may say of names of numbers, or of lists
+            and mappings of them, the least and the largest that mean something.
         given: by name of the field.
         where: before the name in messages.
 
     Raises:
-        ConfigError: for an unknown key, a value of another type or beyond its ends, NaN or an infinity.
+        ConfigError: for an unknown key, a value of another type or beyond its ends, NaN or an
+            infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
     for key in given:
@@ -54,14 +64,25 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
 
 
-def _check_ends(values: Mapping[str, Any], ends: Mapping[str, tuple[float, float]], where: str) -> None:
+def _check_ends(
+    values: Mapping[str, Any], ends: Mapping[str, tuple[float, float]], where: str
+) -> None:
     for name, (low, high) in ends.items():
         inside = values[name]
-        parts = inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, list) else [("", inside)]
+        parts = (
+            inside.items()
+            if isinstance(inside, dict)
+            else enumerate(inside)
+            if isinstance(inside, list)
+            else [("", inside)]
+        )
         for part, number in parts:
             if number is not None and not low <= number <= high:
                 most = "or more" if high == math.inf else f"to {high:g}"
-                raise ConfigError(f"{where}.{name}{'' if part == '' else f'.{part}'} is {number}; expected {low:g} {most}")
+                raise ConfigError(
+                    f"{where}.{name}{'' if part == '' else f'.{part}'} is {number}; expected "
+                    f"{low:g} {most}"
+                )
 
 
 def check_finite(values: Any, key: str = "") -> None:
@@ -72,15 +93,22 @@ def check_finite(values: Any, key: str = "") -> None:
     """
     inner = values if isinstance(values, (list, tuple)) else [values]
     if any(isinstance(number, float) and not math.isfinite(number) for number in inner):
-        raise ConfigError(f"{key} is {list(values) if isinstance(values, tuple) else values}; expected finite numbers")
+        raise ConfigError(
+            f"{key} is {list(values) if isinstance(values, tuple) else values}; expected finite "
+            f"numbers"
+        )
     for name, value in values.items() if isinstance(values, Mapping) else enumerate(inner):
         if isinstance(value, (Mapping, list, tuple)):
-            check_finite(value, f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}".lstrip("."))
+            check_finite(
+                value, f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}".lstrip(".")
+            )
         elif isinstance(values, Mapping):
             check_finite(value, f"{key}.{name}".lstrip("."))
 
 
-def within(name: str, value: int, low: int, high: int, error: type[Exception] = ConfigError) -> None:
+def within(
+    name: str, value: int, low: int, high: int, error: type[Exception] = ConfigError
+) -> None:
     """Whether an integer makes sense; what sizes memory or starts processes has an upper end too.
 
     Raises:

@@ -1,8 +1,11 @@
 """One run at a time writes into a folder, or a file: who comes second is told who is there.
 
-A lock is a hidden file beside the results, ``.ovseg.lock`` in a folder and ``.ovseg.lock.NAME`` beside a file, held by ``flock``: the
-system lets go of it when the process ends, however it ends, so no lock outlives its owner. Inside stands who holds it, in JSON. The
-processes of one run (torchrun, srun) hold it together. It is removed at the end, and with it folders that were made and stayed empty."""
+A lock is a hidden file beside the results, ``.ovseg.lock`` in a folder and ``.ovseg.lock.NAME``
+beside a file, held by ``flock``: the system lets go of it when the process ends, however it ends,
+so no lock outlives its owner. Inside stands who holds it, in JSON. The processes of one run
+(torchrun, srun) hold it together. It is removed at the end, and with it folders that were made and
+stayed empty.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +55,19 @@ def locked_folder(folder: Path, option: str, verb: str) -> Iterator[None]:
     """Hold ``folder``, which is made if need be, for the run of ``verb``.
 
     Raises:
-        InputError: if another run holds it, by what the user called it, ``option``; nothing is made or changed then.
+        InputError: if another run holds it, by what the user called it, ``option``; nothing is made
+            or changed then.
     """
     with _locked(folder / NAME, f"{option} {str(folder)!r}", verb, "folder") as since:
         if since is not None:
-            remove_parts((Path(below) / name for below, folders, files in os.walk(folder) for name in (*folders, *files)), older=since)
+            remove_parts(
+                (
+                    Path(below) / name
+                    for below, folders, files in os.walk(folder)
+                    for name in (*folders, *files)
+                ),
+                older=since,
+            )
         yield
 
 
@@ -65,15 +76,26 @@ def locked_file(path: Path, option: str, verb: str) -> Iterator[None]:
     """Hold the name of a file that is written at the end; see ``locked_folder``."""
     with _locked(beside(path, f"{NAME}."), f"{option} {str(path)!r}", verb, "file") as since:
         if since is not None:
-            remove_parts((part for part in path.parent.iterdir() if part.name.endswith(f".{path.name}")), older=since)
+            remove_parts(
+                (part for part in path.parent.iterdir() if part.name.endswith(f".{path.name}")),
+                older=since,
+            )
         yield
 
 
 @contextlib.contextmanager
 def _locked(path: Path, what: str, verb: str, kind: str) -> Iterator[float | None]:
-    """Hold the lock ``path``; gives the time since when, if another run was killed while it held it."""
+    """Hold the lock ``path``; gives the time since when, if another run was killed while it held
+    it.
+    """
     began = time.time()
-    record = {"pid": os.getpid(), "host": socket.gethostname(), "verb": verb, "began": began, "run": distributed.run_name()}
+    record = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "verb": verb,
+        "began": began,
+        "run": distributed.run_name(),
+    }
     file, left = _acquire(path, record, what, kind)
     if file is None:
         yield None
@@ -88,8 +110,12 @@ def _locked(path: Path, what: str, verb: str, kind: str) -> Iterator[float | Non
             _release(path, file)
 
 
-def _acquire(path: Path, record: dict[str, Any], what: str, kind: str) -> tuple[int | None, dict[str, Any]]:
-    """(the open file of the lock, the record of a run that did not end in order). No file where there are no locks.
+def _acquire(
+    path: Path, record: dict[str, Any], what: str, kind: str
+) -> tuple[int | None, dict[str, Any]]:
+    """(the open file of the lock, the record of a run that did not end in order).
+
+    No file where there are no locks.
 
     Raises:
         InputError: if another run holds it.
@@ -113,16 +139,26 @@ def _acquire(path: Path, record: dict[str, Any], what: str, kind: str) -> tuple[
             os.close(file)
             if error.errno not in _NO_LOCKS:
                 raise
-            logger.warning("%s: the file system has no locks (%s); another run into it at the same time is not noticed", what, error)
+            logger.warning(
+                "%s: the file system has no locks (%s); another run into it at the same time is "
+                "not noticed",
+                what,
+                error,
+            )
             return None, {}
         os.close(file)
         if time.monotonic() > until:
-            raise InputError(f"{what} is being written by {_who(holder)}; wait until it ends, stop it, or give another {kind}")
+            raise InputError(
+                f"{what} is being written by {_who(holder)}; wait until it ends, stop it, or give "
+                f"another {kind}"
+            )
         time.sleep(0.05)
 
 
 def _taken(path: Path, file: int, record: dict[str, Any]) -> str | None:
-    """"first" if this process holds the lock now, "with others" if those of its run held it before; None if it is another's."""
+    """ "first" if this process holds the lock now, "with others" if those of its run held it
+    before; None if it is another's.
+    """
     run = record["run"]
     if _flock(file, "LOCK_EX") and _is_at(file, path):
         _write(file, record)
@@ -132,7 +168,9 @@ def _taken(path: Path, file: int, record: dict[str, Any]) -> str | None:
 
 
 def _release(path: Path, file: int) -> None:
-    """Let go; the last one of a run removes the file, and folders that were made for it and are empty."""
+    """Let go; the last one of a run removes the file, and folders that were made for it and are
+    empty.
+    """
     _held.discard(file)
     together = bool(distributed.run_name())
     for _ in range(5 if together else 1):
@@ -178,7 +216,9 @@ def _flock(file: int, how: str) -> bool:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Return whether the open file still is the one of that name: its last holder may have removed it meanwhile."""
+    """Return whether the open file still is the one of that name: its last holder may have removed
+    it meanwhile.
+    """
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

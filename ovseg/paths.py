@@ -1,4 +1,5 @@
-"""The folder for what can be made again: ``OVSEG_CACHE`` (``off``: none), else ``$XDG_CACHE_HOME/ovseg`` or ``~/.cache/ovseg``.
+"""The folder for what can be made again: ``OVSEG_CACHE`` (``off``: none), else
+``$XDG_CACHE_HOME/ovseg`` or ``~/.cache/ovseg``.
 
 What lies at a path, in words: errors say what is there, not that nothing is.
 """
@@ -13,7 +14,10 @@ from pathlib import Path
 
 
 def cache_folder() -> Path | None:
-    """None where there is to be no cache. It need not exist, nor be writable: who writes into it goes on without."""
+    """None where there is to be no cache.
+
+    It need not exist, nor be writable: who writes into it goes on without.
+    """
     asked = os.environ.get("OVSEG_CACHE", "")
     if asked.lower() in ("off", "0", "no", "false"):
         return None
@@ -30,12 +34,16 @@ _KINDS = ((stat.S_ISDIR, "is a folder"), (stat.S_ISFIFO, "is a FIFO"), (stat.S_I
           (stat.S_ISCHR, "is a device"), (stat.S_ISBLK, "is a device"))  # fmt: skip
 
 # With one "/" as well, which is what pathlib makes of two.
-_ADDRESS = re.compile(r"(https?|s?ftps?|s3[an]?|gs|gcs|az|abfss?|wasbs?|hdfs|hf|oss|ssh|scp|smb|webdavs?|file):/+[^/]|data:[a-z]+/",
-                      re.IGNORECASE)
+_ADDRESS = re.compile(
+    r"(https?|s?ftps?|s3[an]?|gs|gcs|az|abfss?|wasbs?|hdfs|hf|oss|ssh|scp|smb|webdavs?|file):/+[^/]|data:[a-z]+/",
+    re.IGNORECASE,
+)
 
 
 def address(path: str | Path) -> str | None:
-    """Why a name that is an address, such as ``https://...``, ``s3://...`` or ``file://...``, is no path; None if it is none."""
+    """Why a name that is an address, such as ``https://...``, ``s3://...`` or ``file://...``, is no
+    path; None if it is none.
+    """
     name = str(path)
     if _ADDRESS.match(name) is None or os.path.lexists(name):
         return None
@@ -51,7 +59,10 @@ def as_given(path: str | Path) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """Return whether something lies at ``path``. A string that no file can be called names nothing: ``Path.exists`` raises for some."""
+    """Return whether something lies at ``path``.
+
+    A string that no file can be called names nothing: ``Path.exists`` raises for some.
+    """
     try:
         return Path(path).exists()
     except ValueError:
@@ -63,7 +74,9 @@ def exists(path: str | Path) -> bool:
 
 
 def no_file(path: str | Path) -> str | None:
-    """Why there is no file to read at ``path``: "does not exist", "is a folder", ...; None if there is one."""
+    """Why there is no file to read at ``path``: "does not exist", "is a folder", ...; None if there
+    is one.
+    """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
@@ -85,8 +98,9 @@ def no_folder(path: str | Path) -> str | None:
 
 
 def read_bounded(path: str | Path, most: int) -> bytes:
-    """The bytes of a plain file of at most ``most`` bytes. Nothing else is opened: a FIFO would be
-    waited for, a device has no end.
+    """The bytes of a plain file of at most ``most`` bytes.
+
+    Nothing else is opened: a FIFO would be waited for, a device has no end.
 
     Raises:
         OSError: FileNotFoundError and the like if it is not there, an OSError in words if it is no

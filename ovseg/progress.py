@@ -1,4 +1,7 @@
-"""How far long work is: a bar on a terminal and in notebooks, lines of the log elsewhere. And lines for the user, beside results."""
+"""How far long work is: a bar on a terminal and in notebooks, lines of the log elsewhere.
+
+And lines for the user, beside results.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,20 @@ logger = logging.getLogger(__name__)
 FIRST, EVERY = 5.0, 20.0  # seconds to the first line of a log, and from one to the next
 
 
-def bar(items: Iterable | None = None, *, show: bool = True, total: int | None = None, initial: int = 0, unit: str = "part",
-        unit_scale: bool = False, desc: str = "", leave: bool = True, delay: float = 0.0) -> Any:
-    """Return tqdm's bar over ``items``, or ``Lines`` of the same methods where nobody looks at one; nothing is said unless ``show``.
+def bar(
+    items: Iterable | None = None,
+    *,
+    show: bool = True,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "part",
+    unit_scale: bool = False,
+    desc: str = "",
+    leave: bool = True,
+    delay: float = 0.0,
+) -> Any:
+    """Return tqdm's bar over ``items``, or ``Lines`` of the same methods where nobody looks at one;
+    nothing is said unless ``show``.
 
     Args:
         unit: what is counted, in the singular.
@@ -28,23 +42,43 @@ def bar(items: Iterable | None = None, *, show: bool = True, total: int | None =
         return Lines(items, total=total, initial=initial, unit=unit, desc=desc, speak=show)
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, initial=initial, unit=unit, unit_scale=unit_scale, desc=desc or None, leave=leave, delay=delay,
-                mininterval=0.5)
+    return tqdm(
+        items,
+        total=total,
+        initial=initial,
+        unit=unit,
+        unit_scale=unit_scale,
+        desc=desc or None,
+        leave=leave,
+        delay=delay,
+        mininterval=0.5,
+    )
 
 
 def waiting(what: str, *, show: bool = True) -> Lines:
-    """Return lines about one step that cannot say how far it is: ``with waiting("loading weights"): ...``."""
+    """Return lines about one step that cannot say how far it is: ``with waiting("loading weights"):
+    ...``.
+    """
     return Lines(desc=what, speak=show)
 
 
 class Lines:
-    """A line of the log after five seconds and every twenty, from a thread of its own: a step that blocks is not silent either.
+    """A line of the log after five seconds and every twenty, from a thread of its own: a step that
+    blocks is not silent either.
 
     Where nobody listens to the log there is no thread. It ends with ``close``, or with the object.
     """
 
-    def __init__(self, items: Iterable | None = None, *, total: int | None = None, initial: int = 0, unit: str = "part", desc: str = "",
-                 speak: bool = True):
+    def __init__(
+        self,
+        items: Iterable | None = None,
+        *,
+        total: int | None = None,
+        initial: int = 0,
+        unit: str = "part",
+        desc: str = "",
+        speak: bool = True,
+    ):
         self.items, self.unit, self.desc = items, unit, desc
         self.total = len(items) if total is None and isinstance(items, Sized) else total
         self.n = self.initial = initial
@@ -54,7 +88,9 @@ class Lines:
         self._ended = threading.Event()
         weakref.finalize(self, self._ended.set)  # its owner may leave by an exception
         if speak and logger.isEnabledFor(logging.INFO):
-            threading.Thread(target=_speak, args=(weakref.ref(self), self._ended), name="progress", daemon=True).start()
+            threading.Thread(
+                target=_speak, args=(weakref.ref(self), self._ended), name="progress", daemon=True
+            ).start()
 
     def __iter__(self) -> Iterator[Any]:
         assert self.items is not None
@@ -77,7 +113,9 @@ class Lines:
 
     def set_postfix(self, **values: Any) -> None:
         """Set what else a line tells, in place of what it told before."""
-        self.postfix = ", ".join(f"{key} {value}" for key, value in values.items() if key != "refresh")
+        self.postfix = ", ".join(
+            f"{key} {value}" for key, value in values.items() if key != "refresh"
+        )
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         """Set it in words."""
@@ -101,12 +139,20 @@ class Lines:
             parts.append(f"{duration(passed)} so far")
         else:
             parts.append(_rate(done / passed, self.unit))
-            parts.append(f"{duration(passed)} so far" if self.total is None else f"{duration((self.total - self.n) * passed / done)} left")
+            parts.append(
+                f"{duration(passed)} so far"
+                if self.total is None
+                else f"{duration((self.total - self.n) * passed / done)} left"
+            )
         parts += [self.postfix] if self.postfix else []
         logger.info("%s%s", f"{self.desc}: " if self.desc else "", ", ".join(parts))
 
     def _count(self) -> str:
-        scale, unit = (1e6, "MB") if self.unit == "B" else (1, f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}")
+        scale, unit = (
+            (1e6, "MB")
+            if self.unit == "B"
+            else (1, f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}")
+        )
         whole = "" if self.total is None else f"/{self.total / scale:.0f}"
         return f"{self.n / scale:.0f}{whole} {unit}"
 

@@ -1,8 +1,10 @@
-"""Extension points, all found one way: by the name of a file or a folder, or registered by a caller.
+"""Extension points, all found one way: by the name of a file or a folder, or registered by a
+caller.
 
-A ``Registry`` maps names to what they stand for. What the package itself holds is found where it lies: a module or
-a folder of a package, a YAML file of a folder. A caller adds to it with ``register``. Nothing is imported or read
-before it is asked for, and every unknown name ends in the same sentence, with the closest name that exists.
+A ``Registry`` maps names to what they stand for. What the package itself holds is found where it
+lies: a module or a folder of a package, a YAML file of a folder. A caller adds to it with
+``register``. Nothing is imported or read before it is asked for, and every unknown name ends in the
+same sentence, with the closest name that exists.
 """
 
 from __future__ import annotations
@@ -29,9 +31,7 @@ class Registry(Mapping[str, T], Generic[T]):
         error: the class of the error for an unknown name.
     """
 
-    def __init__(
-        self, what: str, find: Callable[[], Found], error: type[Exception] = ConfigError
-    ):
+    def __init__(self, what: str, find: Callable[[], Found], error: type[Exception] = ConfigError):
         self.what, self.error = what, error
         self._find = find
         self._added: dict[str, Any] = {}
@@ -81,7 +81,9 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._find()
 
 
-def modules(package: str, attribute: str | None = None, *, leave_out: Iterable[str] = ("base",)) -> Found:
+def modules(
+    package: str, attribute: str | None = None, *, leave_out: Iterable[str] = ("base",)
+) -> Found:
     """Find the modules of a package; each stands for its ``attribute``, or for itself."""
     return _inside(package, attribute, lambda info: not info.ispkg and info.name not in leave_out)
 

@@ -1,4 +1,6 @@
-"""Files that are whole or not there, and whether there is a place for them: found out before the work, not after it."""
+"""Files that are whole or not there, and whether there is a place for them: found out before the
+work, not after it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ _PART = re.compile(r"\.part\.(\d+)-[0-9a-f]{8}\..")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old file or the whole new one.
+    """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old
+    file or the whole new one.
 
-    Who may read it is for the umask to say: safetensors from 0.8 on writes files that their owner alone can read.
+    Who may read it is for the umask to say: safetensors from 0.8 on writes files that their owner
+    alone can read.
     """
     made = [above for above in path.parents if not above.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what was made for nothing; a folder that holds something stays
+        with contextlib.suppress(
+            OSError
+        ):  # what was made for nothing; a folder that holds something stays
             for above in made:
                 above.rmdir()
 
@@ -47,7 +53,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Return a new name in between, beside ``path``: hidden, of this process alone, and of the same suffix.
+    """Return a new name in between, beside ``path``: hidden, of this process alone, and of the same
+    suffix.
 
     It holds the number of the process, by which ``remove_parts`` knows what was left behind.
     """
@@ -55,7 +62,9 @@ def part_of(path: Path) -> Path:
 
 
 def beside(path: Path, before: str) -> Path:
-    """Return the path of the name with ``before`` in front; its middle is a hash where the whole would be too long a name."""
+    """Return the path of the name with ``before`` in front; its middle is a hash where the whole
+    would be too long a name.
+    """
     name = f"{before}{path.name}"
     if len(os.fsencode(name)) > LONGEST:
         name = f"{before}{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{path.suffix[:32]}"
@@ -63,7 +72,8 @@ def beside(path: Path, before: str) -> Path:
 
 
 def remove_parts(paths: Iterable[Path], *, older: float = float("inf")) -> int:
-    """Remove those of ``paths`` that a process which is gone was writing when it ended; return how many.
+    """Remove those of ``paths`` that a process which is gone was writing when it ended; return how
+    many.
 
     For whoever holds the folder: a process on another machine counts as gone.
 
@@ -105,10 +115,15 @@ def folder_for(path: str | Path, option: str) -> Path:
     """
     _is_path(path, option)
     if address(path):
-        raise InputError(f"{option} {as_given(path)!r} is an address, and only local folders are written to; expected a folder")
+        raise InputError(
+            f"{option} {as_given(path)!r} is an address, and only local folders are written to; "
+            f"expected a folder"
+        )
     found = no_folder(path)
     if found not in (None, "does not exist"):
-        raise InputError(f"{option} {str(path)!r} {found}; expected a folder, or a name where nothing is yet")
+        raise InputError(
+            f"{option} {str(path)!r} {found}; expected a folder, or a name where nothing is yet"
+        )
     _check(path, option, "a folder", there=found is None)
     return Path(path)
 
@@ -121,7 +136,10 @@ def file_for(path: str | Path, option: str) -> Path:
     """
     _is_path(path, option)
     if address(path):
-        raise InputError(f"{option} {as_given(path)!r} is an address, and only local files are written; expected the name of a file")
+        raise InputError(
+            f"{option} {as_given(path)!r} is an address, and only local files are written; "
+            f"expected the name of a file"
+        )
     found = no_file(path)
     if found not in (None, "does not exist"):  # a device would be replaced by a file
         raise InputError(f"{option} {str(path)!r} {found}; expected the name of a file to write")
@@ -140,9 +158,18 @@ def _check(path: str | Path, option: str, expected: str, *, there: bool) -> None
     whole = Path(os.path.abspath(path))
     for name in whole.parts:
         if (length := len(os.fsencode(name))) > LONGEST:
-            raise InputError(f"{option} holds a name of {length} bytes, {name[:20]}...; expected at most {LONGEST}")
+            raise InputError(
+                f"{option} holds a name of {length} bytes, {name[:20]}...; expected at most "
+                f"{LONGEST}"
+            )
     above = whole if there else next((p for p in whole.parents if os.path.lexists(p)), whole)
     if (found := no_folder(above)) is not None:
-        raise InputError(f"{option} {str(path)!r} cannot be made: {str(above)!r} {found}; expected {expected} in a folder")
+        raise InputError(
+            f"{option} {str(path)!r} cannot be made: {str(above)!r} {found}; expected {expected} "
+            f"in a folder"
+        )
     if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {str(path)!r} cannot be written: {str(above)!r} may not be written to; expected {expected} elsewhere")
+        raise InputError(
+            f"{option} {str(path)!r} cannot be written: {str(above)!r} may not be written to; "
+            f"expected {expected} elsewhere"
+        )

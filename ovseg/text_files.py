@@ -1,4 +1,6 @@
-"""Text files that people and killed runs leave: read as UTF-8, with errors that name the file and the line."""
+"""Text files that people and killed runs leave: read as UTF-8, with errors that name the file and
+the line.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,18 @@ def text_of(path: Path, what: str, expected: str, error: type[Exception]) -> str
     try:
         data = path.read_bytes()
     except OSError as failure:
-        raise error(f"{what} {as_given(path)!r} cannot be read: {failure.strerror}; expected {expected}") from failure
+        raise error(
+            f"{what} {as_given(path)!r} cannot be read: {failure.strerror}; expected {expected}"
+        ) from failure
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         line = data.count(b"\n", 0, failure.start) + 1
-        raise error(f"{what} {as_given(path)!r} is no UTF-8 text, line {line}: {failure.reason} 0x{data[failure.start]:02x}; "
-                    f"expected {expected}") from failure
+        raise error(
+            f"{what} {as_given(path)!r} is no UTF-8 text, line {line}: {failure.reason} "
+            f"0x{data[failure.start]:02x}; "
+            f"expected {expected}"
+        ) from failure
 
 
 def lines_of(path: Path, what: str, expected: str, error: type[Exception]) -> list[str]:
@@ -41,7 +48,10 @@ def lines_of(path: Path, what: str, expected: str, error: type[Exception]) -> li
         error: as ``text_of``, and if there is no line.
     """
     # Not splitlines: a name may hold any of the other characters that end a line there.
-    lines = [line.strip() for line in text_of(path, what, expected, error).replace("\r", "\n").split("\n")]
+    lines = [
+        line.strip()
+        for line in text_of(path, what, expected, error).replace("\r", "\n").split("\n")
+    ]
     lines = [line for line in lines if line]
     if not lines:
         raise error(f"{what} {as_given(path)!r} is empty; expected {expected}")
@@ -52,12 +62,15 @@ def tree_of(text: str, *, is_json: bool = False) -> Any:
     """What YAML or JSON holds: plain values, no code.
 
     Raises:
-        ValueError: in words, for anything that cannot be read, a key that stands twice in a mapping, and what is nested too deeply.
+        ValueError: in words, for anything that cannot be read, a key that stands twice in a
+            mapping, and what is nested too deeply.
     """
     import yaml
 
     try:
-        return json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _loader())  # a SafeLoader
+        return (
+            json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _loader())
+        )  # a SafeLoader
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from error
     except yaml.YAMLError as error:
@@ -67,7 +80,8 @@ def tree_of(text: str, *, is_json: bool = False) -> Any:
 
 
 def records_of(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects on the lines of a journal or log, and how many lines are none: cut off by a kill, damaged, not UTF-8.
+    """The JSON objects on the lines of a journal or log, and how many lines are none: cut off by a
+    kill, damaged, not UTF-8.
 
     A file that is not there has none. OSError if it cannot be read.
     """
@@ -106,11 +120,16 @@ def _loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[Any] = set()
             for key_node, _ in node.value:
-                if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(
+                    key_node, yaml.ScalarNode
+                ):
                     continue
                 key = self.construct_object(key_node)
                 if key in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice; expected it once", problem_mark=key_node.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"key {key!r} stands twice; expected it once",
+                        problem_mark=key_node.start_mark,
+                    )
                 seen.add(key)
             return super().construct_mapping(node, deep)
 

@@ -1,9 +1,11 @@
 """Which implementation answers a call, and why not a faster one.
 
-``OVSEG_BACKEND=cpu|cuda|triton|reference`` forces one for the process, ``with ovseg_kernels.backend("reference"):`` for the calls of one
-thread or asyncio task; asking for one that cannot run is an error. Otherwise the best one is taken, and a fall back to the
-reference warns once per operator. A backward runs on the backend that is in force where it runs, which on a GPU is a thread
-of autograd's own; where nothing is forced, on that of its forward: all of them read the same saved statistics.
+``OVSEG_BACKEND=cpu|cuda|triton|reference`` forces one for the process, ``with
+ovseg_kernels.backend("reference"):`` for the calls of one thread or asyncio task; asking for one
+that cannot run is an error. Otherwise the best one is taken, and a fall back to the reference warns
+once per operator. A backward runs on the backend that is in force where it runs, which on a GPU is
+a thread of autograd's own; where nothing is forced, on that of its forward: all of them read the
+same saved statistics.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class Choice:
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend}"]
-        return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()])
+        return "\n".join(
+            lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        )
 
 
 @contextlib.contextmanager
@@ -46,7 +50,8 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend inside a ``with`` block, for this thread or asyncio task.
 
     Raises:
-        ValueError: for a name that is no backend. BackendError comes from the call that cannot be served.
+        ValueError: for a name that is no backend. BackendError comes from the call that cannot be
+            served.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; expected one of {list(BACKENDS)}")
@@ -68,7 +73,9 @@ def available_backends() -> dict[str, str]:
 
 
 def interpreted() -> bool:
-    """Triton's interpreter was switched on before import: its kernels then run on CPU tensors, slowly."""
+    """Triton's interpreter was switched on before import: its kernels then run on CPU tensors,
+    slowly.
+    """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -76,23 +83,32 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _registering = threading.Lock()
 _asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
 _asking_at: set[str] = set()  # dispatch keys
-_no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded  # or none for this GPU
+_no_cuda_library = (
+    _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
+)  # or none for this GPU
 
 
 def _triton_keys() -> tuple[str, ...]:
-    """Return the dispatch keys where Triton may have to answer now: where it is forced, and on CUDA where no CUDA library is loaded."""
+    """Return the dispatch keys where Triton may have to answer now: where it is forced, and on CUDA
+    where no CUDA library is loaded.
+    """
     if forced() == "triton":
         return () if _unavailable("triton") else ("CPU", "CUDA") if interpreted() else ("CUDA",)
     return ("CUDA",) if forced() == "auto" and _no_cuda_library else ()
 
 
 def start() -> None:
-    """Let Triton answer where it does without being forced in a block. Called once, when all schemas are defined."""
+    """Let Triton answer where it does without being forced in a block.
+
+    Called once, when all schemas are defined.
+    """
     _let_triton_answer(_triton_keys())
 
 
 def _let_triton_answer(keys: tuple[str, ...]) -> None:
-    """Put at the dispatch keys, once, what asks in every call whether Triton is to answer it: the dispatcher knows of no contexts."""
+    """Put at the dispatch keys, once, what asks in every call whether Triton is to answer it: the
+    dispatcher knows of no contexts.
+    """
     with _registering:
         for key in set(keys) - _asking_at:
             asking = {name: _asks(name, key) for name in IMPLEMENTATIONS}
@@ -101,7 +117,9 @@ def _let_triton_answer(keys: tuple[str, ...]) -> None:
 
 
 def _asks(name: str, key: str) -> Callable:
-    """The kernel that calls Triton's where it is forced, or stands in for a CUDA library, and otherwise what answered before."""
+    """The kernel that calls Triton's where it is forced, or stands in for a CUDA library, and
+    otherwise what answered before.
+    """
     try:
         before = torch.library.get_kernel(f"ovseg::{name}", key)
     except RuntimeError:  # none for this device
@@ -120,7 +138,10 @@ _reasons: dict[str, str] = {}
 
 
 def _unavailable(name: str) -> str:
-    """Why a backend cannot run here, or nothing. Asked once: it looks at the GPU, which must not happen at every call."""
+    """Why a backend cannot run here, or nothing.
+
+    Asked once: it looks at the GPU, which must not happen at every call.
+    """
     if name not in _reasons:
         _reasons[name] = _find_reason(name)
     return _reasons[name]
@@ -144,12 +165,16 @@ def _find_reason(name: str) -> str:
 
 
 def unsupported(archs: list[str], capability: tuple[int, int]) -> str:
-    """Why code for ``archs`` ("80", "90a", "120+PTX") does not run on a GPU of this capability; empty if it does."""
+    """Why code for ``archs`` ("80", "90a", "120+PTX") does not run on a GPU of this capability;
+    empty if it does.
+    """
     for arch in archs:
         chip = arch.removesuffix("+PTX")
         exact = chip[-1] in "af"  # such code runs on its own chip alone
         major, minor = divmod(int(chip.rstrip("af")), 10)
-        if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
+        if (major, minor) == capability or (
+            not exact and major == capability[0] and minor <= capability[1]
+        ):
             return ""
         if arch.endswith("+PTX") and (major, minor) <= capability:
             return ""
@@ -160,14 +185,28 @@ def unsupported(archs: list[str], capability: tuple[int, int]) -> str:
 
 def allow_tf32(x: torch.Tensor) -> bool:
     """torch's own switch, for float32 products on CUDA."""
-    return x.device.type == "cuda" and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return (
+        x.device.type == "cuda"
+        and x.dtype == torch.float32
+        and torch.backends.cuda.matmul.allow_tf32
+    )
 
 
 def select(op: str, device: torch.device) -> Choice:
-    """The choice for tensors on ``device``. Raises BackendError if a backend was forced and cannot run."""
+    """The choice for tensors on ``device``.
+
+    Raises BackendError if a backend was forced and cannot run.
+    """
     refused = {}
     for name in ("cuda", "triton", "cpu"):
-        fits = device.type in {"cuda": ("cuda",), "triton": ("cuda", "cpu") if interpreted() else ("cuda",), "cpu": ("cpu",)}[name]
+        fits = (
+            device.type
+            in {
+                "cuda": ("cuda",),
+                "triton": ("cuda", "cpu") if interpreted() else ("cuda",),
+                "cpu": ("cpu",),
+            }[name]
+        )
         refused[name] = _unavailable(name) if fits else f"the tensors are on {device.type}"
     wanted = forced()
     if wanted == "auto" and device.type == "cpu" and not refused["triton"]:
@@ -175,11 +214,19 @@ def select(op: str, device: torch.device) -> Choice:
     if wanted not in BACKENDS:
         raise ValueError(f"OVSEG_BACKEND is {wanted!r}; expected one of {list(BACKENDS)}")
     if wanted == "reference":
-        return Choice(op, "reference", {name: reason or "reference is forced" for name, reason in refused.items()})
+        return Choice(
+            op,
+            "reference",
+            {name: reason or "reference is forced" for name, reason in refused.items()},
+        )
     if wanted != "auto":
         if refused[wanted]:
-            raise lib.BackendError(f"{op}: backend {wanted!r} was asked for and cannot run: {refused[wanted]}")
-        return Choice(op, wanted, {n: r or f"{wanted} is forced" for n, r in refused.items() if n != wanted})
+            raise lib.BackendError(
+                f"{op}: backend {wanted!r} was asked for and cannot run: {refused[wanted]}"
+            )
+        return Choice(
+            op, wanted, {n: r or f"{wanted} is forced" for n, r in refused.items() if n != wanted}
+        )
     for name, reason in refused.items():
         if not reason:
             return Choice(op, name, {n: r for n, r in refused.items() if r})

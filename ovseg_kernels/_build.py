@@ -1,4 +1,7 @@
-"""What the native libraries were built from and for. Imports neither torch nor this package: setup.py runs this file alone."""
+"""What the native libraries were built from and for.
+
+Imports neither torch nor this package: setup.py runs this file alone.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,12 @@ def build_info() -> dict[str, Any]:
 
 
 def source_hash(root: Path) -> str:
-    """Of everything that the native build reads; empty where the sources are not, as in an installed package."""
-    files = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh"))
+    """Of everything that the native build reads; empty where the sources are not, as in an
+    installed package.
+    """
+    files = sorted(
+        p for p in (root / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")
+    )
     if not files:
         return ""
     digest = hashlib.sha256()
@@ -31,11 +38,16 @@ def source_hash(root: Path) -> str:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of each library in ``folder``, by which build_info.json can be held to the file beside it."""
+    """Size and hash of each library in ``folder``, by which build_info.json can be held to the file
+    beside it.
+    """
     found = {}
     for path in (folder / name for name in LIBRARIES):
         if path.exists():
-            found[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+            found[path.name] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+            }
     return found
 
 
@@ -54,7 +66,9 @@ def described(name: str, info: dict[str, Any]) -> bool:
 
 
 def cuda_archs() -> list[str]:
-    """Architectures of the CUDA library; empty where build_info.json is about another file, and the launch itself must tell."""
+    """Architectures of the CUDA library; empty where build_info.json is about another file, and the
+    launch itself must tell.
+    """
     info = build_info()
     return info.get("cuda_archs", []) if described("_C_cuda.so", info) else []
 
@@ -67,7 +81,12 @@ def stale(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
         if name not in there:
             found[name] = "not built"
         elif info.get("libraries", {}).get(name) != there[name]:
-            found[name] = "build_info.json is about another file: sources and architectures are unknown"
+            found[name] = (
+                "build_info.json is about another file: sources and architectures are unknown"
+            )
         elif here and info.get("source") != here:
-            found[name] = f"built from other sources ({info.get('source', 'unknown')}; this checkout is {here})"
+            found[name] = (
+                f"built from other sources ({info.get('source', 'unknown')}; this checkout is "
+                f"{here})"
+            )
     return found

@@ -11,16 +11,21 @@ from . import _checking, philox
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-# Floats below are literals: torch.compile(dynamic=True) takes a float of the module for one that changes.
+# Floats below are literals: torch.compile(dynamic=True) takes a float of the module for one that
+# changes.
 
 
-def tensor(name: str, x: object, rank: int, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> torch.Tensor:
+def tensor(
+    name: str, x: object, rank: int, shape: str, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; expected a tensor {shape}")
     dense(name, x, shape)
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected {allowed}")
+        raise TypeError(
+            f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; expected {allowed}"
+        )
     if x.dim() != rank:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected {rank} dimensions, {shape}")
     return x
@@ -28,15 +33,22 @@ def tensor(name: str, x: object, rank: int, shape: str, dtypes: tuple[torch.dtyp
 
 def dense(name: str, x: torch.Tensor, shape: str) -> None:
     if x.layout != torch.strided:
-        raise TypeError(f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected a dense tensor {shape}")
+        raise TypeError(
+            f"{name} has layout {str(x.layout).removeprefix('torch.')}; expected a dense tensor "
+            f"{shape}"
+        )
     if x.is_nested:
         raise TypeError(f"{name} is a nested tensor; expected a dense tensor {shape}")
 
 
-def same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True) -> None:
+def same(
+    name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True
+) -> None:
     """Same device and, unless told otherwise, same dtype."""
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {other_name} is on {other.device}; expected one device")
+        raise ValueError(
+            f"{name} is on {x.device} and {other_name} is on {other.device}; expected one device"
+        )
     if dtype and x.dtype != other.dtype:
         raise TypeError(
             f"{name} has dtype {str(x.dtype).removeprefix('torch.')} and {other_name} has "
@@ -72,11 +84,18 @@ def number(name: str, value: object, wanted: str = "a finite number", *, least: 
     if not (abs(value) < math.inf and least <= value <= most):
         raise ValueError(f"{name} is {value}; expected {wanted}")
     if abs(value) > torch.finfo(dtype).max:
-        raise ValueError(f"{name} is {value}; {str(dtype).removeprefix('torch.')} holds {torch.finfo(dtype).max} at most")
+        raise ValueError(
+            f"{name} is {value}; {str(dtype).removeprefix('torch.')} holds "
+            f"{torch.finfo(dtype).max} at most"
+        )
 
 
-def divisor(name: str, value: object, dtype: torch.dtype = torch.float64, least: float = 1e-15) -> None:
-    """A positive number that something is divided by: above 1e-15 the result, and its square, stays in the range of float32."""
+def divisor(
+    name: str, value: object, dtype: torch.dtype = torch.float64, least: float = 1e-15
+) -> None:
+    """A positive number that something is divided by: above 1e-15 the result, and its square, stays
+    in the range of float32.
+    """
     number(name, value, "a positive finite number", least=5e-324, dtype=dtype)
     number(name, value, f"at least {least}", least=least)
 
@@ -90,7 +109,10 @@ def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> None
 
 def group(value: object) -> None:
     if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
-        raise TypeError(f"group is a {type(value).__name__}; expected a torch.distributed process group, or None for one process")
+        raise TypeError(
+            f"group is a {type(value).__name__}; expected a torch.distributed process group, or "
+            f"None for one process"
+        )
 
 
 def rng(x: object, like_name: str, like: torch.Tensor) -> torch.Tensor:
@@ -100,20 +122,34 @@ def rng(x: object, like_name: str, like: torch.Tensor) -> torch.Tensor:
     return found.contiguous()
 
 
-def pair_ids(image_ids, images: int, text_ids, texts: int, like_name: str, like: torch.Tensor) -> None:
+def pair_ids(
+    image_ids, images: int, text_ids, texts: int, like_name: str, like: torch.Tensor
+) -> None:
     """Both or neither; int64, one for each image and text."""
     if (image_ids is None) != (text_ids is None):
         raise ValueError("image_ids and text_ids go together; one was given and the other is None")
     if image_ids is None:
         return
-    for name, ids, size, letter in (("image_ids", image_ids, images, "B"), ("text_ids", text_ids, texts, "T")):
+    for name, ids, size, letter in (
+        ("image_ids", image_ids, images, "B"),
+        ("text_ids", text_ids, texts, "T"),
+    ):
         tensor(name, ids, 1, f"[{letter}]", (torch.int64,))
         shape(name, ids, (size,), "one id for each image or text")
         same(name, ids, like_name, like, dtype=False)
 
 
-def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: torch.dtype, *, least: float | None = None) -> torch.Tensor:
-    """A 0-dim tensor on ``like``'s device, made without a copy from the host. Its value is checked where values are looked at.
+def scalar(
+    name: str,
+    value: float | torch.Tensor,
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    least: float | None = None,
+) -> torch.Tensor:
+    """A 0-dim tensor on ``like``'s device, made without a copy from the host.
+
+    Its value is checked where values are looked at.
 
     ``least``: what a number that divides must be at least.
     """
@@ -125,12 +161,18 @@ def scalar(name: str, value: float | torch.Tensor, like: torch.Tensor, dtype: to
         if not value.is_floating_point():
             raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
         if value.device != like.device:
-            raise ValueError(f"{name} is on {value.device}; expected {like.device}, where the features are")
-        for each in _checking.looked_at(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else []:
+            raise ValueError(
+                f"{name} is on {value.device}; expected {like.device}, where the features are"
+            )
+        for each in (
+            _checking.looked_at(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else []
+        ):
             _number(name, float(each), wanted, least, dtype)
         return value.to(dtype).reshape(())
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected {wanted} or a tensor of one element")
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; expected {wanted} or a tensor of one element"
+        )
     _number(name, value, wanted, least, dtype)
     return torch.full((), value, dtype=dtype, device=like.device)
 

@@ -1,9 +1,12 @@
-"""When the numbers in a tensor are looked at. Shapes, dtypes and devices are checked always: that costs nothing.
+"""When the numbers in a tensor are looked at.
 
-On the CPU numbers are looked at in the call. To look at one on a GPU, the host waits for all work queued before it, on every call,
-and no CUDA graph can be captured: there it happens only under ``OVSEG_CHECK=1`` or inside ``with ovseg_kernels.checking():``.
-What can be told by a small reduction on the GPU (NaN in the logits of the label operators) is written there into a flag, without
-waiting, and raised by a later call of these operators or by ``check_errors``.
+Shapes, dtypes and devices are checked always: that costs nothing.
+
+On the CPU numbers are looked at in the call. To look at one on a GPU, the host waits for all work
+queued before it, on every call, and no CUDA graph can be captured: there it happens only under
+``OVSEG_CHECK=1`` or inside ``with ovseg_kernels.checking():``. What can be told by a small
+reduction on the GPU (NaN in the logits of the label operators) is written there into a flag,
+without waiting, and raised by a later call of these operators or by ``check_errors``.
 """
 
 from __future__ import annotations
@@ -19,24 +22,31 @@ from ._context import CHECKING
 
 _on = os.environ.get("OVSEG_CHECK", "0") not in ("", "0")
 DEFERRED = (
-    "upsample_argmax: logits or bias holds NaN, or infinities of both signs in one class; expected numbers",
-    "window_argmax: logits, tables or bias holds NaN or +infinity; expected numbers, or -infinity where a class is switched off",
-    "window_argmax: logits, tables or bias holds NaN or an infinity; expected finite numbers for softmax",
+    "upsample_argmax: logits or bias holds NaN, or infinities of both signs in one class; "
+    "expected numbers",
+    "window_argmax: logits, tables or bias holds NaN or +infinity; expected numbers, or -infinity "
+    "where a class is switched off",
+    "window_argmax: logits, tables or bias holds NaN or an infinity; expected finite numbers for "
+    "softmax",
 )
 
 
 @contextlib.contextmanager
 def checking(on: bool = True) -> Iterator[None]:
-    """Look at numbers on a GPU too inside a ``with`` block, or not; what ``OVSEG_CHECK=1`` does for a whole process.
+    """Look at numbers on a GPU too inside a ``with`` block, or not; what ``OVSEG_CHECK=1`` does for
+    a whole process.
 
-    Every call of this thread or task then waits for the GPU, and none can be captured in a CUDA graph.
+    Every call of this thread or task then waits for the GPU, and none can be captured in a CUDA
+    graph.
     """
     with CHECKING.to(on):
         yield
 
 
 def looks_at_values(x: torch.Tensor) -> bool:
-    """Whether a check may read ``x`` on the host: not while a call is being compiled, nor where there are no numbers."""
+    """Whether a check may read ``x`` on the host: not while a call is being compiled, nor where
+    there are no numbers.
+    """
     if torch.compiler.is_compiling() or x.device.type == "meta":
         return False
     inside = CHECKING.get()
@@ -44,12 +54,21 @@ def looks_at_values(x: torch.Tensor) -> bool:
 
 
 def defers(x: torch.Tensor) -> bool:
-    """Whether a check of ``x`` is left to the GPU: to plain tensors, for others may have no numbers (fake ones)."""
-    return x.device.type == "cuda" and type(x) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether a check of ``x`` is left to the GPU: to plain tensors, for others may have no numbers
+    (fake ones).
+    """
+    return (
+        x.device.type == "cuda"
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def looked_at(x: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors whose numbers a check of ``x`` reads now: itself, or none. Under ``torch.vmap`` one for each element of the batch."""
+    """The tensors whose numbers a check of ``x`` reads now: itself, or none.
+
+    Under ``torch.vmap`` one for each element of the batch.
+    """
     return _parts(x.detach()) if looks_at_values(x) else []
 
 
@@ -68,13 +87,19 @@ def _parts(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 class _Flags:
-    """One number for each of DEFERRED on one device, after one that means nothing. Kernels only write it, and only ones: no stream
-    can lose what another one wrote."""
+    """One number for each of DEFERRED on one device, after one that means nothing.
+
+    Kernels only write it, and only ones: no stream can lose what another one wrote.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        with torch.inference_mode(False):  # it outlives the mode of the call that happens to be the first
+        with torch.inference_mode(
+            False
+        ):  # it outlives the mode of the call that happens to be the first
             self.found = torch.zeros(1 + len(DEFERRED), dtype=torch.int32, device=device)
-            self.copy = torch.zeros(1 + len(DEFERRED), dtype=torch.int32, pin_memory=device.type == "cuda")
+            self.copy = torch.zeros(
+                1 + len(DEFERRED), dtype=torch.int32, pin_memory=device.type == "cuda"
+            )
         self.landed: torch.cuda.Event | None = None  # of a copy on its way to the host
 
     def raise_arrived(self) -> None:
@@ -94,7 +119,8 @@ class _Flags:
         messages = [message for message, seen in zip(DEFERRED, found[1:], strict=True) if seen]
         if messages:
             self.found.zero_()
-            raise ValueError(f"an earlier call of {'; and of '.join(messages)} (seen on the GPU after that call had returned; "
+            raise ValueError(f"an earlier call of {'; and of '.join(messages)} (seen on the GPU "
+                             f"after that call had returned; "
                              "OVSEG_CHECK=1 raises in the call itself)")  # fmt: skip
 
 
@@ -113,9 +139,11 @@ _flags: dict[torch.device, _Flags] = {}
 
 
 def defer(good: torch.Tensor, message: str) -> None:
-    """Flag ``message`` on the device of ``good``, a bool without dimensions, where it is false; raise what earlier calls flagged.
+    """Flag ``message`` on the device of ``good``, a bool without dimensions, where it is false;
+    raise what earlier calls flagged.
 
-    A captured graph flags at every replay, into the memory that calls before the capture have made; without one it does not.
+    A captured graph flags at every replay, into the memory that calls before the capture have made;
+    without one it does not.
     """
     flags, captured = _flags.get(good.device), capturing()
     if flags is None:
@@ -131,9 +159,12 @@ def defer(good: torch.Tensor, message: str) -> None:
 
 
 def check_errors() -> None:
-    """Raise what the GPUs have found in the numbers of earlier calls, and forget it. Waits for the work of each current stream.
+    """Raise what the GPUs have found in the numbers of earlier calls, and forget it.
 
-    The natural place is where results are read anyway: after ``labels.cpu()``, or after replaying a CUDA graph.
+    Waits for the work of each current stream.
+
+    The natural place is where results are read anyway: after ``labels.cpu()``, or after replaying a
+    CUDA graph.
 
     Raises:
         ValueError: naming the operator and the argument.

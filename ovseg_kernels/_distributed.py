@@ -6,11 +6,14 @@ import torch
 import torch.distributed as dist
 
 
-def sizes_of_ranks(sizes: tuple[int, ...], group: dist.ProcessGroup, device: torch.device) -> list[tuple[int, ...]]:
+def sizes_of_ranks(
+    sizes: tuple[int, ...], group: dist.ProcessGroup, device: torch.device
+) -> list[tuple[int, ...]]:
     """What every rank passed, in the order of the ranks.
 
-    The host must know it, for shapes follow from it. Where the group has a backend for the CPU (torch's default, "cpu:gloo,cuda:nccl",
-    has), it travels beside the GPU, whose queue is left alone; with nccl alone the host waits for all the work of the GPU.
+    The host must know it, for shapes follow from it. Where the group has a backend for the CPU
+    (torch's default, "cpu:gloo,cuda:nccl", has), it travels beside the GPU, whose queue is left
+    alone; with nccl alone the host waits for all the work of the GPU.
     """
     beside = "cpu:" in dist.get_backend_config(group)
     mine = torch.tensor(sizes, device="cpu" if beside else device)
@@ -20,7 +23,10 @@ def sizes_of_ranks(sizes: tuple[int, ...], group: dist.ProcessGroup, device: tor
 
 
 def gather_rows(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The rows of all ranks, in the order of the ranks; ``sizes`` may be uneven. Gradients are summed over the ranks and come back."""
+    """The rows of all ranks, in the order of the ranks; ``sizes`` may be uneven.
+
+    Gradients are summed over the ranks and come back.
+    """
     return _Gather.apply(x, sizes, group) if x.is_floating_point() else _gather(x, sizes, group)
 
 
@@ -89,12 +95,18 @@ def weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 
 
 def terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """sum of weight * (log-sum-exp - mean positive logit); rows without a positive have weight 0 and may have no finite one."""
+    """sum of weight * (log-sum-exp - mean positive logit); rows without a positive have weight 0
+    and may have no finite one.
+    """
     return (weight * torch.where(weight > 0, part[0] - part[1] / part[2].clamp(min=1), 0)).sum()
 
 
-def of_the_whole_batch(loss: torch.Tensor, row_part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The loss of the whole batch with world_size times this rank's share of its gradient; ``row_part`` is the rows' share of ``loss``."""
+def of_the_whole_batch(
+    loss: torch.Tensor, row_part: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """The loss of the whole batch with world_size times this rank's share of its gradient;
+    ``row_part`` is the rows' share of ``loss``.
+    """
     whole = row_part.clone()
     dist.all_reduce(whole, group=group)
     share = dist.get_world_size(group) * loss

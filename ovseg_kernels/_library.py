@@ -1,7 +1,9 @@
-"""The torch library ``ovseg``: schemas, fallbacks, fakes, autocast, and loading of the native part. Derivatives: ``_transforms``.
+"""The torch library ``ovseg``: schemas, fallbacks, fakes, autocast, and loading of the native part.
 
-Schemas live in Python. The native libraries and Triton only implement them; where nothing does, the reference's closed
-form answers under the same name, so ``torch.ops.ovseg.*`` always works.
+Derivatives: ``_transforms``.
+
+Schemas live in Python. The native libraries and Triton only implement them; where nothing does, the
+reference's closed form answers under the same name, so ``torch.ops.ovseg.*`` always works.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
-COMPOSITES: set[str] = set()  # a handful of torch calls, the same on every device: no kernel is wanted
+COMPOSITES: set[str] = (
+    set()
+)  # a handful of torch calls, the same on every device: no kernel is wanted
 
 
 class BackendError(RuntimeError):
@@ -34,7 +38,9 @@ class _Native:
         self.path = FOLDER / f"{stem}.so"
         self.loaded, self.reason = False, unusable
         if not self.path.exists():
-            self.reason = f"not built ({self.path.name} is not in the package); reinstall with {needs}"
+            self.reason = (
+                f"not built ({self.path.name} is not in the package); reinstall with {needs}"
+            )
         if self.reason:
             return
         try:
@@ -44,7 +50,9 @@ class _Native:
             built = build_info()
             there = f"built against torch {built.get('torch', 'unknown')} with {built.get('libc') or 'an unknown libc'}"
             self.reason = f"{there}, and does not load under {torch.__version__} with {libc() or 'another libc'}: {error}"
-            warnings.warn(f"ovseg_kernels: {self.path.name} {self.reason}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"ovseg_kernels: {self.path.name} {self.reason}", RuntimeWarning, stacklevel=2
+            )
 
 
 def define(op: str, schema: str) -> None:
@@ -72,7 +80,8 @@ def fake(name: str) -> Callable:
 
 
 def autocast(name: str, features: tuple[int, ...]) -> None:
-    """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales alone.
+    """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales
+    alone.
 
     torch's own ``register_autocast`` would cast every floating argument, a temperature too.
     """
@@ -82,7 +91,10 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
 
         def kernel(*args, device=device, keys=keys):
             dtype = torch.get_autocast_dtype(device)
-            cast = [a.to(dtype) if i in features and a.dtype != torch.float64 else a for i, a in enumerate(args)]
+            cast = [
+                a.to(dtype) if i in features and a.dtype != torch.float64 else a
+                for i, a in enumerate(args)
+            ]
             with torch._C._ExcludeDispatchKeyGuard(keys):
                 return op(*cast)
 
@@ -95,11 +107,20 @@ def autocast_type(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def overriding(implementations: dict[str, Callable], keys: tuple[str, ...], *, with_keyset: bool = False) -> Iterator[None]:
-    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again afterwards. In all threads."""
+def overriding(
+    implementations: dict[str, Callable], keys: tuple[str, ...], *, with_keyset: bool = False
+) -> Iterator[None]:
+    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again
+    afterwards. In all threads.
+    """
     library = torch_library.Library("ovseg", "IMPL")
-    # Newer releases of torch let Python override Python by default, older ones want to be told, the oldest do not know.
-    options = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
+    # Newer releases of torch let Python override Python by default, older ones want to be told, the
+    # oldest do not know.
+    options = (
+        {"allow_override": True}
+        if "allow_override" in inspect.signature(library.impl).parameters
+        else {}
+    )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Oo]verrid")  # that is the purpose
@@ -112,4 +133,6 @@ def overriding(implementations: dict[str, Callable], keys: tuple[str, ...], *, w
 
 
 CPU = _Native("_C_cpu", "a C++ compiler and cmake")
-CUDA = _Native("_C_cuda", "nvcc and FORCE_CUDA=1", "" if torch.version.cuda else "this torch has no CUDA")
+CUDA = _Native(
+    "_C_cuda", "nvcc and FORCE_CUDA=1", "" if torch.version.cuda else "this torch has no CUDA"
+)

@@ -1,8 +1,11 @@
-"""How schemas answer to derivatives and to torch.func: backward, no forward mode, no second derivative, vmap.
+"""How schemas answer to derivatives and to torch.func: backward, no forward mode, no second
+derivative, vmap.
 
-torch's own ``register_autograd`` answers to plain autograd alone: under ``torch.func.grad`` it is an error about ``setup_context``, and a
-forward-mode tangent is dropped, which makes a derivative of zeros. The kernel below is its equal in plain autograd, and does what torch's
-C++ operators do in the rest: at a level of torch.func it records the backward of this level and hands the call on to the next.
+torch's own ``register_autograd`` answers to plain autograd alone: under ``torch.func.grad`` it is
+an error about ``setup_context``, and a forward-mode tangent is dropped, which makes a derivative of
+zeros. The kernel below is its equal in plain autograd, and does what torch's C++ operators do in
+the rest: at a level of torch.func it records the backward of this level and hands the call on to
+the next.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from ._context import BACKEND
 
 
 def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
-    """``setup(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, as torch's ``register_autograd`` has it."""
+    """``setup(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, as torch's
+    ``register_autograd`` has it.
+    """
     op = getattr(torch.ops.ovseg, name).default
 
     def below(keyset, args):
@@ -30,7 +35,9 @@ def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx, *args):
-        *inputs, keyset = args  # behind the others, so that ctx.needs_input_grad counts from the first argument
+        *inputs, keyset = (
+            args  # behind the others, so that ctx.needs_input_grad counts from the first argument
+        )
         ctx.backend = BACKEND.get()
         output = below(keyset, inputs)
         if setup is not None:
@@ -39,7 +46,11 @@ def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
 
     def gradients(ctx, *grads):
         # A thread of autograd's own is in no block of the caller's.
-        forced = BACKEND.to(ctx.backend) if BACKEND.get() is None and ctx.backend is not None else contextlib.nullcontext()
+        forced = (
+            BACKEND.to(ctx.backend)
+            if BACKEND.get() is None and ctx.backend is not None
+            else contextlib.nullcontext()
+        )
         with forced:
             found = backward(ctx, *grads)
         return (*found, None) if isinstance(found, tuple) else (found, None)
@@ -86,20 +97,29 @@ _INSTEAD = "use reverse mode (grad, vjp, jacrev), or the definition: with ovseg_
 
 
 def no_forward_derivative(op: str, *args: object, instead: str = _INSTEAD) -> None:
-    """Raise where an argument carries a tangent: a result without one would pass for a derivative of zero."""
+    """Raise where an argument carries a tangent: a result without one would pass for a derivative
+    of zero.
+    """
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
         raise NotImplementedError(
-            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; torch.autograd.forward_ad): {instead}"
+            f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; "
+            f"torch.autograd.forward_ad): {instead}"
         )
 
 
 def no_derivative(op: str, *args: object) -> None:
     """The same for labels: in reverse mode they have no grad_fn, and torch says so by itself."""
-    no_forward_derivative(op, *args, instead="labels and their values are constants; pass the detach() of what varies")
+    no_forward_derivative(
+        op, *args, instead="labels and their values are constants; pass the detach() of what varies"
+    )
 
 
 def _has_tangent(x: object) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+    return (
+        isinstance(x, torch.Tensor)
+        and x.is_floating_point()
+        and forward_ad.unpack_dual(x).tangent is not None
+    )
 
 
 def vmap(
@@ -112,9 +132,10 @@ def vmap(
     """The rule of ``name`` under ``torch.vmap``.
 
     Args:
-        images: the arguments that are made of independent images, as all outputs then are, with the dimension that counts them, 0 if not
-            said. Where these and no others are batched, the batch becomes more images of one call. Anything else is one call for each
-            element of the batch, and the results side by side.
+        images: the arguments that are made of independent images, as all outputs then are, with the
+            dimension that counts them, 0 if not said. Where these and no others are batched, the
+            batch becomes more images of one call. Anything else is one call for each element of the
+            batch, and the results side by side.
         outputs: that dimension of outputs where it is not 0.
         unless: a condition on the arguments under which images are not independent.
     """
@@ -123,10 +144,20 @@ def vmap(
 
     def rule(info, in_dims, *args):
         batched = {i for i, dim in enumerate(in_dims) if dim is not None}
-        if not batched or batched != {i for i in at if args[i] is not None} or unless(args) or not info.batch_size:
+        if (
+            not batched
+            or batched != {i for i in at if args[i] is not None}
+            or unless(args)
+            or not info.batch_size
+        ):
             found = _one_by_one(op, info.batch_size, in_dims, args)
         else:
-            parts = op(*(_joined(x, dim, at.get(i, 0)) for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))))
+            parts = op(
+                *(
+                    _joined(x, dim, at.get(i, 0))
+                    for i, (x, dim) in enumerate(zip(args, in_dims, strict=True))
+                )
+            )
             found = _parted(parts, info.batch_size, behind)
         return found, (0,) * len(found) if isinstance(found, tuple) else 0
 
@@ -150,9 +181,16 @@ def _one_by_one(op, size, in_dims, args):
     def element(x, dim, i):
         if dim is None:
             return x
-        return x.select(dim, i) if size else x.new_zeros([n for j, n in enumerate(x.shape) if j != dim])
+        return (
+            x.select(dim, i)
+            if size
+            else x.new_zeros([n for j, n in enumerate(x.shape) if j != dim])
+        )
 
-    found = [op(*(element(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(max(1, size))]
+    found = [
+        op(*(element(x, dim, i) for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(max(1, size))
+    ]
     if isinstance(found[0], tuple):
         return tuple(torch.stack(parts)[:size] for parts in zip(*found, strict=True))
     return torch.stack(found)[:size]

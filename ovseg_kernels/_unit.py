@@ -11,12 +11,15 @@ from .reference import unit as reference
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x / max(|x|, EPS) over the last dimension, as torch.nn.functional.normalize.
 
-    Squares leave the range of float32 at lengths of 1.8e19, where torch's own makes zeros. On the CPU, where it can be seen, the
-    vector is found in another way; elsewhere it is NaN, which can be seen in the result.
+    Squares leave the range of float32 at lengths of 1.8e19, where torch's own makes zeros. On the
+    CPU, where it can be seen, the vector is found in another way; elsewhere it is NaN, which can be
+    seen in the result.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if not _checking.looks_at_values(norm):
         norm = norm + 0 * norm.detach()
-    elif norm.numel() and any(float(part.amax()) == torch.inf for part in _checking.looked_at(norm)):
+    elif norm.numel() and any(
+        float(part.amax()) == torch.inf for part in _checking.looked_at(norm)
+    ):
         return reference.unit(x)
     return x / norm.clamp_min(reference.EPS)

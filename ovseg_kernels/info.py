@@ -1,6 +1,6 @@
 """python -m ovseg_kernels.info: what was built, for what, what loaded, and why not.
 
-    python -m ovseg_kernels.info --ready    exit status 0 if both native libraries are this checkout's code, load, and run on this GPU
+python -m ovseg_kernels.info --ready    exit status 0 if both native libraries are this checkout's code, load, and run on this GPU
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from ._backends import forced, unsupported
 
 def report() -> str:
     """The facts as text."""
-    lines = [f"ovseg_kernels {__version__}", f"  python           {platform.python_version()} on {platform.machine()}, {_build.libc()}"]
-    lines.append(f"  torch            {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads")
+    lines = [
+        f"ovseg_kernels {__version__}",
+        f"  python           {platform.python_version()} on {platform.machine()}, {_build.libc()}",
+    ]
+    lines.append(
+        f"  torch            {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
+        f"{torch.get_num_threads()} threads"
+    )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
@@ -27,41 +33,69 @@ def report() -> str:
         lines.append("  device           no GPU is visible to torch")
     lines.append("built")
     built = _build.build_info()
-    lines += [f"  {key:16} {', '.join(value) if isinstance(value, list) else value}" for key, value in built.items() if key != "libraries"]
+    lines += [
+        f"  {key:16} {', '.join(value) if isinstance(value, list) else value}"
+        for key, value in built.items()
+        if key != "libraries"
+    ]
     if not built:
-        lines.append("  nothing: no native library was built (no compiler, or OVSEG_BUILD_NATIVE=0)")
+        lines.append(
+            "  nothing: no native library was built (no compiler, or OVSEG_BUILD_NATIVE=0)"
+        )
     lines.append("libraries")
     stale = _build.stale()
     for name, native in (("_C_cpu.so", lib.CPU), ("_C_cuda.so", lib.CUDA)):
         size = f"{native.path.stat().st_size / 2**20:.1f} MiB, " if native.path.exists() else ""
-        # Of an installed package the sources are not there to compare with: nothing is claimed about them.
+        # Of an installed package the sources are not there to compare with: nothing is claimed
+        # about them.
         checkout = bool(_build.source_hash(_build.FOLDER.parent))
-        origin = stale.get(name) or (f"built from this checkout ({built['source']})" if checkout else "as build_info.json says")
-        lines.append(f"  {name:16} {size}{origin}; {'loaded' if native.loaded else f'not loaded: {native.reason}'}")
+        origin = stale.get(name) or (
+            f"built from this checkout ({built['source']})"
+            if checkout
+            else "as build_info.json says"
+        )
+        lines.append(
+            f"  {name:16} {size}{origin}; "
+            f"{'loaded' if native.loaded else f'not loaded: {native.reason}'}"
+        )
     lines.append("backends")
     lines += [f"  {name:16} {state}" for name, state in available_backends().items()]
-    lines.append(f"  forced           {forced()}" if forced() != "auto" else "  forced           none (OVSEG_BACKEND)")
+    lines.append(
+        f"  forced           {forced()}"
+        if forced() != "auto"
+        else "  forced           none (OVSEG_BACKEND)"
+    )
     lines.append("operators")
     lines += [f"  {explain(op)}".replace("\n", "\n  ") for op in OPERATORS]
     return "\n".join(lines)
 
 
 def problems() -> list[str]:
-    """Why the native libraries cannot be used on this machine as they are; empty if they can, wherever they were built."""
+    """Why the native libraries cannot be used on this machine as they are; empty if they can,
+    wherever they were built.
+    """
     found = [f"{name}: {reason}" for name, reason in _build.stale().items()]
     for native in (lib.CPU, lib.CUDA):
         if native.path.exists() and not native.loaded:
             found.append(f"{native.path.name}: {native.reason}")
     if not torch.cuda.is_available():
         return [*found, "no GPU is visible to torch"]
-    if not found and (reason := unsupported(_build.cuda_archs(), torch.cuda.get_device_capability())):
+    if not found and (
+        reason := unsupported(_build.cuda_archs(), torch.cuda.get_device_capability())
+    ):
         found.append(f"_C_cuda.so: {reason}")
     return found
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description="What was built, for what, what loaded, and why not.")
-    arguments.add_argument("--ready", action="store_true", help="one line, and exit status 1 if the libraries cannot be used as they are")
+    arguments = argparse.ArgumentParser(
+        description="What was built, for what, what loaded, and why not."
+    )
+    arguments.add_argument(
+        "--ready",
+        action="store_true",
+        help="one line, and exit status 1 if the libraries cannot be used as they are",
+    )
     if not arguments.parse_args().ready:
         print(report())
         return 0
@@ -69,8 +103,11 @@ def main() -> int:
         print("; ".join(reasons))
         return 1
     built = _build.build_info()
-    print(f"prebuilt libraries accepted: source {built['source']}, sm_{', sm_'.join(built['cuda_archs'])}, "
-          f"built with torch {built['torch']}, {built['compiler']}, {built['cuda']}")
+    print(
+        f"prebuilt libraries accepted: source {built['source']}, "
+        f"sm_{', sm_'.join(built['cuda_archs'])}, "
+        f"built with torch {built['torch']}, {built['compiler']}, {built['cuda']}"
+    )
     return 0
 
 

@@ -4,10 +4,11 @@
     u = ((word >> 9) + 0.5) 2^-23            exact in float32, in [2^-24, 1 - 2^-24]: no logarithm sees 0 or 1  (2)
     gumbel = -log(-log u)                    in float32, in [-2.82, 16.64]                                       (3)
 
-``index`` counts the elements of the unpadded tensor in contiguous order. Operators take ``rng``, an int64 tensor
-[seed, offset] on their device: a Python number would recompile at every step, and a CUDA graph could not replay with
-fresh noise. The same definition is csrc/common/philox.h and ovseg_kernels/triton/philox.py; the bits agree.
-Each step must use an offset of its own: ``advance`` gives the next one.
+``index`` counts the elements of the unpadded tensor in contiguous order. Operators take ``rng``, an
+int64 tensor [seed, offset] on their device: a Python number would recompile at every step, and a
+CUDA graph could not replay with fresh noise. The same definition is csrc/common/philox.h and
+ovseg_kernels/triton/philox.py; the bits agree. Each step must use an offset of its own: ``advance``
+gives the next one.
 
 Source   Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011.
 """
@@ -23,22 +24,36 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 
 
-def make_rng(seed: int | None = None, offset: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
-    """``rng`` for the operators: int64 [seed, offset]. Without a seed, one is drawn from torch's default generator."""
+def make_rng(
+    seed: int | None = None, offset: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """``rng`` for the operators: int64 [seed, offset].
+
+    Without a seed, one is drawn from torch's default generator.
+    """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     for name, value in (("seed", seed), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} is {value!r}; expected an integer of 64 bits")
     # Filled, not copied: a copy from the host would wait for the GPU.
-    return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in (seed, offset)])
+    return torch.stack(
+        [torch.full((), number, dtype=torch.int64, device=device) for number in (seed, offset)]
+    )
 
 
 def advance(rng: torch.Tensor, elements: int) -> torch.Tensor:
     """``rng`` past a tensor of ``elements`` elements: what follows shares no number with it."""
     check(rng)
-    if isinstance(elements, bool) or not isinstance(elements, (int, torch.SymInt)) or not 0 <= elements < 2**63:
-        raise ValueError(f"elements is {elements!r}; expected an integer of at least 0, the number of elements that were drawn")
+    if (
+        isinstance(elements, bool)
+        or not isinstance(elements, (int, torch.SymInt))
+        or not 0 <= elements < 2**63
+    ):
+        raise ValueError(
+            f"elements is {elements!r}; expected an integer of at least 0, the number of elements "
+            f"that were drawn"
+        )
     return rng + -(-elements // 4) * torch.arange(2, device=rng.device)
 
 
@@ -47,24 +62,36 @@ def check(rng: object) -> torch.Tensor:
     if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64 or rng.layout != torch.strided:
         came = type(rng).__name__
         if isinstance(rng, torch.Tensor):
-            came = str(rng.dtype if rng.layout == torch.strided else rng.layout).removeprefix("torch.")
-        raise TypeError(f"rng is {came}; expected an int64 tensor [seed, offset], as ovseg_kernels.philox.make_rng gives")
+            came = str(rng.dtype if rng.layout == torch.strided else rng.layout).removeprefix(
+                "torch."
+            )
+        raise TypeError(
+            f"rng is {came}; expected an int64 tensor [seed, offset], as "
+            f"ovseg_kernels.philox.make_rng gives"
+        )
     if rng.is_nested:  # which has no shape
-        raise TypeError("rng is a nested tensor; expected an int64 tensor [seed, offset], as ovseg_kernels.philox.make_rng gives")
+        raise TypeError(
+            "rng is a nested tensor; expected an int64 tensor [seed, offset], as "
+            "ovseg_kernels.philox.make_rng gives"
+        )
     if rng.shape != (2,):
         raise ValueError(f"rng has shape {list(rng.shape)}; expected [2], seed and offset")
     return rng
 
 
 def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of x * factor for x below 2^32; int64 holds no product of two full words."""
+    """High and low 32 bits of x * factor for x below 2^32; int64 holds no product of two full
+    words.
+    """
     low, high = x * (factor & 0xFFFF), x * (factor >> 16)
     low, carry = low + ((high & 0xFFFF) << 16), high >> 16
     return carry + (low >> 32), low & _WORD
 
 
 def words(rng: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """The four words of the blocks with counter ``offset + blocks``, equation (1): int64 [..., 4] in 0 .. 2^32 - 1."""
+    """The four words of the blocks with counter ``offset + blocks``, equation (1): int64 [..., 4]
+    in 0 .. 2^32 - 1.
+    """
     counter = rng[1] + blocks
     x0, x1 = counter & _WORD, (counter >> 32) & _WORD
     x2, x3 = torch.zeros_like(x0), torch.zeros_like(x0)

@@ -1,7 +1,8 @@
-"""The error rule by which backends are judged, shipped so that users can hold their own builds to it.
+"""The error rule by which backends are judged, shipped so that users can hold their own builds to
+it.
 
-A result passes if its largest error against a float64 truth is at most twice that of the eager formula in the same
-dtype, plus a floor that stands for the rounding of inputs of order one.
+A result passes if its largest error against a float64 truth is at most twice that of the eager
+formula in the same dtype, plus a floor that stands for the rounding of inputs of order one.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import torch
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
-def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
-    """The error rule, for the largest error (relative to the truth's largest value, if above 1) and the Frobenius norm.
+def assert_close_to_truth(
+    name: str, result: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """The error rule, for the largest error (relative to the truth's largest value, if above 1) and
+    the Frobenius norm.
 
     Args:
         name: of the tensor, for the message.
@@ -22,21 +26,31 @@ def assert_close_to_truth(name: str, result: torch.Tensor, eager: torch.Tensor, 
         dtype: of the inputs; chooses the floor.
 
     Raises:
-        AssertionError: with both errors, if the rule is broken; so do NaN in ``result`` that ``truth`` does not have.
+        AssertionError: with both errors, if the rule is broken; so do NaN in ``result`` that
+            ``truth`` does not have.
     """
     result, eager, truth = (x.detach().double().cpu() for x in (result, eager, truth))
     if result.shape != truth.shape:
-        raise AssertionError(f"{name} has shape {list(result.shape)}; the truth has {list(truth.shape)}")
+        raise AssertionError(
+            f"{name} has shape {list(result.shape)}; the truth has {list(truth.shape)}"
+        )
     if not torch.equal(result.isnan(), truth.isnan()):
-        raise AssertionError(f"{name} holds {int(result.isnan().sum())} NaN; the truth {int(truth.isnan().sum())}")
+        raise AssertionError(
+            f"{name} holds {int(result.isnan().sum())} NaN; the truth {int(truth.isnan().sum())}"
+        )
     if truth.numel() == 0:
         return
     scale = max(1.0, float(truth.nan_to_num().abs().max()))
     measures = {"max error": lambda x: float((x - truth).nan_to_num().abs().max()) / scale}
     norm = float(truth.nan_to_num().norm())
     if norm > 1e-6:
-        measures["relative Frobenius error"] = lambda x: float((x - truth).nan_to_num().norm()) / norm
+        measures["relative Frobenius error"] = lambda x: (
+            float((x - truth).nan_to_num().norm()) / norm
+        )
     for kind, measure in measures.items():
         found, allowed = measure(result), 2 * measure(eager) + FLOORS[dtype]
         if not found <= allowed:
-            raise AssertionError(f"{name}: {kind} {found:.3g} exceeds {allowed:.3g} = 2 x {measure(eager):.3g} of eager + floor")
+            raise AssertionError(
+                f"{name}: {kind} {found:.3g} exceeds {allowed:.3g} = 2 x {measure(eager):.3g} of "
+                f"eager + floor"
+            )

@@ -1,8 +1,9 @@
 """How many threads a command uses and how they wait, decided before torch is imported.
 
-OpenMP's threads wait for their next piece of work by spinning. Where another process wants the same cores, the one that
-works waits for the one that spins, and two threads are several times slower than one. Sleeping threads cost next to
-nothing on a quiet machine. The figures are in docs/benchmarks.md.
+OpenMP's threads wait for their next piece of work by spinning. Where another process wants the same
+cores, the one that works waits for the one that spins, and two threads are several times slower
+than one. Sleeping threads cost next to nothing on a quiet machine. The figures are in
+docs/benchmarks.md.
 
 How the process of a command ends.
 
@@ -27,9 +28,11 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 
 def set_up() -> None:
-    """Set OMP_WAIT_POLICY and OMP_NUM_THREADS for this process and its children, each unless the user has.
+    """Set OMP_WAIT_POLICY and OMP_NUM_THREADS for this process and its children, each unless the
+    user has.
 
-    Nothing is done once torch is imported: it has read them, and the process is not the command line's own.
+    Nothing is done once torch is imported: it has read them, and the process is not the command
+    line's own.
     """
     if "torch" in sys.modules:
         return
@@ -42,7 +45,8 @@ def set_up() -> None:
 def granted_cores() -> int:
     """Return how many cores this process may keep busy, at least 1.
 
-    Those of its affinity, hyperthreads of one core counted once as torch does, and no more than the container's quota.
+    Those of its affinity, hyperthreads of one core counted once as torch does, and no more than the
+    container's quota.
     """
     everyone = range(os.cpu_count() or 1)
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else everyone
@@ -67,10 +71,12 @@ def _own_groups() -> str:
 
 
 def cpu_quota(groups: str, root: Path) -> float | None:
-    """Return how many processors' time the control groups grant, the smallest of all levels; None for no limit.
+    """Return how many processors' time the control groups grant, the smallest of all levels; None
+    for no limit.
 
     Args:
-        groups: the text of /proc/self/cgroup: "0::/path" of version 2, "4:cpu,cpuacct:/path" of version 1.
+        groups: the text of /proc/self/cgroup: "0::/path" of version 2, "4:cpu,cpuacct:/path" of
+            version 1.
         root: where the groups are mounted.
     """
     found = []
@@ -89,7 +95,9 @@ def cpu_quota(groups: str, root: Path) -> float | None:
 
 
 def _quota(group: Path) -> float | None:
-    """Return the quota of one group: cpu.max holds "150000 100000" or "max 100000", version 1 has a file for each."""
+    """Return the quota of one group: cpu.max holds "150000 100000" or "max 100000", version 1 has a
+    file for each.
+    """
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()

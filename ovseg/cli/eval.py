@@ -36,23 +36,53 @@ logger = logging.getLogger(__name__)
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("models", nargs="+", metavar="model", help=MODEL_HELP)
-    sub.add_argument("--data", default="digits",
-                     help="comma-separated: digits, shapes, digits_things, shapes_things; a benchmark; a .yaml description; imagefolder")
+    sub.add_argument(
+        "--data",
+        default="digits",
+        help="comma-separated: digits, shapes, digits_things, shapes_things; a benchmark; a .yaml "
+        "description; imagefolder",
+    )
     sub.add_argument("--root", help="the folder that holds the benchmarks, or one of them")
     sub.add_argument("--split", default="val")
-    sub.add_argument("--protocol", default="plain", help="a named protocol (--list-protocols) or a .yaml file (default: %(default)s)")
-    sub.add_argument("--list-protocols", action=_ListProtocols, nargs=0, help="name the protocols and stop")
-    sub.add_argument("--labels-file", help="texts of the classes in their order, in place of the protocol's; see ovseg segment")
-    sub.add_argument("--present-only", action="store_true", help="only the classes of a picture's truth compete in it (uses the truth)")
+    sub.add_argument(
+        "--protocol",
+        default="plain",
+        help="a named protocol (--list-protocols) or a .yaml file (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--list-protocols", action=_ListProtocols, nargs=0, help="name the protocols and stop"
+    )
+    sub.add_argument(
+        "--labels-file",
+        help="texts of the classes in their order, in place of the protocol's; see ovseg segment",
+    )
+    sub.add_argument(
+        "--present-only",
+        action="store_true",
+        help="only the classes of a picture's truth compete in it (uses the truth)",
+    )
     sub.add_argument("--boundary", action="store_true", help="Boundary IoU too")
-    sub.add_argument("--sweep", action="store_true", help="mIoU at 101 background thresholds, in one pass")
+    sub.add_argument(
+        "--sweep", action="store_true", help="mIoU at 101 background thresholds, in one pass"
+    )
     sub.add_argument("--limit", type=int, help="only so many pictures")
-    sub.add_argument("--skip-bad", action="store_true", help="leave out pictures and masks that cannot be read, and say so; exit code 3")
+    sub.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out pictures and masks that cannot be read, and say so; exit code 3",
+    )
     sub.add_argument("--scenes", type=int, default=300, help="of embedded data")
     sub.add_argument("--seed", type=int, default=0, help="of embedded data")
     sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
-    sub.add_argument("--plots", action="store_true", help="confusion matrix and classes too, into --out")
-    sub.add_argument("--batch", type=int, default=1, help="pictures that are encoded together: faster on a GPU (default: 1)")
+    sub.add_argument(
+        "--plots", action="store_true", help="confusion matrix and classes too, into --out"
+    )
+    sub.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="pictures that are encoded together: faster on a GPU (default: 1)",
+    )
     add_weights(sub, several=True)
     add_device(sub)
     add_inference_options(sub)
@@ -64,7 +94,10 @@ class _ListProtocols(argparse.Action):
 
         for name in list_protocols():
             tree = read_protocol(name)
-            print(f"{name:12} v{tree['version']}  {tree['title']}; {', '.join(tree['data']) or 'any data set'}")
+            print(
+                f"{name:12} v{tree['version']}  {tree['title']}; "
+                f"{', '.join(tree['data']) or 'any data set'}"
+            )
         parser.exit()
 
 
@@ -145,17 +178,36 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     shown: dict[str, Any] = {}
     for data in sets:
         for title, model in _models(options, quiet=rank > 0):
-            chosen = protocol(options.protocol, data.description, model, labels=labels, present_only=options.present_only, **changes)
+            chosen = protocol(
+                options.protocol,
+                data.description,
+                model,
+                labels=labels,
+                present_only=options.present_only,
+                **changes,
+            )
             if isinstance(data, SegmentationSet):
-                data.max_pixels = chosen.view.max_pixels  # one limit: of what is read and of what is seen
+                data.max_pixels = (
+                    chosen.view.max_pixels
+                )  # one limit: of what is read and of what is seen
             choices = chosen.choices(model, data.description)
             if rank == 0 and choices != shown:
                 _print_choices(title, choices)
                 shown = choices
-            _, top = chosen.decision.score_range or (0.0, 1.0)  # without a range the sweep is refused
+            _, top = chosen.decision.score_range or (
+                0.0,
+                1.0,
+            )  # without a range the sweep is refused
             thresholds = np.linspace(0, top, 101) if options.sweep else None
-            scored = {"boundary": options.boundary, "thresholds": thresholds, "limit": options.limit, "skip_bad": options.skip_bad,
-                      "keep": 10, "progress": True, "batch": options.batch}
+            scored = {
+                "boundary": options.boundary,
+                "thresholds": thresholds,
+                "limit": options.limit,
+                "skip_bad": options.skip_bad,
+                "keep": 10,
+                "progress": True,
+                "batch": options.batch,
+            }
             if isinstance(data, SceneSet):
                 report = evaluate_scene_set(model, data, chosen=chosen, **scored)
             else:
@@ -163,7 +215,9 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
             report.summary["model"] = title
             reports[title if len(sets) == 1 else f"{title} {data.description.name}"] = report
             if rank == 0:
-                logger.info("%s on %s: mIoU %s", title, data.description.name, report.summary["miou"])
+                logger.info(
+                    "%s on %s: mIoU %s", title, data.description.name, report.summary["miou"]
+                )
             if rank == 0 and options.out:  # what is done outlives a run that is stopped
                 write_results(list(reports.values()), Path(options.out), **facts)
     rows = list(reports.values())
@@ -173,7 +227,9 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
     print(table([report.summary for report in rows]))
     if len(rows) == 1:
         print("\n" + class_table(rows[0]))
-    for line in dict.fromkeys(line for report in rows for line in report.skipped):  # models share data
+    for line in dict.fromkeys(
+        line for report in rows for line in report.skipped
+    ):  # models share data
         print(f"left out: {line}")
     if options.out:
         from ..evaluation.plots import plot_classes, plot_confusion, plot_sweeps
@@ -181,7 +237,11 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
         out = Path(options.out)
         written: list[Path | None] = [*write_results(rows, out, **facts)]
         for data in sets:
-            some = {title: report for title, report in reports.items() if report.data is data.description}
+            some = {
+                title: report
+                for title, report in reports.items()
+                if report.data is data.description
+            }
             stem = "" if len(sets) == 1 else f"{data.description.name}_"
             written.append(save_gallery(some, out / f"{stem}gallery.png"))
             if options.sweep:
@@ -189,7 +249,10 @@ def _segment(options: argparse.Namespace, rank: int) -> int:
             if options.plots:
                 for title, report in some.items():
                     name = title.replace("/", "_").replace(" ", "_")
-                    written += [plot_confusion(report, out / f"{name}_confusion.png"), plot_classes(report, out / f"{name}_classes.png")]
+                    written += [
+                        plot_confusion(report, out / f"{name}_confusion.png"),
+                        plot_classes(report, out / f"{name}_classes.png"),
+                    ]
         print(*(path for path in written if path), sep="\n")
     return 3 if skipped else 0
 
@@ -206,7 +269,11 @@ def _print_choices(title: str, choices: dict[str, Any]) -> None:
 
 def _command(options: argparse.Namespace) -> dict[str, Any]:
     left_out = ("run", "verb", "out", "held", "list_protocols")
-    return {key: value for key, value in vars(options).items() if key not in left_out and value is not None}
+    return {
+        key: value
+        for key, value in vars(options).items()
+        if key not in left_out and value is not None
+    }
 
 
 def _classify(options: argparse.Namespace, rank: int) -> int:
@@ -219,21 +286,44 @@ def _classify(options: argparse.Namespace, rank: int) -> int:
     from ..replacing import write_text
 
     if options.root is None:
-        raise InputError("--root is missing; expected a folder with a sub-folder of pictures for each class")
-    data = ClassFolders(options.root, LabelSet.read(options.labels_file) if options.labels_file else None)
+        raise InputError(
+            "--root is missing; expected a folder with a sub-folder of pictures for each class"
+        )
+    data = ClassFolders(
+        options.root, LabelSet.read(options.labels_file) if options.labels_file else None
+    )
     found = []
     for title, model in _models(options, quiet=rank > 0):
-        result = evaluate_classification(model, data, skip_bad=options.skip_bad, limit=options.limit, progress=True,
-                                         **given_inference_options(options))
+        result = evaluate_classification(
+            model,
+            data,
+            skip_bad=options.skip_bad,
+            limit=options.limit,
+            progress=True,
+            **given_inference_options(options),
+        )
         result.summary["model"] = title
         found.append(result)
         if rank == 0 and options.out:
-            write_text(Path(options.out) / "results.json",
-                       json.dumps({"command": _command(options), "results": [r.to_dict() for r in found]}, indent=1))
+            write_text(
+                Path(options.out) / "results.json",
+                json.dumps(
+                    {"command": _command(options), "results": [r.to_dict() for r in found]},
+                    indent=1,
+                ),
+            )
     if rank > 0:
         return 3 if found[0].skipped else 0
-    names = {"model": "model", "data": "data", "pictures": "pictures", "classes": "classes", "top1": "top-1", "top5": "top-5",
-             "mean_top1": "mean over classes", "templates": "templates"}
+    names = {
+        "model": "model",
+        "data": "data",
+        "pictures": "pictures",
+        "classes": "classes",
+        "top1": "top-1",
+        "top5": "top-5",
+        "mean_top1": "mean over classes",
+        "templates": "templates",
+    }
     print(table([result.summary for result in found], names))
     for line in found[0].skipped:
         print(f"left out: {line}")

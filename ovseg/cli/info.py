@@ -1,12 +1,26 @@
-"""Say what is installed, what was built and which backend answers: the thing to paste into an issue."""
+"""Say what is installed, what was built and which backend answers: the thing to paste into an
+issue.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 
-_LIBRARIES = ("torchvision", "open_clip_torch", "timm", "transformers", "xformers", "torchmetrics", "omegaconf", "safetensors",
-              "pillow", "scikit-learn", "scikit-image", "matplotlib")
+_LIBRARIES = (
+    "torchvision",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "xformers",
+    "torchmetrics",
+    "omegaconf",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+    "scikit-image",
+    "matplotlib",
+)
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

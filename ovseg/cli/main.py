@@ -1,8 +1,12 @@
-"""ovseg: one verb a file. Exit codes, the same for all (docs/commands.md): 0 done; 1 it failed, or what lies on the disk is damaged; 2 it
-cannot be followed as it was given; 3 finished, some input left out and named; 130 and 143 interrupted;
-141 nobody reads stdout any more.
+"""ovseg: one verb a file.
 
-Nothing here imports torch before ``threads.set_up``, and what is asked about the command line alone imports it not at all."""
+Exit codes, the same for all (docs/commands.md): 0 done; 1 it failed, or what lies on the disk is
+damaged; 2 it cannot be followed as it was given; 3 finished, some input left out and named; 130 and
+143 interrupted; 141 nobody reads stdout any more.
+
+Nothing here imports torch before ``threads.set_up``, and what is asked about the command line alone
+imports it not at all.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +34,29 @@ VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models
 
 
 def parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the command line, with the arguments of ``verb`` alone: those of others may need libraries."""
-    top = argparse.ArgumentParser(prog="ovseg", description="Open-vocabulary semantic segmentation from text supervision.")
-    top.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    """Return the parser of the command line, with the arguments of ``verb`` alone: those of others
+    may need libraries.
+    """
+    top = argparse.ArgumentParser(
+        prog="ovseg", description="Open-vocabulary semantic segmentation from text supervision."
+    )
+    top.add_argument(
+        "--version", action=_Version, nargs=0, help="show program's version number and exit"
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name in VERBS:
         module = import_module(f".{name}", __package__)
-        sub = verbs.add_parser(name, help=(module.__doc__ or name).strip().splitlines()[0], description=module.__doc__,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = verbs.add_parser(
+            name,
+            help=(module.__doc__ or name).strip().splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == verb:
             module.arguments(sub)
-        lists = [action.dest for action in sub._get_positional_actions() if action.nargs in ("*", "+")]
+        lists = [
+            action.dest for action in sub._get_positional_actions() if action.nargs in ("*", "+")
+        ]
         sub.set_defaults(run=module.run, many=lists[-1] if lists else None)
     return top
 
@@ -51,12 +67,16 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         spec = find_spec("ovseg_kernels")
         assert spec is not None and spec.origin is not None
-        print(f"ovseg {runpy.run_path(str(Path(spec.origin).with_name('_version.py')))['__version__']}")
+        print(
+            f"ovseg {runpy.run_path(str(Path(spec.origin).with_name('_version.py')))['__version__']}"
+        )
         parser.exit()
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume run=FOLDER`; argparse takes those before."""
+    """Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume
+    run=FOLDER`; argparse takes those before.
+    """
     top = parser(_verb(argv))
     options, rest = top.parse_known_args(argv)
     if rest and (options.many is None or any(word.startswith("-") for word in rest)):
@@ -67,7 +87,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _verb(argv: Sequence[str] | None) -> str | None:
-    """Return the first word, unless an option stands before it: those of ``ovseg`` itself end the program."""
+    """Return the first word, unless an option stands before it: those of ``ovseg`` itself end the
+    program.
+    """
     words = sys.argv[1:] if argv is None else argv
     return words[0] if words and words[0] in VERBS else None
 
@@ -76,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     threads.set_up()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # Names of files need not be UTF-8; results are seen as they come, in a file or a pipe too.
+            # Names of files need not be UTF-8; results are seen as they come, in a file or a pipe
+            # too.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         if (verb := _verb(argv)) is not None:
@@ -112,15 +135,19 @@ def _import_torch() -> None:
 
     Raises:
         MissingLibrary: if it is not installed.
-        ImportError: in one sentence, if it does not import: a CUDA library or the machine's C library is not what it expects.
+        ImportError: in one sentence, if it does not import: a CUDA library or the machine's C
+            library is not what it expects.
     """
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingLibrary(reason(error), name=error.name) from error
     except (ImportError, OSError) as error:
-        raise ImportError(f"needs torch, which is installed and does not import: {first_line(error)}; expected a release "
-                          "that fits this machine, pip install --force-reinstall torch") from error
+        raise ImportError(
+            f"needs torch, which is installed and does not import: {first_line(error)}; expected "
+            f"a release "
+            "that fits this machine, pip install --force-reinstall torch"
+        ) from error
 
 
 class _Stderr(logging.StreamHandler):
@@ -136,7 +163,9 @@ class _Stderr(logging.StreamHandler):
 
 @contextmanager
 def told(*, quiet: bool = False) -> Iterator[None]:
-    """Send what this package logs to stderr, a plain line each; of ranks beyond the first errors only, of other libraries nothing."""
+    """Send what this package logs to stderr, a plain line each; of ranks beyond the first errors
+    only, of other libraries nothing.
+    """
     from .. import distributed
 
     package = logging.getLogger("ovseg")
@@ -154,35 +183,54 @@ def told(*, quiet: bool = False) -> Iterator[None]:
         package.setLevel(before)
 
 
-_FAILED = (CheckpointError, DataError, ProcessError, ImportError, FloatingPointError, OSError, UnicodeError, json.JSONDecodeError,
-           MemoryError)
+_FAILED = (
+    CheckpointError,
+    DataError,
+    ProcessError,
+    ImportError,
+    FloatingPointError,
+    OSError,
+    UnicodeError,
+    json.JSONDecodeError,
+    MemoryError,
+)
 
 
 def _message(error: Exception, code: int) -> str:
-    """Return the one line that is printed of an error that ends a command; of a name without end only the ends."""
+    """Return the one line that is printed of an error that ends a command; of a name without end
+    only the ends.
+    """
     if isinstance(error, ImportError):
         return reason(error)
     whole = code == 2 or not isinstance(error, RuntimeError) or isinstance(error, _FAILED)
     text = (str(error) if whole else "") or first_line(error)
     lines = (line.strip() for line in text.splitlines())  # those of libraries have several
     text = "; ".join(line for line in lines if line)
-    return re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:60]}...{word[0][-20:]}", text)
+    return re.sub(
+        rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:60]}...{word[0][-20:]}", text
+    )
 
 
 def exit_code(error: Exception) -> int | None:
-    """Of a command that ends so; None for what only a fault of this package raises, which is shown whole."""
+    """Of a command that ends so; None for what only a fault of this package raises, which is shown
+    whole.
+    """
     refused = (InputError, ConfigError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
     if isinstance(error, (refused, _class("ovseg_kernels", "BackendError"))):
         return 2
     if isinstance(error, (_FAILED, _class("torch", "OutOfMemoryError"))):
         return 1
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in ("can't allocate memory", "out of memory")):
+    if isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    ):
         return 1  # how torch says it of the CPU
     return 2 if isinstance(error, ValueError) else None  # the operators' word for an argument
 
 
 def _class(module: str, name: str) -> Any:
-    """Return a class for isinstance, of which there is no object where its module was never imported."""
+    """Return a class for isinstance, of which there is no object where its module was never
+    imported.
+    """
     return getattr(sys.modules.get(module), name, ())
 
 

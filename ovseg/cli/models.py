@@ -3,7 +3,9 @@
   ovseg models
   ovseg models "ViT-B-16*"
 
-Beside the presets stand open_clip's architectures, each with its tags: NAME:TAG. Others: hf-hub:OWNER/NAME and paths."""
+Beside the presets stand open_clip's architectures, each with its tags: NAME:TAG. Others:
+hf-hub:OWNER/NAME and paths.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def run(options: argparse.Namespace) -> int:
         raise unknown(options.pattern, "pattern")
     for name in own_names:
         own = [tag for model, tag in bundled if model == name]
-        print(f"{name:24} {'bundled: ' + ', '.join(own) if own else 'weights by tag, Hub or path' if 'clip_dense' in name else 'by path'}")
+        print(
+            f"{name:24} "
+            f"{'bundled: ' + ', '.join(own) if own else 'weights by tag, Hub or path' if 'clip_dense' in name else 'by path'}"
+        )
     for name in others:
         print(f"{name:24} {', '.join(tags[name])}")
     try:

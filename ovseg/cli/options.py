@@ -1,8 +1,11 @@
-"""``--offline``, ``--no-cache``, ``--readout`` and ``--proxy`` of every command that names a model, and the model that a name means.
+"""``--offline``, ``--no-cache``, ``--readout`` and ``--proxy`` of every command that names a model,
+and the model that a name means.
 
-``--device``, ``--dtype`` and ``--compile`` of every command that runs a model: where it runs, in which numbers, and how.
+``--device``, ``--dtype`` and ``--compile`` of every command that runs a model: where it runs, in
+which numbers, and how.
 
-Options of commands that label pictures: one for each field of ``View``, ``Queries`` and the rules of labelling that has a help text.
+Options of commands that label pictures: one for each field of ``View``, ``Queries`` and the rules
+of labelling that has a help text.
 
 Numbers on the command line.
 
@@ -28,17 +31,38 @@ from ..data.scenes import Scenes
 from ..errors import ConfigError, InputError
 from ..libraries import installed, remedy
 
-MODEL_HELP = ("NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of weights (pacl_tiny), "
-              "hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of open_clip, transformers or a system")
+MODEL_HELP = (
+    "NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of "
+    "weights (pacl_tiny), "
+    "hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of open_clip, "
+    "transformers or a system"
+)
 
 
 def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
-    sub.add_argument("--offline", action="store_true", help="take weights from the cache and ask nobody (HF_HUB_OFFLINE=1 does the same)")
-    sub.add_argument("--no-cache", action="store_true", help="neither read nor write the cache of text embeddings (OVSEG_CACHE=off)")
-    sub.add_argument("--readout", help=("comma-separated, of" if several else "of a") + " clip_dense model" + ("s" if several else "")
-                     + ": clip, maskclip, sclip, clearclip, naclip, gem, proxyclip")
-    sub.add_argument("--proxy", metavar="NAME[:FILE]", help="second encoder, for proxyclip: a ViT of timm's, such as "
-                     "vit_base_patch8_224.dino, and its weights where timm shall not fetch them")
+    sub.add_argument(
+        "--offline",
+        action="store_true",
+        help="take weights from the cache and ask nobody (HF_HUB_OFFLINE=1 does the same)",
+    )
+    sub.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="neither read nor write the cache of text embeddings (OVSEG_CACHE=off)",
+    )
+    sub.add_argument(
+        "--readout",
+        help=("comma-separated, of" if several else "of a")
+        + " clip_dense model"
+        + ("s" if several else "")
+        + ": clip, maskclip, sclip, clearclip, naclip, gem, proxyclip",
+    )
+    sub.add_argument(
+        "--proxy",
+        metavar="NAME[:FILE]",
+        help="second encoder, for proxyclip: a ViT of timm's, such as "
+        "vit_base_patch8_224.dino, and its weights where timm shall not fetch them",
+    )
 
 
 def proxy_option(options: argparse.Namespace) -> dict[str, Any]:
@@ -68,19 +92,27 @@ def in_force(options: argparse.Namespace) -> Iterator[None]:
 
 def no_readouts(what: str, name: str) -> InputError:
     """The error for ``--readout`` or ``--proxy`` with a model that they do nothing for."""
-    return InputError(f"{what} is given and {name} is no clip_dense model; its attention is part of its training. Expected a model that "
-                      "needs none, such as clip_dense_vit_b16:openai, or the command without it")
+    return InputError(
+        f"{what} is given and {name} is no clip_dense model; its attention is part of its "
+        f"training. Expected a model that "
+        "needs none, such as clip_dense_vit_b16:openai, or the command without it"
+    )
 
 
 def load_model(name: str | None, **options: Any) -> Any:
-    """The model that ``-m`` names, on the CPU; the default one without it. ``options`` change how it was built."""
+    """The model that ``-m`` names, on the CPU; the default one without it.
+
+    ``options`` change how it was built.
+    """
     from ..distributed import is_main
     from ..progress import note, waiting
     from ..systems import default_model, from_pretrained
 
     asked = {"readout": "--readout", "proxy": "--proxy"}
     try:
-        with waiting("loading the default model" if name is None else f"loading {name}", show=is_main()):
+        with waiting(
+            "loading the default model" if name is None else f"loading {name}", show=is_main()
+        ):
             model = default_model(**options) if name is None else from_pretrained(name, **options)
     except (ConfigError, TypeError) as error:  # TypeError: of a registered function
         bare = None if name is None or not asked.keys() & options else from_pretrained(name)
@@ -99,10 +131,23 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", default="auto",
-                     help="auto (a GPU where there is one), cpu, cuda, cuda:1; of several processes each takes the GPU of its local rank")
-    sub.add_argument("--dtype", default="auto", choices=DTYPES, help="of the model; auto: half precision on a GPU, float32 on the CPU")
-    sub.add_argument("--compile", action="store_true", help="torch.compile the model: slow at first, then faster where shapes repeat")
+    sub.add_argument(
+        "--device",
+        default="auto",
+        help="auto (a GPU where there is one), cpu, cuda, cuda:1; of several processes each takes "
+        "the GPU of its local rank",
+    )
+    sub.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="of the model; auto: half precision on a GPU, float32 on the CPU",
+    )
+    sub.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model: slow at first, then faster where shapes repeat",
+    )
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
@@ -112,7 +157,9 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """What ``--dtype`` says; ``auto`` is bfloat16 on a GPU that has it, float16 on others, float32 on the CPU."""
+    """What ``--dtype`` says; ``auto`` is bfloat16 on a GPU that has it, float16 on others, float32
+    on the CPU.
+    """
     import torch
 
     if options.dtype != "auto":
@@ -130,7 +177,11 @@ def to_device(model: Any, options: argparse.Namespace, *, quiet: bool = False) -
     device = device_of(options)
     dtype = dtype_of(options, device)
     if not quiet and (device.type, dtype) != ("cpu", torch.float32):
-        print(f"{model.name} runs on {device} in {str(dtype).removeprefix('torch.')}; --device and --dtype change that", file=sys.stderr)
+        print(
+            f"{model.name} runs on {device} in {str(dtype).removeprefix('torch.')}; --device and "
+            f"--dtype change that",
+            file=sys.stderr,
+        )
     model = model.to(device, dtype)
     if options.compile:
         model.compile()  # in place: it keeps its name, options and methods
@@ -141,12 +192,18 @@ def add_inference_options(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("how pictures are seen, what is asked and how it is decided")
     for name, found in _fields().items():
         texts = dict.fromkeys(text for _, text in found)
-        group.add_argument(f"--{name.replace('_', '-')}", type=found[0][0], help="; or ".join(texts).replace("%", "%%"))
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=found[0][0],
+            help="; or ".join(texts).replace("%", "%%"),
+        )
 
 
 def given_inference_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those that the command line names, as ``Predictor`` takes them."""
-    given = {name: getattr(options, name) for name in _fields() if getattr(options, name) is not None}
+    given = {
+        name: getattr(options, name) for name in _fields() if getattr(options, name) is not None
+    }
     if "background" in given:
         given["background"] = tuple(text.strip() for text in given["background"].split(","))
     return given
@@ -162,7 +219,9 @@ def _fields() -> dict[str, list[tuple[type, str]]]:
         hints = get_type_hints(value)
         for field in fields(value):
             if "help" in field.metadata:
-                found.setdefault(field.name, []).append((_kind(hints[field.name]), field.metadata["help"]))
+                found.setdefault(field.name, []).append(
+                    (_kind(hints[field.name]), field.metadata["help"])
+                )
     return found
 
 
@@ -173,12 +232,17 @@ def _kind(hint: Any) -> type:
 
 
 def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
-    """Raises InputError for an option, or one of several numbers of an option, below ``least``. One that is not given is none."""
+    """Raises InputError for an option, or one of several numbers of an option, below ``least``.
+
+    One that is not given is none.
+    """
     for name in names:
         given = getattr(options, name)
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < least:
-                raise InputError(f"--{name.replace('_', '-')} is {number}; expected at least {least}")
+                raise InputError(
+                    f"--{name.replace('_', '-')} is {number}; expected at least {least}"
+                )
 
 
 def no_plots(what: str) -> None:
@@ -192,7 +256,8 @@ def no_plots(what: str) -> None:
 
 MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/results.md
 _DISTRACTORS = 4  # things that are not there
-# One that the model does well, with a combination it never saw in training, "a blue six". The README shows the first ten as they come.
+# One that the model does well, with a combination it never saw in training, "a blue six". The
+# README shows the first ten as they come.
 _SCENE = 9
 
 
@@ -206,7 +271,9 @@ class BuiltIn:
 
 
 def built_in() -> BuiltIn:
-    """A scene with two things; asked for what is there, all stuff, and things that share a colour or a kind with what is there."""
+    """A scene with two things; asked for what is there, all stuff, and things that share a colour
+    or a kind with what is there.
+    """
     scenes = Scenes("digits", "val", _SCENE + 1)
     words, scene = scenes.vocabulary, scenes[_SCENE]
     parts = {part for thing in scene.things for part in thing.split()}
@@ -216,4 +283,6 @@ def built_in() -> BuiltIn:
     places = [words.classes.index(name) for name in chosen]
     place_of = np.full(len(words.classes), -1)
     place_of[places] = np.arange(len(places))
-    return BuiltIn(scene.image, place_of[scene.mask], LabelSet.of([words.prompts[place] for place in places]))
+    return BuiltIn(
+        scene.image, place_of[scene.mask], LabelSet.of([words.prompts[place] for place in places])
+    )

@@ -4,11 +4,13 @@
   ovseg segment street.png --labels "car,road" -m ViT-B-16:laion2b_s34b_b88k    or other weights: ovseg models
   ovseg segment --demo                                                          a built-in scene, nothing downloaded
   ovseg segment photos/ --labels "person|man|woman,road" --background "wall,sky" -o out/
-  ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt --format overlay,mask,json,rle
+  ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt --format
+  overlay,mask,json,rle
   torchrun --nproc-per-node 2 -m ovseg segment photos/ --labels-file names.txt       # each process takes its share
 
-Pictures that cannot be read are counted and named; the rest is done; the exit code is 3. A run that was killed goes on when the same
-command is given again."""
+Pictures that cannot be read are counted and named; the rest is done; the exit code is 3. A run that
+was killed goes on when the same command is given again.
+"""
 
 from __future__ import annotations
 
@@ -42,18 +44,52 @@ _ENDINGS = {"overlay": ".overlay.png", "mask": ".mask.png", "json": ".json", "rl
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("images", nargs="*", help="picture files, folders, patterns, lists (.txt, a picture on each line) and shards (.tar)")
-    sub.add_argument("--demo", action="store_true", help="segment a built-in scene, by its own labels unless others are given")
+    sub.add_argument(
+        "images",
+        nargs="*",
+        help="picture files, folders, patterns, lists (.txt, a picture on each line) and shards "
+        "(.tar)",
+    )
+    sub.add_argument(
+        "--demo",
+        action="store_true",
+        help="segment a built-in scene, by its own labels unless others are given",
+    )
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--labels", help="comma-separated; synonyms separated by |")
-    source.add_argument("--labels-file", help=".txt: a label on each line, synonyms after it, separated by commas; or .yaml, .json")
-    source.add_argument("--classes", help="the classes of a data set: voc20, context59, coco_stuff, coco_object, ade150, cityscapes")
-    sub.add_argument("-m", "--model", help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip; "
-                     "segclip_tiny with --demo)")
-    sub.add_argument("-o", "--out", default="segmented", help="output folder (default: %(default)s)")
-    sub.add_argument("--format", default="overlay", help="comma-separated: overlay, mask, json, rle (default: %(default)s)")
-    sub.add_argument("--overwrite", action="store_true", help="do pictures again that were done with the same labels, model and options")
-    sub.add_argument("--allow-unknown", action="store_true", help="let a model that knows few words be asked for others")
+    source.add_argument(
+        "--labels-file",
+        help=".txt: a label on each line, synonyms after it, separated by commas; or .yaml, .json",
+    )
+    source.add_argument(
+        "--classes",
+        help="the classes of a data set: voc20, context59, coco_stuff, coco_object, ade150, "
+        "cityscapes",
+    )
+    sub.add_argument(
+        "-m",
+        "--model",
+        help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip; "
+        "segclip_tiny with --demo)",
+    )
+    sub.add_argument(
+        "-o", "--out", default="segmented", help="output folder (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--format",
+        default="overlay",
+        help="comma-separated: overlay, mask, json, rle (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="do pictures again that were done with the same labels, model and options",
+    )
+    sub.add_argument(
+        "--allow-unknown",
+        action="store_true",
+        help="let a model that knows few words be asked for others",
+    )
     add_weights(sub)
     add_device(sub)
     add_inference_options(sub)
@@ -81,7 +117,9 @@ def run(options: argparse.Namespace) -> int:
     out = folder_for(options.out, "--out")
     labels = _labels(options)
     if "" in options.images:  # as a path, the present folder
-        raise InputError("a picture's name is empty; expected files, folders, patterns, lists or shards")
+        raise InputError(
+            "a picture's name is empty; expected files, folders, patterns, lists or shards"
+        )
     sources, bad = find_pictures(options.images)
     demo = built_in() if options.demo else None
     own = demo is not None and labels is None  # then its truth is known
@@ -90,7 +128,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
     if not labels:
         raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-    if len(sources) == 1 and demo is None and (what := no_file(sources[0].path)) is not None:  # before the weights, which may be large
+    if (
+        len(sources) == 1 and demo is None and (what := no_file(sources[0].path)) is not None
+    ):  # before the weights, which may be large
         raise InputError(f"image {str(sources[0].path)!r} {what}; expected a picture")
 
     def files(name: str) -> list[Path]:
@@ -99,7 +139,11 @@ def run(options: argparse.Namespace) -> int:
     _check_apart(sources, files)
     options.held.enter_context(locked_folder(out, "--out", "segment"))
     name = MODEL if options.model is None and options.demo else options.model
-    model = load_model(name, **({"readout": options.readout} if options.readout is not None else {}), **proxy_option(options))
+    model = load_model(
+        name,
+        **({"readout": options.readout} if options.readout is not None else {}),
+        **proxy_option(options),
+    )
     rank, world = distributed.rank(), distributed.world_size()
     alone = len(sources) == 1 and demo is None
     if world > 1:
@@ -119,7 +163,15 @@ def run(options: argparse.Namespace) -> int:
     predictor.set_labels(queries)
     few = len(sources) + (demo is not None) < 3 and world == 1
     asked = [labels.names, labels.texts, labels.templates]
-    journal = Journal(out, {**given, "labels": asked, "model": fingerprint(model), "readout": str(model.config.get("readout"))})
+    journal = Journal(
+        out,
+        {
+            **given,
+            "labels": asked,
+            "model": fingerprint(model),
+            "readout": str(model.config.get("readout")),
+        },
+    )
     bad = list(dict.fromkeys(bad))  # names may overlap
     for problem in bad:
         print(f"skipped: {problem}", file=sys.stderr)
@@ -129,7 +181,10 @@ def run(options: argparse.Namespace) -> int:
             _write(result, kind, file, image)
         if few:
             top = sorted(result.areas.items(), key=lambda item: -item[1])[:5]
-            print(", ".join(f"{label} {100 * share:.1f} %" for label, share in top if share > 0) or "background only")
+            print(
+                ", ".join(f"{label} {100 * share:.1f} %" for label, share in top if share > 0)
+                or "background only"
+            )
             print(*files(name), sep="\n")
 
     if demo is not None and rank == 0:
@@ -137,11 +192,26 @@ def run(options: argparse.Namespace) -> int:
         write(found, "demo", "demo")
         if own:
             path = out / "demo.strip.png"
-            save_result(strip(found.image, {"truth": demo.truth, model.name: found.labels}, found.names), path)
+            save_result(
+                strip(found.image, {"truth": demo.truth, model.name: found.labels}, found.names),
+                path,
+            )
             print(path)
-    todo = [source for source in sources if few or options.overwrite or not journal.has(source, files(source.name))]
+    todo = [
+        source
+        for source in sources
+        if few or options.overwrite or not journal.has(source, files(source.name))
+    ]
     before, written = len(sources) - len(todo), 0
-    progress = bar(total=len(sources), initial=before, show=rank == 0, unit="picture", desc="segment", leave=not few, delay=2.0 * few)
+    progress = bar(
+        total=len(sources),
+        initial=before,
+        show=rank == 0,
+        unit="picture",
+        desc="segment",
+        leave=not few,
+        delay=2.0 * few,
+    )
     for source, result in predictor.stream(todo):
         assert isinstance(source, Source)
         progress.update()
@@ -158,9 +228,14 @@ def run(options: argparse.Namespace) -> int:
             if error.errno != errno.ENAMETOOLONG:
                 raise
             if alone:
-                raise InputError(f"{source}: the names of its results are too long for the file system: {error}") from error
+                raise InputError(
+                    f"{source}: the names of its results are too long for the file system: {error}"
+                ) from error
             bad.append(str(source))
-            print(f"skipped: {source}: the names of its results are too long for the file system", file=sys.stderr)
+            print(
+                f"skipped: {source}: the names of its results are too long for the file system",
+                file=sys.stderr,
+            )
             continue
         journal.add(source, files(source.name))
         del result  # before the next one is read
@@ -174,7 +249,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_apart(sources: Sequence[Source], files: Callable[[str], list[Path]]) -> None:
-    """No result may replace a picture that is to be read: what is no result of an earlier run is the user's own."""
+    """No result may replace a picture that is to be read: what is no result of an earlier run is
+    the user's own.
+    """
     from ..errors import InputError
 
     places: dict[Path, str] = {}
@@ -188,8 +265,11 @@ def _check_apart(sources: Sequence[Source], files: Callable[[str], list[Path]]) 
     for source in sources:
         for file in files(source.name):
             if (other := pictures.get(place(file))) is not None:
-                raise InputError(f"the result of {str(source)!r} would be written over {str(other)!r}, which is a picture to segment; "
-                                 "expected another --out")
+                raise InputError(
+                    f"the result of {str(source)!r} would be written over {str(other)!r}, which "
+                    f"is a picture to segment; "
+                    "expected another --out"
+                )
 
 
 def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:

@@ -1,9 +1,9 @@
 """Train a model by a recipe.
 
-  ovseg train clip_scenes run=runs/clip
-  ovseg train pacl_scenes run=runs/pacl init.backbone=runs/clip optim.lr=1e-3
-  ovseg train my_recipe.yaml run=runs/mine --resume
-  torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl          one batch shared by two processes"""
+ovseg train clip_scenes run=runs/clip
+ovseg train pacl_scenes run=runs/pacl init.backbone=runs/clip optim.lr=1e-3
+ovseg train my_recipe.yaml run=runs/mine --resume
+torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl          one batch shared by two processes"""
 
 from __future__ import annotations
 
@@ -16,14 +16,31 @@ from .options import no_plots
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("recipe", help="a recipe's name or a YAML file; `ovseg train list` prints the names")
+    sub.add_argument(
+        "recipe", help="a recipe's name or a YAML file; `ovseg train list` prints the names"
+    )
     sub.add_argument("overrides", nargs="*", help="key=value, and run=FOLDER for the output")
     going_on = sub.add_mutually_exclusive_group()
-    going_on.add_argument("--resume", action="store_true", help="go on with the run in the folder, from its newest intact checkpoint")
-    going_on.add_argument("--auto-resume", action="store_true",
-                          help="the same where there is a run, else begin one: for jobs that a cluster starts again")
-    sub.add_argument("--allow", action="append", default=[], metavar="KEY", help="with --resume: a key of the recipe that may have changed")
-    sub.add_argument("--print", action="store_true", dest="show", help="print the resolved recipe and stop")
+    going_on.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the folder, from its newest intact checkpoint",
+    )
+    going_on.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="the same where there is a run, else begin one: for jobs that a cluster starts again",
+    )
+    sub.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="with --resume: a key of the recipe that may have changed",
+    )
+    sub.add_argument(
+        "--print", action="store_true", dest="show", help="print the resolved recipe and stop"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,13 +90,17 @@ def run(options: argparse.Namespace) -> int:
         return STOPPED
     if distributed.is_main():
         curve = Path(folders[-1], "loss.png")
-        print(f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ..."
-              + (f"; loss curve: {curve}" if curve.exists() else ""))
+        print(
+            f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ..."
+            + (f"; loss curve: {curve}" if curve.exists() else "")
+        )
     return 0
 
 
 def validation(recipe: Any) -> Any:
-    """What ``validation`` of a recipe describes, as training calls it: (model, step, folder) -> figures. None if it asks for none."""
+    """What ``validation`` of a recipe describes, as training calls it: (model, step, folder) ->
+    figures. None if it asks for none.
+    """
     from .. import distributed
     from ..data.benchmark_sets import SegmentationSet
     from ..errors import ConfigError
@@ -92,12 +113,18 @@ def validation(recipe: Any) -> Any:
         return None
     name = part.data or recipe.data.get("style")
     if name is None:
-        raise ConfigError("validation.data is null and the recipe trains on no scenes; expected a benchmark of `ovseg data list`")
+        raise ConfigError(
+            "validation.data is null and the recipe trains on no scenes; expected a benchmark of "
+            "`ovseg data list`"
+        )
     limit = {"max_pixels": recipe.data["max_pixels"]} if recipe.data.get("max_pixels") else {}
     if name in SCENE_SETS:
         data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
     elif not part.root:
-        raise ConfigError(f"validation.root is {'null' if part.root is None else repr(part.root)}; expected the folder that holds {name}")
+        raise ConfigError(
+            f"validation.root is {'null' if part.root is None else repr(part.root)}; expected the "
+            f"folder that holds {name}"
+        )
     else:
         data = SegmentationSet(name, part.root, "val", **limit)
 
@@ -106,10 +133,16 @@ def validation(recipe: Any) -> Any:
     def call(model: Any, step: int, folder: Path) -> dict[str, float]:
         chosen = protocol(part.protocol, data.description, model, **limit)
         asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
-        report = evaluate_scene_set(model, data, chosen=chosen, **asked) if name in SCENE_SETS else evaluate(model, data, chosen, **asked)
+        report = (
+            evaluate_scene_set(model, data, chosen=chosen, **asked)
+            if name in SCENE_SETS
+            else evaluate(model, data, chosen, **asked)
+        )
         if distributed.is_main() and report.examples:
             save_gallery({recipe.model.name: report}, folder / f"step_{step:08d}.png")
-        return {key: value for key, value in report.summary.items() if isinstance(value, (int, float))}
+        return {
+            key: value for key, value in report.summary.items() if isinstance(value, (int, float))
+        }
 
     call.check = lambda model: protocol(part.protocol, data.description, model)  # type: ignore[attr-defined]
     return call

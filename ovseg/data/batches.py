@@ -32,13 +32,21 @@ class Batch:
         def over(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return function(value)
-            return {key: over(one) for key, one in value.items()} if isinstance(value, dict) else value
+            return (
+                {key: over(one) for key, one in value.items()} if isinstance(value, dict) else value
+            )
 
-        return replace(self, **{f.name: over(getattr(self, f.name)) for f in fields(self) if f.name not in but})
+        return replace(
+            self, **{f.name: over(getattr(self, f.name)) for f in fields(self) if f.name not in but}
+        )
 
     def split(self: _B, parts: int) -> list[_B]:
-        """So many neighbouring parts, as equal as can be; texts and other rows are shared out in the same way, in order."""
-        return [self._mapped(lambda x, part=part: x.tensor_split(parts)[part]) for part in range(parts)]
+        """So many neighbouring parts, as equal as can be; texts and other rows are shared out in
+        the same way, in order.
+        """
+        return [
+            self._mapped(lambda x, part=part: x.tensor_split(parts)[part]) for part in range(parts)
+        ]
 
     def to(self: _B, device: torch.device | str, but: Collection[str] = ()) -> _B:
         """All tensors on the device, ``but`` those of these fields."""
@@ -54,11 +62,14 @@ class PairBatch(Batch):
 
     Attributes:
         token_ids: [T, L] int64; several texts may belong to one picture.
-        image_ids, text_ids: [B], [T] int64, unique over all ranks: picture and text of one id are a positive pair.
-        image_entities, text_entities: [B, K], [T, K] 0/1, what all captions of a picture name and what a text names among K entities: a
-            text of which everything is named by another picture's captions is no negative of it. None: every other pair is a negative.
+        image_ids, text_ids: [B], [T] int64, unique over all ranks: picture and text of one id are a
+            positive pair.
+        image_entities, text_entities: [B, K], [T, K] 0/1, what all captions of a picture name and
+            what a text names among K entities: a text of which everything is named by another
+            picture's captions is no negative of it. None: every other pair is a negative.
         segments: [B, L] int64, the superpixel of each patch.
-        noise: random tensors given from outside, by name, the first dimension over pictures; drawn where they are missing.
+        noise: random tensors given from outside, by name, the first dimension over pictures; drawn
+            where they are missing.
     """
 
     token_ids: torch.Tensor
@@ -85,7 +96,8 @@ class MaskBatch(Batch):
 
 @dataclass
 class CrossImageBatch(PairBatch):
-    """Pairs whose pictures come two by two: ``partner`` [B, 3, H, W] shows the entity that picture and partner share.
+    """Pairs whose pictures come two by two: ``partner`` [B, 3, H, W] shows the entity that picture
+    and partner share.
 
     Attributes:
         partner: uint8 pictures.
@@ -101,7 +113,8 @@ class NounBatch(PairBatch):
     """Pairs, one text a picture, with what GroupViT's multi-label contrast asks for beside them.
 
     Attributes:
-        noun_ids: [B, K, L] int64, K prompted nouns of each caption; the caption itself in place of nouns that it does not have.
+        noun_ids: [B, K, L] int64, K prompted nouns of each caption; the caption itself in place of
+            nouns that it does not have.
     """
 
     noun_ids: torch.Tensor = field(kw_only=True)
@@ -109,15 +122,17 @@ class NounBatch(PairBatch):
 
 @dataclass
 class EntityBatch(PairBatch):
-    """Pairs for OVSegmentor's masked entities: one question and answer a picture, of one of its captions. Texts are padded with 0; how far
-    does not matter.
+    """Pairs for OVSegmentor's masked entities: one question and answer a picture, of one of its
+    captions. Texts are padded with 0; how far does not matter.
 
     Attributes:
-        question_ids: [B, L] int64, each caption with ``[MASK]`` in place of every word that names an entity. The tokenizers know that word:
-            BERT's has an id for it, the tiny models' reads it as an unknown word.
+        question_ids: [B, L] int64, each caption with ``[MASK]`` in place of every word that names
+            an entity. The tokenizers know that word: BERT's has an id for it, the tiny models'
+            reads it as an unknown word.
         answer_ids: [B, L] int64, a prompt with the entities of the caption, joined by "and".
-        answer_entities: [B, K] 0/1, what each answer names among the K entities of ``image_entities``: an answer that is true of another
-            picture is no negative of it. None: every other answer is a negative.
+        answer_entities: [B, K] 0/1, what each answer names among the K entities of
+            ``image_entities``: an answer that is true of another picture is no negative of it.
+            None: every other answer is a negative.
     """
 
     question_ids: torch.Tensor = field(kw_only=True)
@@ -130,7 +145,8 @@ class CrossEntityBatch(EntityBatch, CrossImageBatch):
     """Masked entities and pictures two by two: the second stage of OVSegmentor.
 
     Attributes:
-        entity_token_ids: [B, L] int64, "A photo of ..." with the entity that picture and partner share.
+        entity_token_ids: [B, L] int64, "A photo of ..." with the entity that picture and partner
+            share.
     """
 
     entity_token_ids: torch.Tensor = field(kw_only=True)

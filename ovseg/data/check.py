@@ -1,4 +1,6 @@
-"""What is wrong with a benchmark on disk: missing and damaged files, unequal sizes, values that mean nothing, labels off by one."""
+"""What is wrong with a benchmark on disk: missing and damaged files, unequal sizes, values that
+mean nothing, labels off by one.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .folders import look
 from .images import orientation, read_image
 from .masks import IGNORE, read_mask
 
-_CLEARLY = 0.6  # shifted labels must fit the known shares so much better than the labels as they are
+_CLEARLY = (
+    0.6  # shifted labels must fit the known shares so much better than the labels as they are
+)
 
 
 @dataclass
@@ -26,17 +30,19 @@ class CheckReport:
     Attributes:
         name, split, folder, masks: what was looked at.
         pictures, expected, looked_at: of the split, as published, and how many were read.
-        problems: files that are missing or damaged, pictures whose mask has another size, keys that stand twice, masks without a picture,
-            pictures that the set leaves out, a line each.
+        problems: files that are missing or damaged, pictures whose mask has another size, keys that
+            stand twice, masks without a picture, pictures that the set leaves out, a line each.
         turned: pictures with an EXIF orientation that is not 1, by file.
-        made_on: on which pixels of those the description says that masks were made; None if it does not.
+        made_on: on which pixels of those the description says that masks were made; None if it does
+            not.
         values: pixels of each value of the masks.
         invalid: values that are no class, with their pixels and a file that holds them.
         ignored: share of all pixels that do not count.
         uncounted: masks of which no pixel counts.
         shares: of each class, among the pixels that count.
         absent: classes on no pixel.
-        shift: by which the values fit the known shares of the classes best; 0 is right, None if they are not known.
+        shift: by which the values fit the known shares of the classes best; 0 is right, None if
+            they are not known.
     """
 
     name: str
@@ -60,38 +66,79 @@ class CheckReport:
     @property
     def wrong(self) -> list[str]:
         """What must be mended before figures mean anything; empty if nothing."""
-        found = [f"{len(self.problems)} files are missing, damaged or of unequal size"] if self.problems else []
+        found = (
+            [f"{len(self.problems)} files are missing, damaged or of unequal size"]
+            if self.problems
+            else []
+        )
         if self.turned and self.made_on is None:
-            found.append(f"{len(self.turned)} pictures have an EXIF orientation (first {next(iter(self.turned))}) and the set does not say "
-                         "whether masks were made on upright or on stored pixels: expected masks_made_on in a .yaml that is `like` it")
+            found.append(
+                f"{len(self.turned)} pictures have an EXIF orientation (first "
+                f"{next(iter(self.turned))}) and the set does not say "
+                "whether masks were made on upright or on stored pixels: expected masks_made_on "
+                "in a .yaml that is `like` it"
+            )
         present = [name for name, share in self.shares.items() if share > 0]
         if self.values and not present:
             found.append("no pixel of any mask counts")
         elif len(present) == 1 < len(self.shares):
-            binary = ": masks of 0 and 255 are black and white pictures, not labels" if set(self.values) <= {0, 255} else ""
+            binary = (
+                ": masks of 0 and 255 are black and white pictures, not labels"
+                if set(self.values) <= {0, 255}
+                else ""
+            )
             found.append(f"{present[0]!r} is the class of every pixel that counts{binary}")
-        found += [f"value {value} on {pixels} pixels is no class (first in {file})" for value, (pixels, file) in self.invalid.items()]
+        found += [
+            f"value {value} on {pixels} pixels is no class (first in {file})"
+            for value, (pixels, file) in self.invalid.items()
+        ]
         if self.expected is not None and self.pictures != self.expected:
             found.append(f"{self.pictures} pictures, {self.expected} are published")
         if self.shift:
-            found.append(f"labels look shifted by {self.shift:+d}: the class histogram fits the known one better that way")
+            found.append(
+                f"labels look shifted by {self.shift:+d}: the class histogram fits the known one "
+                f"better that way"
+            )
         return found
 
     def __str__(self) -> str:
-        known = "not known" if self.shift is None else "as they are" if self.shift == 0 else f"shifted by {self.shift:+d}"
-        lines = [f"{self.name}, {self.split}: {self.pictures} pictures in {self.folder}, masks {self.masks}, {self.looked_at} looked at",
-                 f"labels fit the known class histogram: {known}"]
+        known = (
+            "not known"
+            if self.shift is None
+            else "as they are"
+            if self.shift == 0
+            else f"shifted by {self.shift:+d}"
+        )
+        lines = [
+            f"{self.name}, {self.split}: {self.pictures} pictures in {self.folder}, masks "
+            f"{self.masks}, {self.looked_at} looked at",
+            f"labels fit the known class histogram: {known}",
+        ]
         top = sorted(self.shares.items(), key=lambda item: -item[1])[:8]
-        lines.append("largest classes: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in top if share > 0))
-        lines.append(f"ignored: {100 * self.ignored:.1f} % of the pixels"
-                     + (f"; all of them in {len(self.uncounted)} masks, first {self.uncounted[0]}" if self.uncounted else ""))
+        lines.append(
+            "largest classes: "
+            + ", ".join(f"{name} {100 * share:.1f} %" for name, share in top if share > 0)
+        )
+        lines.append(
+            f"ignored: {100 * self.ignored:.1f} % of the pixels"
+            + (
+                f"; all of them in {len(self.uncounted)} masks, first {self.uncounted[0]}"
+                if self.uncounted
+                else ""
+            )
+        )
         if self.turned:
             shown = ", ".join(f"{file} ({value})" for file, value in list(self.turned.items())[:8])
-            lines.append(f"{len(self.turned)} pictures turned by EXIF, masks taken as made on {self.made_on or 'upright'} pixels: "
-                         f"{shown}{', ...' if len(self.turned) > 8 else ''}")
+            lines.append(
+                f"{len(self.turned)} pictures turned by EXIF, masks taken as made on "
+                f"{self.made_on or 'upright'} pixels: "
+                f"{shown}{', ...' if len(self.turned) > 8 else ''}"
+            )
         if self.absent:
             more = f" and {len(self.absent) - 12} more" if len(self.absent) > 12 else ""
-            lines.append(f"{len(self.absent)} classes on no pixel: {', '.join(self.absent[:12])}{more}")
+            lines.append(
+                f"{len(self.absent)} classes on no pixel: {', '.join(self.absent[:12])}{more}"
+            )
         lines += [f"  {problem}" for problem in self.problems[:20]]
         if len(self.problems) > 20:
             lines.append(f"  and {len(self.problems) - 20} more")
@@ -99,17 +146,34 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_set(data: SegmentationSet, *, sample: int | None = None, progress: bool = False) -> CheckReport:
+def check_set(
+    data: SegmentationSet, *, sample: int | None = None, progress: bool = False
+) -> CheckReport:
     """Read every picture and mask (or ``sample`` of them, evenly spread) and count every value."""
     assert data.layout is not None
-    chosen = range(len(data)) if sample is None else np.unique(np.linspace(0, len(data) - 1, sample).astype(int)).tolist()
-    report = CheckReport(data.description.name, data.split, str(data.root), data.layout.path, len(data), data.expected, len(chosen))
+    chosen = (
+        range(len(data))
+        if sample is None
+        else np.unique(np.linspace(0, len(data) - 1, sample).astype(int)).tolist()
+    )
+    report = CheckReport(
+        data.description.name,
+        data.split,
+        str(data.root),
+        data.layout.path,
+        len(data),
+        data.expected,
+        len(chosen),
+    )
     report.made_on, report.problems = data.description.masks_made_on, _of_names(data)
     values, table = np.zeros(65536, np.int64), data.layout.table
     for i in bar(chosen, show=progress, unit="picture", desc="checking"):
         item = data.items[i]
         try:
-            image, turned = read_image(item.image, max_pixels=data.max_pixels), orientation(item.image)
+            image, turned = (
+                read_image(item.image, max_pixels=data.max_pixels),
+                orientation(item.image),
+            )
             if turned != 1:
                 report.turned[str(item.image)] = turned
         except InputError as error:
@@ -122,8 +186,11 @@ def check_set(data: SegmentationSet, *, sample: int | None = None, progress: boo
                 report.problems.append(str(error))
             continue
         if image is not None and mask.shape != (image.height, image.width):
-            report.problems.append(f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} and its picture {image.width}x{image.height}"
-                                   + (f", turned by its EXIF orientation {turned}" if turned != 1 else ""))
+            report.problems.append(
+                f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} and its picture "
+                f"{image.width}x{image.height}"
+                + (f", turned by its EXIF orientation {turned}" if turned != 1 else "")
+            )
         counts = np.bincount(mask.ravel(), minlength=65536)
         values += counts
         if not counts[table > IGNORE].any():
@@ -134,59 +201,88 @@ def check_set(data: SegmentationSet, *, sample: int | None = None, progress: boo
     report.values = {int(v): int(values[v]) for v in np.flatnonzero(values)}
     kept = table > IGNORE
     report.ignored = float(values[table == IGNORE].sum() / max(1, values.sum()))
-    pixels = np.bincount(table[kept], weights=values[kept], minlength=data.description.number).tolist()
+    pixels = np.bincount(
+        table[kept], weights=values[kept], minlength=data.description.number
+    ).tolist()
     names = data.classes or tuple(map(str, range(data.description.number)))
-    report.shares = {name: share / max(1.0, sum(pixels)) for name, share in zip(names, pixels, strict=True)}
+    report.shares = {
+        name: share / max(1.0, sum(pixels)) for name, share in zip(names, pixels, strict=True)
+    }
     report.absent = [name for name, count in zip(names, pixels, strict=True) if count == 0]
-    report.shift = _shift(values, table, data.description.shares, data.classes) if values.any() else None
+    report.shift = (
+        _shift(values, table, data.description.shares, data.classes) if values.any() else None
+    )
     return report
 
 
 def _of_names(data: SegmentationSet) -> list[str]:
     """What is wrong before a file is read: with the list, or with the folders where there is none."""
-    found = [f"the key {key!r} stands {number} times in the list" for key, number in data.listed.repeated.items()] + data.listed.unmatched
+    found = [
+        f"the key {key!r} stands {number} times in the list"
+        for key, number in data.listed.repeated.items()
+    ] + data.listed.unmatched
     if data.others is None:
         return found
     found += data.others.bad
-    found += [f"{data.others.root / name} is left out: pictures of the set are {data.description.images(data.split)}"
-              for name in data.others.pictures]
+    found += [
+        f"{data.others.root / name} is left out: pictures of the set are "
+        f"{data.description.images(data.split)}"
+        for name in data.others.pictures
+    ]
     assert data.root is not None and data.layout is not None
     before, _, after = data.layout.path.partition("{}")
     folder, _, start = before.rpartition("/")
     keys, end = set(data.listed.keys), len(after)
     masks = look(data.root / folder)
-    for name in sorted(masks.pictures + masks.results):  # `ovseg segment --format mask` may have made the masks
+    for name in sorted(
+        masks.pictures + masks.results
+    ):  # `ovseg segment --format mask` may have made the masks
         parts = name[len(start) : len(name) - end].split("_")
         # x_labelTrainIds.png beside x.png is another layout's mask of x.
-        if name.startswith(start) and name.endswith(after) and not any("_".join(parts[: i + 1]) in keys for i in range(len(parts))):
+        if (
+            name.startswith(start)
+            and name.endswith(after)
+            and not any("_".join(parts[: i + 1]) in keys for i in range(len(parts)))
+        ):
             found.append(f"{data.root / folder / name} is a mask without a picture")
     return found
 
 
-def _shift(values: np.ndarray, table: np.ndarray, shares: dict[str, float], classes: tuple[str, ...]) -> int | None:
-    """Which of -1, 0, 1 added to the values fits the known shares best: the least sum_c |share_c - p_c|, if far below that of 0."""
+def _shift(
+    values: np.ndarray, table: np.ndarray, shares: dict[str, float], classes: tuple[str, ...]
+) -> int | None:
+    """Which of -1, 0, 1 added to the values fits the known shares best: the least sum_c |share_c -
+    p_c|, if far below that of 0.
+    """
     if not shares:
         return None
     largest = 255 if not values[256:].any() else 65535
     p = values[: largest + 1] / values.sum()
     at = np.array([np.flatnonzero(table == classes.index(name))[0] for name in shares])
     known = np.array(list(shares.values()))
-    # A class written one too low wraps round to the largest value, which is how background 0 becomes 255.
-    misfit = {shift: float(np.abs(known - p[(at + shift) % (largest + 1)]).sum()) for shift in (0, -1, 1)}
+    # A class written one too low wraps round to the largest value, which is how background 0
+    # becomes 255.
+    misfit = {
+        shift: float(np.abs(known - p[(at + shift) % (largest + 1)]).sum()) for shift in (0, -1, 1)
+    }
     best = min(misfit, key=lambda shift: misfit[shift])
     return best if misfit[best] < _CLEARLY * misfit[0] else 0
 
 
 def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int, int, list[str]]:
-    """Write the masks of the set with its labels as values, under the name of its first layout, for tools that want them so.
+    """Write the masks of the set with its labels as values, under the name of its first layout, for
+    tools that want them so.
 
-    Masks that are there already are left. Returns (written, left, what could not be converted, a line each).
+    Masks that are there already are left. Returns (written, left, what could not be converted, a
+    line each).
     """
     layouts = data.description.layouts(data.split)
     assert data.root is not None and data.layout is not None
     if data.layout.path == layouts[0].path:
-        raise InputError(f"{data.description.name} lies there as {layouts[0].path} already; expected one of "
-                         f"{[layout.path for layout in layouts[1:]]} to convert")
+        raise InputError(
+            f"{data.description.name} lies there as {layouts[0].path} already; expected one of "
+            f"{[layout.path for layout in layouts[1:]]} to convert"
+        )
     back: Any = np.full(65536, 255, np.uint8)  # label to value of the first layout; ignored is 255
     for value in range(255, -1, -1):
         if layouts[0].table[value] > IGNORE:

@@ -1,4 +1,6 @@
-"""The classes that masks are labelled with, in their order, each with its text, and which of them zero-shot training holds out."""
+"""The classes that masks are labelled with, in their order, each with its text, and which of them
+zero-shot training holds out.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from .scenes import VOCABULARIES
 
 @dataclass(frozen=True)
 class ClassList:
-    """``names`` in the order of the labels, a text for each of them, and the names of the ``unseen`` ones."""
+    """``names`` in the order of the labels, a text for each of them, and the names of the
+    ``unseen`` ones.
+    """
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
@@ -34,14 +38,16 @@ class ClassList:
 
 
 def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) -> ClassList:
-    """The classes of a benchmark (``data/sets``), of the scenes (``digits``, ``shapes``), or the given names.
+    """The classes of a benchmark (``data/sets``), of the scenes (``digits``, ``shapes``), or the
+    given names.
 
     Args:
         which: a name or a description's path, or the classes themselves, which are their own texts.
         unseen: in place of those that the set names.
 
     Raises:
-        ConfigError: for a set without class names, names that are blank or occur twice, an unseen class that is none of them.
+        ConfigError: for a set without class names, names that are blank or occur twice, an unseen
+            class that is none of them.
     """
     try:
         if not isinstance(which, str):
@@ -49,34 +55,51 @@ def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) 
             found = ClassList(names, names, ())
         elif which in VOCABULARIES:
             words = VOCABULARIES[which]
-            held_out = tuple(n for n, split in zip(words.classes, words.split_of_class, strict=True) if split == "unseen")
+            held_out = tuple(
+                n
+                for n, split in zip(words.classes, words.split_of_class, strict=True)
+                if split == "unseen"
+            )
             found = ClassList(words.classes, words.prompts, held_out)
         else:
             about = describe(which)
             if not about.classes:
-                raise ConfigError(f"classes is {which!r}, which comes without class names; expected a list of them")
-            found = ClassList(about.classes, tuple(about.texts.get(name, name) for name in about.classes), about.unseen)
+                raise ConfigError(
+                    f"classes is {which!r}, which comes without class names; expected a list of "
+                    f"them"
+                )
+            found = ClassList(
+                about.classes,
+                tuple(about.texts.get(name, name) for name in about.classes),
+                about.unseen,
+            )
     except InputError as error:
         raise ConfigError(f"classes: {error}") from error
     if unseen is not None:
         found = ClassList(found.names, found.texts, tuple(unseen))
     unknown = [name for name in found.unseen if name not in found.names]
     if unknown:
-        raise ConfigError(f"unseen names {unknown[0]!r}, which is none of the classes {list(found.names)[:5]}, ...")
+        raise ConfigError(
+            f"unseen names {unknown[0]!r}, which is none of the classes {list(found.names)[:5]}, "
+            f"..."
+        )
     if len(set(found.unseen)) < len(found.unseen):
         raise ConfigError(f"unseen is {list(found.unseen)}; expected each class once")
     return found
 
 
 def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Tensor:
-    """[count, width] float32, one row a text in their order, from a ``.npy`` file of any float type. Rows are taken as they are.
+    """[count, width] float32, one row a text in their order, from a ``.npy`` file of any float
+    type. Rows are taken as they are.
 
     Raises:
         InputError: for a file that is missing, damaged, of another shape or not of finite floats.
     """
     expected = f"expected a .npy file [{count}, {width}] of floats"
     if (what := no_file(path)) is not None:
-        raise InputError(f"class embeddings {as_given(path)!r} cannot be read: it {what}; {expected}")
+        raise InputError(
+            f"class embeddings {as_given(path)!r} cannot be read: it {what}; {expected}"
+        )
     path = Path(path)
     try:
         rows = np.load(
@@ -89,7 +112,10 @@ def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Ten
     shape = list(rows.shape) if isinstance(rows, np.ndarray) else "several arrays"
     if not isinstance(rows, np.ndarray) or rows.dtype.kind != "f" or rows.shape != (count, width):
         kind = rows.dtype if isinstance(rows, np.ndarray) else "an archive"
-        raise InputError(f"class embeddings {path} are {kind} of {shape}; expected floats of [{count}, {width}], a row for each text")
+        raise InputError(
+            f"class embeddings {path} are {kind} of {shape}; expected floats of [{count}, "
+            f"{width}], a row for each text"
+        )
     found = torch.from_numpy(np.array(rows, np.float32))
     if not bool(found.isfinite().all()):
         raise InputError(f"class embeddings {path} hold NaN or infinities; expected finite numbers")

@@ -1,7 +1,10 @@
-"""Entities: what captions name, from a list of words. A caption becomes a question, its entities masked, and an answer that names them.
+"""Entities: what captions name, from a list of words.
 
-No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a plural of it by
-the rules of ``singulars``."""
+A caption becomes a question, its entities masked, and an answer that names them.
+
+No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a
+plural of it by the rules of ``singulars``.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,25 @@ ENTITY_LISTS: Registry[Path] = Registry(
 )
 MASK = "[MASK]"
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")  # a possessive's ending is no part of it
-_STRIPPED = "'s"  # published training takes any of these letters off both ends of a word: "sheep" becomes "heep"
+# published training takes any of these letters off both ends of a word: "sheep" becomes "heep"
+_STRIPPED = "'s"
 _IRREGULAR = {"men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth", "geese": "goose", "mice": "mouse",
               "oxen": "ox"}  # fmt: skip
 
 
 def singulars(word: str) -> list[str]:
-    """What a word in lower case may be the plural of, the word itself first; most of them are no words."""
+    """What a word in lower case may be the plural of, the word itself first; most of them are no
+    words.
+    """
     found = [word]
     if word in _IRREGULAR:
         found.append(_IRREGULAR[word])
-    for ending, others in (("ies", ("y", "ie")), ("ves", ("f", "fe", "ve")), ("es", ("", "e")), ("s", ("",))):
+    for ending, others in (
+        ("ies", ("y", "ie")),
+        ("ves", ("f", "fe", "ve")),
+        ("es", ("", "e")),
+        ("s", ("",)),
+    ):
         if word.endswith(ending) and len(word) > len(ending) + 1:
             found += [word[: -len(ending)] + other for other in others]
     return found
@@ -58,20 +69,30 @@ class Entities:
         surface: what captions may say, in lower case -> index.
     """
 
-    def __init__(self, words: Mapping[str, Sequence[str]], phrases: Mapping[str, str] | None = None):
+    def __init__(
+        self, words: Mapping[str, Sequence[str]], phrases: Mapping[str, str] | None = None
+    ):
         self.names = tuple(words)
         self.phrases = tuple((phrases or {}).get(name, name) for name in self.names)
         self.surface: dict[str, int] = {}
         for index, (name, others) in enumerate(words.items()):
             for word in (name, *others):
                 if (hidden := invisible_in(word)) is not None:
-                    raise ConfigError(f"entity {name!r} is called {word!r}, which holds {hidden}; expected a word without it")
+                    raise ConfigError(
+                        f"entity {name!r} is called {word!r}, which holds {hidden}; expected a "
+                        f"word without it"
+                    )
                 key = " ".join(_WORD.findall(word.lower()))
                 if not key:
-                    raise ConfigError(f"entity {name!r} is called {word!r}; expected letters or digits")
+                    raise ConfigError(
+                        f"entity {name!r} is called {word!r}; expected letters or digits"
+                    )
                 if self.surface.setdefault(key, index) != index:
-                    raise ConfigError(f"the word {word!r} stands for {self.names[self.surface[key]]!r} and {name!r}; expected one entity "
-                                      "a word")
+                    raise ConfigError(
+                        f"the word {word!r} stands for {self.names[self.surface[key]]!r} and "
+                        f"{name!r}; expected one entity "
+                        "a word"
+                    )
         if not self.names:
             raise ConfigError("the list of entities is empty; expected at least one name")
         self._longest = max(key.count(" ") for key in self.surface) + 1
@@ -80,7 +101,9 @@ class Entities:
         return len(self.names)
 
     def index_of(self, words: Sequence[str]) -> int | None:
-        """The entity that so many words in lower case name, the last of them in the singular or the plural."""
+        """The entity that so many words in lower case name, the last of them in the singular or the
+        plural.
+        """
         before = " ".join(words[:-1])
         for last in singulars(words[-1]):
             if (found := self.surface.get(f"{before} {last}".lstrip())) is not None:
@@ -89,7 +112,9 @@ class Entities:
 
     def find(self, text: str) -> list[Mention]:
         """Where entities are named, the longest name first, in the order of the text."""
-        words = [(match.start(), match.end(), match.group().lower()) for match in _WORD.finditer(text)]
+        words = [
+            (match.start(), match.end(), match.group().lower()) for match in _WORD.finditer(text)
+        ]
         found, at = [], 0
         while at < len(words):
             for count in range(min(self._longest, len(words) - at), 0, -1):
@@ -105,13 +130,17 @@ class Entities:
     def question(self, text: str, *, published: bool = False) -> tuple[str, list[int]]:
         """The text with ``[MASK]`` in place of what names an entity, and the entities, each once.
 
-        ``published``: as OVSegmentor was trained. Words are what stands between spaces, in lower case, without any "'" and "s" at both
-        ends, so that those that begin or end with one are damaged and, where they name an entity, not found.
+        ``published``: as OVSegmentor was trained. Words are what stands between spaces, in lower
+            case, without any "'" and "s" at both
+        ends, so that those that begin or end with one are damaged and, where they name an entity,
+        not found.
         """
         if published:
             words = [word.strip(_STRIPPED) for word in text.lower().split()]
             indices = [self.index_of([word]) if word else None for word in words]
-            asked = " ".join(word if index is None else MASK for word, index in zip(words, indices, strict=True))
+            asked = " ".join(
+                word if index is None else MASK for word, index in zip(words, indices, strict=True)
+            )
             return asked, list(dict.fromkeys(index for index in indices if index is not None))
         found = self.find(text)
         parts, at = [], 0
@@ -121,12 +150,17 @@ class Entities:
         return "".join([*parts, text[at:]]), list(dict.fromkeys(mention.index for mention in found))
 
     def answer(self, indices: Sequence[int], template: str, *, published: bool = False) -> str:
-        """The template about these entities, joined by "and"; what stands before its place if there is none.
+        """The template about these entities, joined by "and"; what stands before its place if there
+        is none.
 
         ``published``: what comes after the place is lost.
         """
         before, _, after = template.partition("{}")
-        return before + " and ".join(self.phrases[index] for index in indices) + ("" if published or not indices else after)
+        return (
+            before
+            + " and ".join(self.phrases[index] for index in indices)
+            + ("" if published or not indices else after)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.names, self.phrases, self.surface)
@@ -145,7 +179,8 @@ def list_entities() -> list[str]:
 
 
 def load_entities(which: str) -> Entities:
-    """A list by name, or a YAML file: a mapping of each entity to a list of what else it is called, or to nothing.
+    """A list by name, or a YAML file: a mapping of each entity to a list of what else it is called,
+    or to nothing.
 
     Raises:
         ConfigError: for a list that is not there or says nothing of the kind.
@@ -159,9 +194,17 @@ def load_entities(which: str) -> Entities:
             raise
         raise ConfigError(f"list of entities {which!r} is {error}; expected {expected}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"list of entities {which!r} holds {type(tree).__name__}; expected {expected}")
+        raise ConfigError(
+            f"list of entities {which!r} holds {type(tree).__name__}; expected {expected}"
+        )
     for name, others in tree.items():
-        if not isinstance(name, str) or not (others is None or (isinstance(others, list) and all(isinstance(one, str) for one in others))):
-            raise ConfigError(f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a list what else they are "
-                              "called")
+        if not isinstance(name, str) or not (
+            others is None
+            or (isinstance(others, list) and all(isinstance(one, str) for one in others))
+        ):
+            raise ConfigError(
+                f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a "
+                f"list what else they are "
+                "called"
+            )
     return Entities({name: others or () for name, others in tree.items()})

@@ -1,6 +1,9 @@
-"""Which pictures share an entity: the side file of ``ovseg data cross-pairs``, and captions that name one, of a large list.
+"""Which pictures share an entity: the side file of ``ovseg data cross-pairs``, and captions that
+name one, of a large list.
 
-The index is a list of pictures for each entity, four bytes a mention: 4 million pictures with two entities each take 32 MB and their names."""
+The index is a list of pictures for each entity, four bytes a mention: 4 million pictures with two
+entities each take 32 MB and their names.
+"""
 
 from __future__ import annotations
 
@@ -63,13 +66,20 @@ class EntityIndex:
         return int(here[integer(rng, 0, len(here))])
 
 
-def write_index(pictures: Sequence[str], captions: Iterable[Sequence[str] | str], entities: Entities, path: Path, *,
-                progress: bool = False) -> tuple[Counter[str], list[str]]:
+def write_index(
+    pictures: Sequence[str],
+    captions: Iterable[Sequence[str] | str],
+    entities: Entities,
+    path: Path,
+    *,
+    progress: bool = False,
+) -> tuple[Counter[str], list[str]]:
     """Index pictures by what their captions name. The file appears by rename.
 
     Args:
         pictures: their names, as the source will know them.
-        captions: of each, in the same order; a string in place of them says why they cannot be used.
+        captions: of each, in the same order; a string in place of them says why they cannot be
+            used.
 
     Returns:
         Pictures of each entity, and what could not be read.
@@ -83,19 +93,33 @@ def write_index(pictures: Sequence[str], captions: Iterable[Sequence[str] | str]
     file_for(path, "index of entities")
     found = [array("i") for _ in entities.names]
     bad: list[str] = []
-    for number, lines in enumerate(bar(captions, total=len(pictures), show=progress, unit="picture", desc="entities")):
+    for number, lines in enumerate(
+        bar(captions, total=len(pictures), show=progress, unit="picture", desc="entities")
+    ):
         if isinstance(lines, str):
             bad.append(lines)
             continue
         for index in {mention.index for line in lines for mention in entities.find(line)}:
             found[index].append(number)
     if max(map(len, found)) < 2:
-        raise DataError(f"no two of {len(pictures)} pictures share one of {len(entities)} entities; expected captions that name them, or "
-                        "another list of entities" + (f"; the first that cannot be read: {bad[0]}" if bad else ""))
+        raise DataError(
+            f"no two of {len(pictures)} pictures share one of {len(entities)} entities; expected "
+            f"captions that name them, or "
+            "another list of entities"
+            + (f"; the first that cannot be read: {bad[0]}" if bad else "")
+        )
     letters, ends = _block(pictures)
     with replacing(path) as part:
-        save_file({"starts": np.cumsum([0, *map(len, found)]), "members": np.concatenate([np.asarray(one, np.int32) for one in found]),
-                   "letters": letters, "ends": ends}, part, {"entities": json.dumps(entities.names)})
+        save_file(
+            {
+                "starts": np.cumsum([0, *map(len, found)]),
+                "members": np.concatenate([np.asarray(one, np.int32) for one in found]),
+                "letters": letters,
+                "ends": ends,
+            },
+            part,
+            {"entities": json.dumps(entities.names)},
+        )
     return Counter({name: len(one) for name, one in zip(entities.names, found, strict=True)}), bad
 
 
@@ -109,23 +133,44 @@ def read_index(path: str | Path, pictures: Sequence[str], entities: Entities) ->
 
     again = "ovseg data cross-pairs to be run again"
     if (what := no_file(path)) is not None:
-        raise DataError(f"data.index {str(path)!r} {what}; expected a file of ovseg data cross-pairs")
+        raise DataError(
+            f"data.index {str(path)!r} {what}; expected a file of ovseg data cross-pairs"
+        )
     try:
         with safe_open(path, framework="np") as file:
             names = json.loads(file.metadata()["entities"])
-            starts, members, letters, ends = (file.get_tensor(key) for key in ("starts", "members", "letters", "ends"))
+            starts, members, letters, ends = (
+                file.get_tensor(key) for key in ("starts", "members", "letters", "ends")
+            )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"data.index {str(path)!r} is damaged or no index of entities: {error}; expected {again}") from error
+        raise DataError(
+            f"data.index {str(path)!r} is damaged or no index of entities: {error}; expected "
+            f"{again}"
+        ) from error
     if tuple(names) != entities.names:
-        raise DataError(f"data.index {str(path)!r} is of {len(names)} other entities than the {len(entities)} of data.entities; expected "
-                        f"{again}")
+        raise DataError(
+            f"data.index {str(path)!r} is of {len(names)} other entities than the {len(entities)} "
+            f"of data.entities; expected "
+            f"{again}"
+        )
     own_letters, own_ends = _block(pictures)
     if not (np.array_equal(letters, own_letters) and np.array_equal(ends, own_ends)):
-        raise DataError(f"data.index {str(path)!r} is of {len(ends)} pictures, and the folder holds {len(pictures)}, of other names; "
-                        f"expected {again}")
-    whole = len(starts) == len(names) + 1 and starts[0] == 0 and starts[-1] == len(members) and bool((np.diff(starts) >= 0).all())
+        raise DataError(
+            f"data.index {str(path)!r} is of {len(ends)} pictures, and the folder holds "
+            f"{len(pictures)}, of other names; "
+            f"expected {again}"
+        )
+    whole = (
+        len(starts) == len(names) + 1
+        and starts[0] == 0
+        and starts[-1] == len(members)
+        and bool((np.diff(starts) >= 0).all())
+    )
     if not whole or (len(members) and not 0 <= members.min() <= members.max() < len(pictures)):
-        raise DataError(f"data.index {str(path)!r} is damaged: it names pictures that are not there; expected {again}")
+        raise DataError(
+            f"data.index {str(path)!r} is damaged: it names pictures that are not there; expected "
+            f"{again}"
+        )
     return EntityIndex(starts, members)
 
 
@@ -135,7 +180,9 @@ def _block(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Filtered:
-    """What a list of captions held: lines read and kept, captions of each entity, lines that are none."""
+    """What a list of captions held: lines read and kept, captions of each entity, lines that are
+    none.
+    """
 
     read: int = 0
     kept: int = 0
@@ -143,14 +190,25 @@ class Filtered:
     bad: list[str] = field(default_factory=list)
 
 
-def filter_captions(source: Path, out: Path, entities: Entities, *, column: int = 1, key: str = "caption", exact: bool = False,
-                    progress: bool = False) -> Filtered:
-    """Copy the lines whose caption names an entity, byte for byte, one at a time. The new file appears by rename.
+def filter_captions(
+    source: Path,
+    out: Path,
+    entities: Entities,
+    *,
+    column: int = 1,
+    key: str = "caption",
+    exact: bool = False,
+    progress: bool = False,
+) -> Filtered:
+    """Copy the lines whose caption names an entity, byte for byte, one at a time.
+
+    The new file appears by rename.
 
     Args:
         source: .tsv, as CC12M is published (address, caption), or .jsonl.
         column, key: where the caption is, from 0.
-        exact: words of the list as they stand, in lower case and the singular, as the published CC4M was made.
+        exact: words of the list as they stand, in lower case and the singular, as the published
+            CC4M was made.
 
     Raises:
         InputError: for files that cannot be read or written.
@@ -159,14 +217,19 @@ def filter_captions(source: Path, out: Path, entities: Entities, *, column: int 
     if (what := no_file(source)) is not None:
         raise InputError(f"captions {as_given(source)!r} {what}; expected a .tsv or .jsonl file")
     if source.suffix.lower() not in SUFFIXES or out.suffix.lower() != source.suffix.lower():
-        raise InputError(f"captions are {str(source)!r} and --out {str(out)!r}; expected two names that end in one of {list(SUFFIXES)}")
+        raise InputError(
+            f"captions are {str(source)!r} and --out {str(out)!r}; expected two names that end in "
+            f"one of {list(SUFFIXES)}"
+        )
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {str(out)!r} is the file that is read; expected another name")
     file_for(out, "--out")
     found = Filtered()
     is_json = source.suffix.lower() == ".jsonl"
     with source.open("rb") as lines, replacing(out) as part, part.open("wb") as kept:
-        with bar(show=progress, total=source.stat().st_size, unit="B", unit_scale=True, desc="captions") as shown:
+        with bar(
+            show=progress, total=source.stat().st_size, unit="B", unit_scale=True, desc="captions"
+        ) as shown:
             for number, line in enumerate(_whole_lines(lines), 1):
                 shown.update(len(line))
                 if not line.strip():
@@ -177,15 +240,25 @@ def filter_captions(source: Path, out: Path, entities: Entities, *, column: int 
                 except ValueError as error:
                     found.bad.append(f"{source}:{number}: {error}")
                     continue
-                named = {mention.index for mention in entities.find(caption)
-                         if not exact or caption[mention.start : mention.end] in entities.surface}
+                named = {
+                    mention.index
+                    for mention in entities.find(caption)
+                    if not exact or caption[mention.start : mention.end] in entities.surface
+                }
                 if named:
                     found.kept += 1
                     found.counts.update(entities.names[index] for index in named)
                     kept.write(line if line.endswith(b"\n") else line + b"\n")
         if not found.kept:
-            raise DataError(f"none of {found.read} captions of {str(source)!r} names one of {len(entities)} entities"
-                            + (f"; the first of {len(found.bad)} bad lines: {found.bad[0]}" if found.bad else ""))
+            raise DataError(
+                f"none of {found.read} captions of {str(source)!r} names one of {len(entities)} "
+                f"entities"
+                + (
+                    f"; the first of {len(found.bad)} bad lines: {found.bad[0]}"
+                    if found.bad
+                    else ""
+                )
+            )
     return found
 
 
@@ -193,7 +266,9 @@ _MOST_LINE = 1 << 20  # bytes
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines, without ever holding more than one; what is longer than ``_MOST_LINE`` comes cut off, its end left out."""
+    """Lines, without ever holding more than one; what is longer than ``_MOST_LINE`` comes cut off,
+    its end left out.
+    """
     while line := file.readline(_MOST_LINE):
         yield line
         while not line.endswith(b"\n") and len(line) == _MOST_LINE:

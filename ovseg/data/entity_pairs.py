@@ -1,4 +1,6 @@
-"""Pairs with what entities add: nouns for GroupViT, questions and answers for OVSegmentor, a partner that shows the same entity."""
+"""Pairs with what entities add: nouns for GroupViT, questions and answers for OVSegmentor, a
+partner that shows the same entity.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from .sampling import integer, some
 from .sources.base import ModelInputs, PairSample, collate_pairs
 from .templates import templates
 
-GIVES: dict[str, type[PairBatch]] = {"nouns": NounBatch, "masked": EntityBatch, "cross": CrossEntityBatch}
+GIVES: dict[str, type[PairBatch]] = {
+    "nouns": NounBatch,
+    "masked": EntityBatch,
+    "cross": CrossEntityBatch,
+}
 _SHARED = "A photo of {}"
 
 
@@ -24,12 +30,13 @@ class EntityText:
     """How captions are turned into more texts; part of the options of each kind that does.
 
     Attributes:
-        gives: nouns: ``NounBatch``, for GroupViT's multi-label contrast; masked: ``EntityBatch``, OVSegmentor's first stage; cross:
-            ``CrossEntityBatch``, its second.
+        gives: nouns: ``NounBatch``, for GroupViT's multi-label contrast; masked: ``EntityBatch``,
+            OVSegmentor's first stage; cross: ``CrossEntityBatch``, its second.
         nouns: of a caption, in a batch.
         templates: a set of ``data/templates.py`` for nouns and answers; one is drawn for each.
-        published: words are stripped and answers cut off as in published training (``Entities.question``), and a batch does not say which
-            answers are true of other pictures.
+        published: words are stripped and answers cut off as in published training
+            (``Entities.question``), and a batch does not say which answers are true of other
+            pictures.
     """
 
     gives: str = "masked"
@@ -78,9 +85,17 @@ class EntityTexts:
         """What is made of a caption alone."""
         if self.gives == "nouns":
             found = list(dict.fromkeys(mention.index for mention in self.entities.find(caption)))
-            chosen = [found[i] for i in some(rng, min(self.options.nouns, len(found)), len(found))] if found else []
+            chosen = (
+                [found[i] for i in some(rng, min(self.options.nouns, len(found)), len(found))]
+                if found
+                else []
+            )
             said = [self._template(rng).format(self.entities.phrases[index]) for index in chosen]
-            return {"noun_ids": self.inputs.tokenize(said + [caption] * (self.options.nouns - len(said)))}
+            return {
+                "noun_ids": self.inputs.tokenize(
+                    said + [caption] * (self.options.nouns - len(said))
+                )
+            }
         published = self.options.published
         question, indices = self.entities.question(caption, published=published)
         answer = self.entities.answer(indices, self._template(rng), published=published)
@@ -92,9 +107,15 @@ class EntityTexts:
         return rows
 
     def shared(self, caption: str, texts: Sequence[str], rng: torch.Generator) -> int | None:
-        """An entity to look for a partner by: of the caption, else of any text of the picture; None if nothing is named."""
+        """An entity to look for a partner by: of the caption, else of any text of the picture; None
+        if nothing is named.
+        """
         for some_texts in ([caption], texts):
-            found = list(dict.fromkeys(mention.index for text in some_texts for mention in self.entities.find(text)))
+            found = list(
+                dict.fromkeys(
+                    mention.index for text in some_texts for mention in self.entities.find(text)
+                )
+            )
             if found:
                 return found[integer(rng, 0, len(found))]
         return None
@@ -105,7 +126,9 @@ class EntityTexts:
 
     def collate(self, samples: Sequence[EntitySample]) -> PairBatch:
         """A batch of the kind that ``gives`` says."""
-        rows: dict[str, Any] = {name: torch.stack([sample.rows[name] for sample in samples]) for name in samples[0].rows}
+        rows: dict[str, Any] = {
+            name: torch.stack([sample.rows[name] for sample in samples]) for name in samples[0].rows
+        }
         for name in rows:
             if name.endswith("token_ids") or name in ("noun_ids", "question_ids", "answer_ids"):
                 used = (rows[name] != 0).flatten(0, -2).any(0).nonzero()

@@ -2,9 +2,11 @@
 
 What they are, by name or first bytes, and what to do.
 
-Pictures that this package wrote: marked inside, so that a search for pictures knows results of earlier runs from a user's own.
+Pictures that this package wrote: marked inside, so that a search for pictures knows results of
+earlier runs from a user's own.
 
-What counts is the mark, or the journal of ``ovseg segment``; the name only says where to look for a mark: few files are opened.
+What counts is the mark, or the journal of ``ovseg segment``; the name only says where to look for a
+mark: few files are opened.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpe
                   ".3gp", ".mts", ".m2ts", ".ogv", ".mxf")  # fmt: skip
 _RAW_SUFFIXES = (".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf",
                  ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq")  # fmt: skip
-_HEIF = ("a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, or "
+_HEIF = ("a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, "
+         "or "
          "convert it: heif-convert in.heic out.jpg")  # fmt: skip
 _VIDEO = (
     "a video; expected pictures, such as its frames: ffmpeg -i in.mp4 -vf fps=1 frames/%05d.png"
@@ -117,8 +120,15 @@ def register_heif() -> None:
 JOURNAL = "ovseg_segment.jsonl"
 SOFTWARE = "ovseg"
 # Of segment; of eval, demo and train; of validation; of data check.
-_NAMED = re.compile(r"\.(overlay|mask|strip)\.png$|(^|_)(gallery|sweep|confusion|classes|loss|train|val|test)\.png$|^step_\d{8}\.png$")
-_IN_FOLDERS = (".ovseg.lock", JOURNAL, "results.json", "log.jsonl")  # what tells a folder of results
+_NAMED = re.compile(
+    r"\.(overlay|mask|strip)\.png$|(^|_)(gallery|sweep|confusion|classes|loss|train|val|test)\.png$|^step_\d{8}\.png$"
+)
+_IN_FOLDERS = (
+    ".ovseg.lock",
+    JOURNAL,
+    "results.json",
+    "log.jsonl",
+)  # what tells a folder of results
 
 
 def png_mark(path: str | os.PathLike) -> dict[str, Any]:
@@ -137,7 +147,9 @@ class OwnResults:
         self._journals: dict[Path, dict[str, int]] = {}
 
     def holds(self, path: Path) -> bool:
-        """Return whether the file is a result: named like one, and marked as one or, unchanged since, in the journal of a folder above."""
+        """Return whether the file is a result: named like one, and marked as one or, unchanged
+        since, in the journal of a folder above.
+        """
         if _NAMED.search(path.name) is None:
             return False
         try:
@@ -149,7 +161,10 @@ class OwnResults:
         if start.startswith(b"\x89PNG") and f"tEXtSoftware\0{SOFTWARE}".encode() in start:
             return True
         whole = Path(os.path.abspath(path))
-        return any(self._written(folder).get(whole.relative_to(folder).as_posix()) == size for folder in whole.parents)
+        return any(
+            self._written(folder).get(whole.relative_to(folder).as_posix()) == size
+            for folder in whole.parents
+        )
 
     def _written(self, folder: Path) -> dict[str, int]:
         """Sizes of the files that a folder's journal names, by their paths below it."""
@@ -162,7 +177,9 @@ class OwnResults:
             for entry in entries:
                 name, files = entry.get("name"), entry.get("files")
                 if isinstance(name, str) and isinstance(files, dict):
-                    found |= {(Path(name).parent / file).as_posix(): size for file, size in files.items()}
+                    found |= {
+                        (Path(name).parent / file).as_posix(): size for file, size in files.items()
+                    }
             self._journals[folder] = found
         return self._journals[folder]
 

@@ -1,6 +1,9 @@
-"""What lies in a folder of pictures: the pictures, and by name or number everything that is none. Every command looks through this.
+"""What lies in a folder of pictures: the pictures, and by name or number everything that is none.
 
-Pictures in shards: uncompressed .tar files as webdataset writes them, read by offset; whole, cut off, hostile, by the range.
+Every command looks through this.
+
+Pictures in shards: uncompressed .tar files as webdataset writes them, read by offset; whole, cut
+off, hostile, by the range.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from ..progress import waiting
 from .file_types import VIDEO_SUFFIXES, OwnResults, by_suffix, not_read
 from .images import FORMATS, SUFFIXES
 
-# Pictures to people, but not to read_image: what needs a library of its own, runs a program, or cannot be told from noise.
+# Pictures to people, but not to read_image: what needs a library of its own, runs a program, or
+# cannot be told from noise.
 _OTHERS = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf",
           ".emf", ".ico", ".icns", ".cur", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ras", ".sgi", ".rgb", ".xbm", ".xpm", ".fits", ".dcm",
           ".djvu", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
@@ -28,11 +32,18 @@ _OTHERS = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".x
 LOCK = ".ovseg.lock"  # of whoever writes into a folder, who may be this process
 _READ = frozenset(SUFFIXES)
 UNREAD = tuple(suffix for suffix in _OTHERS if suffix not in _READ)
-_MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # copies and thumbnails, never the pictures
+_MADE_BY_SYSTEMS = (
+    "__MACOSX",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+)  # copies and thumbnails, never the pictures
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is left out everywhere: .ipynb_checkpoints, ._name.jpg, the parts of files that a kill left, thumbnails."""
+    """Whether a file or folder is left out everywhere: .ipynb_checkpoints, ._name.jpg, the parts of
+    files that a kill left, thumbnails.
+    """
     return name.startswith(".") or name in _MADE_BY_SYSTEMS
 
 
@@ -43,8 +54,9 @@ class Folder:
     Attributes:
         root: where it began.
         pictures: paths below it that end as a picture does, with "/".
-        bad: what looks like a picture and cannot be read, a line each: of formats that are not read, links to nothing, links to folders,
-            FIFOs, folders named like a picture, folders that cannot be opened.
+        bad: what looks like a picture and cannot be read, a line each: of formats that are not
+            read, links to nothing, links to folders, FIFOs, folders named like a picture, folders
+            that cannot be opened.
         hidden: paths of what was left out for its name.
         results: paths of pictures that earlier runs of this package wrote.
         others: files that are no pictures, by suffix.
@@ -59,8 +71,10 @@ class Folder:
     _own: OwnResults = field(default_factory=OwnResults, repr=False)
 
     def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        """(path below the root, "" or with "/" at its end; names of pictures; names of other files) of the root and each folder in it, in
-        order. Links to folders are not followed: they may lead back. One look at each folder, none at a file."""
+        """(path below the root, "" or with "/" at its end; names of pictures; names of other files)
+        of the root and each folder in it, in order. Links to folders are not followed: they may
+        lead back. One look at each folder, none at a file.
+        """
         waiting = [""]
         while waiting:
             below = waiting.pop()
@@ -74,7 +88,9 @@ class Folder:
             with os.scandir(self.root / below) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            self.bad.append(f"{self.root / below}: the folder cannot be looked through: {error.strerror}")
+            self.bad.append(
+                f"{self.root / below}: the folder cannot be looked through: {error.strerror}"
+            )
             return [], [], []
         for entry in found:
             name = entry.name
@@ -93,15 +109,22 @@ class Folder:
                 else:
                     others.append(name)
             elif _leads_to(entry, "is_dir"):
-                self.bad.append(f"{entry.path}: a link to a folder, which is not followed; give that folder itself")
+                self.bad.append(
+                    f"{entry.path}: a link to a folder, which is not followed; give that folder "
+                    f"itself"
+                )
             else:
                 looks = suffix in _READ or suffix in UNREAD
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(name)
                     if looks:
                         self.bad.append(f"{entry.path}: a folder that is named like a picture")
-                elif looks or (entry.is_symlink() and not suffix):  # what it led to may have been a folder
-                    self.bad.append(f"{entry.path} {no_file(entry.path) or 'is gone'}; expected a picture")
+                elif looks or (
+                    entry.is_symlink() and not suffix
+                ):  # what it led to may have been a folder
+                    self.bad.append(
+                        f"{entry.path} {no_file(entry.path) or 'is gone'}; expected a picture"
+                    )
                 else:
                     others.append(name)
         self.pictures += [f"{below}{name}" for name in pictures]
@@ -112,7 +135,9 @@ class Folder:
         """What is there, for the message that something else is not: "3 .tar, 1 .json"."""
         parts = [f"{len(self.pictures)} pictures"] if self.pictures else []
         parts += [f"{number} {suffix}" for suffix, number in self.others.most_common(6)]
-        parts += [f"{len(self.bad)} that cannot be read (the first: {self.bad[0]})"] if self.bad else []
+        parts += (
+            [f"{len(self.bad)} that cannot be read (the first: {self.bad[0]})"] if self.bad else []
+        )
         parts += [f"{len(self.hidden)} hidden"] if self.hidden else []
         parts += [f"{len(self.results)} results of earlier runs"] if self.results else []
         return ", ".join(parts) or "nothing"
@@ -122,21 +147,30 @@ class Folder:
         lines = []
         if self.results:
             more = ", ..." if len(self.results) > 4 else ""
-            lines.append(f"{self.root}: {len(self.results)} results of earlier runs of ovseg are left out: "
-                         f"{', '.join(self.results[:4])}{more}")
+            lines.append(
+                f"{self.root}: {len(self.results)} results of earlier runs of ovseg are left out: "
+                f"{', '.join(self.results[:4])}{more}"
+            )
         if self.hidden:
             names = dict.fromkeys(path.rpartition("/")[2] for path in self.hidden)
             more = ", ..." if len(names) > 4 else ""
-            lines.append(f"{self.root}: {len(self.hidden)} hidden files and folders are left out: {', '.join(list(names)[:4])}{more}")
+            lines.append(
+                f"{self.root}: {len(self.hidden)} hidden files and folders are left out: "
+                f"{', '.join(list(names)[:4])}{more}"
+            )
         if self.others:
-            lines.append(f"{self.root}: {sum(self.others.values())} files are no pictures and are left out: "
-                         + ", ".join(f"{number} {suffix}" for suffix, number in self.others.most_common(6)))
+            lines.append(
+                f"{self.root}: {sum(self.others.values())} files are no pictures and are left out: "
+                + ", ".join(f"{number} {suffix}" for suffix, number in self.others.most_common(6))
+            )
             lines += [f"{self.root}: {line}" for line in self.videos()]
         return lines
 
     def videos(self) -> list[str]:
         """Return what to do about videos, if there are some, in one line."""
-        return [f"{suffix} is {by_suffix(suffix)}" for suffix in VIDEO_SUFFIXES if suffix in self.others][:1]
+        return [
+            f"{suffix} is {by_suffix(suffix)}" for suffix in VIDEO_SUFFIXES if suffix in self.others
+        ][:1]
 
 
 def look(root: str | Path) -> Folder:
@@ -183,7 +217,8 @@ class Shard:
     """What a shard holds.
 
     Attributes:
-        members: pictures in the order of the file; of several under one name the last, as tar unpacks them.
+        members: pictures in the order of the file; of several under one name the last, as tar
+            unpacks them.
         bad: what is wrong, a line each: with the shard, or with a member that is left out.
         repeated: names that stand several times.
         hidden: how many members were left out for their names.
@@ -199,7 +234,9 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """The pictures of a shard, without their bytes. Whatever is wrong inside is told in ``bad``; the rest can be used.
+    """The pictures of a shard, without their bytes.
+
+    Whatever is wrong inside is told in ``bad``; the rest can be used.
 
     Raises:
         InputError: if there is no file.
@@ -221,14 +258,18 @@ def read_shard(path: Path) -> Shard:
                 members[name] = Member(name, member.offset_data, member.size)
     except Exception as error:  # hostile headers raise about anything
         shard.whole = False
-        shard.bad.append(f"{path}: {error or type(error).__name__}; the shard is damaged or cut off after {len(members)} pictures; "
-                         "expected an uncompressed .tar")
+        shard.bad.append(
+            f"{path}: {error or type(error).__name__}; the shard is damaged or cut off after "
+            f"{len(members)} pictures; "
+            "expected an uncompressed .tar"
+        )
     shard.members = list(members.values())
     return shard
 
 
 def expand_braces(name: str) -> list[str]:
-    """``shard-{000..002}.tar`` and ``{train,val}.tar`` as the names they stand for, in order; a name without them as it is.
+    """``shard-{000..002}.tar`` and ``{train,val}.tar`` as the names they stand for, in order; a
+    name without them as it is.
 
     Raises:
         InputError: for a range that is none, or more than 100 000 names.
@@ -247,16 +288,25 @@ def _choices(inside: str, name: str) -> list[str]:
     if (found := re.fullmatch(r"(\d+)\.\.(\d+)", inside)) is not None:
         first, last = map(int, found.groups())
         if last < first:
-            raise InputError(f"{name!r} counts from {first} to {last}; expected the smaller number first")
+            raise InputError(
+                f"{name!r} counts from {first} to {last}; expected the smaller number first"
+            )
         if last - first >= _MOST_NAMES:
-            raise InputError(f"{name!r} stands for {last - first + 1} names; expected at most {_MOST_NAMES}")
-        width = max(map(len, found.groups())) if any(len(text) > 1 and text[0] == "0" for text in found.groups()) else 0
+            raise InputError(
+                f"{name!r} stands for {last - first + 1} names; expected at most {_MOST_NAMES}"
+            )
+        width = (
+            max(map(len, found.groups()))
+            if any(len(text) > 1 and text[0] == "0" for text in found.groups())
+            else 0
+        )
         return [f"{number:0{width}d}" for number in range(first, last + 1)]
     return inside.split(",") if "," in inside else [f"{{{inside}}}"]
 
 
 def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members one after the other; then a look at what follows the last, where tarfile itself stops without a word.
+    """The members one after the other; then a look at what follows the last, where tarfile itself
+    stops without a word.
 
     Raises:
         tarfile.TarError: for anything but an end as it must be.
@@ -266,23 +316,34 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
         end = 0
         while (member := tar.next()) is not None:
             if tar.offset <= end:  # a size below zero would lead round in a circle
-                raise tarfile.ReadError(f"the header at byte {member.offset} gives {member.name!r} {member.size} bytes")
+                raise tarfile.ReadError(
+                    f"the header at byte {member.offset} gives {member.name!r} {member.size} bytes"
+                )
             end = tar.offset
             stored = member.size if member.isreg() and not member.issparse() else 0
             if member.offset_data + stored > whole:
-                raise tarfile.ReadError(f"{member.name!r} ends {member.offset_data + stored - whole} bytes behind the file")
+                raise tarfile.ReadError(
+                    f"{member.name!r} ends {member.offset_data + stored - whole} bytes behind the "
+                    f"file"
+                )
             yield member
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
     with open(path, "rb") as file:
         file.seek(end)
         block = file.read(_BLOCK)
         if len(block) < _BLOCK:
-            raise tarfile.ReadError("the block that ends an archive is missing" if not block else f"a header is cut off at byte {end}")
+            raise tarfile.ReadError(
+                "the block that ends an archive is missing"
+                if not block
+                else f"a header is cut off at byte {end}"
+            )
         if any(block):
             raise tarfile.ReadError(f"the header at byte {end} is damaged")
         while data := file.read(1 << 20):
             if data.strip(b"\0"):
-                raise tarfile.ReadError(f"more follows its end at byte {end}, as where archives are put together by cat")
+                raise tarfile.ReadError(
+                    f"more follows its end at byte {end}, as where archives are put together by cat"
+                )
 
 
 def _refused(member: tarfile.TarInfo, name: PurePosixPath) -> str | None:

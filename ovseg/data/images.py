@@ -1,4 +1,5 @@
-"""Pictures from anywhere to RGB, with hostile input in mind: size known before decoding, listed formats, no half pictures.
+"""Pictures from anywhere to RGB, with hostile input in mind: size known before decoding, listed
+formats, no half pictures.
 
 Where a picture can be seen through, white lies behind it; read, trained on and evaluated alike."""
 
@@ -21,8 +22,8 @@ from ..errors import InputError
 from ..paths import no_file
 from .file_types import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register_heif
 
-# What photographs come in, each known by its first bytes; security fixes of Pillow are mostly in the rarer ones. GIF, TIFF, WebP and AVIF
-# may hold several pictures: the first is read.
+# What photographs come in, each known by its first bytes; security fixes of Pillow are mostly in
+# the rarer ones. GIF, TIFF, WebP and AVIF may hold several pictures: the first is read.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
             ".j2c", ".jpc", ".jpx", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
@@ -43,17 +44,22 @@ _Used = TypeVar("_Used")
 
 
 def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An RGB picture, upright by its EXIF orientation, on white where it is transparent. Of several in one file it is the first.
+    """An RGB picture, upright by its EXIF orientation, on white where it is transparent.
 
-    16 bits a channel are scaled to 8. Floats (a picture of mode F, a tensor) are values in 0..1; 32-bit integers (mode I) are refused, for
-    nothing says what their white is. Texts and a colour profile that Pillow finds too large are not needed and left out.
+    Of several in one file it is the first.
+
+    16 bits a channel are scaled to 8. Floats (a picture of mode F, a tensor) are values in 0..1;
+    32-bit integers (mode I) are refused, for nothing says what their white is. Texts and a colour
+    profile that Pillow finds too large are not needed and left out.
 
     Args:
-        source: path, bytes, PIL image, uint8 array [H, W, 3], [H, W, 4] (RGBA) or [H, W], tensor [3, H, W] (uint8, or float in 0..1).
+        source: path, bytes, PIL image, uint8 array [H, W, 3], [H, W, 4] (RGBA) or [H, W], tensor
+            [3, H, W] (uint8, or float in 0..1).
         max_pixels: larger pictures are refused before they are decoded.
 
     Raises:
-        InputError: if it cannot be read, is truncated, too large, empty, or of another kind; the message names it.
+        InputError: if it cannot be read, is truncated, too large, empty, or of another kind; the
+            message names it.
     """
     if isinstance(source, torch.Tensor):
         return _from_array(_tensor_to_array(source), max_pixels)
@@ -91,7 +97,9 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Stored pixels [H, W, ...] turned as an EXIF orientation says, as ``read_image`` turns pictures."""
+    """Stored pixels [H, W, ...] turned as an EXIF orientation says, as ``read_image`` turns
+    pictures.
+    """
     if orientation >= 5:  # stored lying on its side
         pixels = pixels.swapaxes(0, 1)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
@@ -105,14 +113,20 @@ def _file_of(source: Any) -> tuple[Any, str]:
         return io.BytesIO(source), f"image of {len(source)} bytes"
     if isinstance(source, (str, Path)):
         if (found := no_file(source)) is not None:
-            raise InputError(f"image {str(source)!r} {found}; expected a picture file ({', '.join(FORMATS)})")
+            raise InputError(
+                f"image {str(source)!r} {found}; expected a picture file ({', '.join(FORMATS)})"
+            )
         return source, str(source)
-    raise InputError(f"image is a {type(source).__name__}; expected a path, bytes, PIL image, array or tensor")
+    raise InputError(
+        f"image is a {type(source).__name__}; expected a path, bytes, PIL image, array or tensor"
+    )
 
 
 @contextlib.contextmanager
 def opened(file: Any, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
-    """``Image.open`` of some formats without Pillow's own limit of pixels: the caller's is the one that holds."""
+    """``Image.open`` of some formats without Pillow's own limit of pixels: the caller's is the one
+    that holds.
+    """
     with _OPENING:  # the limit is a global; only a header is read meanwhile
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -210,11 +224,17 @@ def _named(name: str, file: Any = None) -> Iterator[None]:
         head = b"" if file is None else _head(file)
         what = "empty; expected a picture" if file is not None and not head else by_content(head)
         told = f", but {what}" if what else ", or its header is damaged"
-        raise InputError(f"cannot decode {name}: it is none of {', '.join(FORMATS)}{told}") from error
+        raise InputError(
+            f"cannot decode {name}: it is none of {', '.join(FORMATS)}{told}"
+        ) from error
     except ImportError as error:
-        raise InputError(f"cannot decode {name}: a library that it needs does not import: {error}") from error
+        raise InputError(
+            f"cannot decode {name}: a library that it needs does not import: {error}"
+        ) from error
     except Exception as error:  # decoders of damaged pictures raise about anything
-        raise InputError(f"cannot decode {name}: {error or type(error).__name__}; expected a complete picture") from error
+        raise InputError(
+            f"cannot decode {name}: {error or type(error).__name__}; expected a complete picture"
+        ) from error
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -222,17 +242,24 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise InputError(f"{name} is {width}x{height}; expected at least one pixel")
     if width * height > max_pixels:
-        raise InputError(f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}: it is too large. {TOO_LARGE}")
+        raise InputError(
+            f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}: it "
+            f"is too large. {TOO_LARGE}"
+        )
     kind, packing = image.format, _packing(image)
     _load(image)  # before its orientation is asked for: Pillow turns TIFF by itself
     if (turn := _TURNS.get(orientation_of(image))) is not None:
         image = image.transpose(turn)
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow's own conversion would clip at 0 and 255
+    if (
+        image.mode.startswith("I") or image.mode == "F"
+    ):  # Pillow's own conversion would clip at 0 and 255
         values = np.asarray(image)
         grey = Image.fromarray(_to_bytes(values, image.mode, kind, name))
         return _on_white(grey, _is_key(values, image.info.get("transparency"), packing))
     if image.mode == "LAB":
-        raise InputError(f"{name} is in CIELAB colours (mode LAB), which are not converted; expected RGB or grey")
+        raise InputError(
+            f"{name} is in CIELAB colours (mode LAB), which are not converted; expected RGB or grey"
+        )
     if image.mode in ("1", "L", "RGB") and "transparency" in image.info:
         clear = _is_key(np.asarray(image), image.info["transparency"], packing)
         image = image.copy()
@@ -251,7 +278,9 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except ValueError:
-        if image.format != "PNG" or getattr(image, "tile", None):  # which is emptied by the last row
+        if image.format != "PNG" or getattr(
+            image, "tile", None
+        ):  # which is emptied by the last row
             raise
 
 
@@ -289,11 +318,17 @@ def _to_bytes(values: np.ndarray, mode: str, kind: str | None, name: str) -> np.
     low, high = float(values.min()), float(values.max())
     if mode == "F":
         if not 0 <= low <= high <= 1:  # NaN is neither
-            raise InputError(f"{name} holds floats (mode F) from {low:g} to {high:g}; expected 0..1, or 8 or 16 bits")
+            raise InputError(
+                f"{name} holds floats (mode F) from {low:g} to {high:g}; expected 0..1, or 8 or "
+                f"16 bits"
+            )
         return (values.astype(np.float64) * 255).round().astype(np.uint8)
     if mode == "I" and kind != "PPM":  # Pillow scales those to 16 bits
-        raise InputError(f"{name} holds 32-bit integers (mode I) from {low:g} to {high:g}, whose white is not known; expected 8 or 16 "
-                         "bits, scaled to 0..255 or 0..65535")
+        raise InputError(
+            f"{name} holds 32-bit integers (mode I) from {low:g} to {high:g}, whose white is not "
+            f"known; expected 8 or 16 "
+            "bits, scaled to 0..255 or 0..65535"
+        )
     return (values.astype(np.float32) / 257.0).clip(0, 255).astype(np.uint8)
 
 
@@ -306,7 +341,9 @@ def _tensor_to_array(x: torch.Tensor) -> np.ndarray:
             raise InputError("image holds NaN or infinity; expected values in 0..1")
         low, high = float(x.min()), float(x.max())
         if low < 0 or high > 1:
-            raise InputError(f"image holds values from {low:g} to {high:g}; expected 0..1 (not normalised)")
+            raise InputError(
+                f"image holds values from {low:g} to {high:g}; expected 0..1 (not normalised)"
+            )
         x = (x * 255).round()
     elif x.dtype != torch.uint8:
         raise InputError(f"image has dtype {x.dtype}; expected uint8 or floats in 0..1")
@@ -317,7 +354,10 @@ def _from_array(x: np.ndarray, max_pixels: int) -> Image.Image:
     if x.dtype != np.uint8:
         raise InputError(f"image has dtype {x.dtype}; expected uint8")
     if not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))) or x.size == 0:
-        raise InputError(f"image has shape {list(x.shape)}; expected [H, W, 3], [H, W, 4] (RGBA) or [H, W] with at least one pixel")
+        raise InputError(
+            f"image has shape {list(x.shape)}; expected [H, W, 3], [H, W, 4] (RGBA) or [H, W] "
+            f"with at least one pixel"
+        )
     return _to_rgb(Image.fromarray(np.ascontiguousarray(x)), "image", max_pixels)
 
 

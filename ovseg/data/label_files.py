@@ -1,4 +1,6 @@
-"""Label files of every kind that people have: what they hold, as names or ``{name: texts}``; ``LabelSet.read`` makes a set of it."""
+"""Label files of every kind that people have: what they hold, as names or ``{name: texts}``;
+``LabelSet.read`` makes a set of it.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,41 @@ from ..errors import InputError
 from ..text_files import text_of, tree_of
 
 logger = logging.getLogger(__name__)
-_TEXT, _TABLE, _TREE = (".txt", ".names", ".lst", ".list", ""), (".csv", ".tsv"), (".yaml", ".yml", ".json")
-EXPECTED = (".txt (a class on each line), .csv or .tsv (with a header that names a column name), .yaml or .json (a list of names, "
-            "{name: texts}, {id: name} or {name: id})")
-_NAMES = ("name", "names", "label", "labels", "class", "classes", "class_name", "classname", "category", "display_name")
-_NUMBERS = ("idx", "index", "id", "class_id", "classid", "label_id", "category_id", "number", "no", "train_id", "trainid")
+_TEXT, _TABLE, _TREE = (
+    (".txt", ".names", ".lst", ".list", ""),
+    (".csv", ".tsv"),
+    (".yaml", ".yml", ".json"),
+)
+EXPECTED = (
+    ".txt (a class on each line), .csv or .tsv (with a header that names a column name), .yaml or "
+    ".json (a list of names, "
+    "{name: texts}, {id: name} or {name: id})"
+)
+_NAMES = (
+    "name",
+    "names",
+    "label",
+    "labels",
+    "class",
+    "classes",
+    "class_name",
+    "classname",
+    "category",
+    "display_name",
+)
+_NUMBERS = (
+    "idx",
+    "index",
+    "id",
+    "class_id",
+    "classid",
+    "label_id",
+    "category_id",
+    "number",
+    "no",
+    "train_id",
+    "trainid",
+)
 _SYNONYMS = ("synonyms", "texts", "aliases")
 _QUOTES = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019")
 _LITERALLY = "a .json or .yaml list takes any name as it is"
@@ -26,7 +58,8 @@ Labels = list[Any] | dict[Any, Any]
 
 
 def read_labels(path: Path) -> tuple[Labels, Any]:
-    """(names or ``{name: texts}``, templates) of a label file; what they are worth is for ``LabelSet`` to say.
+    """(names or ``{name: texts}``, templates) of a label file; what they are worth is for
+    ``LabelSet`` to say.
 
     Raises:
         InputError: for a file that is missing, of another kind, or cannot be read as its kind.
@@ -44,12 +77,17 @@ def read_labels(path: Path) -> tuple[Labels, Any]:
 
 
 def by_number(tree: Mapping[Any, Any]) -> list[str] | None:
-    """The names of ``{id: name}`` or ``{name: id}`` in the order of their ids; None if it is neither.
+    """The names of ``{id: name}`` or ``{name: id}`` in the order of their ids; None if it is
+    neither.
 
     Raises:
         ValueError: if the ids are not 0, 1, 2, ... or 1, 2, 3, ...
     """
-    if tree and all(_is_number(key) for key in tree) and all(isinstance(name, str) for name in tree.values()):
+    if (
+        tree
+        and all(_is_number(key) for key in tree)
+        and all(isinstance(name, str) for name in tree.values())
+    ):
         return in_order([(int(key), name) for key, name in tree.items()])
     if tree and all(_is_number(number) for number in tree.values()):
         return in_order([(int(number), name) for name, number in tree.items()])
@@ -66,8 +104,11 @@ def in_order(numbered: Iterable[tuple[int, Any]]) -> list[Any]:
     first = 1 if found[0][0] == 1 else 0
     for expected, (number, what) in enumerate(found, first):
         if number != expected:
-            raise ValueError(f"{what!r} has the number {number} where {expected} is expected; a label map's numbers are 0, 1, 2, ... or "
-                             "1, 2, 3, ..., each once")
+            raise ValueError(
+                f"{what!r} has the number {number} where {expected} is expected; a label map's "
+                f"numbers are 0, 1, 2, ... or "
+                "1, 2, 3, ..., each once"
+            )
     return [what for _, what in found]
 
 
@@ -85,7 +126,9 @@ def split_texts(line: str) -> list[str]:
 
 def _no_quotes(text: str) -> None:
     if len(text) > 1 and text[0] + text[-1] in _QUOTES:
-        raise ValueError(f"{text} is in quotation marks; expected a name without them ({_LITERALLY})")
+        raise ValueError(
+            f"{text} is in quotation marks; expected a name without them ({_LITERALLY})"
+        )
 
 
 def split_line(line: str) -> list[list[str]]:
@@ -99,8 +142,10 @@ def split_line(line: str) -> list[list[str]]:
         _no_quotes(line.strip())
         for i, group in enumerate(line.split(",")):
             if group.strip() and not all(text.strip() for text in re.split(r"[;|]", group)):
-                raise InputError(f"labels[{i}] is {group.strip()!r}, of which a synonym is blank; "
-                                 "expected a text on both sides of a bar")
+                raise InputError(
+                    f"labels[{i}] is {group.strip()!r}, of which a synonym is blank; "
+                    "expected a text on both sides of a bar"
+                )
             found.append(split_texts(group))
     except InputError:
         raise
@@ -116,7 +161,10 @@ def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
         if not texts:
             raise InputError(f"labels[{i}] is blank; expected a name")
         if texts[0] in found:
-            raise InputError(f"labels[{i}] and labels[{list(found).index(texts[0])}] are both {texts[0]!r}; expected distinct labels")
+            raise InputError(
+                f"labels[{i}] and labels[{list(found).index(texts[0])}] are both {texts[0]!r}; "
+                f"expected distinct labels"
+            )
         found[texts[0]] = texts
     if not found:
         raise InputError('labels is empty; expected at least one name, e.g. labels=["cat"]')
@@ -131,14 +179,24 @@ def _from_lines(text: str) -> dict[str, list[str]]:
     lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in re.split(r"\r?\n|\r", text)]
     lines = _without_numbers([line for line in lines if line])
     if (table := next((line for line in lines if "\t" in line), None)) is not None:
-        raise ValueError(f"the line {table!r} holds a tab as a row of a table does; expected a .tsv with a header, or texts alone")
+        raise ValueError(
+            f"the line {table!r} holds a tab as a row of a table does; expected a .tsv with a "
+            f"header, or texts alone"
+        )
     groups = [split_texts(line) for line in lines]
     for line, group in zip(lines, groups, strict=True):
         if len(group) > 1 and group[0].isdigit():
-            raise ValueError(f"the line {line!r} looks like a row of a table without a header; expected one such as Idx,Name")
+            raise ValueError(
+                f"the line {line!r} looks like a row of a table without a header; expected one "
+                f"such as Idx,Name"
+            )
     if len(groups) == 1 and len(groups[0]) > 1:
-        logger.warning("%d texts on the only line are one class, %r, and its synonyms; several "
-                       "classes stand on a line each", len(groups[0]), groups[0][0])
+        logger.warning(
+            "%d texts on the only line are one class, %r, and its synonyms; several "
+            "classes stand on a line each",
+            len(groups[0]),
+            groups[0][0],
+        )
     return grouped(groups)
 
 
@@ -146,7 +204,8 @@ def _without_numbers(lines: list[str]) -> list[str]:
     """Names as lines have them, in the order of their numbers if all have one.
 
     Raises:
-        ValueError: where some lines have a number, a number may be a part of the name, or the lines are those of another kind of file.
+        ValueError: where some lines have a number, a number may be a part of the name, or the lines
+            are those of another kind of file.
     """
     numbered = [re.fullmatch(r"(\d{1,9})\s*[:\t]\s*(\S.*)", line) for line in lines]
     if lines and all(numbered):
@@ -154,25 +213,37 @@ def _without_numbers(lines: list[str]) -> list[str]:
     if any(numbered):
         some = next(line for line, one in zip(lines, numbered, strict=True) if one)
         other = next(line for line, one in zip(lines, numbered, strict=True) if not one)
-        raise ValueError(f"the line {some!r} has a number and {other!r} has none; expected one "
-                         f"before every name, or before no name ({_LITERALLY})")
-    counted = [re.fullmatch(r"(\d{1,9})(?:\s*[.)\]=]\s*|\s+-\s+|\s+)(\S.*)", line) for line in lines]
+        raise ValueError(
+            f"the line {some!r} has a number and {other!r} has none; expected one "
+            f"before every name, or before no name ({_LITERALLY})"
+        )
+    counted = [
+        re.fullmatch(r"(\d{1,9})(?:\s*[.)\]=]\s*|\s+-\s+|\s+)(\S.*)", line) for line in lines
+    ]
     for place, one in enumerate(counted):
         if one and (all(counted) or int(one[1]) in (place, place + 1)):
-            raise ValueError(f"the line {one[0]!r} may be a class of that name, or {one[2]!r} with "
-                             f"its number; expected '{one[1]}: {one[2]}' on every line for numbers, "
-                             "or a .json or .yaml list for names that begin with one")
+            raise ValueError(
+                f"the line {one[0]!r} may be a class of that name, or {one[2]!r} with "
+                f"its number; expected '{one[1]}: {one[2]}' on every line for numbers, "
+                "or a .json or .yaml list for names that begin with one"
+            )
     if lines and all(re.fullmatch(r"\S.*[:=]\s*\d+", line) for line in lines):
-        raise ValueError(f"the line {lines[0]!r} has a number behind the name; expected it before, "
-                         "as in 0: wall, or a .yaml file")
+        raise ValueError(
+            f"the line {lines[0]!r} has a number behind the name; expected it before, "
+            "as in 0: wall, or a .yaml file"
+        )
     if lines and (lines[0][0] in "[{" or all(line.startswith(("- ", "* ")) for line in lines)):
-        raise ValueError(f"the line {lines[0]!r} looks like JSON or YAML; expected a file that ends "
-                         "so, or a name on each line")
+        raise ValueError(
+            f"the line {lines[0]!r} looks like JSON or YAML; expected a file that ends "
+            "so, or a name on each line"
+        )
     return lines
 
 
 def _is_table(text: str) -> bool:
-    """Whether the first line of a text file is the header of a table: a number and a name, not two classes."""
+    """Whether the first line of a text file is the header of a table: a number and a name, not two
+    classes.
+    """
     header = [cell.strip().lower() for cell in re.split(r"[,;\t]", text.split("\n", 1)[0])]
     return any(cell in _NUMBERS for cell in header) and any(cell in _NAMES for cell in header)
 
@@ -181,22 +252,43 @@ def _from_table(text: str) -> dict[str, list[str]]:
     """A column of names, and of numbers and synonyms if it has one."""
     first = text.split("\n", 1)[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), ",")
-    lines = io.StringIO(text, newline="")  # with their line breaks, of which some may be inside of quotation marks
-    rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if any(cell.strip() for cell in row)]
+    lines = io.StringIO(
+        text, newline=""
+    )  # with their line breaks, of which some may be inside of quotation marks
+    rows = [
+        row
+        for row in csv.reader(lines, delimiter=delimiter, strict=True)
+        if any(cell.strip() for cell in row)
+    ]
     header = [cell.strip().lower().replace(" ", "_") for cell in rows[0]] if rows else []
-    name, number, synonyms = (next((header.index(word) for word in words if word in header), None)
-                              for words in (_NAMES, _NUMBERS, _SYNONYMS))
+    name, number, synonyms = (
+        next((header.index(word) for word in words if word in header), None)
+        for words in (_NAMES, _NUMBERS, _SYNONYMS)
+    )
     if name is None:
-        raise ValueError(f"its header {rows[0] if rows else []} names no column of names; expected one called {', '.join(_NAMES[:7:2])}")
+        raise ValueError(
+            f"its header {rows[0] if rows else []} names no column of names; expected one called "
+            f"{', '.join(_NAMES[:7:2])}"
+        )
     found = []
     for i, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
-            raise ValueError(f"row {i} has {len(row)} cells and the header {len(header)}; expected as many (names with a comma in \"\")")
+            raise ValueError(
+                f"row {i} has {len(row)} cells and the header {len(header)}; expected as many "
+                f'(names with a comma in "")'
+            )
         if number is not None and not _is_number(row[number].strip()):
-            raise ValueError(f"row {i} has {row[number]!r} in the column {rows[0][number]!r}; expected a whole number")
-        texts = split_texts(row[name]) + (split_texts(row[synonyms]) if synonyms is not None else [])
+            raise ValueError(
+                f"row {i} has {row[number]!r} in the column {rows[0][number]!r}; expected a whole "
+                f"number"
+            )
+        texts = split_texts(row[name]) + (
+            split_texts(row[synonyms]) if synonyms is not None else []
+        )
         found.append((i if number is None else int(row[number]), texts))
-    return grouped([texts for _, texts in found] if number is None or not found else in_order(found))
+    return grouped(
+        [texts for _, texts in found] if number is None or not found else in_order(found)
+    )
 
 
 def _from_tree(text: str, is_json: bool) -> tuple[Labels, Any]:
@@ -204,7 +296,10 @@ def _from_tree(text: str, is_json: bool) -> tuple[Labels, Any]:
     if isinstance(tree, dict) and "labels" in tree and set(tree) <= {"labels", "templates"}:
         templates, tree = tree.get("templates"), tree["labels"]
     if not isinstance(tree, (list, dict)):
-        raise ValueError(f"a {type(tree).__name__} stands where a list of names, {{name: texts}}, {{id: name}} or {{name: id}} is expected")
+        raise ValueError(
+            f"a {type(tree).__name__} stands where a list of names, {{name: texts}}, {{id: name}} "
+            f"or {{name: id}} is expected"
+        )
     ordered = by_number(tree) if isinstance(tree, dict) else None
     names = ordered if ordered is not None else tree
     if isinstance(names, dict):

@@ -23,7 +23,8 @@ class LabelSet:
     Attributes:
         names: of the classes.
         texts: for each class what is asked for, at least one text; several are synonyms.
-        templates: prompt templates of this set, a name or format strings; None leaves them to the model.
+        templates: prompt templates of this set, a name or format strings; None leaves them to the
+            model.
     """
 
     names: tuple[str, ...]
@@ -32,7 +33,10 @@ class LabelSet:
 
     def __post_init__(self):
         if len(self.names) != len(self.texts):
-            raise InputError(f"names holds {len(self.names)} classes and texts {len(self.texts)}; expected a group of texts for each name")
+            raise InputError(
+                f"names holds {len(self.names)} classes and texts {len(self.texts)}; expected a "
+                f"group of texts for each name"
+            )
         for i, name in enumerate(self.names):
             _check_text(f"labels[{i}]", name)
         for name, group in zip(self.names, self.texts, strict=True):
@@ -54,14 +58,17 @@ class LabelSet:
 
     @classmethod
     def of(cls, labels: LabelSet | Mapping[Any, Any] | Sequence[str] | str) -> LabelSet:
-        """From names, one name, ``{name: texts}``, or names by number as ``id2label`` and ``label2id`` have them.
+        """From names, one name, ``{name: texts}``, or names by number as ``id2label`` and
+        ``label2id`` have them.
 
-        A text that stands for several classes counts for the one whose name it is, else for the first; the others lose it, which is told.
-        Space around a name or text is left out, and any space inside is one blank.
+        A text that stands for several classes counts for the one whose name it is, else for the
+        first; the others lose it, which is told. Space around a name or text is left out, and any
+        space inside is one blank.
 
         Raises:
-            InputError: for an empty set, a name or text that is no string, blank, or holds a line break or another invisible character, a
-                name that occurs twice, numbers with gaps, a Python set, which has no order, or a class all of whose texts belong to others.
+            InputError: for an empty set, a name or text that is no string, blank, or holds a line
+                break or another invisible character, a name that occurs twice, numbers with gaps, a
+                Python set, which has no order, or a class all of whose texts belong to others.
         """
         if isinstance(labels, LabelSet):
             return labels
@@ -72,7 +79,9 @@ class LabelSet:
                 raise InputError(f"labels: {error}") from error
         if isinstance(labels, Mapping):
             names = check_labels(list(labels))
-            texts = [_texts_of(name, given) for name, given in zip(names, labels.values(), strict=True)]
+            texts = [
+                _texts_of(name, given) for name, given in zip(names, labels.values(), strict=True)
+            ]
         else:
             names = check_labels(labels)
             texts = [(name,) for name in names]
@@ -82,26 +91,32 @@ class LabelSet:
     def read(cls, path: str | Path) -> LabelSet:
         """From a file.
 
-        ``.txt``: a class on each line, its texts separated by commas or semicolons, the first one its name; ``#`` begins a comment at the
-        beginning of a line and after a blank.
-        ``.csv``, ``.tsv``: with a header; a column ``name``, and ``idx`` and ``synonyms`` if there are. ``.yaml``, ``.json``: a list of
-        names; ``{name: texts}``; ``{id: name}`` or ``{name: id}``; or ``{templates: ..., labels: one of these}``.
+        ``.txt``: a class on each line, its texts separated by commas or semicolons, the first one
+        its name; ``#`` begins a comment at the beginning of a line and after a blank. ``.csv``,
+        ``.tsv``: with a header; a column ``name``, and ``idx`` and ``synonyms`` if there are.
+        ``.yaml``, ``.json``: a list of names; ``{name: texts}``; ``{id: name}`` or ``{name: id}``;
+        or ``{templates: ..., labels: one of these}``.
 
         Raises:
-            InputError: for a file that is missing or of another kind, templates that cannot be, and as ``of`` does.
+            InputError: for a file that is missing or of another kind, templates that cannot be, and
+                as ``of`` does.
         """
         path = Path(path)
         labels, templates = read_labels(path)
         try:
             if templates is not None:
                 check_templates(templates)
-            return replace(cls.of(labels), templates=tuple(templates) if isinstance(templates, list) else templates)
+            return replace(
+                cls.of(labels),
+                templates=tuple(templates) if isinstance(templates, list) else templates,
+            )
         except InputError as error:
             raise InputError(f"label file {str(path)!r}: {error}") from error
 
     @classmethod
     def parse(cls, line: str) -> LabelSet:
-        """From a command line: classes separated by commas, synonyms by ``|`` or ``;``: ``person|man|woman,road``.
+        """From a command line: classes separated by commas, synonyms by ``|`` or ``;``:
+        ``person|man|woman,road``.
 
         Raises:
             InputError: for a blank class or synonym, a name in quotation marks, and as ``of`` does.
@@ -114,7 +129,10 @@ def _texts_of(name: str, given: Any) -> tuple[str, ...]:
     if given is None or given == []:
         return (name,)
     if not isinstance(given, (str, list, tuple)):
-        raise InputError(f"the texts of {name!r} are a {type(given).__name__}, {given!r}; expected a text or a list of them")
+        raise InputError(
+            f"the texts of {name!r} are a {type(given).__name__}, {given!r}; expected a text or a "
+            f"list of them"
+        )
     texts = []
     for i, text in enumerate([given] if isinstance(given, str) else given):
         if not isinstance(text, str) or not text.strip():
@@ -124,7 +142,9 @@ def _texts_of(name: str, given: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _one_owner(names: Sequence[str], texts: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+def _one_owner(
+    names: Sequence[str], texts: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], ...]:
     """Each text for one class alone; published lists have ``ground`` for earth and for land."""
     owner: dict[str, int] = {}
     for i, name in enumerate(names):
@@ -133,22 +153,46 @@ def _one_owner(names: Sequence[str], texts: Sequence[tuple[str, ...]]) -> tuple[
     for i, group in enumerate(texts):
         for text in group:
             owner.setdefault(text, i)
-    kept = tuple(tuple(text for text in dict.fromkeys(group) if owner[text] == i) for i, group in enumerate(texts))
-    lost = [(text, i) for i, group in enumerate(texts) for text in dict.fromkeys(group) if owner[text] != i]
+    kept = tuple(
+        tuple(text for text in dict.fromkeys(group) if owner[text] == i)
+        for i, group in enumerate(texts)
+    )
+    lost = [
+        (text, i)
+        for i, group in enumerate(texts)
+        for text in dict.fromkeys(group)
+        if owner[text] != i
+    ]
     for text, i in lost:
         if not kept[i]:
-            raise InputError(f"text {text!r} stands for both {names[owner[text]]!r} and {names[i]!r}, which has no other; expected "
-                             "one class")
+            raise InputError(
+                f"text {text!r} stands for both {names[owner[text]]!r} and {names[i]!r}, which "
+                f"has no other; expected "
+                "one class"
+            )
     if lost:
-        told = ", ".join(f"{text!r} (for {names[owner[text]]!r}, not {names[i]!r})" for text, i in lost[:6])
-        logger.warning("%d texts stand for several classes and count for one: %s%s", len(lost), told, ", ..." if len(lost) > 6 else "")
+        told = ", ".join(
+            f"{text!r} (for {names[owner[text]]!r}, not {names[i]!r})" for text, i in lost[:6]
+        )
+        logger.warning(
+            "%d texts stand for several classes and count for one: %s%s",
+            len(lost),
+            told,
+            ", ..." if len(lost) > 6 else "",
+        )
     return kept
 
 
 def check_labels(labels: Sequence[str] | str) -> list[str]:
-    """A list of distinct, non-blank labels without invisible characters. A single string is one label."""
+    """A list of distinct, non-blank labels without invisible characters.
+
+    A single string is one label.
+    """
     if isinstance(labels, (set, frozenset)):
-        raise InputError("labels is a set, whose order is chance; expected a list: a label map's numbers follow it")
+        raise InputError(
+            "labels is a set, whose order is chance; expected a list: a label map's numbers "
+            "follow it"
+        )
     if not isinstance(labels, Iterable):
         raise InputError(f"labels is a {type(labels).__name__}; expected a list of names")
     labels = [labels] if isinstance(labels, str) else list(labels)
@@ -165,7 +209,9 @@ def check_labels(labels: Sequence[str] | str) -> list[str]:
         name = " ".join(label.split())
         key = unicodedata.normalize("NFC", name)  # two ways to write one sign look alike
         if key in seen:
-            raise InputError(f"labels[{i}] and labels[{seen[key]}] are both {name!r}; expected distinct labels")
+            raise InputError(
+                f"labels[{i}] and labels[{seen[key]}] are both {name!r}; expected distinct labels"
+            )
         seen[key] = i
         found.append(name)
     return found

@@ -1,4 +1,6 @@
-"""From a source to the batches of one rank: which pictures, read ahead by workers, with a position that can be kept and gone back to."""
+"""From a source to the batches of one rank: which pictures, read ahead by workers, with a position
+that can be kept and gone back to.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _LOOK = 1.0  # seconds without a batch after which the workers are looked at
 
 
 class Waiting:
-    """How long training waits for data. The first batch is not counted: it waits for the workers to start.
+    """How long training waits for data.
+
+    The first batch is not counted: it waits for the workers to start.
 
     Attributes:
         seconds: spent waiting.
@@ -48,7 +52,11 @@ class Waiting:
 
     @property
     def share(self) -> float:
-        return 0.0 if self._since is None else self.seconds / max(time.perf_counter() - self._since, 1e-9)
+        return (
+            0.0
+            if self._since is None
+            else self.seconds / max(time.perf_counter() - self._since, 1e-9)
+        )
 
     _since: float | None
 
@@ -60,20 +68,27 @@ def batches_of(pictures: int, batch_size: int, *, ranks: int = 1, drop_last: boo
         ConfigError: if there is none, or a rank would go without a picture.
     """
     if not ranks <= batch_size <= pictures:
-        raise ConfigError(f"batch_size is {batch_size}; expected at least one picture for each of {ranks} processes and at most "
-                          f"{pictures}, the number of pictures")
+        raise ConfigError(
+            f"batch_size is {batch_size}; expected at least one picture for each of {ranks} "
+            f"processes and at most "
+            f"{pictures}, the number of pictures"
+        )
     rest = 0 if drop_last else pictures % batch_size
     if 0 < rest < ranks:
-        raise ConfigError(f"the last batch of an epoch holds {rest} of {pictures} pictures, too few for {ranks} processes; "
-                          "expected drop_last, or another batch_size")
+        raise ConfigError(
+            f"the last batch of an epoch holds {rest} of {pictures} pictures, too few for {ranks} "
+            f"processes; "
+            "expected drop_last, or another batch_size"
+        )
     return pictures // batch_size + (rest > 0)
 
 
 class Loader:
     """Batches of a source, for one rank; iterating goes on from the position.
 
-    Every epoch visits each picture once. Step s of an epoch is one global batch, of which each rank takes its slice, so what a step sees
-    depends on (seed, epoch, s) only: not on ranks, workers or interruptions.
+    Every epoch visits each picture once. Step s of an epoch is one global batch, of which each rank
+    takes its slice, so what a step sees depends on (seed, epoch, s) only: not on ranks, workers or
+    interruptions.
 
     Args:
         source: what is read.
@@ -98,16 +113,43 @@ class Loader:
         ConfigError: if a batch does not go into the source, or a rank would go without a picture.
     """
 
-    def __init__(self, source: Source, batch_size: int, *, seed: int = 0, rank: int = 0, ranks: int = 1, epochs: int | None = None,
-                 drop_last: bool = True, shuffle: bool = True, workers: int = 0, prefetch: int = 2, pin_memory: bool = False,
-                 timeout: float = 0.0, tell_signals: bool = False):
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        epochs: int | None = None,
+        drop_last: bool = True,
+        shuffle: bool = True,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        timeout: float = 0.0,
+        tell_signals: bool = False,
+    ):
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}; expected 0 to {ranks - 1}")
         self.steps_per_epoch = batches_of(len(source), batch_size, ranks=ranks, drop_last=drop_last)
-        self.source, self.seed, self.batch_size, self.epochs, self.drop_last = source, seed, batch_size, epochs, drop_last
+        self.source, self.seed, self.batch_size, self.epochs, self.drop_last = (
+            source,
+            seed,
+            batch_size,
+            epochs,
+            drop_last,
+        )
         self.epoch = self.step = 0
         self.waiting = Waiting()
-        self._steps = _Steps(source, EpochOrder(len(source), seed, shuffle=shuffle), batch_size, self.steps_per_epoch, rank, ranks)
+        self._steps = _Steps(
+            source,
+            EpochOrder(len(source), seed, shuffle=shuffle),
+            batch_size,
+            self.steps_per_epoch,
+            rank,
+            ranks,
+        )
         self._how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
         self._timeout, self._of_rank = timeout, f" of process {rank}" if ranks > 1 else ""
         if workers:
@@ -131,12 +173,21 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         first = self.epoch * self.steps_per_epoch + self.step
         places = count(first) if self.epochs is None else range(first, len(self))
-        # A generator of its own: DataLoader would take its seed from torch's global one, and so change what training draws.
-        loader = DataLoader(self._steps, batch_size=None, sampler=places, generator=torch.Generator().manual_seed(self.seed), **self._how)
+        # A generator of its own: DataLoader would take its seed from torch's global one, and so
+        # change what training draws.
+        loader = DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=places,
+            generator=torch.Generator().manual_seed(self.seed),
+            **self._how,
+        )
         with _signals_held():
             iterator, loud = _quietly(loader)
         self.waiting.restart()
-        atexit.register(self.close)  # Python's own end would send one SIGTERM to the workers and wait
+        atexit.register(
+            self.close
+        )  # Python's own end would send one SIGTERM to the workers and wait
         try:
             while True:
                 began = time.perf_counter()
@@ -144,7 +195,9 @@ class Loader:
                 self.waiting.add(began, time.perf_counter())
                 if batch is None:
                     return
-                self.epoch, self.step = divmod(self.epoch * self.steps_per_epoch + self.step + 1, self.steps_per_epoch)
+                self.epoch, self.step = divmod(
+                    self.epoch * self.steps_per_epoch + self.step + 1, self.steps_per_epoch
+                )
                 yield batch
         finally:
             atexit.unregister(self.close)
@@ -165,7 +218,9 @@ class Loader:
         self.close()
 
     def state_dict(self) -> dict[str, int]:
-        """The position: of the batch after the last one that was handed out, whatever the workers have read already."""
+        """The position: of the batch after the last one that was handed out, whatever the workers
+        have read already.
+        """
         return {"epoch": self.epoch, "step": self.step, **self._same()}
 
     def load_state_dict(self, state: dict[str, int], *, strict: bool = True) -> None:
@@ -173,7 +228,8 @@ class Loader:
 
         Args:
             state: of ``state_dict``.
-            strict: False: with another batch size, seed or number of pictures go to about the same share of the epoch.
+            strict: False: with another batch size, seed or number of pictures go to about the same
+                share of the epoch.
 
         Raises:
             ConfigError: if it belongs to other data; the message names what differs.
@@ -182,19 +238,31 @@ class Loader:
         different = [name for name, value in self._same().items() if state[name] != value]
         if different and strict:
             name = different[0]
-            raise ConfigError(f"the position was saved with {name} {state[name]}, and {name} is {self._same()[name]} now: "
-                              "the pictures of a step would not be the same")
+            raise ConfigError(
+                f"the position was saved with {name} {state[name]}, and {name} is "
+                f"{self._same()[name]} now: "
+                "the pictures of a step would not be the same"
+            )
         share = state["step"] * state["batch_size"] / state["pictures"]
         step = int(share * len(self.source) / self.batch_size) if different else state["step"]
-        self.epoch, self.step = divmod(state["epoch"] * self.steps_per_epoch + step, self.steps_per_epoch)
+        self.epoch, self.step = divmod(
+            state["epoch"] * self.steps_per_epoch + step, self.steps_per_epoch
+        )
 
     def _same(self) -> dict[str, int]:
-        return {"pictures": len(self.source), "batch_size": self.batch_size, "seed": self.seed, "drop_last": int(self.drop_last)}
+        return {
+            "pictures": len(self.source),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "drop_last": int(self.drop_last),
+        }
 
 
 @dataclass
 class _Failed:
-    """Why there is no batch: errors of data cross from a worker as they are, not as a traceback in a string."""
+    """Why there is no batch: errors of data cross from a worker as they are, not as a traceback in
+    a string.
+    """
 
     message: str
 
@@ -202,8 +270,21 @@ class _Failed:
 class _Steps(Dataset):
     """Item k: the rank's slice of the k-th global batch since the beginning."""
 
-    def __init__(self, source: Source, order: EpochOrder, batch_size: int, steps_per_epoch: int, rank: int, ranks: int):
-        self.source, self.order, self.batch_size, self.steps_per_epoch = source, order, batch_size, steps_per_epoch
+    def __init__(
+        self,
+        source: Source,
+        order: EpochOrder,
+        batch_size: int,
+        steps_per_epoch: int,
+        rank: int,
+        ranks: int,
+    ):
+        self.source, self.order, self.batch_size, self.steps_per_epoch = (
+            source,
+            order,
+            batch_size,
+            steps_per_epoch,
+        )
         self.rank, self.ranks = rank, ranks
 
     def chosen(self, k: int) -> tuple[int, list[int]]:
@@ -215,7 +296,9 @@ class _Steps(Dataset):
     def __getitem__(self, k: int) -> Batch | _Failed:
         epoch, pictures = self.chosen(k)
         try:
-            return self.source.collate([self.source.sample(i, mix(self.order.seed, epoch, i)) for i in pictures])
+            return self.source.collate(
+                [self.source.sample(i, mix(self.order.seed, epoch, i)) for i in pictures]
+            )
         except (DataError, InputError) as error:
             return _Failed(str(error))
 
@@ -235,7 +318,9 @@ def _next(iterator: Any, timeout: float, of_rank: str) -> Batch | None:
             except (RuntimeError, OSError, EOFError) as error:
                 ended = _ended(iterator, of_rank, wait=not isinstance(error, RuntimeError))
                 if given_up.is_set():
-                    names = ", ".join(f"{i} (pid {one.pid})" for i, one in enumerate(iterator._workers))
+                    names = ", ".join(
+                        f"{i} (pid {one.pid})" for i, one in enumerate(iterator._workers)
+                    )
                     raise DataError(
                         f"DataLoader timed out after {timeout:g} s without a batch: workers {names}"
                         f"{of_rank} read too slowly, stood still or waited for the disk. "
@@ -243,7 +328,8 @@ def _next(iterator: Any, timeout: float, of_rank: str) -> Batch | None:
                     ) from error
                 if ended:
                     raise DataError(
-                        f"DataLoader {ended}. Often memory or shared memory (/dev/shm) ran out: lower "
+                        f"DataLoader {ended}. Often memory or shared memory (/dev/shm) ran out: "
+                        f"lower "
                         "data.workers or data.prefetch"
                     ) from error
                 # A bug of the source says "Caught".
@@ -320,7 +406,9 @@ def _on_child(handler: Any) -> bool:
 
 
 def _stop(iterator: Any) -> None:
-    """End the workers now, not when the iterator happens to be collected; one that hangs has been asked before and is killed."""
+    """End the workers now, not when the iterator happens to be collected; one that hangs has been
+    asked before and is killed.
+    """
     if hasattr(iterator, "_shutdown_workers"):
         for worker in iterator._workers:
             worker.terminate = worker.kill  # SIGTERM has another meaning in a worker
@@ -332,9 +420,11 @@ def _stop(iterator: Any) -> None:
 
 
 def _start_worker(number: int) -> None:
-    """Signals that end a run go to all its processes; the training process must get the batch it waits for and save first.
+    """Signals that end a run go to all its processes; the training process must get the batch it
+    waits for and save first.
 
-    Ctrl-C is for the training process alone. The first SIGTERM leaves the worker a minute, the second ends it.
+    Ctrl-C is for the training process alone. The first SIGTERM leaves the worker a minute, the
+    second ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _last_minute)
@@ -365,7 +455,9 @@ def _tell(parent: int, number: int, _: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """A signal that comes while workers start waits, here until all of them run, in a worker until it knows what to do with it."""
+    """A signal that comes while workers start waits, here until all of them run, in a worker until
+    it knows what to do with it.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -1,9 +1,12 @@
-"""Random draws that depend on nothing but the numbers given: no global state, the same in any process.
+"""Random draws that depend on nothing but the numbers given: no global state, the same in any
+process.
 
-Which pictures a step takes. Epoch e visits every picture once, in an order that (seed, e) fixes; any part of it costs only that part.
+Which pictures a step takes. Epoch e visits every picture once, in an order that (seed, e) fixes;
+any part of it costs only that part.
 
-A batch of step s is a run of places of the epoch's order, and ranks take neighbouring slices of that one batch: the pictures of a step do
-not depend on the number of ranks, nor on how often training was interrupted.
+A batch of step s is a run of places of the epoch's order, and ranks take neighbouring slices of
+that one batch: the pictures of a step do not depend on the number of ranks, nor on how often
+training was interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ _MASK = 2**64 - 1
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers (splitmix64, one round a number): neighbours give unrelated seeds."""
+    """A 63-bit seed from several numbers (splitmix64, one round a number): neighbours give
+    unrelated seeds.
+    """
     x = 0
     for number in numbers:
         x = (x + number * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & _MASK
@@ -55,8 +60,9 @@ def integer(rng: torch.Generator, low: int, high: int) -> int:
 
 @contextlib.contextmanager
 def drawing_from(rng: torch.Generator) -> Iterator[None]:
-    """Inside, libraries that draw from the global generators of ``random`` and NumPy depend on ``rng`` alone; afterwards those go on as if
-    nothing had been drawn."""
+    """Inside, libraries that draw from the global generators of ``random`` and NumPy depend on
+    ``rng`` alone; afterwards those go on as if nothing had been drawn.
+    """
     before = random.getstate(), np.random.get_state()
     random.seed(integer(rng, 0, 2**31))
     np.random.seed(integer(rng, 0, 2**31))
@@ -68,7 +74,9 @@ def drawing_from(rng: torch.Generator) -> Iterator[None]:
 
 
 def some(rng: torch.Generator, number: int, of: int) -> list[int]:
-    """``number`` different integers below ``of``; where there are not so many, all of them again and again."""
+    """``number`` different integers below ``of``; where there are not so many, all of them again
+    and again.
+    """
     order = torch.randperm(of, generator=rng).tolist()
     return [order[i % of] for i in range(number)]
 
@@ -79,8 +87,9 @@ _ROUNDS = 8
 class EpochOrder:
     """Permutations of 0 .. length - 1, one for each epoch, without a table.
 
-    A number x = l a + r with a = ceil(sqrt(length)) goes through a Feistel network, (l, r) -> (r, (l + f(r)) mod a), which permutes
-    0 .. a^2 - 1 whatever f is; what falls beyond the length goes through it again (cycle walking), at most a share of 2 / a of the numbers.
+    A number x = l a + r with a = ceil(sqrt(length)) goes through a Feistel network, (l, r) -> (r,
+    (l + f(r)) mod a), which permutes 0 .. a^2 - 1 whatever f is; what falls beyond the length goes
+    through it again (cycle walking), at most a share of 2 / a of the numbers.
 
     Args:
         length: number of pictures.
@@ -116,5 +125,7 @@ def _permuted(x: Any, side: np.uint64, keys: list[int]) -> Any:
 
 
 def rank_slice(size: int, rank: int, ranks: int) -> slice:
-    """The places of a rank in a batch: neighbours, as equal as can be, the slices of all ranks in order are the batch."""
+    """The places of a rank in a batch: neighbours, as equal as can be, the slices of all ranks in
+    order are the batch.
+    """
     return slice(rank * size // ranks, (rank + 1) * size // ranks)

@@ -1,7 +1,10 @@
-"""Superpixels (Felzenszwalb and Huttenlocher, IJCV 2004, by scikit-image), made once and kept in a compact side file.
+"""Superpixels (Felzenszwalb and Huttenlocher, IJCV 2004, by scikit-image), made once and kept in a
+compact side file.
 
-The file is safetensors: for each picture its segment ids, deflated, with height and width before them; ids are at most 16 bits. It is
-read without running code, and a picture's map is decoded when it is asked for."""
+The file is safetensors: for each picture its segment ids, deflated, with height and width before
+them; ids are at most 16 bits. It is read without running code, and a picture's map is decoded when
+it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +33,18 @@ MOST_WORKERS = 1024
 SHORT_SIDE = 224  # pictures are made smaller before they are cut up
 
 
-def superpixels(image: np.ndarray, *, scale: float = 224.0, sigma: float = 0.9, min_size: int = 224) -> np.ndarray:
+def superpixels(
+    image: np.ndarray, *, scale: float = 224.0, sigma: float = 0.9, min_size: int = 224
+) -> np.ndarray:
     """Segment ids uint16 [H, W] of an RGB picture [H, W, 3]."""
     from skimage.segmentation import felzenszwalb
 
     found = felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
     if found.max() > 65535:
-        raise InputError(f"{int(found.max()) + 1} superpixels in one picture; expected at most 65536: raise scale or min_size")
+        raise InputError(
+            f"{int(found.max()) + 1} superpixels in one picture; expected at most 65536: raise "
+            f"scale or min_size"
+        )
     return found.astype(np.uint16)
 
 
@@ -46,13 +54,19 @@ def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.
     Args:
         segments: [H, W]; rows and columns beyond whole patches are left out.
         patch: side in pixels.
-        how: ``majority``: the id that is most frequent in the patch, the smaller one of equals. ``mean``: the integer part of the mean of
-            the ids, as published; it often is an id that occurs nowhere in the patch.
+        how: ``majority``: the id that is most frequent in the patch, the smaller one of equals.
+            ``mean``: the integer part of the mean of the ids, as published; it often is an id that
+            occurs nowhere in the patch.
     """
     if how not in ("majority", "mean"):
         raise ValueError(f"how is {how!r}; expected 'majority' or 'mean'")
     h, w = segments.shape[0] // patch, segments.shape[1] // patch
-    cells = segments[: h * patch, : w * patch].reshape(h, patch, w, patch).transpose(0, 2, 1, 3).reshape(h * w, patch * patch)
+    cells = (
+        segments[: h * patch, : w * patch]
+        .reshape(h, patch, w, patch)
+        .transpose(0, 2, 1, 3)
+        .reshape(h * w, patch * patch)
+    )
     if how == "mean":
         return cells.astype(np.int64).mean(1).astype(np.int64).reshape(h, w)
     names, compact = np.unique(cells, return_inverse=True)
@@ -61,19 +75,29 @@ def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.
     return names[counts.argmax(1)].astype(np.int64).reshape(h, w)
 
 
-def crop_patch_labels(segments: np.ndarray, box: tuple[float, float, float, float], size: int, patch: int,
-                      how: str = "majority") -> np.ndarray:
+def crop_patch_labels(
+    segments: np.ndarray,
+    box: tuple[float, float, float, float],
+    size: int,
+    patch: int,
+    how: str = "majority",
+) -> np.ndarray:
     """``patch_labels`` of a crop, resized to ``size`` by nearest pixels.
 
     Args:
         segments: [H, W] of the whole picture, at any resolution.
-        box: left, top, right, bottom as shares of the picture; rows and columns that it touches belong to the crop, and where fewer than
-            two would be left, the whole map does.
+        box: left, top, right, bottom as shares of the picture; rows and columns that it touches
+            belong to the crop, and where fewer than two would be left, the whole map does.
         size, patch: of the crop in pixels.
         how: see ``patch_labels``.
     """
     H, W = segments.shape
-    left, top, right, bottom = int(box[0] * W), int(box[1] * H), math.ceil(box[2] * W), math.ceil(box[3] * H)
+    left, top, right, bottom = (
+        int(box[0] * W),
+        int(box[1] * H),
+        math.ceil(box[2] * W),
+        math.ceil(box[3] * H),
+    )
     crop = segments[top:bottom, left:right]
     crop = segments if min(crop.shape, default=0) < 2 else crop
     rows, columns = (np.arange(size) * side // size for side in crop.shape)
@@ -81,19 +105,26 @@ def crop_patch_labels(segments: np.ndarray, box: tuple[float, float, float, floa
 
 
 def stored_key(key: str) -> str:
-    """A picture's key in the side file, which is UTF-8: bytes of a file name that are not are written as ``\\xff``."""
+    """A picture's key in the side file, which is UTF-8: bytes of a file name that are not are
+    written as ``\\xff``.
+    """
     return os.fsencode(key).decode("utf-8", "backslashreplace")
 
 
 class SuperpixelFile:
-    """A side file of ``write_superpixels``. Pickled, it is its path: worker processes open it themselves."""
+    """A side file of ``write_superpixels``.
+
+    Pickled, it is its path: worker processes open it themselves.
+    """
 
     def __init__(self, path: str | Path):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
         if (what := no_file(path)) is not None:
-            raise DataError(f"superpixel file {str(path)!r} {what}; expected one of ovseg data superpixels")
+            raise DataError(
+                f"superpixel file {str(path)!r} {what}; expected one of ovseg data superpixels"
+            )
         try:
             self._file = safe_open(self.path, framework="np")
             self._keys = set(self._file.keys())
@@ -123,18 +154,38 @@ class SuperpixelFile:
             data = zlib.decompress(raw[8:], bufsize=2 * height * width + 1)
             return np.frombuffer(data, np.uint16).reshape(height, width)
         except (zlib.error, ValueError) as error:
-            raise DataError(f"{self.path}: the superpixels of {key!r} are damaged: {error}") from error
+            raise DataError(
+                f"{self.path}: the superpixels of {key!r} are damaged: {error}"
+            ) from error
 
-    def patches(self, key: str, box: tuple[float, float, float, float], size: int, patch: int, how: str = "majority") -> np.ndarray:
+    def patches(
+        self,
+        key: str,
+        box: tuple[float, float, float, float],
+        size: int,
+        patch: int,
+        how: str = "majority",
+    ) -> np.ndarray:
         return crop_patch_labels(self[key], box, size, patch, how)
 
 
-def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, workers: int = 1, progress: bool = False, scale: float = 224.0,
-                      sigma: float = 0.9, min_size: int = 224, max_pixels: int = MAX_PIXELS) -> tuple[int, list[str]]:
-    """Cut up pictures (key, file) into a side file; returns how many, and what could not be, a line each. The file appears by rename.
+def write_superpixels(
+    pictures: Iterable[tuple[str, Path]],
+    path: Path,
+    *,
+    workers: int = 1,
+    progress: bool = False,
+    scale: float = 224.0,
+    sigma: float = 0.9,
+    min_size: int = 224,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[int, list[str]]:
+    """Cut up pictures (key, file) into a side file; returns how many, and what could not be, a line
+    each. The file appears by rename.
 
     Raises:
-        InputError: for options that mean nothing, and a file that cannot be written, before anything is cut up.
+        InputError: for options that mean nothing, and a file that cannot be written, before
+            anything is cut up.
         DataError: if no picture could be.
         MissingLibrary: without scikit-image.
     """
@@ -142,29 +193,56 @@ def write_superpixels(pictures: Iterable[tuple[str, Path]], path: Path, *, worke
 
     require("skimage", "cutting up pictures")
     if not (0 < scale < math.inf and 0 <= sigma < math.inf and min_size >= 1):
-        raise InputError(f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive number, one from 0, and at least 1")
+        raise InputError(
+            f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive "
+            f"number, one from 0, and at least 1"
+        )
     within("workers", workers, 1, MOST_WORKERS, InputError)
     file_for(path, "superpixel file")
     jobs = [(key, file, scale, sigma, min_size, max_pixels) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) if workers > 1 else nullcontext() as pool:
+    with (
+        ProcessPoolExecutor(workers, initializer=_end_with_parent)
+        if workers > 1
+        else nullcontext() as pool
+    ):
         results = map(_cut, jobs) if pool is None else pool.map(_cut, jobs, chunksize=16)
         try:
-            for key, data, error in bar(results, total=len(jobs), show=progress, unit="picture", desc="superpixels"):
+            for key, data, error in bar(
+                results, total=len(jobs), show=progress, unit="picture", desc="superpixels"
+            ):
                 if data is None:
                     bad.append(error)
                 elif stored_key(key) in found:
-                    bad.append(f"{key!r} and another picture would both be kept as {stored_key(key)!r}; expected names in UTF-8")
+                    bad.append(
+                        f"{key!r} and another picture would both be kept as {stored_key(key)!r}; "
+                        f"expected names in UTF-8"
+                    )
                 else:
                     found[stored_key(key)] = np.frombuffer(data, np.uint8)
         except BrokenProcessPool as error:
-            raise DataError(f"a process that cuts up pictures was killed after {len(found)} of {len(jobs)}, often for want of memory; "
-                            "expected fewer workers, or smaller pictures") from error
+            raise DataError(
+                f"a process that cuts up pictures was killed after {len(found)} of {len(jobs)}, "
+                f"often for want of memory; "
+                "expected fewer workers, or smaller pictures"
+            ) from error
     if not found:
-        raise DataError(f"none of {len(jobs)} pictures could be cut up" + (f"; the first: {bad[0]}" if bad else ""))
+        raise DataError(
+            f"none of {len(jobs)} pictures could be cut up"
+            + (f"; the first: {bad[0]}" if bad else "")
+        )
     with replacing(path) as part:
-        save_file(found, part, {"method": "felzenszwalb", "scale": str(scale), "sigma": str(sigma), "min_size": str(min_size)})
+        save_file(
+            found,
+            part,
+            {
+                "method": "felzenszwalb",
+                "scale": str(scale),
+                "sigma": str(sigma),
+                "min_size": str(min_size),
+            },
+        )
     return len(found), bad
 
 
@@ -188,7 +266,9 @@ def _cut(job: tuple[str, Path, float, float, int, int]) -> tuple[str, bytes | No
     try:
         image = read_image(file, max_pixels=max_pixels)
         factor = min(1.0, SHORT_SIDE / min(image.size))
-        small = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))))
+        small = image.resize(
+            (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        )
         ids = superpixels(np.asarray(small), scale=scale, sigma=sigma, min_size=min_size)
     except (InputError, ValueError, MemoryError) as error:
         told = str(error) or type(error).__name__

@@ -1,6 +1,7 @@
 """Characters in a name that nobody sees: line breaks, control characters, signs without width.
 
-Prompt templates: sets of format strings with one ``{}`` for the label. Text features are averaged over a set.
+Prompt templates: sets of format strings with one ``{}`` for the label. Text features are averaged
+over a set.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def invisible_in(text: str) -> str | None:
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "label": ("{}",),
     "simple": ("a photo of a {}.",),
-    "scenes": ("{}", "a photo of {}", "there is {}"),  # labels bring their article: 'a red seven', 'gravel'
+    "scenes": (
+        "{}",
+        "a photo of {}",
+        "there is {}",
+    ),  # labels bring their article: 'a red seven', 'gravel'
     "pacl7": (  # the seven that PACL takes from CLIP's notebook on prompts
         "itap of a {}.",
         "a bad photo of the {}.",
@@ -56,7 +61,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "zegclip1": ("a photo of a {}",),  # without a full stop
     "zegclip15": (
-        *(f"{start} a {size}{{}}." for start in ("a photo of", "This is a photo of") for size in ("", "small ", "medium ", "large ")),
+        *(
+            f"{start} a {size}{{}}."
+            for start in ("a photo of", "This is a photo of")
+            for size in ("", "small ", "medium ", "large ")
+        ),
         "a {} in the scene.",
         "a photo of a {} in the scene.",
         "There is a {} in the scene.",
@@ -70,7 +79,8 @@ NAMES = (*TEMPLATES, "clip80")
 
 
 def templates(which: str | Sequence[str]) -> tuple[str, ...]:
-    """A named set (``clip80`` is CLIP's 80 for ImageNet, read from open_clip) or the given format strings, checked.
+    """A named set (``clip80`` is CLIP's 80 for ImageNet, read from open_clip) or the given format
+    strings, checked.
 
     Raises:
         InputError: as ``check_templates``.
@@ -85,24 +95,38 @@ def check_templates(which: Any) -> None:
     """Whether that is a named set or a list of format strings.
 
     Raises:
-        InputError: for an unknown name, an empty list, what is no text, or a template without exactly one ``{}`` or with a line break or
-            another invisible character.
+        InputError: for an unknown name, an empty list, what is no text, or a template without
+            exactly one ``{}`` or with a line break or another invisible character.
     """
     if isinstance(which, str):
         if which not in NAMES:
-            raise InputError(f"templates is {which!r}; expected one of {list(NAMES)} or a list of format strings")
+            raise InputError(
+                f"templates is {which!r}; expected one of {list(NAMES)} or a list of format strings"
+            )
         return
     if not isinstance(which, (list, tuple)):
-        raise InputError(f"templates is a {type(which).__name__}; expected one of {list(NAMES)} or a list of format strings")
+        raise InputError(
+            f"templates is a {type(which).__name__}; expected one of {list(NAMES)} or a list of "
+            f"format strings"
+        )
     if not which:
-        raise InputError("templates is empty; expected at least one format string such as 'a photo of a {}.'")
+        raise InputError(
+            "templates is empty; expected at least one format string such as 'a photo of a {}.'"
+        )
     for i, template in enumerate(which):
         if not isinstance(template, str):
-            raise InputError(f"templates[{i}] is a {type(template).__name__}; expected a format string such as 'a photo of a {{}}.'")
+            raise InputError(
+                f"templates[{i}] is a {type(template).__name__}; expected a format string such as "
+                f"'a photo of a {{}}.'"
+            )
         if template.count("{}") != 1:
-            raise InputError(f"template {template!r} holds {template.count('{}')} '{{}}'; expected exactly one")
+            raise InputError(
+                f"template {template!r} holds {template.count('{}')} '{{}}'; expected exactly one"
+            )
         if "{" in template.replace("{}", "") or "}" in template.replace("{}", ""):
-            raise InputError(f"template {template!r} holds other braces than its '{{}}'; expected none")
+            raise InputError(
+                f"template {template!r} holds other braces than its '{{}}'; expected none"
+            )
         if (hidden := invisible_in(template)) is not None:
             raise InputError(f"template {template!r} holds {hidden}; expected one without it")
 
@@ -111,6 +135,8 @@ def _clip80() -> tuple[str, ...]:
     try:
         from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"templates 'clip80' come from open_clip, which does not import ({first_line(error)}): "
-                          "pip install 'ovseg-kernels[models]', with torch and torchvision of one release") from error
+        raise ImportError(
+            f"templates 'clip80' come from open_clip, which does not import ({first_line(error)}): "
+            "pip install 'ovseg-kernels[models]', with torch and torchvision of one release"
+        ) from error
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)

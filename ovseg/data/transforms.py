@@ -1,8 +1,11 @@
-"""Augmentation on torchvision.transforms.v2: pictures and what lies over them as ``tv_tensors.Mask`` change together.
+"""Augmentation on torchvision.transforms.v2: pictures and what lies over them as
+``tv_tensors.Mask`` change together.
 
-v2's own classes draw from torch's global generator; ours draw from one that is given and call v2's functions, so that a picture looks
-the same in any process. Superpixels and class masks are both a ``Mask``: resized by nearest pixels, moved as the picture is.
-torchvision is imported when the first transform is made."""
+v2's own classes draw from torch's global generator; ours draw from one that is given and call v2's
+functions, so that a picture looks the same in any process. Superpixels and class masks are both a
+``Mask``: resized by nearest pixels, moved as the picture is. torchvision is imported when the first
+transform is made.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ from .sampling import drawing_from, integer, uniform
 MOST_RATIO = 1000.0  # of a crop's sides
 _INTERPOLATIONS = ("bicubic", "bilinear")
 # timm leaves out in silence what it does not know.
-_POLICY = re.compile(r"rand(-(m\d{1,2}|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|n\d{1,2}|p[01](\.\d+)?|inc[01]|tweights))*")
+_POLICY = re.compile(
+    r"rand(-(m\d{1,2}|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|n\d{1,2}|p[01](\.\d+)?|inc[01]|tweights))*"
+)
 Items = tuple[Any, ...]  # a tv_tensors.Image uint8 [3, H, W], then Masks [1, H, W]
 
 
@@ -31,23 +36,36 @@ def functional() -> ModuleType:
     try:
         from torchvision.transforms.v2 import functional as F
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a release for another torch
-        raise ImportError("pictures from files are augmented by torchvision, which does not import: "
-                          f"{first_line(error)}; expected a release that belongs to this torch, "
-                          "pip install 'ovseg-kernels[models]'") from error
+        raise ImportError(
+            "pictures from files are augmented by torchvision, which does not import: "
+            f"{first_line(error)}; expected a release that belongs to this torch, "
+            "pip install 'ovseg-kernels[models]'"
+        ) from error
     return F
 
 
 def as_items(image: Image.Image | torch.Tensor, *masks: np.ndarray | torch.Tensor) -> Items:
-    """The picture and its maps [H, W] as v2 knows them. A map of another size than the picture is resized to it by nearest pixels."""
+    """The picture and its maps [H, W] as v2 knows them.
+
+    A map of another size than the picture is resized to it by nearest pixels.
+    """
     F = functional()
     from torchvision import tv_tensors
 
-    pixels = image if isinstance(image, torch.Tensor) else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = (
+        image
+        if isinstance(image, torch.Tensor)
+        else torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    )
     items: list[Any] = [tv_tensors.Image(pixels)]
     for mask in masks:
         ids = torch.as_tensor(mask.astype(np.int32) if isinstance(mask, np.ndarray) else mask)
         item = tv_tensors.Mask(ids[None])
-        items.append(item if item.shape[-2:] == pixels.shape[-2:] else F.resize(item, list(pixels.shape[-2:])))
+        items.append(
+            item
+            if item.shape[-2:] == pixels.shape[-2:]
+            else F.resize(item, list(pixels.shape[-2:]))
+        )
     return tuple(items)
 
 
@@ -65,7 +83,8 @@ class PairAugment:
         ratio: width by height of the crop before it is made a square.
         interpolation: of the crop: bicubic or bilinear, both with antialias.
         flip: how often it is mirrored.
-        rand_augment: a policy in timm's words, ``rand-m9-mstd0.5-inc1``; None for none. Not with superpixels, which would not follow.
+        rand_augment: a policy in timm's words, ``rand-m9-mstd0.5-inc1``; None for none. Not with
+            superpixels, which would not follow.
         erase: how often a rectangle of it becomes noise.
     """
 
@@ -84,19 +103,33 @@ class PairAugment:
             if not 0 <= share <= 1:
                 raise ValueError(f"augment.{name} is {share}; expected a share, 0 to 1")
         if self.interpolation not in _INTERPOLATIONS:
-            raise ValueError(f"augment.interpolation is {self.interpolation!r}; expected one of {list(_INTERPOLATIONS)}")
+            raise ValueError(
+                f"augment.interpolation is {self.interpolation!r}; expected one of "
+                f"{list(_INTERPOLATIONS)}"
+            )
         if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
-            raise ValueError(f"augment.rand_augment is {self.rand_augment!r}; expected a policy such as 'rand-m9-mstd0.5-inc1': magnitude "
-                             "m up to 99, its deviation mstd, its bound mmax, n changes up to 99, each with probability p, inc1, tweights")
+            raise ValueError(
+                f"augment.rand_augment is {self.rand_augment!r}; expected a policy such as "
+                f"'rand-m9-mstd0.5-inc1': magnitude "
+                "m up to 99, its deviation mstd, its bound mmax, n changes up to 99, each with "
+                "probability p, inc1, tweights"
+            )
 
 
 class RandomResizedCrop:
     """A crop of random area, shape and place, resized to a square with antialias.
 
-    Ten tries for a crop that fits, as everywhere; then the largest one in the middle whose shape is allowed.
+    Ten tries for a crop that fits, as everywhere; then the largest one in the middle whose shape is
+    allowed.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: str = "bicubic"):
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        interpolation: str = "bicubic",
+    ):
         self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
 
     def box(self, rng: torch.Generator, height: int, width: int) -> tuple[int, int, int, int]:
@@ -115,7 +148,10 @@ class RandomResizedCrop:
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
         F = functional()
         box, how = self.box(rng, *items[0].shape[-2:]), _interpolation(self.interpolation)
-        return tuple(F.resized_crop(item, *box, [self.size, self.size], interpolation=how, antialias=True) for item in items)
+        return tuple(
+            F.resized_crop(item, *box, [self.size, self.size], interpolation=how, antialias=True)
+            for item in items
+        )
 
 
 class RandomFlip:
@@ -131,7 +167,8 @@ class RandomFlip:
 
 
 class RandAugment:
-    """timm's RandAugment (Cubuk et al., arXiv:1909.13719): changes of colours and of geometry, by a policy in its words.
+    """timm's RandAugment (Cubuk et al., arXiv:1909.13719): changes of colours and of geometry, by a
+    policy in its words.
 
     Args:
         policy: see ``PairAugment.rand_augment``.
@@ -140,20 +177,32 @@ class RandAugment:
         interpolation: of what is moved.
     """
 
-    def __init__(self, policy: str, size: int, mean: Sequence[float], interpolation: str = "bicubic"):
+    def __init__(
+        self, policy: str, size: int, mean: Sequence[float], interpolation: str = "bicubic"
+    ):
         try:
             from timm.data.auto_augment import rand_augment_transform
-        except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision for another torch
-            raise ImportError(f"augment.rand_augment is timm's, which does not import ({first_line(error)}): "
-                              "pip install 'ovseg-kernels[models]', or leave it null") from error
+        except (
+            ImportError,
+            RuntimeError,
+        ) as error:  # RuntimeError: of a torchvision for another torch
+            raise ImportError(
+                f"augment.rand_augment is timm's, which does not import ({first_line(error)}): "
+                "pip install 'ovseg-kernels[models]', or leave it null"
+            ) from error
         colour = tuple(min(255, round(255 * x)) for x in mean)
         how = getattr(Image.Resampling, interpolation.upper())
-        self.change = rand_augment_transform(policy, {"translate_const": int(0.45 * size), "img_mean": colour, "interpolation": how})
+        self.change = rand_augment_transform(
+            policy, {"translate_const": int(0.45 * size), "img_mean": colour, "interpolation": how}
+        )
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
         if len(items) != 1:
-            raise ValueError(f"augment.rand_augment moves the picture and {len(items) - 1} maps lie over it, which would not follow; "
-                             "expected none, or rand_augment null")
+            raise ValueError(
+                f"augment.rand_augment moves the picture and {len(items) - 1} maps lie over it, "
+                f"which would not follow; "
+                "expected none, or rand_augment null"
+            )
         F = functional()
         from torchvision import tv_tensors
 
@@ -162,19 +211,25 @@ class RandAugment:
 
 
 class RandomErasing:
-    """With probability ``share`` a rectangle becomes noise (Zhong et al., arXiv:1708.04896), as timm's mode ``pixel`` does: 1/50 to 1/3 of
-    the area, 0.3 to 1 / 0.3 wide by high, ten tries; every value of it N(0, 1) once normalised, cut off where 8 bits end.
+    """With probability ``share`` a rectangle becomes noise (Zhong et al., arXiv:1708.04896), as
+    timm's mode ``pixel`` does: 1/50 to 1/3 of the area, 0.3 to 1 / 0.3 wide by high, ten tries;
+    every value of it N(0, 1) once normalised, cut off where 8 bits end.
     """
 
     def __init__(self, share: float, mean: Sequence[float], std: Sequence[float]):
         self.share, self.mean, self.std = share, mean, std
 
-    def box(self, rng: torch.Generator, height: int, width: int) -> tuple[int, int, int, int] | None:
+    def box(
+        self, rng: torch.Generator, height: int, width: int
+    ) -> tuple[int, int, int, int] | None:
         """(top, left, height, width), or None."""
         if uniform(rng) >= self.share:
             return None
         for _ in range(10):
-            area, shape = height * width * uniform(rng, 0.02, 1 / 3), float(np.exp(uniform(rng, np.log(0.3), -np.log(0.3))))
+            area, shape = (
+                height * width * uniform(rng, 0.02, 1 / 3),
+                float(np.exp(uniform(rng, np.log(0.3), -np.log(0.3)))),
+            )
             h, w = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
             if 0 < h < height and 0 < w < width:
                 return integer(rng, 0, height - h + 1), integer(rng, 0, width - w + 1), h, w
@@ -186,7 +241,9 @@ class RandomErasing:
             return items
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.mean, self.std))
         noise = torch.randn(3, *box[2:], generator=rng) * std + mean
-        return functional().erase(items[0], *box, (255 * noise).round().clamp(0, 255).to(torch.uint8)), *items[1:]
+        return functional().erase(
+            items[0], *box, (255 * noise).round().clamp(0, 255).to(torch.uint8)
+        ), *items[1:]
 
 
 class Compose:
@@ -201,11 +258,18 @@ class Compose:
         return items
 
 
-def pair_transform(options: PairAugment, size: int, mean: Sequence[float], std: Sequence[float]) -> Compose:
-    """What ``PairAugment`` says, to pictures of ``size`` pixels, for a model that normalises by ``mean`` and ``std``."""
+def pair_transform(
+    options: PairAugment, size: int, mean: Sequence[float], std: Sequence[float]
+) -> Compose:
+    """What ``PairAugment`` says, to pictures of ``size`` pixels, for a model that normalises by
+    ``mean`` and ``std``.
+    """
     functional()
     options.check()
-    steps: list[Any] = [RandomResizedCrop(size, options.scale, options.ratio, options.interpolation), RandomFlip(options.flip)]
+    steps: list[Any] = [
+        RandomResizedCrop(size, options.scale, options.ratio, options.interpolation),
+        RandomFlip(options.flip),
+    ]
     if options.rand_augment is not None:
         steps.append(RandAugment(options.rand_augment, size, mean, options.interpolation))
     if options.erase:
@@ -222,4 +286,7 @@ def _interpolation(name: str) -> Any:
 def checked_range(name: str, values: Sequence[float], low: float, high: float) -> None:
     """A pair of numbers in order, within bounds; the error is a ``ValueError`` that names it."""
     if len(values) != 2 or not low < values[0] <= values[1] <= high:
-        raise ValueError(f"{name} is {list(values)}; expected two numbers in order, above {low:g} and up to {high:g}")
+        raise ValueError(
+            f"{name} is {list(values)}; expected two numbers in order, above {low:g} and up to "
+            f"{high:g}"
+        )

@@ -1,4 +1,6 @@
-"""Zero-shot image classification through the same texts: pictures in one folder for each class, as torchvision's ImageFolder has them."""
+"""Zero-shot image classification through the same texts: pictures in one folder for each class, as
+torchvision's ImageFolder has them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class ClassFolders:
 
     Args:
         root: its sub-folders, sorted, are the classes.
-        labels: texts of the classes in that order; by default the folders' names, with spaces for underscores.
+        labels: texts of the classes in that order; by default the folders' names, with spaces for
+            underscores.
 
     Attributes:
         items: (picture, class).
@@ -44,37 +47,74 @@ class ClassFolders:
         if (what := no_folder(self.root)) is not None:
             raise NoData(f"{self.root} {what}; expected a folder with a sub-folder for each class")
         own = OwnResults()
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not hidden(path.name))
+        folders = sorted(
+            path for path in self.root.iterdir() if path.is_dir() and not hidden(path.name)
+        )
         seen = [look(folder) for folder in folders]
-        runs = [folder.root for folder in seen if not folder.pictures and is_folder_of_results(folder.root)]
+        runs = [
+            folder.root
+            for folder in seen
+            if not folder.pictures and is_folder_of_results(folder.root)
+        ]
         if runs:
-            logger.warning("%s: %d folders hold results of ovseg and no picture, and are no classes: %s", self.root, len(runs),
-                           ", ".join(path.name for path in runs))
+            logger.warning(
+                "%s: %d folders hold results of ovseg and no picture, and are no classes: %s",
+                self.root,
+                len(runs),
+                ", ".join(path.name for path in runs),
+            )
         folders = [folder for folder in folders if folder not in runs]
         seen = [folder for folder in seen if folder.root not in runs]
-        self.items = [(folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures]
-        beside = [path for path in sorted(self.root.iterdir()) if not path.is_dir() and not hidden(path.name)
-                  and path.suffix.lower() in (*SUFFIXES, *UNREAD) and not own.holds(path)]
-        self.bad = [line for folder in seen for line in folder.bad] + [f"{path}: a picture in no class's folder" for path in beside]
+        self.items = [
+            (folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures
+        ]
+        beside = [
+            path
+            for path in sorted(self.root.iterdir())
+            if not path.is_dir()
+            and not hidden(path.name)
+            and path.suffix.lower() in (*SUFFIXES, *UNREAD)
+            and not own.holds(path)
+        ]
+        self.bad = [line for folder in seen for line in folder.bad] + [
+            f"{path}: a picture in no class's folder" for path in beside
+        ]
         if not self.items:
             found = f"; in the first: {seen[0].found()}" if seen else ""
-            raise DataError(f"{self.root} holds {len(folders)} sub-folders and no picture in them{found}; expected one for each class")
+            raise DataError(
+                f"{self.root} holds {len(folders)} sub-folders and no picture in them{found}; "
+                f"expected one for each class"
+            )
         empty = [folder.root.name for folder in seen if not folder.pictures]
         if empty:
-            logger.warning("%s: %d of %d class folders hold no picture, the first: %s", self.root, len(empty), len(folders), empty[0])
-        left_out = Folder(self.root, hidden=[path.name for path in self.root.iterdir() if hidden(path.name)]
-                          + [name for folder in seen for name in folder.hidden],
-                          results=[f"{folder.root.name}/{name}" for folder in seen for name in folder.results])
+            logger.warning(
+                "%s: %d of %d class folders hold no picture, the first: %s",
+                self.root,
+                len(empty),
+                len(folders),
+                empty[0],
+            )
+        left_out = Folder(
+            self.root,
+            hidden=[path.name for path in self.root.iterdir() if hidden(path.name)]
+            + [name for folder in seen for name in folder.hidden],
+            results=[f"{folder.root.name}/{name}" for folder in seen for name in folder.results],
+        )
         for line in left_out.left_out():
             logger.warning("%s", line)
         self.labels = labels or LabelSet.of([folder.name.replace("_", " ") for folder in folders])
         if len(self.labels) != len(folders):
-            raise InputError(f"labels holds {len(self.labels)} classes and {self.root} {len(folders)} folders; expected one for each")
+            raise InputError(
+                f"labels holds {len(self.labels)} classes and {self.root} {len(folders)} folders; "
+                f"expected one for each"
+            )
 
 
 @dataclass
 class Classification:
-    """``summary`` with top-1, top-5 and the mean over classes of top-1 in percent; ``matrix`` [truth, prediction] counts."""
+    """``summary`` with top-1, top-5 and the mean over classes of top-1 in percent; ``matrix``
+    [truth, prediction] counts.
+    """
 
     summary: dict[str, Any]
     labels: LabelSet
@@ -83,17 +123,38 @@ class Classification:
 
     def to_dict(self) -> dict[str, Any]:
         of_class = self.matrix.sum(1)
-        rows = {name: {"pictures": int(of_class[i]), "top1": round(100 * float(self.matrix[i, i]) / max(1, int(of_class[i])), 2)}
-                for i, name in enumerate(self.labels.names)}
-        return {"summary": self.summary, "classes": rows, "skipped": self.skipped, "confusion": self.matrix.tolist()}
+        rows = {
+            name: {
+                "pictures": int(of_class[i]),
+                "top1": round(100 * float(self.matrix[i, i]) / max(1, int(of_class[i])), 2),
+            }
+            for i, name in enumerate(self.labels.names)
+        }
+        return {
+            "summary": self.summary,
+            "classes": rows,
+            "skipped": self.skipped,
+            "confusion": self.matrix.tolist(),
+        }
 
 
 @torch.no_grad()
-def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: bool = False, limit: int | None = None,
-                            progress: bool = False, **options: Any) -> Classification:
-    """The class whose best text is the most similar to the picture, by ``model.similarity``; ``options`` as of ``Predictor``."""
+def evaluate_classification(
+    model: OVSegModel,
+    data: ClassFolders,
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Classification:
+    """The class whose best text is the most similar to the picture, by ``model.similarity``;
+    ``options`` as of ``Predictor``.
+    """
     if data.bad and not skip_bad:
-        raise DataError(f"{data.bad[0]}; --skip-bad leaves such pictures out, and says so in the results")
+        raise DataError(
+            f"{data.bad[0]}; --skip-bad leaves such pictures out, and says so in the results"
+        )
     predictor = Predictor(model, data.labels, **options)
     count = len(data.labels)
     matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
@@ -102,7 +163,13 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: 
     skipped: list[str] = list(data.bad) if skip_bad and rank == 0 else []
     failures: list[str] = []
     place = {name: i for i, name in enumerate(data.labels.names)}
-    for i in bar(range(rank, total, world), show=progress and rank == 0, unit="picture", desc=f"classify by {model.name}", leave=False):
+    for i in bar(
+        range(rank, total, world),
+        show=progress and rank == 0,
+        unit="picture",
+        desc=f"classify by {model.name}",
+        leave=False,
+    ):
         path, truth = data.items[i]
         try:
             order = [place[name] for name in predictor.set_image(path).classify()]
@@ -115,13 +182,18 @@ def evaluate_classification(model: OVSegModel, data: ClassFolders, *, skip_bad: 
         in_five += truth in order[:5]
     failures = distributed.gather_strings(failures)
     if failures:
-        raise DataError(f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results")
+        raise DataError(
+            f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results"
+        )
     skipped = distributed.gather_strings(skipped)
     distributed.all_reduce_sum(matrix)
     distributed.all_reduce_sum(in_five)
     pictures = int(matrix.sum())
     if pictures == 0:
-        raise DataError(f"{data.root}: none of {total} pictures could be used; the first: {skipped[0] if skipped else 'there is none'}")
+        raise DataError(
+            f"{data.root}: none of {total} pictures could be used; the first: "
+            f"{skipped[0] if skipped else 'there is none'}"
+        )
     of_class = matrix.sum(1)
     each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
     summary = {"model": model.name, "data": str(data.root), "pictures": pictures, "classes": count,

@@ -1,7 +1,11 @@
-"""Segmentation metrics from integer histograms over the whole data set. Histograms of several processes are added.
+"""Segmentation metrics from integer histograms over the whole data set.
 
-IoU is derived from one confusion matrix as mmsegmentation does it, and the tests hold it to torchmetrics: per class over all pixels of the
-data set; classes that neither occur nor are predicted are left out of the mean."""
+Histograms of several processes are added.
+
+IoU is derived from one confusion matrix as mmsegmentation does it, and the tests hold it to
+torchmetrics: per class over all pixels of the data set; classes that neither occur nor are
+predicted are left out of the mean.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,8 @@ class Scores:
     Attributes:
         classes: names.
         iou, accuracy: [C]; accuracy is the share of a class's pixels that carry its label.
-        matrix: [C, C] counts [truth, prediction], or [C, C + 1] where predictions may be no label at all.
+        matrix: [C, C] counts [truth, prediction], or [C, C + 1] where predictions may be no label
+            at all.
     """
 
     classes: tuple[str, ...]
@@ -49,29 +54,38 @@ class Scores:
 
 
 class ConfusionMatrix:
-    """Integer counts [truth, prediction], summed over pictures; sums of several processes may be added.
+    """Integer counts [truth, prediction], summed over pictures; sums of several processes may be
+    added.
 
     Args:
         classes: names in the order of the label integers.
         ignore_index: truth pixels with this value are left out.
-        none: whether a prediction may be -1, no label: wrong everywhere, counted in a column of its own.
+        none: whether a prediction may be -1, no label: wrong everywhere, counted in a column of its
+            own.
     """
 
     def __init__(self, classes: Sequence[str], ignore_index: int = 255, *, none: bool = False):
         self.classes, self.ignore_index, self.none = tuple(classes), ignore_index, none
         self.counts = np.zeros((len(self.classes), len(self.classes) + none), np.int64)
 
-    def update(self, prediction: torch.Tensor | np.ndarray, truth: torch.Tensor | np.ndarray) -> None:
+    def update(
+        self, prediction: torch.Tensor | np.ndarray, truth: torch.Tensor | np.ndarray
+    ) -> None:
         """Add label maps of one shape.
 
         Raises:
-            InputError: for unequal shapes, or labels outside the classes (in ``truth``, other than ignore_index).
+            InputError: for unequal shapes, or labels outside the classes (in ``truth``, other than
+                ignore_index).
         """
-        prediction, truth = kept_pixels(prediction, truth, len(self.classes), self.ignore_index, none=self.none)
+        prediction, truth = kept_pixels(
+            prediction, truth, len(self.classes), self.ignore_index, none=self.none
+        )
         if not len(truth):
             return
         rows, columns = self.counts.shape
-        cells = truth * columns + torch.where(prediction < 0, rows, prediction)  # no label at all is the last column
+        cells = truth * columns + torch.where(
+            prediction < 0, rows, prediction
+        )  # no label at all is the last column
         self.counts += torch.bincount(cells, minlength=rows * columns).view(rows, columns).numpy()
 
     def scores(self) -> Scores:
@@ -85,11 +99,14 @@ class ConfusionMatrix:
 
 
 class BoundaryCounts:
-    """Boundary IoU (Cheng et al., arXiv:2103.16562): IoU over the pixels that lie near a contour, in truth and in prediction.
+    """Boundary IoU (Cheng et al., arXiv:2103.16562): IoU over the pixels that lie near a contour,
+    in truth and in prediction.
 
-        G_c = pixels of class c within d of another label (or of the border of the picture), P_c likewise;  |G_c & P_c| / |G_c | P_c|
+        G_c = pixels of class c within d of another label (or of the border of the picture), P_c
+        likewise;  |G_c & P_c| / |G_c | P_c|
 
-    d is 2 % of the diagonal, in the chessboard distance of d erosions by 3 x 3. Pixels that are not counted bound their neighbours.
+    d is 2 % of the diagonal, in the chessboard distance of d erosions by 3 x 3. Pixels that are not
+    counted bound their neighbours.
 
     Args:
         classes: names.
@@ -99,15 +116,22 @@ class BoundaryCounts:
 
     def __init__(self, classes: Sequence[str], ignore_index: int = 255, *, share: float = 0.02):
         self.classes, self.ignore_index, self.share = tuple(classes), ignore_index, share
-        self.counts = np.zeros((3, len(self.classes)), np.int64)  # in both, in the truth, in the prediction
+        self.counts = np.zeros(
+            (3, len(self.classes)), np.int64
+        )  # in both, in the truth, in the prediction
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Add label maps of one shape; predictions of -1 are no label."""
         kept_pixels(prediction, truth, len(self.classes), self.ignore_index, none=True)
         distance = max(1, round(self.share * float(np.hypot(*truth.shape))))
-        counted, near = truth != self.ignore_index, contour_band(truth, distance) & (truth != self.ignore_index)
+        counted, near = (
+            truth != self.ignore_index,
+            contour_band(truth, distance) & (truth != self.ignore_index),
+        )
         guessed = contour_band(prediction, distance) & counted & (prediction >= 0)
-        for row, labels in enumerate((truth[near & guessed & (truth == prediction)], truth[near], prediction[guessed])):
+        for row, labels in enumerate(
+            (truth[near & guessed & (truth == prediction)], truth[near], prediction[guessed])
+        ):
             self.counts[row] += np.bincount(labels, minlength=len(self.classes))
 
     def iou(self) -> np.ndarray:
@@ -119,7 +143,9 @@ class BoundaryCounts:
 
 
 def contour_band(labels: np.ndarray, distance: int) -> np.ndarray:
-    """Pixels with another label, or the end of the picture, within ``distance`` in rows and columns."""
+    """Pixels with another label, or the end of the picture, within ``distance`` in rows and
+    columns.
+    """
     from scipy.ndimage import maximum_filter, minimum_filter
 
     labels, size = labels.astype(np.int32), 2 * distance + 1
@@ -128,9 +154,11 @@ def contour_band(labels: np.ndarray, distance: int) -> np.ndarray:
 
 
 class ThresholdSweep:
-    """mIoU at every background threshold, from one pass: counts of [threshold bin of the winner's score, truth, prediction].
+    """mIoU at every background threshold, from one pass: counts of [threshold bin of the winner's
+    score, truth, prediction].
 
-    Exact at the thresholds: a pixel is background at t if its score is below t, as in the rule's ``background_threshold``.
+    Exact at the thresholds: a pixel is background at t if its score is below t, as in the rule's
+    ``background_threshold``.
 
     Args:
         classes: names; class 0 is background.
@@ -143,14 +171,18 @@ class ThresholdSweep:
         self.thresholds = np.asarray(thresholds, np.float64)
         if len(self.thresholds) < 1 or not (np.diff(self.thresholds) > 0).all():
             raise InputError(f"thresholds are {thresholds}; expected increasing numbers")
-        self.counts = np.zeros((len(self.thresholds) + 1, len(self.classes), len(self.classes)), np.int64)
+        self.counts = np.zeros(
+            (len(self.thresholds) + 1, len(self.classes), len(self.classes)), np.int64
+        )
 
     def update(self, prediction: np.ndarray, scores: np.ndarray, truth: np.ndarray) -> None:
         """Add label maps decided without a threshold, with the winners' scores."""
         C = len(self.classes)
         kept_pixels(prediction, truth, C, self.ignore_index)
         kept = truth != self.ignore_index
-        bins = np.searchsorted(self.thresholds, scores[kept].astype(np.float64), side="right")  # thresholds that the score reaches
+        bins = np.searchsorted(
+            self.thresholds, scores[kept].astype(np.float64), side="right"
+        )  # thresholds that the score reaches
         flat = (bins * C + truth[kept]) * C + prediction[kept]
         self.counts += np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
 
@@ -165,18 +197,25 @@ class ThresholdSweep:
         return np.array(found)
 
 
-def kept_pixels(prediction, truth, classes: int, ignore_index: int, *, none: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_pixels(
+    prediction, truth, classes: int, ignore_index: int, *, none: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(prediction, truth) [n] at the pixels that count, checked."""
     prediction, truth = torch.as_tensor(prediction).long(), torch.as_tensor(truth).long()
     if prediction.shape != truth.shape:
-        raise InputError(f"prediction has shape {list(prediction.shape)} and truth {list(truth.shape)}; expected one shape")
+        raise InputError(
+            f"prediction has shape {list(prediction.shape)} and truth {list(truth.shape)}; "
+            f"expected one shape"
+        )
     kept = truth != ignore_index
     prediction, truth = prediction[kept], truth[kept]
     for name, x, least in (("prediction", prediction, -1 if none else 0), ("truth", truth, 0)):
         if x.numel() and (int(x.min()) < least or int(x.max()) >= classes):
             bad = x[(x < least) | (x >= classes)]
-            raise InputError(f"{name} holds label {int(bad[0])} on {len(bad)} pixels; expected {least} to {classes - 1}"
-                             + (f" or {ignore_index}" if name == "truth" else ""))
+            raise InputError(
+                f"{name} holds label {int(bad[0])} on {len(bad)} pixels; expected {least} to "
+                f"{classes - 1}" + (f" or {ignore_index}" if name == "truth" else "")
+            )
     return prediction, truth
 
 

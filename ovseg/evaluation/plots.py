@@ -1,4 +1,7 @@
-"""Plots of evaluations: confusion matrix, IoU of each class, background-threshold curves. What cannot be drawn is None, with a warning."""
+"""Plots of evaluations: confusion matrix, IoU of each class, background-threshold curves.
+
+What cannot be drawn is None, with a warning.
+"""
 
 from __future__ import annotations
 
@@ -38,24 +41,48 @@ def plot_confusion(report: Report, out: Path) -> Path | None:
 @beside_the_work("plot of the classes")
 def plot_classes(report: Report, out: Path) -> Path | None:
     """IoU of each class, sorted; unseen classes in another colour."""
-    values = {name: float(iou) for name, iou in zip(report.scores.classes, report.scores.iou, strict=True) if not np.isnan(iou)}
+    values = {
+        name: float(iou)
+        for name, iou in zip(report.scores.classes, report.scores.iou, strict=True)
+        if not np.isnan(iou)
+    }
     marked = dict.fromkeys(report.data.unseen, "#d95f02")
-    return plot_bars(values, out, _title(report) + f", mIoU {report.scores.miou:.1f}", colours=marked, label="IoU, %",
-                     note="unseen classes orange" if report.data.unseen else "")
+    return plot_bars(
+        values,
+        out,
+        _title(report) + f", mIoU {report.scores.miou:.1f}",
+        colours=marked,
+        label="IoU, %",
+        note="unseen classes orange" if report.data.unseen else "",
+    )
 
 
 @beside_the_work("plot of bars")
-def plot_bars(values: dict[str, float], out: Path, title: str, *, colours: dict[str, str] | None = None, label: str = "%",
-              log: bool = False, note: str = "") -> Path | None:
+def plot_bars(
+    values: dict[str, float],
+    out: Path,
+    title: str,
+    *,
+    colours: dict[str, str] | None = None,
+    label: str = "%",
+    log: bool = False,
+    note: str = "",
+) -> Path | None:
     """A bar for each name, the largest first."""
     order = sorted(values, key=lambda name: -values[name])
     if not order:
         return None
     figure = new_figure(figsize=(min(30.0, 3 + 0.24 * len(order)), 4.2))
     axes = figure.subplots()
-    axes.bar(range(len(order)), [values[name] for name in order], color=[(colours or {}).get(name, "#1f77b4") for name in order])
+    axes.bar(
+        range(len(order)),
+        [values[name] for name in order],
+        color=[(colours or {}).get(name, "#1f77b4") for name in order],
+    )
     axes.set_xticks(range(len(order)), order, rotation=90, fontsize=8)
-    axes.set(ylabel=label, title=title + (f" ({note})" if note else ""), xlim=(-0.8, len(order) - 0.2))
+    axes.set(
+        ylabel=label, title=title + (f" ({note})" if note else ""), xlim=(-0.8, len(order) - 0.2)
+    )
     if log and max(values.values()) > 0:
         axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.3)
@@ -72,10 +99,16 @@ def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
     axes = figure.subplots()
     for name, (thresholds, miou) in curves.items():
         best = int(np.nanargmax(miou))
-        line = axes.plot(thresholds, miou, label=f"{name}: {miou[best]:.1f} at {thresholds[best]:.3g}")[0]
+        line = axes.plot(
+            thresholds, miou, label=f"{name}: {miou[best]:.1f} at {thresholds[best]:.3g}"
+        )[0]
         axes.plot(thresholds[best], miou[best], "o", color=line.get_color())
     first = next(iter(reports.values()))
-    axes.set(xlabel=f"background threshold ({first.choices['scores']})", ylabel="mIoU, %", title=first.choices["data"])
+    axes.set(
+        xlabel=f"background threshold ({first.choices['scores']})",
+        ylabel="mIoU, %",
+        title=first.choices["data"],
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return save_figure(figure, out, dpi=110)

@@ -1,8 +1,10 @@
 """Evaluation protocols: named, versioned, and every choice of one in the open.
 
-A protocol says how pictures are resized and cut (``View``), which texts stand for the classes and the background, through which templates
-(``Queries``), and how labels are decided (the model's rule). It is a file in ``evaluation/protocols``, whose ``settings`` go to the one of
-the three that has them; where it is silent their defaults hold."""
+A protocol says how pictures are resized and cut (``View``), which texts stand for the classes and
+the background, through which templates (``Queries``), and how labels are decided (the model's
+rule). It is a file in ``evaluation/protocols``, whose ``settings`` go to the one of the three that
+has them; where it is silent their defaults hold.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,11 @@ PROTOCOLS: Registry[Path] = Registry(
     "protocol",
     lambda: yaml_files(Path(__file__).parent / "protocols", *files_of_systems("protocols")),
 )
-METRIC = ("IoU per class over all counted pixels of the set, mean over the classes that occur or are predicted; "
-          "accuracy per class over the classes that occur; pixels without a truth are not counted")
+METRIC = (
+    "IoU per class over all counted pixels of the set, mean over the classes that occur or are "
+    "predicted; "
+    "accuracy per class over the classes that occur; pixels without a truth are not counted"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Protocol:
 
     Attributes:
         name, version, title, source, notes: of the file.
-        view, queries, decision: for ``Predictor``; the labels of ``queries`` are the classes without the background.
+        view, queries, decision: for ``Predictor``; the labels of ``queries`` are the classes
+            without the background.
         changed: what the caller changed about the named protocol.
         present_only: only the classes of a picture's truth compete in it. It uses the truth.
     """
@@ -70,14 +76,21 @@ class Protocol:
         """Every choice, for result files and for people."""
         view, queries, decision, spec = self.view, self.queries, self.decision, model.spec
         used = () if queries.embeddings else templates(queries.templates_for(model))
-        seen = "whole, upsampled once to the picture's size" if view.crop is None else (
-            f"windows of {view.crop}, stride {view.step}, merged by the mean, then resized")
+        seen = (
+            "whole, upsampled once to the picture's size"
+            if view.crop is None
+            else (f"windows of {view.crop}, stride {view.step}, merged by the mean, then resized")
+        )
         if not data.background:
             background = "none: its pixels are not counted"
         else:
             rules = [f"one of {len(queries.rivals)} texts wins"] if queries.rivals else []
             background = " or ".join(rules + decision.background_rules()) or "never predicted"
-        settings = {name: getattr(value, name) for value in (view, queries, decision) for name in option_names(value)}
+        settings = {
+            name: getattr(value, name)
+            for value in (view, queries, decision)
+            for name in option_names(value)
+        }
         return {
             "model": model.name, "model_options": dict(model.config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
             "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
@@ -98,74 +111,120 @@ def list_protocols() -> list[str]:
     return list(PROTOCOLS)
 
 
-def protocol(name: str, data: SetDescription, model: OVSegModel, *, labels: LabelSet | None = None, present_only: bool = False,
-             **changes: Any) -> Protocol:
+def protocol(
+    name: str,
+    data: SetDescription,
+    model: OVSegModel,
+    *,
+    labels: LabelSet | None = None,
+    present_only: bool = False,
+    **changes: Any,
+) -> Protocol:
     """The protocol for a data set.
 
     Args:
         name: of ``list_protocols``, or a ``.yaml`` file of the same form.
         data: the data set.
-        model: one that labels by the rule that the protocol is made for, where it is made for one (``model: groups``).
-        labels: class texts in place of the protocol's, in the order of the classes without the background.
+        model: one that labels by the rule that the protocol is made for, where it is made for one
+            (``model: groups``).
+        labels: class texts in place of the protocol's, in the order of the classes without the
+            background.
         present_only: see ``Protocol``.
         changes: fields of ``View``, ``Queries`` and of the model's rule.
 
     Raises:
-        ConfigError: for an unknown protocol, a data set it says nothing about, or a model it is not made for.
+        ConfigError: for an unknown protocol, a data set it says nothing about, or a model it is not
+            made for.
     """
     tree = read_protocol(name)
     made_for = tree.get("model")
     if made_for not in (None, model.decision):
-        raise ConfigError(f"protocol {name!r} is made for models that label {made_for} and {model.name} labels {model.decision}; expected "
-                          f"one of {[other for other in list_protocols() if read_protocol(other).get('model') in (None, model.decision)]}")
+        raise ConfigError(
+            f"protocol {name!r} is made for models that label {made_for} and {model.name} labels "
+            f"{model.decision}; expected "
+            f"one of {[other for other in list_protocols() if read_protocol(other).get('model') in (None, model.decision)]}"
+        )
     known = tree.get("data", {})
     if known and data.name not in known:
-        raise ConfigError(f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. Expected one of them, or the "
-                          "protocol plain")
+        raise ConfigError(
+            f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. "
+            f"Expected one of them, or the "
+            "protocol plain"
+        )
     own = dict(known.get(data.name) or {})
     given = own.pop("texts", None)
     if given != {}:  # an empty one takes back what the protocol says for all sets
-        given = {**{k: v for k, v in tree.get("texts", {}).items() if k in data.classes}, **(given or {})}
+        given = {
+            **{k: v for k, v in tree.get("texts", {}).items() if k in data.classes},
+            **(given or {}),
+        }
     label_set = labels or _with_texts(data.label_set, given)
     if len(label_set) != data.number - data.background:
-        raise InputError(f"labels holds {len(label_set)} classes; {data.name} has {data.number - data.background}"
-                         + (" besides the background" if data.background else ""))
+        raise InputError(
+            f"labels holds {len(label_set)} classes; {data.name} has "
+            f"{data.number - data.background}"
+            + (" besides the background" if data.background else "")
+        )
     background = own.pop("background", tree.get("background", [])) if data.background else []
     wanted = Queries(label_set, background=tuple(background))
     dropped = [text for text in wanted.background if text not in wanted.rivals]
-    notes = (*tree.get("notes", ()), *([f"left out of the background, being classes: {', '.join(dropped)}"] if dropped else []))
+    notes = (
+        *tree.get("notes", ()),
+        *([f"left out of the background, being classes: {', '.join(dropped)}"] if dropped else []),
+    )
     settings = {**tree.get("settings", {}), **own, "background": wanted.rivals}
     if "seen_bias" in tree and data.unseen:
         settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
     base = route(settings, View(), Queries(label_set), rule(model.decision)())
     own_values = {name: getattr(value, name) for value in base for name in option_names(value)}
-    changed = tuple(f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value)
+    changed = tuple(
+        f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value
+    )
     changed += ("class texts",) if labels is not None else ()
-    return Protocol(Path(name).stem, int(tree["version"]), tree["title"], tree["source"], notes,
-                    *route(changes, *base), changed, present_only)
+    return Protocol(
+        Path(name).stem,
+        int(tree["version"]),
+        tree["title"],
+        tree["source"],
+        notes,
+        *route(changes, *base),
+        changed,
+        present_only,
+    )
 
 
 def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet:
     unknown = sorted(set(texts) - set(labels.names))
     if unknown:
         raise ConfigError(f"texts are given for {unknown[0]!r}, which is none of the classes")
-    merged = {name: texts.get(name, list(own)) for name, own in zip(labels.names, labels.texts, strict=True)}
+    merged = {
+        name: texts.get(name, list(own))
+        for name, own in zip(labels.names, labels.texts, strict=True)
+    }
     return replace(LabelSet.of(merged), templates=labels.templates)
 
 
 def read_protocol(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The file of a protocol, with what it takes over from another one; ``below``: those that led here."""
+    """The file of a protocol, with what it takes over from another one; ``below``: those that led
+    here.
+    """
     is_file = Path(name).suffix in (".yaml", ".yml")
     if not (is_file or name in PROTOCOLS) or name in below:
-        raise ConfigError(f"protocol is {name!r}; expected one of {list_protocols()}, or a .yaml file"
-                          + (f"; {below[0]!r} is like itself" if name in below else ""))
+        raise ConfigError(
+            f"protocol is {name!r}; expected one of {list_protocols()}, or a .yaml file"
+            + (f"; {below[0]!r} is like itself" if name in below else "")
+        )
     path = Path(name) if is_file else PROTOCOLS[name]
     text = text_of(path, "protocol", f"one of {list_protocols()}, or a .yaml file", ConfigError)
     try:
         tree = tree_of(text)
         if "like" in tree:
             base = read_protocol(tree["like"], (*below, name))
-            tree = {**base, **tree, "settings": {**base.get("settings", {}), **tree.get("settings", {})}}
+            tree = {
+                **base,
+                **tree,
+                "settings": {**base.get("settings", {}), **tree.get("settings", {})},
+            }
         if not {"version", "title", "source"} <= set(tree):
             raise KeyError("version, title, source")
     except (ValueError, TypeError, KeyError, AttributeError) as error:

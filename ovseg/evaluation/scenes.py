@@ -1,12 +1,15 @@
-"""The embedded scenes as a data set to evaluate on: all classes, or the things with the stuff as background.
+"""The embedded scenes as a data set to evaluate on: all classes, or the things with the stuff as
+background.
 
-How units of patches cover what is there: too many units a region, and units that hold more than one region.
+How units of patches cover what is there: too many units a region, and units that hold more than one
+region.
 
     over-segmentation    units a region, each unit counted for the region that is the most frequent in it                    (1)
     under-segmentation   share of pixels that are not of their unit's most frequent region                                  (2)
                          share of regions that are the most frequent of no unit                                             (3)
 
-A region is one class's pixels in one picture. (1) is 1, (2) and (3) are 0 where units are the regions.
+A region is one class's pixels in one picture. (1) is 1, (2) and (3) are 0 where units are the
+regions.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ SCENE_SETS = tuple(form + ending for form in VOCABULARIES for ending in ("", "_t
 
 
 class SceneSet:
-    """Validation scenes: ``digits``, ``shapes``; ``digits_things``, ``shapes_things`` count all stuff as background."""
+    """Validation scenes: ``digits``, ``shapes``; ``digits_things``, ``shapes_things`` count all
+    stuff as background.
+    """
 
     def __init__(self, name: str, count: int = 300, seed: int = 0):
         form, self.things_only = name.removesuffix("_things"), name.endswith("_things")
@@ -45,9 +50,26 @@ class SceneSet:
         words = self.scenes.vocabulary
         names = ("background", *words.things) if self.things_only else words.classes
         texts = dict(zip(words.classes, words.prompts, strict=True))
-        unseen = tuple(name for name, split in zip(words.classes, words.split_of_class, strict=True) if split == "unseen")
-        title = f"embedded scenes, {form}" + (", stuff as background" if self.things_only else "") + f", {count} of seed {seed}"
-        self.description = SetDescription(name, title, names, self.things_only, unseen, {c: texts[c] for c in names if c in texts}, {}, {})
+        unseen = tuple(
+            name
+            for name, split in zip(words.classes, words.split_of_class, strict=True)
+            if split == "unseen"
+        )
+        title = (
+            f"embedded scenes, {form}"
+            + (", stuff as background" if self.things_only else "")
+            + f", {count} of seed {seed}"
+        )
+        self.description = SetDescription(
+            name,
+            title,
+            names,
+            self.things_only,
+            unseen,
+            {c: texts[c] for c in names if c in texts},
+            {},
+            {},
+        )
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -60,12 +82,18 @@ class SceneSet:
         return Image.fromarray(scene.image), truth
 
 
-def evaluate_scenes(model: OVSegModel, scenes: Scenes, *, keep: int = 0, progress: bool = False) -> Report:
-    """Zero-shot segmentation with all class names by the protocol ``plain``, and image classification by the same texts.
+def evaluate_scenes(
+    model: OVSegModel, scenes: Scenes, *, keep: int = 0, progress: bool = False
+) -> Report:
+    """Zero-shot segmentation with all class names by the protocol ``plain``, and image
+    classification by the same texts.
 
-    Classification: is the most similar class one that is in the picture, among the things (chance: about 1 in their number)?
+    Classification: is the most similar class one that is in the picture, among the things (chance:
+        about 1 in their number)?
     """
-    return evaluate_scene_set(model, SceneSet(scenes.form, len(scenes), scenes.seed), keep=keep, progress=progress)
+    return evaluate_scene_set(
+        model, SceneSet(scenes.form, len(scenes), scenes.seed), keep=keep, progress=progress
+    )
 
 
 def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **options: Any) -> Report:
@@ -79,41 +107,89 @@ def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **opti
         hits[0] += best in present
         hits[1] += bool(present)
 
-    report = evaluate(model, data, chosen or protocol("plain", data.description, model), observe=observe, **options)
+    report = evaluate(
+        model,
+        data,
+        chosen or protocol("plain", data.description, model),
+        observe=observe,
+        **options,
+    )
     distributed.all_reduce_sum(hits)
     split = np.array(["stuff" if name not in things else "thing" for name in report.scores.classes])
     matrix = report.scores.matrix[:, : len(split)]
     confused = matrix[split == "thing"]
-    seen = [name for name, split_ in zip(words.classes, words.split_of_class, strict=True) if split_ == "seen"]  # without the stuff
-    seen_miou, unseen_miou = report.scores.miou_of(seen), report.scores.miou_of(data.description.unseen)
-    report.summary |= {"seen_miou": rounded(seen_miou), "hiou": rounded(harmonic_mean(seen_miou, unseen_miou))}
+    seen = [
+        name
+        for name, split_ in zip(words.classes, words.split_of_class, strict=True)
+        if split_ == "seen"
+    ]  # without the stuff
+    seen_miou, unseen_miou = (
+        report.scores.miou_of(seen),
+        report.scores.miou_of(data.description.unseen),
+    )
+    report.summary |= {
+        "seen_miou": rounded(seen_miou),
+        "hiou": rounded(harmonic_mean(seen_miou, unseen_miou)),
+    }
     if not data.things_only:
         report.summary["stuff_miou"] = rounded(report.scores.miou_of(words.stuff))
-    report.summary["things_called_stuff"] = round(100 * float(confused[:, split == "stuff"].sum()) / max(1, int(confused.sum())), 2)
+    report.summary["things_called_stuff"] = round(
+        100 * float(confused[:, split == "stuff"].sum()) / max(1, int(confused.sum())), 2
+    )
     report.summary["classification"] = round(100 * int(hits[0]) / max(1, int(hits[1])), 2)
     return report
 
 
 def scene_table(rows: list[dict[str, Any]]) -> str:
     """The summaries that the demo shows, as a Markdown table."""
-    columns = {"model": "model", "seen_miou": "seen mIoU", "unseen_miou": "unseen mIoU", "hiou": "hIoU", "stuff_miou": "stuff mIoU",
-               "things_called_stuff": "things called stuff %", "classification": "top-1 %", "train_seconds": "training s"}
+    columns = {
+        "model": "model",
+        "seen_miou": "seen mIoU",
+        "unseen_miou": "unseen mIoU",
+        "hiou": "hIoU",
+        "stuff_miou": "stuff mIoU",
+        "things_called_stuff": "things called stuff %",
+        "classification": "top-1 %",
+        "train_seconds": "training s",
+    }
     return table(rows, columns)
 
 
 def gallery(reports: dict[str, Report], count: int = 10, scale: int | None = None) -> Image.Image:
-    """Picture, truth and each prediction of the examples that the reports share, with a legend of the classes seen there."""
+    """Picture, truth and each prediction of the examples that the reports share, with a legend of
+    the classes seen there.
+    """
     first = next(iter(reports.values()))
     examples, classes = first.examples[:count], first.data.classes
     side = max(max(picture.shape[:2]) for picture, _, _ in examples)
     smaller = max(1, side // 320)
-    rows = [[picture[::smaller, ::smaller] for picture, _, _ in examples],
-            [colour(truth[::smaller, ::smaller], len(classes)) for _, truth, _ in examples]]
+    rows = [
+        [picture[::smaller, ::smaller] for picture, _, _ in examples],
+        [colour(truth[::smaller, ::smaller], len(classes)) for _, truth, _ in examples],
+    ]
     for report in reports.values():
-        rows.append([colour(labels[::smaller, ::smaller], len(classes)) for _, _, labels in report.examples[:count]])
-    present = sorted({int(i) for _, truth, labels in examples for x in (truth, labels) for i in np.unique(x) if i >= 0})
+        rows.append(
+            [
+                colour(labels[::smaller, ::smaller], len(classes))
+                for _, _, labels in report.examples[:count]
+            ]
+        )
+    present = sorted(
+        {
+            int(i)
+            for _, truth, labels in examples
+            for x in (truth, labels)
+            for i in np.unique(x)
+            if i >= 0
+        }
+    )
     legend = [(tuple(int(v) for v in palette(len(classes))[i]), classes[i]) for i in present]
-    return contact_sheet(rows, ["image", "truth", *reports], legend, scale=scale or max(1, 96 // max(1, side // smaller)))
+    return contact_sheet(
+        rows,
+        ["image", "truth", *reports],
+        legend,
+        scale=scale or max(1, 96 // max(1, side // smaller)),
+    )
 
 
 @beside_the_work("gallery")
@@ -124,7 +200,9 @@ def save_gallery(reports: dict[str, Report], out: Path) -> Path | None:
 
 @dataclass
 class UnitCounts:
-    """Sums over pictures: of ``units`` and ``regions`` for (1), ``wrong`` of all ``pixels`` for (2), ``lost`` regions for (3)."""
+    """Sums over pictures: of ``units`` and ``regions`` for (1), ``wrong`` of all ``pixels`` for
+    (2), ``lost`` regions for (3).
+    """
 
     pictures: int = 0
     units: int = 0
@@ -136,7 +214,10 @@ class UnitCounts:
     def update(self, units: np.ndarray, truth: np.ndarray) -> None:
         """One picture: ``units`` and ``truth`` [H, W] integers; truth below 0 is not counted."""
         if units.shape != truth.shape or units.ndim != 2:
-            raise InputError(f"units has shape {list(units.shape)} and truth {list(truth.shape)}; expected one [H, W]")
+            raise InputError(
+                f"units has shape {list(units.shape)} and truth {list(truth.shape)}; expected one "
+                f"[H, W]"
+            )
         kept = truth >= 0
         if not kept.any():
             return
@@ -151,7 +232,9 @@ class UnitCounts:
         self.lost += table.shape[1] - len(np.unique(table.argmax(1)))
 
     def summary(self) -> dict[str, float]:
-        """``units`` a picture, ``units_per_region`` (1), ``impure_pixels`` (2) and ``lost_regions`` (3) in percent."""
+        """``units`` a picture, ``units_per_region`` (1), ``impure_pixels`` (2) and ``lost_regions``
+        (3) in percent.
+        """
         return {"units": round(self.units / max(1, self.pictures), 2),
                 "units_per_region": round(self.units / max(1, self.regions), 2),
                 "impure_pixels": round(100 * self.wrong / max(1, self.pixels), 2),
@@ -159,7 +242,9 @@ class UnitCounts:
 
 
 @torch.no_grad()
-def count_units(model: OVSegModel, scenes: Scenes, decision: SemanticUnits | None = None) -> UnitCounts:
+def count_units(
+    model: OVSegModel, scenes: Scenes, decision: SemanticUnits | None = None
+) -> UnitCounts:
     """Of the rule's units on scenes seen whole; those of patches are as large as a patch."""
     decision, found = decision or SemanticUnits(), UnitCounts()
     predictor = Predictor(model, decision=decision)

@@ -1,4 +1,6 @@
-"""Pictures in, label maps out: how a picture is seen (``View``), what is asked (``Queries``), how it is decided (``decisions``)."""
+"""Pictures in, label maps out: how a picture is seen (``View``), what is asked (``Queries``), how
+it is decided (``decisions``).
+"""
 
 from .predictor import Predictor, segment
 from .queries import Queries
@@ -10,5 +12,15 @@ from .rules.units import SemanticUnits
 from .segmentation import Segmentation
 from .view import View
 
-__all__ = ["ClassMasks", "Decision", "GroupTables", "PatchArgmax", "Predictor", "Queries", "Segmentation", "SemanticUnits", "View",
-           "segment"]
+__all__ = [
+    "ClassMasks",
+    "Decision",
+    "GroupTables",
+    "PatchArgmax",
+    "Predictor",
+    "Queries",
+    "Segmentation",
+    "SemanticUnits",
+    "View",
+    "segment",
+]

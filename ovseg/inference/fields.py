@@ -1,4 +1,6 @@
-"""Fields of the three values: each with a line of help, from which the command line makes an option; and checks of their values."""
+"""Fields of the three values: each with a line of help, from which the command line makes an
+option; and checks of their values.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,12 @@ def biases(value: Any, name: str) -> None:
     if found is None:
         return
     if not isinstance(found, Mapping):
-        raise InputError(f"{name} is a {type(found).__name__}; expected numbers by the names of classes")
+        raise InputError(
+            f"{name} is a {type(found).__name__}; expected numbers by the names of classes"
+        )
     for key, one in found.items():
         if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one):
-            raise InputError(f"{name} of {key!r} is {one!r}; expected a finite number. allowed= leaves a class out")
+            raise InputError(
+                f"{name} of {key!r} is {one!r}; expected a finite number. allowed= leaves a class "
+                f"out"
+            )

@@ -18,7 +18,8 @@ from .sources import Source
 
 
 class Journal:
-    """What has been done in a folder under the present settings: one line a picture, so that a killed run can go on.
+    """What has been done in a folder under the present settings: one line a picture, so that a
+    killed run can go on.
 
     Args:
         folder: of the results; the journal is ``ovseg_segment.jsonl`` in it.
@@ -31,21 +32,36 @@ class Journal:
         self._done: dict[str, tuple[list[Any], dict[str, int]]] = {}
         for entry in records_of(self.path)[0]:  # without the line that a kill cut off
             with contextlib.suppress(KeyError, TypeError, ValueError):  # a line of something else
-                self._note(entry["name"], [entry["settings"], *entry["source"]], dict(entry.get("files") or {}))
+                self._note(
+                    entry["name"],
+                    [entry["settings"], *entry["source"]],
+                    dict(entry.get("files") or {}),
+                )
 
     def has(self, source: Source, files: Sequence[Path]) -> bool:
-        """Whether this picture, as it is now, was written under these settings and its files are still there, as long as they were."""
+        """Whether this picture, as it is now, was written under these settings and its files are
+        still there, as long as they were.
+        """
         state, sizes = self._done.get(source.name, ([], {}))
         known = no_file(source.path) is None and state == [self.key, *_state(source)]
-        return known and all(no_file(file) is None and _as_written(file.stat().st_size, sizes.get(file.name)) for file in files)
+        return known and all(
+            no_file(file) is None and _as_written(file.stat().st_size, sizes.get(file.name))
+            for file in files
+        )
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Note that ``files`` are the results of a picture."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sizes = {file.name: file.stat().st_size for file in files}
-        entry = {"name": source.name, "settings": self.key, "source": _state(source), "files": sizes}
+        entry = {
+            "name": source.name,
+            "settings": self.key,
+            "source": _state(source),
+            "files": sizes,
+        }
         with open(self.path, "a", encoding="utf-8") as journal:
-            # It begins with a line break, in case a kill cut the last line off. One write: lines of several processes do not mix.
+            # It begins with a line break, in case a kill cut the last line off. One write: lines of
+            # several processes do not mix.
             journal.write("\n" + json.dumps(entry))
 
     def _note(self, name: str, state: list[Any], sizes: dict[str, int]) -> None:
@@ -69,5 +85,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     value = 0
     for name, tensor in sorted(model.state_dict().items()):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), value)
+        value = zlib.crc32(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+            value,
+        )
     return f"{value:08x}"

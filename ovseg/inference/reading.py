@@ -51,13 +51,23 @@ class Prepared:
 
     def unit(self, device: torch.device) -> torch.Tensor:
         """[3, H, W] in 0..1, of the picture's own size."""
-        return upload(to_tensor(self.source), device) if isinstance(self.source, Image.Image) else self.source.to(device) / 255
+        return (
+            upload(to_tensor(self.source), device)
+            if isinstance(self.source, Image.Image)
+            else self.source.to(device) / 255
+        )
 
 
 def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:
     """One picture in any form that ``read_image`` takes."""
     image = read_image(picture, max_pixels=view.max_pixels)
-    placement = place((image.height, image.width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
+    placement = place(
+        (image.height, image.width),
+        view,
+        patch=spec.patch_size,
+        trained=spec.image_size,
+        stride=spec.stride,
+    )
     return Prepared(image, resized(image, placement.canvas, view.resize), placement, view)
 
 
@@ -65,12 +75,19 @@ def pictures_of(images: Any, name: str) -> Iterable[Any]:
     """Several pictures, which are to be walked over.
 
     Raises:
-        InputError: for one picture, which would be walked over row by row or letter by letter, and for what holds none.
+        InputError: for one picture, which would be walked over row by row or letter by letter, and
+            for what holds none.
     """
     if isinstance(images, torch.Tensor):
         check_dense(name, images, "a list of pictures or a tensor [B, 3, H, W]")
-    several = images.dim() == 4 if isinstance(images, torch.Tensor) else (
-        isinstance(images, Iterable) and not isinstance(images, str | bytes | bytearray | np.ndarray | Mapping | Image.Image))
+    several = (
+        images.dim() == 4
+        if isinstance(images, torch.Tensor)
+        else (
+            isinstance(images, Iterable)
+            and not isinstance(images, str | bytes | bytearray | np.ndarray | Mapping | Image.Image)
+        )
+    )
     if several:
         return images
     what = f"a {type(images).__name__}"
@@ -78,19 +95,27 @@ def pictures_of(images: Any, name: str) -> Iterable[Any]:
         what += f" of shape {list(images.shape)}"
     elif isinstance(images, str | Path):
         what = repr(str(images))
-    raise InputError(f"{name} is {what}; expected a list of pictures or a tensor [B, 3, H, W]. One picture: [picture]; an array "
-                     "[B, H, W, 3]: list(array)")
+    raise InputError(
+        f"{name} is {what}; expected a list of pictures or a tensor [B, 3, H, W]. One picture: "
+        f"[picture]; an array "
+        "[B, H, W, 3]: list(array)"
+    )
 
 
-def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[list[Prepared], torch.Tensor | None]:
-    """The pictures of [B, 3, H, W], and whether a value lies outside of 0..1 as a 0-dim tensor, which is not read here.
+def prepare_tensors(
+    images: torch.Tensor, view: View, spec: ModelSpec
+) -> tuple[list[Prepared], torch.Tensor | None]:
+    """The pictures of [B, 3, H, W], and whether a value lies outside of 0..1 as a 0-dim tensor,
+    which is not read here.
 
-    They stay on their device, unless bicubic resizing, which is Pillow's, takes them to the CPU. Floats are rounded to 1/255, as for
-    pictures in any other form.
+    They stay on their device, unless bicubic resizing, which is Pillow's, takes them to the CPU.
+    Floats are rounded to 1/255, as for pictures in any other form.
     """
     check_dense("images", images, "a list of pictures or a tensor [B, 3, H, W]")
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise InputError(f"images has shape {list(images.shape)}; expected [B, 3, H, W] with at least one pixel")
+        raise InputError(
+            f"images has shape {list(images.shape)}; expected [B, 3, H, W] with at least one pixel"
+        )
     wrong = None
     if images.dtype in FLOATS:
         wrong = ~((images >= 0) & (images <= 1)).all()  # NaN is neither
@@ -99,24 +124,44 @@ def prepare_tensors(images: torch.Tensor, view: View, spec: ModelSpec) -> tuple[
         raise InputError(f"images has dtype {images.dtype}; expected uint8 or floats in 0..1")
     height, width = images.shape[2:]
     if height * width > view.max_pixels:
-        raise InputError(f"images is {width}x{height} = {height * width} pixels; the limit is {view.max_pixels}: it is too large. "
-                         + TOO_LARGE)
-    placement = place((height, width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
+        raise InputError(
+            f"images is {width}x{height} = {height * width} pixels; the limit is "
+            f"{view.max_pixels}: it is too large. " + TOO_LARGE
+        )
+    placement = place(
+        (height, width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride
+    )
     if placement.canvas == (height, width):
         canvas = list(images)
     elif view.resize == "bilinear":
-        canvas = list(F.interpolate(images.float() / 255, placement.canvas, mode="bilinear", align_corners=False))
+        canvas = list(
+            F.interpolate(
+                images.float() / 255, placement.canvas, mode="bilinear", align_corners=False
+            )
+        )
     else:
         canvas = [resized(_to_image(image), placement.canvas, "bicubic") for image in images]
-    return [Prepared(image, pixels, placement, view) for image, pixels in zip(images, canvas, strict=True)], wrong
+    return [
+        Prepared(image, pixels, placement, view)
+        for image, pixels in zip(images, canvas, strict=True)
+    ], wrong
 
 
-def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: int, readers: int = 2, *,
-               weigh: Callable[[_Item], int] | None = None) -> Iterator[list[tuple[_Item, _Read]]]:
-    """Lists of up to ``batch`` (item, what ``read`` made of it) in their order. As many again, no more, are read in threads meanwhile.
+def read_ahead(
+    items: Iterable[_Item],
+    read: Callable[[_Item], _Read],
+    batch: int,
+    readers: int = 2,
+    *,
+    weigh: Callable[[_Item], int] | None = None,
+) -> Iterator[list[tuple[_Item, _Read]]]:
+    """Lists of up to ``batch`` (item, what ``read`` made of it) in their order.
+
+    As many again, no more, are read in threads meanwhile.
 
     Args:
-        weigh: pixels of an item. Large ones come in shorter lists, and alone where one has half of ``PIXELS_AHEAD``.
+        weigh: pixels of an item. Large ones come in shorter lists, and alone where one has half of
+            ``PIXELS_AHEAD``.
     """
     coming = iter(items)
     ahead: deque[tuple[_Item, int, Future[_Read]]] = deque()
@@ -128,7 +173,9 @@ def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read], batch: in
     with ThreadPoolExecutor(readers) as pool:
         while True:
             while len(ahead) < 2 * batch:
-                next_one = next_one or [(item, 0 if weigh is None else weigh(item)) for item in islice(coming, 1)]
+                next_one = next_one or [
+                    (item, 0 if weigh is None else weigh(item)) for item in islice(coming, 1)
+                ]
                 if not next_one or (ahead and weight(ahead) + next_one[0][1] > PIXELS_AHEAD):
                     break
                 item, pixels = next_one.pop()

@@ -1,6 +1,9 @@
-"""Pictures of label maps: colours, overlay with legend, strips of image, truth and prediction. Pillow only.
+"""Pictures of label maps: colours, overlay with legend, strips of image, truth and prediction.
 
-A label map and the forms it is written in: overlay, index mask, JSON, RLE. All are made in blocks, without a copy of the whole map.
+Pillow only.
+
+A label map and the forms it is written in: overlay, index mask, JSON, RLE. All are made in blocks,
+without a copy of the whole map.
 """
 
 from __future__ import annotations
@@ -27,8 +30,12 @@ def palette(count: int) -> np.ndarray:
     """``count`` distinct colours, uint8 [count, 3]; the first ones do not depend on ``count``."""
     rows = []
     for i in range(count):
-        hue = (i * 0.618034 + 0.02) % 1.0  # golden ratio: neighbours in the list are far apart on the wheel
-        rows.append(colorsys.hsv_to_rgb(hue, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.80, 0.60)[i // 3 % 3]))
+        hue = (
+            i * 0.618034 + 0.02
+        ) % 1.0  # golden ratio: neighbours in the list are far apart on the wheel
+        rows.append(
+            colorsys.hsv_to_rgb(hue, (0.85, 0.55, 0.75)[i % 3], (0.95, 0.80, 0.60)[i // 3 % 3])
+        )
     return (np.array(rows).reshape(count, 3) * 255).round().astype(np.uint8)
 
 
@@ -53,21 +60,31 @@ def count_labels(labels: np.ndarray, count: int) -> np.ndarray:
     return found
 
 
-def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alpha: float = 0.55,
-            legend: bool = True) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    labels: np.ndarray,
+    names: Sequence[str],
+    *,
+    alpha: float = 0.55,
+    legend: bool = True,
+) -> Image.Image:
     """The picture under its label map, and below it the names found with their share of the area.
 
     Small pictures are enlarged to 384 pixels, by whole factors, so that the legend can be read.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
-        raise InputError(f"alpha is {alpha!r}; expected 0, the picture alone, to 1, the labels alone")
+        raise InputError(
+            f"alpha is {alpha!r}; expected 0, the picture alone, to 1, the labels alone"
+        )
     image = _rgb(image)
     factor = max(1, -(-384 // max(image.size)))
     width, height, strip = image.width * factor, image.height * factor, None
     if legend:
         counts, colours = count_labels(labels, len(names)) / labels.size, palette(len(names))
         shares = sorted(((float(share), i) for i, share in enumerate(counts[1:])), reverse=True)
-        entries = [(tuple(colours[i]), f"{names[i]} {_percent(share)}") for share, i in shares if share > 0]
+        entries = [
+            (tuple(colours[i]), f"{names[i]} {_percent(share)}") for share, i in shares if share > 0
+        ]
         if counts[0] > 0:
             entries.append((_NONE, f"background {_percent(float(counts[0]))}"))
         strip = legend_strip(entries, width)
@@ -81,10 +98,19 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
         edge[1:] |= large[1:] != large[:-1]
         skipped = (rows.start - above) * factor
         large, edge = large[skipped:], edge[skipped:]
-        box = (0, rows.start, image.width, rows.stop)  # not crop: Pillow's limit of pixels acts there
-        base = np.asarray(image.resize((image.width, rows.stop - rows.start), Image.Resampling.NEAREST, box))
+        box = (
+            0,
+            rows.start,
+            image.width,
+            rows.stop,
+        )  # not crop: Pillow's limit of pixels acts there
+        base = np.asarray(
+            image.resize((image.width, rows.stop - rows.start), Image.Resampling.NEAREST, box)
+        )
         base = base.repeat(factor, 0).repeat(factor, 1)
-        shown = np.where(large[..., None] < 0, base, (1 - alpha) * base + alpha * colour(large, len(names)))
+        shown = np.where(
+            large[..., None] < 0, base, (1 - alpha) * base + alpha * colour(large, len(names))
+        )
         shown[edge] = _PAPER
         picture.paste(Image.fromarray(shown.round().astype(np.uint8)), (0, rows.start * factor))
     if strip:
@@ -92,14 +118,19 @@ def overlay(image: Image.Image, labels: np.ndarray, names: Sequence[str], *, alp
     return picture
 
 
-def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str], *, side: int = 320) -> Image.Image:
-    """The picture, and its label maps over it, in a row, a title above each, the names that occur below.
+def strip(
+    image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str], *, side: int = 320
+) -> Image.Image:
+    """The picture, and its label maps over it, in a row, a title above each, the names that occur
+    below.
 
     Small pictures are enlarged to ``side``.
     """
     factor, base = max(1, -(-side // max(image.size))), np.asarray(_rgb(image))
-    panels = {"picture": base} | {title: (0.3 * base + 0.7 * colour(labels, len(names))).round().astype(np.uint8)
-                                  for title, labels in maps.items()}
+    panels = {"picture": base} | {
+        title: (0.3 * base + 0.7 * colour(labels, len(names))).round().astype(np.uint8)
+        for title, labels in maps.items()
+    }
     font, margin, top = ImageFont.load_default(15), 8, 26
     width, height = image.width * factor, image.height * factor
     row = Image.new("RGB", (len(panels) * (width + margin) + margin, top + height + margin), _PAPER)
@@ -108,14 +139,23 @@ def strip(image: Image.Image, maps: dict[str, np.ndarray], names: Sequence[str],
         x = margin + i * (width + margin)
         draw.text((x, 5), title, fill=_INK, font=font)
         row.paste(Image.fromarray(panel.repeat(factor, 0).repeat(factor, 1)), (x, top))
-    present = sorted({int(i) for labels in maps.values() for i in np.unique(labels)}, key=lambda i: (i < 0, i))
-    entries = [(tuple(int(v) for v in palette(len(names))[i]), names[i]) if i >= 0 else (_NONE, "background") for i in present]
+    present = sorted(
+        {int(i) for labels in maps.values() for i in np.unique(labels)}, key=lambda i: (i < 0, i)
+    )
+    entries = [
+        (tuple(int(v) for v in palette(len(names))[i]), names[i])
+        if i >= 0
+        else (_NONE, "background")
+        for i in present
+    ]
     return _stack([row, legend_strip(entries, row.width)])
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """The picture as it was labelled."""
-    return image if image.mode == "RGB" else read_image(image, max_pixels=image.width * image.height)
+    return (
+        image if image.mode == "RGB" else read_image(image, max_pixels=image.width * image.height)
+    )
 
 
 def _percent(share: float) -> str:
@@ -147,8 +187,12 @@ def legend_strip(entries: Sequence[tuple[tuple[int, ...], str]], width: int) -> 
     return strip
 
 
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], legend: Sequence[tuple[tuple[int, ...], str]] = (),
-                  scale: int = 2) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    legend: Sequence[tuple[tuple[int, ...], str]] = (),
+    scale: int = 2,
+) -> Image.Image:
     """Pictures in rows (one title a row, at the left), enlarged by ``scale``, with a legend below."""
     font, margin = ImageFont.load_default(14), 6
     left = margin * 2 + max((int(font.getlength(title)) for title in titles), default=0)
@@ -188,8 +232,10 @@ class Segmentation:
     Attributes:
         image: the picture, RGB.
         names: the labels asked for.
-        labels: int16 [H, W], int32 for more than 32768 names; index into ``names``, -1 is background.
-        scores: float32 [H, W] of the winner, before the background was decided: its cosine, or what the activation made of it.
+        labels: int16 [H, W], int32 for more than 32768 names; index into ``names``, -1 is
+            background.
+        scores: float32 [H, W] of the winner, before the background was decided: its cosine, or what
+            the activation made of it.
     """
 
     image: Image.Image
@@ -201,7 +247,10 @@ class Segmentation:
     def areas(self) -> dict[str, float]:
         """Share of the picture of each label."""
         counts = count_labels(self.labels, len(self.names))
-        return {name: float(count / self.labels.size) for name, count in zip(self.names, counts[1:], strict=True)}
+        return {
+            name: float(count / self.labels.size)
+            for name, count in zip(self.names, counts[1:], strict=True)
+        }
 
     def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
         return overlay(self.image, self.labels, self.names, alpha=alpha, legend=legend)
@@ -213,14 +262,21 @@ class Segmentation:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.overlay(alpha, legend).save(path, **png_mark(path))
         except ValueError as error:
-            raise InputError(f"cannot save {str(path)!r}: {error}; expected a suffix such as .png") from error
+            raise InputError(
+                f"cannot save {str(path)!r}: {error}; expected a suffix such as .png"
+            ) from error
         return path
 
     def save_mask(self, path: str | Path) -> Path:
-        """Write the indices as PNG: 8 bits with the overlay's palette and 255 for background; beyond 255 labels 16 bits, grey, 65535."""
+        """Write the indices as PNG: 8 bits with the overlay's palette and 255 for background;
+        beyond 255 labels 16 bits, grey, 65535.
+        """
         path = file_for(path, "path")
         if len(self.names) > _MOST_IN_MASK:
-            raise InputError(f"a mask holds at most {_MOST_IN_MASK} labels and there are {len(self.names)}; expected another format")
+            raise InputError(
+                f"a mask holds at most {_MOST_IN_MASK} labels and there are {len(self.names)}; "
+                f"expected another format"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         wide = len(self.names) > 255
         values = self.labels.astype(np.uint16 if wide else np.uint8)
@@ -233,17 +289,33 @@ class Segmentation:
         return path
 
     def to_dict(self) -> dict[str, Any]:
-        """Areas and scores for JSON: of each label its share of the picture, its pixels and the mean score on them (null without)."""
+        """Areas and scores for JSON: of each label its share of the picture, its pixels and the
+        mean score on them (null without).
+        """
         pixels, means = self._tally()
-        rows = [{"label": name, "index": i, "area": round(pixels[i + 1] / self.labels.size, 6), "pixels": pixels[i + 1], "score": means[i]}
-                for i, name in enumerate(self.names)]
-        return {"width": self.labels.shape[1], "height": self.labels.shape[0], "labels": rows,
-                "background": {"area": round(pixels[0] / self.labels.size, 6), "pixels": pixels[0]}}
+        rows = [
+            {
+                "label": name,
+                "index": i,
+                "area": round(pixels[i + 1] / self.labels.size, 6),
+                "pixels": pixels[i + 1],
+                "score": means[i],
+            }
+            for i, name in enumerate(self.names)
+        ]
+        return {
+            "width": self.labels.shape[1],
+            "height": self.labels.shape[0],
+            "labels": rows,
+            "background": {"area": round(pixels[0] / self.labels.size, 6), "pixels": pixels[0]},
+        }
 
     def to_rle(self) -> list[dict[str, Any]]:
-        """COCO's uncompressed run-length code of each label that occurs: counts down the columns, beginning with zeros.
+        """COCO's uncompressed run-length code of each label that occurs: counts down the columns,
+        beginning with zeros.
 
-        ``pycocotools.mask.frPyObjects(row["segmentation"], *row["segmentation"]["size"])`` compresses it.
+        ``pycocotools.mask.frPyObjects(row["segmentation"], *row["segmentation"]["size"])``
+        compresses it.
         """
         return list(self.rle_rows())
 
@@ -260,16 +332,31 @@ class Segmentation:
                 continue
             edges = np.stack([start[runs], end[runs]], 1).ravel()
             counts = np.diff(edges, prepend=0)
-            counts = counts if edges[-1] == self.labels.size else np.append(counts, self.labels.size - edges[-1])
-            yield {"label": name, "index": i, "score": means[i],
-                   "segmentation": {"size": list(self.labels.shape), "counts": counts.tolist()}}
+            counts = (
+                counts
+                if edges[-1] == self.labels.size
+                else np.append(counts, self.labels.size - edges[-1])
+            )
+            yield {
+                "label": name,
+                "index": i,
+                "score": means[i],
+                "segmentation": {"size": list(self.labels.shape), "counts": counts.tolist()},
+            }
 
     def _tally(self) -> tuple[list[int], list[float | None]]:
-        """(pixels of the background and of each label, mean score of each label: None without pixels)."""
+        """(pixels of the background and of each label, mean score of each label: None without
+        pixels).
+        """
         pixels, sums = count_labels(self.labels, len(self.names)), np.zeros(len(self.names) + 1)
         for rows in blocks(self.labels.shape):
-            sums += np.bincount(self.labels[rows].ravel().astype(np.int64) + 1, self.scores[rows].ravel(), len(sums))
-        means = [round(float(total / count), 6) if count else None for total, count in zip(sums[1:], pixels[1:], strict=True)]
+            sums += np.bincount(
+                self.labels[rows].ravel().astype(np.int64) + 1, self.scores[rows].ravel(), len(sums)
+            )
+        means = [
+            round(float(total / count), 6) if count else None
+            for total, count in zip(sums[1:], pixels[1:], strict=True)
+        ]
         return pixels.tolist(), means
 
 
@@ -278,7 +365,9 @@ def _runs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     height, found, starts, last = len(labels), [], [], None
     for columns in blocks(labels.shape[::-1]):
         flat = np.ascontiguousarray(labels[:, columns].T).ravel()
-        first = np.flatnonzero(np.concatenate([[last is None or flat[0] != last], flat[1:] != flat[:-1]]))
+        first = np.flatnonzero(
+            np.concatenate([[last is None or flat[0] != last], flat[1:] != flat[:-1]])
+        )
         found.append(flat[first])
         starts.append(first + columns.start * height)
         last = flat[-1]

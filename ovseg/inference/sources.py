@@ -61,18 +61,22 @@ class Source:
 
 
 def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """The pictures that ``names`` stand for, and what is wrong among them: files that look like pictures and are none, damaged shards.
+    """The pictures that ``names`` stand for, and what is wrong among them: files that look like
+    pictures and are none, damaged shards.
 
-    A name is a picture; a folder (all pictures below); a pattern such as ``photos/*.jpg`` or ``shards/*.tar``; a range of names,
-    ``shard-{000..002}.tar``; a list of any of these, ``.txt`` with a name on each line, relative to the list; or a shard, an uncompressed
-    ``.tar`` as webdataset writes it. Of folders and patterns hidden files and folders, files that are no pictures and results of earlier
-    runs are left out, which is said once.
+    A name is a picture; a folder (all pictures below); a pattern such as ``photos/*.jpg`` or
+    ``shards/*.tar``; a range of names, ``shard-{000..002}.tar``; a list of any of these, ``.txt``
+    with a name on each line, relative to the list; or a shard, an uncompressed ``.tar`` as
+    webdataset writes it. Of folders and patterns hidden files and folders, files that are no
+    pictures and results of earlier runs are left out, which is said once.
 
-    The result name of a picture in a folder is its path below that folder without the suffix, so that folders are mirrored; in a
-    shard, the shard's name and the member's. Where two pictures differ in their suffix alone, both keep it: ``a_png``, ``a_jpg``.
+    The result name of a picture in a folder is its path below that folder without the suffix, so
+    that folders are mirrored; in a shard, the shard's name and the member's. Where two pictures
+    differ in their suffix alone, both keep it: ``a_png``, ``a_jpg``.
 
     Raises:
-        InputError: for a pattern, list, folder or shard without pictures, and for two pictures of one result name.
+        InputError: for a pattern, list, folder or shard without pictures, and for two pictures of
+            one result name.
     """
     search = _Search()
     found = [entry for name in names for entry in search.expand(name)]
@@ -84,13 +88,18 @@ def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
     for relative, source in found:
         name = named[relative]
         if name in results and _place(results[name]) != _place(source):
-            raise InputError(f"{str(results[name])!r} and {str(source)!r} would both be written as {name!r}; expected one folder at a time")
+            raise InputError(
+                f"{str(results[name])!r} and {str(source)!r} would both be written as {name!r}; "
+                f"expected one folder at a time"
+            )
         results.setdefault(name, replace(source, name=name))
     return list(results.values()), search.problems
 
 
 def _result_names(found: Iterable[tuple[PurePosixPath, Source]]) -> dict[PurePosixPath, str]:
-    """Paths without their suffix; those that would be one name keep it, and those that are then in the way of such a name."""
+    """Paths without their suffix; those that would be one name keep it, and those that are then in
+    the way of such a name.
+    """
     relatives = [relative for relative, _ in set(found)]
     names = {relative: str(relative.with_suffix("")) for relative in relatives}
     kept: set[PurePosixPath] = set()
@@ -105,7 +114,9 @@ def _result_names(found: Iterable[tuple[PurePosixPath, Source]]) -> dict[PurePos
 
 
 def _place(source: Source) -> tuple[str, int | None]:
-    return os.path.realpath(source.path), source.offset  # Path.resolve fails on links that lead to each other
+    return os.path.realpath(
+        source.path
+    ), source.offset  # Path.resolve fails on links that lead to each other
 
 
 class _Search:
@@ -123,7 +134,9 @@ class _Search:
     def expand(self, name: str, *, listed: bool = False) -> list[tuple[PurePosixPath, Source]]:
         path = Path(name)
         if not name.strip():
-            raise InputError("a name of pictures is empty; expected a picture, folder, pattern, list or shard")
+            raise InputError(
+                "a name of pictures is empty; expected a picture, folder, pattern, list or shard"
+            )
         if (what := address(name)) is not None:
             raise InputError(f"{name!r} {what}")
         if no_folder(path) is None:
@@ -136,18 +149,30 @@ class _Search:
         suffix = path.suffix.lower()
         if suffix == ".txt":
             if listed:
-                raise InputError(f"list {name!r} is named by a list; expected pictures, folders, patterns or shards there")
+                raise InputError(
+                    f"list {name!r} is named by a list; expected pictures, folders, patterns or "
+                    f"shards there"
+                )
             return self._list(path)
         if suffix == ".tar":
             return self._shard(path)
         if suffix in _COMPRESSED:
-            raise InputError(f"{name!r} is compressed; expected an uncompressed .tar, or the folder that it unpacks to")
-        if suffix not in SUFFIXES and (what := by_suffix(suffix)) is not None and no_file(path) is None:
+            raise InputError(
+                f"{name!r} is compressed; expected an uncompressed .tar, or the folder that it "
+                f"unpacks to"
+            )
+        if (
+            suffix not in SUFFIXES
+            and (what := by_suffix(suffix)) is not None
+            and no_file(path) is None
+        ):
             raise InputError(f"{name!r} is {what}")
         return [(PurePosixPath(path.name), Source("", path))]
 
     def _each(self, names: Sequence[str], listed: bool) -> list[tuple[PurePosixPath, Source]]:
-        """Of several names that one stands for: one that cannot be used is named and the others are, unless there is no other."""
+        """Of several names that one stands for: one that cannot be used is named and the others
+        are, unless there is no other.
+        """
         found, failed = [], []
         for name in names:
             try:
@@ -164,8 +189,10 @@ class _Search:
         self.problems += seen.bad
         if not seen.pictures:
             shards = f"; shards are given by name: '{path}/*.tar'" if ".tar" in seen.others else ""
-            raise InputError(f"folder {str(path)!r} holds no picture but {seen.found()}; expected files ending in "
-                             + "; ".join([f"{', '.join(SUFFIXES)}{shards}", *seen.videos()]))
+            raise InputError(
+                f"folder {str(path)!r} holds no picture but {seen.found()}; expected files ending "
+                f"in " + "; ".join([f"{', '.join(SUFFIXES)}{shards}", *seen.videos()])
+            )
         self.notes += seen.left_out()
         return [(PurePosixPath(name), Source("", path / name)) for name in seen.pictures]
 
@@ -180,7 +207,10 @@ class _Search:
                 seen.results.append(match)
             elif suffix in UNREAD and why is None:
                 self.problems.append(f"{match}: {not_read(suffix, ', '.join(FORMATS))}")
-            elif suffix not in (*SUFFIXES, ".tar"):  # captions and whatever else lies beside them are no pictures
+            elif suffix not in (
+                *SUFFIXES,
+                ".tar",
+            ):  # captions and whatever else lies beside them are no pictures
                 seen.others["folders" if why == "is a folder" else suffix or "no suffix"] += 1
             elif why is not None:
                 self.problems.append(f"{match} {why}; expected a picture or a shard")
@@ -196,12 +226,19 @@ class _Search:
         found, failed = [], []
         for line in lines:
             try:
-                entries = self.expand(line if address(line) else str(path.parent / line), listed=True)
+                entries = self.expand(
+                    line if address(line) else str(path.parent / line), listed=True
+                )
             except InputError as error:
                 failed.append(str(error))
                 continue
             relative = PurePosixPath(line)
-            if len(entries) == 1 and not relative.is_absolute() and ".." not in relative.parts and relative.suffix.lower() in SUFFIXES:
+            if (
+                len(entries) == 1
+                and not relative.is_absolute()
+                and ".." not in relative.parts
+                and relative.suffix.lower() in SUFFIXES
+            ):
                 entries = [(relative, entries[0][1])]  # the list's folders are mirrored
             found += entries
         if failed and not found:
@@ -213,11 +250,21 @@ class _Search:
         shard = read_shard(path)
         self.problems += shard.bad
         if not shard.members and shard.whole:
-            raise InputError(f"shard {str(path)!r} holds no picture; expected members ending in {', '.join(SUFFIXES)}")
+            raise InputError(
+                f"shard {str(path)!r} holds no picture; expected members ending in "
+                f"{', '.join(SUFFIXES)}"
+            )
         if shard.hidden:
             self.notes.append(f"{path}: {shard.hidden} hidden members are left out")
         if shard.repeated:
-            self.notes.append(f"{path}: {len(shard.repeated)} names stand twice, of which the last counts: {shard.repeated[0]}"
-                              + (", ..." if len(shard.repeated) > 1 else ""))
-        return [(PurePosixPath(path.stem) / member.name, Source("", path, member.offset, member.size, str(member.name)))
-                for member in shard.members]
+            self.notes.append(
+                f"{path}: {len(shard.repeated)} names stand twice, of which the last counts: "
+                f"{shard.repeated[0]}" + (", ..." if len(shard.repeated) > 1 else "")
+            )
+        return [
+            (
+                PurePosixPath(path.stem) / member.name,
+                Source("", path, member.offset, member.size, str(member.name)),
+            )
+            for member in shard.members
+        ]

@@ -30,31 +30,50 @@ class View:
     """How a picture is resized and cut before a model sees it.
 
     Attributes:
-        short_side: pictures are resized to this short side, keeping their shape; the model's training size if None.
+        short_side: pictures are resized to this short side, keeping their shape; the model's
+            training size if None.
         long_side: and made smaller where their long side would exceed this.
-        resize: ``bicubic`` (antialiased, Pillow's) or ``bilinear`` (without antialiasing, as OpenCV does it).
+        resize: ``bicubic`` (antialiased, Pillow's) or ``bilinear`` (without antialiasing, as OpenCV
+            does it).
         crop: side of square sliding windows in the resized picture; None sees the picture whole.
         stride: pixels from one window to the next; half of ``crop`` if None.
-        window_batch: windows, or pictures seen whole, in one encoder call; those of several pictures share calls.
-        max_pixels: pictures with more are refused, as they come and as they are resized; the one limit, in place of Pillow's.
-        max_tokens: patches in one window, or in a picture seen whole: time and memory grow with their square. All windows of a picture
-            may have ``WINDOWS`` times as many.
+        window_batch: windows, or pictures seen whole, in one encoder call; those of several
+            pictures share calls.
+        max_pixels: pictures with more are refused, as they come and as they are resized; the one
+            limit, in place of Pillow's.
+        max_tokens: patches in one window, or in a picture seen whole: time and memory grow with
+            their square. All windows of a picture may have ``WINDOWS`` times as many.
     """
 
     short_side: int | None = option(None, "resize pictures to this short side before encoding")
-    long_side: int | None = option(None, "and make them smaller where the long side would exceed this")
+    long_side: int | None = option(
+        None, "and make them smaller where the long side would exceed this"
+    )
     resize: str = option("bicubic", "bicubic (antialiased) or bilinear (not, as OpenCV does it)")
     crop: int | None = option(None, "see the resized picture through square windows of this side")
-    stride: int | None = option(None, "pixels from one window to the next (default: half of --crop)")
+    stride: int | None = option(
+        None, "pixels from one window to the next (default: half of --crop)"
+    )
     window_batch: int = option(8, "windows in one encoder call, of several pictures")
     max_pixels: int = option(MAX_PIXELS, f"pictures of more pixels are refused ({MAX_PIXELS})")
     max_tokens: int = option(32768, "pictures of more patches in one view are refused (32768)")
 
     def __post_init__(self):
         one_of(self, "resize", ("bicubic", "bilinear"))
-        positive(self, "short_side", "long_side", "crop", "stride", "window_batch", "max_pixels", "max_tokens")
+        positive(
+            self,
+            "short_side",
+            "long_side",
+            "crop",
+            "stride",
+            "window_batch",
+            "max_pixels",
+            "max_tokens",
+        )
         if self.stride is not None and self.crop is None:
-            raise InputError(f"stride is {self.stride} and crop is missing; expected both, or neither")
+            raise InputError(
+                f"stride is {self.stride} and crop is missing; expected both, or neither"
+            )
         if self.crop and self.stride and self.stride > self.crop:
             raise InputError(f"stride is {self.stride}; expected 1 to the crop, {self.crop} pixels")
 
@@ -64,18 +83,29 @@ class View:
         return None if self.crop is None else self.stride or max(1, self.crop // 2)
 
     def check(self, *, patch: int, trained: int, stride: int | None = None) -> None:
-        """Whether a model of this patch, training size and step between patches (the patch if None) can see pictures so.
+        """Whether a model of this patch, training size and step between patches (the patch if None)
+        can see pictures so.
 
         Raises:
-            InputError: for a short side below a patch, and windows that are no whole patches, exceed the short side or have too many.
+            InputError: for a short side below a patch, and windows that are no whole patches,
+                exceed the short side or have too many.
         """
         short = self.short_side or trained
         if short < patch:
             raise InputError(f"short_side is {short}; expected at least a patch, {patch} pixels")
         if self.crop is not None and not (patch <= self.crop <= short and self.crop % patch == 0):
-            raise InputError(f"crop is {self.crop}; expected a multiple of the patch, {patch} pixels, up to the short side, {short}")
-        if self.crop is not None and (count := patches((self.crop, self.crop), patch, stride)) > self.max_tokens:
-            raise InputError(f"crop is {self.crop}, {count} patches of {patch}; expected at most {self.max_tokens} (max_tokens)")
+            raise InputError(
+                f"crop is {self.crop}; expected a multiple of the patch, {patch} pixels, up to "
+                f"the short side, {short}"
+            )
+        if (
+            self.crop is not None
+            and (count := patches((self.crop, self.crop), patch, stride)) > self.max_tokens
+        ):
+            raise InputError(
+                f"crop is {self.crop}, {count} patches of {patch}; expected at most "
+                f"{self.max_tokens} (max_tokens)"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,7 +116,8 @@ class Placement:
         size: (H, W) of the picture, which label maps have.
         canvas: (Hc, Wc) of the resized picture.
         crop: (hc, wc) of a window; less than asked for along a side of the canvas that is shorter.
-        origins: [n, 2] int64 on the CPU, row and column of each window; None if the picture is seen whole.
+        origins: [n, 2] int64 on the CPU, row and column of each window; None if the picture is seen
+            whole.
     """
 
     size: tuple[int, int]
@@ -96,54 +127,79 @@ class Placement:
 
     @property
     def windows(self) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """origins, crop, canvas, size as ``window_argmax`` takes them. A whole picture is one window at the size of the labels."""
+        """origins, crop, canvas, size as ``window_argmax`` takes them.
+
+        A whole picture is one window at the size of the labels.
+        """
         if self.origins is None:
             return torch.zeros(1, 2, dtype=torch.int64), self.size, self.size, self.size
         return self.origins, self.crop, self.canvas, self.size
 
 
-def place(size: tuple[int, int], view: View, *, patch: int, trained: int, stride: int | None = None) -> Placement:
-    """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at ``trained`` pixels, ``stride`` from patch to
-    patch where that is less.
+def place(
+    size: tuple[int, int], view: View, *, patch: int, trained: int, stride: int | None = None
+) -> Placement:
+    """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at
+    ``trained`` pixels, ``stride`` from patch to patch where that is less.
 
-    The canvas has the picture's shape: of both sides, one that a window does not fit into is rounded to whole patches, and the windows are
-    as long as it is; so is a picture that is seen whole.
+    The canvas has the picture's shape: of both sides, one that a window does not fit into is
+    rounded to whole patches, and the windows are as long as it is; so is a picture that is seen
+    whole.
 
     Raises:
-        InputError: if the resized picture would exceed ``max_pixels`` or ``max_tokens``, or ``long_side`` leave less than half a patch of
-            its short side; as ``View.check`` does.
+        InputError: if the resized picture would exceed ``max_pixels`` or ``max_tokens``, or
+            ``long_side`` leave less than half a patch of its short side; as ``View.check`` does.
     """
     view.check(patch=patch, trained=trained, stride=stride)
     short = view.short_side or trained
     factor = short / min(size)
     if view.long_side is not None:
         factor = min(factor, view.long_side / max(size))
-    about = f"image is {size[1]}x{size[0]}; resized to short side {short}" + (f" and long side {view.long_side}" if view.long_side else "")
+    about = f"image is {size[1]}x{size[0]}; resized to short side {short}" + (
+        f" and long side {view.long_side}" if view.long_side else ""
+    )
     if min(size) * factor < patch / 2:
-        raise InputError(f"{about} its short side would be {min(size) * factor:.1f} pixels, less than half a patch of {patch}; expected a "
-                         "larger long_side, or crop and no long_side")
+        raise InputError(
+            f"{about} its short side would be {min(size) * factor:.1f} pixels, less than half a "
+            f"patch of {patch}; expected a "
+            "larger long_side, or crop and no long_side"
+        )
     height, width = (_side(side * factor, patch, view.crop) for side in size)
     crop = (height, width) if view.crop is None else (min(view.crop, height), min(view.crop, width))
     if height * width > view.max_pixels:
-        raise InputError(f"{about} it would have {height * width} pixels and the limit is {view.max_pixels}; set long_side to make it "
-                         "smaller, or max_pixels (--long-side, --max-pixels)")
+        raise InputError(
+            f"{about} it would have {height * width} pixels and the limit is {view.max_pixels}; "
+            f"set long_side to make it "
+            "smaller, or max_pixels (--long-side, --max-pixels)"
+        )
     tokens = patches(crop, patch, stride)
     if tokens > view.max_tokens:
-        raise InputError(f"{about} it would be {width}x{height}, {tokens} patches in one view, and the limit is {view.max_tokens}; set "
-                         "long_side to make it smaller, crop to see it through windows, or max_tokens (--long-side, --crop, --max-tokens)")
+        raise InputError(
+            f"{about} it would be {width}x{height}, {tokens} patches in one view, and the limit "
+            f"is {view.max_tokens}; set "
+            "long_side to make it smaller, crop to see it through windows, or max_tokens "
+            "(--long-side, --crop, --max-tokens)"
+        )
     if view.step is None:
         return Placement(size, (height, width), (height, width), None)
     step = (min(view.step, crop[0]), min(view.step, crop[1]))
     count = math.prod(_count(*axis) for axis in zip((height, width), crop, step, strict=True))
     if count * tokens > WINDOWS * view.max_tokens:
-        raise InputError(f"{about} it would be {width}x{height}, {count} windows of {tokens} patches, and the limit is {WINDOWS} times "
-                         f"{view.max_tokens} patches; set long_side to make it smaller, crop and stride for fewer windows, or max_tokens "
-                         "(--long-side, --crop, --stride, --max-tokens)")
+        raise InputError(
+            f"{about} it would be {width}x{height}, {count} windows of {tokens} patches, and the "
+            f"limit is {WINDOWS} times "
+            f"{view.max_tokens} patches; set long_side to make it smaller, crop and stride for "
+            f"fewer windows, or max_tokens "
+            "(--long-side, --crop, --stride, --max-tokens)"
+        )
     return Placement(size, (height, width), crop, window_origins((height, width), crop, step))
 
 
 def _side(exact: float, patch: int, crop: int | None) -> int:
-    """A side of the canvas. Windows cut it at any pixel; what is seen in one piece is whole patches."""
+    """A side of the canvas.
+
+    Windows cut it at any pixel; what is seen in one piece is whole patches.
+    """
     side = int(exact + 0.5)
     return side if crop is not None and side >= crop else max(1, int(exact / patch + 0.5)) * patch
 
@@ -152,11 +208,13 @@ def _count(size: int, side: int, step: int) -> int:
     return max(size - side + step - 1, 0) // step + 1
 
 
-def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
+def window_origins(
+    canvas: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]
+) -> torch.Tensor:
     """[n, 2] int64, row and column of each window, row by row.
 
-    As mmsegmentation cuts them: ``max(size - crop + stride - 1, 0) // stride + 1`` along an axis, the last ones shifted back to
-    the border, so that every window is whole.
+    As mmsegmentation cuts them: ``max(size - crop + stride - 1, 0) // stride + 1`` along an axis,
+    the last ones shifted back to the border, so that every window is whole.
 
     Args:
         canvas: (H, W) of the picture, at least ``crop``.
@@ -166,25 +224,37 @@ def window_origins(canvas: tuple[int, int], crop: tuple[int, int], stride: tuple
     starts = []
     for size, side, step in zip(canvas, crop, stride, strict=True):
         if not 0 < side <= size or not 0 < step <= side:
-            raise ValueError(f"canvas, crop and stride are {size}, {side} and {step}; expected stride <= crop <= canvas, all above 0")
-        starts.append(torch.tensor([min(i * step, size - side) for i in range(_count(size, side, step))]))
+            raise ValueError(
+                f"canvas, crop and stride are {size}, {side} and {step}; expected stride <= crop "
+                f"<= canvas, all above 0"
+            )
+        starts.append(
+            torch.tensor([min(i * step, size - side) for i in range(_count(size, side, step))])
+        )
     return torch.cartesian_prod(*starts)
 
 
 @torch.no_grad()
-def encode(model: OVSegModel, pictures: Sequence[tuple[torch.Tensor, Placement]], batch: int) -> list[PatchFeatures]:
-    """Features of the windows of each picture. Windows of one size and dtype, of whichever picture, share encoder calls.
+def encode(
+    model: OVSegModel, pictures: Sequence[tuple[torch.Tensor, Placement]], batch: int
+) -> list[PatchFeatures]:
+    """Features of the windows of each picture.
+
+    Windows of one size and dtype, of whichever picture, share encoder calls.
 
     Args:
         model: called as a module, so that hooks and ``torch.compile`` act.
-        pictures: (pixels [3, Hc, Wc], uint8 or floats in 0..1, on the model's device; placement) of each.
+        pictures: (pixels [3, Hc, Wc], uint8 or floats in 0..1, on the model's device; placement) of
+            each.
         batch: windows in one call; a picture seen whole is one window.
     """
     windows: dict[tuple[tuple[int, int], torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for i, (pixels, placement) in enumerate(pictures):
         origins = [(0, 0)] if placement.origins is None else placement.origins.tolist()
         h, w = placement.crop
-        windows.setdefault((placement.crop, pixels.dtype), []).extend((i, pixels[:, y : y + h, x : x + w]) for y, x in origins)
+        windows.setdefault((placement.crop, pixels.dtype), []).extend(
+            (i, pixels[:, y : y + h, x : x + w]) for y, x in origins
+        )
     parts: list[list[PatchFeatures]] = [[] for _ in pictures]
     for found in windows.values():
         for start in range(0, len(found), batch):

@@ -1,9 +1,12 @@
-"""Towers: what a system builds on. A vision tower gives patch tokens, a text tower embeddings; a CLIP is both with one scale.
+"""Towers: what a system builds on.
 
-Backbones by kind, a file each: ``open_clip``, ``tiny``, and ``grouping``, the towers of GroupViT and OVSegmentor.
+A vision tower gives patch tokens, a text tower embeddings; a CLIP is both with one scale.
 
-A file holds its options, a dataclass, and its class; ``KINDS`` says their names. It is imported when it is asked for: open_clip imports
-torchvision, and the tiny models do without it.
+Backbones by kind, a file each: ``open_clip``, ``tiny``, and ``grouping``, the towers of GroupViT
+and OVSegmentor.
+
+A file holds its options, a dataclass, and its class; ``KINDS`` says their names. It is imported
+when it is asked for: open_clip imports torchvision, and the tiny models do without it.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ class PatchTokens(NamedTuple):
 
 
 class DenseTokens(NamedTuple):
-    """In the space of the texts, not normalised: ``embedding`` [B, E], ``tokens`` [B, N, E] in row-major order of ``grid`` (h, w)."""
+    """In the space of the texts, not normalised: ``embedding`` [B, E], ``tokens`` [B, N, E] in
+    row-major order of ``grid`` (h, w).
+    """
 
     embedding: torch.Tensor
     tokens: torch.Tensor
@@ -76,11 +81,14 @@ class TextTower(Protocol):
 
 
 class ClipBackbone(nn.Module):
-    """Both towers of a CLIP, with patch tokens taken by our own code. Base class of ``open_clip`` and ``tiny``.
+    """Both towers of a CLIP, with patch tokens taken by our own code.
+
+    Base class of ``open_clip`` and ``tiny``.
 
     Attributes:
         taps: where ``encode_patches`` can take tokens.
-        antialias_positions: how position embeddings are resized to another grid, where there are any.
+        antialias_positions: how position embeddings are resized to another grid, where there are
+            any.
         logit_bias: what SigLIP adds to its scaled cosines, or None.
     """
 
@@ -97,24 +105,43 @@ class ClipBackbone(nn.Module):
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
     antialias_positions: bool = True
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
-                       proxy: ProxyFeatures | None = None) -> PatchTokens:
-        """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm; ``readout`` changes the last
-        attention for the patches alone, with a second encoder's patches ``proxy`` where it needs them."""
+    def encode_patches(
+        self,
+        images: torch.Tensor,
+        *,
+        tap: str = "post_norm",
+        readout: Readout = READOUTS["clip"],
+        proxy: ProxyFeatures | None = None,
+    ) -> PatchTokens:
+        """Patch tokens of normalised ``images`` [B, 3, H, W], taken before or after the final norm;
+        ``readout`` changes the last attention for the patches alone, with a second encoder's
+        patches ``proxy`` where it needs them.
+        """
         raise NotImplementedError
 
-    def encode_dense(self, images: torch.Tensor, readout: Readout = READOUTS["clip"], proxy: ProxyFeatures | None = None) -> DenseTokens:
-        """The image embedding and the dense map of ``images``, whatever makes the embedding of the tokens (docs/towers.md)."""
+    def encode_dense(
+        self,
+        images: torch.Tensor,
+        readout: Readout = READOUTS["clip"],
+        proxy: ProxyFeatures | None = None,
+    ) -> DenseTokens:
+        """The image embedding and the dense map of ``images``, whatever makes the embedding of the
+        tokens (docs/towers.md).
+        """
         found = self.encode_patches(images, readout=readout, proxy=proxy)
         assert found.cls is not None
         return DenseTokens(self.project(found.cls), self.project(found.tokens), found.grid)
 
     def text_facts(self) -> Any:
-        """What a text's embedding depends on beside ``text_parameters``, for JSON: two architectures may hold the same tensors."""
+        """What a text's embedding depends on beside ``text_parameters``, for JSON: two
+        architectures may hold the same tensors.
+        """
         return None
 
     def lasting_options(self) -> dict[str, Any]:
-        """Options beside those that built it which a saved folder needs, because they came with weights that it does not name."""
+        """Options beside those that built it which a saved folder needs, because they came with
+        weights that it does not name.
+        """
         return {}
 
     def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -126,7 +153,9 @@ class ClipBackbone(nn.Module):
         """Raises ValueError for a readout that the vision tower does not have."""
 
     def check_class_token(self, system: str) -> None:
-        """Raises ValueError unless the vision tower is what ``system`` builds on: blocks over a class token and patches."""
+        """Raises ValueError unless the vision tower is what ``system`` builds on: blocks over a
+        class token and patches.
+        """
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
         """Post-norm tokens [..., D_v] to the shared space [..., E], CLIP's own projection."""
@@ -137,21 +166,31 @@ class ClipBackbone(nn.Module):
         raise NotImplementedError
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, E], not normalised. Ids may be on the CPU wherever the tower is: texts shorter than the context are
-        cheaper from there, because their length is known."""
+        """Text embeddings [T, E], not normalised.
+
+        Ids may be on the CPU wherever the tower is: texts shorter than the context are cheaper from
+        there, because their length is known.
+        """
         raise NotImplementedError
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(patch tokens [B, N, D_v] as the first block sees them, without a class token; grid)."""
         raise NotImplementedError
 
-    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(tokens [B, 1 + N, D_v] as the first block sees them, the class token first; grid). ``class_weight`` times the class token."""
+    def sequence(
+        self, images: torch.Tensor, class_weight: float = 1.0
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """(tokens [B, 1 + N, D_v] as the first block sees them, the class token first; grid).
+
+        ``class_weight`` times the class token.
+        """
         raise NotImplementedError
 
     def set_image_size(self, size: int, interpolation: str) -> None:
-        """Pictures of another size from now on: position embeddings, where there are any, are resized once, in place, and again for
-        every other grid, by ``interpolation`` (bicubic, bilinear)."""
+        """Pictures of another size from now on: position embeddings, where there are any, are
+        resized once, in place, and again for every other grid, by ``interpolation`` (bicubic,
+        bilinear).
+        """
         raise NotImplementedError
 
     def final_norm(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -179,7 +218,9 @@ class ClipBackbone(nn.Module):
         raise NotImplementedError
 
     def embedding_parameters(self) -> list[nn.Parameter]:
-        """Of patches, positions and words, and of the norm before the first block: what fine-tuning keeps."""
+        """Of patches, positions and words, and of the norm before the first block: what fine-tuning
+        keeps.
+        """
         raise NotImplementedError
 
     def _check_tap(self, tap: str) -> None:

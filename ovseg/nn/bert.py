@@ -1,4 +1,7 @@
-"""BERT, by transformers' own modules and under their names, run packed. The vector of a text is that of its first token, [CLS]."""
+"""BERT, by transformers' own modules and under their names, run packed.
+
+The vector of a text is that of its first token, [CLS].
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,21 @@ from .text import PackedText
 from .vit_blocks import Packing
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_UNUSED = ("cls.", "embeddings.position_ids")  # of pretraining's heads; a table in files of older versions
+_UNUSED = (
+    "cls.",
+    "embeddings.position_ids",
+)  # of pretraining's heads; a table in files of older versions
 
 
 @dataclass
 class BertOptions:
     """Attributes:
-        width, heads, depth, hidden, vocab_size, positions: of the model; the defaults are bert-base-uncased.
-        context_length: tokens of the longest text.
-        dropout: of hidden states and attention weights, in training.
-        tokenizer: the Hub's repository or the folder that its words come from.
-        weights: the same for pretrained weights, or a file; None for random ones.
+    width, heads, depth, hidden, vocab_size, positions: of the model; the defaults are
+        bert-base-uncased.
+    context_length: tokens of the longest text.
+    dropout: of hidden states and attention weights, in training.
+    tokenizer: the Hub's repository or the folder that its words come from.
+    weights: the same for pretrained weights, or a file; None for random ones.
     """
 
     width: int = 768
@@ -59,22 +66,33 @@ class BertTokenizer:
         if self._tokenizer is None:
             folder = Path(self.source)
             if no_folder(folder) is not None:
-                folder = fetch(self.source, ("tokenizer.json",), ways=", with tokenizer_config.json, in a folder that text.tokenizer "
-                               "names").parent
+                folder = fetch(
+                    self.source,
+                    ("tokenizer.json",),
+                    ways=", with tokenizer_config.json, in a folder that text.tokenizer names",
+                ).parent
                 fetch(self.source, ("tokenizer_config.json",))
             transformers = _transformers()
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    str(folder), local_files_only=True, trust_remote_code=False)
+                    str(folder), local_files_only=True, trust_remote_code=False
+                )
             except (OSError, ValueError, TypeError, KeyError) as error:
                 why = first_line(error)
                 raise InputError(
                     f"text.tokenizer is {self.source!r}, of which transformers makes no "
                     f"tokenizer ({why}); expected a folder or repository with tokenizer.json"
                 ) from error
-        found = self._tokenizer([texts] if isinstance(texts, str) else list(texts), padding="max_length", truncation=True,
-                                max_length=self.context_length, return_tensors="pt")
-        return found["input_ids"] * found["attention_mask"]  # padding is 0, whatever the tokenizer pads with
+        found = self._tokenizer(
+            [texts] if isinstance(texts, str) else list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.context_length,
+            return_tensors="pt",
+        )
+        return (
+            found["input_ids"] * found["attention_mask"]
+        )  # padding is 0, whatever the tokenizer pads with
 
 
 class BertBlock(nn.Module):
@@ -82,14 +100,28 @@ class BertBlock(nn.Module):
 
     def __init__(self, layer: Any):
         super().__init__()
-        self.attention, self.intermediate, self.output = layer.attention, layer.intermediate, layer.output
+        self.attention, self.intermediate, self.output = (
+            layer.attention,
+            layer.intermediate,
+            layer.output,
+        )
         self.heads, self.attention_backend = int(layer.attention.self.num_attention_heads), "sdpa"
 
     def forward(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         own = self.attention.self
-        q, k, v = (packing.pad(part(x)).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (own.query, own.key, own.value))
+        q, k, v = (
+            packing.pad(part(x)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (own.query, own.key, own.value)
+        )
         dropout = own.dropout.p if self.training else 0.0
-        o = attention(q, k, v, mask=packing.seen[:, None, None, :], dropout=dropout, backend=self.attention_backend)
+        o = attention(
+            q,
+            k,
+            v,
+            mask=packing.seen[:, None, None, :],
+            dropout=dropout,
+            backend=self.attention_backend,
+        )
         x = self.attention.output(packing.take(o.transpose(1, 2).flatten(2)), x)
         return self.output(self.intermediate(x), x)
 
@@ -102,10 +134,18 @@ class Bert(PackedText):
         o = self.options = options
         transformers = _transformers()
         config = transformers.BertConfig(
-            vocab_size=o.vocab_size, hidden_size=o.width, num_hidden_layers=o.depth, num_attention_heads=o.heads,
-            intermediate_size=o.hidden, max_position_embeddings=o.positions, hidden_dropout_prob=o.dropout,
-            attention_probs_dropout_prob=o.dropout)
-        self.transformer = transformers.BertModel(config)  # with its pooler, which nothing uses: published files hold it
+            vocab_size=o.vocab_size,
+            hidden_size=o.width,
+            num_hidden_layers=o.depth,
+            num_attention_heads=o.heads,
+            intermediate_size=o.hidden,
+            max_position_embeddings=o.positions,
+            hidden_dropout_prob=o.dropout,
+            attention_probs_dropout_prob=o.dropout,
+        )
+        self.transformer = transformers.BertModel(
+            config
+        )  # with its pooler, which nothing uses: published files hold it
         layers = self.transformer.encoder.layer
         for i, layer in enumerate(layers):
             layers[i] = BertBlock(layer)
@@ -119,7 +159,11 @@ class Bert(PackedText):
 
     def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         parts = self.transformer.embeddings
-        x = parts.word_embeddings(ids) + parts.token_type_embeddings.weight[0] + parts.position_embeddings(positions)
+        x = (
+            parts.word_embeddings(ids)
+            + parts.token_type_embeddings.weight[0]
+            + parts.position_embeddings(positions)
+        )
         return parts.dropout(parts.LayerNorm(x))
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -133,23 +177,35 @@ class Bert(PackedText):
         """
         path = Path(source)
         if no_folder(path) is None:
-            path = next((path / name for name in _WEIGHTS if (path / name).is_file()), path / _WEIGHTS[0])
+            path = next(
+                (path / name for name in _WEIGHTS if (path / name).is_file()), path / _WEIGHTS[0]
+            )
         elif no_file(path) is not None:
             path = fetch(source.removeprefix(PREFIX), _WEIGHTS, ways=", named by text.weights")
         state = {_plain(name): x for name, x in read_published(path).items()}
         state = {name: x for name, x in state.items() if not name.startswith(_UNUSED)}
         own = self.transformer.state_dict()
         state = {name: own[name] for name in own if name.startswith("pooler.")} | state
-        wrong = sorted(name for name in own.keys() | state.keys()
-                       if name not in own or name not in state or own[name].shape != state[name].shape)
+        wrong = sorted(
+            name
+            for name in own.keys() | state.keys()
+            if name not in own or name not in state or own[name].shape != state[name].shape
+        )
         if wrong:
-            raise CheckpointError(f"{path} does not fit the text tower ({len(wrong)} tensors: {', '.join(wrong[:5])}); expected those of "
-                                  f"transformers' BertModel of width {self.options.width} and depth {self.options.depth}")
+            raise CheckpointError(
+                f"{path} does not fit the text tower ({len(wrong)} tensors: "
+                f"{', '.join(wrong[:5])}); expected those of "
+                f"transformers' BertModel of width {self.options.width} and depth "
+                f"{self.options.depth}"
+            )
         check_numbers(path, state, own)
         self.transformer.load_state_dict(state)
 
     def facts(self) -> Any:
-        return {"kind": "bert", **{key: value for key, value in asdict(self.options).items() if key != "weights"}}
+        return {
+            "kind": "bert",
+            **{key: value for key, value in asdict(self.options).items() if key != "weights"},
+        }
 
 
 def _plain(name: str) -> str:
@@ -165,6 +221,8 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(f"text.kind is 'bert', which is transformers' ({first_line(error)}): "
-                          "pip install transformers; or text.kind=clip") from error
+        raise ImportError(
+            f"text.kind is 'bert', which is transformers' ({first_line(error)}): "
+            "pip install transformers; or text.kind=clip"
+        ) from error
     return transformers

@@ -1,18 +1,21 @@
 """Scaled dot-product attention behind one name, with the backend as an argument.
 
-``sdpa`` is torch's own; ``xformers`` is optional (``pip install 'ovseg-kernels[xformers]'``) and used when asked for.
+``sdpa`` is torch's own; ``xformers`` is optional (``pip install 'ovseg-kernels[xformers]'``) and
+used when asked for.
 
 QuickGELU followed by a projection, keeping only its input for backward.
 
     y = W g(h) + b,   g(h) = h sigmoid(1.702 h)                                                               (1)
     dh = (W^T dy) g'(h),   g'(h) = s + 1.702 h s (1 - s),   s = sigmoid(1.702 h);   dW = dy g(h)^T            (2)
 
-Plain torch keeps h, the sigmoid and g(h), three tensors of four times the width for every block of a CLIP: most of what its training
-keeps. Here g(h) is computed again.
+Plain torch keeps h, the sigmoid and g(h), three tensors of four times the width for every block of
+a CLIP: most of what its training keeps. Here g(h) is computed again.
 
-The transformer blocks of image and text towers as modules in parts: called as a whole, or walked over by a readout.
+The transformer blocks of image and text towers as modules in parts: called as a whole, or walked
+over by a readout.
 
-Local mixing, the front of the tiny models: without it a model of their size learns to retrieve captions and not where things are.
+Local mixing, the front of the tiny models: without it a model of their size learns to retrieve
+captions and not where things are.
 """
 
 from __future__ import annotations
@@ -30,8 +33,17 @@ from ..errors import first_line
 BACKENDS = ("sdpa", "xformers")
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None = None,
-              scale: float | None = None, causal: bool = False, dropout: float = 0.0, backend: str = "sdpa") -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    backend: str = "sdpa",
+) -> torch.Tensor:
     """softmax(q k^T scale + mask) v.
 
     Args:
@@ -43,7 +55,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.
         backend: ``sdpa`` or ``xformers``.
     """
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+        )
     if backend != "xformers":
         raise ValueError(f"backend is {backend!r}; expected one of {list(BACKENDS)}")
     try:
@@ -53,7 +67,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.
             from xformers.ops import LowerTriangularMask
     except ImportError as error:
         raise ImportError(
-            f"attention backend 'xformers' was asked for and does not import ({first_line(error)}); "
+            f"attention backend 'xformers' was asked for and does not import "
+            f"({first_line(error)}); "
             "pip install --no-deps xformers, or use backend='sdpa'"
         ) from error
     bias: Any = LowerTriangularMask() if causal else None
@@ -62,7 +77,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         bias = mask.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # xformers wants [B, L, heads, D]
-    return memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale).transpose(1, 2)
+    return memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale).transpose(
+        1, 2
+    )
 
 
 def quick_gelu(h: torch.Tensor) -> torch.Tensor:
@@ -92,7 +109,9 @@ class _QuickGeluLinear(torch.autograd.Function):
         return dh, d_weight, d_bias
 
 
-def quick_gelu_linear(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def quick_gelu_linear(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """Equation (1): h [..., H], weight [D, H], bias [D] to [..., D]. A second derivative raises."""
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
@@ -111,8 +130,12 @@ class AttentionBlock(nn.Module):
     norm_1: Callable[[torch.Tensor], torch.Tensor]
     attention_backend: str = "sdpa"
 
-    def project(self, normed: torch.Tensor, rope: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, [B, heads, L, d] each; ``rope`` turns queries and keys of rotary blocks by their patch's place."""
+    def project(
+        self, normed: torch.Tensor, rope: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, [B, heads, L, d] each; ``rope`` turns queries and keys of
+        rotary blocks by their patch's place.
+        """
         raise NotImplementedError
 
     def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,29 +150,49 @@ class AttentionBlock(nn.Module):
         """The MLP's branch: what it adds to ``x``."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, k_x: None = None, v_x: None = None, attn_mask: torch.Tensor | None = None, *,
-                first: int | None = None, rope: torch.Tensor | None = None,
-                prefix: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        k_x: None = None,
+        v_x: None = None,
+        attn_mask: torch.Tensor | None = None,
+        *,
+        first: int | None = None,
+        rope: torch.Tensor | None = None,
+        prefix: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The block as it is; positional arguments as open_clip's own blocks take them.
 
         Args:
             x: [B, L, D].
             k_x, v_x: not used; None.
             attn_mask: broadcastable to [B, heads, L, L]; bool (True = keep) or added to the scores.
-            first: only so many of the leading positions are computed, for a last block read at its class token.
+            first: only so many of the leading positions are computed, for a last block read at its
+                class token.
             rope: of ``project``.
-            prefix: tokens [B or 1, T, D] that are looked at and not computed, or their ``keys_values``: prompts whose outputs nobody reads.
+            prefix: tokens [B or 1, T, D] that are looked at and not computed, or their
+                ``keys_values``: prompts whose outputs nobody reads.
         """
         q, k, v = self.project(self.norm_1(x), rope)
         if prefix is not None:
-            before = self.keys_values(self.norm_1(prefix)) if isinstance(prefix, torch.Tensor) else prefix
-            k, v = (torch.cat([some.expand(len(x), -1, -1, -1), own], 2) for some, own in zip(before, (k, v), strict=True))
-        x = x[:, :first] + self.merge(attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend))
+            before = (
+                self.keys_values(self.norm_1(prefix))
+                if isinstance(prefix, torch.Tensor)
+                else prefix
+            )
+            k, v = (
+                torch.cat([some.expand(len(x), -1, -1, -1), own], 2)
+                for some, own in zip(before, (k, v), strict=True)
+            )
+        x = x[:, :first] + self.merge(
+            attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend)
+        )
         return x + self.feed(x)
 
 
 class ClipBlock(AttentionBlock):
-    """open_clip's ResidualAttentionBlock over its own parts, under their own names: state dicts do not change.
+    """open_clip's ResidualAttentionBlock over its own parts, under their own names: state dicts do
+    not change.
 
     Its MLP keeps one hidden tensor for backward instead of three where the activation is QuickGELU.
     """
@@ -164,7 +207,9 @@ class ClipBlock(AttentionBlock):
     def norm_1(self) -> nn.Module:  # type: ignore[override]
         return self.ln_1
 
-    def project(self, normed: torch.Tensor, rope: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, normed: torch.Tensor, rope: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attn, (B, L, D) = self.attn, normed.shape
         qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
         q, k, v = qkv.view(B, L, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
@@ -172,7 +217,11 @@ class ClipBlock(AttentionBlock):
 
     def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         attn, (B, T, D) = self.attn, normed.shape
-        kv = F.linear(normed, attn.in_proj_weight[D:], None if attn.in_proj_bias is None else attn.in_proj_bias[D:])
+        kv = F.linear(
+            normed,
+            attn.in_proj_weight[D:],
+            None if attn.in_proj_bias is None else attn.in_proj_bias[D:],
+        )
         k, v = kv.view(B, T, 2, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
         return k, v
 
@@ -182,7 +231,8 @@ class ClipBlock(AttentionBlock):
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         mlp, normed = self.mlp, self.ln_2(x)
         last = mlp.c_proj
-        # Only a plain layer may be passed by: one that was replaced (LoRA) or is hooked must be called.
+        # Only a plain layer may be passed by: one that was replaced (LoRA) or is hooked must be
+        # called.
         plain = type(last) is nn.Linear and not last._forward_hooks and not last._forward_pre_hooks
         if plain and type(mlp.gelu).__name__ == "QuickGELU":
             return self.ls_2(quick_gelu_linear(mlp.c_fc(normed), last.weight, last.bias))
@@ -205,21 +255,28 @@ LOCAL_PATCH = 4  # pixels from one token of the stem to the next
 
 
 class LocalBlock(nn.Module):
-    """Depth-wise 3x3 convolution and an MLP over channels, [B, D, h, w]. Three of them see 30 pixels, an object and little else."""
+    """Depth-wise 3x3 convolution and an MLP over channels, [B, D, h, w].
+
+    Three of them see 30 pixels, an object and little else.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width, padding_mode="replicate")
         self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 def local_stem(width: int) -> nn.Sequential:
-    """Pictures to a map of a token every ``LOCAL_PATCH`` pixels. Replicated borders: zeros would be a texture of their own along the edge
-    of every picture."""
+    """Pictures to a map of a token every ``LOCAL_PATCH`` pixels.
+
+    Replicated borders: zeros would be a texture of their own along the edge of every picture.
+    """
     return nn.Sequential(
         nn.Conv2d(3, width // 2, 3, 2, 1, padding_mode="replicate"),
         nn.GELU(),

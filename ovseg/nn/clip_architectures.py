@@ -1,7 +1,8 @@
 """The architectures of open_clip: their names, configurations, pretrained tags and sizes.
 
-An architecture is a name of open_clip's or its configuration, a dictionary as ``model_cfg`` in ``open_clip_config.json``, with two keys
-more: ``preprocess_cfg`` (mean and std) beside the towers, and ``timm_kwargs`` in ``vision_cfg``, a ViT of timm of any size.
+An architecture is a name of open_clip's or its configuration, a dictionary as ``model_cfg`` in
+``open_clip_config.json``, with two keys more: ``preprocess_cfg`` (mean and std) beside the towers,
+and ``timm_kwargs`` in ``vision_cfg``, a ViT of timm of any size.
 
 Positions of a CLIP of one resolution and context for a model of another.
 """
@@ -31,8 +32,10 @@ def import_open_clip() -> ModuleType:
         import open_clip
     except (ImportError, RuntimeError) as error:
         raise ImportError(
-            f"open_clip does not import ({first_line(error)}). It needs open_clip_torch and a torchvision built for torch "
-            f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and torchvision of one release "
+            f"open_clip does not import ({first_line(error)}). It needs open_clip_torch and a "
+            f"torchvision built for torch "
+            f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and "
+            f"torchvision of one release "
             "(torchvision has no CPU wheel on PyPI; the CUDA build of torch runs without a GPU)"
         ) from error
     return open_clip
@@ -44,22 +47,36 @@ def architectures() -> list[str]:
     if loaded is not None:
         return loaded.list_models()
     spec = find_spec("open_clip")
-    return sorted(path.stem for path in (Path(spec.origin).parent / "model_configs").glob("*.json")) if spec and spec.origin else []
+    return (
+        sorted(path.stem for path in (Path(spec.origin).parent / "model_configs").glob("*.json"))
+        if spec and spec.origin
+        else []
+    )
 
 
 def supported(architecture: str) -> bool:
     """Return whether ``OpenClipBackbone`` can walk it."""
-    tower = import_open_clip().get_model_config(architecture)["vision_cfg"].get("timm_model_name", "")
-    return not tower.startswith("swin") and "relpos" not in tower  # their tables of positions are those of one picture size
+    tower = (
+        import_open_clip().get_model_config(architecture)["vision_cfg"].get("timm_model_name", "")
+    )
+    return (
+        not tower.startswith("swin") and "relpos" not in tower
+    )  # their tables of positions are those of one picture size
 
 
 def tags_of(architecture: str) -> dict[str, dict[str, Any]]:
-    """open_clip's pretrained tags of an architecture: tag -> its facts. Those of both activations: the tag decides between them."""
+    """open_clip's pretrained tags of an architecture: tag -> its facts.
+
+    Those of both activations: the tag decides between them.
+    """
     open_clip = import_open_clip()
     stem = architecture.removesuffix(QUICK)
     names = [name for name in (architecture, stem, stem + QUICK) if name in open_clip.list_models()]
-    return {tag: open_clip.pretrained.get_pretrained_cfg(name, tag)
-            for name in reversed(names) for tag in open_clip.pretrained.list_pretrained_tags_by_model(name)}
+    return {
+        tag: open_clip.pretrained.get_pretrained_cfg(name, tag)
+        for name in reversed(names)
+        for tag in open_clip.pretrained.list_pretrained_tags_by_model(name)
+    }
 
 
 def sized(
@@ -83,7 +100,8 @@ def sized(
         ):
             raise InputError(
                 f"image_size is {image_size} and architecture {title(architecture)}, whose image "
-                "tower is not open_clip's ViT; expected None: pictures of any size are read all the same"
+                "tower is not open_clip's ViT; expected None: pictures of any size are read all "
+                "the same"
             )
         if not isinstance(patch, int) or image_size < patch or image_size % patch:
             raise InputError(
@@ -107,17 +125,29 @@ def configuration(architecture: Architecture) -> dict[str, Any]:
     open_clip = import_open_clip()
     config = open_clip.get_model_config(architecture)
     if config is None:
-        raise ValueError(f"architecture is {architecture!r}; expected one of open_clip.list_models()")
+        raise ValueError(
+            f"architecture is {architecture!r}; expected one of open_clip.list_models()"
+        )
     seen = [(tuple(facts["mean"]), tuple(facts["std"])) for facts in tags_of(architecture).values()]
-    mean, std = max(seen, key=seen.count) if seen else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    mean, std = (
+        max(seen, key=seen.count)
+        if seen
+        else (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
     return {**config, "preprocess_cfg": {"mean": mean, "std": std}}
 
 
 def of_activation(architecture: str, facts: dict[str, Any]) -> Architecture:
-    """The architecture with the activation that the tag was trained with. open_clip's names of OpenAI's models leave it out."""
+    """The architecture with the activation that the tag was trained with. open_clip's names of
+    OpenAI's models leave it out.
+    """
     if facts.get("quick_gelu") and not is_quick(architecture):
         quick = architecture + QUICK
-        return quick if quick in import_open_clip().list_models() else {**configuration(architecture), "quick_gelu": True}
+        return (
+            quick
+            if quick in import_open_clip().list_models()
+            else {**configuration(architecture), "quick_gelu": True}
+        )
     return architecture if facts.get("quick_gelu") else architecture.removesuffix(QUICK)
 
 

@@ -1,11 +1,13 @@
-"""The projectors of GroupViT and OVSegmentor into the space where pictures and texts are compared: two layers with a BatchNorm between.
+"""The projectors of GroupViT and OVSegmentor into the space where pictures and texts are compared:
+two layers with a BatchNorm between.
 
     y = W_2 relu(BN(W_1 x + b_1)) + b_2
 
-Statistics in training are those of all rows of all ranks, with their gradient, so that many processes give what one gives.
+Statistics in training are those of all rows of all ranks, with their gradient, so that many
+processes give what one gives.
 
-Both towers of a grouping system: a GroupingViT, a text tower, a projector for each. That is GroupViT as a whole, and OVSegmentor but for
-what only its training needs.
+Both towers of a grouping system: a GroupingViT, a text tower, a projector for each. That is
+GroupViT as a whole, and OVSegmentor but for what only its training needs.
 """
 
 from __future__ import annotations
@@ -29,31 +31,52 @@ from .vit_blocks import resize_positions
 
 
 class Projector(nn.Module):
-    """[..., D] to [..., E] through ``hidden``. Parameter names are OVSegmentor's, whose layers are 1x1 convolutions."""
+    """[..., D] to [..., E] through ``hidden``.
+
+    Parameter names are OVSegmentor's, whose layers are 1x1 convolutions.
+    """
 
     def __init__(self, width: int, hidden: int, embed_dim: int):
         super().__init__()
-        self.linear_hidden = nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.linear_hidden = nn.Sequential(
+            nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()
+        )
         self.linear_out = nn.Linear(hidden, embed_dim)
 
     def forward(self, x: torch.Tensor, group: Any = None) -> torch.Tensor:
-        """``group``: the ranks whose rows share statistics in training; None for this process alone."""
+        """``group``: the ranks whose rows share statistics in training; None for this process
+        alone.
+        """
         linear, norm, relu = self.linear_hidden
-        hidden = linear(x.flatten(0, -2)).to(norm.weight.dtype)  # statistics are not autocast's to round
-        hidden = norm(hidden) if group is None or not self.training else synchronized(norm, hidden, group)
+        hidden = linear(x.flatten(0, -2)).to(
+            norm.weight.dtype
+        )  # statistics are not autocast's to round
+        hidden = (
+            norm(hidden)
+            if group is None or not self.training
+            else synchronized(norm, hidden, group)
+        )
         return self.linear_out(relu(hidden)).unflatten(0, x.shape[:-1])
 
 
 def synchronized(norm: nn.BatchNorm1d, x: torch.Tensor, group: Any) -> torch.Tensor:
-    """``norm`` in training over the rows [n, C] of all ranks; updates its running statistics, which stay equal everywhere."""
+    """``norm`` in training over the rows [n, C] of all ranks; updates its running statistics, which
+    stay equal everywhere.
+    """
     rows = at_least_float32(x)
     count = sum_over_ranks(rows.new_full((1,), len(rows)), group)
     mean = sum_over_ranks(rows.sum(0), group) / count
     variance = sum_over_ranks((rows - mean).square().sum(0), group) / count
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    assert (
+        norm.running_mean is not None
+        and norm.running_var is not None
+        and norm.num_batches_tracked is not None
+    )
     with torch.no_grad():
         norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum or 0.1)
-        norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum or 0.1)
+        norm.running_var.lerp_(
+            (variance * count / (count - 1)).to(norm.running_var), norm.momentum or 0.1
+        )
         norm.num_batches_tracked += 1
     y = (rows - mean) * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
     return y.to(x.dtype)
@@ -68,7 +91,8 @@ class GroupingOptions:
 
     Attributes:
         width, heads, hidden: of the image tower; hidden is the width of its MLPs.
-        depths, group_tokens, groups, patch_norm, drop_path, local_depth, init_std, pool: see ``GroupingViT``.
+        depths, group_tokens, groups, patch_norm, drop_path, local_depth, init_std, pool: see
+            ``GroupingViT``.
         image_size, patch_size: in pixels.
         embed_dim, projector: E and the width of the projectors' hidden layers.
         mean, std: of RGB in 0..1; ImageNet's.
@@ -76,9 +100,24 @@ class GroupingOptions:
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        **dict.fromkeys(("width", "heads", "hidden", "groups", "image_size", "patch_size", "embed_dim", "projector"), (1, math.inf)),
-        **dict.fromkeys(("depths", "group_tokens", "local_depth"), (0, math.inf)), "drop_path": (0, 1), "std": (1e-6, math.inf),
-        "init_std": (1e-6, math.inf)}
+        **dict.fromkeys(
+            (
+                "width",
+                "heads",
+                "hidden",
+                "groups",
+                "image_size",
+                "patch_size",
+                "embed_dim",
+                "projector",
+            ),
+            (1, math.inf),
+        ),
+        **dict.fromkeys(("depths", "group_tokens", "local_depth"), (0, math.inf)),
+        "drop_path": (0, 1),
+        "std": (1e-6, math.inf),
+        "init_std": (1e-6, math.inf),
+    }
 
     width: int = 384
     heads: int = 6
@@ -108,10 +147,28 @@ class GroupingBackbone(ClipBackbone):
     def __init__(self, **options: Any):
         super().__init__()
         o = self.options = GroupingOptions(**options)
-        self.token_dim, self.embed_dim, self.image_size, self.patch_size = o.width, o.embed_dim, o.image_size, o.patch_size
+        self.token_dim, self.embed_dim, self.image_size, self.patch_size = (
+            o.width,
+            o.embed_dim,
+            o.image_size,
+            o.patch_size,
+        )
         self.image_mean, self.image_std = tuple(o.mean), tuple(o.std)  # type: ignore[assignment]
-        self.image = GroupingViT(o.width, o.heads, o.hidden, o.depths, o.group_tokens, o.groups, o.image_size, o.patch_size, o.patch_norm,
-                                 o.drop_path, o.local_depth, o.init_std, o.pool)
+        self.image = GroupingViT(
+            o.width,
+            o.heads,
+            o.hidden,
+            o.depths,
+            o.group_tokens,
+            o.groups,
+            o.image_size,
+            o.patch_size,
+            o.patch_norm,
+            o.drop_path,
+            o.local_depth,
+            o.init_std,
+            o.pool,
+        )
         self.text = build_text(**o.text)
         self.tokenizer = self.text.tokenizer
         self.image_projector = Projector(o.width, o.projector, o.embed_dim)
@@ -119,7 +176,9 @@ class GroupingBackbone(ClipBackbone):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def groups(self, images: torch.Tensor) -> tuple[VisionGroups, torch.Tensor, torch.Tensor]:
-        """(what the image tower gives, image embeddings [B, E], embeddings of the groups [B, G, E])."""
+        """(what the image tower gives, image embeddings [B, E], embeddings of the groups [B, G,
+        E]).
+        """
         found = self.image(images)
         both = self.image_projector(torch.cat([found.pooled[:, None], found.groups], 1))
         return found, both[:, 0], both[:, 1:]
@@ -135,7 +194,11 @@ class GroupingBackbone(ClipBackbone):
 
     def lasting_options(self) -> dict[str, Any]:
         """Weights that the text tower began with are in the saved file."""
-        return {"text": {key: x for key, x in self.options.text.items() if key != "weights"}} if self.options.text.get("weights") else {}
+        return (
+            {"text": {key: x for key, x in self.options.text.items() if key != "weights"}}
+            if self.options.text.get("weights")
+            else {}
+        )
 
     def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         table, own = state.get(_POSITIONS), self.state_dict().get(_POSITIONS)
@@ -165,4 +228,9 @@ class GroupingBackbone(ClipBackbone):
     def text_parameters(self) -> list[nn.Parameter]:
         """Those of the tower first; running statistics are no parameters and come along as values."""
         norm: Any = self.text_projector.linear_hidden[1]
-        return [*self.text.trained_parameters(), *self.text_projector.parameters(), norm.running_mean, norm.running_var]
+        return [
+            *self.text.trained_parameters(),
+            *self.text_projector.parameters(),
+            norm.running_mean,
+            norm.running_var,
+        ]

@@ -1,14 +1,16 @@
-"""Dense readouts: what the last attention of a CLIP becomes so that a patch says what lies under it. Nothing is trained.
+"""Dense readouts: what the last attention of a CLIP becomes so that a patch says what lies under
+it. Nothing is trained.
 
     o = sum over the terms t of softmax(s Q_t K_t^T + b) V,    (Q_t, K_t) in {(q, k), (q, q), (k, k), (v, v)}      (1)
     o = V                                                                                     without terms     (2)
     x' = x + out(o), then x' + mlp(norm(x')); either residual branch may be left out                            (3)
     o = softmax(A) V,  A = gamma (S - beta mean(S)) where that is not negative, else -inf       the term proxy  (4)
 
-q, k, v are the block's own, s = 1 / sqrt(d), b an additive bias. q and k are taken as the block's attention takes them, normed and turned
-by their place where it does so; v is neither. S [N, N] are the cosines of a second encoder's patches, its mean is over all of them, and
-(4) is over patches alone. A row of (4) of which nothing is left, as in a picture of one colour, is not cut. Published methods are settings
-of these lines:
+q, k, v are the block's own, s = 1 / sqrt(d), b an additive bias. q and k are taken as the block's
+attention takes them, normed and turned by their place where it does so; v is neither. S [N, N] are
+the cosines of a second encoder's patches, its mean is over all of them, and (4) is over patches
+alone. A row of (4) of which nothing is left, as in a picture of one colour, is not cut. Published
+methods are settings of these lines:
 
 =========  ============================================  ==============================================================
 clip       (q, k)                                        CLIP as it is
@@ -47,10 +49,13 @@ class Readout:
         terms: of (1); empty is (2); ``proxy`` alone is (4).
         mean: over the terms, in place of their sum.
         residual, mlp: whether the branches of (3) are kept.
-        window_std: of a Gaussian over the distance of two patches, in patches, added to the scores; None without.
+        window_std: of a Gaussian over the distance of two patches, in patches, added to the scores;
+            None without.
         depth: how many of the last blocks are changed.
-        parallel: the changed attention runs beside unchanged blocks, on their input, and its outputs are summed (GEM).
-        iterations: how often each of Q_t = K_t, made of unit vectors, is replaced by its own attention of itself (GEM).
+        parallel: the changed attention runs beside unchanged blocks, on their input, and its
+            outputs are summed (GEM).
+        iterations: how often each of Q_t = K_t, made of unit vectors, is replaced by its own
+            attention of itself (GEM).
         beta, gamma: of (4).
     """
 
@@ -69,13 +74,24 @@ class Readout:
         if self.proxy:
             self._check_proxy()
         elif not set(self.terms) <= set(TERMS):
-            raise ValueError(f"readout.terms is {list(self.terms)}; expected some of {list(TERMS)}, or {PROXY!r} alone")
+            raise ValueError(
+                f"readout.terms is {list(self.terms)}; expected some of {list(TERMS)}, or "
+                f"{PROXY!r} alone"
+            )
         if self.depth < 1 or (self.depth > 1 and not self.parallel):
-            raise ValueError(f"readout.depth is {self.depth}; expected 1, or more with parallel=True")
+            raise ValueError(
+                f"readout.depth is {self.depth}; expected 1, or more with parallel=True"
+            )
         if self.window_std is not None and not self.window_std > 0:
-            raise ValueError(f"readout.window_std is {self.window_std}; expected a positive number of patches, or None")
+            raise ValueError(
+                f"readout.window_std is {self.window_std}; expected a positive number of patches, "
+                f"or None"
+            )
         if self.iterations is not None and (self.iterations < 0 or "qk" in self.terms):
-            raise ValueError(f"readout.iterations is {self.iterations} with terms {list(self.terms)}; expected 0 or more, without 'qk'")
+            raise ValueError(
+                f"readout.iterations is {self.iterations} with terms {list(self.terms)}; expected "
+                f"0 or more, without 'qk'"
+            )
 
     @property
     def proxy(self) -> bool:
@@ -83,10 +99,22 @@ class Readout:
         return self.terms == (PROXY,)
 
     def _check_proxy(self) -> None:
-        if self.depth != 1 or self.parallel or self.window_std is not None or self.iterations is not None or self.residual:
-            raise ValueError(f"readout is {self}; expected depth 1, and no residual, parallel, window_std or iterations beside 'proxy'")
+        if (
+            self.depth != 1
+            or self.parallel
+            or self.window_std is not None
+            or self.iterations is not None
+            or self.residual
+        ):
+            raise ValueError(
+                f"readout is {self}; expected depth 1, and no residual, parallel, window_std or "
+                f"iterations beside 'proxy'"
+            )
         if not (self.beta >= 0 and self.gamma > 0):
-            raise ValueError(f"readout has beta {self.beta} and gamma {self.gamma}; expected 0 or more, and more than 0")
+            raise ValueError(
+                f"readout has beta {self.beta} and gamma {self.gamma}; expected 0 or more, and "
+                f"more than 0"
+            )
 
 
 _CLIP_ALONE = {
@@ -99,16 +127,17 @@ _CLIP_ALONE = {
 }
 READOUTS: Registry[Readout] = Registry(
     "readout",
-    lambda: table(
-        {**_CLIP_ALONE, "proxyclip": Readout((PROXY,), residual=False, mlp=False)}
-    ),
+    lambda: table({**_CLIP_ALONE, "proxyclip": Readout((PROXY,), residual=False, mlp=False)}),
     ValueError,
 )
 
 
 class ProxyFeatures(NamedTuple):
-    """A second encoder's patches [B, N, C] over its ``grid``. ``finer``: where the grid is finer than CLIP's, CLIP's values are resized to
-    it, and the answer has this grid; else these patches are resized to CLIP's grid."""
+    """A second encoder's patches [B, N, C] over its ``grid``.
+
+    ``finer``: where the grid is finer than CLIP's, CLIP's values are resized to it, and the answer
+    has this grid; else these patches are resized to CLIP's grid.
+    """
 
     patches: torch.Tensor
     grid: tuple[int, int]
@@ -123,20 +152,34 @@ def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
         return READOUTS[which]
     unknown = set(which) - {field.name for field in fields(Readout)}
     if unknown:
-        raise ValueError(f"readout has unknown fields {sorted(unknown)}; expected some of {[field.name for field in fields(Readout)]}")
+        raise ValueError(
+            f"readout has unknown fields {sorted(unknown)}; expected some of "
+            f"{[field.name for field in fields(Readout)]}"
+        )
     return Readout(**{**which, "terms": tuple(which.get("terms", ("qk",)))})
 
 
 class Read(NamedTuple):
-    """``patches`` [B, N, D] over ``grid``; ``own`` [B, >= first, D], CLIP's own tokens whatever the readout; before the final norm."""
+    """``patches`` [B, N, D] over ``grid``; ``own`` [B, >= first, D], CLIP's own tokens whatever the
+    readout; before the final norm.
+    """
 
     patches: torch.Tensor
     own: torch.Tensor
     grid: tuple[int, int]
 
 
-def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Readout, grid: tuple[int, int], *, prefix: int = 1,
-               first: int | None = 1, rope: torch.Tensor | None = None, proxy: ProxyFeatures | None = None) -> Read:
+def run_blocks(
+    blocks: Sequence[AttentionBlock],
+    x: torch.Tensor,
+    readout: Readout,
+    grid: tuple[int, int],
+    *,
+    prefix: int = 1,
+    first: int | None = 1,
+    rope: torch.Tensor | None = None,
+    proxy: ProxyFeatures | None = None,
+) -> Read:
     """Walk over the blocks.
 
     Args:
@@ -153,7 +196,11 @@ def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Reado
     if readout.proxy:
         patches, grid = _proxy_patches(blocks[-1], x[:, prefix:], readout, grid, proxy)
         return Read(patches, run_plain(blocks[-1:], x, rope=rope, first=first), grid)
-    bias = None if readout.window_std is None else gaussian_window(grid, readout.window_std, x, prefix=prefix)
+    bias = (
+        None
+        if readout.window_std is None
+        else gaussian_window(grid, readout.window_std, x, prefix=prefix)
+    )
     dense = x
     for block in blocks[-depth:]:
         o = block.merge(_attend(block, x, readout, bias, rope))
@@ -166,16 +213,25 @@ def run_blocks(blocks: Sequence[AttentionBlock], x: torch.Tensor, readout: Reado
     return Read(dense[:, prefix:], x, grid)
 
 
-def run_plain(blocks: Sequence[AttentionBlock], x: torch.Tensor, *, rope: torch.Tensor | None = None,
-              first: int | None = None) -> torch.Tensor:
+def run_plain(
+    blocks: Sequence[AttentionBlock],
+    x: torch.Tensor,
+    *,
+    rope: torch.Tensor | None = None,
+    first: int | None = None,
+) -> torch.Tensor:
     """The blocks as they are; of the last one only the ``first`` tokens."""
     for i, block in enumerate(blocks):
         x = block(x, first=first if i == len(blocks) - 1 else None, rope=rope)
     return x
 
 
-def gaussian_window(grid: tuple[int, int], std: float, like: torch.Tensor, *, prefix: int = 1) -> torch.Tensor:
-    """[prefix + N, prefix + N]: exp(-distance^2 / (2 std^2)) between patches, 0 where the class token or a register takes part."""
+def gaussian_window(
+    grid: tuple[int, int], std: float, like: torch.Tensor, *, prefix: int = 1
+) -> torch.Tensor:
+    """[prefix + N, prefix + N]: exp(-distance^2 / (2 std^2)) between patches, 0 where the class
+    token or a register takes part.
+    """
     rows, columns = (torch.arange(side, device=like.device, dtype=like.dtype) for side in grid)
     at = torch.cartesian_prod(rows, columns)
     near = torch.exp(-(at[:, None] - at[None]).square().sum(-1) / (2 * std * std))
@@ -191,31 +247,54 @@ def proxy_attention(patches: torch.Tensor, beta: float, gamma: float) -> torch.T
     return a.masked_fill(cut & ~cut.all(-1, keepdim=True), float("-inf")).softmax(-1)
 
 
-def resize_patches(patches: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+def resize_patches(
+    patches: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
     """[B, N, D] over ``grid`` to [B, M, D] over ``size``, bilinear."""
     if grid == size:
         return patches
     maps = patches.transpose(1, 2).unflatten(2, grid)
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    return (
+        F.interpolate(maps, size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    )
 
 
-def _proxy_patches(block: AttentionBlock, x: torch.Tensor, readout: Readout, grid: tuple[int, int],
-                   proxy: ProxyFeatures | None) -> tuple[torch.Tensor, tuple[int, int]]:
+def _proxy_patches(
+    block: AttentionBlock,
+    x: torch.Tensor,
+    readout: Readout,
+    grid: tuple[int, int],
+    proxy: ProxyFeatures | None,
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """(patches [B, N, D] of (3) and (4), their grid) from the patches ``x`` that go into the block."""
     if proxy is None:
-        raise ValueError("the readout has the term 'proxy' and proxy is None; expected a second encoder's patches")
+        raise ValueError(
+            "the readout has the term 'proxy' and proxy is None; expected a second encoder's "
+            "patches"
+        )
     v = block.project(block.norm_1(x))[2]
     patches, size = proxy.patches, grid
     if proxy.finer and proxy.grid[0] * proxy.grid[1] > grid[0] * grid[1]:
         size = proxy.grid
-        v = resize_patches(v.transpose(1, 2).flatten(2), grid, size).unflatten(2, (v.shape[1], -1)).transpose(1, 2)
-    weights = proxy_attention(resize_patches(patches, proxy.grid, size), readout.beta, readout.gamma)
+        v = (
+            resize_patches(v.transpose(1, 2).flatten(2), grid, size)
+            .unflatten(2, (v.shape[1], -1))
+            .transpose(1, 2)
+        )
+    weights = proxy_attention(
+        resize_patches(patches, proxy.grid, size), readout.beta, readout.gamma
+    )
     dense = block.merge(weights[:, None].to(v.dtype) @ v)
     return dense + block.feed(dense) if readout.mlp else dense, size
 
 
-def _attend(block: AttentionBlock, x: torch.Tensor, readout: Readout, bias: torch.Tensor | None,
-            rope: torch.Tensor | None) -> torch.Tensor:
+def _attend(
+    block: AttentionBlock,
+    x: torch.Tensor,
+    readout: Readout,
+    bias: torch.Tensor | None,
+    rope: torch.Tensor | None,
+) -> torch.Tensor:
     """o of (1) and (2), [B, heads, L, d]."""
     normed = block.norm_1(x)
     named = dict(zip("qkv", block.project(normed, rope), strict=True))
@@ -225,7 +304,9 @@ def _attend(block: AttentionBlock, x: torch.Tensor, readout: Readout, bias: torc
     attend = partial(attention, mask=bias, backend=block.attention_backend)
     if readout.iterations is None:
         outputs = [attend(named[term[0]], named[term[1]], v) for term in readout.terms]
-    else:  # GEM's inverse temperature: the mean norm of the block's normed input over sqrt(d), for each image
+    # GEM's inverse temperature: the mean norm of the block's normed input over sqrt(d), for each
+    # image
+    else:
         heat = normed.norm(dim=-1).mean(-1)[:, None, None, None] * v.shape[-1] ** -0.5
         outputs = []
         for term in readout.terms:

@@ -2,7 +2,8 @@
 
 From the host to the device without waiting for it.
 
-Results that are kept from one call to the next, while the tensors that it was made of stay as they are.
+Results that are kept from one call to the next, while the tensors that it was made of stay as they
+are.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``x`` on the device. A GPU copies from pinned memory while the host goes on; any other memory of the host makes it wait."""
+    """``x`` on the device.
+
+    A GPU copies from pinned memory while the host goes on; any other memory of the host makes it
+    wait.
+    """
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_fused_steps = 0  # of the optimizers of this process: what their kernels write, torch does not count
+_fused_steps = (
+    0  # of the optimizers of this process: what their kernels write, torch does not count
+)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -41,10 +48,13 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class Kept:
-    """The last result of a function of tensors. It is made again once one of them is another tensor, was written to, or was moved, and
-    under another autocast. Threads may call it at once.
+    """The last result of a function of tensors.
 
-    Copies and pickles begin empty. Moving a module keeps its parameters' identity: call ``clear`` where modules are moved.
+    It is made again once one of them is another tensor, was written to, or was moved, and under
+    another autocast. Threads may call it at once.
+
+    Copies and pickles begin empty. Moving a module keeps its parameters' identity: call ``clear``
+    where modules are moved.
     """
 
     def __init__(self) -> None:
@@ -52,12 +62,17 @@ class Kept:
         self._last: tuple[list[tuple[torch.Tensor, Any]], Any] = ([], None)
 
     def __call__(self, of: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
-        """``make()``, or what it gave the last time. Not kept where gradients are asked for, or a compiler looks on."""
+        """``make()``, or what it gave the last time.
+
+        Not kept where gradients are asked for, or a compiler looks on.
+        """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         now = [(x, _state(x)) for x in of]
         made_of, result = self._last
-        if len(now) != len(made_of) or any(a is not b or x != y for (a, x), (b, y) in zip(now, made_of, strict=True)):
+        if len(now) != len(made_of) or any(
+            a is not b or x != y for (a, x), (b, y) in zip(now, made_of, strict=True)
+        ):
             result = make()
             self._last = (now, result)
         return result
@@ -73,10 +88,11 @@ class Kept:
 
 
 class Version:
-    """Tensors as they were at one moment: which they were, where they lay, and how often they had been written to.
+    """Tensors as they were at one moment: which they were, where they lay, and how often they had
+    been written to.
 
-    It keeps no tensor alive. A write through ``.data``, which torch does not count, is seen on the CPU where it changes the middle of a
-    tensor. Copies and pickles are of nothing that is there.
+    It keeps no tensor alive. A write through ``.data``, which torch does not count, is seen on the
+    CPU where it changes the middle of a tensor. Copies and pickles are of nothing that is there.
 
     Args:
         of: the tensors.
@@ -90,8 +106,14 @@ class Version:
     def holds(self, of: Iterable[torch.Tensor], facts: Any = None) -> bool:
         """Return whether these are the tensors, and as they were."""
         now = list(of)
-        return facts == self._facts and len(now) == len(self._of) and all(
-            known() is x and state == _state(x) for x, (known, state) in zip(now, self._of, strict=True))
+        return (
+            facts == self._facts
+            and len(now) == len(self._of)
+            and all(
+                known() is x and state == _state(x)
+                for x, (known, state) in zip(now, self._of, strict=True)
+            )
+        )
 
     def __reduce__(self) -> tuple[type[Version], tuple[Any, ...]]:
         return Version, ((), float("nan"))  # which equals nothing
@@ -99,17 +121,31 @@ class Version:
 
 def autocast_type(kind: str) -> torch.dtype | None:
     """Return the dtype that autocast computes in on a kind of device; None where it is off."""
-    return torch.get_autocast_dtype(kind) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else None
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        else None
+    )
 
 
 def _state(x: torch.Tensor) -> tuple[Any, ...]:
     kind = x.device.type
     place = x.data_ptr() if type(x) in _PLAIN else None
-    return (-1 if x.is_inference() else x._version), _fused_steps, place, _middle(x), x.dtype, x.device, autocast_type(kind)
+    return (
+        (-1 if x.is_inference() else x._version),
+        _fused_steps,
+        place,
+        _middle(x),
+        x.dtype,
+        x.device,
+        autocast_type(kind),
+    )
 
 
 def _middle(x: torch.Tensor) -> bytes | None:
-    """Up to eight bytes from the middle of a tensor that can be read at once: for what is written without being counted."""
+    """Up to eight bytes from the middle of a tensor that can be read at once: for what is written
+    without being counted.
+    """
     if x.device.type != "cpu" or type(x) not in _PLAIN or not x.is_contiguous() or not x.nbytes:
         return None
     length = min(8, x.nbytes)

@@ -1,11 +1,13 @@
-"""What a text tower of the grouping systems is: token ids to one vector a text and, packed, one a token.
+"""What a text tower of the grouping systems is: token ids to one vector a text and, packed, one a
+token.
 
 GroupViT's text tower: a causal transformer over CLIP's byte pairs, read out at the end of the text.
 
-The text tower of the tiny grouping models: words of the scenes, a few blocks, read out at the start of the text, as BERT is.
+The text tower of the tiny grouping models: words of the scenes, a few blocks, read out at the start
+of the text, as BERT is.
 
-Text towers of the grouping systems by kind: ``bert`` (transformers), ``clip`` (a causal transformer over byte pairs), ``words`` (of the
-tiny models). All run packed: padding costs nothing.
+Text towers of the grouping systems by kind: ``bert`` (transformers), ``clip`` (a causal transformer
+over byte pairs), ``words`` (of the tiny models). All run packed: padding costs nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ class TextStates(NamedTuple):
         """Those of neighbouring texts, so many each."""
         packings = self.packing.split(sizes)
         tokens = self.tokens.split([len(one.rows) for one in packings])
-        return [TextStates(*one) for one in zip(self.sentence.split(list(sizes)), tokens, packings, strict=True)]
+        return [
+            TextStates(*one)
+            for one in zip(self.sentence.split(list(sizes)), tokens, packings, strict=True)
+        ]
 
     def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens [T, L, D], what of them is a token [T, L] bool)."""
@@ -78,7 +83,8 @@ class PackedText(nn.Module):
         """Encode texts.
 
         Args:
-            ids: [T, L] int64. From the CPU a GPU is not waited for; on it the lengths of the texts have to be.
+            ids: [T, L] int64. From the CPU a GPU is not waited for; on it the lengths of the texts
+                have to be.
             pads: compute padding too, as published training does.
         """
         device = next(self.parameters()).device
@@ -89,7 +95,9 @@ class PackedText(nn.Module):
         x = self.finish(x)
         return TextStates(self.sentence(x, packing), x, packing)
 
-    def encode_together(self, texts: Sequence[torch.Tensor], pads: bool = False) -> list[TextStates]:
+    def encode_together(
+        self, texts: Sequence[torch.Tensor], pads: bool = False
+    ) -> list[TextStates]:
         """Several lists of ids [T_i, L_i] in one pass; ``TextStates`` of each."""
         longest = max(ids.shape[1] for ids in texts)
         found = self(torch.cat([F.pad(ids, (0, longest - ids.shape[1])) for ids in texts]), pads)
@@ -107,11 +115,11 @@ class PackedText(nn.Module):
 @dataclass
 class ClipTextOptions:
     """Attributes:
-        width, heads, depth, hidden: of the transformer; hidden is the width of its MLPs.
-        context_length, vocab_size: of the ids.
-        act: ``quick_gelu`` or ``gelu``.
-        eos_id: the id of the end; None: the largest id of a text.
-        tokenizer: None: CLIP's byte pairs; a folder with a tokenizer of transformers.
+    width, heads, depth, hidden: of the transformer; hidden is the width of its MLPs.
+    context_length, vocab_size: of the ids.
+    act: ``quick_gelu`` or ``gelu``.
+    eos_id: the id of the end; None: the largest id of a text.
+    tokenizer: None: CLIP's byte pairs; a folder with a tokenizer of transformers.
     """
 
     width: int = 256
@@ -134,10 +142,14 @@ class ClipText(PackedText):
         self.width, self.context_length = o.width, o.context_length
         self.token_embedding = nn.Embedding(o.vocab_size, o.width)
         self.positional_embedding = nn.Parameter(torch.empty(o.context_length, o.width))
-        self.layers = nn.ModuleList(PackedBlock(o.width, o.heads, o.hidden, o.act, causal=True) for _ in range(o.depth))
+        self.layers = nn.ModuleList(
+            PackedBlock(o.width, o.heads, o.hidden, o.act, causal=True) for _ in range(o.depth)
+        )
         self.ln_final = nn.LayerNorm(o.width)
         words = {"context_length": o.context_length, "vocab_size": o.vocab_size}
-        self.tokenizer = ClipTokenizer({"text_cfg": words | ({"hf_tokenizer_name": o.tokenizer} if o.tokenizer else {})})
+        self.tokenizer = ClipTokenizer(
+            {"text_cfg": words | ({"hf_tokenizer_name": o.tokenizer} if o.tokenizer else {})}
+        )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.layers:  # as CLIP draws them
@@ -152,7 +164,11 @@ class ClipText(PackedText):
 
     def kept(self, ids: torch.Tensor) -> torch.Tensor:
         """Up to the end: nothing looks behind it."""
-        end = ids.argmax(1) if self.options.eos_id is None else (ids == self.options.eos_id).int().argmax(1)
+        end = (
+            ids.argmax(1)
+            if self.options.eos_id is None
+            else (ids == self.options.eos_id).int().argmax(1)
+        )
         return torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
 
     def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -171,7 +187,9 @@ class ClipText(PackedText):
 
 @dataclass
 class WordsOptions:
-    """Width, heads and depth of the blocks, width of their MLPs; ``context_length``: tokens of the longest text."""
+    """Width, heads and depth of the blocks, width of their MLPs; ``context_length``: tokens of the
+    longest text.
+    """
 
     width: int = 64
     heads: int = 4

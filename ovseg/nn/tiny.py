@@ -1,10 +1,12 @@
-"""Tokenizers: words for the tiny models, CLIP's byte pairs (through open_clip) for the CLIP backbones.
+"""Tokenizers: words for the tiny models, CLIP's byte pairs (through open_clip) for the CLIP
+backbones.
 
 TinyClip: a trainable two-tower CLIP of 0.3 M parameters, the embedded default.
 
-The vision tower mixes locally first (a convolution stem to a grid of patch tokens, then depth-wise blocks) and
-globally last (transformer blocks with a class token). Without the local part a model of this size learns to retrieve
-captions and not where things are. There is no position embedding: any picture size works.
+The vision tower mixes locally first (a convolution stem to a grid of patch tokens, then depth-wise
+blocks) and globally last (transformer blocks with a class token). Without the local part a model of
+this size learns to retrieve captions and not where things are. There is no position embedding: any
+picture size works.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 def scene_words() -> list[str]:
     """All words that captions of the scenes and the tiny prompt templates can hold, sorted."""
-    text = " ".join((*ONE_ENTITY, *SEVERAL, *TEMPLATES["scenes"])).replace("{list}", "").replace("{a}", "").replace("{}", "")
+    text = (
+        " ".join((*ONE_ENTITY, *SEVERAL, *TEMPLATES["scenes"]))
+        .replace("{list}", "")
+        .replace("{a}", "")
+        .replace("{}", "")
+    )
     words = set(_WORD.findall(text.lower())) | {"a", "an", "and", "on"}
     for vocabulary in VOCABULARIES.values():
         words.update(vocabulary.colours, vocabulary.kinds, vocabulary.stuff)
@@ -39,7 +46,9 @@ def scene_words() -> list[str]:
 
 
 class WordTokenizer:
-    """One id per known word; ``[T, context_length]`` int64, padded with 0. Unknown words share one id.
+    """One id per known word; ``[T, context_length]`` int64, padded with 0.
+
+    Unknown words share one id.
 
     Args:
         words: the known words; by default those of the scenes.
@@ -81,9 +90,13 @@ class _Block(AttentionBlock):
         self.heads = heads
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
-    def project(self, normed: torch.Tensor, rope: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, normed: torch.Tensor, rope: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         B, L, D = normed.shape
         q, k, v = self.qkv(normed).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         return q, k, v
@@ -122,7 +135,8 @@ class TinyOptions:
 class TinyClip(ClipBackbone):
     """Keyword arguments are the fields of ``TinyOptions``.
 
-    Without a global part (``depth=0``) there is no image embedding; systems that pool patches themselves, as SegCLIP does, need none.
+    Without a global part (``depth=0``) there is no image embedding; systems that pool patches
+    themselves, as SegCLIP does, need none.
     """
 
     Options: ClassVar = TinyOptions
@@ -138,7 +152,12 @@ class TinyClip(ClipBackbone):
         width, heads = o.width, o.heads
         if width % heads:
             raise ValueError(f"heads is {heads}; expected a divisor of the width, {width}")
-        self.token_dim, self.embed_dim, self.image_size, self.heads = width, o.embed_dim, o.image_size, heads
+        self.token_dim, self.embed_dim, self.image_size, self.heads = (
+            width,
+            o.embed_dim,
+            o.image_size,
+            heads,
+        )
         self.tokenizer = WordTokenizer(context_length=o.context_length)
         self.stem = local_stem(width)
         self.local = nn.Sequential(*(LocalBlock(width) for _ in range(o.local_depth)))
@@ -162,13 +181,21 @@ class TinyClip(ClipBackbone):
     def _with_cls(self, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
         return torch.cat([(weight * self.cls).to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
-    def encode_patches(self, images: torch.Tensor, *, tap: str = "post_norm", readout: Readout = READOUTS["clip"],
-                       proxy: ProxyFeatures | None = None) -> PatchTokens:
+    def encode_patches(
+        self,
+        images: torch.Tensor,
+        *,
+        tap: str = "post_norm",
+        readout: Readout = READOUTS["clip"],
+        proxy: ProxyFeatures | None = None,
+    ) -> PatchTokens:
         self._check_tap(tap)
         x, size = self._local_tokens(images)
         if tap == "local":
             return PatchTokens(x, size, None)
-        tokens, own, size = run_blocks(self.vision_blocks, self._with_cls(x), readout, size, proxy=proxy)
+        tokens, own, size = run_blocks(
+            self.vision_blocks, self._with_cls(x), readout, size, proxy=proxy
+        )
         cls = own[:, 0]
         if tap == "post_norm":
             tokens, cls = self.norm(tokens), self.norm(cls)
@@ -177,7 +204,9 @@ class TinyClip(ClipBackbone):
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         return self._local_tokens(images)
 
-    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, tuple[int, int]]:
+    def sequence(
+        self, images: torch.Tensor, class_weight: float = 1.0
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
         x, grid = self._local_tokens(images)
         return self._with_cls(x, class_weight), grid
 
@@ -212,7 +241,12 @@ class TinyClip(ClipBackbone):
         return found if tap == "local" else [*found, self.cls]
 
     def text_parameters(self) -> list[nn.Parameter]:
-        parts: tuple[Any, ...] = (self.words, self.text_blocks, self.text_norm, self.text_projection)
+        parts: tuple[Any, ...] = (
+            self.words,
+            self.text_blocks,
+            self.text_norm,
+            self.text_projection,
+        )
         return [self.word_positions, *(p for part in parts for p in part.parameters())]
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -220,7 +254,9 @@ class TinyClip(ClipBackbone):
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         if len(self.blocks) == 0:
-            raise ValueError("depth is 0; expected at least one block in which the class token sees the patches")
+            raise ValueError(
+                "depth is 0; expected at least one block in which the class token sees the patches"
+            )
         x = self._with_cls(self._local_tokens(images)[0])
         for block in self.vision_blocks[:-1]:
             x = block(x)

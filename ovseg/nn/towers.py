@@ -1,11 +1,14 @@
-"""What an image tower of a CLIP is to the backbone: pictures to tokens and an embedding, tokens to the space of the texts.
+"""What an image tower of a CLIP is to the backbone: pictures to tokens and an embedding, tokens to
+the space of the texts.
 
-A tower is no module: it walks over the parts of open_clip's image tower, whose parameters keep their names.
+A tower is no module: it walks over the parts of open_clip's image tower, whose parameters keep
+their names.
 
     embedding = pool(tokens)             what the model was trained with                                     (1)
     dense     = pool of the token alone, as if all that is pooled were like it                               (2)
 
-(2) is the dense map of every head (docs/towers.md): if the tokens are alike, dense and embedding are the same.
+(2) is the dense map of every head (docs/towers.md): if the tokens are alike, dense and embedding
+are the same.
 
 open_clip's own ViT: class token, average or attention pooling.
 
@@ -65,7 +68,12 @@ class ImageTower:
         """Those that a readout can change."""
         return ()
 
-    def encode(self, images: torch.Tensor, readout: Readout = READOUTS["clip"], proxy: ProxyFeatures | None = None) -> Encoded:
+    def encode(
+        self,
+        images: torch.Tensor,
+        readout: Readout = READOUTS["clip"],
+        proxy: ProxyFeatures | None = None,
+    ) -> Encoded:
         raise NotImplementedError
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
@@ -84,13 +92,19 @@ class ImageTower:
         if stride is not None and not 1 <= stride <= self.patch_size:
             raise ValueError(f"stride is {stride}; expected 1 to {self.patch_size}, the patch size")
         if stride not in (None, self.patch_size) and not self.overlaps:
-            raise ValueError(f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller step needs a tower that "
-                             "cuts the picture into patches by one convolution")
+            raise ValueError(
+                f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller "
+                f"step needs a tower that "
+                "cuts the picture into patches by one convolution"
+            )
         return self.patch_size if stride is None else stride
 
     def check_size(self, images: torch.Tensor) -> None:
         if images.shape[-1] < self.patch_size or images.shape[-2] < self.patch_size:
-            raise ValueError(f"images have size {tuple(images.shape[-2:])}; expected at least one patch of {self.patch_size}")
+            raise ValueError(
+                f"images have size {tuple(images.shape[-2:])}; expected at least one patch of "
+                f"{self.patch_size}"
+            )
 
 
 class BlockTower(ImageTower):
@@ -104,7 +118,9 @@ class BlockTower(ImageTower):
     prefix: int
     first: int | None
 
-    def sequence(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
+    def sequence(
+        self, images: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
         """(tokens [B, prefix + N, D] as the first block sees them, rotary positions or None, grid)."""
         raise NotImplementedError
 
@@ -112,9 +128,23 @@ class BlockTower(ImageTower):
         """(1): what the last block gives, [B, prefix + N, D], to the embeddings [B, E]."""
         raise NotImplementedError
 
-    def encode(self, images: torch.Tensor, readout: Readout = READOUTS["clip"], proxy: ProxyFeatures | None = None) -> Encoded:
+    def encode(
+        self,
+        images: torch.Tensor,
+        readout: Readout = READOUTS["clip"],
+        proxy: ProxyFeatures | None = None,
+    ) -> Encoded:
         x, rope, grid = self.sequence(images)
-        read = run_blocks(self.blocks, x, readout, grid, prefix=self.prefix, first=self.first, rope=rope, proxy=proxy)
+        read = run_blocks(
+            self.blocks,
+            x,
+            readout,
+            grid,
+            prefix=self.prefix,
+            first=self.first,
+            rope=rope,
+            proxy=proxy,
+        )
         return Encoded(read.patches, read.grid, self.pool(read.own))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
@@ -133,7 +163,12 @@ class MapTower(ImageTower):
         """(1): the map [B, D, h, w] to the embeddings [B, E]."""
         raise NotImplementedError
 
-    def encode(self, images: torch.Tensor, readout: Readout = READOUTS["clip"], proxy: ProxyFeatures | None = None) -> Encoded:
+    def encode(
+        self,
+        images: torch.Tensor,
+        readout: Readout = READOUTS["clip"],
+        proxy: ProxyFeatures | None = None,
+    ) -> Encoded:
         self.check_readout(readout)
         self.check_size(images)
         x = self.features(images)
@@ -142,8 +177,11 @@ class MapTower(ImageTower):
     def check_readout(self, readout: Readout) -> None:
         if readout != READOUTS["clip"]:
             names = [name for name, known in READOUTS.items() if known == readout]
-            raise ValueError(f"readout is {names[0] if names else readout!r} and the image tower is {self.kind}, whose last layers are no "
-                             "attention over patches; expected 'clip'")
+            raise ValueError(
+                f"readout is {names[0] if names else readout!r} and the image tower is "
+                f"{self.kind}, whose last layers are no "
+                "attention over patches; expected 'clip'"
+            )
 
 
 def patch_size_of(size: int | Sequence[int]) -> int:
@@ -162,7 +200,9 @@ def image_size_of(visual: Any) -> int:
 def timm_embed_dim(visual: Any) -> int:
     """E of timm's tower: of open_clip's head, or of timm's own where that is the projection."""
     linear = [module for module in visual.head.modules() if isinstance(module, nn.Linear)]
-    return linear[-1].out_features if linear else visual.trunk.num_classes or visual.trunk.num_features
+    return (
+        linear[-1].out_features if linear else visual.trunk.num_classes or visual.trunk.num_features
+    )
 
 
 class ClipVit(BlockTower):
@@ -186,16 +226,29 @@ class ClipVit(BlockTower):
     def __init__(self, visual: Any, stride: int | None = None, attention_backend: str = "sdpa"):
         self.visual = visual
         if getattr(visual, "attn_pool_contrastive", None) is not None:
-            raise ValueError(f"the image tower has two attention poolings ({visual.attn_pool_type!r}); expected one, as CoCa has it")
+            raise ValueError(
+                f"the image tower has two attention poolings ({visual.attn_pool_type!r}); "
+                f"expected one, as CoCa has it"
+            )
         if visual.attn_pool is None and visual.pool_type not in ("tok", "avg"):
-            raise ValueError(f"the image tower pools by {visual.pool_type!r}; expected 'tok', 'avg' or attention")
+            raise ValueError(
+                f"the image tower pools by {visual.pool_type!r}; expected 'tok', 'avg' or attention"
+            )
         self.first = 1 if visual.attn_pool is None and visual.pool_type == "tok" else None
-        self.pooling = "attention" if visual.attn_pool is not None else {"tok": "class token", "avg": "average"}[visual.pool_type]
+        self.pooling = (
+            "attention"
+            if visual.attn_pool is not None
+            else {"tok": "class token", "avg": "average"}[visual.pool_type]
+        )
         self.kind = f"open_clip's ViT pooled by {self.pooling}"
         blocks = visual.transformer.resblocks
         if not isinstance(getattr(blocks[0], "attn", None), nn.MultiheadAttention):
-            raise ValueError(f"the image tower has blocks of type {type(blocks[0]).__name__}; expected CLIP's")
-        visual.transformer.resblocks = nn.ModuleList(ClipBlock(block, attention_backend) for block in blocks)
+            raise ValueError(
+                f"the image tower has blocks of type {type(blocks[0]).__name__}; expected CLIP's"
+            )
+        visual.transformer.resblocks = nn.ModuleList(
+            ClipBlock(block, attention_backend) for block in blocks
+        )
         self.patch_size, self.image_size = patch_size_of(visual.patch_size), image_size_of(visual)
         self.stride = self.step(stride)
         self.token_dim, self.embed_dim = visual.conv1.out_channels, visual.output_dim
@@ -210,28 +263,49 @@ class ClipVit(BlockTower):
         visual = self.visual
         x = F.conv2d(images, visual.conv1.weight, visual.conv1.bias, stride=self.stride)
         grid, trained = (x.shape[2], x.shape[3]), (visual.grid_size[0], visual.grid_size[1])
-        positions = resize_positions(visual.positional_embedding, trained, grid, antialias=self.antialias, mode=self.interpolation)
+        positions = resize_positions(
+            visual.positional_embedding,
+            trained,
+            grid,
+            antialias=self.antialias,
+            mode=self.interpolation,
+        )
         return x.flatten(2).transpose(1, 2), positions, grid
 
     def set_image_size(self, size: int, interpolation: str) -> None:
         """See ``ClipBackbone.set_image_size``."""
         if size < self.patch_size or size % self.patch_size:
-            raise ValueError(f"image_size is {size}; expected a multiple of the patch, {self.patch_size} pixels")
+            raise ValueError(
+                f"image_size is {size}; expected a multiple of the patch, {self.patch_size} pixels"
+            )
         self.interpolation, self.image_size, visual = interpolation, size, self.visual
         side = size // self.patch_size
         trained, grid = (visual.grid_size[0], visual.grid_size[1]), (side, side)
-        table = resize_positions(visual.positional_embedding.detach(), trained, grid, antialias=self.antialias, mode=interpolation)
-        visual.positional_embedding = nn.Parameter(table.clone(), requires_grad=visual.positional_embedding.requires_grad)
+        table = resize_positions(
+            visual.positional_embedding.detach(),
+            trained,
+            grid,
+            antialias=self.antialias,
+            mode=interpolation,
+        )
+        visual.positional_embedding = nn.Parameter(
+            table.clone(), requires_grad=visual.positional_embedding.requires_grad
+        )
         visual.grid_size, visual.image_size = grid, (size, size)
 
-    def tokens(self, images: torch.Tensor, readout: Readout,
-               proxy: ProxyFeatures | None) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        """(patches [B, N, D], class token [B, D], grid) after the last block, before the final norm."""
+    def tokens(
+        self, images: torch.Tensor, readout: Readout, proxy: ProxyFeatures | None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        """(patches [B, N, D], class token [B, D], grid) after the last block, before the final
+        norm.
+        """
         x, _, grid = self.sequence(images)
         read = run_blocks(self.blocks, x, readout, grid, proxy=proxy)
         return read.patches, read.own[:, 0], read.grid
 
-    def sequence(self, images: torch.Tensor, class_weight: float = 1.0) -> tuple[torch.Tensor, None, tuple[int, int]]:
+    def sequence(
+        self, images: torch.Tensor, class_weight: float = 1.0
+    ) -> tuple[torch.Tensor, None, tuple[int, int]]:
         x, positions, grid = self.patches(images)
         cls = (class_weight * self.visual.class_embedding).to(x.dtype)
         x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
@@ -246,7 +320,9 @@ class ClipVit(BlockTower):
         visual = self.visual
         if visual.attn_pool is not None:
             pooled = visual.ln_post(visual.attn_pool(tokens))
-            return self.project(pooled[:, 0] if visual.pool_type == "tok" else pooled[:, 1:].mean(1))
+            return self.project(
+                pooled[:, 0] if visual.pool_type == "tok" else pooled[:, 1:].mean(1)
+            )
         if visual.pool_type == "tok":
             return self.project(visual.ln_post(tokens[:, 0]))
         if visual.final_ln_after_pool:
@@ -257,8 +333,14 @@ class ClipVit(BlockTower):
         pool = self.visual.attn_pool
         if pool is not None:
             attn = pool.attn
-            weight = attn.in_proj_weight.chunk(3)[2] if attn.in_proj_weight is not None else attn.v_proj_weight
-            tokens = attn.out_proj(F.linear(pool.ln_k(tokens), weight, attn.in_proj_bias.chunk(3)[2]))
+            weight = (
+                attn.in_proj_weight.chunk(3)[2]
+                if attn.in_proj_weight is not None
+                else attn.v_proj_weight
+            )
+            tokens = attn.out_proj(
+                F.linear(pool.ln_k(tokens), weight, attn.in_proj_bias.chunk(3)[2])
+            )
         return self.project(self.visual.ln_post(tokens))
 
     def project(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -266,12 +348,13 @@ class ClipVit(BlockTower):
 
 
 class FeatureMap(MapTower):
-    """With x the map before the pooling and W all that follows it, norms and MLPs included, timm's head, then open_clip's:
+    """With x the map before the pooling and W all that follows it, norms and MLPs included, timm's
+    head, then open_clip's:
 
         embedding = W(mean_n(x_n))        dense = W(x_n)
 
-    Where W is linear, the mean over the dense map is the embedding. W comes per token by giving each token to the head as a map of its own
-    of one patch, whose average it is.
+    Where W is linear, the mean over the dense map is the embedding. W comes per token by giving
+    each token to the head as a map of its own of one patch, whose average it is.
     """
 
     pooling = "average"
@@ -280,7 +363,11 @@ class FeatureMap(MapTower):
         self.visual, trunk = visual, visual.trunk
         self.kind = f"timm's {type(trunk).__name__}, convolutional"
         self.patch_size = int(trunk.feature_info[-1]["reduction"])
-        self.image_size, self.token_dim, self.embed_dim = image_size_of(visual), trunk.num_features, timm_embed_dim(visual)
+        self.image_size, self.token_dim, self.embed_dim = (
+            image_size_of(visual),
+            trunk.num_features,
+            timm_embed_dim(visual),
+        )
         self.stride = self.step(stride)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -297,17 +384,25 @@ def is_feature_map(visual: Any) -> bool:
     """Whether the tower ends in a map [B, D, h, w] that timm's head averages before all else."""
     trunk = visual.trunk
     pool = getattr(getattr(trunk, "head", None), "global_pool", None)
-    averaged = getattr(pool, "pool_type", None) in ("avg", "fast", "fastavg") and getattr(trunk.head, "input_fmt", "NCHW") == "NCHW"
-    return averaged and isinstance(visual.head, nn.Sequential) and "pool" not in dict(visual.head.named_children())
+    averaged = (
+        getattr(pool, "pool_type", None) in ("avg", "fast", "fastavg")
+        and getattr(trunk.head, "input_fmt", "NCHW") == "NCHW"
+    )
+    return (
+        averaged
+        and isinstance(visual.head, nn.Sequential)
+        and "pool" not in dict(visual.head.named_children())
+    )
 
 
 class ClipResNet(MapTower):
-    """With x the last map, p the pool's positions, Q, K, V and C its projections, and x_0 the mean of the patches:
+    """With x the last map, p the pool's positions, Q, K, V and C its projections, and x_0 the mean
+    of the patches:
 
         embedding = C attention(Q (x_0 + p_0), K (x + p), V (x + p))        dense = C V x_n
 
-    Positions say where a patch is, and a patch's own vector should say what it is: they are left out. Tokens that are alike give the
-    embedding exactly where V p is zero.
+    Positions say where a patch is, and a patch's own vector should say what it is: they are left
+    out. Tokens that are alike give the embedding exactly where V p is zero.
     """
 
     pooling = "attention"
@@ -316,7 +411,11 @@ class ClipResNet(MapTower):
 
     def __init__(self, visual: Any, stride: int | None = None):
         self.visual = visual
-        self.image_size, self.token_dim, self.embed_dim = image_size_of(visual), visual.attnpool.v_proj.in_features, visual.output_dim
+        self.image_size, self.token_dim, self.embed_dim = (
+            image_size_of(visual),
+            visual.attnpool.v_proj.in_features,
+            visual.output_dim,
+        )
         self.stride = self.step(stride)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -326,11 +425,15 @@ class ClipResNet(MapTower):
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         pool, grid = self.visual.attnpool, (features.shape[2], features.shape[3])
         trained = self.image_size // self.patch_size
-        positions = resize_positions(pool.positional_embedding, (trained, trained), grid, antialias=self.antialias)
+        positions = resize_positions(
+            pool.positional_embedding, (trained, trained), grid, antialias=self.antialias
+        )
         x = features.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + positions.to(x.dtype)
-        q, k, v = (layer(t).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
-                   for layer, t in ((pool.q_proj, x[:, :1]), (pool.k_proj, x), (pool.v_proj, x)))
+        q, k, v = (
+            layer(t).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+            for layer, t in ((pool.q_proj, x[:, :1]), (pool.k_proj, x), (pool.v_proj, x))
+        )
         return pool.c_proj(attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
 
     def dense(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,13 @@
 
 from ..weights.saving import push_to_hub, save_pretrained
 from .base import GroupFeatures, ModelSpec, OVSegModel, PatchFeatures
-from .loading import create_model, default_model, from_pretrained, load_official_state_dict, official_state_dict
+from .loading import (
+    create_model,
+    default_model,
+    from_pretrained,
+    load_official_state_dict,
+    official_state_dict,
+)
 from .names import DEFAULT_MODEL, DEFAULT_VIEW
 from .registry import list_bundled, list_models, list_pretrained, register_model
 

@@ -1,4 +1,6 @@
-"""The contract of a system: encode pictures, encode texts, compare them, and say how it is seen, labelled and trained."""
+"""The contract of a system: encode pictures, encode texts, compare them, and say how it is seen,
+labelled and trained.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ class PatchFeatures:
 
     Attributes:
         embedding: [B, E], one vector an image.
-        tokens: [B, L, E], one vector a patch, row-major over ``grid``, in the space of the texts, not normalised.
+        tokens: [B, L, E], one vector a patch, row-major over ``grid``, in the space of the texts,
+            not normalised.
         grid: (h, w).
     """
 
@@ -65,7 +68,10 @@ class PatchFeatures:
     def concatenate(cls: type[_F], parts: Sequence[_F]) -> _F:
         """The images of all parts, which have one grid."""
         names = [f.name for f in fields(parts[0]) if f.name != "grid"]
-        return type(parts[0])(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}, grid=parts[0].grid)
+        return type(parts[0])(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+            grid=parts[0].grid,
+        )
 
     def select(self: _F, rows: slice) -> _F:
         """Some of the images."""
@@ -96,7 +102,8 @@ class SystemOptions:
         backbone: its kind and options.
         templates: prompt templates that ``encode_labels`` uses by default.
         trained: the parts that are trained, of those that the system's ``parts`` names.
-        moved: names of earlier versions -> what stands for them now, for the message where one is given.
+        moved: names of earlier versions -> what stands for them now, for the message where one is
+            given.
     """
 
     moved: ClassVar[dict[str, str]] = {}
@@ -107,12 +114,18 @@ class SystemOptions:
 
     @classmethod
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a saved folder, under names of earlier versions, to the present ones. What is asked for today is never renamed."""
+        """Options of a saved folder, under names of earlier versions, to the present ones.
+
+        What is asked for today is never renamed.
+        """
         return options
 
 
 class OVSegModel(nn.Module):
-    """Base of the systems. A system defines ``encode_image``, ``similarity``, ``parts`` and, if it differs, ``segment_logits``.
+    """Base of the systems.
+
+    A system defines ``encode_image``, ``similarity``, ``parts`` and, if it differs,
+    ``segment_logits``.
 
     Attributes:
         name: registry name, set by ``create_model``.
@@ -122,10 +135,14 @@ class OVSegModel(nn.Module):
         objective: name of what trains it, a file of ``objectives``.
         published: the layout of published checkpoints, or None.
         published_marks: beginnings of names that only such checkpoints hold, told without a model.
-        model_types: what transformers calls the model, where it has it -> the preset that a folder of it is built on.
-        starting_options: options that only say what to begin with: a saved folder, which holds all weights, leaves them out.
-        training_only: beginnings of the names of tensors that a saved folder may hold beside those of a model built without them.
-        source: where its weights come from, as ``from_pretrained`` or a tag names it; None for random weights.
+        model_types: what transformers calls the model, where it has it -> the preset that a folder
+            of it is built on.
+        starting_options: options that only say what to begin with: a saved folder, which holds all
+            weights, leaves them out.
+        training_only: beginnings of the names of tensors that a saved folder may hold beside those
+            of a model built without them.
+        source: where its weights come from, as ``from_pretrained`` or a tag names it; None for
+            random weights.
     """
 
     Options: ClassVar[type[SystemOptions]] = SystemOptions
@@ -164,32 +181,51 @@ class OVSegModel(nn.Module):
         """Image-level similarity [B, T] with text embeddings [T, E]; classifies without training."""
         check_compared(images, texts, PatchFeatures)
         features = self(images) if isinstance(images, torch.Tensor) else images
-        return F.normalize(features.embedding, dim=-1) @ F.normalize(texts.to(features.embedding.dtype), dim=-1).T
+        return (
+            F.normalize(features.embedding, dim=-1)
+            @ F.normalize(texts.to(features.embedding.dtype), dim=-1).T
+        )
 
     def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, E], not normalised; ``token_ids`` on the CPU, which is cheaper, or on the model's device."""
+        """Text embeddings [T, E], not normalised; ``token_ids`` on the CPU, which is cheaper, or on
+        the model's device.
+        """
         check_ids(token_ids, self)
         return self.backbone.encode_text(token_ids)
 
     def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
         """Cosine of every patch with every text: [B, C, h, w] at the resolution of the tokens."""
         check_compared(features, texts, PatchFeatures, encoded=True)
-        s = F.normalize(features.tokens, dim=-1) @ F.normalize(texts.to(features.tokens.dtype), dim=-1).T
+        s = (
+            F.normalize(features.tokens, dim=-1)
+            @ F.normalize(texts.to(features.tokens.dtype), dim=-1).T
+        )
         return s.transpose(1, 2).unflatten(2, features.grid)
 
     @property
     def spec(self) -> ModelSpec:
         b = self.backbone
-        return ModelSpec(b.image_size, b.patch_size, b.embed_dim, b.image_mean, b.image_std, getattr(b, "stride", None))
+        return ModelSpec(
+            b.image_size,
+            b.patch_size,
+            b.embed_dim,
+            b.image_mean,
+            b.image_std,
+            getattr(b, "stride", None),
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Texts to token ids [T, L]; ``unknown(text)``, where there is one, lists the words it does not know."""
+        """Texts to token ids [T, L]; ``unknown(text)``, where there is one, lists the words it does
+        not know.
+        """
         return self.backbone.tokenizer
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What cosines are multiplied by before a softmax, at most 100; a 0-dim tensor with its gradient."""
+        """What cosines are multiplied by before a softmax, at most 100; a 0-dim tensor with its
+        gradient.
+        """
         return self.backbone.logit_scale.exp().clamp(max=MAX_SCALE)
 
     @torch.no_grad()
@@ -198,16 +234,23 @@ class OVSegModel(nn.Module):
         self.backbone.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """RGB [B, 3, H, W], uint8 or floats in 0..1, to what ``encode_image`` takes, in the model's dtype."""
+        """RGB [B, 3, H, W], uint8 or floats in 0..1, to what ``encode_image`` takes, in the model's
+        dtype.
+        """
         check_pixels(pixels)
         pixels, spec = pixels / 255 if pixels.dtype == torch.uint8 else pixels, self.spec
-        mean, std = ([torch.full((), x, device=pixels.device, dtype=pixels.dtype) for x in row] for row in (spec.mean, spec.std))
+        mean, std = (
+            [torch.full((), x, device=pixels.device, dtype=pixels.dtype) for x in row]
+            for row in (spec.mean, spec.std)
+        )
         normal = (pixels - torch.stack(mean)[:, None, None]) / torch.stack(std)[:, None, None]
         return normal.to(next(self.parameters()).dtype)
 
     def preprocess(self, picture: Any) -> torch.Tensor:
-        """One picture (path, bytes, PIL image, array, tensor) to [3, S, S] for ``encode_image``, as open_clip does it: the short side
-        resized to S = ``spec.image_size``, the middle cut out, normalised. ``Predictor`` keeps whole pictures instead."""
+        """One picture (path, bytes, PIL image, array, tensor) to [3, S, S] for ``encode_image``, as
+        open_clip does it: the short side resized to S = ``spec.image_size``, the middle cut out,
+        normalised. ``Predictor`` keeps whole pictures instead.
+        """
         image, side = read_image(picture), self.spec.image_size
         factor = side / min(image.size)
         image = image.resize([max(side, round(n * factor)) for n in image.size], 3)  # bicubic
@@ -216,8 +259,15 @@ class OVSegModel(nn.Module):
         return self.normalize(pixels[None].to(next(self.parameters()).device))[0]
 
     @torch.no_grad()
-    def encode_labels(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
-        """One unit vector a label [C, E]: the mean over templates of the text embeddings, normalised.
+    def encode_labels(
+        self,
+        labels: Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        *,
+        unit: bool = True,
+    ) -> torch.Tensor:
+        """One unit vector a label [C, E]: the mean over templates of the text embeddings,
+        normalised.
 
         Args:
             labels: texts.
@@ -225,7 +275,8 @@ class OVSegModel(nn.Module):
             unit: whether the embeddings are normalised before the mean as well.
 
         Raises:
-            InputError: for an empty list, a label that is not a string, blank or reads as nothing, or two that are or read the same.
+            InputError: for an empty list, a label that is not a string, blank or reads as nothing,
+                or two that are or read the same.
         """
         if isinstance(labels, torch.Tensor):
             raise InputError("labels is a tensor; expected texts")
@@ -235,19 +286,31 @@ class OVSegModel(nn.Module):
         return self.encode_checked(labels, templates, unit=unit)
 
     @torch.no_grad()
-    def encode_checked(self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, unit: bool = True) -> torch.Tensor:
+    def encode_checked(
+        self,
+        labels: Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        *,
+        unit: bool = True,
+    ) -> torch.Tensor:
         """``encode_labels`` of labels that have been looked at: synonyms may read the same."""
         chosen = resolve_templates(self.templates if templates is None else templates)
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
-        for start in bar(starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False):
+        for start in bar(
+            starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False
+        ):
             rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
-        return F.normalize((F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1)
+        return F.normalize(
+            (F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1
+        )
 
     def image_state(self) -> tuple[list[torch.Tensor], Any]:
-        """The tensors that ``encode_image`` depends on, and whatever else it does: features are stale once one of them has changed."""
+        """The tensors that ``encode_image`` depends on, and whatever else it does: features are
+        stale once one of them has changed.
+        """
         return [*self.parameters(), *self.buffers()], None
 
     def text_parameters(self) -> list[nn.Parameter]:
@@ -287,13 +350,17 @@ class OVSegModel(nn.Module):
         raise NotImplementedError
 
     def push_to_hub(self, repo: str, *, licence: str, **options: Any) -> str:
-        """A repository of the Hub for ``from_pretrained("hf-hub:...")``; see ``saving.push_to_hub``."""
+        """A repository of the Hub for ``from_pretrained("hf-hub:...")``; see
+        ``saving.push_to_hub``.
+        """
         from ..weights.saving import push_to_hub
 
         return push_to_hub(self, repo, licence=licence, **options)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parts that can be trained or kept, by name; parameters in none of them are never trained."""
+        """The parts that can be trained or kept, by name; parameters in none of them are never
+        trained.
+        """
         raise NotImplementedError
 
     def train_parts(self, names: Sequence[str]) -> None:
@@ -317,12 +384,22 @@ class OVSegModel(nn.Module):
         """The transformer blocks, one by one: what FSDP2 shards and activation checkpointing wraps."""
         return [*self.backbone.vision_blocks, *self.backbone.text_blocks]
 
-    def parameter_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
-        """Groups for the optimizer, their ``lr_scale`` times the recipe's learning rate. Here: one rate; gains, biases and the logit
-        scale without weight decay, as CLIP does it."""
+    def parameter_groups(
+        self, lr: float, weight_decay: float, lower_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups for the optimizer, their ``lr_scale`` times the recipe's learning rate.
+
+        Here: one rate; gains, biases and the logit scale without weight decay, as CLIP does it.
+        """
         named = self.trainable
-        return [{"params": [p for _, p in named if p.ndim >= 2], "lr_scale": 1.0, "weight_decay": weight_decay},
-                {"params": [p for _, p in named if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0}]
+        return [
+            {
+                "params": [p for _, p in named if p.ndim >= 2],
+                "lr_scale": 1.0,
+                "weight_decay": weight_decay,
+            },
+            {"params": [p for _, p in named if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0},
+        ]
 
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:

@@ -1,6 +1,7 @@
 """Arguments of the methods of a model, looked at before anything is computed.
 
-Whether a model reads labels as they were meant: a tokenizer drops signs that it does not know and what is beyond its context.
+Whether a model reads labels as they were meant: a tokenizer drops signs that it does not know and
+what is beyond its context.
 
 Which tensor of a model is no number, asked once its results are none.
 """
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 def check_model(model: Any) -> None:
     """Check that it is a system, whatever wraps it."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode_image"):
-        raise InputError(f"model is a {type(model).__name__}; expected a model of create_model or from_pretrained")
+        raise InputError(
+            f"model is a {type(model).__name__}; expected a model of create_model or "
+            f"from_pretrained"
+        )
 
 
 def check_name(argument: str, value: Any) -> None:
@@ -39,7 +43,8 @@ def check_device(device: Any) -> torch.device:
     """Return the device, if it is one that ``torch.device`` takes.
 
     Raises:
-        InputError: for anything else, a tensor among it, which ``Module.to`` would take for its dtype.
+        InputError: for anything else, a tensor among it, which ``Module.to`` would take for its
+            dtype.
     """
     if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
         try:
@@ -70,27 +75,47 @@ def check_pixels(pixels: Any) -> None:
 
 def check_ids(token_ids: Any, model: OVSegModel) -> None:
     """Ids of a tokenizer, [T, L], on the CPU or where the model is."""
-    check_dense("token_ids", token_ids, "[T, L], from model.tokenizer", meta=next(model.parameters()).device.type == "meta")
+    check_dense(
+        "token_ids",
+        token_ids,
+        "[T, L], from model.tokenizer",
+        meta=next(model.parameters()).device.type == "meta",
+    )
     if token_ids.dim() != 2 or token_ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"token_ids is {token_ids.dtype} of shape {list(token_ids.shape)}; expected int64 [T, L], from model.tokenizer")
+        raise InputError(
+            f"token_ids is {token_ids.dtype} of shape {list(token_ids.shape)}; expected int64 [T, "
+            f"L], from model.tokenizer"
+        )
 
 
 def check_compared(images: Any, texts: Any, features: Any, *, encoded: bool = False) -> None:
-    """Images, or only what was ``encoded`` of them, the type ``features``; and the texts [T, E] that they are compared with."""
+    """Images, or only what was ``encoded`` of them, the type ``features``; and the texts [T, E]
+    that they are compared with.
+    """
     if encoded and not isinstance(images, features):
-        raise InputError(f"features is a {type(images).__name__}; expected what model.encode_image gives")
+        raise InputError(
+            f"features is a {type(images).__name__}; expected what model.encode_image gives"
+        )
     if not isinstance(images, torch.Tensor | features):
-        raise InputError(f"images is a {type(images).__name__}; expected a tensor [B, 3, H, W] or what model.encode_image gives")
+        raise InputError(
+            f"images is a {type(images).__name__}; expected a tensor [B, 3, H, W] or what "
+            f"model.encode_image gives"
+        )
     check_dense("texts", texts, "[T, E], from model.encode_labels", meta=True)
     if texts.dim() != 2 or texts.dtype not in FLOATS:
-        raise InputError(f"texts is {texts.dtype} of shape {list(texts.shape)}; expected floats [T, E], from model.encode_labels")
+        raise InputError(
+            f"texts is {texts.dtype} of shape {list(texts.shape)}; expected floats [T, E], from "
+            f"model.encode_labels"
+        )
     if not isinstance(images, torch.Tensor):
         _one_device("texts", texts, images.tokens)
 
 
 def _one_device(name: str, x: torch.Tensor, other: torch.Tensor) -> None:
     if x.device.type != other.device.type:
-        raise InputError(f"{name} is on {x.device} and what it meets on {other.device}; expected one device")
+        raise InputError(
+            f"{name} is on {x.device} and what it meets on {other.device}; expected one device"
+        )
 
 
 _SHOWN = 3
@@ -100,58 +125,99 @@ def _short(label: str) -> str:
     return repr(label if len(label) < 80 else f"{label[:40]} ... {label[-30:]}")
 
 
-def check_reading(tokenizer: Tokenizer, labels: Sequence[str], owners: Sequence[int], templates: Sequence[str]) -> None:
-    """Warn of labels that are cut in some template, and of those that are all alike to a model because it knows few words.
+def check_reading(
+    tokenizer: Tokenizer, labels: Sequence[str], owners: Sequence[int], templates: Sequence[str]
+) -> None:
+    """Warn of labels that are cut in some template, and of those that are all alike to a model
+    because it knows few words.
 
     Args:
-        tokenizer: with ``cut(texts)`` it says which texts are longer than its context, with ``unknown(text)`` which words it does not know;
-            one without is not asked.
+        tokenizer: with ``cut(texts)`` it says which texts are longer than its context, with
+            ``unknown(text)`` which words it does not know; one without is not asked.
         labels: texts.
         owners: the class of each; those of one class may read the same.
         templates: format strings.
 
     Raises:
-        InputError: for a label that reads as nothing, and for two of different classes that read the same in every template, unless for
-            words that the model does not know: ``check_words`` refuses those.
+        InputError: for a label that reads as nothing, and for two of different classes that read
+            the same in every template, unless for words that the model does not know:
+            ``check_words`` refuses those.
     """
     ids = tokenizer([*labels, ""])
     for label, row in zip(labels, ids[:-1], strict=True):
         if torch.equal(row, ids[-1]):
-            raise InputError(f"label {_short(label)} reads as nothing: the model's tokenizer knows none of its signs; expected others, "
-                             "or another model")
+            raise InputError(
+                f"label {_short(label)} reads as nothing: the model's tokenizer knows none of its "
+                f"signs; expected others, "
+                "or another model"
+            )
     context = ids.shape[1]
     cut = _cut(tokenizer, labels, templates, context)
     unknown: Callable[[str], list[str]] = getattr(tokenizer, "unknown", lambda label: [])
     read: dict[bytes, int] = {}
     alike: list[str] = []
     for i, label in enumerate(labels):
-        # Only a label that is cut everywhere can end up as another one that differs from it when alone.
-        rows = tokenizer([t.replace("{}", label) for t in templates]) if cut[i] == len(templates) else ids[i]
+        # Only a label that is cut everywhere can end up as another one that differs from it when
+        # alone.
+        rows = (
+            tokenizer([t.replace("{}", label) for t in templates])
+            if cut[i] == len(templates)
+            else ids[i]
+        )
         first = read.setdefault(rows.numpy().tobytes(), i)
-        if owners[first] != owners[i] and cut[i] < len(templates) and unknown(label) and unknown(labels[first]):
+        if (
+            owners[first] != owners[i]
+            and cut[i] < len(templates)
+            and unknown(label)
+            and unknown(labels[first])
+        ):
             alike += [label] if alike else [labels[first], label]
         elif owners[first] != owners[i]:
-            raise InputError(f"labels {_short(labels[first])} and {_short(label)} read the same: its tokenizer makes the same tokens "
-                             f"of both and reads {context} of them; expected labels that differ to it, or another model")
-    named = [f"{_short(label)} (in {n} of {len(templates)} templates)" for label, n in zip(labels, cut, strict=True) if n]
+            raise InputError(
+                f"labels {_short(labels[first])} and {_short(label)} read the same: its tokenizer "
+                f"makes the same tokens "
+                f"of both and reads {context} of them; expected labels that differ to it, or "
+                f"another model"
+            )
+    named = [
+        f"{_short(label)} (in {n} of {len(templates)} templates)"
+        for label, n in zip(labels, cut, strict=True)
+        if n
+    ]
     if named:
-        warnings.warn(f"labels are cut, as the model reads {context} tokens: {_listed(named)}", stacklevel=2)
+        warnings.warn(
+            f"labels are cut, as the model reads {context} tokens: {_listed(named)}", stacklevel=2
+        )
     if alike:
-        warnings.warn(f"labels read the same, as the model knows none of their words: {_listed([_short(label) for label in alike])}",
-                      stacklevel=2)
+        warnings.warn(
+            f"labels read the same, as the model knows none of their words: "
+            f"{_listed([_short(label) for label in alike])}",
+            stacklevel=2,
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
-def _cut(tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], context: int) -> list[int]:
-    """In how many templates each label is cut. A token is a byte at least: short texts need not be looked at."""
+def _cut(
+    tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], context: int
+) -> list[int]:
+    """In how many templates each label is cut.
+
+    A token is a byte at least: short texts need not be looked at.
+    """
     found = [0] * len(labels)
     ask = getattr(tokenizer, "cut", None)
     if ask is None:
         return found
-    texts = [(i, template.replace("{}", label)) for i, label in enumerate(labels) for template in templates]
+    texts = [
+        (i, template.replace("{}", label))
+        for i, label in enumerate(labels)
+        for template in templates
+    ]
     long = [(i, text) for i, text in texts if len(text.encode()) > context - 2]
     for (i, _), is_cut in zip(long, ask([text for _, text in long]) if long else (), strict=True):
         found[i] += is_cut
@@ -159,21 +225,30 @@ def _cut(tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], 
 
 
 def not_finite(model: nn.Module) -> NotFinite | FloatingPointError:
-    """The error for scores that hold NaN: it names the first tensor of the model that holds NaN or an infinity; where none does, the
-    numbers grew too large for its dtype."""
+    """The error for scores that hold NaN: it names the first tensor of the model that holds NaN or
+    an infinity; where none does, the numbers grew too large for its dtype.
+    """
     about = getattr(model, "name", "") or type(model).__name__
     for name, x in _weights(model):
         bad = int((~x.isfinite()).sum())
         if bad:
-            return NotFinite(f"the scores of {about} hold NaN: its tensor {name} holds NaN or an infinity in {bad} of {x.numel()} places; "
-                             "expected finite weights, as of a whole checkpoint")
+            return NotFinite(
+                f"the scores of {about} hold NaN: its tensor {name} holds NaN or an infinity in "
+                f"{bad} of {x.numel()} places; "
+                "expected finite weights, as of a whole checkpoint"
+            )
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "its dtype")
-    return FloatingPointError(f"the scores of {about} hold NaN, and its weights are finite: numbers on the way exceed {dtype}; expected a "
-                              "model in float32, or in bfloat16 in place of float16")
+    return FloatingPointError(
+        f"the scores of {about} hold NaN, and its weights are finite: numbers on the way exceed "
+        f"{dtype}; expected a "
+        "model in float32, or in bfloat16 in place of float16"
+    )
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and lasting buffers by name; masks, which hold infinities, are made again and not saved."""
+    """Parameters and lasting buffers by name; masks, which hold infinities, are made again and not
+    saved.
+    """
     for part in (model, getattr(model, "proxy", None)):
         for name, x in part.state_dict().items() if part is not None else ():
             if x.is_floating_point():

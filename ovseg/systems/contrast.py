@@ -23,11 +23,19 @@ def cosine(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
 
 
-def image_text_contrast(image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor, batch: PairBatch,
-                        group: dist.ProcessGroup | None, similarity: Similarity = cosine) -> torch.Tensor:
-    """Symmetric InfoNCE of this rank's pictures and texts among those of all ranks; equal ids are positives.
+def image_text_contrast(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    logit_scale: torch.Tensor,
+    batch: PairBatch,
+    group: dist.ProcessGroup | None,
+    similarity: Similarity = cosine,
+) -> torch.Tensor:
+    """Symmetric InfoNCE of this rank's pictures and texts among those of all ranks; equal ids are
+    positives.
 
-    Pictures stay where they are: texts and, where a similarity matrix is needed, their entities are gathered.
+    Pictures stay where they are: texts and, where a similarity matrix is needed, their entities are
+    gathered.
 
     Args:
         image: [B, ...], what ``similarity`` takes.
@@ -39,20 +47,37 @@ def image_text_contrast(image: torch.Tensor, text: torch.Tensor, logit_scale: to
     """
     image, text = at_least_float32(image), at_least_float32(text)
     if similarity is cosine and batch.text_entities is None:
-        return ok.contrastive_loss(image, text, logit_scale, image_ids=batch.image_ids, text_ids=batch.text_ids, group=group)
+        return ok.contrastive_loss(
+            image,
+            text,
+            logit_scale,
+            image_ids=batch.image_ids,
+            text_ids=batch.text_ids,
+            group=group,
+        )
     text_ids, entities = batch.text_ids, batch.text_entities
     if group is not None:
         text, text_ids = gather_rows(text, group), gather_rows(text_ids, group)
         entities = None if entities is None else gather_rows(entities, group)
     countable = None
     if entities is not None and batch.image_entities is not None:
-        countable = countable_pairs(entities, batch.image_entities, batch.image_ids[:, None] == text_ids)
-    return ok.similarity_contrastive_loss(similarity(image, text), logit_scale, image_ids=batch.image_ids, text_ids=text_ids,
-                                          pair_mask=countable, group=group)
+        countable = countable_pairs(
+            entities, batch.image_entities, batch.image_ids[:, None] == text_ids
+        )
+    return ok.similarity_contrastive_loss(
+        similarity(image, text),
+        logit_scale,
+        image_ids=batch.image_ids,
+        text_ids=text_ids,
+        pair_mask=countable,
+        group=group,
+    )
 
 
 def mean_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Mean of one number a picture [B] over the pictures of all ranks, with the ranks' convention of gradients."""
+    """Mean of one number a picture [B] over the pictures of all ranks, with the ranks' convention
+    of gradients.
+    """
     if group is None:
         return values.mean()
     count = values.new_full((), len(values))

@@ -1,4 +1,7 @@
-"""Systems that train parts upon a frozen CLIP. Where it was named, files hold those parts alone, its name and a hash of its weights."""
+"""Systems that train parts upon a frozen CLIP.
+
+Where it was named, files hold those parts alone, its name and a hash of its weights.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ _CLIP = "backbone."  # of the names of its tensors
 @dataclass
 class FrozenClipOptions(SystemOptions):
     """Attributes:
-        clip: where the frozen CLIP comes from: for open_clip's towers a tag, file or folder as everywhere, for the tiny one a model
-            (``clip_dense_tiny:digits``, the folder of a run). Files of the model then leave it out and name it. None: random weights, or
-            those that are loaded later; files hold them.
+    clip: where the frozen CLIP comes from: for open_clip's towers a tag, file or folder as
+        everywhere, for the tiny one a model (``clip_dense_tiny:digits``, the folder of a run).
+        Files of the model then leave it out and name it. None: random weights, or those that are
+        loaded later; files hold them.
     """
 
     clip: str | None = None
@@ -47,8 +51,13 @@ class FrozenClipModel(OVSegModel):
 
         with torch.random.fork_rng([]):  # what is trained is drawn alike, whatever the CLIP
             given, own = from_pretrained(source).backbone.state_dict(), self.backbone.state_dict()
-        if {name: x.shape for name, x in given.items()} != {name: x.shape for name, x in own.items()}:
-            raise ConfigError(f"clip is {source!r}, whose towers differ from those of this model; expected a CLIP of the same sizes")
+        if {name: x.shape for name, x in given.items()} != {
+            name: x.shape for name, x in own.items()
+        }:
+            raise ConfigError(
+                f"clip is {source!r}, whose towers differ from those of this model; expected a "
+                f"CLIP of the same sizes"
+            )
         self.backbone.load_state_dict(given)
 
     @property
@@ -56,13 +65,22 @@ class FrozenClipModel(OVSegModel):
         return self.options.clip
 
     def clip_hash(self, dtype: str | None = None) -> str:
-        """Of the CLIP's weights, as numbers of ``dtype``; the positions, which may be resized, are left out. It begins with the dtype."""
+        """Of the CLIP's weights, as numbers of ``dtype``; the positions, which may be resized, are
+        left out. It begins with the dtype.
+        """
         dtype = dtype or str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.backbone.state_dict().items()):
             if not name.endswith("visual.positional_embedding"):
                 digest.update(name.encode())
-                digest.update(tensor.detach().to("cpu", getattr(torch, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(
+                    tensor.detach()
+                    .to("cpu", getattr(torch, dtype))
+                    .contiguous()
+                    .reshape(-1)
+                    .view(torch.uint8)
+                    .numpy()
+                )
         return f"{dtype}:{digest.hexdigest()}"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

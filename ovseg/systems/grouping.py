@@ -1,6 +1,9 @@
-"""What GroupViT and OVSegmentor share: pictures to groups, texts, what is trained. A system is a folder beside this file.
+"""What GroupViT and OVSegmentor share: pictures to groups, texts, what is trained.
 
-What the objectives of the grouping systems share: the noise of their grouping blocks, and texts that are packed by the host.
+A system is a folder beside this file.
+
+What the objectives of the grouping systems share: the noise of their grouping blocks, and texts
+that are packed by the host.
 """
 
 from __future__ import annotations
@@ -37,7 +40,11 @@ class GroupingSystemOptions(SystemOptions):
 
 
 class GroupingSystem(OVSegModel):
-    """Base of both. Its backbone is a ``GroupingBackbone``, whose towers and projectors objectives call by themselves."""
+    """Base of both.
+
+    Its backbone is a ``GroupingBackbone``, whose towers and projectors objectives call by
+    themselves.
+    """
 
     Options = GroupingSystemOptions
     decision = "groups"
@@ -46,7 +53,9 @@ class GroupingSystem(OVSegModel):
     def __init__(self, options: GroupingSystemOptions):
         super().__init__(options)
         if not isinstance(self.backbone, GroupingBackbone):
-            raise ValueError(f"backbone.kind is {options.backbone.get('kind')!r}; expected 'grouping'")
+            raise ValueError(
+                f"backbone.kind is {options.backbone.get('kind')!r}; expected 'grouping'"
+            )
 
     @property
     def image(self) -> GroupingViT:
@@ -65,7 +74,9 @@ class GroupingSystem(OVSegModel):
         return self.backbone.text_projector
 
     def encode_image(self, images: torch.Tensor) -> GroupFeatures:
-        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its group."""
+        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its
+        group.
+        """
         check_images(images, self)
         found, image, groups = self.backbone.groups(images)
         index = found.index
@@ -74,20 +85,41 @@ class GroupingSystem(OVSegModel):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         projectors = [*self.image_projector.parameters(), *self.text_projector.parameters()]
-        return {"image": list(self.image.parameters()), "text": self.text.trained_parameters(), "projectors": projectors,
-                "scale": [self.backbone.logit_scale]}
+        return {
+            "image": list(self.image.parameters()),
+            "text": self.text.trained_parameters(),
+            "projectors": projectors,
+            "scale": [self.backbone.logit_scale],
+        }
 
-    def parameter_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
-        """The published recipes: one rate; what has one dimension and biases without weight decay, so scalars with it."""
+    def parameter_groups(
+        self, lr: float, weight_decay: float, lower_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """The published recipes: one rate; what has one dimension and biases without weight decay,
+        so scalars with it.
+        """
         named = self.trainable
         spared = {name for name, p in named if p.ndim == 1 or name.endswith(".bias")}
-        return [{"params": [p for name, p in named if name not in spared], "lr_scale": 1.0, "weight_decay": weight_decay},
-                {"params": [p for name, p in named if name in spared], "lr_scale": 1.0, "weight_decay": 0.0}]
+        return [
+            {
+                "params": [p for name, p in named if name not in spared],
+                "lr_scale": 1.0,
+                "weight_decay": weight_decay,
+            },
+            {
+                "params": [p for name, p in named if name in spared],
+                "lr_scale": 1.0,
+                "weight_decay": 0.0,
+            },
+        ]
 
 
 def linear(state: State) -> State:
     """Published projectors are convolutions of one pixel; these, as linear layers."""
-    return {name: x[..., 0] if _CONVOLUTION.fullmatch(name) and x.dim() == 3 and x.shape[2] == 1 else x for name, x in state.items()}
+    return {
+        name: x[..., 0] if _CONVOLUTION.fullmatch(name) and x.dim() == 3 and x.shape[2] == 1 else x
+        for name, x in state.items()
+    }
 
 
 def convolutions(state: State) -> State:
@@ -95,15 +127,27 @@ def convolutions(state: State) -> State:
     return {name: x[..., None] if _CONVOLUTION.fullmatch(name) else x for name, x in state.items()}
 
 
-TEXTS = ("token_ids", "noun_ids", "question_ids", "answer_ids", "entity_token_ids")  # their lengths are sizes of tensors
+TEXTS = (
+    "token_ids",
+    "noun_ids",
+    "question_ids",
+    "answer_ids",
+    "entity_token_ids",
+)  # their lengths are sizes of tensors
 
 
-def group_noises(model: GroupingSystem, batch: PairBatch, progress: Progress, name: str = "groups") -> list[torch.Tensor]:
-    """For each grouping block Gumbel noise that the batch holds, ``name_0`` and on, or what the operator draws it from."""
+def group_noises(
+    model: GroupingSystem, batch: PairBatch, progress: Progress, name: str = "groups"
+) -> list[torch.Tensor]:
+    """For each grouping block Gumbel noise that the batch holds, ``name_0`` and on, or what the
+    operator draws it from.
+    """
     images, found = batch.images, []
     tokens = math.prod(model.image.grid(images.shape[2:]))
     for i, block in enumerate(model.image.groupings):
         use, shape = f"{name}_{i}", (len(images), block.groups, tokens)
-        found.append(batch.noise[use] if use in batch.noise else progress.noise(images.device, use, shape))
+        found.append(
+            batch.noise[use] if use in batch.noise else progress.noise(images.device, use, shape)
+        )
         tokens = block.groups  # which the next one gathers
     return found

@@ -1,4 +1,7 @@
-"""Models with weights: by tag, from the Hub, a folder or a file. All are read without running code."""
+"""Models with weights: by tag, from the Hub, a folder or a file.
+
+All are read without running code.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,17 @@ import torch
 from ..errors import CheckpointError, InputError
 from ..nn.clip_architectures import configuration, tags_of
 from ..paths import exists, no_file, no_folder
-from ..weights.clip import ClipSource, clip_names, fetch_folder, find_clip, is_clip_file, is_clip_folder, load_clip, model_type_of, settled
+from ..weights.clip import (
+    ClipSource,
+    clip_names,
+    fetch_folder,
+    find_clip,
+    is_clip_file,
+    is_clip_folder,
+    load_clip,
+    model_type_of,
+    settled,
+)
 from ..weights.files import check_fit
 from ..weights.hub import CLIP_FILES, PREFIX, fetch
 from ..weights.pickles import read_published
@@ -44,20 +57,25 @@ _ROOM = 500_000_000  # numbers that a model may have beside those of its file
 _DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
 
 
-def create_model(name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu", **options: Any) -> OVSegModel:
+def create_model(
+    name: str, pretrained: str | None = None, *, device: str | torch.device = "cpu", **options: Any
+) -> OVSegModel:
     """Build a model by name, in eval mode.
 
     Args:
-        name: one of ``list_models()``, or an architecture of open_clip's: ``clip_dense`` on it. Alone also whatever ``from_pretrained``
-            takes.
-        pretrained: a tag of ``list_pretrained()``, ``hf-hub:owner/name``, a folder written by ``save_pretrained``, open_clip or
-            transformers, a safetensors file, a checkpoint of open_clip's or the system's published one; None for random weights.
+        name: one of ``list_models()``, or an architecture of open_clip's: ``clip_dense`` on it.
+            Alone also whatever ``from_pretrained`` takes.
+        pretrained: a tag of ``list_pretrained()``, ``hf-hub:owner/name``, a folder written by
+            ``save_pretrained``, open_clip or transformers, a safetensors file, a checkpoint of
+            open_clip's or the system's published one; None for random weights.
         device: where it goes.
-        options: of the system or of its backbone: ``clip`` (weights of the CLIP, to train from), ``stride``, ``tap``, ... Weights of a
-            CLIP that come as ``pretrained`` are read out by ``naclip`` unless ``readout`` is given.
+        options: of the system or of its backbone: ``clip`` (weights of the CLIP, to train from),
+            ``stride``, ``tap``, ... Weights of a CLIP that come as ``pretrained`` are read out by
+            ``naclip`` unless ``readout`` is given.
 
     Raises:
-        ValueError: for an unknown name, tag or option; CheckpointError: for weights that are damaged or of another model.
+        ValueError: for an unknown name, tag or option; CheckpointError: for weights that are
+            damaged or of another model.
     """
     check_name("name", name)
     check_name("pretrained", "" if pretrained is None else pretrained)
@@ -65,18 +83,24 @@ def create_model(name: str, pretrained: str | None = None, *, device: str | torc
     if not is_name(name):
         if pretrained is None and (":" in name or exists(name)):
             return from_pretrained(name, device=device, **options)
-        raise InputError(f"model is {name!r}; expected one of {list_models()}, or one of open_clip's: {unknown(name)}")
+        raise InputError(
+            f"model is {name!r}; expected one of {list_models()}, or one of open_clip's: "
+            f"{unknown(name)}"
+        )
     model = build(name, options) if pretrained is None else _load(name, str(pretrained), options)
     if model.source is None and pretrained is not None:
         model.source = str(pretrained)
     return model.to(device).eval()
 
 
-def from_pretrained(source: str | Path, *, device: str | torch.device = "cpu", **options: Any) -> OVSegModel:
+def from_pretrained(
+    source: str | Path, *, device: str | torch.device = "cpu", **options: Any
+) -> OVSegModel:
     """A model with weights, in eval mode.
 
     Args:
-        source: a name, a name and a tag, ``hf-hub:owner/name`` or a path: the forms of ``names.py``.
+        source: a name, a name and a tag, ``hf-hub:owner/name`` or a path: the forms of
+            ``names.py``.
         device: where it goes.
         options: change how it was built (``readout``, ``stride``).
     """
@@ -93,16 +117,21 @@ def from_pretrained(source: str | Path, *, device: str | torch.device = "cpu", *
 
 
 def default_model(**options: Any) -> OVSegModel:
-    """The model of those who name none: ``names.DEFAULT_MODEL``. Fetched first, so that a machine without it is told at once."""
+    """The model of those who name none: ``names.DEFAULT_MODEL``.
+
+    Fetched first, so that a machine without it is told at once.
+    """
     fetch(DEFAULT_REPO, CLIP_FILES, ways=_DEMO.replace("PATH", "clip_dense_vit_b16:PATH"))
     return from_pretrained(DEFAULT_MODEL, **options)
 
 
 def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) -> list[str]:
-    """Load the tensors of a published checkpoint, strictly; returns the names of those that only training needs and that it lacks.
+    """Load the tensors of a published checkpoint, strictly; returns the names of those that only
+    training needs and that it lacks.
 
     Raises:
-        ValueError: for a system without a published layout; CheckpointError: for tensors that are missing, unexpected or of another shape.
+        ValueError: for a system without a published layout; CheckpointError: for tensors that are
+            missing, unexpected or of another shape.
     """
     inner = unwrapped(model)
     return _published(inner).load(inner, plain_names(state))
@@ -116,7 +145,10 @@ def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
 
 def _published(model: OVSegModel) -> Published:
     if model.published is None:
-        raise ValueError(f"{model.name} has no published layout; expected a model of a system that has one, on its published backbone")
+        raise ValueError(
+            f"{model.name} has no published layout; expected a model of a system that has one, on "
+            f"its published backbone"
+        )
     return model.published
 
 
@@ -132,7 +164,12 @@ def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel
         path = Path(weights)
         if no_file(path / "model" / "config.json") is None:
             path = path / "model"  # of a run
-    if no_file(path) is None and name is None and path.name == "model.safetensors" and is_saved(path.parent):
+    if (
+        no_file(path) is None
+        and name is None
+        and path.name == "model.safetensors"
+        and is_saved(path.parent)
+    ):
         path = path.parent
     if no_folder(path) is None:
         if system_of_folder(model_type_of(path)) is not None:
@@ -142,7 +179,9 @@ def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel
         return _saved(name, path, options)
     if (what := no_file(path)) is not None:
         if os.path.lexists(path):
-            raise CheckpointError(f"model {str(path)!r} {what}; expected a folder or a file of weights")
+            raise CheckpointError(
+                f"model {str(path)!r} {what}; expected a folder or a file of weights"
+            )
         raise unknown_tag(name, weights)
     return _file(name, path, options)
 
@@ -159,13 +198,20 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     if asks_size(options):
         weights = model.resize_positions(weights)
     own = model.state_dict()
-    weights = {name: x for name, x in weights.items() if name in own or not name.startswith(model.training_only or "\0")}
+    weights = {
+        name: x
+        for name, x in weights.items()
+        if name in own or not name.startswith(model.training_only or "\0")
+    }
     check_fit(folder / "model.safetensors", weights, own)
     model.load_state_dict(weights)
     known = saved.get("clip_hash")
     if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
-        raise CheckpointError(f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected that one as it was, or "
-                              "clip=SOURCE with it")
+        raise CheckpointError(
+            f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected "
+            f"that one as it was, or "
+            "clip=SOURCE with it"
+        )
     return model
 
 
@@ -176,8 +222,11 @@ def _transformers_folder(name: str | None, folder: Path, options: dict[str, Any]
     assert system is not None
     name = name or system.model_types[kind]
     if name not in list_models() or system_type(preset_of(name)["system"]) is not system:
-        raise InputError(f"pretrained is {str(folder)!r}, which holds transformers' {kind}, and the model is {name}; expected "
-                         f"{system.model_types[kind]}, or weights of {name}")
+        raise InputError(
+            f"pretrained is {str(folder)!r}, which holds transformers' {kind}, and the model is "
+            f"{name}; expected "
+            f"{system.model_types[kind]}, or weights of {name}"
+        )
     own = system.folder_options(folder)
     backbone = {**own.get("backbone", {}), **options.get("backbone", {})}
     weights = folder_weights(folder)
@@ -185,7 +234,9 @@ def _transformers_folder(name: str | None, folder: Path, options: dict[str, Any]
         name, {**own, **options, "backbone": backbone}, folder / "config.json", weights, options
     )
     if model.published is None:
-        raise InputError(f"{name} with {options} is no model of transformers' {kind}; expected other options")
+        raise InputError(
+            f"{name} with {options} is no model of transformers' {kind}; expected other options"
+        )
     try:
         model.published.load(model, weights, model.resize_positions if asks_size(options) else None)
     except CheckpointError as error:
@@ -215,8 +266,9 @@ def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
 
 
 def _is_clip(state: dict[str, torch.Tensor]) -> bool:
-    """Return whether it is a CLIP that stands alone, or all of it in a part called ``clip`` and nothing of
-    a system's."""
+    """Return whether it is a CLIP that stands alone, or all of it in a part called ``clip`` and
+    nothing of a system's.
+    """
     plain = clip_names(state)
     if "logit_scale" not in plain or not any(
         name.startswith(("visual.", "image_encoder.")) for name in plain
@@ -261,11 +313,17 @@ def _most(weights: dict[str, torch.Tensor]) -> int:
     return min(_ROOM + 4 * sum(tensor.numel() for tensor in weights.values()), MOST_PARAMETERS)
 
 
-def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[str, Any]) -> OVSegModel:
-    """A published checkpoint without the name of its model: of the systems that recognise it, the preset that it fits."""
+def _published_file(
+    path: Path, state: dict[str, torch.Tensor], options: dict[str, Any]
+) -> OVSegModel:
+    """A published checkpoint without the name of its model: of the systems that recognise it, the
+    preset that it fits.
+    """
     refusal = None
     for name in list_models():
-        if name.endswith("_tiny") or not marked(state, system_type(preset_of(name)["system"]).published_marks):
+        if name.endswith("_tiny") or not marked(
+            state, system_type(preset_of(name)["system"]).published_marks
+        ):
             continue
         model = build(name, options)
         if model.published is None or not model.published.recognises(state):
@@ -277,18 +335,37 @@ def _published_file(path: Path, state: dict[str, torch.Tensor], options: dict[st
             refusal = refusal or error
     if refusal is not None:
         raise refusal
-    raise CheckpointError(f"{path} holds no CLIP and no published checkpoint that is known (tensors such as {next(iter(state))}); expected "
-                          "NAME:PATH with the name of its model, or the folder with its config.json")
+    raise CheckpointError(
+        f"{path} holds no CLIP and no published checkpoint that is known (tensors such as "
+        f"{next(iter(state))}); expected "
+        "NAME:PATH with the name of its model, or the folder with its config.json"
+    )
 
 
-def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path | None = None,
-          state: dict[str, torch.Tensor] | None = None) -> OVSegModel:
+def _clip(
+    name: str | None,
+    weights: str,
+    options: dict[str, Any],
+    folder: Path | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+) -> OVSegModel:
     """A CLIP as it is, below the system that needs no more."""
     architecture = architecture_of(name) if name else None
-    if name is not None and name != CLIP_SYSTEM and (architecture is None or preset_of(name)["system"] != CLIP_SYSTEM):
-        raise InputError(f"pretrained is {weights!r}, a CLIP, and {name} is trained upon one; expected weights of {name} itself. "
-                         f"create_model({name!r}, clip={weights!r}) trains from that CLIP")
-    source = ClipSource(lambda: state, str(weights)) if state is not None else find_clip(str(folder or weights), architecture)
+    if (
+        name is not None
+        and name != CLIP_SYSTEM
+        and (architecture is None or preset_of(name)["system"] != CLIP_SYSTEM)
+    ):
+        raise InputError(
+            f"pretrained is {weights!r}, a CLIP, and {name} is trained upon one; expected weights "
+            f"of {name} itself. "
+            f"create_model({name!r}, clip={weights!r}) trains from that CLIP"
+        )
+    source = (
+        ClipSource(lambda: state, str(weights))
+        if state is not None
+        else find_clip(str(folder or weights), architecture)
+    )
     asked = options.get("architecture") or (options.get("backbone") or {}).get("architecture")
     chosen = settled(source, asked or architecture)
     if name is None or name not in list_models():
@@ -314,7 +391,11 @@ def _clip(name: str | None, weights: str, options: dict[str, Any], folder: Path 
 
 
 def _is_clips_own(architecture: str | dict[str, Any]) -> bool:
-    """Whether the image tower is open_clip's own transformer, for which the default readout was published; timm's are read out as they
-    are."""
+    """Whether the image tower is open_clip's own transformer, for which the default readout was
+    published; timm's are read out as they are.
+    """
     vision = configuration(architecture)["vision_cfg"]
-    return isinstance(vision.get("layers", 12), int) and not {"timm_model_name", "timm_kwargs"} & vision.keys()
+    return (
+        isinstance(vision.get("layers", 12), int)
+        and not {"timm_model_name", "timm_kwargs"} & vision.keys()
+    )

@@ -1,10 +1,12 @@
-"""What is trained: a module of its own around a model, ``forward(batch, progress, group) -> losses``.
+"""What is trained: a module of its own around a model, ``forward(batch, progress, group) ->
+losses``.
 
-It is what DDP, FSDP2 and ``torch.compile`` wrap. ``forward`` is ``loss(encode(batch))``: rows of pictures and texts first, then everything
-that compares rows with each other. Gradient accumulation with all negatives encodes a batch in chunks and calls ``loss`` once.
+It is what DDP, FSDP2 and ``torch.compile`` wrap. ``forward`` is ``loss(encode(batch))``: rows of
+pictures and texts first, then everything that compares rows with each other. Gradient accumulation
+with all negatives encodes a batch in chunks and calls ``loss`` once.
 
-With ``group`` every rank passes its own batch and gets the losses of the whole one; the mean over the ranks of the gradients, which DDP and
-FSDP2 take, is then exactly the gradient of one process.
+With ``group`` every rank passes its own batch and gets the losses of the whole one; the mean over
+the ranks of the gradients, which DDP and FSDP2 take, is then exactly the gradient of one process.
 """
 
 from __future__ import annotations
@@ -57,14 +59,21 @@ class Progress:
 
     @torch.compiler.disable
     def rng(self, device: torch.device | str, use: str) -> torch.Tensor:
-        """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``; the same when a step is done again."""
+        """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``;
+        the same when a step is done again.
+        """
         return philox.make_rng(self._number(use, self.rank, self.chunk), device=device)
 
     @torch.compiler.disable
     def uniform(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Uniform numbers for the rows of this part of the batch. A row's are its own, whichever process or chunk it falls to."""
+        """Uniform numbers for the rows of this part of the batch.
+
+        A row's are its own, whichever process or chunk it falls to.
+        """
         blocks, before = self._place(shape)
-        drawn = philox.uniform(philox.make_rng(self._number(use), blocks, device), (before + math.prod(shape),))
+        drawn = philox.uniform(
+            philox.make_rng(self._number(use), blocks, device), (before + math.prod(shape),)
+        )
         return drawn[before:].view(shape)
 
     @torch.compiler.disable
@@ -74,20 +83,27 @@ class Progress:
 
     @torch.compiler.disable
     def noise(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return what an operator draws ``gumbel`` of this shape from: [seed, offset], or the numbers
-        themselves where a row begins amid a block of four."""
+        """Return what an operator draws ``gumbel`` of this shape from: [seed, offset], or the
+        numbers themselves where a row begins amid a block of four.
+        """
         blocks, before = self._place(shape)
-        return self.gumbel(device, use, shape) if before else philox.make_rng(self._number(use), blocks, device)
+        return (
+            self.gumbel(device, use, shape)
+            if before
+            else philox.make_rng(self._number(use), blocks, device)
+        )
 
     def _place(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return where the rows of a tensor of this shape begin in that of the whole batch: blocks of
-        four numbers, and numbers beyond them."""
+        """Return where the rows of a tensor of this shape begin in that of the whole batch: blocks
+        of four numbers, and numbers beyond them.
+        """
         return divmod(self.first * math.prod(shape[1:]), 4)
 
     @contextlib.contextmanager
     def seeded(self, device: torch.device, use: str, on: bool = True) -> Iterator[None]:
-        """Seed what torch itself draws inside, such as dropout, by the same and by rank and chunk; its
-        generators are as before afterwards."""
+        """Seed what torch itself draws inside, such as dropout, by the same and by rank and chunk;
+        its generators are as before afterwards.
+        """
         if not on:
             yield
             return
@@ -109,7 +125,8 @@ class Objective(nn.Module):
 
     Attributes:
         batch_type: the kind of batch it takes.
-        on_host: fields of the batch that the host reads: they stay where the loader made them, for a GPU would be waited for.
+        on_host: fields of the batch that the host reads: they stay where the loader made them, for
+            a GPU would be waited for.
     """
 
     batch_type: ClassVar[type[Batch]] = PairBatch
@@ -119,7 +136,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None) -> Losses:
+    def forward(
+        self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None
+    ) -> Losses:
         """Named scalars with ``total``.
 
         Args:
@@ -130,22 +149,32 @@ class Objective(nn.Module):
         return self.loss(self.encode(batch, progress), batch, progress, group)
 
     def encode(self, batch: Any, progress: Progress) -> Rows:
-        """What each row of the batch, or of a chunk of it, gives by itself: named tensors, their first dimension the rows."""
+        """What each row of the batch, or of a chunk of it, gives by itself: named tensors, their
+        first dimension the rows.
+        """
         raise NotImplementedError
 
-    def loss(self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
+    def loss(
+        self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None
+    ) -> Losses:
         """From the rows of the whole batch to the losses."""
         raise NotImplementedError
 
     def check_source(self, source: Any) -> None:
-        """Raises ConfigError for a source of data (``data/sources``) whose batches would mean something else than what is trained."""
+        """Raises ConfigError for a source of data (``data/sources``) whose batches would mean
+        something else than what is trained.
+        """
 
     def after_step(self, progress: Progress) -> None:
         """Called after every step of the optimizer."""
 
     def images(self, batch: Batch) -> torch.Tensor:
-        """The batch's pictures as the model takes them: uint8 is normalised here, floats are so already."""
-        return batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
+        """The batch's pictures as the model takes them: uint8 is normalised here, floats are so
+        already.
+        """
+        return (
+            batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
+        )
 
 
 def list_objectives() -> list[str]:

@@ -1,8 +1,9 @@
-"""Bounds on the sizes of a model, looked at before anything is made, because they may come from a file
-that somebody else wrote.
+"""Bounds on the sizes of a model, looked at before anything is made, because they may come from a
+file that somebody else wrote.
 
-Models by name: list and build. A name is a preset, ``presets.yaml``, of a system, a folder beside this file; or an architecture of
-open_clip's, which stands for ``clip_dense`` on it. Weights are ``loading.py``'s.
+Models by name: list and build. A name is a preset, ``presets.yaml``, of a system, a folder beside
+this file; or an architecture of open_clip's, which stands for ``clip_dense`` on it. Weights are
+``loading.py``'s.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def check_sizes(
         MemoryError,
         RuntimeError,
     ) as error:
-        if "meta" in str(error):  # a part that cannot be built without memory; its sizes are bounded
+        if "meta" in str(
+            error
+        ):  # a part that cannot be built without memory; its sizes are bounded
             return
         what = f"{type(error).__name__}: {first_line(error)}"
         raise SizeError(
@@ -143,11 +146,15 @@ def files_of_systems(kind: str) -> list[Path]:
 
 
 def register_model(name: str, *, override: bool = False) -> Callable:
-    """Decorator: register a function that builds a model from keyword arguments, beside the presets."""
+    """Decorator: register a function that builds a model from keyword arguments, beside the
+    presets.
+    """
 
     def decorate(build: Callable[..., OVSegModel]) -> Callable[..., OVSegModel]:
         if name in (*presets(), *_BUILDERS) and not override:
-            raise ValueError(f"model {name!r} is registered already; pass override=True to replace it")
+            raise ValueError(
+                f"model {name!r} is registered already; pass override=True to replace it"
+            )
         _BUILDERS[name] = build
         return build
 
@@ -179,12 +186,16 @@ def system_of_folder(model_type: str | None) -> type[OVSegModel] | None:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that match ``pattern`` (``*clip*``), sorted; open_clip's architectures are names too, see ``list_pretrained``."""
+    """Names that match ``pattern`` (``*clip*``), sorted; open_clip's architectures are names too,
+    see ``list_pretrained``.
+    """
     return sorted(name for name in {*presets(), *_BUILDERS} if fnmatch.fnmatch(name, pattern))
 
 
 def is_name(name: str) -> bool:
-    """Whether ``build`` knows it: a preset, a registered name, a system of CLIPs or an architecture of open_clip's."""
+    """Whether ``build`` knows it: a preset, a registered name, a system of CLIPs or an architecture
+    of open_clip's.
+    """
     return name in presets() or name in _BUILDERS or name == CLIP_SYSTEM or name in architectures()
 
 
@@ -192,22 +203,33 @@ def preset_of(name: str) -> dict[str, Any]:
     """System, backbone and options of a name that is not registered as a function."""
     if name in presets():
         return dict(presets()[name])
-    backbone = {"kind": "open_clip"} if name == CLIP_SYSTEM else {"kind": "open_clip", "architecture": name}
+    backbone = (
+        {"kind": "open_clip"}
+        if name == CLIP_SYSTEM
+        else {"kind": "open_clip", "architecture": name}
+    )
     return {"system": CLIP_SYSTEM, "backbone": backbone}
 
 
 def architecture_of(name: str) -> str | None:
-    """open_clip's architecture below a name; None for the tiny models, registered functions, and ``clip_dense``, which goes on any."""
+    """open_clip's architecture below a name; None for the tiny models, registered functions, and
+    ``clip_dense``, which goes on any.
+    """
     return None if name in _BUILDERS else preset_of(name)["backbone"].get("architecture")
 
 
 def has_published_layout(name: str) -> bool:
-    """Whether checkpoints that its authors published may be read into it; registered functions are asked later."""
+    """Whether checkpoints that its authors published may be read into it; registered functions are
+    asked later.
+    """
     return name in _BUILDERS or bool(system_type(preset_of(name)["system"]).published_marks)
 
 
 def list_bundled() -> list[tuple[str, str]]:
-    """(model, tag) of the weights inside the package. They know the words of the synthetic scenes only."""
+    """(model, tag) of the weights inside the package.
+
+    They know the words of the synthetic scenes only.
+    """
     places = files_of_systems("bundled")
     found = [path.parent.name for place in places for path in place.glob("*.*/model.safetensors")]
     return sorted((name.split(".")[0], name.split(".")[1]) for name in found)
@@ -221,11 +243,14 @@ def bundled(name: str | None, tag: str) -> Path | None:
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """(model, tag) of the weights that can be named: those inside the package, then open_clip's, if it can be imported, for each of its
-    architectures that can be walked."""
+    """(model, tag) of the weights that can be named: those inside the package, then open_clip's, if
+    it can be imported, for each of its architectures that can be walked.
+    """
     try:
         theirs = import_open_clip().list_pretrained()
-    except ImportError:  # not installed, or a torchvision that does not fit: the tiny models do without
+    except (
+        ImportError
+    ):  # not installed, or a torchvision that does not fit: the tiny models do without
         return list_bundled()
     known = functools.cache(supported)
     return list_bundled() + [(name, tag) for name, tag in theirs if known(name)]
@@ -239,8 +264,9 @@ def upgraded(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(name: str, options: dict[str, Any], *, most: int = MOST_PARAMETERS) -> OVSegModel:
-    """A model with random weights, or those that its options name. Of ``most`` numbers, if
-    ``options`` hold sizes.
+    """A model with random weights, or those that its options name.
+
+    Of ``most`` numbers, if ``options`` hold sizes.
 
     Raises:
         ConfigError: for an unknown option, or a value that makes no model; SizeError: for sizes
@@ -253,12 +279,22 @@ def build(name: str, options: dict[str, Any], *, most: int = MOST_PARAMETERS) ->
         kind = system_type(preset.pop("system"))
         own = {field.name for field in fields(kind.Options)}
         backbone = {**preset.pop("backbone", {}), **options.get("backbone", {})}
-        of_backbone = {field.name for field in fields(BACKBONES[backbone["kind"]].Options)} if "kind" in backbone else set()
+        of_backbone = (
+            {field.name for field in fields(BACKBONES[backbone["kind"]].Options)}
+            if "kind" in backbone
+            else set()
+        )
         for key in options:
             if key not in own | of_backbone:
-                raise unknown_key(key, own | of_backbone, f"options of {name}: ", kind.Options.moved)
+                raise unknown_key(
+                    key, own | of_backbone, f"options of {name}: ", kind.Options.moved
+                )
         backbone |= {key: value for key, value in options.items() if key in of_backbone - own}
-        chosen = {**preset, **{key: value for key, value in options.items() if key in own}, "backbone": backbone}
+        chosen = {
+            **preset,
+            **{key: value for key, value in options.items() if key in own},
+            "backbone": backbone,
+        }
         where = f"options of {name}"
         check_sizes(
             options,

@@ -1,8 +1,11 @@
-"""The gradient of a step: over one process or many, of a whole batch or of one that is encoded in chunks.
+"""The gradient of a step: over one process or many, of a whole batch or of one that is encoded in
+chunks.
 
-In chunks (Gao et al., GradCache, arXiv:2101.06983): all rows are encoded without a graph, the losses of the whole batch give the gradient
-of the rows, then each chunk is encoded again with a graph and takes its share of it. Every picture meets every text, and memory holds the
-graph of one chunk. Random states are kept for each chunk, so that both passes see the same noise."""
+In chunks (Gao et al., GradCache, arXiv:2101.06983): all rows are encoded without a graph, the
+losses of the whole batch give the gradient of the rows, then each chunk is encoded again with a
+graph and takes its share of it. Every picture meets every text, and memory holds the graph of one
+chunk. Random states are kept for each chunk, so that both passes see the same noise.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ from ..data.batches import Batch
 from ..systems.objective import Losses, Objective, Progress
 
 Cast = Callable[[], contextlib.AbstractContextManager]
-# Buffers are not sent before each pass. Torch 2.14 has a new name for that, and warns of the old one
-# in every process.
+# Buffers are not sent before each pass. Torch 2.14 has a new name for that, and warns of the old
+# one in every process.
 _NEW, _OLD = "forward_sync_buffers", "broadcast_buffers"
 _BUFFERS_STAY = {_NEW if _NEW in signature(DistributedDataParallel).parameters else _OLD: False}
 
@@ -37,14 +40,26 @@ class Gradients:
     """Makes the gradients of an objective's parameters, the mean over all processes.
 
     Args:
-        objective: on its device; FSDP2 shards its parameters in place, so make the optimizer afterwards.
+        objective: on its device; FSDP2 shards its parameters in place, so make the optimizer
+            afterwards.
         parallel: ``ddp`` or ``fsdp``; of no account in one process.
         chunk: pictures that are encoded at a time; None: the whole batch.
         cast: makes the autocast context of one pass.
     """
 
-    def __init__(self, objective: Objective, parallel: str = "ddp", chunk: int | None = None, cast: Cast = contextlib.nullcontext):
-        self.objective, self.chunk, self.cast, self.group = objective, chunk, cast, distributed.group()
+    def __init__(
+        self,
+        objective: Objective,
+        parallel: str = "ddp",
+        chunk: int | None = None,
+        cast: Cast = contextlib.nullcontext,
+    ):
+        self.objective, self.chunk, self.cast, self.group = (
+            objective,
+            chunk,
+            cast,
+            distributed.group(),
+        )
         self.wrapped: nn.Module = objective
         self._by_hand: list[nn.Parameter] = []
         if self.group is None:
@@ -54,7 +69,8 @@ class Gradients:
             for name in ("encode", "loss"):  # chunks call them in place of forward
                 register_fsdp_forward_method(objective, name)
         elif chunk is None:
-            # Parameters that a batch does not reach are usual here: ZegCLIP's last layer, SegCLIP without superpixels.
+            # Parameters that a batch does not reach are usual here: ZegCLIP's last layer, SegCLIP
+            # without superpixels.
             unused = {"find_unused_parameters": True}
             self.wrapped = DistributedDataParallel(objective, **unused, **_BUFFERS_STAY)
         else:  # chunks pass DDP's hooks by: one average after the last does the same
@@ -62,7 +78,9 @@ class Gradients:
             self._by_hand = [p for p in objective.parameters() if p.requires_grad]
 
     def __call__(self, batch: Batch, progress: Progress, scale: float = 1.0) -> Losses:
-        """Add the gradients of ``scale`` times the total to the parameters; returns the losses of the batch of all processes."""
+        """Add the gradients of ``scale`` times the total to the parameters; returns the losses of
+        the batch of all processes.
+        """
         if self.chunk is None:
             with self.cast():
                 losses = self.wrapped(batch, progress, self.group)
@@ -74,11 +92,15 @@ class Gradients:
 
     def _in_chunks(self, batch: Batch, progress: Progress, scale: float) -> Losses:
         assert self.chunk is not None
-        # FSDP2 gathers parameters in every chunk: all processes need the same number of them, none of them empty.
+        # FSDP2 gathers parameters in every chunk: all processes need the same number of them, none
+        # of them empty.
         most, fewest = distributed.smallest(-math.ceil(len(batch) / self.chunk), len(batch))
         chunks = batch.split(min(-most, fewest))
         firsts = itertools.accumulate([len(chunk) for chunk in chunks], initial=progress.first)
-        places = [replace(progress, chunk=i, first=first) for i, first in zip(range(len(chunks)), firsts, strict=False)]
+        places = [
+            replace(progress, chunk=i, first=first)
+            for i, first in zip(range(len(chunks)), firsts, strict=False)
+        ]
         states, parts = [], []
         for chunk, place in zip(chunks, places, strict=True):
             states.append(_random_state())
@@ -96,14 +118,21 @@ class Gradients:
             _set_random_state(states[i])
             with self.cast():
                 again = self.objective.encode(chunk, places[i])
-            found = [(again[name], share[i]) for name, share in shares.items() if again[name].requires_grad]
+            found = [
+                (again[name], share[i])
+                for name, share in shares.items()
+                if again[name].requires_grad
+            ]
             torch.autograd.backward([x for x, _ in found], [g for _, g in found])
         _set_random_state(after)
         return losses
 
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """FSDP2 over all processes: block by block, then the rest. Returns the parameters that stay whole: it takes no scalars."""
+    """FSDP2 over all processes: block by block, then the rest.
+
+    Returns the parameters that stay whole: it takes no scalars.
+    """
     synchronize(module)
     mesh = init_device_mesh(next(module.parameters()).device.type, (distributed.world_size(),))
     scalars = {p for p in module.parameters() if p.ndim == 0}
@@ -143,11 +172,18 @@ def clip(parameters: Iterable[nn.Parameter], most: float | None) -> torch.Tensor
 
 
 def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack([torch.zeros((), device=device, dtype=torch.float64), *(x.double().square().sum() for x in tensors)]).sum()
+    return torch.stack(
+        [
+            torch.zeros((), device=device, dtype=torch.float64),
+            *(x.double().square().sum() for x in tensors),
+        ]
+    ).sum()
 
 
 class LossScaler:
-    """The factor of fp16 losses. Its decisions follow from what all processes agreed on, so it is the same everywhere.
+    """The factor of fp16 losses.
+
+    Its decisions follow from what all processes agreed on, so it is the same everywhere.
 
     Args:
         enabled: otherwise the factor is 1.
@@ -155,7 +191,12 @@ class LossScaler:
     """
 
     def __init__(self, enabled: bool, start: float = 2.0**16, patience: int = 2000):
-        self.enabled, self.scale, self.good, self.patience = enabled, start if enabled else 1.0, 0, patience
+        self.enabled, self.scale, self.good, self.patience = (
+            enabled,
+            start if enabled else 1.0,
+            0,
+            patience,
+        )
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -165,7 +206,9 @@ class LossScaler:
                     parameter.grad.div_(self.scale)
 
     def update(self, finite: bool) -> bool:
-        """Take note of a step; returns whether a step that was not finite is explained by the factor, which is then halved."""
+        """Take note of a step; returns whether a step that was not finite is explained by the
+        factor, which is then halved.
+        """
         if not self.enabled:
             return False
         self.good = self.good + 1 if finite else 0
@@ -184,7 +227,9 @@ class LossScaler:
 
 
 def cast_for(precision: str, device: torch.device) -> tuple[Cast, str]:
-    """(what makes the autocast context of a pass, the precision that ``auto`` stands for on this device)."""
+    """(what makes the autocast context of a pass, the precision that ``auto`` stands for on this
+    device).
+    """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

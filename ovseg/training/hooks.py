@@ -1,6 +1,7 @@
 """Loss curves of runs.
 
-What happens beside training: the log, the validation, the checkpoints. A hook is called after every step, and at the end of the run.
+What happens beside training: the log, the validation, the checkpoints. A hook is called after every
+step, and at the end of the run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _COLOURS = (("#9ecae1", "#08519c"), ("#fdae6b", "#a63603"), ("#a1d99b", "#00682a
 
 
 def plot_loss(log: Path, out: Path, title: str = "") -> Path | None:
-    """Loss against step from ``log.jsonl``, raw and smoothed. None, with a warning, where it cannot be drawn."""
+    """Loss against step from ``log.jsonl``, raw and smoothed.
+
+    None, with a warning, where it cannot be drawn.
+    """
     return join_curves({title or "loss": log}, out)
 
 
@@ -46,10 +50,17 @@ def join_curves(logs: dict[str, Path], out: Path) -> Path | None:
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[len(curves) :]:
         axes.remove()
-    for axes, (title, points), (pale, strong) in zip(panels, curves.items(), _COLOURS * len(curves), strict=False):
+    for axes, (title, points), (pale, strong) in zip(
+        panels, curves.items(), _COLOURS * len(curves), strict=False
+    ):
         steps, losses = zip(*points, strict=True)
-        window = max(1, len(losses) // 20)  # a centred median: a running mean would trail the drop at the start
-        smooth = [statistics.median(losses[max(0, i - window) : i + window + 1]) for i in range(len(losses))]
+        window = max(
+            1, len(losses) // 20
+        )  # a centred median: a running mean would trail the drop at the start
+        smooth = [
+            statistics.median(losses[max(0, i - window) : i + window + 1])
+            for i in range(len(losses))
+        ]
         axes.plot(steps, losses, color=pale, linewidth=0.8, label="loss")
         axes.plot(steps, smooth, color=strong, linewidth=1.6, label="smoothed")
         axes.set(xlabel="step", ylabel="loss", title=title)
@@ -133,8 +144,10 @@ class Begin(Hook):
 
 @dataclass
 class Log(Hook):
-    """A line of JSON every so many steps, and one for every step that was skipped: loss and its parts, rate, norm of the gradient, seconds
-    since the run began or went on, pictures a second and the share of time spent waiting for data since the last line."""
+    """A line of JSON every so many steps, and one for every step that was skipped: loss and its
+    parts, rate, norm of the gradient, seconds since the run began or went on, pictures a second and
+    the share of time spent waiting for data since the last line.
+    """
 
     path: Path
     every: int
@@ -143,17 +156,36 @@ class Log(Hook):
     _failed: bool = False
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
-        self._sums = [a + b for a, b in zip(self._sums, (step.images, step.seconds, step.waited), strict=True)]
+        self._sums = [
+            a + b for a, b in zip(self._sums, (step.images, step.seconds, step.waited), strict=True)
+        ]
         total = step.losses["total"]
         if not step.finite:
-            self._write({"step": step.number, "skipped": True, "loss": str(total), "grad_norm": str(step.grad_norm)})
+            self._write(
+                {
+                    "step": step.number,
+                    "skipped": True,
+                    "loss": str(total),
+                    "grad_norm": str(step.grad_norm),
+                }
+            )
         elif step.number % self.every == 0 or step.last:
             images, seconds, waited = self._sums
             parts = {name: value for name, value in step.losses.items() if name != "total"}
             stage = {} if trainer.stages == 1 else {"stage": trainer.state.stage}
-            self._write({"step": step.number, "loss": total, **parts, **stage, "lr": step.lr, "grad_norm": step.grad_norm,
-                         "seconds": round(time.time() - self.began, 3), "samples_per_second": round(images / max(seconds, 1e-9), 1),
-                         "data_share": round(waited / max(seconds, 1e-9), 4)})
+            self._write(
+                {
+                    "step": step.number,
+                    "loss": total,
+                    **parts,
+                    **stage,
+                    "lr": step.lr,
+                    "grad_norm": step.grad_norm,
+                    "seconds": round(time.time() - self.began, 3),
+                    "samples_per_second": round(images / max(seconds, 1e-9), 1),
+                    "data_share": round(waited / max(seconds, 1e-9), 4),
+                }
+            )
             self._sums = [0.0, 0.0, 0.0]
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -162,17 +194,24 @@ class Log(Hook):
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
-        except OSError as error:  # a disk that is full for now: the weights are worth more than a line
+        except (
+            OSError
+        ) as error:  # a disk that is full for now: the weights are worth more than a line
             if not self._failed:
-                logger.warning("%s cannot be written (%s); training goes on, lines are missing", self.path, error.strerror)
+                logger.warning(
+                    "%s cannot be written (%s); training goes on, lines are missing",
+                    self.path,
+                    error.strerror,
+                )
             self._failed = True
 
 
 @dataclass
 class Validation(Hook):
-    """Every so many steps and at the end of a stage: figures to ``validation.jsonl``, pictures to ``validation/``, and the model to
-    ``best/`` where ``miou`` is the highest of the stage so far. What a signal left out is made up for
-    when the run goes on."""
+    """Every so many steps and at the end of a stage: figures to ``validation.jsonl``, pictures to
+    ``validation/``, and the model to ``best/`` where ``miou`` is the highest of the stage so far.
+    What a signal left out is made up for when the run goes on.
+    """
 
     folder: Path
     every: int
@@ -205,10 +244,23 @@ class Validation(Hook):
             return
         path = self._path
         # A killed run does some again.
-        before = [entry for entry in records_of(path)[0] if isinstance(entry.get("step"), int) and entry["step"] < done]
-        write_text(path, "".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})))
-        logger.info("validation after step %d: %s", done, ", ".join(f"{name} {value}" for name, value in figures.items()))
-        of_stage = [entry.get("miou", -math.inf) for entry in before if entry["step"] > trainer.state.done]
+        before = [
+            entry
+            for entry in records_of(path)[0]
+            if isinstance(entry.get("step"), int) and entry["step"] < done
+        ]
+        write_text(
+            path,
+            "".join(json.dumps(entry) + "\n" for entry in (*before, {"step": done, **figures})),
+        )
+        logger.info(
+            "validation after step %d: %s",
+            done,
+            ", ".join(f"{name} {value}" for name, value in figures.items()),
+        )
+        of_stage = [
+            entry.get("miou", -math.inf) for entry in before if entry["step"] > trainer.state.done
+        ]
         if figures.get("miou", -math.inf) > max(of_stage, default=-math.inf):
             save_pretrained(model, self.folder / BEST, step=done, **figures)
 

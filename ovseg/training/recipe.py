@@ -29,7 +29,12 @@ _LONGEST = 16 << 20  # bytes of a recipe
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PARALLEL = ("ddp", "fsdp")
 OPTIMIZERS = ("adamw", "sgd")
-_OF_THE_RUN: dict[str, tuple[str, ...] | None] = {"validation": None, "checkpoint": None, "log": None, "train": ("device",)}
+_OF_THE_RUN: dict[str, tuple[str, ...] | None] = {
+    "validation": None,
+    "checkpoint": None,
+    "log": None,
+    "train": ("device",),
+}
 
 
 @dataclass
@@ -48,7 +53,10 @@ class ObjectivePart:
 
 @dataclass
 class OptimPart:
-    """``lower_lr``: of the parts that a system trains gently; SegCLIP's CLIP trunk. ``momentum``: of sgd."""
+    """``lower_lr``: of the parts that a system trains gently; SegCLIP's CLIP trunk.
+
+    ``momentum``: of sgd.
+    """
 
     name: str = "adamw"
     lr: float = 5e-4
@@ -63,14 +71,16 @@ class OptimPart:
 @dataclass
 class TrainPart:
     """Attributes:
-        steps: of the stage.
-        epochs: in place of ``steps``: so often over the data.
-        batch_size: pictures of a step, over all processes and chunks.
-        chunk: pictures of a process that are encoded at a time; every text still meets every picture. None: all.
-        drop_last: whether the rest of an epoch that fills no batch is left out.
-        ema: decay of an average of the weights, which is then what is saved as the model; None: no average.
-        precision: auto: bf16 on GPUs that have it, fp32 elsewhere.
-        parallel: how several processes share the work: ddp, fsdp.
+    steps: of the stage.
+    epochs: in place of ``steps``: so often over the data.
+    batch_size: pictures of a step, over all processes and chunks.
+    chunk: pictures of a process that are encoded at a time; every text still meets every picture.
+        None: all.
+    drop_last: whether the rest of an epoch that fills no batch is left out.
+    ema: decay of an average of the weights, which is then what is saved as the model; None: no
+        average.
+    precision: auto: bf16 on GPUs that have it, fp32 elsewhere.
+    parallel: how several processes share the work: ddp, fsdp.
     """
 
     steps: int = 1000
@@ -87,7 +97,9 @@ class TrainPart:
 
 @dataclass
 class ValidationPart:
-    """``data`` and ``root`` as ``ovseg eval`` takes them; None: the scenes that the recipe trains on."""
+    """``data`` and ``root`` as ``ovseg eval`` takes them; None: the scenes that the recipe trains
+    on.
+    """
 
     every_steps: int | None = None
     data: str | None = None
@@ -109,12 +121,16 @@ class LogPart:
 
 @dataclass
 class Recipe:
-    """Everything a training run depends on. Unknown keys are errors; defaults stand here and in the options of what is named.
+    """Everything a training run depends on.
+
+    Unknown keys are errors; defaults stand here and in the options of what is named.
 
     Attributes:
-        init: part of the model -> where its weights come from; ``model`` is the whole. See ``stages.start``.
+        init: part of the model -> where its weights come from; ``model`` is the whole. See
+            ``stages.start``.
         data: ``kind`` and the options of ``ovseg.data.sources.<kind>``.
-        stages: one recipe after another in one run: of each what differs from the rest of this file, and a ``name``.
+        stages: one recipe after another in one run: of each what differs from the rest of this
+            file, and a ``name``.
     """
 
     name: str = ""
@@ -137,30 +153,43 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or file, with overrides such as ``optim.lr=1e-3`` or ``stages[0].train.steps=100``.
+    """A recipe by name or file, with overrides such as ``optim.lr=1e-3`` or
+    ``stages[0].train.steps=100``.
 
     Raises:
-        ConfigError: for a recipe that does not exist, YAML that cannot be read, unknown keys, values of the wrong kind.
+        ConfigError: for a recipe that does not exist, YAML that cannot be read, unknown keys,
+            values of the wrong kind.
     """
     path = RECIPES[str(source)] if str(source) in RECIPES else Path(source)
     if no_file(path) is not None:
         there = f", which {no_file(path)}" if os.path.lexists(path) or address(str(source)) else ""
-        raise ConfigError(f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}")
+        raise ConfigError(
+            f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}"
+        )
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}; expected key=value, e.g. optim.lr=1e-3")
         if override.endswith("="):  # an unset variable of a script
-            raise ConfigError(f"override {override!r} has no value; expected key=value, or {override}null for none")
+            raise ConfigError(
+                f"override {override!r} has no value; expected key=value, or {override}null for "
+                f"none"
+            )
     try:
         loaded = load_yaml(path)
         if not OmegaConf.is_dict(loaded):
-            raise ConfigError(f"recipe {path} holds a list; expected a mapping with {[f.name for f in fields(Recipe)]}")
+            raise ConfigError(
+                f"recipe {path} holds a list; expected a mapping with "
+                f"{[f.name for f in fields(Recipe)]}"
+            )
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {first_line(error)}") from error
     except YAMLError as error:
         raise ConfigError(f"recipe {path} is no YAML: {first_line(error)}") from error
     if not loaded:
-        raise ConfigError(f"recipe {path} is empty; expected a mapping with some of {[f.name for f in fields(Recipe)]}")
+        raise ConfigError(
+            f"recipe {path} is empty; expected a mapping with some of "
+            f"{[f.name for f in fields(Recipe)]}"
+        )
     for override in overrides:
         _override(loaded, override, path)
     plain: Any = OmegaConf.to_container(loaded)
@@ -175,17 +204,34 @@ def load_yaml(path: Path) -> Any:
 
 
 def _override(loaded: Any, override: str, path: Path) -> None:
-    """Lay ``key=value`` over a recipe; a mapping over a mapping, key by key. A stage is ``stages[0]``."""
+    """Lay ``key=value`` over a recipe; a mapping over a mapping, key by key.
+
+    A stage is ``stages[0]``.
+    """
     key, _, text = override.partition("=")
     shown = override if len(override) <= 100 else f"{override[:100]}..."
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))  # with ${...} as they are
+        plain: Any = OmegaConf.to_container(
+            OmegaConf.from_dotlist([f"value={text}"])
+        )  # with ${...} as they are
         OmegaConf.update(loaded, key, plain["value"], merge=True, force_add=True)
-    except (OmegaConfBaseException, IndexError, TypeError, ValueError, AssertionError, RecursionError) as error:
-        raise ConfigError(f"recipe {path}: override {shown!r} does not fit the recipe: {first_line(error)}; expected a key as in the file, "
-                          "and of its stages one that is there: stages[0]") from error
+    except (
+        OmegaConfBaseException,
+        IndexError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        RecursionError,
+    ) as error:
+        raise ConfigError(
+            f"recipe {path}: override {shown!r} does not fit the recipe: {first_line(error)}; "
+            f"expected a key as in the file, "
+            "and of its stages one that is there: stages[0]"
+        ) from error
     except YAMLError as error:
-        raise ConfigError(f"recipe {path}: override {shown!r} is no YAML: {first_line(error)}") from error
+        raise ConfigError(
+            f"recipe {path}: override {shown!r} is no YAML: {first_line(error)}"
+        ) from error
 
 
 def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -203,7 +249,9 @@ def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
-    """What is trained one after another, each a recipe without stages: the file with the stage's own values over it."""
+    """What is trained one after another, each a recipe without stages: the file with the stage's
+    own values over it.
+    """
     if not recipe.stages:
         return [recipe]
     common = {key: value for key, value in to_dict(recipe).items() if key not in ("stages", "init")}
@@ -214,7 +262,11 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         _check_of_the_run(changes, number)
         init = recipe.init if number == 0 else {"model": "previous"}
         data = changes.get("data", {})
-        fresh = {"data": data} if data.get("kind", common["data"]["kind"]) != common["data"]["kind"] else {}  # options of another kind
+        fresh = (
+            {"data": data}
+            if data.get("kind", common["data"]["kind"]) != common["data"]["kind"]
+            else {}
+        )  # options of another kind
         merged = {**common, "init": init, "name": f"stage {number + 1}", **fresh}
         try:
             stage = build_recipe(_merge(merged, changes), "of the stage")
@@ -228,9 +280,14 @@ def _check_of_the_run(changes: dict[str, Any], number: int) -> None:
     """Refuse in a stage what is of the whole run, and would be passed over."""
     for part, keys in _OF_THE_RUN.items():
         given = changes.get(part)
-        named = [key for key in given if keys is None or key in keys] if isinstance(given, dict) else []
+        named = (
+            [key for key in given if keys is None or key in keys] if isinstance(given, dict) else []
+        )
         if named:
-            raise ConfigError(f"stages[{number}].{part}.{named[0]}: it is of the whole run; expected {part}.{named[0]} beside the stages")
+            raise ConfigError(
+                f"stages[{number}].{part}.{named[0]}: it is of the whole run; expected "
+                f"{part}.{named[0]} beside the stages"
+            )
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -247,8 +304,12 @@ def hash_of(recipe: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of what two recipes disagree about; None where one has no such key."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of what two recipes disagree about; None where one has no such
+    key.
+    """
     found: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys((*old, *new)):
         a, b = old.get(key), new.get(key)
@@ -282,8 +343,12 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
         part, usual = known[key].default_factory, getattr(schema(), key)
         if is_dataclass(part):
             _check_keys(value, part, f"{prefix}{key}.")
-        elif (isinstance(value, dict) and isinstance(usual, list | tuple)) or (isinstance(value, list) and isinstance(usual, dict)):
-            expected = "mapping" if isinstance(usual, dict) else "list"  # OmegaConf does not say which key it is
+        elif (isinstance(value, dict) and isinstance(usual, list | tuple)) or (
+            isinstance(value, list) and isinstance(usual, dict)
+        ):
+            expected = (
+                "mapping" if isinstance(usual, dict) else "list"
+            )  # OmegaConf does not say which key it is
             raise ConfigError(f"{prefix}{key} is {value!r}; expected a {expected}")
     stages = values.get("stages") if schema is Recipe else None
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
@@ -310,13 +375,18 @@ def _check_values(recipe: Recipe) -> None:
     if train.ema is not None and not 0 < train.ema < 1:
         raise ConfigError(f"train.ema is {train.ema}; expected a decay between 0 and 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(f"optim.betas is {list(optim.betas)}; expected two decays of 0 to below 1")
+        raise ConfigError(
+            f"optim.betas is {list(optim.betas)}; expected two decays of 0 to below 1"
+        )
     if not 0 <= optim.momentum < 1:
         raise ConfigError(f"optim.momentum is {optim.momentum}; expected 0 to below 1")
     if optim.weight_decay < 0:
         raise ConfigError(f"optim.weight_decay is {optim.weight_decay}; expected 0 or more")
-    for key, name, known in (("train.precision", recipe.train.precision, PRECISIONS), ("train.parallel", recipe.train.parallel, PARALLEL),
-                             ("optim.name", recipe.optim.name, OPTIMIZERS)):
+    for key, name, known in (
+        ("train.precision", recipe.train.precision, PRECISIONS),
+        ("train.parallel", recipe.train.parallel, PARALLEL),
+        ("optim.name", recipe.optim.name, OPTIMIZERS),
+    ):
         if name not in known:
             raise ConfigError(f"{key} is {name!r}; expected one of {list(known)}")
     check_schedule(recipe.schedule, recipe.optim.lr)

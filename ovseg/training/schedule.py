@@ -1,15 +1,19 @@
-"""Learning rates over the steps of a stage: a curve, and a warm-up before, under or over its beginning.
+"""Learning rates over the steps of a stage: a curve, and a warm-up before, under or over its
+beginning.
 
-With s the step from 0 of S, w the warm-up's steps, t = s / S, and min the lowest rate as a share of the highest:
+With s the step from 0 of S, w the warm-up's steps, t = s / S, and min the lowest rate as a share of
+the highest:
 
     cosine    min + (1 - min) (1 + cos(pi t)) / 2                                              (1)
     poly      min + (1 - min) (1 - t)^power                                                    (2)
     constant  1                                                                                (3)
     warm-up   (s + 1) / w, or from ``warmup_start``: start + (1 - start) s / w                 (4)
 
-``multiply``: warm-up times curve, both from the first step. ``replace``: the warm-up alone, then the curve where it stands by then (timm's
-``warmup_prefix=False``). ``before``: the warm-up alone, then the whole curve over the steps that are left, t counted from s + 1 (CLIP's
-BertAdam, and so SegCLIP)."""
+``multiply``: warm-up times curve, both from the first step. ``replace``: the warm-up alone, then
+    the curve where it stands by then (timm's
+``warmup_prefix=False``). ``before``: the warm-up alone, then the whole curve over the steps that
+are left, t counted from s + 1 (CLIP's BertAdam, and so SegCLIP).
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,14 @@ MODES = ("multiply", "replace", "before")
 @dataclass
 class Schedule:
     """Attributes:
-        kind: of the curve: cosine, poly, constant.
-        warmup_steps: w; 0: none.
-        warmup_share: w as a share of all steps, in place of ``warmup_steps``.
-        warmup_mode: multiply, replace, before.
-        warmup_start: rate of the first step as a share of the highest; None: 1 / w.
-        min_lr: the lowest rate.
-        power: of poly.
-        steps: of the curve, where it is longer than the stage: a stage that stops half-way.
+    kind: of the curve: cosine, poly, constant.
+    warmup_steps: w; 0: none.
+    warmup_share: w as a share of all steps, in place of ``warmup_steps``.
+    warmup_mode: multiply, replace, before.
+    warmup_start: rate of the first step as a share of the highest; None: 1 / w.
+    min_lr: the lowest rate.
+    power: of poly.
+    steps: of the curve, where it is longer than the stage: a stage that stops half-way.
     """
 
     kind: str = "cosine"
@@ -70,14 +74,21 @@ def misfits(schedule: Schedule, lr: float, steps: int) -> list[str]:
     value = getattr(schedule, key)
     reached = f"the rate gets up to {highest:.2g} of optim.lr {lr:.2g}"
     if warm > steps:
-        found.append(f"schedule.{key} is {value}, which is {warm:.0f} steps, and the stage has {steps}: "
-                     f"{reached}; expected fewer, such as schedule.warmup_steps={steps // 20}")
+        found.append(
+            f"schedule.{key} is {value}, which is {warm:.0f} steps, and the stage has {steps}: "
+            f"{reached}; expected fewer, such as schedule.warmup_steps={steps // 20}"
+        )
     elif highest < lr / 2:
-        found.append(f"schedule.{key} is {value} and the stage has {steps} steps: {reached}; "
-                     "expected a shorter warm-up, or more steps")
+        found.append(
+            f"schedule.{key} is {value} and the stage has {steps} steps: {reached}; "
+            "expected a shorter warm-up, or more steps"
+        )
     if schedule.kind != "constant" and whole < steps:
-        found.append(f"schedule.steps is {whole} and the stage has {steps}: the last {steps - whole} of them "
-                     f"are at schedule.min_lr, {schedule.min_lr:g}; expected {steps} or more, or null")
+        found.append(
+            f"schedule.steps is {whole} and the stage has {steps}: the last {steps - whole} of "
+            f"them "
+            f"are at schedule.min_lr, {schedule.min_lr:g}; expected {steps} or more, or null"
+        )
     return found
 
 
@@ -91,13 +102,19 @@ def check_schedule(schedule: Schedule, lr: float, prefix: str = "schedule.") -> 
     if schedule.kind not in KINDS:
         raise ConfigError(f"{prefix}kind is {schedule.kind!r}; expected one of {list(KINDS)}")
     if schedule.warmup_mode not in MODES:
-        raise ConfigError(f"{prefix}warmup_mode is {schedule.warmup_mode!r}; expected one of {list(MODES)}")
+        raise ConfigError(
+            f"{prefix}warmup_mode is {schedule.warmup_mode!r}; expected one of {list(MODES)}"
+        )
     if schedule.warmup_share is not None and not 0 < schedule.warmup_share < 1:
-        raise ConfigError(f"{prefix}warmup_share is {schedule.warmup_share}; expected a share between 0 and 1")
+        raise ConfigError(
+            f"{prefix}warmup_share is {schedule.warmup_share}; expected a share between 0 and 1"
+        )
     if schedule.warmup_steps < 0:
         raise ConfigError(f"{prefix}warmup_steps is {schedule.warmup_steps}; expected 0 or more")
     if schedule.warmup_start is not None and not 0 <= schedule.warmup_start <= 1:
-        raise ConfigError(f"{prefix}warmup_start is {schedule.warmup_start}; expected a share of 0 to 1")
+        raise ConfigError(
+            f"{prefix}warmup_start is {schedule.warmup_start}; expected a share of 0 to 1"
+        )
     if not 0 <= schedule.min_lr <= lr:
         raise ConfigError(f"{prefix}min_lr is {schedule.min_lr}; expected 0 to optim.lr, {lr}")
 

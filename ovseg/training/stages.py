@@ -1,4 +1,6 @@
-"""What a stage starts from: a model with weights from elsewhere, its objective, optimizer and data; and the folder a run lives in."""
+"""What a stage starts from: a model with weights from elsewhere, its objective, optimizer and data;
+and the folder a run lives in.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,10 @@ def build_model(recipe: Recipe) -> OVSegModel:
 def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | None = None) -> None:
     """Take over the weights that ``recipe.init`` names: part of the model -> where from.
 
-    The part is ``model`` or a submodule such as ``backbone``. Where from: a folder of a run, of one of its checkpoints or of
-    ``save_pretrained``, a safetensors file, or whatever ``from_pretrained`` takes (``ViT-B-16:openai``); ``previous``, the model of
-    the stage before; ``best``, the best of it in validation.
+    The part is ``model`` or a submodule such as ``backbone``. Where from: a folder of a run, of one
+    of its checkpoints or of ``save_pretrained``, a safetensors file, or whatever
+    ``from_pretrained`` takes (``ViT-B-16:openai``); ``previous``, the model of the stage before;
+    ``best``, the best of it in validation.
 
     Raises:
         ConfigError: if there is nothing there, or it does not fit; the message names the key.
@@ -58,12 +61,21 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
         if source is None:
             continue
         where, prefix = f"init.{part} is {source!r}", "" if part == "model" else f"{part}."
-        if not isinstance(source, str) or not source:  # as a path, an empty one is the present folder
+        if (
+            not isinstance(source, str) or not source
+        ):  # as a path, an empty one is the present folder
             raise ConfigError(f"{where}; expected a folder, a file or a name of weights")
         own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
         if not own:
-            parts = [name for name, _ in model.named_children() if any(key.startswith(f"{name}.") for key in model.state_dict())]
-            raise ConfigError(f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of {parts}")
+            parts = [
+                name
+                for name, _ in model.named_children()
+                if any(key.startswith(f"{name}.") for key in model.state_dict())
+            ]
+            raise ConfigError(
+                f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of "
+                f"{parts}"
+            )
         if source == PREVIOUS:
             if previous is None:
                 raise ConfigError(f"{where} and no stage comes before; expected a folder of a run")
@@ -86,15 +98,21 @@ def build_objective(model: OVSegModel, recipe: Recipe) -> Objective:
 
 
 def build_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """Over the model's own groups, and what else the objective trains. After sharding: it holds the parameters as they are then."""
+    """Over the model's own groups, and what else the objective trains.
+
+    After sharding: it holds the parameters as they are then.
+    """
     optim = recipe.optim
     groups = objective.model.parameter_groups(optim.lr, optim.weight_decay, optim.lower_lr)
     known = {id(p) for group in groups for p in group["params"]}
     others = [p for p in objective.parameters() if p.requires_grad and id(p) not in known]
     groups.append({"params": others, "lr_scale": 1.0, "weight_decay": 0.0})
     # Sharded and whole parameters apart: one fused update takes one kind.
-    split = [{**group, "params": [p for p in group["params"] if type(p.data) is kind]}
-             for group in groups for kind in dict.fromkeys(type(p.data) for p in group["params"])]
+    split = [
+        {**group, "params": [p for p in group["params"] if type(p.data) is kind]}
+        for group in groups
+        for kind in dict.fromkeys(type(p.data) for p in group["params"])
+    ]
     if not split:
         raise ConfigError(f"model {recipe.model.name!r} has nothing to train")
     if optim.name == "sgd":
@@ -102,26 +120,43 @@ def build_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimiz
     return torch.optim.AdamW(split, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps)
 
 
-def build_loader(recipe: Recipe, objective: Objective, device: torch.device, *, progress: bool) -> Loader:
+def build_loader(
+    recipe: Recipe, objective: Objective, device: torch.device, *, progress: bool
+) -> Loader:
     """The batches of this process.
 
     Raises:
         ConfigError: if the objective takes another kind of batch than the data make.
     """
     options, train = load_options(recipe.data), recipe.train
-    source = create_source(options, ModelInputs.of(objective.model), seed=train.seed, progress=progress)
+    source = create_source(
+        options, ModelInputs.of(objective.model), seed=train.seed, progress=progress
+    )
     check_source(source, objective, options.kind)
     check_batches(len(source), recipe)
-    return Loader(source, train.batch_size, seed=train.seed, rank=distributed.rank(), ranks=distributed.world_size(), epochs=train.epochs,
-                  drop_last=train.drop_last, workers=options.workers, prefetch=options.prefetch, pin_memory=device.type == "cuda",
-                  timeout=data_limit(), tell_signals=True)
+    return Loader(
+        source,
+        train.batch_size,
+        seed=train.seed,
+        rank=distributed.rank(),
+        ranks=distributed.world_size(),
+        epochs=train.epochs,
+        drop_last=train.drop_last,
+        workers=options.workers,
+        prefetch=options.prefetch,
+        pin_memory=device.type == "cuda",
+        timeout=data_limit(),
+        tell_signals=True,
+    )
 
 
 def check_source(source: Source, objective: Objective, kind: str) -> None:
     """Raise ConfigError if the data make other batches than the objective takes, or mean others."""
     if not issubclass(source.batch_type, objective.batch_type):
-        raise ConfigError(f"data.kind is {kind!r}, which gives {source.batch_type.__name__}; the objective "
-                          f"{type(objective).__name__} expects {objective.batch_type.__name__}")
+        raise ConfigError(
+            f"data.kind is {kind!r}, which gives {source.batch_type.__name__}; the objective "
+            f"{type(objective).__name__} expects {objective.batch_type.__name__}"
+        )
     objective.check_source(source)
 
 
@@ -178,41 +213,64 @@ def _check_unused(folder: Path) -> None:
     """Refuse to begin a run where a model of something else would be written over."""
     for name in ("model", BEST):
         if (folder / name).is_dir() and any((folder / name).iterdir()):
-            raise ConfigError(f"{folder / name} holds files and {folder} no run that wrote them; "
-                              f"expected a folder without a {name!r}")
+            raise ConfigError(
+                f"{folder / name} holds files and {folder} no run that wrote them; "
+                f"expected a folder without a {name!r}"
+            )
 
 
 def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequence[str] = ()) -> Run:
-    """Find out where to begin. Nothing is written: that is for ``begin_run``, once the start is certain.
+    """Find out where to begin.
+
+    Nothing is written: that is for ``begin_run``, once the start is certain.
 
     Raises:
         InputError: if a name that a run needs is taken by something else.
-        ConfigError: if the folder holds a run and ``resume`` is false, or none and it is true; if it holds one of another recipe, by the
-            name of the first key that differs and that ``allow`` does not name.
+        ConfigError: if the folder holds a run and ``resume`` is false, or none and it is true; if
+            it holds one of another recipe, by the name of the first key that differs and that
+            ``allow`` does not name.
         CheckpointError: if none of the run's checkpoints is intact.
     """
     if resume not in (True, False, "auto"):
         raise ConfigError(f"resume is {resume!r}; expected True, False or 'auto'")
     check_names(folder_for(folder, "run"))
     plain, saved = to_dict(recipe), folder / "config.yaml"
-    begun = bool(distributed.broadcast_json(any((folder / name).exists() for name in (saved.name, "log.jsonl", "checkpoints"))))
+    begun = bool(
+        distributed.broadcast_json(
+            any((folder / name).exists() for name in (saved.name, "log.jsonl", "checkpoints"))
+        )
+    )
     if resume is True and not begun:
-        raise ConfigError(f"{folder} holds no run to go on with; expected the folder of one. Without --resume a run is begun; "
-                          "--auto-resume goes on where there is one and begins where there is none")
+        raise ConfigError(
+            f"{folder} holds no run to go on with; expected the folder of one. Without --resume a "
+            f"run is begun; "
+            "--auto-resume goes on where there is one and begins where there is none"
+        )
     if not resume and any((folder / name).exists() for name in ("log.jsonl", "checkpoints")):
-        raise ConfigError(f"{folder} holds a run already; expected a new folder, or resume to go on with it")
+        raise ConfigError(
+            f"{folder} holds a run already; expected a new folder, or resume to go on with it"
+        )
     if not begun:
         _check_unused(folder)
     at, damaged = _newest_intact(folder / "checkpoints") if resume else (None, [])
     facts = None if at is None else facts_of(at)
-    old = facts["recipe"] if facts is not None else _saved_recipe(saved) if resume and saved.exists() else None
+    old = (
+        facts["recipe"]
+        if facts is not None
+        else _saved_recipe(saved)
+        if resume and saved.exists()
+        else None
+    )
     changed = [] if old is None else differences(old, plain)
     if facts is not None and facts["processes"] != distributed.world_size():
         changed.append(("processes", facts["processes"], distributed.world_size()))
     for key, before, now in changed:
         if not any(key == name or key.startswith(f"{name}.") for name in allow):
-            raise ConfigError(f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected the same recipe, a new "
-                              f"folder, or --allow {key} to go on with another one")
+            raise ConfigError(
+                f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected "
+                f"the same recipe, a new "
+                f"folder, or --allow {key} to go on with another one"
+            )
     keys = tuple(key for key, *_ in changed)
     return Run(folder, plain, hash_of(plain), at, bool(resume) and begun, keys, tuple(damaged))
 
@@ -280,7 +338,9 @@ def finished(folder: Path, recipe: Recipe) -> int | None:
 
 
 def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint whose files are what was written, the damaged ones after it), as the main process finds them."""
+    """(the newest checkpoint whose files are what was written, the damaged ones after it), as the
+    main process finds them.
+    """
     found: list[str] = []
     reasons: dict[str, str] = {}
     for path in reversed(complete(folder)) if distributed.is_main() else ():
@@ -290,13 +350,19 @@ def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
         reasons[str(path)] = reason
     found, reasons = distributed.broadcast_json([found, reasons])
     if reasons and not found:
-        raise CheckpointError(f"no checkpoint in {folder} is intact: {'; '.join(reasons.values())}. Expected one that is; or a new folder")
+        raise CheckpointError(
+            f"no checkpoint in {folder} is intact: {'; '.join(reasons.values())}. Expected one "
+            f"that is; or a new folder"
+        )
     for reason in reasons.values():
         if distributed.is_main():
             logger.warning("damaged, set aside: %s; going on from %s", reason, found[0])
     at = Path(found[0]) if found else None
     if distributed.any_flag(at is not None and not at.is_dir())[0]:
-        raise ConfigError("the checkpoint of the main process is not there for all; expected a folder that all processes see")
+        raise ConfigError(
+            "the checkpoint of the main process is not there for all; expected a folder that all "
+            "processes see"
+        )
     return at, [Path(path) for path in reasons]
 
 
@@ -306,7 +372,10 @@ def _saved_recipe(path: Path) -> Any:
         if not isinstance(found, dict) or "model" not in found:
             raise ValueError("it holds no recipe")
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {first_line(error)}; expected the recipe that the run was begun with") from error
+        raise CheckpointError(
+            f"{path} is damaged: {first_line(error)}; expected the recipe that the run was begun "
+            f"with"
+        ) from error
     return found
 
 
@@ -317,20 +386,29 @@ def _weights(name: str, where: str, own: dict[str, torch.Tensor]) -> dict[str, t
             found = read_published(file) if no_file(file) is None else {}
             if any(key.startswith("backbone.") or key in own for key in found):
                 return found
-        return from_pretrained(name).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's
+        return from_pretrained(
+            name
+        ).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's
     except CheckpointError as error:
         raise ConfigError(f"{where}: {error}") from error
     except InputError as error:
-        raise ConfigError(f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of a run or of "
-                          f"save_pretrained, or a model with weights: {error}") from error
+        raise ConfigError(
+            f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of "
+            f"a run or of "
+            f"save_pretrained, or a model with weights: {error}"
+        ) from error
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drop log lines that a killed run wrote after its last checkpoint, and a half-written last line."""
+    """Drop log lines that a killed run wrote after its last checkpoint, and a half-written last
+    line.
+    """
     if not log.exists():
         return
     entries, damaged = records_of(log)
     if damaged > 1:
         logger.warning("%s: %d lines are damaged and are dropped", log, damaged)
-    kept = [entry for entry in entries if isinstance(entry.get("step"), int) and entry["step"] < step]
+    kept = [
+        entry for entry in entries if isinstance(entry.get("step"), int) and entry["step"] < step
+    ]
     write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))

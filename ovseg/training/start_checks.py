@@ -22,7 +22,17 @@ from ..systems.objective import Objective
 from . import state as checkpoints
 from .recipe import Recipe
 from .schedule import misfits
-from .stages import BEST, PREVIOUS, Run, build_model, build_objective, build_optimizer, check_batches, check_source, start
+from .stages import (
+    BEST,
+    PREVIOUS,
+    Run,
+    build_model,
+    build_objective,
+    build_optimizer,
+    check_batches,
+    check_source,
+    start,
+)
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -112,7 +122,8 @@ def check_room(state: State, run: Run, keep: int) -> None:
     free = shutil.disk_usage(there).free
     if distributed.is_main() and free < needed:
         logger.warning(
-            "the disk of %s has %.1f GB free; checkpoints (%.1f GB each, checkpoint.keep=%d) and the "
+            "the disk of %s has %.1f GB free; checkpoints (%.1f GB each, checkpoint.keep=%d) and "
+            "the "
             "model need %.1f GB", run.folder, free / 1e9, each / 1e9, keep, needed / 1e9,
         )  # fmt: skip
 
@@ -167,8 +178,10 @@ def _average_misfits(decay: float | None, steps: int) -> Iterator[str]:
     if left > _MOST_OF_THE_FIRST and steps > 1:
         fits = max(0.0, 1 - 3 / steps)  # a twentieth is left
         yield (
-            f"train.ema is {decay} and the stage has {steps} steps: {100 * left:.0f} % of the average, "
-            "which is what is saved as the model, will be the weights after the first step; expected "
+            f"train.ema is {decay} and the stage has {steps} steps: {100 * left:.0f} % of the "
+            f"average, "
+            "which is what is saved as the model, will be the weights after the first step; "
+            "expected "
             f"at most {fits:.3g} for so few, or null"
         )
 

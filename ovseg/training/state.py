@@ -1,7 +1,10 @@
-"""What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest intact one wins.
+"""What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest
+intact one wins.
 
-A checkpoint holds whole tensors whatever shards them, under the names of the parameters: model, average, what else the objective has, the
-optimizer; and for every process its position in the data and its random states."""
+A checkpoint holds whole tensors whatever shards them, under the names of the parameters: model,
+average, what else the objective has, the optimizer; and for every process its position in the data
+and its random states.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,10 @@ _ASIDE = (".part", ".damaged")
 @dataclass
 class State:
     """Attributes:
-        done: steps of the stages before this one.
-        stage, step: where training stands: ``step`` steps of the stage are done.
-        of: steps of the stage.
-        average: of the objective's model, where the recipe asks for one.
+    done: steps of the stages before this one.
+    stage, step: where training stands: ``step`` steps of the stage are done.
+    of: steps of the stage.
+    average: of the objective's model, where the recipe asks for one.
     """
 
     objective: Objective
@@ -59,14 +62,21 @@ class State:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{_MARK}") if path.parent.suffix not in _ASIDE)
+    return sorted(
+        path.parent for path in folder.glob(f"step_*/{_MARK}") if path.parent.suffix not in _ASIDE
+    )
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a complete checkpoint: a file that is not what was written. Nothing if all are."""
+    """What is wrong with a complete checkpoint: a file that is not what was written.
+
+    Nothing if all are.
+    """
     try:
         mark = read_bounded(path / _MARK, MOST)
-        if not mark and facts_of(path)["format"] < 3:  # of an earlier version, without hashes: whole, at least
+        if (
+            not mark and facts_of(path)["format"] < 3
+        ):  # of an earlier version, without hashes: whole, at least
             for file in sorted(path.glob("*.safetensors")):
                 load_tensors(file)
             return ""
@@ -74,7 +84,9 @@ def damage(path: Path) -> str:
             if not (path / name).is_file():
                 return f"{path / name} is missing"
             if file_hash(path / name) != expected:
-                return f"{path / name} ({(path / name).stat().st_size} bytes) is not what was written"
+                return (
+                    f"{path / name} ({(path / name).stat().st_size} bytes) is not what was written"
+                )
     except CheckpointError as error:
         return str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -90,14 +102,29 @@ def facts_of(path: Path) -> dict[str, Any]:
     """
     try:
         facts = load_json(path / "state.json")
-        keys = ("format", "stage", "step", "done", "recipe", "hash", "processes", "scaler", "skips", "averaged")
-        return {**{key: facts[key] for key in keys}, "of": facts.get("of")}  # which earlier versions do not write
+        keys = (
+            "format",
+            "stage",
+            "step",
+            "done",
+            "recipe",
+            "hash",
+            "processes",
+            "scaler",
+            "skips",
+            "averaged",
+        )
+        return {
+            **{key: facts[key] for key in keys},
+            "of": facts.get("of"),
+        }  # which earlier versions do not write
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from error
 
 
 def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int) -> Path:
-    """Write ``folder/step_N`` under another name, mark it complete, rename it, then drop the oldest beyond ``keep``.
+    """Write ``folder/step_N`` under another name, mark it complete, rename it, then drop the oldest
+    beyond ``keep``.
 
     Called by all processes; rank 0 writes.
 
@@ -110,21 +137,38 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
     model, rest = _parts(whole(state.objective))
     average = None if state.average is None else whole(state.average.module)
     optimizer = _optimizer_tensors(state)
-    ranks = distributed.gather_strings([json.dumps({"loader": state.loader.state_dict(), "random": random_state()})])
+    ranks = distributed.gather_strings(
+        [json.dumps({"loader": state.loader.state_dict(), "random": random_state()})]
+    )
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         remove_parts(folder.iterdir())  # of a run that was killed while it saved
         part.mkdir()
-        for name, tensors in (("model", model), ("objective", rest), ("ema", average), ("optimizer", optimizer)):
+        for name, tensors in (
+            ("model", model),
+            ("objective", rest),
+            ("ema", average),
+            ("optimizer", optimizer),
+        ):
             if tensors or name in ("model", "optimizer"):
-                save_tensors(tensors or {}, part / f"{name}.safetensors", {"format": "pt"}, sealed=name != "optimizer")  # read here alone
+                save_tensors(
+                    tensors or {},
+                    part / f"{name}.safetensors",
+                    {"format": "pt"},
+                    sealed=name != "optimizer",
+                )  # read here alone
         facts = {"format": _FORMAT, "stage": state.stage, "step": state.step, "of": state.of, "done": state.done,
                  "processes": distributed.world_size(), "scaler": state.scaler.state_dict(),
                  "skips": state.skips.state_dict(), "hash": key, "recipe": recipe,
                  "averaged": None if state.average is None else int(state.average.n_averaged)}  # fmt: skip
         _write(part / "state.json", json.dumps(facts))
         _write(part / "ranks.jsonl", "".join(line + "\n" for line in ranks))
-        _write(part / _MARK, json.dumps({"blake2b": {path.name: file_hash(path) for path in sorted(part.iterdir())}}))
+        _write(
+            part / _MARK,
+            json.dumps(
+                {"blake2b": {path.name: file_hash(path) for path in sorted(part.iterdir())}}
+            ),
+        )
         _sync_folder(part)
         if target.exists():
             shutil.rmtree(target)
@@ -149,7 +193,9 @@ def restore(path: Path, state: State) -> None:
         _load(path / "objective.safetensors", rest)
     if state.average is not None:
         if facts["averaged"] is None:
-            raise CheckpointError(f"{path} holds no average of the weights and train.ema asks for one")
+            raise CheckpointError(
+                f"{path} holds no average of the weights and train.ema asks for one"
+            )
         _load(path / "ema.safetensors", state.average.module.state_dict())
         state.average.n_averaged.fill_(facts["averaged"])
     _restore_optimizer(path / "optimizer.safetensors", state)
@@ -161,8 +207,13 @@ def restore(path: Path, state: State) -> None:
             json.loads(line)
             for line in read_bounded(path / "ranks.jsonl", MOST).decode().splitlines()
         ]
-        # With another number of processes (which has to be allowed) all go to one position, with fresh random states.
-        mine = ranks[distributed.rank()] if len(ranks) == distributed.world_size() else {"loader": ranks[0]["loader"]}
+        # With another number of processes (which has to be allowed) all go to one position, with
+        # fresh random states.
+        mine = (
+            ranks[distributed.rank()]
+            if len(ranks) == distributed.world_size()
+            else {"loader": ranks[0]["loader"]}
+        )
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path / 'ranks.jsonl'} is damaged: {error!r}") from error
     state.loader.load_state_dict(mine["loader"])
@@ -171,7 +222,9 @@ def restore(path: Path, state: State) -> None:
 
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's tensors on the CPU, put together where they are sharded; on rank 0, empty elsewhere."""
+    """A module's tensors on the CPU, put together where they are sharded; on rank 0, empty
+    elsewhere.
+    """
     found = {}
     for name, tensor in module.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -187,9 +240,13 @@ def fill(own: torch.Tensor, value: torch.Tensor) -> None:
     own.detach().copy_(value)
 
 
-def _parts(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _parts(
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(the model's, under its own names; those that only the objective has)."""
-    model = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    model = {
+        name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")
+    }
     return model, {name: x for name, x in tensors.items() if not name.startswith("model.")}
 
 
@@ -222,12 +279,16 @@ def _restore_optimizer(path: Path, state: State) -> None:
         key, name = place.split("/", 1)
         parameter = named.get(name)
         if parameter is None:
-            raise CheckpointError(f"{path} holds the state of {name}, which the recipe does not train")
+            raise CheckpointError(
+                f"{path} holds the state of {name}, which the recipe does not train"
+            )
         entry = state.optimizer.state[parameter]
         if key == "step":  # torch's optimizers keep it on the CPU
             entry[key] = value
         elif value.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {place} is {list(value.shape)}; expected {list(parameter.shape)}")
+            raise CheckpointError(
+                f"{path}: {place} is {list(value.shape)}; expected {list(parameter.shape)}"
+            )
         else:
             entry[key] = torch.zeros_like(parameter)
             fill(entry[key], value)
@@ -237,9 +298,14 @@ def random_state() -> dict[str, Any]:
     """Return where torch, Python and numpy stand in their random numbers."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
-    states = {"torch": _text(torch.get_rng_state()), "python": [version, list(numbers), gauss],
-              "numpy": [name, np.asarray(keys).tolist(), *rest]}
-    return states | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+    states = {
+        "torch": _text(torch.get_rng_state()),
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+    }
+    return states | (
+        {"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {}
+    )
 
 
 def set_random_state(states: dict[str, Any]) -> None:

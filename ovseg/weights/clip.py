@@ -1,4 +1,6 @@
-"""An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder, or drawn at random."""
+"""An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder,
+or drawn at random.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ from .state_dicts import State, plain_names, without_prefix
 from .tokenizers import TOKENIZER_FILES, fetch_optional
 from .transformers_layout import MODEL_TYPES, parts_of, transformers_config, transformers_state
 
-_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's state dicts hold them as tensors
+_NUMBERS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)  # OpenAI's state dicts hold them as tensors
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,9 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
     """Find weights; those that are not here are fetched.
 
     Args:
-        weights: a pretrained tag of open_clip's for ``architecture``; ``hf-hub:owner/name``; a checkpoint of open_clip's, ``.safetensors``,
-            ``.pt`` or ``.bin``; a folder of open_clip's or of transformers' CLIP or SigLIP.
+        weights: a pretrained tag of open_clip's for ``architecture``; ``hf-hub:owner/name``; a
+            checkpoint of open_clip's, ``.safetensors``, ``.pt`` or ``.bin``; a folder of
+            open_clip's or of transformers' CLIP or SigLIP.
         architecture: for a tag, and for the message where a file cannot be told.
 
     Raises:
@@ -80,26 +87,50 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
         return _of_folder(path, str(path))
     if no_file(path) is None:
         return ClipSource(lambda: read_clip(path), str(path))
-    known = f" or one of the tags {sorted(tags_of(architecture))}" if isinstance(architecture, str) else ""
+    known = (
+        f" or one of the tags {sorted(tags_of(architecture))}"
+        if isinstance(architecture, str)
+        else ""
+    )
     there = f", which {no_file(path)}" if os.path.lexists(path) or address(weights) else ""
-    raise InputError(f"clip is {weights!r}{there}; expected a file or folder that exists, {PREFIX}owner/name{known}")
+    raise InputError(
+        f"clip is {weights!r}{there}; expected a file or folder that exists, "
+        f"{PREFIX}owner/name{known}"
+    )
 
 
 def fetch_folder(repo: str) -> Path:
-    """The folder of the cache that holds a repository's configuration and weights, of open_clip's, transformers' or ``save_pretrained``."""
-    config = fetch(repo, ("open_clip_config.json", "config.json"), ways=", with its weights in a folder that -m names")
+    """The folder of the cache that holds a repository's configuration and weights, of open_clip's,
+    transformers' or ``save_pretrained``.
+    """
+    config = fetch(
+        repo,
+        ("open_clip_config.json", "config.json"),
+        ways=", with its weights in a folder that -m names",
+    )
     ours = config.name == "config.json"
     if ours and _kind(config) is None:
-        raise CheckpointError(f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of ovseg; expected "
-                              "open_clip_config.json, or a config.json with model_type or model")
-    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin") if ours else CLIP_FILES
+        raise CheckpointError(
+            f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of ovseg; "
+            f"expected "
+            "open_clip_config.json, or a config.json with model_type or model"
+        )
+    files = (
+        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        if ours
+        else CLIP_FILES
+    )
     path = fetch(repo, files, ways=f", beside {config.name} in a folder that -m names")
     if path.name.endswith(".index.json"):
         for part in parts_of(path):
             fetch(repo, (part,))
-    if path.parent != config.parent:  # the repository has moved on since the configuration was cached
+    if (
+        path.parent != config.parent
+    ):  # the repository has moved on since the configuration was cached
         fetch(repo, (config.name,))
-    for names in (("preprocessor_config.json",), *TOKENIZER_FILES) if model_type_of(path.parent) else ():
+    for names in (
+        (("preprocessor_config.json",), *TOKENIZER_FILES) if model_type_of(path.parent) else ()
+    ):
         fetch_optional(repo, names)
     return path.parent
 
@@ -111,7 +142,11 @@ def is_clip_folder(folder: Path) -> bool:
 
 def is_clip_file(path: Path) -> bool:
     """Whether it is the file of weights of such a folder, which says what they are."""
-    return no_file(path) is None and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin") and is_clip_folder(path.parent)
+    return (
+        no_file(path) is None
+        and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin")
+        and is_clip_folder(path.parent)
+    )
 
 
 def read_clip(path: Path) -> State:
@@ -131,12 +166,21 @@ def create_clip(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> nn.Module:
-    """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``. With a size the positions
-    of the weights are resized to it."""
+    """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``.
+
+    With a size the positions of the weights are resized to it.
+    """
     source = None if weights is None else find_clip(weights, architecture)
-    if source is not None and source.architecture is not None and is_quick(source.architecture) != is_quick(architecture):
-        raise ValueError(f"clip is {weights!r}, trained with{'' if is_quick(source.architecture) else 'out'} QuickGELU, and architecture "
-                         f"{title(architecture)}; expected architecture={title(source.architecture)}")
+    if (
+        source is not None
+        and source.architecture is not None
+        and is_quick(source.architecture) != is_quick(architecture)
+    ):
+        raise ValueError(
+            f"clip is {weights!r}, trained with{'' if is_quick(source.architecture) else 'out'} "
+            f"QuickGELU, and architecture "
+            f"{title(architecture)}; expected architecture={title(source.architecture)}"
+        )
     model = _build(
         sized(architecture, image_size, context_length), source.preprocess if source else None
     )
@@ -163,8 +207,8 @@ def load_clip(model: nn.Module, source: ClipSource, *, resize: bool = False) -> 
 
 
 def settled(source: ClipSource, architecture: Architecture | None) -> Architecture:
-    """The architecture to build for these weights, and to write down beside them: ``architecture`` with their activation, else their
-    own, else the one they fit.
+    """The architecture to build for these weights, and to write down beside them: ``architecture``
+    with their activation, else their own, else the one they fit.
 
     Raises:
         InputError: if they fit none of open_clip's, or several.
@@ -177,8 +221,11 @@ def settled(source: ClipSource, architecture: Architecture | None) -> Architectu
         fits = fitting(source.read())
         if len(fits) != 1:
             ways = " or ".join(f"{name}:{source.where}" for name in fits)
-            raise InputError(f"{source.where} fits {len(fits)} architectures of open_clip and does not say which; expected -m "
-                             + (ways or "NAME:PATH with the name of its architecture (ovseg models)"))
+            raise InputError(
+                f"{source.where} fits {len(fits)} architectures of open_clip and does not say "
+                f"which; expected -m "
+                + (ways or "NAME:PATH with the name of its architecture (ovseg models)")
+            )
         found = fits[0]
     if source.preprocess and source.preprocess != configuration(found)["preprocess_cfg"]:
         return {**configuration(found), "preprocess_cfg": source.preprocess}
@@ -186,8 +233,14 @@ def settled(source: ClipSource, architecture: Architecture | None) -> Architectu
 
 
 def fitting(state: dict[str, torch.Tensor]) -> list[str]:
-    """Architectures of open_clip whose tensors have these names and shapes. Two activations look alike."""
-    open_clip, shapes = import_open_clip(), {name: tuple(x.shape) for name, x in state.items() if name not in _NUMBERS}
+    """Architectures of open_clip whose tensors have these names and shapes.
+
+    Two activations look alike.
+    """
+    open_clip, shapes = (
+        import_open_clip(),
+        {name: tuple(x.shape) for name, x in state.items() if name not in _NUMBERS},
+    )
     prefix = "text." if "text.token_embedding.weight" in shapes else ""
     words = shapes.get(f"{prefix}token_embedding.weight")
     found = []
@@ -197,8 +250,16 @@ def fitting(state: dict[str, torch.Tensor]) -> list[str]:
         width = shapes.get("visual.conv1.weight", (None,))[0]
         if (text.get("vocab_size", 49408), text.get("width", 512)) != words:
             continue
-        if "hf_model_name" in text or ("timm_model_name" in vision) != any(key.startswith("visual.trunk.") for key in shapes) or (
-                "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int) and vision.get("width", 768) != width):
+        if (
+            "hf_model_name" in text
+            or ("timm_model_name" in vision)
+            != any(key.startswith("visual.trunk.") for key in shapes)
+            or (
+                "timm_model_name" not in vision
+                and isinstance(vision.get("layers", 12), int)
+                and vision.get("width", 768) != width
+            )
+        ):
             continue
         with torch.device("meta"):
             own = _build(name).state_dict()
@@ -228,7 +289,11 @@ def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None)
     open_clip, config = import_open_clip(), configuration(architecture)
     known = config.pop("preprocess_cfg", None)
     vision, text = config["vision_cfg"], config["text_cfg"]
-    hf, coca, kwargs = "hf_model_name" in text, "multimodal_cfg" in config, vision.pop("timm_kwargs", None)
+    hf, coca, kwargs = (
+        "hf_model_name" in text,
+        "multimodal_cfg" in config,
+        vision.pop("timm_kwargs", None),
+    )
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     if hf:
@@ -236,14 +301,24 @@ def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None)
     if kwargs:
         import timm
 
-        vision |= {"timm_model_name": "test_vit", "timm_pool": "avg"}  # a small one, in place of which comes the tower of these sizes
+        vision |= {
+            "timm_model_name": "test_vit",
+            "timm_pool": "avg",
+        }  # a small one, in place of which comes the tower of these sizes
     custom = config.pop("custom_text", False) or hf
     kind = (open_clip.CoCa if coca else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
     model = kind(**config)
     if kwargs:
         model.visual.trunk = timm.models.VisionTransformer(num_classes=0, **kwargs)
-    open_clip.model.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), **(known or {}), **(preprocess or {}),
-                                                     "size": model.visual.image_size})
+    open_clip.model.set_model_preprocess_cfg(
+        model,
+        {
+            **vars(open_clip.transform.PreprocessCfg()),
+            **(known or {}),
+            **(preprocess or {}),
+            "size": model.visual.image_size,
+        },
+    )
     return model
 
 
@@ -255,7 +330,9 @@ def _state_for(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, to
         state = factory.convert_to_custom_text_state_dict(state)
     own = model.state_dict()
     if not hasattr(model, "text_decoder"):  # CoCa's, which writes captions, may have been left out
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")}
+        state = {
+            name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")
+        }
     for name in (*_NUMBERS, "text.transformer.embeddings.position_ids", "attn_mask"):
         if name not in own:
             state.pop(name, None)
@@ -290,7 +367,10 @@ def _of_folder(folder: Path, where: str) -> ClipSource:
             raise CheckpointError(f"{folder} has no weights; expected {' or '.join(CLIP_FILES)}")
         return ClipSource(lambda: read_clip(files[0]), where, config)
     if model_type_of(folder) is None:
-        raise CheckpointError(f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of transformers' {MODEL_TYPES}")
+        raise CheckpointError(
+            f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of "
+            f"transformers' {MODEL_TYPES}"
+        )
     return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
 
 
@@ -313,5 +393,8 @@ def _fetch_tag(facts: dict[str, Any], ways: str) -> Path:
         return Path(facts["file"])
     repo, _, file = facts.get("hf_hub", "").rpartition("/")
     if not repo:
-        raise WeightsError(f"open_clip has these weights at {facts.get('url')} only; fetch the file and give its path{ways}")
+        raise WeightsError(
+            f"open_clip has these weights at {facts.get('url')} only; fetch the file and give its "
+            f"path{ways}"
+        )
     return fetch(repo, (file,) if file else CLIP_FILES, ways=ways)

@@ -1,5 +1,6 @@
-"""Files of JSON beside weights: configurations, indices, states. Plain files of bounded length,
-whatever a folder from elsewhere holds.
+"""Files of JSON beside weights: configurations, indices, states.
+
+Plain files of bounded length, whatever a folder from elsewhere holds.
 
 Weights on disk: safetensors only, read without running code, written by rename.
 """
@@ -62,7 +63,13 @@ _POSITIONS = re.compile(
 )  # can be resized
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None, *, sealed: bool = True) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    metadata: dict[str, str] | None = None,
+    *,
+    sealed: bool = True,
+) -> None:
     """Write, flush, then rename: a reader sees the old file or the new one.
 
     Args:
@@ -81,7 +88,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
 
 
 def _order(file: BinaryIO) -> None:
-    """Sort the metadata, which safetensors writes in any order: the same tensors are the same bytes."""
+    """Sort the metadata, which safetensors writes in any order: the same tensors are the same
+    bytes.
+    """
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -109,7 +118,8 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, no safetensors file, or its tensors are not those that were written.
+        CheckpointError: if the file is missing, truncated, no safetensors file, or its tensors are
+            not those that were written.
     """
     path = Path(path)
     if (what := no_file(path)) is not None:
@@ -119,13 +129,18 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
             seal = (file.metadata() or {}).get(_SEAL)
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if seal is not None and seal != tensors_hash(found):
-            raise CheckpointError(f"{path} is damaged: its tensors are not those that were written; expected another copy of the file")
+            raise CheckpointError(
+                f"{path} is damaged: its tensors are not those that were written; expected "
+                f"another copy of the file"
+            )
         return found
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         size = path.stat().st_size
-        raise CheckpointError(f"{path} ({size} bytes) is no complete safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} ({size} bytes) is no complete safetensors file: {error}"
+        ) from error
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
@@ -140,7 +155,8 @@ def check_fit(
     what: str = "the model",
     named: Callable[[str], str] = str,
 ) -> None:
-    """Check that ``weights`` can be loaded: names, shapes, kinds of numbers, and that they are finite.
+    """Check that ``weights`` can be loaded: names, shapes, kinds of numbers, and that they are
+    finite.
 
     Args:
         path: where they come from, for messages.
@@ -169,8 +185,13 @@ def check_fit(
     check_numbers(path, weights, own, named)
 
 
-def misfit(path: str | Path, what: str, missing: Sequence[str], unexpected: Sequence[str],
-           reshaped: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> CheckpointError:
+def misfit(
+    path: str | Path,
+    what: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    reshaped: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> CheckpointError:
     """The error for weights that do not fit; ``reshaped``: name -> (given, expected)."""
     shapes = [
         f"{name} {list(given.shape)} instead of {list(own.shape)}"
@@ -189,7 +210,8 @@ def misfit(path: str | Path, what: str, missing: Sequence[str], unexpected: Sequ
     ):
         return CheckpointError(
             f"{start}: positions of another resolution or context; the option image_size=PIXELS "
-            "(for texts: context_length=TOKENS) of create_model, from_pretrained or model.options of "
+            "(for texts: context_length=TOKENS) of create_model, from_pretrained or model.options "
+            "of "
             "a recipe resizes them"
         )
     return CheckpointError(start)
@@ -228,8 +250,9 @@ def check_numbers(
 
 
 def _are_integers(tensor: torch.Tensor) -> bool:
-    """Return whether a counter or table of numbers can be read: integers, or whole ones in a file whose
-    tensors were all made halves."""
+    """Return whether a counter or table of numbers can be read: integers, or whole ones in a file
+    whose tensors were all made halves.
+    """
     if tensor.is_meta:
         return True
     if tensor.dtype in _FLOATS:
@@ -242,8 +265,10 @@ def _are_integers(tensor: torch.Tensor) -> bool:
 
 
 def _broken(tensor: torch.Tensor, own: torch.Tensor) -> int:
-    """How many numbers are not finite in the model's dtype, where its own are. One pass that
-    allocates nothing where all is well."""
+    """How many numbers are not finite in the model's dtype, where its own are.
+
+    One pass that allocates nothing where all is well.
+    """
     if (
         not tensor.is_floating_point()
         or not own.is_floating_point()

@@ -1,12 +1,13 @@
-"""A bound on how slowly a server may answer. The Hub's client waits for each read by itself: one
-byte every few seconds goes on for ever.
+"""A bound on how slowly a server may answer.
+
+The Hub's client waits for each read by itself: one byte every few seconds goes on for ever.
 
 Files of the Hugging Face Hub: from the cache, else by one attempt; whole by their hash, or refused.
 
-Offline is what ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` say at the moment of the call. The Hub's own client asks again for half a
-minute where there is no network; here the first answer, or its absence after
-``HF_HUB_ETAG_TIMEOUT`` seconds (2), is the last. A server that sends next to nothing is given up,
-``slow_answers.py``.
+Offline is what ``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE`` say at the moment of the call. The
+Hub's own client asks again for half a minute where there is no network; here the first answer, or
+its absence after ``HF_HUB_ETAG_TIMEOUT`` seconds (2), is the last. A server that sends next to
+nothing is given up, ``slow_answers.py``.
 """
 
 from __future__ import annotations
@@ -134,14 +135,20 @@ def counted(session: Any, received: Received) -> Iterator[None]:
 
 
 PREFIX = "hf-hub:"
-CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip names them, the better one first
+CLIP_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)  # as open_clip names them, the better one first
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGE = 1 << 28  # bytes: hashed in a second or more
 _YES = ("1", "on", "yes", "true")
 
 
 def offline() -> bool:
-    return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(
+        os.environ.get(name, "").lower() in _YES
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
 
 
 def check_repo(repo: str) -> str:
@@ -151,7 +158,9 @@ def check_repo(repo: str) -> str:
         InputError: unless it is owner/name.
     """
     if not _REPO.fullmatch(repo):
-        raise InputError(f"repository is {repo!r}; expected owner/name, as in {PREFIX}timm/ViT-B-16-SigLIP")
+        raise InputError(
+            f"repository is {repo!r}; expected owner/name, as in {PREFIX}timm/ViT-B-16-SigLIP"
+        )
     return repo
 
 
@@ -160,7 +169,10 @@ def client() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(f"weights of the Hub need huggingface_hub ({first_line(error)}): pip install 'ovseg-kernels[models]'") from error
+        raise ImportError(
+            f"weights of the Hub need huggingface_hub ({first_line(error)}): pip install "
+            f"'ovseg-kernels[models]'"
+        ) from error
     return huggingface_hub
 
 
@@ -187,16 +199,27 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         ways: what else the user may do, for the message where nothing can be had.
 
     Raises:
-        WeightsError: where there is neither the file nor the network; CheckpointError: for a file that is cut or damaged.
+        WeightsError: where there is neither the file nor the network; CheckpointError: for a file
+            that is cut or damaged.
     """
     check_repo(repo)
     found = cached(repo, files)
     if found is not None:
         return found
     if offline():
-        raise _unavailable(repo, files, "the Hub may not be asked (--offline, HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)", ways)
+        raise _unavailable(
+            repo,
+            files,
+            "the Hub may not be asked (--offline, HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)",
+            ways,
+        )
     hub, endpoint = client(), os.environ.get("HF_ENDPOINT") or None
-    errors, once = hub.errors, {"retry_on_errors": False} if "retry_on_errors" in signature(hub.get_hf_file_metadata).parameters else {}
+    errors, once = (
+        hub.errors,
+        {"retry_on_errors": False}
+        if "retry_on_errors" in signature(hub.get_hf_file_metadata).parameters
+        else {},
+    )
     for file in files:
         try:
             address = hub.hf_hub_url(repo, file, endpoint=endpoint)
@@ -204,19 +227,35 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         except errors.EntryNotFoundError:
             continue
         except errors.GatedRepoError as error:
-            raise _unavailable(repo, files, f"{repo} asks for a licence to be accepted first, on https://huggingface.co/{repo}; then "
-                               "hf auth login", ways) from error
+            raise _unavailable(
+                repo,
+                files,
+                f"{repo} asks for a licence to be accepted first, on "
+                f"https://huggingface.co/{repo}; then "
+                "hf auth login",
+                ways,
+            ) from error
         except errors.RepositoryNotFoundError as error:
-            raise _unavailable(repo, files, f"the Hub knows no {repo}, or it is private (hf auth login)", ways) from error
-        except Exception as error:  # of httpx, httpx2 or requests, as the client's version has it; most are no OSError
-            raise _unavailable(repo, files, f"the Hub does not answer ({_line(error)})", ways) from error
+            raise _unavailable(
+                repo, files, f"the Hub knows no {repo}, or it is private (hf auth login)", ways
+            ) from error
+        # of httpx, httpx2 or requests, as the client's version has it; most are no OSError
+        except Exception as error:
+            raise _unavailable(
+                repo, files, f"the Hub does not answer ({_line(error)})", ways
+            ) from error
         if (facts.size or 0) > 10**6:
-            note(f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, licence {_licence(repo, endpoint)}")
+            note(
+                f"{file} from https://huggingface.co/{repo}: {(facts.size or 0) / 1e6:.0f} MB, "
+                f"licence {_licence(repo, endpoint)}"
+            )
         try:
             with waiting(f"downloading {file}, {(facts.size or 0) / 1e6:.0f} MB"):
                 path = _download(hub, repo, file, endpoint)
         except Exception as error:  # likewise
-            raise _unavailable(repo, files, f"the download of {file} broke off ({_line(error)})", ways) from error
+            raise _unavailable(
+                repo, files, f"the download of {file} broke off ({_line(error)})", ways
+            ) from error
         check_hash(path, f"{PREFIX}{repo}")
         return path
     raise _unavailable(repo, files, f"{repo} holds none of {', '.join(files)}", ways)
@@ -255,12 +294,14 @@ def _download(hub: Any, repo: str, file: str, endpoint: str | None) -> Path:
 
 
 def check_hash(path: Path, source: str) -> None:
-    """Compare a file of the Hub's cache with its name there: SHA-256 of large files, git's SHA-1 of others. Once for each state of it.
+    """Compare a file of the Hub's cache with its name there: SHA-256 of large files, git's SHA-1 of
+    others. Once for each state of it.
 
     Raises:
         CheckpointError: if it is not what the Hub has; the file may be cut.
     """
-    # One step along the links: a store that caches share may lie behind the blob, under hashes of another kind.
+    # One step along the links: a store that caches share may lie behind the blob, under hashes of
+    # another kind.
     blob = Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
     expected = blob.name
     if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", expected):
@@ -273,21 +314,40 @@ def check_hash(path: Path, source: str) -> None:
             return
     except (OSError, ValueError):
         pass
-    digest = hashlib.sha1(b"blob %d\0" % status.st_size) if len(expected) == 40 else hashlib.sha256()
-    shown = bar(show=status.st_size > _LARGE, total=status.st_size, unit="B", unit_scale=True, desc=f"checking {path.name}", leave=False)
+    digest = (
+        hashlib.sha1(b"blob %d\0" % status.st_size) if len(expected) == 40 else hashlib.sha256()
+    )
+    shown = bar(
+        show=status.st_size > _LARGE,
+        total=status.st_size,
+        unit="B",
+        unit_scale=True,
+        desc=f"checking {path.name}",
+        leave=False,
+    )
     with open(blob, "rb") as file, shown:
         while part := file.read(1 << 22):
             digest.update(part)
             shown.update(len(part))
     if digest.hexdigest() != expected:
-        raise CheckpointError(f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is {digest.hexdigest()[:12]}... "
-                              f"and the Hub's is {expected[:12]}...; remove {blob} and fetch it again")
+        raise CheckpointError(
+            f"{path} ({status.st_size} bytes, from {source}) is cut or damaged: its hash is "
+            f"{digest.hexdigest()[:12]}... "
+            f"and the Hub's is {expected[:12]}...; remove {blob} and fetch it again"
+        )
     if seen is not None:
         with contextlib.suppress(OSError):  # it is hashed again next time
             write_text(seen, json.dumps(state))
 
 
-def upload(folder: Path, repo: str, *, private: bool = False, message: str = "Upload model", token: str | None = None) -> str:
+def upload(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    message: str = "Upload model",
+    token: str | None = None,
+) -> str:
     """A folder as a repository of the Hub, made if there is none; returns its address."""
     api = client().HfApi(token=token)
     api.create_repo(check_repo(repo), private=private, exist_ok=True)
@@ -308,11 +368,18 @@ def _licence(repo: str, endpoint: str | None) -> str:
         card = answered(
             partial(client().HfApi(endpoint=endpoint).model_info, repo, timeout=_seconds())
         ).card_data
-        return str(card["license"]) if card and card.get("license") else f"not stated, see https://huggingface.co/{repo}"
+        return (
+            str(card["license"])
+            if card and card.get("license")
+            else f"not stated, see https://huggingface.co/{repo}"
+        )
     except Exception:  # the file is what was asked for
         return f"see https://huggingface.co/{repo}"
 
 
 def _unavailable(repo: str, files: Sequence[str], why: str, ways: str) -> WeightsError:
-    return WeightsError(f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with a network, the same "
-                        f"command; from elsewhere, https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}")
+    return WeightsError(
+        f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with "
+        f"a network, the same "
+        f"command; from elsewhere, https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}"
+    )

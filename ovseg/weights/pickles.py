@@ -1,11 +1,12 @@
 """The kind of a file of weights, by its first bytes: the name may say something else.
 
-Checkpoints that hold a training's settings beside its tensors, read without running code: every class that is not a tensor's becomes an
-empty stub.
+Checkpoints that hold a training's settings beside its tensors, read without running code: every
+class that is not a tensor's becomes an empty stub.
 
-GroupViT's family saves ``{"model": tensors, "config": an omegaconf object, "metrics": a defaultdict, ...}``. torch's own reader, which runs
-nothing but what builds tensors, refuses such a file by the names of its classes; here those names, if all of them are of a known kind,
-stand for stubs that take whatever they are given and keep nothing. No module of theirs is imported.
+GroupViT's family saves ``{"model": tensors, "config": an omegaconf object, "metrics": a
+defaultdict, ...}``. torch's own reader, which runs nothing but what builds tensors, refuses such a
+file by the names of its classes; here those names, if all of them are of a known kind, stand for
+stubs that take whatever they are given and keep nothing. No module of theirs is imported.
 
 Files of published checkpoints, read without running code: ``.safetensors``, or torch's own
 format with ``weights_only=True``, without a fallback; settings that lie beside the tensors are left
@@ -92,8 +93,10 @@ def weights_format(path: Path) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises CheckpointError for a zip archive that ``torch.save`` did not write. One that is cut
-    is torch's to name."""
+    """Raises CheckpointError for a zip archive that ``torch.save`` did not write.
+
+    One that is cut is torch's to name.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -125,8 +128,26 @@ def _check_archive(path: Path) -> None:
 
 # Settings and metrics: all else is refused.
 _MODULES = ("omegaconf", "typing", "numpy", "enum")
-_NAMES = ("collections.defaultdict", "operator.getitem", "_codecs.encode",
-          *(f"builtins.{name}" for name in ("bool", "bytes", "complex", "dict", "float", "int", "list", "set", "str", "tuple")))
+_NAMES = (
+    "collections.defaultdict",
+    "operator.getitem",
+    "_codecs.encode",
+    *(
+        f"builtins.{name}"
+        for name in (
+            "bool",
+            "bytes",
+            "complex",
+            "dict",
+            "float",
+            "int",
+            "list",
+            "set",
+            "str",
+            "tuple",
+        )
+    ),
+)
 
 
 class Stub:
@@ -143,17 +164,23 @@ class Stub:
 
 
 class _Mapping:
-    """In place of a class that is filled item by item, which torch's reader does to plain ones alone."""
+    """In place of a class that is filled item by item, which torch's reader does to plain ones
+    alone.
+    """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
 
 
 def known_names(path: Path) -> list[str] | None:
-    """The names in a checkpoint that torch's reader does not know; None unless all of them are settings' and metrics'."""
+    """The names in a checkpoint that torch's reader does not know; None unless all of them are
+    settings' and metrics'.
+    """
     try:
         names = _unknown(path)
-    except Exception:  # a damaged or hostile file, or torch's first format, which does not list them
+    except (
+        Exception
+    ):  # a damaged or hostile file, or torch's first format, which does not list them
         return None
     known = all(name in _NAMES or name.partition(".")[0] in _MODULES for name in names)
     return sorted(names) if known and names else None
@@ -170,7 +197,10 @@ def refused_names(path: Path) -> list[str]:
 
 def load_with_stubs(path: Path, names: list[str]) -> Any:
     """The checkpoint, with stubs for these names."""
-    stubs = [(type("Stub", (_Mapping if name == "collections.defaultdict" else Stub,), {}), name) for name in names]
+    stubs = [
+        (type("Stub", (_Mapping if name == "collections.defaultdict" else Stub,), {}), name)
+        for name in names
+    ]
     with torch.serialization.safe_globals(stubs), open(path, "rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -210,14 +240,17 @@ def read_published(path: str | Path) -> dict[str, torch.Tensor]:
             tree = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         tree = _without_settings(path, error)
-    except Exception as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
+    except (
+        Exception
+    ) as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
         raise _unreadable(path, error) from error
     return state_of(tree, path)
 
 
 def _without_settings(path: Path, error: UnpicklingError) -> Any:
-    """Return what lies in a file that torch's reader refuses, if the classes that it refuses are those of
-    settings."""
+    """Return what lies in a file that torch's reader refuses, if the classes that it refuses are
+    those of settings.
+    """
     names = known_names(path)
     if names is None:
         raise _unreadable(path, error) from error

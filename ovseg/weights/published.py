@@ -27,9 +27,11 @@ class Published:
         to_ours, to_theirs: a tensor's name there to its name here, and back.
         mark: the beginning of a name that only this system's files hold.
         optional: beginnings of their names that a file may lack: parts that only training needs.
-        tables: of their names, fixed tensors that are computed here: left out on reading, made again on writing.
+        tables: of their names, fixed tensors that are computed here: left out on reading, made
+            again on writing.
         surplus: beginnings of their names that a file may hold beside what the model has: left out.
-        reshape, restore: their tensors to those that our names stand for one by one, and back: packed, transposed, of another rank.
+        reshape, restore: their tensors to those that our names stand for one by one, and back:
+            packed, transposed, of another rank.
         others: layouts that the same weights were published in too: read, not written.
     """
 
@@ -52,7 +54,8 @@ class Published:
     def load(
         self, model: nn.Module, state: State, resize: Callable[[State], State] | None = None
     ) -> list[str]:
-        """Load a published state dict; returns the tensors that only training needs and that it lacks: they stay as they are.
+        """Load a published state dict; returns the tensors that only training needs and that it
+        lacks: they stay as they are.
 
         Args:
             resize: what is done with the tensors under our names before they are compared:
@@ -71,8 +74,11 @@ class Published:
             for name, tensor in self.reshape(state).items()
             if name not in self.tables
         }
-        given = {name: tensor for name, tensor in given.items()
-                 if name in own or not self.surplus or not self.to_theirs(name).startswith(self.surplus)}
+        given = {
+            name: tensor
+            for name, tensor in given.items()
+            if name in own or not self.surplus or not self.to_theirs(name).startswith(self.surplus)
+        }
         if resize is not None:
             given = resize(given)
         lacking = [name for name in own if name not in given]
@@ -85,7 +91,9 @@ class Published:
             getattr(model, "name", "") or type(model).__name__,
             self.to_theirs,
         )
-        model.load_state_dict({**own, **{name: tensor.to(own[name].dtype) for name, tensor in given.items()}})
+        model.load_state_dict(
+            {**own, **{name: tensor.to(own[name].dtype) for name, tensor in given.items()}}
+        )
         return [self.to_theirs(name) for name in allowed]
 
     def state(self, model: nn.Module, own: State | None = None) -> State:

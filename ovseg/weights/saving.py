@@ -1,4 +1,6 @@
-"""Models as folders, here and on the Hub: ``config.json`` and ``model.safetensors``, with a card for those who find them."""
+"""Models as folders, here and on the Hub: ``config.json`` and ``model.safetensors``, with a card
+for those who find them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,22 @@ if TYPE_CHECKING:
     from ..systems.base import OVSegModel
 
 _TOKENIZER = "tokenizer"  # a folder in the folder, where the words are not open_clip's own
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.json", "merges.txt",
-                    "vocab.txt", "config.json")  # the last where the others do not say what kind of tokenizer it is
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "config.json",
+)  # the last where the others do not say what kind of tokenizer it is
 
 
 def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:
-    """Write ``config.json`` and ``model.safetensors``. ``facts`` (metrics, seed, ...) go into the config as they are.
+    """Write ``config.json`` and ``model.safetensors``.
+
+    ``facts`` (metrics, seed, ...) go into the config as they are.
 
     A model that is wrapped (``torch.compile``, DDP, DataParallel, ``AveragedModel``) is written as
     the bare one is; one that is sharded has to be saved by all processes together. A CLIP that a
@@ -36,9 +48,15 @@ def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path
     check_model(model)
     folder = folder_for(folder, "folder")
     # The weights are all in the file.
-    options = {key: value for key, value in model.config.items() if key not in model.starting_options}
+    options = {
+        key: value for key, value in model.config.items() if key not in model.starting_options
+    }
     if isinstance(options.get("backbone"), dict):
-        options["backbone"] = {key: value for key, value in options["backbone"].items() if key not in model.starting_options}
+        options["backbone"] = {
+            key: value
+            for key, value in options["backbone"].items()
+            if key not in model.starting_options
+        }
     source = model.named_clip
     if source is not None:
         options["clip"] = str(Path(source).resolve()) if Path(source).exists() else source
@@ -71,9 +89,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config["model"], str) or not isinstance(config["options"], dict):
             raise KeyError("model, options")
     except FileNotFoundError as error:
-        raise NoCheckpoint(f"{folder} has no config.json; expected a folder written by save_pretrained") from error
+        raise NoCheckpoint(
+            f"{folder} has no config.json; expected a folder written by save_pretrained"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); expected JSON with 'model' and 'options'") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); expected JSON with 'model' and 'options'"
+        ) from error
     architecture = config["options"].get("architecture")
     text = architecture.get("text_cfg") if isinstance(architecture, dict) else None
     if isinstance(text, dict) and text.get("hf_tokenizer_name") == _TOKENIZER:
@@ -81,14 +103,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def push_to_hub(model: OVSegModel, repo: str, *, licence: str, labels: Sequence[str] | None = None, private: bool = False,
-                token: str | None = None, **facts: Any) -> str:
+def push_to_hub(
+    model: OVSegModel,
+    repo: str,
+    *,
+    licence: str,
+    labels: Sequence[str] | None = None,
+    private: bool = False,
+    token: str | None = None,
+    **facts: Any,
+) -> str:
     """Upload a model to the Hub, where ``-m hf-hub:OWNER/NAME`` finds it; returns its address.
 
     Args:
         repo: owner/name; made if there is none.
-        licence: of the weights, as the Hub writes it: ``mit``, ``apache-2.0``, ``cc-by-4.0``, ``other``. What they were trained from and on
-            decides it, so there is no default.
+        licence: of the weights, as the Hub writes it: ``mit``, ``apache-2.0``, ``cc-by-4.0``,
+            ``other``. What they were trained from and on decides it, so there is no default.
         labels: the words that it was trained on, where those are few; None for any words.
         private: as the Hub has it.
         token: of the Hub; the one of ``hf auth login`` if None.
@@ -100,39 +130,59 @@ def push_to_hub(model: OVSegModel, repo: str, *, licence: str, labels: Sequence[
     check_repo(repo)
     whole, model = model, unwrapped(model)
     if model.named_clip is not None and Path(model.named_clip).exists():
-        raise InputError(f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; expected one that others can "
-                         "name, a tag or hf-hub:OWNER/NAME, in the option clip")
+        raise InputError(
+            f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; "
+            f"expected one that others can "
+            "name, a tag or hf-hub:OWNER/NAME, in the option clip"
+        )
     with tempfile.TemporaryDirectory() as parent:
         folder = save_pretrained(whole, Path(parent) / "model", **facts)
         write_text(folder / "README.md", card(model, repo, licence, labels, facts))
         return upload(folder, repo, private=private, message=f"Upload {model.name}", token=token)
 
 
-def card(model: OVSegModel, repo: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]) -> str:
+def card(
+    model: OVSegModel, repo: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]
+) -> str:
     """The page of the repository: what it is, what it knows, how it is used."""
     words = getattr(model.tokenizer, "words", None)
     known = list(labels) if labels is not None else words
-    about = f"It knows these words only: {', '.join(known)}." if known else "Labels may be any words that its CLIP knows."
+    about = (
+        f"It knows these words only: {', '.join(known)}."
+        if known
+        else "Labels may be any words that its CLIP knows."
+    )
     label = known[0] if known else "cat"
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     source = f"Weights from {model.source}.\n\n" if model.source else ""
-    return (f"---\nlibrary_name: ovseg\nlicense: {licence}\npipeline_tag: image-segmentation\n"
-            f"tags: [open-vocabulary, semantic-segmentation, clip]\n---\n\n# {repo.split('/')[1]}\n\n"
-            f"`{model.name}`: open-vocabulary semantic segmentation with [ovseg](https://pypi.org/project/ovseg-kernels), "
-            f"licence {licence}. {about}\n\n{source}"
-            f"```\npip install 'ovseg-kernels[models]'\novseg segment photo.jpg --labels \"{label}\" -m {PREFIX}{repo}\n```\n\n"
-            f"```python\nimport ovseg\n\nmodel = ovseg.from_pretrained(\"{PREFIX}{repo}\")\n"
-            f"ovseg.segment(\"photo.jpg\", [\"{label}\"], model=model).save(\"out.png\")\n```\n"
-            + (f"\n| fact | value |\n|---|---|\n{rows}" if rows else ""))
+    return (
+        f"---\nlibrary_name: ovseg\nlicense: {licence}\npipeline_tag: image-segmentation\n"
+        f"tags: [open-vocabulary, semantic-segmentation, clip]\n---\n\n# {repo.split('/')[1]}\n\n"
+        f"`{model.name}`: open-vocabulary semantic segmentation with "
+        f"[ovseg](https://pypi.org/project/ovseg-kernels), "
+        f"licence {licence}. {about}\n\n{source}"
+        f"```\npip install 'ovseg-kernels[models]'\novseg segment photo.jpg --labels \"{label}\" "
+        f"-m {PREFIX}{repo}\n```\n\n"
+        f'```python\nimport ovseg\n\nmodel = ovseg.from_pretrained("{PREFIX}{repo}")\n'
+        f'ovseg.segment("photo.jpg", ["{label}"], model=model).save("out.png")\n```\n'
+        + (f"\n| fact | value |\n|---|---|\n{rows}" if rows else "")
+    )
 
 
 def _with_tokenizer(architecture: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration with the tokenizer's files copied beside the weights, if they are a folder of this machine."""
+    """The configuration with the tokenizer's files copied beside the weights, if they are a folder
+    of this machine.
+    """
     source = Path(architecture["text_cfg"].get("hf_tokenizer_name") or "")
     if not source.is_absolute():
         return architecture
     (folder / _TOKENIZER).mkdir(exist_ok=True)
     for name in _TOKENIZER_FILES:
-        if (source / name).is_file() and (source / name).resolve() != (folder / _TOKENIZER / name).resolve():
+        if (source / name).is_file() and (source / name).resolve() != (
+            folder / _TOKENIZER / name
+        ).resolve():
             shutil.copyfile(source / name, folder / _TOKENIZER / name)
-    return {**architecture, "text_cfg": {**architecture["text_cfg"], "hf_tokenizer_name": _TOKENIZER}}
+    return {
+        **architecture,
+        "text_cfg": {**architecture["text_cfg"], "hf_tokenizer_name": _TOKENIZER},
+    }

@@ -118,9 +118,11 @@ def without_prefix(state: State, prefix: str) -> State:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside of DDP, DataParallel, FSDP and ``AveragedModel``. What ``torch.compile``
-    gives of a bare one stays as it is: it passes attributes on by itself, and is meant to be
-    called."""
+    """The module inside of DDP, DataParallel, FSDP and ``AveragedModel``.
+
+    What ``torch.compile`` gives of a bare one stays as it is: it passes attributes on by itself,
+    and is meant to be called.
+    """
     while isinstance(module, nn.Module) and (place := _place(module)) is not None:
         inner = module.get_submodule(place)
         if place == "_orig_mod" and _place(inner) is None:

@@ -13,13 +13,19 @@ LONGEST = 2**31 - 1
 
 def pair(name: str, value: object, meaning: str) -> None:
     parts = value if isinstance(value, (tuple, list)) else ()
-    if len(parts) != 2 or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n > 0 for n in parts):
+    if len(parts) != 2 or not all(
+        isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n > 0 for n in parts
+    ):
         raise ValueError(f"{name} is {value!r}; expected two positive integers, {meaning}")
     if not all(n <= LONGEST for n in parts):
-        raise ValueError(f"{name} is {value!r}; expected at most {LONGEST} rows and columns, {meaning}")
+        raise ValueError(
+            f"{name} is {value!r}; expected at most {LONGEST} rows and columns, {meaning}"
+        )
 
 
-def label_rule(like_name, like, classes, size, bias, threshold, background, class_labels, label_type):
+def label_rule(
+    like_name, like, classes, size, bias, threshold, background, class_labels, label_type
+):
     """Check what makes a label of a winning class."""
     pair("size", size, "(H, W)")
     if bias is not None:
@@ -33,16 +39,22 @@ def label_rule(like_name, like, classes, size, bias, threshold, background, clas
     if threshold is not None:
         _check.number("threshold", threshold, dtype=accumulation_dtype(like))
         if not limits.min <= background <= limits.max:
-            raise ValueError(f"background is {background}; expected {limits.min} to {limits.max}, what {label_type} holds")
+            raise ValueError(
+                f"background is {background}; expected {limits.min} to {limits.max}, what "
+                f"{label_type} holds"
+            )
     largest = classes - 1 if class_labels is None else 0
     if class_labels is not None:
         _check.tensor("class_labels", class_labels, 1, "[C]", (torch.int64,))
         _check.shape("class_labels", class_labels, (classes,), "one label for each class")
         _check.same("class_labels", class_labels, like_name, like, dtype=False)
-        # int64 holds every label. The other types take what is not looked at as torch's casts do: modulo their range.
+        # int64 holds every label. The other types take what is not looked at as torch's casts do:
+        # modulo their range.
         for each in _checking.looked_at(class_labels) if label_type != torch.int64 else []:
             largest = max(largest, int(each.max()))
             if int(each.min()) < limits.min:
-                raise ValueError(f"class_labels holds {int(each.min())}; expected {limits.min} to {limits.max}")
+                raise ValueError(
+                    f"class_labels holds {int(each.min())}; expected {limits.min} to {limits.max}"
+                )
     if largest > limits.max:
         raise ValueError(f"the largest label is {largest}; {label_type} holds {limits.max} at most")

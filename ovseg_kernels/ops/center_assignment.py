@@ -1,4 +1,5 @@
-"""center_assignment: every token goes to one of G centers by Gumbel-softmax, and every center pools its tokens.
+"""center_assignment: every token goes to one of G centers by Gumbel-softmax, and every center pools
+its tokens.
 
     z_gl = scale r_l q_g . k_l + beta_g              r: key_scale, beta: center_bias, 1 and 0 if not given      (1)
     s_gl = softmax_g((z_gl + u_gl) / tau)            u: Gumbel noise, or none; over the centers, for each token (2)
@@ -10,8 +11,8 @@ Shapes   queries [B, G, D]; keys [B, L, D]; values [B, L, E]; mask [B, L] bool, 
   center_bias [B, G]; key_scale [B, L];
   returns pooled [B, G, E], index [B, L] int64 (-1 where masked), soft [B, G, L] or None.
 Dtypes   float32, float64, float16, bfloat16, mixed ones are promoted; scores, noise, softmax and counts in float32 (float64
-  for float64) whatever the inputs, and autocast lowers nothing: low precision flips assignments. pooled in the dtype of
-  values; soft in float32 or float64.
+  for float64) whatever the inputs, and autocast lowers nothing: low precision flips assignments.
+  pooled in the dtype of values; soft in float32 or float64.
 Noise    with ``rng``, element (b, g, l) takes Philox number (b L + l) G + g (ovseg_kernels/philox.py), recomputed in backward.
 Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and for "mean" where c_g < 1):
     ds_gl = (p_g . v_l - rho_g) / n_g                                                                           (6)
@@ -21,13 +22,16 @@ Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and
     dv_l = sum_g a_gl p_g / n_g                                                                                 (9)
     dbeta_g = sum_l dz_gl                            dr_l = scale sum_g dz_gl q_g . k_l                         (10)
 Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values forward, two backward and one
-  write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L], no one-hot.
+  write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L],
+  no one-hot.
 Masks    a masked token has weight 0 everywhere and gradient 0, whatever it holds.
 Errors   ValueError for ranks, sizes, devices, a scale that is not finite, a tau below 1e-15, noise together with rng; TypeError for
-  dtypes and layouts. NaN and infinity: where the softmax (2) of a token is NaN, so is its weight (3) for all centers, and pooled and
-  counts of its image. A value that is not finite leaves its channel no number in any center: 0 infinity is none.
+  dtypes and layouts. NaN and infinity: where the softmax (2) of a token is NaN, so is its weight
+  (3) for all centers, and pooled and counts of its image. A value that is not finite leaves its
+  channel no number in any center: 0 infinity is none.
 Source   Xu et al., GroupViT, CVPR 2022 (mean_plus_one); Luo et al., SegCLIP, ICML 2023 (mean); straight-through: Jang et al.,
-  Categorical Reparameterization with Gumbel-Softmax, ICLR 2017. Closed form of the gradient: ours, checked by gradcheck.
+  Categorical Reparameterization with Gumbel-Softmax, ICLR 2017. Closed form of the gradient: ours,
+  checked by gradcheck.
 """
 
 from __future__ import annotations
@@ -44,15 +48,20 @@ _NORMALIZER = {"mean": 0, "mean_plus_one": 1, "sum": 2}
 
 lib.define(
     "center_assignment",
-    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, Tensor? key_scale, "
-    "Tensor? mask, Tensor? noise, Tensor? rng, float scale, float tau, bool hard, int normalizer, bool want_soft) "
+    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, Tensor? "
+    "key_scale, "
+    "Tensor? mask, Tensor? noise, Tensor? rng, float scale, float tau, bool hard, int normalizer, "
+    "bool want_soft) "
     "-> (Tensor pooled, Tensor index, Tensor count, Tensor soft)",
 )
 lib.define(
     "center_assignment",
-    "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, Tensor queries, Tensor keys, "
-    "Tensor values, Tensor? center_bias, Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? rng, Tensor pooled, "
-    "Tensor index, Tensor count, float scale, float tau, bool hard, int normalizer, bool need_queries, bool need_keys, "
+    "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, Tensor "
+    "queries, Tensor keys, "
+    "Tensor values, Tensor? center_bias, Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? "
+    "rng, Tensor pooled, "
+    "Tensor index, Tensor count, float scale, float tau, bool hard, int normalizer, bool "
+    "need_queries, bool need_keys, "
     "bool need_values, bool shared) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("center_assignment", reference.forward)
@@ -82,11 +91,13 @@ def center_assignment(
         keys: [B, L, D]. values: [B, L, E].
         scale: multiplies the scores. tau: divides scores and noise in the softmax.
         rng: int64 [seed, offset] (``philox.make_rng``): Gumbel noise, the same on every device.
-        noise: [B, G, L] Gumbel noise in place of ``rng``; it gets no gradient. Neither: no noise, as in evaluation.
+        noise: [B, G, L] Gumbel noise in place of ``rng``; it gets no gradient. Neither: no noise,
+            as in evaluation.
         hard: one center a token, with the gradient of the softmax; otherwise the softmax itself.
         normalizer: ``mean_plus_one`` (GroupViT, OVSegmentor), ``mean`` (SegCLIP) or ``sum``.
         mask: [B, L] bool, True = keep.
-        center_bias: [B, G], added to the scores of a center. key_scale: [B, L], multiplies those of a token. Both get gradients.
+        center_bias: [B, G], added to the scores of a center. key_scale: [B, L], multiplies those of
+            a token. Both get gradients.
         return_soft: also return the softmax without noise, with its gradient.
 
     Returns:
@@ -102,9 +113,24 @@ def center_assignment(
     return CenterAssignment(pooled.to(values.dtype), index, soft)
 
 
-def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask, center_bias, key_scale, return_soft):
-    """``center_assignment`` with the counts c_g of (4) between index and soft, and pooled in the accumulation dtype: the part
-    that the operators built on this one share."""
+def assign(
+    queries,
+    keys,
+    values,
+    scale,
+    tau,
+    rng,
+    noise,
+    hard,
+    normalizer,
+    mask,
+    center_bias,
+    key_scale,
+    return_soft,
+):
+    """``center_assignment`` with the counts c_g of (4) between index and soft, and pooled in the
+    accumulation dtype: the part that the operators built on this one share.
+    """
     _check.tensor("queries", queries, 3, "[B, G, D]")
     _check.tensor("keys", keys, 3, "[B, L, D]")
     _check.tensor("values", values, 3, "[B, L, E]")
@@ -122,14 +148,31 @@ def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask
     for name, x, size in (("center_bias", center_bias, (B, G)), ("key_scale", key_scale, (B, L))):
         if x is not None:
             _check.tensor(name, x, 2, "[B, G]" if name == "center_bias" else "[B, L]")
-            _check.shape(name, x, size, "one number for each " + ("center" if name == "center_bias" else "token"))
+            _check.shape(
+                name,
+                x,
+                size,
+                "one number for each " + ("center" if name == "center_bias" else "token"),
+            )
             _check.same(name, x, "keys", keys, dtype=False)
-    center_bias, key_scale = (None if x is None else x.to(acc).contiguous() for x in (center_bias, key_scale))
+    center_bias, key_scale = (
+        None if x is None else x.to(acc).contiguous() for x in (center_bias, key_scale)
+    )
     if _backends.use_definition("center_assignment", queries.device):
         with torch.autocast(lib.autocast_type(queries.device), enabled=False):
             noise = reference.gumbel(queries, keys, noise, rng)
             pooled, index, count, soft = reference.center_assignment(
-                queries, keys, values, scale, tau, noise, hard, normalizer, mask, center_bias, key_scale
+                queries,
+                keys,
+                values,
+                scale,
+                tau,
+                noise,
+                hard,
+                normalizer,
+                mask,
+                center_bias,
+                key_scale,
             )
     else:
         numbers = (float(scale), float(tau), hard, _NORMALIZER[normalizer], return_soft)
@@ -140,16 +183,22 @@ def assign(queries, keys, values, scale, tau, rng, noise, hard, normalizer, mask
 
 
 def check_options(queries, keys, scale, tau, rng, noise, hard, normalizer, mask, return_soft):
-    """What the operators of this family check beyond their features; returns rng as kernels read it."""
+    """What the operators of this family check beyond their features; returns rng as kernels read
+    it.
+    """
     (B, G, D), L = queries.shape, keys.shape[1]
     if G == 0 or D == 0:
-        raise ValueError(f"queries has shape {list(queries.shape)}; expected at least one center and one channel")
+        raise ValueError(
+            f"queries has shape {list(queries.shape)}; expected at least one center and one channel"
+        )
     if mask is not None:
         _check.tensor("mask", mask, 2, "[B, L]", (torch.bool,))
         _check.shape("mask", mask, (B, L), "the [B, L] of keys")
         _check.same("mask", mask, "keys", keys, dtype=False)
     if noise is not None and rng is not None:
-        raise ValueError("noise and rng were both given; expected one of them, or neither for no noise")
+        raise ValueError(
+            "noise and rng were both given; expected one of them, or neither for no noise"
+        )
     if noise is not None:
         _check.tensor("noise", noise, 3, "[B, G, L]")
         _check.shape("noise", noise, (B, G, L), "one number for each center and token")
@@ -164,7 +213,21 @@ def check_options(queries, keys, scale, tau, rng, noise, hard, normalizer, mask,
 
 
 @lib.fake("center_assignment")
-def _(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
+def _(
+    queries,
+    keys,
+    values,
+    center_bias,
+    key_scale,
+    mask,
+    noise,
+    rng,
+    scale,
+    tau,
+    hard,
+    normalizer,
+    want_soft,
+):
     acc, (B, G, _), L = accumulation_dtype(queries), queries.shape, keys.shape[1]
     return (
         queries.new_empty((B, G, values.shape[2]), dtype=acc),
@@ -178,7 +241,10 @@ def _(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, ta
 def _(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, *rest):
     (B, G, _), L = queries.shape, keys.shape[1]
     return (
-        *(x.new_empty((B if need else 0, *x.shape[1:])) for x, need in zip((queries, keys, values), rest[-4:-1], strict=True)),
+        *(
+            x.new_empty((B if need else 0, *x.shape[1:]))
+            for x, need in zip((queries, keys, values), rest[-4:-1], strict=True)
+        ),
         grad.new_empty((0 if center_bias is None else B, G)),
         grad.new_empty((0 if key_scale is None else B, L)),
     )
@@ -202,14 +268,25 @@ def _backward(ctx, grad, _index, grad_count, grad_soft):
     options = (ctx.scale, ctx.tau, ctx.hard, ctx.normalizer)
     needs = list(ctx.needs_input_grad)
     needs[2] &= not ctx.shared
-    found = torch.ops.ovseg.center_assignment_backward(*upstream, *saved, *options, *needs[:3], ctx.shared)
+    found = torch.ops.ovseg.center_assignment_backward(
+        *upstream, *saved, *options, *needs[:3], ctx.shared
+    )
     return *(x if need else None for x, need in zip(found, needs, strict=False)), *(None,) * 8
 
 
 _transforms.autograd("center_assignment", _backward, _setup)
 _transforms.no_second_derivative("center_assignment_backward")
-# Philox numbers are those of an image's place in the batch: with rng, images that were put together would draw others.
-_transforms.vmap("center_assignment", images=(0, 1, 2, 3, 4, 5, 6), unless=lambda args: args[7] is not None)
-_transforms.vmap("center_assignment_backward", images=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13), unless=lambda args: args[10] is not None)
-lib.autocast("center_assignment", features=())  # nothing is lowered, not even inside the closed form
+# Philox numbers are those of an image's place in the batch: with rng, images that were put together
+# would draw others.
+_transforms.vmap(
+    "center_assignment", images=(0, 1, 2, 3, 4, 5, 6), unless=lambda args: args[7] is not None
+)
+_transforms.vmap(
+    "center_assignment_backward",
+    images=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13),
+    unless=lambda args: args[10] is not None,
+)
+lib.autocast(
+    "center_assignment", features=()
+)  # nothing is lowered, not even inside the closed form
 lib.autocast("center_assignment_backward", features=())

@@ -1,4 +1,5 @@
-"""dense_contrastive_loss: texts against pixels, with selected positives and hard negatives, without the [T, B N] matrix.
+"""dense_contrastive_loss: texts against pixels, with selected positives and hard negatives, without
+the [T, B N] matrix.
 
     s_jx = q_j . p_x            unit texts and unit pixels; x runs over all B N pixels                          (1)
     P_j  = the k_pos pixels of text j's own images with the largest s_jx                                        (2)
@@ -6,9 +7,9 @@
            topk: s_jx    semi: s_jx where it lies in [m_j - margin, m_j), m_j = min over P_j
            gumbel: s_jx / tau_h + Gumbel noise (sampling without replacement)    random: uniform noise
 
-Keys are ordered by value, then by the smaller index: the selection does not depend on tiling or threads. It is constant in the
-gradient. Images whose id is the text's are its own, and never negatives; without ids text j belongs to image j. With z = s / T and
-Ln_j = logsumexp over N_j:
+Keys are ordered by value, then by the smaller index: the selection does not depend on tiling or
+threads. It is constant in the gradient. Images whose id is the text's are its own, and never
+negatives; without ids text j belongs to image j. With z = s / T and Ln_j = logsumexp over N_j:
 
     mean_of_log  text to pixel_j = mean_{x in P_j} (logaddexp(z_jx, Ln_j) - z_jx)                               (4)
     log_of_sum   text to pixel_j = logaddexp(Lp_j, Ln_j) - Lp_j            Lp_j = logsumexp over P_j            (5)
@@ -23,10 +24,12 @@ Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; 
   float64). Autocast lowers nothing.
 Noise    pixel x of text j takes Philox number j B N + x (ovseg_kernels/philox.py).
 Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2 T (k_pos + k_neg) numbers, and
-  T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton).
+  T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU), or the similarities
+  of a chunk of pixels (CUDA, Triton).
 Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1 (more than B N is B N), temperatures below 1e-15, one id vector
-  without the other, B != T without ids, a noisy sampling without rng or rng without one; TypeError for dtypes and layouts. A NaN
-  similarity is chosen before all others (not by semi and random): the loss is NaN.
+  without the other, B != T without ids, a noisy sampling without rng or rng without one; TypeError
+  for dtypes and layouts. A NaN similarity is chosen before all others (not by semi and random): the
+  loss is NaN.
 Source   MGCA-style: the losses of Liu et al., Multi-Grained Cross-modal Alignment, 2024, are not public; this form is ours.
 """
 
@@ -48,16 +51,20 @@ TERMS = ("both", "text_to_pixel", "pixel_to_text")
 
 lib.define(
     "dense_contrastive_loss",
-    "dense_contrastive_select(Tensor pixels, Tensor texts, Tensor? image_ids, Tensor? text_ids, Tensor? rng, int k_pos, int k_neg, "
-    "int skip, int sampling, float temperature, float margin) -> (Tensor positive, Tensor negative)",
+    "dense_contrastive_select(Tensor pixels, Tensor texts, Tensor? image_ids, Tensor? text_ids, "
+    "Tensor? rng, int k_pos, int k_neg, "
+    "int skip, int sampling, float temperature, float margin) -> (Tensor positive, Tensor "
+    "negative)",
 )
 lib.define(
     "dense_contrastive_loss",
-    "dense_contrastive_gather(Tensor pixels, Tensor texts, Tensor index, int rows) -> (Tensor similarity, Tensor unit)",
+    "dense_contrastive_gather(Tensor pixels, Tensor texts, Tensor index, int rows) -> (Tensor "
+    "similarity, Tensor unit)",
 )
 lib.define(
     "dense_contrastive_loss",
-    "dense_contrastive_gather_backward(Tensor? grad_similarity, Tensor? grad_unit, Tensor pixels, Tensor texts, Tensor index, "
+    "dense_contrastive_gather_backward(Tensor? grad_similarity, Tensor? grad_unit, Tensor pixels, "
+    "Tensor texts, Tensor index, "
     "Tensor order, int rows, bool need_pixels, bool need_texts) -> (Tensor, Tensor)",
 )
 lib.fallback("dense_contrastive_select", reference.select)
@@ -88,18 +95,21 @@ def dense_contrastive_loss(
     Args:
         pixels: [B, N, D]. texts: [T, D]. Both are normalised here.
         temperature: T of the logits; number or tensor of one element, which gets a gradient.
-        k_pos, k_neg: how many pixels a text selects; fewer where there are fewer, and never more than B N.
-        sampling: of negatives: ``topk``, ``semi``, ``gumbel`` or ``random``. With ``skip`` > 0, ``topk`` is the window of ranks
-            skip .. skip + k_neg.
-        image_ids, text_ids: [B] and [T] int64: equal ids belong together. Neither: B = T and text j belongs to image j. Ids that match
-            nowhere leave no text with a pixel: 0, with a gradient of 0. Telling would wait for a GPU.
+        k_pos, k_neg: how many pixels a text selects; fewer where there are fewer, and never more
+            than B N.
+        sampling: of negatives: ``topk``, ``semi``, ``gumbel`` or ``random``. With ``skip`` > 0,
+            ``topk`` is the window of ranks skip .. skip + k_neg.
+        image_ids, text_ids: [B] and [T] int64: equal ids belong together. Neither: B = T and text j
+            belongs to image j. Ids that match nowhere leave no text with a pixel: 0, with a
+            gradient of 0. Telling would wait for a GPU.
         rng: int64 [seed, offset], for ``gumbel`` and ``random``.
-        reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` lets one easy positive satisfy the text.
+        reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` lets one easy positive
+            satisfy the text.
         terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
         skip: so many of the best negatives are left out, as probable false ones.
         margin: of ``semi``. sampling_temperature: tau_h of ``gumbel``.
-        selected: (2) and (3) themselves, as ``select_pixels`` gives them, in place of all that says how they are found. Whether a text's
-            positives are its own is then the caller's.
+        selected: (2) and (3) themselves, as ``select_pixels`` gives them, in place of all that says
+            how they are found. Whether a text's positives are its own is then the caller's.
 
     Returns:
         The loss, a scalar; 0 where no text has an image.
@@ -119,23 +129,33 @@ def dense_contrastive_loss(
     with torch.autocast(lib.autocast_type(pixels.device), enabled=False):
         if _backends.use_definition("dense_contrastive_loss", pixels.device):
             ids = (image_ids, text_ids, positive, negative)
-            return reference.dense_contrastive_loss(pixels, texts, temperature, *ids, reduction, terms)
+            return reference.dense_contrastive_loss(
+                pixels, texts, temperature, *ids, reduction, terms
+            )
         q = unit_of(texts.to(acc))
         rows = 0 if terms == "text_to_pixel" else positive.shape[1]
-        similarity, unit = torch.ops.ovseg.dense_contrastive_gather(pixels, q, torch.cat([positive, negative], 1), rows)
+        similarity, unit = torch.ops.ovseg.dense_contrastive_gather(
+            pixels, q, torch.cat([positive, negative], 1), rows
+        )
         there = positive >= 0
         count = there.sum(1)
         weight = (count > 0).to(acc) / (count > 0).sum().clamp(min=1)  # of a text
         loss = similarity.new_zeros(())
         if terms != "pixel_to_text":
-            loss = (weight * _text_to_pixel(similarity / temperature, there, negative >= 0, reduction)).sum()
+            loss = (
+                weight * _text_to_pixel(similarity / temperature, there, negative >= 0, reduction)
+            ).sum()
         if terms != "text_to_pixel":
             of_row = (there * (weight / count.clamp(min=1))[:, None]).flatten()
             image = positive.clamp(min=0).flatten() // max(1, pixels.shape[1])
             row_ids = image if image_ids is None or len(image_ids) == 0 else image_ids[image]
             column_ids = torch.arange(len(q), device=q.device) if text_ids is None else text_ids
-            tf32 = acc == torch.float32 and (pixels.dtype.itemsize == 2 or _backends.allow_tf32(pixels))
-            loss = loss + one_sided(unit.flatten(0, 1), q, 1 / temperature, row_ids, column_ids, of_row, 0, tf32)
+            tf32 = acc == torch.float32 and (
+                pixels.dtype.itemsize == 2 or _backends.allow_tf32(pixels)
+            )
+            loss = loss + one_sided(
+                unit.flatten(0, 1), q, 1 / temperature, row_ids, column_ids, of_row, 0, tf32
+            )
     return loss
 
 
@@ -147,7 +167,10 @@ def _given(pixels, texts, selected, image_ids, text_ids):
     _check.same("texts", texts, "pixels", pixels, dtype=False)
     _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
     if not isinstance(selected, tuple) or len(selected) != 2:
-        raise TypeError(f"selected is a {type(selected).__name__}; expected (positive, negative) of select_pixels")
+        raise TypeError(
+            f"selected is a {type(selected).__name__}; expected (positive, negative) of "
+            f"select_pixels"
+        )
     there = pixels.shape[0] * pixels.shape[1]
     for name, index in zip(("selected.positive", "selected.negative"), selected, strict=True):
         _check.tensor(name, index, 2, "[T, k]", (torch.int64,))
@@ -156,7 +179,10 @@ def _given(pixels, texts, selected, image_ids, text_ids):
         for part in _checking.looked_at(index) if index.numel() else []:
             low, high = (int(x) for x in part.aminmax())
             if not -1 <= low <= high < there:
-                raise ValueError(f"{name} holds {low} to {high}; expected -1 to {there - 1}, pixels of all images")
+                raise ValueError(
+                    f"{name} holds {low} to {high}; expected -1 to {there - 1}, pixels of all "
+                    f"images"
+                )
     return selected
 
 
@@ -166,7 +192,9 @@ def _text_to_pixel(z, positive, negative, reduction):
     z_p, z_n = z[:, :k], _lse(z[:, k:], negative)
     if reduction == "log_of_sum":
         z_p = _lse(z_p, positive)
-        return torch.where(positive.any(1), torch.logaddexp(torch.where(positive.any(1), z_p, 0), z_n) - z_p, 0)
+        return torch.where(
+            positive.any(1), torch.logaddexp(torch.where(positive.any(1), z_p, 0), z_n) - z_p, 0
+        )
     terms = torch.where(positive, torch.logaddexp(z_p, z_n[:, None]) - z_p, 0)
     return terms.sum(1) / positive.sum(1).clamp(min=1)
 
@@ -192,9 +220,11 @@ def select_pixels(
     margin: float = 0.1,
     sampling_temperature: float = 0.07,
 ) -> SelectedPixels:
-    """The selections (2) and (3) alone: positive [T, k_pos] and negative [T, k_neg] int64, flat indices image N + pixel, best first.
+    """The selections (2) and (3) alone: positive [T, k_pos] and negative [T, k_neg] int64, flat
+    indices image N + pixel, best first.
 
-    Arguments as in ``dense_contrastive_loss``. -1 stands where there are fewer; k_pos and k_neg above B N count as B N.
+    Arguments as in ``dense_contrastive_loss``. -1 stands where there are fewer; k_pos and k_neg
+    above B N count as B N.
     """
     _check.tensor("pixels", pixels, 3, "[B, N, D]")
     _check.tensor("texts", texts, 2, "[T, D]")
@@ -208,30 +238,48 @@ def select_pixels(
     _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
     if image_ids is None and pixels.shape[0] != texts.shape[0]:
         raise ValueError(
-            f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; without ids expected as many texts as images: "
+            f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; without ids "
+            f"expected as many texts as images: "
             "pass image_ids and text_ids"
         )
     noisy = sampling in ("gumbel", "random")
     if noisy != (rng is not None):
         came = "missing" if noisy else "given"
-        raise ValueError(f"sampling is {sampling!r} and rng is {came}; expected rng with gumbel and random alone")
+        raise ValueError(
+            f"sampling is {sampling!r} and rng is {came}; expected rng with gumbel and random alone"
+        )
     if rng is not None:
         rng = _check.rng(rng, "pixels", pixels)
     there = pixels.shape[0] * pixels.shape[1]
     # More than there are would be memory for nothing, and a sum of two such numbers no number.
     k_pos, k_neg, skip = min(k_pos, max(1, there)), min(k_neg, max(1, there)), min(skip, there)
-    options = (k_pos, k_neg, skip, SAMPLINGS.index(sampling), float(sampling_temperature), float(margin))
+    options = (
+        k_pos,
+        k_neg,
+        skip,
+        SAMPLINGS.index(sampling),
+        float(sampling_temperature),
+        float(margin),
+    )
     with torch.no_grad(), torch.autocast(lib.autocast_type(pixels.device), enabled=False):
         unit = unit_of(texts.to(accumulation_dtype(pixels)))
         if _backends.use_definition("dense_contrastive_loss", pixels.device):
-            return SelectedPixels(*reference.select(pixels, unit, image_ids, text_ids, rng, *options))
-        return SelectedPixels(*torch.ops.ovseg.dense_contrastive_select(pixels.detach(), unit, image_ids, text_ids, rng, *options))
+            return SelectedPixels(
+                *reference.select(pixels, unit, image_ids, text_ids, rng, *options)
+            )
+        return SelectedPixels(
+            *torch.ops.ovseg.dense_contrastive_select(
+                pixels.detach(), unit, image_ids, text_ids, rng, *options
+            )
+        )
 
 
 @lib.fake("dense_contrastive_select")
 def _(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, *_):
     T = texts.shape[0]
-    return texts.new_empty((T, k_pos), dtype=torch.int64), texts.new_empty((T, k_neg), dtype=torch.int64)
+    return texts.new_empty((T, k_pos), dtype=torch.int64), texts.new_empty(
+        (T, k_neg), dtype=torch.int64
+    )
 
 
 @lib.fake("dense_contrastive_gather")
@@ -241,7 +289,10 @@ def _(pixels, texts, index, rows):
 
 @lib.fake("dense_contrastive_gather_backward")
 def _(grad_similarity, grad_unit, pixels, texts, index, order, rows, need_pixels, need_texts):
-    shapes = (pixels.shape[0] if need_pixels else 0, *pixels.shape[1:]), (texts.shape[0] if need_texts else 0, texts.shape[1])
+    shapes = (
+        (pixels.shape[0] if need_pixels else 0, *pixels.shape[1:]),
+        (texts.shape[0] if need_texts else 0, texts.shape[1]),
+    )
     return pixels.new_empty(shapes[0]), texts.new_empty(shapes[1])
 
 
@@ -254,14 +305,22 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_similarity, grad_unit):
     pixels, texts, index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    order = index.flatten().argsort(stable=True)  # what falls on one pixel lies together: it has one owner and one order
+    order = index.flatten().argsort(
+        stable=True
+    )  # what falls on one pixel lies together: it has one owner and one order
     grads = (grad_similarity, grad_unit if ctx.rows else None)
-    found = torch.ops.ovseg.dense_contrastive_gather_backward(*grads, pixels, texts, index, order, ctx.rows, *needs)
+    found = torch.ops.ovseg.dense_contrastive_gather_backward(
+        *grads, pixels, texts, index, order, ctx.rows, *needs
+    )
     return *(x if need else None for x, need in zip(found, needs, strict=True)), None, None
 
 
 _transforms.autograd("dense_contrastive_gather", _backward, _setup)
 _transforms.no_second_derivative("dense_contrastive_gather_backward")
 _transforms.no_second_derivative("dense_contrastive_select")
-for _name in ("dense_contrastive_select", "dense_contrastive_gather", "dense_contrastive_gather_backward"):
+for _name in (
+    "dense_contrastive_select",
+    "dense_contrastive_gather",
+    "dense_contrastive_gather_backward",
+):
     _transforms.vmap(_name)

@@ -1,16 +1,20 @@
-"""folded_center_assignment: center_assignment of linearly projected tokens, without projecting a token.
+"""folded_center_assignment: center_assignment of linearly projected tokens, without projecting a
+token.
 
-With keys k_l = W_k x_l + b_k and values v_l = W_v x_l + b_v, the numbered equations of ``center_assignment`` become
+With keys k_l = W_k x_l + b_k and values v_l = W_v x_l + b_v, the numbered equations of
+``center_assignment`` become
 
     q_g . k_l        = (W_k^T q_g) . x_l + q_g . b_k                                                            (1)
     sum_l a_gl v_l / n_g = W_v (sum_l a_gl x_l / n_g) + (c_g / n_g) b_v        c_g = sum_l a_gl                 (2)
 
-so the tokens meet G folded centers instead of two D x C matrices, and W_v only G pooled rows. Exact in exact arithmetic.
+so the tokens meet G folded centers instead of two D x C matrices, and W_v only G pooled rows. Exact
+in exact arithmetic.
 
 Shapes   queries [B, G, D]; tokens [B, L, C]; key_weight [D, C]; value_weight [E, C]; key_bias [D]; value_bias [E]; the rest as in
   ``center_assignment``; returns pooled [B, G, E], index [B, L] int64, soft [B, G, L] or None.
 Dtypes   those of ``center_assignment``; the folds are computed in float32 (float64 for float64) and rounded once to the dtype of
-  the tokens. Folding rounds elsewhere than projecting does: compare with float64, not bit by bit with the unfolded chain.
+  the tokens. Folding rounds elsewhere than projecting does: compare with float64, not bit by bit
+  with the unfolded chain.
 Cost     2 B G C (D + E + 2 L) flops forward instead of 2 B L C (D + E) and more; kept: tokens and [B, G, .], no keys, no values.
 Errors   ValueError for ranks, sizes and devices, TypeError for dtypes, and those of ``center_assignment``.
 Source   Xu et al., GroupViT, CVPR 2022, and Xu et al., OVSegmentor, CVPR 2023, whose grouping blocks project keys and values by
@@ -47,12 +51,14 @@ def folded_center_assignment(
     mask: torch.Tensor | None = None,
     return_soft: bool = False,
 ) -> CenterAssignment:
-    """``center_assignment(queries, Linear_k(tokens), Linear_v(tokens), ...)``, equations (1) and (2) of this file.
+    """``center_assignment(queries, Linear_k(tokens), Linear_v(tokens), ...)``, equations (1) and
+    (2) of this file.
 
     Args:
         queries: [B, G, D], the projected centers.
         tokens: [B, L, C].
-        key_weight, key_bias: [D, C] and [D], as torch.nn.Linear holds them. value_weight, value_bias: [E, C] and [E].
+        key_weight, key_bias: [D, C] and [D], as torch.nn.Linear holds them. value_weight,
+            value_bias: [E, C] and [E].
         scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``.
 
     Returns:
@@ -63,27 +69,55 @@ def folded_center_assignment(
     D, C = queries.shape[2], tokens.shape[2]
     _check.shape("queries", queries, (tokens.shape[0], *queries.shape[1:]), "the B of tokens")
     _check.same("queries", queries, "tokens", tokens, dtype=False)
-    for name, weight, bias, rows in (("key", key_weight, key_bias, D), ("value", value_weight, value_bias, None)):
+    for name, weight, bias, rows in (
+        ("key", key_weight, key_bias, D),
+        ("value", value_weight, value_bias, None),
+    ):
         _check.tensor(f"{name}_weight", weight, 2, "[D, C]" if name == "key" else "[E, C]")
-        _check.shape(f"{name}_weight", weight, (weight.shape[0] if rows is None else rows, C), "out and in features")
+        _check.shape(
+            f"{name}_weight",
+            weight,
+            (weight.shape[0] if rows is None else rows, C),
+            "out and in features",
+        )
         _check.same(f"{name}_weight", weight, "tokens", tokens, dtype=False)
         if bias is not None:
             _check.tensor(f"{name}_bias", bias, 1, "[out features]")
-            _check.shape(f"{name}_bias", bias, (weight.shape[0],), f"one number for each row of {name}_weight")
+            _check.shape(
+                f"{name}_bias",
+                bias,
+                (weight.shape[0],),
+                f"one number for each row of {name}_weight",
+            )
             _check.same(f"{name}_bias", bias, "tokens", tokens, dtype=False)
-    rng = check_options(queries, tokens, scale, tau, rng, noise, hard, normalizer, mask, return_soft)
+    rng = check_options(
+        queries, tokens, scale, tau, rng, noise, hard, normalizer, mask, return_soft
+    )
     options = {"scale": scale, "tau": tau, "hard": hard, "normalizer": normalizer, "mask": mask}
     with torch.autocast(lib.autocast_type(tokens.device), enabled=False):
         if _backends.use_definition("folded_center_assignment", tokens.device):
-            weights, options["noise"] = (key_weight, value_weight, key_bias, value_bias), gumbel(queries, tokens, noise, rng)
-            pooled, index, soft = reference.folded_center_assignment(queries, tokens, *weights, **options)
+            weights, options["noise"] = (
+                (key_weight, value_weight, key_bias, value_bias),
+                gumbel(queries, tokens, noise, rng),
+            )
+            pooled, index, soft = reference.folded_center_assignment(
+                queries, tokens, *weights, **options
+            )
             return CenterAssignment(pooled.to(tokens.dtype), index, soft if return_soft else None)
         acc = accumulation_dtype(tokens)
         q = queries.to(acc)
         center_bias = None if key_bias is None else scale * (q @ key_bias.to(acc))
         folded = (q @ key_weight.to(acc)).to(tokens.dtype)
         pooled, index, count, soft = assign(
-            folded, tokens, tokens, rng=rng, noise=noise, center_bias=center_bias, key_scale=None, return_soft=return_soft, **options
+            folded,
+            tokens,
+            tokens,
+            rng=rng,
+            noise=noise,
+            center_bias=center_bias,
+            key_scale=None,
+            return_soft=return_soft,
+            **options,
         )
         pooled = pooled @ value_weight.to(acc).T
         if value_bias is not None:

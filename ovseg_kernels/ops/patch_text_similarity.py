@@ -1,6 +1,8 @@
-"""patch_text_similarity: how well every text fits every image, through the text's own weights over the patches.
+"""patch_text_similarity: how well every text fits every image, through the text's own weights over
+the patches.
 
-With u_n the patches of an image, r_n = |u_n|, q a unit text, sigma the scale and beta the bias of the weights:
+With u_n the patches of an image, r_n = |u_n|, q a unit text, sigma the scale and beta the bias of
+the weights:
 
     s_n = u_n . q / r_n                                      cosine                                          (1)
     a_n = f(s_n) / sum_m f(s_m)      f(s) = exp(sigma s), sigma = 1 / temperature             softmax
@@ -14,17 +16,21 @@ Grad     with g = d loss / d phi and d_n = f'(s_n) / f(s_n) (sigma for softmax, 
     c_n = g a_n (1 + d_n (s_n - phi))    dU_n += (c_n / r_n) q    dq += (c_n / r_n) u_n                score    (5)
     e_n = <u_n, y>,  y = (q - phi v / |v|) / |v|,  so that sum_n a_n e_n = 0                           vector   (6)
     c_n = g a_n d_n e_n                  dU_n += (c_n / r_n) q + g a_n y   dq += (c_n / r_n) u_n + g v / |v|   (7)
-  Gram form of (6), (7), with G = U U^T: |v|^2 = a^T G a, e = r s / |v| - phi G a / |v|^2, and over all texts t
+  Gram form of (6), (7), with G = U U^T: |v|^2 = a^T G a, e = r s / |v| - phi G a / |v|^2, and over
+  all texts t
     dU = sum_t (c_t / r + g_t a_t / |v_t|)^T q_t - H U,   H = sum_t (g_t phi_t / |v_t|^2) a_t a_t^T            (8)
   PV form: dU += sum_t (g_t a_t)^T y_t                                                                        (9)
   then dU_n -= (u_n / r_n^2) sum c_n s_n and dq likewise: projections onto the sphere.
 Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to B N^2 (2 D + 6 T) for "vector" in Gram
-  form. Kept for backward: phi, log sum f and |v|, [B, T] each; nothing of size [B, T, N] or [B, T, D] exists.
-Precision  raw operands enter the products, sums are float32 and scaled by the norms. float32 products are exact unless
+  form. Kept for backward: phi, log sum f and |v|, [B, T] each; nothing of size [B, T, N] or [B, T,
+  D] exists.
+Precision  raw operands enter the products, sums are float32 and scaled by the norms. float32
+products are exact unless
   torch.backends.cuda.matmul.allow_tf32; that is read when the forward runs, and CUDA only.
 Masks    a masked patch has weight 0 and gradient 0, whatever it holds. A fully masked image has phi = 0, gradient 0.
 Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature below 1e-6 or not finite (looked at on the CPU
-  only: reading it from a GPU would stall); TypeError for dtypes and layouts. NaN in the features gives NaN. Lengths whose squares
+  only: reading it from a GPU would stall); TypeError for dtypes and layouts. NaN in the features
+      gives NaN. Lengths whose squares
   overflow are found in another way; a patch and a text whose product overflows give NaN on a GPU.
 Source   Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
 """
@@ -43,12 +49,14 @@ _WEIGHT = {"softmax": 0, "sigmoid": 1}
 
 lib.define(
     "patch_text_similarity",
-    "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, Tensor bias, "
+    "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, Tensor "
+    "bias, "
     "int pool, int weight, bool tf32) -> (Tensor similarity, Tensor lse, Tensor norm)",
 )
 lib.define(
     "patch_text_similarity",
-    "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, "
+    "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, Tensor? "
+    "patch_mask, Tensor scale, "
     "Tensor bias, Tensor similarity, Tensor lse, Tensor norm, int pool, int weight, bool tf32, "
     "bool need_patches, bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -73,10 +81,12 @@ def patch_text_similarity(
         patches: [B, N, D], not normalised; in ``vector`` their lengths count.
         texts: [T, D].
         patch_mask: [B, N] bool, True = keep.
-        temperature: divides the cosines in the softmax, 1e-6 at least; number or tensor of one element, which gets a gradient.
+        temperature: divides the cosines in the softmax, 1e-6 at least; number or tensor of one
+            element, which gets a gradient.
         pool: ``vector`` (PACL), ``score``, ``max`` or ``mean``. The last two use no weights.
         weight: ``softmax`` or ``sigmoid``.
-        weight_scale, weight_bias: of the sigmoid; numbers or tensors of one element, which get gradients.
+        weight_scale, weight_bias: of the sigmoid; numbers or tensors of one element, which get
+            gradients.
 
     Returns:
         [B, T] in float32, or float64 for float64 inputs, in -1 .. 1.
@@ -89,10 +99,21 @@ def patch_text_similarity(
     _check.tensor("patches", patches, 3, "[B, N, D]")
     _check.tensor("texts", texts, 2, "[T, D]")
     if patches.shape[1] == 0 or patches.shape[2] == 0:
-        raise ValueError(f"patches has shape {list(patches.shape)}; expected at least one patch and one channel")
+        raise ValueError(
+            f"patches has shape {list(patches.shape)}; expected at least one patch and one channel"
+        )
     if texts.shape[1] != patches.shape[2]:
-        raise ValueError(f"texts has last dimension {texts.shape[1]} and patches has {patches.shape[2]}; expected one D")
-    _check.same("texts", texts, "patches", patches, dtype=not torch.is_autocast_enabled(lib.autocast_type(patches.device)))
+        raise ValueError(
+            f"texts has last dimension {texts.shape[1]} and patches has {patches.shape[2]}; "
+            f"expected one D"
+        )
+    _check.same(
+        "texts",
+        texts,
+        "patches",
+        patches,
+        dtype=not torch.is_autocast_enabled(lib.autocast_type(patches.device)),
+    )
     if patch_mask is not None:
         _check.tensor("patch_mask", patch_mask, 2, "[B, N]", (torch.bool,))
         _check.shape("patch_mask", patch_mask, tuple(patches.shape[:2]), "the [B, N] of patches")
@@ -101,16 +122,22 @@ def patch_text_similarity(
     _check.one_of("weight", weight, reference.WEIGHTS)
     dtype = reference.accumulation_dtype(patches)
     if weight == "softmax":
-        # Below this temperature the rounding of a cosine in float32 is a tenth of the exponent, and more.
+        # Below this temperature the rounding of a cosine in float32 is a tenth of the exponent, and
+        # more.
         scale = 1.0 / _check.scalar("temperature", temperature, patches, dtype, least=1e-6)
         bias = torch.zeros((), dtype=dtype, device=patches.device)
     else:
         if not isinstance(temperature, (int, float)) or temperature != 1.0:
-            raise ValueError(f"temperature is {temperature}; with weight='sigmoid' expected 1.0: use weight_scale instead")
+            raise ValueError(
+                f"temperature is {temperature}; with weight='sigmoid' expected 1.0: use "
+                f"weight_scale instead"
+            )
         scale = _check.scalar("weight_scale", weight_scale, patches, dtype)
         bias = _check.scalar("weight_bias", weight_bias, patches, dtype)
     if _backends.use_definition("patch_text_similarity", patches.device):
-        return reference.patch_text_similarity(patches, texts, patch_mask, scale, bias, pool, weight)
+        return reference.patch_text_similarity(
+            patches, texts, patch_mask, scale, bias, pool, weight
+        )
     if pool == "mean":
         return _mean(patches.to(dtype), texts.to(dtype), patch_mask)
     codes = (_POOL[pool], _WEIGHT[weight], _backends.allow_tf32(patches))
@@ -122,10 +149,14 @@ def _mean(patches, texts, mask):
     if mask is None:
         pooled = unit(patches).mean(1)
     else:
-        pooled = unit(patches.masked_fill(~mask[..., None], 0)).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        pooled = unit(patches.masked_fill(~mask[..., None], 0)).sum(1) / mask.sum(
+            1, keepdim=True
+        ).clamp(min=1)
     with torch.autocast(lib.autocast_type(patches.device), enabled=False):
         found = pooled @ unit(texts).T
-    return found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)  # be a text NaN
+    return (
+        found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)
+    )  # be a text NaN
 
 
 @lib.fake("patch_text_similarity")
@@ -137,8 +168,25 @@ def _(patches, texts, patch_mask, scale, bias, pool, weight, tf32):
 
 
 @lib.fake("patch_text_similarity_backward")
-def _(grad, patches, texts, patch_mask, scale, bias, similarity, lse, norm, pool, weight, tf32, need_patches, need_texts):
-    d_patches = patches.new_empty((patches.shape[0] if need_patches else 0, patches.shape[1], patches.shape[2]))
+def _(
+    grad,
+    patches,
+    texts,
+    patch_mask,
+    scale,
+    bias,
+    similarity,
+    lse,
+    norm,
+    pool,
+    weight,
+    tf32,
+    need_patches,
+    need_texts,
+):
+    d_patches = patches.new_empty(
+        (patches.shape[0] if need_patches else 0, patches.shape[1], patches.shape[2])
+    )
     d_texts = texts.new_empty((texts.shape[0] if need_texts else 0, texts.shape[1]))
     return d_patches, d_texts, grad.new_empty(()), grad.new_empty(())
 
@@ -170,5 +218,7 @@ def _backward(ctx, grad, *_):
 _transforms.autograd("patch_text_similarity", _backward, _setup)
 _transforms.no_second_derivative("patch_text_similarity_backward")
 _transforms.vmap("patch_text_similarity", images=(0, 2))
-_transforms.vmap("patch_text_similarity_backward")  # gradients of texts and scale are sums over the images
+_transforms.vmap(
+    "patch_text_similarity_backward"
+)  # gradients of texts and scale are sums over the images
 lib.autocast("patch_text_similarity", features=(0, 1))

@@ -1,19 +1,23 @@
-"""segclip_center_assignment: SegCLIP's mapping step, LayerNorm -> grouped 1x1 -> LayerNorm -> center_assignment, folded.
+"""segclip_center_assignment: SegCLIP's mapping step, LayerNorm -> grouped 1x1 -> LayerNorm ->
+center_assignment, folded.
 
     x'_l = LN(x_l)                   norm_weight, norm_bias                                                     (1)
     k_l  = LN(W_k x'_l)              key_norm_weight gamma, key_norm_bias beta; W_k, W_v: grouped 1x1 projections (2)
     v_l  = W_v x'_l                                                                                             (3)
 
-and ``center_assignment`` of queries, k and v. With r_l = (var(W_k x'_l) + eps)^-1/2 and the folded, centered center
+and ``center_assignment`` of queries, k and v. With r_l = (var(W_k x'_l) + eps)^-1/2 and the folded,
+centered center
 
     q'_g = W_k^T (gamma q_g - mean_d(gamma q_g))                                                                (4)
     q_g . k_l = r_l q'_g . x'_l + q_g . beta                                                                    (5)
     sum_l a_gl v_l / n_g = W_v (sum_l a_gl x'_l / n_g)                                                          (6)
 
-no key and no value exists: of W_k x' only its variance is wanted, an image at a time, and W_v meets G rows.
+no key and no value exists: of W_k x' only its variance is wanted, an image at a time, and W_v meets
+G rows.
 
 Shapes   queries [B, G, D]; tokens [B, L, D]; key_weight, value_weight [D, D / groups] (Conv1d's without its last 1); norm_weight,
-  norm_bias, key_norm_weight, key_norm_bias [D]; returns pooled [B, G, D], index [B, L] int64, soft [B, G, L] or None.
+  norm_bias, key_norm_weight, key_norm_bias [D]; returns pooled [B, G, D], index [B, L] int64, soft
+  [B, G, L] or None.
 Dtypes   those of ``center_assignment``. Compare with float64, not bit by bit with the unfolded chain.
 Cost     one grouped product of the tokens forward (2 B L D^2 / groups flops) and three backward, instead of two and four, plus
   those of ``center_assignment``. Kept: tokens, x' and [B, L]; no keys, no values.
@@ -36,12 +40,18 @@ from ..reference.segclip_center_assignment import grouped_linear
 from ..results import CenterAssignment
 from .center_assignment import assign, check_options
 
-lib.define("segclip_center_assignment", "grouped_inverse_std(Tensor tokens, Tensor weight, float eps) -> Tensor")
 lib.define(
     "segclip_center_assignment",
-    "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) -> (Tensor, Tensor)",
+    "grouped_inverse_std(Tensor tokens, Tensor weight, float eps) -> Tensor",
 )
-_CHUNK = 4 << 20  # elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
+lib.define(
+    "segclip_center_assignment",
+    "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) -> "
+    "(Tensor, Tensor)",
+)
+_CHUNK = (
+    4 << 20
+)  # elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
 
 
 def segclip_center_assignment(
@@ -70,9 +80,11 @@ def segclip_center_assignment(
         queries: [B, G, D], the normalised centers.
         tokens: [B, L, D], before any norm.
         key_weight, value_weight: [D, D / groups] of the grouped 1x1 projections.
-        norm_weight, norm_bias: [D] of the first LayerNorm. key_norm_weight, key_norm_bias: [D] of that of the keys.
+        norm_weight, norm_bias: [D] of the first LayerNorm. key_norm_weight, key_norm_bias: [D] of
+            that of the keys.
         eps: of both norms.
-        scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``. SegCLIP trains with tau 0.9.
+        scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``.
+            SegCLIP trains with tau 0.9.
 
     Returns:
         CenterAssignment: pooled [B, G, D], index [B, L], soft [B, G, L] or None.
@@ -80,7 +92,9 @@ def segclip_center_assignment(
     _check.tensor("queries", queries, 3, "[B, G, D]")
     _check.tensor("tokens", tokens, 3, "[B, L, D]")
     D = tokens.shape[2]
-    _check.shape("queries", queries, (tokens.shape[0], queries.shape[1], D), "the B and D of tokens")
+    _check.shape(
+        "queries", queries, (tokens.shape[0], queries.shape[1], D), "the B and D of tokens"
+    )
     _check.same("queries", queries, "tokens", tokens, dtype=False)
     _check.number("eps", eps, "a positive number", least=5e-324, dtype=accumulation_dtype(tokens))
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
@@ -88,30 +102,52 @@ def segclip_center_assignment(
         if weight.shape[0] != D or weight.shape[1] == 0 or D % weight.shape[1]:
             raise ValueError(f"{name} has shape {list(weight.shape)}; expected [{D}, {D} / groups]")
         _check.same(name, weight, "tokens", tokens, dtype=False)
-    norms = {"norm_weight": norm_weight, "norm_bias": norm_bias, "key_norm_weight": key_norm_weight, "key_norm_bias": key_norm_bias}
+    norms = {
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "key_norm_weight": key_norm_weight,
+        "key_norm_bias": key_norm_bias,
+    }
     for name, x in norms.items():
         _check.tensor(name, x, 1, "[D]")
         _check.shape(name, x, (D,), "one number for each channel of tokens")
         _check.same(name, x, "tokens", tokens, dtype=False)
-    rng = check_options(queries, tokens, scale, tau, rng, noise, hard, normalizer, mask, return_soft)
+    rng = check_options(
+        queries, tokens, scale, tau, rng, noise, hard, normalizer, mask, return_soft
+    )
     options = {"scale": scale, "tau": tau, "hard": hard, "normalizer": normalizer, "mask": mask}
     with torch.autocast(lib.autocast_type(tokens.device), enabled=False):
         if _backends.use_definition("segclip_center_assignment", tokens.device):
             options["noise"] = gumbel(queries, tokens, noise, rng)
             pooled, index, soft = reference.segclip_center_assignment(
-                queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias, eps, **options
+                queries,
+                tokens,
+                key_weight,
+                value_weight,
+                norm_weight,
+                norm_bias,
+                key_norm_weight,
+                key_norm_bias,
+                eps,
+                **options,
             )
             return CenterAssignment(pooled.to(tokens.dtype), index, soft if return_soft else None)
         acc, dtype = accumulation_dtype(tokens), tokens.dtype
         key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
         if mask is not None:
-            tokens = tokens.masked_fill(~mask[..., None], 0)  # what a masked token holds must not reach its norm
+            tokens = tokens.masked_fill(
+                ~mask[..., None], 0
+            )  # what a masked token holds must not reach its norm
         normed = F.layer_norm(tokens, (D,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
         q = queries.to(acc)
         scaled = q * key_norm_weight.to(acc)
         centered = scaled - scaled.mean(-1, keepdim=True)
         groups = (D // key_weight.shape[1], key_weight.shape[1])
-        folded = torch.einsum("bgno,noi->bgni", centered.unflatten(-1, groups), key_weight.to(acc).unflatten(0, groups)).flatten(-2)
+        folded = torch.einsum(
+            "bgno,noi->bgni",
+            centered.unflatten(-1, groups),
+            key_weight.to(acc).unflatten(0, groups),
+        ).flatten(-2)
         pooled, index, _, soft = assign(
             folded.to(dtype), normed, normed, rng=rng, noise=noise, center_bias=scale * (q @ key_norm_bias.to(acc)),
             key_scale=torch.ops.ovseg.grouped_inverse_std(normed, key_weight, eps), return_soft=return_soft, **options,
@@ -120,12 +156,18 @@ def segclip_center_assignment(
 
 
 def _chunks(tokens):
-    images = 1 if tokens.device.type == "cpu" else max(1, _CHUNK // max(1, tokens[0].numel() if len(tokens) else 1))
+    images = (
+        1
+        if tokens.device.type == "cpu"
+        else max(1, _CHUNK // max(1, tokens[0].numel() if len(tokens) else 1))
+    )
     return [slice(first, first + images) for first in range(0, tokens.shape[0], images)]
 
 
 def _centered(tokens, weight, acc):
-    """y - mean y for y = W_k x', [groups, rows, D / groups] in ``acc``, and the tokens in that layout."""
+    """y - mean y for y = W_k x', [groups, rows, D / groups] in ``acc``, and the tokens in that
+    layout.
+    """
     D, size = weight.shape
     grouped = tokens.reshape(-1, D // size, size).transpose(0, 1)
     y = torch.bmm(grouped, weight.unflatten(0, (-1, size)).transpose(1, 2)).to(acc)
@@ -152,7 +194,9 @@ def _inverse_std_backward(grad, tokens, weight, found):
     for part in _chunks(tokens):
         y, grouped = _centered(tokens[part], weight, found.dtype)
         dy = y.mul_(factor[part].reshape(-1, 1)).to(tokens.dtype)
-        d_tokens[part].view(-1, D // size, size).transpose(0, 1).copy_(torch.bmm(dy, weight.unflatten(0, (-1, size))))
+        d_tokens[part].view(-1, D // size, size).transpose(0, 1).copy_(
+            torch.bmm(dy, weight.unflatten(0, (-1, size)))
+        )
         d_weight += torch.bmm(dy.transpose(1, 2), grouped)
     return d_tokens, d_weight.flatten(0, 1).to(weight.dtype)
 

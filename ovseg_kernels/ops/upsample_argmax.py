@@ -4,23 +4,24 @@
     z_c(Y, X) = sum of the four samples around, weights (1-g)(1-f), (1-g) f, g (1-f), g f, plus bias_c          (2)
     label = class_label(argmax_c z_c)            the smaller class of equals; ``background`` if max_c z_c < threshold (3)
 
-Between four samples z_c is a mean of class c's four corners, so it lies between their least and their largest. A class can win in
-a cell only if
+Between four samples z_c is a mean of class c's four corners, so it lies between their least and
+their largest. A class can win in a cell only if
 
     largest corner of c  >=  max over all classes k of the least corner of k                                    (4)
 
-because the class that attains the right side is nowhere in the cell below it, and c nowhere above the left side. Only the classes
-that satisfy (4), mostly one to three, are interpolated: the result is that of ``F.interpolate(mode="bilinear",
-align_corners=False).argmax(1)``, except where the two best values tie within rounding.
+because the class that attains the right side is nowhere in the cell below it, and c nowhere above
+the left side. Only the classes that satisfy (4), mostly one to three, are interpolated: the result
+is that of ``F.interpolate(mode="bilinear", align_corners=False).argmax(1)``, except where the two
+best values tie within rounding.
 
 Shapes   logits [B, C, h, w]; size (H, W), larger or smaller; bias [C]; class_labels [C] int64; labels [B, H, W].
 Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in float32 or float64. No gradient.
 Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
   thread. Nothing of size C H W.
 Errors   ValueError for ranks, sizes, devices, NaN logits, labels or a background that the label type cannot hold; TypeError for dtypes.
-  Infinite logits are fine, a sample of weight zero does not count; both signs in one class of an image, its bias included, are
-  refused as NaN is. On a GPU they are found there and raised by a later call or by ``check_errors``; their pixels get the label of
-  some class (docs/checks.md).
+  Infinite logits are fine, a sample of weight zero does not count; both signs in one class of an
+  image, its bias included, are refused as NaN is. On a GPU they are found there and raised by a
+  later call or by ``check_errors``; their pixels get the label of some class (docs/checks.md).
 Source   The pruning rule and its proof are ours.
 """
 
@@ -41,7 +42,8 @@ LABEL_TYPES = reference.LABEL_TYPES
 
 lib.define(
     "upsample_argmax",
-    "upsample_argmax(Tensor logits, Tensor? bias, Tensor? class_labels, int height, int width, float? threshold, int background, "
+    "upsample_argmax(Tensor logits, Tensor? bias, Tensor? class_labels, int height, int width, "
+    "float? threshold, int background, "
     "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
 )
 lib.fallback("upsample_argmax", reference.upsample_argmax)
@@ -79,7 +81,8 @@ def upsample_argmax(
         size: (H, W) of the labels.
         bias: [C], added to the classes.
         threshold: where the winning value lies below it, the label is ``background``.
-        class_labels: [C] int64, the label of every class: synonyms share one, and the best of them counts.
+        class_labels: [C] int64, the label of every class: synonyms share one, and the best of them
+            counts.
         label_type: torch.int64, torch.int16 or torch.uint8.
         return_value: also return the winning value.
 
@@ -92,15 +95,34 @@ def upsample_argmax(
     """
     _check.tensor("logits", logits, 4, "[B, C, h, w]")
     if 0 in logits.shape[1:]:
-        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
-    _labels.label_rule("logits", logits, logits.shape[1], size, bias, threshold, background, class_labels, label_type)
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}; expected at least one class and one sample"
+        )
+    _labels.label_rule(
+        "logits",
+        logits,
+        logits.shape[1],
+        size,
+        bias,
+        threshold,
+        background,
+        class_labels,
+        label_type,
+    )
     _check.flag("return_value", return_value)
     _transforms.no_derivative("upsample_argmax", logits, bias)
     _numbers(logits, bias)
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)
     logits = logits.detach().to(dtype)
-    options = (size[0], size[1], None if threshold is None else float(threshold), background, LABEL_TYPES.index(label_type), return_value)
+    options = (
+        size[0],
+        size[1],
+        None if threshold is None else float(threshold),
+        background,
+        LABEL_TYPES.index(label_type),
+        return_value,
+    )
     with torch.autocast(lib.autocast_type(logits.device), enabled=False):
         if _backends.use_definition("upsample_argmax", logits.device):
             labels, value = reference.upsample_argmax(logits, bias, class_labels, *options)
@@ -110,18 +132,28 @@ def upsample_argmax(
 
 
 def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """No NaN, and none to come of infinities of both signs in one class of an image, be one of them its bias."""
+    """No NaN, and none to come of infinities of both signs in one class of an image, be one of them
+    its bias.
+    """
     if not logits.numel() or not (_checking.looks_at_values(logits) or _checking.defers(logits)):
         return
-    least, most = (x if bias is None else x + bias.detach() for x in (logits.detach().amin((2, 3)), logits.detach().amax((2, 3))))
+    least, most = (
+        x if bias is None else x + bias.detach()
+        for x in (logits.detach().amin((2, 3)), logits.detach().amax((2, 3)))
+    )
     bad = (least + most).isnan()  # of every class
     for each in _checking.deferred(bad):
         _checking.defer(~each.any(), _checking.DEFERRED[0])
     if any(bool(each.any()) for each in _checking.looked_at(bad)):
-        given = (x for name in (logits, bias) if name is not None for x in _checking.looked_at(name))
+        given = (
+            x for name in (logits, bias) if name is not None for x in _checking.looked_at(name)
+        )
         if any(bool(x.isnan().any()) for x in given):
             raise ValueError("logits or bias holds NaN; expected numbers")
-        raise ValueError("logits and bias hold infinities of both signs in one class; expected one sign in a class of an image")
+        raise ValueError(
+            "logits and bias hold infinities of both signs in one class; expected one sign in a "
+            "class of an image"
+        )
 
 
 @lib.fake("upsample_argmax")

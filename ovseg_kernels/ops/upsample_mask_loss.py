@@ -1,4 +1,5 @@
-"""upsample_mask_loss: sigmoid focal loss and dice of every class's upsampled map, without upsampling a map.
+"""upsample_mask_loss: sigmoid focal loss and dice of every class's upsampled map, without
+upsampling a map.
 
     x_c(p)  = logits_c upsampled to the labels' size, bilinear, align_corners False; q_c(p) = sigmoid(x_c(p))          (1)
     focal_c = mean over the pixels of a_t (1 - q_t)^gamma BCE(x_c, y_c),  y_c(p) = [label(p) = c],
@@ -6,13 +7,15 @@
     dice_c  = 1 - (2 S_qy + 1) / (S_q + S_y + 1),  sums over the pixels                                                (3)
     present_c = S_y > 0                                                                                               (4)
 
-A label outside [0, C) is a negative for every class, as ZegCLIP's 255 is; only pixels of label ``ignore_index`` do not count, neither in
-sums nor in the mean. Backward, with t = x for y = 1 and -x otherwise, v = sigmoid(-t), n the number of pixels that count:
+A label outside [0, C) is a negative for every class, as ZegCLIP's 255 is; only pixels of label
+``ignore_index`` do not count, neither in sums nor in the mean. Backward, with t = x for y = 1 and
+-x otherwise, v = sigmoid(-t), n the number of pixels that count:
 
     d focal / d x = -+ a_t v^gamma (gamma (1 - v) softplus(-t) + v) / n,  minus for y = 1
     d dice / d x  = ((2 S_qy + 1) / (S_q + S_y + 1) - 2 y) / (S_q + S_y + 1) q (1 - q)                                 (5)
 
-go through the transposed upsampling into [B, C, h, w]; x is computed again, and nothing of size [B, C, H, W] is kept or made.
+go through the transposed upsampling into [B, C, h, w]; x is computed again, and nothing of size [B,
+C, H, W] is kept or made.
 
 Shapes   logits [B, C, h, w]; labels [B, H, W] of integers; focal and dice [B, C]; present [B, C] bool.
 Dtypes   float16 and bfloat16 are computed in float32; focal and dice are float32, or float64 for float64.
@@ -37,11 +40,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 lib.define(
     "upsample_mask_loss",
-    "upsample_mask_loss(Tensor logits, Tensor codes, float alpha, float gamma) -> (Tensor focal, Tensor dice, Tensor present, Tensor sums)",
+    "upsample_mask_loss(Tensor logits, Tensor codes, float alpha, float gamma) -> (Tensor focal, "
+    "Tensor dice, Tensor present, Tensor sums)",
 )
 lib.define(
     "upsample_mask_loss",
-    "upsample_mask_loss_backward(Tensor grad_focal, Tensor grad_dice, Tensor logits, Tensor codes, Tensor sums, float alpha, "
+    "upsample_mask_loss_backward(Tensor grad_focal, Tensor grad_dice, Tensor logits, Tensor "
+    "codes, Tensor sums, float alpha, "
     "float gamma) -> Tensor",
 )
 lib.fallback("upsample_mask_loss", reference.upsample_mask_loss)
@@ -56,7 +61,8 @@ def upsample_mask_loss(
     gamma: float = 2.0,
     ignore_index: int | None = None,
 ) -> MaskLosses:
-    """Focal loss and dice of every class's map at the labels' size, equations (2) to (4) of this file.
+    """Focal loss and dice of every class's map at the labels' size, equations (2) to (4) of this
+    file.
 
     Args:
         logits: [B, C, h, w].
@@ -76,21 +82,36 @@ def upsample_mask_loss(
     """
     _check.tensor("logits", logits, 4, "[B, C, h, w]")
     if 0 in logits.shape[1:]:
-        raise ValueError(f"logits has shape {list(logits.shape)}; expected at least one class and one sample")
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}; expected at least one class and one sample"
+        )
     _check.tensor("labels", labels, 3, "[B, H, W]", INTEGERS)
     if labels.shape[0] != logits.shape[0] or 0 in labels.shape[1:]:
-        raise ValueError(f"labels has shape {list(labels.shape)}; expected [{logits.shape[0]}, H, W] with at least one pixel")
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; expected [{logits.shape[0]}, H, W] with at "
+            f"least one pixel"
+        )
     _check.same("labels", labels, "logits", logits, dtype=False)
     _check.number("alpha", alpha, "0 to 1", least=0, most=1)
-    _check.number("gamma", gamma, "a finite number of at least 0", least=0, dtype=accumulation_dtype(logits))
+    _check.number(
+        "gamma", gamma, "a finite number of at least 0", least=0, dtype=accumulation_dtype(logits)
+    )
     if ignore_index is not None:
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; expected an integer or None")
+            raise TypeError(
+                f"ignore_index is a {type(ignore_index).__name__}; expected an integer or None"
+            )
         _check.integer("ignore_index", ignore_index, -(2**63))
-    # torch takes a number it compares with modulo what the tensor's dtype holds: 8 bits would take 300 for 44, and -1 for 255.
+    # torch takes a number it compares with modulo what the tensor's dtype holds: 8 bits would take
+    # 300 for 44, and -1 for 255.
     labels = labels if labels.dtype == torch.int64 else labels.to(torch.int32)
-    codes = labels.to(torch.int32).masked_fill((labels < 0) | (labels >= logits.shape[1]), reference.NEGATIVE)
-    if ignore_index is not None and torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
+    codes = labels.to(torch.int32).masked_fill(
+        (labels < 0) | (labels >= logits.shape[1]), reference.NEGATIVE
+    )
+    if (
+        ignore_index is not None
+        and torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max
+    ):
         codes = codes.masked_fill(labels == ignore_index, reference.IGNORED)
     logits, exponents = logits.to(accumulation_dtype(logits)), (float(alpha), float(gamma))
     with torch.autocast(lib.autocast_type(logits.device), enabled=False):
@@ -102,7 +123,12 @@ def upsample_mask_loss(
 @lib.fake("upsample_mask_loss")
 def _(logits, codes, alpha, gamma):
     shape = logits.shape[:2]
-    return logits.new_empty(shape), logits.new_empty(shape), logits.new_empty(shape, dtype=torch.bool), logits.new_empty((3, *shape))
+    return (
+        logits.new_empty(shape),
+        logits.new_empty(shape),
+        logits.new_empty(shape, dtype=torch.bool),
+        logits.new_empty((3, *shape)),
+    )
 
 
 @lib.fake("upsample_mask_loss_backward")
@@ -119,7 +145,20 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_focal, grad_dice, *_):
     logits, codes, sums = ctx.saved_tensors
     op = torch.ops.ovseg.upsample_mask_loss_backward
-    return op(grad_focal.contiguous(), grad_dice.contiguous(), logits, codes, sums, ctx.alpha, ctx.gamma), None, None, None
+    return (
+        op(
+            grad_focal.contiguous(),
+            grad_dice.contiguous(),
+            logits,
+            codes,
+            sums,
+            ctx.alpha,
+            ctx.gamma,
+        ),
+        None,
+        None,
+        None,
+    )
 
 
 _transforms.autograd("upsample_mask_loss", _backward, _setup)

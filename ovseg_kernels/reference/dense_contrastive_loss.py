@@ -1,4 +1,6 @@
-"""dense_contrastive_loss in plain torch: the definition, and its parts for where no kernel is built."""
+"""dense_contrastive_loss in plain torch: the definition, and its parts for where no kernel is
+built.
+"""
 
 from __future__ import annotations
 
@@ -21,30 +23,36 @@ def own(pixels, texts, image_ids, text_ids):
 
 
 def best(keys, count, skip=0):
-    """Indices of the ``count`` largest keys of every row after the first ``skip``, ties by index; -1 where a key is -infinity."""
+    """Indices of the ``count`` largest keys of every row after the first ``skip``, ties by index;
+    -1 where a key is -infinity.
+    """
     keys = torch.where(keys.isnan(), torch.inf, keys)
     order = keys.argsort(dim=1, descending=True, stable=True)[:, skip : skip + count]
     found = torch.where(keys.gather(1, order) == -torch.inf, -1, order)
     return F.pad(found, (0, count - found.shape[1]), value=-1)
 
 
-def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin):
+def select(
+    pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin
+):
     """(positive [T, k_pos], negative [T, k_neg]) flat pixel indices by equations (2) and (3)."""
     B, N, _ = pixels.shape
     T = texts.shape[0]
-    s = texts @ unit_of(pixels.to(texts.dtype)).flatten(0, 1).T                                                # (1), [T, B N]
+    s = texts @ unit_of(pixels.to(texts.dtype)).flatten(0, 1).T  # (1), [T, B N]
     mine = own(pixels, texts, image_ids, text_ids).repeat_interleave(N, dim=1)
-    positive = best(s.masked_fill(~mine, -torch.inf), k_pos)                                                   # (2)
+    positive = best(s.masked_fill(~mine, -torch.inf), k_pos)  # (2)
     keys = s
     if sampling == 1:
-        chosen = torch.where(positive >= 0, s.gather(1, positive.clamp(min=0)) if B * N else 0.0, torch.inf)
+        chosen = torch.where(
+            positive >= 0, s.gather(1, positive.clamp(min=0)) if B * N else 0.0, torch.inf
+        )
         lowest = torch.where(chosen.isnan(), torch.inf, chosen).amin(1, keepdim=True)
         keys = s.masked_fill(~((s < lowest) & (s >= lowest - margin)), -torch.inf)
     elif sampling == 2:
         keys = s / temperature + philox.gumbel(rng, (T, B * N)).to(s.dtype)
     elif sampling == 3:
         keys = philox.uniform(rng, (T, B * N)).to(s.dtype)
-    return positive, best(keys.masked_fill(mine, -torch.inf), k_neg, skip)                                     # (3)
+    return positive, best(keys.masked_fill(mine, -torch.inf), k_neg, skip)  # (3)
 
 
 def _chosen(pixels, texts, index):
@@ -56,13 +64,20 @@ def gather(pixels, texts, index, rows):
     """(similarity [T, K], unit [T, rows, D]) of selected pixels; zero where there is none."""
     chosen = _chosen(pixels, texts, index)
     unit = unit_of(chosen).masked_fill((index < 0)[..., None], 0)
-    return torch.einsum("tkd,td->tk", unit, texts), unit[:, :rows].clone(memory_format=torch.contiguous_format)
+    return torch.einsum("tkd,td->tk", unit, texts), unit[:, :rows].clone(
+        memory_format=torch.contiguous_format
+    )
 
 
-def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, rows, need_pixels, need_texts):
+def gather_backward(
+    grad_similarity, grad_unit, pixels, texts, index, order, rows, need_pixels, need_texts
+):
     """(d pixels, d texts) by equations (8) and (9)."""
     D, acc = pixels.shape[2], texts.dtype
-    d_pixels, d_texts = torch.zeros(pixels.shape, dtype=acc, device=pixels.device), torch.zeros_like(texts)
+    d_pixels, d_texts = (
+        torch.zeros(pixels.shape, dtype=acc, device=pixels.device),
+        torch.zeros_like(texts),
+    )
     there = index >= 0
     chosen = _chosen(pixels, texts, index)
     norm = length(chosen)[..., None]
@@ -71,19 +86,23 @@ def gather_backward(grad_similarity, grad_unit, pixels, texts, index, order, row
     if grad_similarity is not None:
         g = grad_similarity.masked_fill(~there, 0)
         v = g[..., None] * texts[:, None]
-        d_texts = torch.einsum("tk,tkd->td", g, unit.masked_fill(~there[..., None], 0))                        # (9)
+        d_texts = torch.einsum("tk,tkd->td", g, unit.masked_fill(~there[..., None], 0))  # (9)
     if grad_unit is not None:
         v[:, :rows] = v[:, :rows] + grad_unit
     radial = torch.where(norm > 1e-12, (v * unit).sum(-1, keepdim=True) * unit, 0)
-    v = ((v - radial) / norm.clamp(min=1e-12)).masked_fill(~there[..., None], 0)                               # (8)
+    v = ((v - radial) / norm.clamp(min=1e-12)).masked_fill(~there[..., None], 0)  # (8)
     if d_pixels.numel():
         d_pixels.view(-1, D).index_put_((index.clamp(min=0),), v, accumulate=True)
     d_pixels = d_pixels.to(pixels.dtype)
     return d_pixels if need_pixels else d_pixels[:0], d_texts if need_texts else d_texts[:0]
 
 
-def dense_contrastive_loss(pixels, texts, temperature, image_ids, text_ids, positive, negative, reduction, terms):
-    """The definition for given selections; equations (4)-(7) of ``ovseg_kernels.ops.dense_contrastive_loss``."""
+def dense_contrastive_loss(
+    pixels, texts, temperature, image_ids, text_ids, positive, negative, reduction, terms
+):
+    """The definition for given selections; equations (4)-(7) of
+    ``ovseg_kernels.ops.dense_contrastive_loss``.
+    """
     acc, D = accumulation_dtype(pixels), pixels.shape[2]
     q = unit_of(texts.to(acc))
     u = unit_of(pixels.to(acc)).reshape(-1, D)
@@ -96,13 +115,16 @@ def dense_contrastive_loss(pixels, texts, temperature, image_ids, text_ids, posi
         z, z_n = u[chosen] @ q[j] / temperature, u[others] @ q[j] / temperature
         total = u.new_zeros(())
         if terms != "pixel_to_text":
-            if reduction == "mean_of_log":                                                                     # (4)
-                total = total + (torch.cat([z[:, None], z_n.expand(len(z), -1)], 1).logsumexp(1) - z).mean()
-            else:                                                                                              # (5)
+            if reduction == "mean_of_log":  # (4)
+                total = (
+                    total
+                    + (torch.cat([z[:, None], z_n.expand(len(z), -1)], 1).logsumexp(1) - z).mean()
+                )
+            else:  # (5)
                 total = total + torch.cat([z, z_n]).logsumexp(0) - z.logsumexp(0)
-        if terms != "text_to_pixel":                                                                           # (6)
+        if terms != "text_to_pixel":  # (6)
             logits = u[chosen] @ q.T / temperature
             same = mine.T[chosen // pixels.shape[1]].to(acc)
             total = total + (logits.logsumexp(1) - (same * logits).sum(1) / same.sum(1)).mean()
         losses.append(total)
-    return torch.stack(losses).mean() if losses else (pixels.sum() + texts.sum()).to(acc) * 0                  # (7)
+    return torch.stack(losses).mean() if losses else (pixels.sum() + texts.sum()).to(acc) * 0  # (7)

@@ -7,8 +7,12 @@ from torch.nn import functional as F
 from .center_assignment import center_assignment
 
 
-def folded_center_assignment(queries, tokens, key_weight, value_weight, key_bias=None, value_bias=None, mask=None, **options):
-    """Keys and values by torch's own Linear, then the definition of ``center_assignment``: (pooled, index, soft)."""
+def folded_center_assignment(
+    queries, tokens, key_weight, value_weight, key_bias=None, value_bias=None, mask=None, **options
+):
+    """Keys and values by torch's own Linear, then the definition of ``center_assignment``: (pooled,
+    index, soft).
+    """
     if mask is not None:
         tokens = tokens.masked_fill(~mask[..., None], 0)
     weights = (key_weight, key_bias, value_weight, value_bias)

@@ -1,4 +1,7 @@
-"""segclip_center_assignment in plain torch: the chain of SegCLIP's mapping step, token by token. The definition."""
+"""segclip_center_assignment in plain torch: the chain of SegCLIP's mapping step, token by token.
+
+The definition.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,20 @@ def grouped_linear(tokens, weight):
 
 def segclip_center_assignment(queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias,
                               eps=1e-5, mask=None, **options):  # fmt: skip
-    """Equations (1)-(3) of ``ovseg_kernels.ops.segclip_center_assignment``, then ``center_assignment``: (pooled, index, soft)."""
+    """Equations (1)-(3) of ``ovseg_kernels.ops.segclip_center_assignment``, then
+    ``center_assignment``: (pooled, index, soft).
+    """
     if mask is not None:
         tokens = tokens.masked_fill(~mask[..., None], 0)
     D, dtype = tokens.shape[-1:], tokens.dtype
-    x = F.layer_norm(tokens, D, norm_weight.to(dtype), norm_bias.to(dtype), eps)                               # (1)
-    keys = F.layer_norm(grouped_linear(x, key_weight.to(dtype)), D, key_norm_weight.to(dtype), key_norm_bias.to(dtype), eps)  # (2)
-    values = grouped_linear(x, value_weight.to(dtype))                                                         # (3)
+    x = F.layer_norm(tokens, D, norm_weight.to(dtype), norm_bias.to(dtype), eps)  # (1)
+    keys = F.layer_norm(
+        grouped_linear(x, key_weight.to(dtype)),
+        D,
+        key_norm_weight.to(dtype),
+        key_norm_bias.to(dtype),
+        eps,
+    )  # (2)
+    values = grouped_linear(x, value_weight.to(dtype))  # (3)
     pooled, index, _, soft = center_assignment(queries, keys, values, mask=mask, **options)
     return pooled, index, soft

@@ -1,4 +1,6 @@
-"""similarity_contrastive_loss in plain torch: the definition, and its parts for where no kernel is built."""
+"""similarity_contrastive_loss in plain torch: the definition, and its parts for where no kernel is
+built.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import torch
 
 
 def positives(similarity, image_ids=None, text_ids=None, pair_mask=None, offset=0):
-    """[B, T] bool: pairs with equal ids, or the diagonal shifted by ``offset``; left-out pairs are never positive."""
+    """[B, T] bool: pairs with equal ids, or the diagonal shifted by ``offset``; left-out pairs are
+    never positive.
+    """
     if image_ids is None:
         rows = torch.arange(similarity.shape[0], device=similarity.device) + offset
         equal = rows[:, None] == torch.arange(similarity.shape[1], device=similarity.device)
@@ -15,21 +19,23 @@ def positives(similarity, image_ids=None, text_ids=None, pair_mask=None, offset=
     return equal if pair_mask is None else equal & pair_mask
 
 
-def similarity_contrastive_loss(similarity, logit_scale, image_ids=None, text_ids=None, pair_mask=None):
+def similarity_contrastive_loss(
+    similarity, logit_scale, image_ids=None, text_ids=None, pair_mask=None
+):
     """The definition; equations (1)-(3) of ``ovseg_kernels.ops.similarity_contrastive_loss``."""
-    z = logit_scale * similarity                                                                               # (1)
+    z = logit_scale * similarity  # (1)
     if pair_mask is not None:
         z = z.masked_fill(~pair_mask, float("-inf"))
     positive = positives(similarity, image_ids, text_ids, pair_mask)
 
-    def one_side(z, positive):                                                                                 # (2)
+    def one_side(z, positive):  # (2)
         count = positive.sum(-1)
         some = count > 0
         lse = torch.where(some[:, None], z, 0).logsumexp(-1)
         terms = lse - torch.where(positive, z, 0).sum(-1) / count.clamp(min=1)
         return torch.where(some, terms, 0).sum() / some.sum().clamp(min=1)
 
-    return (one_side(z, positive) + one_side(z.T, positive.T)) / 2                                             # (3)
+    return (one_side(z, positive) + one_side(z.T, positive.T)) / 2  # (3)
 
 
 def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
@@ -45,7 +51,19 @@ def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
     return side(1), side(0)
 
 
-def backward(grad, similarity, logit_scale, image_ids, text_ids, pair_mask, rows, columns, row_weight, column_weight, offset):
+def backward(
+    grad,
+    similarity,
+    logit_scale,
+    image_ids,
+    text_ids,
+    pair_mask,
+    rows,
+    columns,
+    row_weight,
+    column_weight,
+    offset,
+):
     """(d similarity, d logit_scale) by equation (4)."""
     z = logit_scale * similarity
     positive = positives(similarity, image_ids, text_ids, pair_mask, offset).to(z.dtype)
@@ -54,7 +72,9 @@ def backward(grad, similarity, logit_scale, image_ids, text_ids, pair_mask, rows
         soft = torch.where(weight[:, None] != 0, (z - part[0][:, None]).exp(), 0)
         return weight[:, None] * (soft - positive / part[2].clamp(min=1)[:, None])
 
-    dz = grad * (side(z, positive, rows, row_weight) + side(z.T, positive.T, columns, column_weight).T)
+    dz = grad * (
+        side(z, positive, rows, row_weight) + side(z.T, positive.T, columns, column_weight).T
+    )
     if pair_mask is not None:
         dz, similarity = dz.masked_fill(~pair_mask, 0), similarity.masked_fill(~pair_mask, 0)
     return logit_scale * dz, (dz * similarity).sum()

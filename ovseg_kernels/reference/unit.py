@@ -1,4 +1,6 @@
-"""Lengths and unit vectors in plain torch, where torch's own would square what has no square in the dtype."""
+"""Lengths and unit vectors in plain torch, where torch's own would square what has no square in the
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ EPS = 1e-12  # of norms, as in torch.nn.functional.normalize
 
 
 def _scaled(x):
-    """x and the factor it was divided by: 1, or the largest element of a row whose squares would leave the range of float32."""
+    """x and the factor it was divided by: 1, or the largest element of a row whose squares would
+    leave the range of float32.
+    """
     top = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
     top = torch.where(top > 1e15, top, 1)
     return x / top, top

@@ -11,28 +11,46 @@ def between(samples, outputs, dtype, device):
     """(lower sample, upper sample, weight of the upper) of every output, (1)."""
     scale = torch.tensor(samples, dtype=dtype) / torch.tensor(outputs, dtype=dtype)
     source = ((torch.arange(outputs, dtype=dtype, device=device) + 0.5) * scale - 0.5).clamp(min=0)
-    twice = (2 * torch.arange(outputs, device=device) + 1) * samples - outputs  # source, times 2 outputs
+    twice = (
+        2 * torch.arange(outputs, device=device) + 1
+    ) * samples - outputs  # source, times 2 outputs
     # Rounding must not give a sample a weight that has none: it may be infinite.
-    source = torch.where((twice >= 0) & (twice % (2 * outputs) == 0), twice // (2 * outputs), source)
+    source = torch.where(
+        (twice >= 0) & (twice % (2 * outputs) == 0), twice // (2 * outputs), source
+    )
     low = source.to(torch.int64).clamp(max=samples - 1)
     return low, (low + 1).clamp(max=samples - 1), source - low
 
 
 def upsample(logits, size):
-    """Bilinear, align_corners False, (2), with one difference to F.interpolate: a sample of weight zero does not count, be it infinite."""
+    """Bilinear, align_corners False, (2), with one difference to F.interpolate: a sample of weight
+    zero does not count, be it infinite.
+    """
 
     def weighted(weight, x):
         return torch.where(weight == 0, 0, weight * x)
 
     low, high, part = between(logits.shape[2], size[0], logits.dtype, logits.device)
-    rows = weighted(1 - part[:, None], logits[:, :, low]) + weighted(part[:, None], logits[:, :, high])
+    rows = weighted(1 - part[:, None], logits[:, :, low]) + weighted(
+        part[:, None], logits[:, :, high]
+    )
     low, high, part = between(logits.shape[3], size[1], logits.dtype, logits.device)
     return weighted(1 - part, rows[..., low]) + weighted(part, rows[..., high])
 
 
-def upsample_argmax(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
+def upsample_argmax(
+    logits, bias, class_labels, height, width, threshold, background, label_type, want_value
+):
     """(labels [B, H, W], value of the winner [B, H, W] or empty), (3) and (4)."""
-    return winners(upsample(logits, (height, width)), bias, class_labels, threshold, background, label_type, want_value)
+    return winners(
+        upsample(logits, (height, width)),
+        bias,
+        class_labels,
+        threshold,
+        background,
+        label_type,
+        want_value,
+    )
 
 
 def winners(z, bias, class_labels, threshold, background, label_type, want_value):

@@ -1,4 +1,7 @@
-"""upsample_mask_loss in plain torch. ``upsample_mask_loss`` is the definition; the closed forms below it answer without kernels."""
+"""upsample_mask_loss in plain torch.
+
+``upsample_mask_loss`` is the definition; the closed forms below it answer without kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ def _maps(logits, codes, alpha, gamma):
     """(x, p, y, focal of each pixel, weight of each pixel), all [B, C, H, W] or broadcast to it."""
     x = F.interpolate(logits, codes.shape[1:], mode="bilinear", align_corners=False)
     counts = (codes != IGNORED)[:, None].to(x.dtype)
-    y = (codes[:, None] == torch.arange(logits.shape[1], device=codes.device)[:, None, None]).to(x.dtype)
+    y = (codes[:, None] == torch.arange(logits.shape[1], device=codes.device)[:, None, None]).to(
+        x.dtype
+    )
     p = x.sigmoid()
     wrong = torch.where(y == 1, 1 - p, p)
     entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
@@ -23,9 +28,16 @@ def upsample_mask_loss(logits, codes, alpha, gamma):
     """(focal, dice, present, sums [3, B, C] of p, p y and y), equations (2) to (4)."""
     _, p, y, focal, counts = _maps(logits, codes, alpha, gamma)
     pixels = counts.sum((2, 3)).clamp_min(1)
-    sums = torch.stack([(counts * p).sum((2, 3)), (counts * p * y).sum((2, 3)), (counts * y).sum((2, 3))])
+    sums = torch.stack(
+        [(counts * p).sum((2, 3)), (counts * p * y).sum((2, 3)), (counts * y).sum((2, 3))]
+    )
     total_p, total_py, total_y = sums
-    return (counts * focal).sum((2, 3)) / pixels, 1 - (2 * total_py + 1) / (total_p + total_y + 1), total_y > 0, sums
+    return (
+        (counts * focal).sum((2, 3)) / pixels,
+        1 - (2 * total_py + 1) / (total_p + total_y + 1),
+        total_y > 0,
+        sums,
+    )
 
 
 def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
@@ -40,5 +52,9 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     bottom = (total_p + total_y + 1)[..., None, None]
     top = (2 * total_py + 1)[..., None, None]
     dice = (top / bottom - 2 * y) / bottom * p * (1 - p)
-    grad = counts * ((grad_focal / pixels)[..., None, None] * slope + grad_dice[..., None, None] * dice)
-    return torch.ops.aten.upsample_bilinear2d_backward(grad, [height, width], list(logits.shape), False)
+    grad = counts * (
+        (grad_focal / pixels)[..., None, None] * slope + grad_dice[..., None, None] * dice
+    )
+    return torch.ops.aten.upsample_bilinear2d_backward(
+        grad, [height, width], list(logits.shape), False
+    )

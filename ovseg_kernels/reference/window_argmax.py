@@ -30,11 +30,18 @@ def window_maps(values, index, origins, crop, canvas, size, activation=None, sta
     if index is None:
         maps = upsample(values, crop)
     else:
-        maps = torch.stack([table[chosen.long()].permute(2, 0, 1) for table, chosen in zip(values, index, strict=True)])
+        maps = torch.stack(
+            [
+                table[chosen.long()].permute(2, 0, 1)
+                for table, chosen in zip(values, index, strict=True)
+            ]
+        )
     maps = activated(maps, "window")
     total, count = maps.new_zeros(maps.shape[1], *canvas), maps.new_zeros(canvas)
     corner = origins.to(maps.device)  # not read by the host
-    rows = (corner[:, :1] + torch.arange(crop[0], device=maps.device)).clamp(0, canvas[0] - 1)[:, :, None]
+    rows = (corner[:, :1] + torch.arange(crop[0], device=maps.device)).clamp(0, canvas[0] - 1)[
+        :, :, None
+    ]
     columns = (corner[:, 1:] + torch.arange(crop[1], device=maps.device)).clamp(0, canvas[1] - 1)
     for window, y, x in zip(maps, rows, columns, strict=True):
         total[:, y, x] += window

@@ -1,4 +1,6 @@
-"""What the launchers share: the device of a call, chunks of images, rows that copies like, numbers as arguments, and the grid."""
+"""What the launchers share: the device of a call, chunks of images, rows that copies like, numbers
+as arguments, and the grid.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def tiles(count: int, size: int) -> int:
 
 
 def pitch(count: int) -> int:
-    """Elements from one row to the next of a buffer of ours: its copies are then of 16 bytes, whatever the length of a row."""
+    """Elements from one row to the next of a buffer of ours: its copies are then of 16 bytes,
+    whatever the length of a row.
+    """
     return tiles(count, PITCH.value) * PITCH.value
 
 
@@ -39,20 +43,25 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all rows of ``tensors`` start at 16 bytes and are multiples of 16 elements: the form that copies of 16 bytes serve.
+    """Whether all rows of ``tensors`` start at 16 bytes and are multiples of 16 elements: the form
+    that copies of 16 bytes serve.
 
-    One flag and not the specialisation of every size and stride: two compilations of a kernel and not dozens.
+    One flag and not the specialisation of every size and stride: two compilations of a kernel and
+    not dozens.
     """
     for x in tensors:
-        strides = [stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1]
+        strides = [
+            stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1
+        ]
         if x.data_ptr() % 16 or x.shape[-1] % 16 or any(stride % 16 for stride in strides):
             return False
     return True
 
 
 def halves(x: float) -> tuple[float, float]:
-    """``x`` as two float32, which is what Triton makes of a number: as arguments they cost no copy to the device, and float64
-    inputs keep 48 bits."""
+    """``x`` as two float32, which is what Triton makes of a number: as arguments they cost no copy
+    to the device, and float64 inputs keep 48 bits.
+    """
     high = ctypes.c_float(x).value
     return high, x - high if math.isfinite(high) else 0.0
 
@@ -72,7 +81,10 @@ def row_norms(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
 def row_norms_kernel(
     x, norms, count, N, D, x_b: tl.int64, x_n: tl.int64, ALIGNED: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """|x| of ``count`` rows, N of an image. Not torch's: its squares leave the range of float32 at lengths of 1.8e19."""
+    """|x| of ``count`` rows, N of an image.
+
+    Not torch's: its squares leave the range of float32 at lengths of 1.8e19.
+    """
     D, x_b, x_n = whole(D, ALIGNED), whole(x_b, ALIGNED), whole(x_n, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i = row // N
@@ -87,7 +99,9 @@ def row_norms_kernel(
 
 @triton.jit
 def squares(v, squared, unit):
-    """``squared`` with those of the rows of ``v`` added, all by their ``unit``, 1 or what makes them small enough; and v by it."""
+    """``squared`` with those of the rows of ``v`` added, all by their ``unit``, 1 or what makes
+    them small enough; and v by it.
+    """
     longest = tl.max(tl.abs(v), 1)
     wider = tl.where(longest > unit * 1e15, longest, unit)
     v *= (1.0 / wider)[:, None]
@@ -112,7 +126,9 @@ def log1p_of(e):
 
 @triton.jit
 def whole(x, ALIGNED: tl.constexpr):
-    """``x``, of which the compiler learns that it is a multiple of 16 where the launcher has found it so."""
+    """``x``, of which the compiler learns that it is a multiple of 16 where the launcher has found
+    it so.
+    """
     if ALIGNED:
         x = x // 16 * 16
     return x
@@ -120,6 +136,9 @@ def whole(x, ALIGNED: tl.constexpr):
 
 @triton.jit
 def program(n0, n1):
-    """Coordinates of a program in a grid of n0 x n1 x the rest, the last one int64. All of it lies along x: y and z end at 65535."""
+    """Coordinates of a program in a grid of n0 x n1 x the rest, the last one int64.
+
+    All of it lies along x: y and z end at 65535.
+    """
     p = tl.program_id(0)
     return p % n0, p // n0 % n1, (p // n0 // n1).to(tl.int64)

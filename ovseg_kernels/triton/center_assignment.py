@@ -1,6 +1,9 @@
-"""center_assignment in Triton: tokens on rows, all centers on the columns of one block. Equation numbers: ``ovseg_kernels/ops``.
+"""center_assignment in Triton: tokens on rows, all centers on the columns of one block.
 
-Scores, noise, softmax and counts are float32 (float64 for float64) whatever the inputs. Sums have one owner and a fixed order.
+Equation numbers: ``ovseg_kernels/ops``.
+
+Scores, noise, softmax and counts are float32 (float64 for float64) whatever the inputs. Sums have
+one owner and a fixed order.
 """
 
 from __future__ import annotations
@@ -17,12 +20,28 @@ TOKENS = {2: 32, 4: 32, 8: 16}  # of a tile, by bytes of an accumulator
 CHANNELS = {2: 64, 4: 32, 8: 16}  # of a step, by bytes of an element
 WARPS = 4
 # Never a reason to compile again; what copies need to know of the sizes and strides, ALIGNED says.
-SIZES = ["G", "L", "D", "E", "q_b", "q_g", "k_b", "k_l", "v_b", "v_l", "normalizer", "need_keys", "need_values"]
+SIZES = [
+    "G",
+    "L",
+    "D",
+    "E",
+    "q_b",
+    "q_g",
+    "k_b",
+    "k_l",
+    "v_b",
+    "v_l",
+    "normalizer",
+    "need_keys",
+    "need_values",
+]
 
 
 @triton.jit
 def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """sums + a b. float64 without tl.dot: Triton 3.8 cannot lower some of its float64 products for sm_80."""
+    """sums + a b. float64 without tl.dot: Triton 3.8 cannot lower some of its float64 products for
+    sm_80.
+    """
     if tl.float64 == ACC:
         sums += tl.sum(a[:, :, None] * b[None, :, :], 1)
     else:
@@ -33,22 +52,34 @@ def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _rows(x, i, d, some, D, stride):
     """[rows, channels] of one image."""
-    return tl.load(x + i.to(tl.int64)[:, None] * stride + d[None, :], mask=some[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(
+        x + i.to(tl.int64)[:, None] * stride + d[None, :],
+        mask=some[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _turned(x, i, d, some, D, stride):
     """[channels, rows] of one image."""
-    return tl.load(x + i.to(tl.int64)[None, :] * stride + d[:, None], mask=some[None, :] & (d < D)[:, None], other=0.0)
+    return tl.load(
+        x + i.to(tl.int64)[None, :] * stride + d[:, None],
+        mask=some[None, :] & (d < D)[:, None],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC: tl.constexpr, BD: tl.constexpr):
-    """q . k of a tile [tokens, centers] of one image, without scale and bias; 16-bit operands are exact in the float32 sums."""
+    """q . k of a tile [tokens, centers] of one image, without scale and bias; 16-bit operands are
+    exact in the float32 sums.
+    """
     z = tl.zeros((l.shape[0], g.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        z = _dot(_rows(keys, l, d, keep, D, k_l), _turned(queries, g, d, g < G, D, q_g), z, "ieee", ACC)
+        z = _dot(
+            _rows(keys, l, d, keep, D, k_l), _turned(queries, g, d, g < G, D, q_g), z, "ieee", ACC
+        )
     return z
 
 
@@ -114,19 +145,32 @@ def center_assignment_fwd_scores_kernel(
     l, g = tile * BL + tl.arange(0, BL), tl.arange(0, BG)
     keep = _keep(mask, b, l, L, MASKED)
     z = _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC, BD)
-    z = _biased(z * _factor(key_scale, b, l, L, scale, SCALED, ACC)[:, None], center_bias, b, g, G, BIASED)
+    z = _biased(
+        z * _factor(key_scale, b, l, L, scale, SCALED, ACC)[:, None], center_bias, b, g, G, BIASED
+    )
     if SOFT:
         at = soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None]
-        tl.store(at, tl.where(keep[:, None], _softmax(z, g, G), 0.0), mask=(l < L)[:, None] & (g < G)[None, :])
+        tl.store(
+            at,
+            tl.where(keep[:, None], _softmax(z, g, G), 0.0),
+            mask=(l < L)[:, None] & (g < G)[None, :],
+        )
     y = (z + _noise(noise, rng, b, g, l, G, L, NOISE, ACC)) / tau
     y = tl.where((g < G)[None, :], y, float("-inf"))
     top = tl.max(y, 1)
-    some = tl.max((y != y).to(tl.int32), 1) > 0  # NaN, which is larger than all; a maximum may pass it by
-    best = tl.min(tl.where(tl.where(some[:, None], y != y, y == top[:, None]), g[None, :], G - 1), 1)
+    some = (
+        tl.max((y != y).to(tl.int32), 1) > 0
+    )  # NaN, which is larger than all; a maximum may pass it by
+    best = tl.min(
+        tl.where(tl.where(some[:, None], y != y, y == top[:, None]), g[None, :], G - 1), 1
+    )
     tl.store(index + b * L + l, tl.where(keep, best, -1).to(tl.int64), mask=l < L)
     # A token whose softmax is NaN: straight through, it has a weight of NaN for all centers.
     bad = keep & (some | (top - top != 0.0))
-    tl.store(spoiled + b * tl.cdiv(L, BL) + tile, tl.where(tl.max(bad.to(tl.int32), 0) > 0, float("nan"), 0.0).to(ACC))
+    tl.store(
+        spoiled + b * tl.cdiv(L, BL) + tile,
+        tl.where(tl.max(bad.to(tl.int32), 0) > 0, float("nan"), 0.0).to(ACC),
+    )
     if not HARD:
         at = weights + (b * L + l)[:, None] * BG + g[None, :]
         tl.store(at, tl.where(keep[:, None], _softmax(y, g, G), 0.0), mask=(l < L)[:, None])
@@ -153,14 +197,24 @@ def center_assignment_fwd_pool_kernel(
             a = ((winner[None, :] == g[:, None]) & keep[None, :]).to(ACC)
             sums = _dot(a.to(v.dtype), v, sums, PRECISION, ACC)
         else:
-            a = tl.load(weights + (b * L + l)[None, :] * BG + g[:, None], mask=keep[None, :], other=0.0)
+            a = tl.load(
+                weights + (b * L + l)[None, :] * BG + g[:, None], mask=keep[None, :], other=0.0
+            )
             sums = _dot(a, v.to(ACC), sums, PRECISION, ACC)
         held += a  # summed once at the end: a sum in this loop breaks a pass of Triton 3.8
         spoil += tl.load(spoiled + b * tl.cdiv(L, BL) + l0 // BL)
     total = tl.sum(held, 1) + spoil
-    n = tl.where(normalizer == 0, tl.where(total < 1.0, 1.0, total), tl.where(normalizer == 1, total + 1.0, 1.0))
+    n = tl.where(
+        normalizer == 0,
+        tl.where(total < 1.0, 1.0, total),
+        tl.where(normalizer == 1, total + 1.0, 1.0),
+    )
     row = b * G + g.to(tl.int64)
-    tl.store(pooled + row[:, None] * E + e[None, :], (sums + spoil) / n[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
+    tl.store(
+        pooled + row[:, None] * E + e[None, :],
+        (sums + spoil) / n[:, None],
+        mask=(g < G)[:, None] & (e < E)[None, :],
+    )
     if tile == 0:
         tl.store(count + row, total, mask=g < G)
 
@@ -177,7 +231,13 @@ def center_assignment_bwd_tokens_kernel(
 ):  # fmt: skip
     """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
     tile, _, b = program(tl.cdiv(L, BL), 1)
-    D, E, q_g, k_l, v_l = whole(D, ALIGNED), whole(E, ALIGNED), whole(q_g, ALIGNED), whole(k_l, ALIGNED), whole(v_l, ALIGNED)
+    D, E, q_g, k_l, v_l = (
+        whole(D, ALIGNED),
+        whole(E, ALIGNED),
+        whole(q_g, ALIGNED),
+        whole(k_l, ALIGNED),
+        whole(v_l, ALIGNED),
+    )
     queries += b * whole(q_b, ALIGNED)
     keys += b * whole(k_b, ALIGNED)
     values += b * whole(v_b, ALIGNED)
@@ -200,7 +260,9 @@ def center_assignment_bwd_tokens_kernel(
     inside = keep[:, None] & (g < G)[None, :]
     if SOFT:
         plain = tl.where(inside, _softmax(z, g, G), 0.0)
-        upstream = tl.load(grad_soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None], mask=inside, other=0.0)
+        upstream = tl.load(
+            grad_soft + (b * G + g.to(tl.int64)[None, :]) * L + l[:, None], mask=inside, other=0.0
+        )
         dz += plain * (upstream - tl.sum(plain * upstream, 1)[:, None])
     dz = tl.where(inside, dz, 0.0)
     tl.store(d_scores + (b * L + l)[:, None] * BG + g[None, :], dz, mask=(l < L)[:, None])
@@ -213,7 +275,13 @@ def center_assignment_bwd_tokens_kernel(
         dk_scores = dz * factor
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            dk = _dot(dk_scores, _rows(queries, g, d, g < G, D, q_g).to(ACC), tl.zeros((BL, BD), ACC), PRECISION, ACC)
+            dk = _dot(
+                dk_scores,
+                _rows(queries, g, d, g < G, D, q_g).to(ACC),
+                tl.zeros((BL, BD), ACC),
+                PRECISION,
+                ACC,
+            )
             if SHARED:
                 dk = _dot(s, _rows(scaled, g, d, g < G, D, D), dk, PRECISION, ACC)
             at = d_keys + (b * L + l)[:, None] * D + d[None, :]
@@ -242,7 +310,9 @@ def center_assignment_bwd_queries_kernel(
     for l0 in range(0, L, BL):
         l = l0 + tl.arange(0, BL)
         keep = _keep(mask, b, l, L, MASKED)
-        dz = tl.load(d_scores + (b * L + l)[None, :] * BG + g[:, None], mask=(l < L)[None, :], other=0.0)
+        dz = tl.load(
+            d_scores + (b * L + l)[None, :] * BG + g[:, None], mask=(l < L)[None, :], other=0.0
+        )
         k = _rows(keys, l, d, keep, D, k_l)
         dz *= _factor(key_scale, b, l, L, scale, SCALED, ACC)[None, :]
         dq = _dot(dz, k.to(ACC), dq, PRECISION, ACC)
@@ -251,37 +321,70 @@ def center_assignment_bwd_queries_kernel(
 
 
 class _Call:
-    """What forward and backward share. Absent tensors are stood in for by one that is there, and never read."""
+    """What forward and backward share.
 
-    def __init__(self, queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau):
+    Absent tensors are stood in for by one that is there, and never read.
+    """
+
+    def __init__(
+        self, queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau
+    ):
         self.B, self.G, self.D = queries.shape
         self.queries, self.keys = rows(queries), rows(keys)
         self.values = self.keys if values is keys else rows(values)
-        self.q_strides, self.k_strides, self.v_strides = (x.stride()[:2] for x in (self.queries, self.keys, self.values))
+        self.q_strides, self.k_strides, self.v_strides = (
+            x.stride()[:2] for x in (self.queries, self.keys, self.values)
+        )
         self.scale, self.tau = halves(scale), halves(tau)
         self.L, self.E = keys.shape[1], values.shape[2]
         acc = accumulation_dtype(queries)
         self.center_bias = queries if center_bias is None else center_bias
         self.key_scale = queries if key_scale is None else key_scale
         self.mask = queries if mask is None else mask.contiguous().view(torch.uint8)
-        self.noise, self.rng = queries if noise is None else noise.contiguous(), queries if rng is None else rng
+        self.noise, self.rng = (
+            queries if noise is None else noise.contiguous(),
+            queries if rng is None else rng,
+        )
         step = CHANNELS[queries.element_size()]
         self.tokens = TOKENS[acc.itemsize]
-        self.BG = max(16, triton.next_power_of_2(self.G))  # and the pitch of what lies between the kernels
+        self.BG = max(
+            16, triton.next_power_of_2(self.G)
+        )  # and the pitch of what lies between the kernels
         self.step = {"BL": self.tokens, "BG": self.BG, "num_warps": WARPS}
         self.BD, self.wide = step, CHANNELS[torch.empty((), dtype=acc).element_size()]
-        self.options = {"MASKED": mask is not None, "ACC": ACC[acc], "ALIGNED": aligned(self.queries, self.keys, self.values)}
+        self.options = {
+            "MASKED": mask is not None,
+            "ACC": ACC[acc],
+            "ALIGNED": aligned(self.queries, self.keys, self.values),
+        }
         self.extras = {"BIASED": center_bias is not None, "SCALED": key_scale is not None}
         self.kind = {"NOISE": 1 if noise is not None else 2 if rng is not None else 0, "HARD": hard}
-        # Products with d scores, which can be of any size: 16-bit operands are exact in tf32, and so is a one-hot.
+        # Products with d scores, which can be of any size: 16-bit operands are exact in tf32, and
+        # so is a one-hot.
         self.precision = "tf32" if queries.element_size() == 2 else "ieee"
         self.dtype = acc
 
 
-def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, scale, tau, hard, normalizer, want_soft):
+def forward(
+    queries,
+    keys,
+    values,
+    center_bias,
+    key_scale,
+    mask,
+    noise,
+    rng,
+    scale,
+    tau,
+    hard,
+    normalizer,
+    want_soft,
+):
     """(pooled, index, count, soft) as ``ovseg::center_assignment`` returns them."""
     x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau)
-    pooled, count = (queries.new_empty(shape, dtype=x.dtype) for shape in ((x.B, x.G, x.E), (x.B, x.G)))
+    pooled, count = (
+        queries.new_empty(shape, dtype=x.dtype) for shape in ((x.B, x.G, x.E), (x.B, x.G))
+    )
     index = queries.new_empty((x.B, x.L), dtype=torch.int64)
     soft = queries.new_empty((x.B if want_soft else 0, x.G, x.L), dtype=x.dtype)
     weights = queries.new_empty((0 if hard else x.B, x.L, x.BG), dtype=x.dtype)
@@ -304,7 +407,9 @@ def forward(queries, keys, values, center_bias, key_scale, mask, noise, rng, sca
 
 def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
              scale, tau, hard, normalizer, need_queries, need_keys, need_values, shared):  # fmt: skip
-    """(d queries, d keys, d values, d center_bias, d key_scale) as ``ovseg::center_assignment_backward`` returns them."""
+    """(d queries, d keys, d values, d center_bias, d key_scale) as
+    ``ovseg::center_assignment_backward`` returns them.
+    """
     x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau)
     d_queries, d_keys, d_values = (
         like.new_empty((like.shape[0] if need else 0, *like.shape[1:]))

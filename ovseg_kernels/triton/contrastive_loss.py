@@ -1,6 +1,9 @@
-"""contrastive_loss in Triton: logits exist tile by tile, d logits a chunk of images at a time. Equation numbers: ``ovseg_kernels/ops``.
+"""contrastive_loss in Triton: logits exist tile by tile, d logits a chunk of images at a time.
 
-Sums have one owner and a fixed order. float32 products are exact, or tf32 where the operator allows it.
+Equation numbers: ``ovseg_kernels/ops``.
+
+Sums have one owner and a fixed order. float32 products are exact, or tf32 where the operator allows
+it.
 """
 
 from __future__ import annotations
@@ -21,13 +24,23 @@ SIZES = ["B", "T", "D", "P", "offset", "first", "last", "rows", "depth"]
 
 
 @triton.jit
-def _logits(own, other, i, j, B, T, D, PRECISION: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr):
+def _logits(
+    own, other, i, j, B, T, D, PRECISION: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr
+):
     """own_i . other_j of a tile."""
     s = tl.zeros((i.shape[0], j.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        a = tl.load(own + i.to(tl.int64)[:, None] * D + d[None, :], mask=(i < B)[:, None] & (d < D)[None, :], other=0.0)
-        b = tl.load(other + j.to(tl.int64)[None, :] * D + d[:, None], mask=(j < T)[None, :] & (d < D)[:, None], other=0.0)
+        a = tl.load(
+            own + i.to(tl.int64)[:, None] * D + d[None, :],
+            mask=(i < B)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            other + j.to(tl.int64)[None, :] * D + d[:, None],
+            mask=(j < T)[None, :] & (d < D)[:, None],
+            other=0.0,
+        )
         s = _dot(a, b, s, PRECISION, ACC)
     return s
 
@@ -44,7 +57,9 @@ def contrastive_loss_fwd_kernel(
     ALIGNED: tl.constexpr, IDS: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BI: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp (sigmoid: loss), sum and number of positives of BI rows; called with the sides swapped, of columns."""
+    """Log-sum-exp (sigmoid: loss), sum and number of positives of BI rows; called with the sides
+    swapped, of columns.
+    """
     D = whole(D, ALIGNED)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale, bias = tl.load(scale_at), tl.load(bias_at)
@@ -59,7 +74,9 @@ def contrastive_loss_fwd_kernel(
         z = scale * _logits(own, other, i, j, B, T, D, PRECISION, ACC, BD) + bias
         if SIGMOID:  # (4)
             x = tl.where(positive, -z, z)
-            softplus = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_of(tl.exp(-tl.abs(x)))
+            softplus = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_of(
+                tl.exp(-tl.abs(x))
+            )
             total += tl.sum(tl.where(inside, softplus, 0.0), 1)
         else:
             x = tl.where(inside, z, float("-inf"))
@@ -83,7 +100,12 @@ def contrastive_loss_bwd_logits_kernel(
     BI: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Equation (5) or (6) of a tile, times the scale, and its shares of d scale and d bias."""
-    P, D, image_tiles, text_tiles = whole(P, True), whole(D, ALIGNED), tl.cdiv(last - first, BI), tl.cdiv(T, BI)
+    P, D, image_tiles, text_tiles = (
+        whole(P, True),
+        whole(D, ALIGNED),
+        tl.cdiv(last - first, BI),
+        tl.cdiv(T, BI),
+    )
     image_tile, text_tile, _ = program(image_tiles, text_tiles)
     i, j = first + image_tile * BI + tl.arange(0, BI), text_tile * BI + tl.arange(0, BI)
     inside = (i < last)[:, None] & (j < T)[None, :]
@@ -98,7 +120,10 @@ def contrastive_loss_bwd_logits_kernel(
         e = tl.exp(-tl.abs(z))
         dz = weight_i[:, None] * (tl.where(z > 0, 1.0, e) / (1.0 + e) - positive.to(ACC))
     else:
-        lse_i, lse_j = tl.load(rows + i, mask=i < last, other=0.0), tl.load(columns + j, mask=j < T, other=0.0)
+        lse_i, lse_j = (
+            tl.load(rows + i, mask=i < last, other=0.0),
+            tl.load(columns + j, mask=j < T, other=0.0),
+        )
         weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
         share_i = weight_i / tl.maximum(tl.load(rows + 2 * B + i, mask=i < last, other=1.0), 1.0)
         share_j = weight_j / tl.maximum(tl.load(columns + 2 * T + j, mask=j < T, other=1.0), 1.0)
@@ -126,10 +151,22 @@ def contrastive_loss_bwd_product_kernel(
     for k0 in range(0, depth, BD):
         k = k0 + tl.arange(0, BD)
         if TURNED:  # d_logits [depth, rows]; zero up to the pitch
-            dz = tl.load(d_logits + k.to(tl.int64)[None, :] * P + r[:, None], mask=(r < P)[:, None] & (k < depth)[None, :], other=0.0)
+            dz = tl.load(
+                d_logits + k.to(tl.int64)[None, :] * P + r[:, None],
+                mask=(r < P)[:, None] & (k < depth)[None, :],
+                other=0.0,
+            )
         else:
-            dz = tl.load(d_logits + r.to(tl.int64)[:, None] * P + k[None, :], mask=(r < rows)[:, None] & (k < P)[None, :], other=0.0)
-        x = tl.load(features + k.to(tl.int64)[:, None] * D + d[None, :], mask=(k < depth)[:, None] & (d < D)[None, :], other=0.0)
+            dz = tl.load(
+                d_logits + r.to(tl.int64)[:, None] * P + k[None, :],
+                mask=(r < rows)[:, None] & (k < P)[None, :],
+                other=0.0,
+            )
+        x = tl.load(
+            features + k.to(tl.int64)[:, None] * D + d[None, :],
+            mask=(k < depth)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
         sums = _dot(dz, x, sums, PRECISION, ACC)
     inside = (r < rows)[:, None] & (d < D)[None, :]
     at = out + r.to(tl.int64)[:, None] * D + d[None, :]
@@ -164,10 +201,15 @@ def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sig
 
 def backward(grad, image, text, logit_scale, logit_bias, image_ids, text_ids, rows, columns, row_weight, column_weight, offset,
              sigmoid, tf32, need_image, need_text):  # fmt: skip
-    """(d image, d text, d logit_scale, d logit_bias) as ``ovseg::contrastive_loss_backward`` returns them."""
+    """(d image, d text, d logit_scale, d logit_bias) as ``ovseg::contrastive_loss_backward``
+    returns them.
+    """
     image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
     ids, with_ids, tile, shared = _options(image, text, image_ids, text_ids, tf32)
-    d_image, d_text = image.new_zeros(B if need_image else 0, D), image.new_zeros(T if need_text else 0, D)
+    d_image, d_text = (
+        image.new_zeros(B if need_image else 0, D),
+        image.new_zeros(T if need_text else 0, D),
+    )
     sums = torch.zeros(2, dtype=torch.float64, device=image.device)
     P = pitch(T)
     size = chunk_size(B, P * image.element_size(), CHUNK_BYTES)
@@ -178,7 +220,9 @@ def backward(grad, image, text, logit_scale, logit_bias, image_ids, text_ids, ro
             for first in range(0, B, size):
                 last = min(first + size, B)
                 image_tiles, text_tiles = tiles(last - first, tile), tiles(T, tile)
-                partial = torch.empty(image_tiles, text_tiles, 2, dtype=torch.float64, device=image.device)
+                partial = torch.empty(
+                    image_tiles, text_tiles, 2, dtype=torch.float64, device=image.device
+                )
                 contrastive_loss_bwd_logits_kernel[(image_tiles * text_tiles,)](
                     image, text, logit_scale, logit_bias, grad, *ids, *saved, d_logits, partial, first, last, B, T, P, D, offset,
                     IDS=with_ids, SIGMOID=sigmoid, **shared,
@@ -186,11 +230,29 @@ def backward(grad, image, text, logit_scale, logit_bias, image_ids, text_ids, ro
                 sums += partial.sum((0, 1))
                 if need_image:
                     contrastive_loss_bwd_product_kernel[(image_tiles * tiles(D, tile),)](
-                        d_logits, text, d_image[first:], last - first, T, P, D, TURNED=False, ADD=False, **shared
+                        d_logits,
+                        text,
+                        d_image[first:],
+                        last - first,
+                        T,
+                        P,
+                        D,
+                        TURNED=False,
+                        ADD=False,
+                        **shared,
                     )
                 if need_text:
                     contrastive_loss_bwd_product_kernel[(text_tiles * tiles(D, tile),)](
-                        d_logits, image[first:], d_text, T, last - first, P, D, TURNED=True, ADD=first > 0, **shared
+                        d_logits,
+                        image[first:],
+                        d_text,
+                        T,
+                        last - first,
+                        P,
+                        D,
+                        TURNED=True,
+                        ADD=first > 0,
+                        **shared,
                     )
     d_scale, d_bias = sums.to(image.dtype)
     return d_image, d_text, d_scale.clone(), d_bias.clone()

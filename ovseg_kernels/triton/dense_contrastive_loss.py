@@ -1,7 +1,8 @@
-"""dense_contrastive_loss in Triton: keys of a chunk of pixels at a time, of which torch keeps the best.
+"""dense_contrastive_loss in Triton: keys of a chunk of pixels at a time, of which torch keeps the
+best.
 
-Equation numbers: ``ovseg_kernels/ops``. Similarities of 16-bit pixels are tf32 products, others exact. Sums have one owner and a
-fixed order.
+Equation numbers: ``ovseg_kernels/ops``. Similarities of 16-bit pixels are tf32 products, others
+exact. Sums have one owner and a fixed order.
 """
 
 from __future__ import annotations
@@ -10,7 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import ACC, aligned, chunk_size, halves, joined, on_device, program, row_norms, rows, tiles, whole
+from ._launch import (
+    ACC,
+    aligned,
+    chunk_size,
+    halves,
+    joined,
+    on_device,
+    program,
+    row_norms,
+    rows,
+    tiles,
+    whole,
+)
 from .center_assignment import _dot
 from .philox import gumbel_from_bits, philox_bits, uniform_from_bits
 
@@ -37,16 +50,25 @@ def dense_contrastive_loss_select_keys_kernel(
     i = x // N
     inside = (j < T)[:, None] & (at < count)[None, :]
     if IDS:
-        mine = tl.load(text_ids + j, mask=j < T, other=0)[:, None] == tl.load(image_ids + i, mask=at < count, other=0)[None, :]
+        mine = (
+            tl.load(text_ids + j, mask=j < T, other=0)[:, None]
+            == tl.load(image_ids + i, mask=at < count, other=0)[None, :]
+        )
     else:
         mine = j[:, None] == i[None, :]
     eligible = inside & (mine if POSITIVES else ~mine)
     key = tl.full((BT, BT), float("-inf"), ACC)
-    if tl.max(tl.max(eligible.to(tl.int32), 1), 0) > 0:  # most tiles hold no pair of a text with its own image
+    if (
+        tl.max(tl.max(eligible.to(tl.int32), 1), 0) > 0
+    ):  # most tiles hold no pair of a text with its own image
         s = tl.zeros((BT, BT), ACC)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
-            q = tl.load(texts + j.to(tl.int64)[:, None] * D + d[None, :], mask=(j < T)[:, None] & (d < D)[None, :], other=0.0)
+            q = tl.load(
+                texts + j.to(tl.int64)[:, None] * D + d[None, :],
+                mask=(j < T)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
             u = tl.load(pixels + (i * p_b + (x - i * N) * p_n)[None, :] + d[:, None],
                         mask=(at < count)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
             s = _dot(q, u.to(ACC), s, PRECISION, ACC)
@@ -55,9 +77,13 @@ def dense_contrastive_loss_select_keys_kernel(
             top = tl.load(lowest + j, mask=j < T, other=float("inf"))[:, None]
             eligible = eligible & (s < top) & (s >= top - joined(margin, margin_low, ACC))
         if (not POSITIVES) and SAMPLING >= 2:
-            bits = philox_bits(tl.load(rng), tl.load(rng + 1), j.to(tl.int64)[:, None] * pixels_in_all + x[None, :])
+            bits = philox_bits(
+                tl.load(rng), tl.load(rng + 1), j.to(tl.int64)[:, None] * pixels_in_all + x[None, :]
+            )
             if SAMPLING == 2:
-                s = s * joined(inverse_temperature, inverse_temperature_low, ACC) + gumbel_from_bits(bits).to(ACC)
+                s = s * joined(
+                    inverse_temperature, inverse_temperature_low, ACC
+                ) + gumbel_from_bits(bits).to(ACC)
             else:
                 s = uniform_from_bits(bits).to(ACC)
         key = tl.where(eligible, tl.where(s != s, float("inf"), s), float("-inf"))
@@ -76,7 +102,9 @@ def _inverse_norm(u):
 @triton.jit
 def _pixel(pixels, index, N, D, d, p_b, p_n, ACC: tl.constexpr):
     i = index // N
-    return tl.load(pixels + i * p_b + (index - i * N) * p_n + d, mask=(d < D) & (index >= 0), other=0.0).to(ACC)
+    return tl.load(
+        pixels + i * p_b + (index - i * N) * p_n + d, mask=(d < D) & (index >= 0), other=0.0
+    ).to(ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -129,7 +157,9 @@ def dense_contrastive_loss_bwd_pixels_kernel(
             if SIMILARITY:
                 v += tl.load(grad + entry) * tl.load(texts + j * D + d, mask=d < D, other=0.0)
             if UNIT:
-                v += tl.load(grad_unit + (j * units + k) * D + d, mask=(d < D) & (k < units), other=0.0)
+                v += tl.load(
+                    grad_unit + (j * units + k) * D + d, mask=(d < D) & (k < units), other=0.0
+                )
             e += 1
             following = tl.load(order + e, mask=e < entries, other=0)
             more = tl.load(index + following, mask=e < entries, other=-1) == x
@@ -137,7 +167,11 @@ def dense_contrastive_loss_bwd_pixels_kernel(
         inverse = _inverse_norm(u)
         # A clamped norm: u / eps has no radial part to remove.
         along = tl.where(inverse < 1e12, tl.sum(v * u, 0) * inverse * inverse, 0.0)
-        tl.store(d_pixels + x * D + d, (inverse * (v - along * u)).to(d_pixels.dtype.element_ty), mask=d < D)
+        tl.store(
+            d_pixels + x * D + d,
+            (inverse * (v - along * u)).to(d_pixels.dtype.element_ty),
+            mask=d < D,
+        )
 
 
 def _best(keys, count):
@@ -146,7 +180,8 @@ def _best(keys, count):
     if keys.dtype == torch.float64:
         found, places = keys.sort(dim=1, descending=True, stable=True)
         return found[:, :count], places[:, :count]
-    # One int64 holds key and place, so that topk has no ties to break: floats in the order of integers, -0 made +0.
+    # One int64 holds key and place, so that topk has no ties to break: floats in the order of
+    # integers, -0 made +0.
     bits = (keys + 0.0).view(torch.int32)
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)
     places = torch.arange(keys.shape[1], device=keys.device)
@@ -155,7 +190,9 @@ def _best(keys, count):
     return keys.gather(1, places), places
 
 
-def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin):
+def select(
+    pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin
+):
     """(positive, negative) as ``ovseg::dense_contrastive_select`` returns them."""
     (B, N, D), T, acc = pixels.shape, texts.shape[0], texts.dtype
     pixels, texts, total = rows(pixels), texts.contiguous(), B * N
@@ -163,13 +200,19 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
     inverse = 1 / row_norms(pixels, acc).clamp_(min=1e-12)
     ids = (texts, texts) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
     tile, step = TILE[acc]
-    size = chunk_size(triton.cdiv(max(1, total), 4096), 4096 * max(1, T) * acc.itemsize, CHUNK_BYTES) * 4096
+    size = (
+        chunk_size(triton.cdiv(max(1, total), 4096), 4096 * max(1, T) * acc.itemsize, CHUNK_BYTES)
+        * 4096
+    )
     numbers = *halves(1 / temperature), *halves(margin)
     options = {"IDS": image_ids is not None, "ACC": ACC[acc], "PRECISION": "tf32" if pixels.element_size() == 2 else "ieee",
                "ALIGNED": aligned(pixels, texts), "BT": tile, "BD": step, "num_warps": WARPS}  # fmt: skip
 
     def stream(positives, lowest, wanted):
-        best, where = texts.new_empty(T, 0), torch.empty(T, 0, dtype=torch.int64, device=texts.device)
+        best, where = (
+            texts.new_empty(T, 0),
+            torch.empty(T, 0, dtype=torch.int64, device=texts.device),
+        )
         for first in range(0, total if T else 0, size):
             count = min(size, total - first)
             keys = texts.new_empty(T, count)
@@ -186,7 +229,11 @@ def select(pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling
 
     with on_device(pixels):
         best, positive = stream(True, inverse, k_pos)
-        lowest = torch.where(best == -torch.inf, torch.inf, best).amin(1) if best.shape[1] else texts.new_full((T,), torch.inf)
+        lowest = (
+            torch.where(best == -torch.inf, torch.inf, best).amin(1)
+            if best.shape[1]
+            else texts.new_full((T,), torch.inf)
+        )
         return positive, stream(False, lowest, k_neg + skip)[1][:, skip:].contiguous()
 
 
@@ -203,17 +250,34 @@ def gather(pixels, texts, index, units):
     return similarity, unit
 
 
-def backward(grad_similarity, grad_unit, pixels, texts, index, order, units, need_pixels, need_texts):
+def backward(
+    grad_similarity, grad_unit, pixels, texts, index, order, units, need_pixels, need_texts
+):
     """(d pixels, d texts) as ``ovseg::dense_contrastive_gather_backward`` returns them."""
-    (B, N, D), (T, K), texts, index = pixels.shape, index.shape, texts.contiguous(), index.contiguous()
+    (B, N, D), (T, K), texts, index = (
+        pixels.shape,
+        index.shape,
+        texts.contiguous(),
+        index.contiguous(),
+    )
     pixels, strides = rows(pixels), rows(pixels).stride()[:2]
-    d_pixels, d_texts = pixels.new_zeros(B if need_pixels else 0, N, D), texts.new_zeros(T if need_texts else 0, D)
+    d_pixels, d_texts = (
+        pixels.new_zeros(B if need_pixels else 0, N, D),
+        texts.new_zeros(T if need_texts else 0, D),
+    )
     grads = [texts if g is None else g.contiguous() for g in (grad_similarity, grad_unit)]
-    options = {"ALIGNED": aligned(pixels, texts), "ACC": ACC[texts.dtype], "BD": triton.next_power_of_2(D), "num_warps": WARPS}
+    options = {
+        "ALIGNED": aligned(pixels, texts),
+        "ACC": ACC[texts.dtype],
+        "BD": triton.next_power_of_2(D),
+        "num_warps": WARPS,
+    }
     if T * K * B * N:
         with on_device(pixels):
             if need_texts and grad_similarity is not None:
-                dense_contrastive_loss_bwd_texts_kernel[(T,)](pixels, index, grads[0], d_texts, K, N, D, *strides, **options)
+                dense_contrastive_loss_bwd_texts_kernel[(T,)](
+                    pixels, index, grads[0], d_texts, K, N, D, *strides, **options
+                )
             if need_pixels:
                 dense_contrastive_loss_bwd_pixels_kernel[(T * K,)](
                     pixels, texts, index, order.contiguous(), *grads, d_pixels, K, units, T * K, N, D, *strides,

@@ -1,8 +1,9 @@
 """patch_text_similarity in Triton: the pooled-vector form, forward and recomputing backward.
 
-Same plan as csrc/patch_text_similarity: cosines of raw operands scaled by the norms, a chunk of images at a time, one
-owner for every output element and a fixed order for every sum. Equation numbers: ``ovseg_kernels/ops``. The Gram form is
-CUDA's alone: four sub-tiles of cosines in registers compile here too, and whether that pays nobody has measured.
+Same plan as csrc/patch_text_similarity: cosines of raw operands scaled by the norms, a chunk of
+images at a time, one owner for every output element and a fixed order for every sum. Equation
+numbers: ``ovseg_kernels/ops``. The Gram form is CUDA's alone: four sub-tiles of cosines in
+registers compile here too, and whether that pays nobody has measured.
 """
 
 from __future__ import annotations
@@ -12,14 +13,28 @@ import triton
 import triton.language as tl
 
 from ..reference.patch_text_similarity import EPS, accumulation_dtype
-from ._launch import ACC, aligned, chunk_size, on_device, pitch, program, row_norms, rows, squares, tiles, whole
+from ._launch import (
+    ACC,
+    aligned,
+    chunk_size,
+    on_device,
+    pitch,
+    program,
+    row_norms,
+    rows,
+    squares,
+    tiles,
+    whole,
+)
 
 CHUNK_BYTES = 64 << 20
 SLOTS = 16
-# (texts, patches, channels) of a tile and warps, by bytes of an element: fixed, so that two machines choose equally. Chosen
-# by what the compiler says of registers, spills and shared memory (tests/packaging/triton_gate.py); not tuned on a GPU.
+# (texts, patches, channels) of a tile and warps, by bytes of an element: fixed, so that two
+# machines choose equally. Chosen by what the compiler says of registers, spills and shared memory
+# (tests/packaging/triton_gate.py); not tuned on a GPU.
 CONFIGS = {2: (64, 64, 64, 4), 4: (64, 64, 32, 8), 8: (32, 32, 16, 4)}
-# Never a reason to compile again; what copies need to know of D and the strides, ALIGNED says. P is the pitch of N.
+# Never a reason to compile again; what copies need to know of D and the strides, ALIGNED says. P is
+# the pitch of N.
 SIZES = ["T", "N", "P", "D", "first", "images", "slots", "patch_b", "patch_n", "text_t"]
 
 
@@ -43,20 +58,32 @@ def _larger(x, y):
 @triton.jit
 def _tile(base, rows, columns, row_stride, column_stride, n_rows, n_columns):
     inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    at = base + rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    at = (
+        base
+        + rows.to(tl.int64)[:, None] * row_stride
+        + columns.to(tl.int64)[None, :] * column_stride
+    )
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
 def _patches(patches, n, d, keep, D, patch_n):
     """[patches, channels] of one image."""
-    return tl.load(patches + n.to(tl.int64)[:, None] * patch_n + d[None, :], mask=keep[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(
+        patches + n.to(tl.int64)[:, None] * patch_n + d[None, :],
+        mask=keep[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _turned(patches, n, d, keep, D, patch_n):
     """[channels, patches] of one image."""
-    return tl.load(patches + n.to(tl.int64)[None, :] * patch_n + d[:, None], mask=keep[None, :] & (d < D)[:, None], other=0.0)
+    return tl.load(
+        patches + n.to(tl.int64)[None, :] * patch_n + d[:, None],
+        mask=keep[None, :] & (d < D)[:, None],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -68,14 +95,32 @@ def _kept(mask, image, n, N, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t,
-             ACC: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr):
+def _cosines(
+    patches,
+    texts,
+    norms,
+    text_norms,
+    i,
+    t,
+    n,
+    keep,
+    T,
+    N,
+    D,
+    patch_n,
+    text_t,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BD: tl.constexpr,
+):
     """(1) of one tile of one image: raw operands into the product, norms onto its sums."""
     s = tl.zeros((t.shape[0], n.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         q = _tile(texts, t, d, text_t, 1, T, D)
-        s = tl.dot(q, _turned(patches, n, d, keep, D, patch_n), s, input_precision=PRECISION, out_dtype=ACC)
+        s = tl.dot(
+            q, _turned(patches, n, d, keep, D, patch_n), s, input_precision=PRECISION, out_dtype=ACC
+        )
     r = tl.load(norms + i * N + n, mask=n < N, other=1.0)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
     eps = tl.full((), 1e-12, ACC)
@@ -102,7 +147,24 @@ def patch_text_similarity_fwd_kernel(
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         keep = _kept(mask, image, n, N, MASKED)
-        s = _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t, ACC, PRECISION, BD)
+        s = _cosines(
+            patches,
+            texts,
+            norms,
+            text_norms,
+            i,
+            t,
+            n,
+            keep,
+            T,
+            N,
+            D,
+            patch_n,
+            text_t,
+            ACC,
+            PRECISION,
+            BD,
+        )
         x = s if POOL == 2 else _logit(s, scale, bias, SIGMOID)
         x = tl.where(keep[None, :], x, float("-inf"))
         here = tl.max(x, 1)
@@ -126,9 +188,17 @@ def patch_text_similarity_fwd_kernel(
         tl.store(best + i * T + t, found, mask=inside)
     else:
         some = total != 0.0
-        tl.store(lse + out, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=inside)
+        tl.store(
+            lse + out,
+            tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")),
+            mask=inside,
+        )
         if POOL == 1:
-            tl.store(similarity + out, tl.where(some, along / tl.where(some, total, 1.0), 0.0), mask=inside)
+            tl.store(
+                similarity + out,
+                tl.where(some, along / tl.where(some, total, 1.0), 0.0),
+                mask=inside,
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -141,12 +211,34 @@ def patch_text_similarity_weights_kernel(
     """Weights a of one tile with their log-sum known, equation (2); zero up to the pitch."""
     text_tile, patch_tile, i = program(tl.cdiv(T, BT), tl.cdiv(N, BN))
     image = first + i
-    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    P, D, patch_n, text_t = (
+        whole(P, True),
+        whole(D, ALIGNED),
+        whole(patch_n, ALIGNED),
+        whole(text_t, ALIGNED),
+    )
     patches += image * whole(patch_b, ALIGNED)
     t = text_tile * BT + tl.arange(0, BT)
     n = patch_tile * BN + tl.arange(0, BN)
     keep = _kept(mask, image, n, N, MASKED)
-    s = _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t, ACC, PRECISION, BD)
+    s = _cosines(
+        patches,
+        texts,
+        norms,
+        text_norms,
+        i,
+        t,
+        n,
+        keep,
+        T,
+        N,
+        D,
+        patch_n,
+        text_t,
+        ACC,
+        PRECISION,
+        BD,
+    )
     known = tl.load(lse + image * T + t, mask=t < T, other=0.0)
     x = _logit(s, tl.load(scale_at), tl.load(bias_at), SIGMOID)
     a = tl.where(keep[None, :], tl.exp(tl.where(keep[None, :], x - known[:, None], 0.0)), 0.0)
@@ -177,13 +269,34 @@ def patch_text_similarity_pooled_norms_kernel(
     """|v| and (4); v never leaves the program."""
     text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
-    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    P, D, patch_n, text_t = (
+        whole(P, True),
+        whole(D, ALIGNED),
+        whole(patch_n, ALIGNED),
+        whole(text_t, ALIGNED),
+    )
     patches += image * whole(patch_b, ALIGNED)
     t = text_tile * BT + tl.arange(0, BT)
     squared, dot, unit = tl.zeros((BT,), ACC), tl.zeros((BT,), ACC), tl.full((BT,), 1.0, ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        v = _pooled(weights + i * T * P, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
+        v = _pooled(
+            weights + i * T * P,
+            patches,
+            mask,
+            image,
+            t,
+            d,
+            T,
+            N,
+            P,
+            D,
+            patch_n,
+            MASKED,
+            ACC,
+            PRECISION,
+            BN,
+        )
         before = unit
         squared, unit, v = squares(v, squared, unit)
         dot = dot * (before / unit) + tl.sum(v * _tile(texts, t, d, text_t, 1, T, D).to(ACC), 1)
@@ -191,7 +304,9 @@ def patch_text_similarity_pooled_norms_kernel(
     eps = tl.full((), 1e-12, ACC)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
     tl.store(norm + image * T + t, length, mask=t < T)
-    some = tl.load(lse + image * T + t, mask=t < T, other=0.0) != float("-inf")  # a patch that is kept
+    some = tl.load(lse + image * T + t, mask=t < T, other=0.0) != float(
+        "-inf"
+    )  # a patch that is kept
     phi = dot / _larger(rq, eps) * (unit / _larger(length, eps))
     tl.store(similarity + image * T + t, tl.where(some, phi, 0.0), mask=t < T)
 
@@ -202,15 +317,35 @@ def patch_text_similarity_vectors_kernel(
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """v / |v|: lengths meet 1 / |v| before they meet each other, whose product may have no place in ACC."""
+    """v / |v|: lengths meet 1 / |v| before they meet each other, whose product may have no place in
+    ACC.
+    """
     text_tile, channel_tile, i = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
     image = first + i
     P, D, patch_n = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED)
     patches += image * whole(patch_b, ALIGNED)
     t = text_tile * BT + tl.arange(0, BT)
     d = channel_tile * BD + tl.arange(0, BD)
-    v = _pooled(weights + i * T * P, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
-    v /= _larger(tl.load(norm + image * T + t, mask=t < T, other=1.0), tl.full((), 1e-12, ACC))[:, None]
+    v = _pooled(
+        weights + i * T * P,
+        patches,
+        mask,
+        image,
+        t,
+        d,
+        T,
+        N,
+        P,
+        D,
+        patch_n,
+        MASKED,
+        ACC,
+        PRECISION,
+        BN,
+    )
+    v /= _larger(tl.load(norm + image * T + t, mask=t < T, other=1.0), tl.full((), 1e-12, ACC))[
+        :, None
+    ]
     at = vectors + (i * T + t)[:, None] * D + d[None, :]
     tl.store(at, v.to(vectors.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
@@ -226,12 +361,34 @@ def patch_text_similarity_bwd_coefficients_kernel(
     text_tiles, patch_tiles = tl.cdiv(T, BT), tl.cdiv(N, BN)
     text_tile, patch_tile, i = program(text_tiles, patch_tiles)
     image = first + i
-    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    P, D, patch_n, text_t = (
+        whole(P, True),
+        whole(D, ALIGNED),
+        whole(patch_n, ALIGNED),
+        whole(text_t, ALIGNED),
+    )
     patches += image * whole(patch_b, ALIGNED)
     t = text_tile * BT + tl.arange(0, BT)
     n = patch_tile * BN + tl.arange(0, BN)
     keep = _kept(mask, image, n, N, MASKED)
-    s = _cosines(patches, texts, norms, text_norms, i, t, n, keep, T, N, D, patch_n, text_t, ACC, PRECISION, BD)
+    s = _cosines(
+        patches,
+        texts,
+        norms,
+        text_norms,
+        i,
+        t,
+        n,
+        keep,
+        T,
+        N,
+        D,
+        patch_n,
+        text_t,
+        ACC,
+        PRECISION,
+        BD,
+    )
     scale, bias = tl.load(scale_at), tl.load(bias_at)
     eps = tl.full((), 1e-12, ACC)
     r = tl.load(norms + i * N + n, mask=n < N, other=1.0)
@@ -265,7 +422,12 @@ def patch_text_similarity_bwd_coefficients_kernel(
                 v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
                 u = _turned(patches, n, d, keep, D, patch_n)
                 uv = tl.dot(v, u.to(v.dtype), uv, input_precision=BACK, out_dtype=ACC)
-            c = g[:, None] * a * slope * (r[None, :] * rho[:, None] * s - back[:, None] * (uv * rho[:, None]))  # (6)
+            c = (
+                g[:, None]
+                * a
+                * slope
+                * (r[None, :] * rho[:, None] * s - back[:, None] * (uv * rho[:, None]))
+            )  # (6)
             m = scale * c / _larger(r, eps)[None, :] + g[:, None] * a * rho[:, None]  # (7)
             parallel = scale * c * s
             if patch_tile == 0:
@@ -277,7 +439,9 @@ def patch_text_similarity_bwd_coefficients_kernel(
     tl.store(along + (i * text_tiles + text_tile) * N + n, tl.sum(parallel, 0), mask=n < N)
     block = (i * patch_tiles + patch_tile) * text_tiles + text_tile
     c = tl.where(inside, c, 0.0)
-    tl.store(scalars + 2 * block, tl.sum(tl.sum(tl.where(c == 0.0, 0.0, c * s), 1).to(tl.float64), 0))  # "max" has no c, be s NaN
+    tl.store(
+        scalars + 2 * block, tl.sum(tl.sum(tl.where(c == 0.0, 0.0, c * s), 1).to(tl.float64), 0)
+    )  # "max" has no c, be s NaN
     tl.store(scalars + 2 * block + 1, tl.sum(tl.sum(c, 1).to(tl.float64), 0))
 
 
@@ -291,7 +455,12 @@ def patch_text_similarity_bwd_patches_kernel(
     """dU = m^T q - sum_t h_t |v_t| a_t v_t / |v_t|, minus the part along each patch."""
     patch_tile, channel_tile, i = program(tl.cdiv(N, BN), tl.cdiv(D, BD))
     image = first + i
-    P, D, patch_n, text_t = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
+    P, D, patch_n, text_t = (
+        whole(P, True),
+        whole(D, ALIGNED),
+        whole(patch_n, ALIGNED),
+        whole(text_t, ALIGNED),
+    )
     patches += image * whole(patch_b, ALIGNED)
     n = patch_tile * BN + tl.arange(0, BN)
     d = channel_tile * BD + tl.arange(0, BD)
@@ -305,7 +474,13 @@ def patch_text_similarity_bwd_patches_kernel(
             h = tl.load(factors + i * T + t, mask=t < T, other=0.0)
             a = _tile(weights + i * T * P, n, t, 1, P, P, T)
             v = _tile(vectors + i * T * D, t, d, D, 1, T, D)
-            du = tl.dot((a.to(ACC) * h[None, :]).to(a.dtype), v, du, input_precision=PRECISION, out_dtype=ACC)
+            du = tl.dot(
+                (a.to(ACC) * h[None, :]).to(a.dtype),
+                v,
+                du,
+                input_precision=PRECISION,
+                out_dtype=ACC,
+            )
     keep = _kept(mask, image, n, N, MASKED)
     inside = keep[:, None] & (d < D)[None, :]
     u = _patches(patches, n, d, keep, D, patch_n)
@@ -323,14 +498,35 @@ def patch_text_similarity_bwd_texts_kernel(
 ):  # fmt: skip
     """dq of one slot: its images of this chunk, in order, onto what earlier chunks left there."""
     text_tile, channel_tile, slot = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
-    P, D, patch_n, patch_b = whole(P, True), whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(patch_b, ALIGNED)
+    P, D, patch_n, patch_b = (
+        whole(P, True),
+        whole(D, ALIGNED),
+        whole(patch_n, ALIGNED),
+        whole(patch_b, ALIGNED),
+    )
     t = text_tile * BT + tl.arange(0, BT)
     d = channel_tile * BD + tl.arange(0, BD)
     dq = tl.zeros((BT, BD), ACC)
     for k in range(images * slot // slots, images * (slot + 1) // slots):
         i = tl.cast(k, tl.int64)
         u = patches + (first + i) * patch_b
-        dq += _pooled(coefficients + i * T * P, u, mask, first + i, t, d, T, N, P, D, patch_n, MASKED, ACC, PRECISION, BN)
+        dq += _pooled(
+            coefficients + i * T * P,
+            u,
+            mask,
+            first + i,
+            t,
+            d,
+            T,
+            N,
+            P,
+            D,
+            patch_n,
+            MASKED,
+            ACC,
+            PRECISION,
+            BN,
+        )
     at = out + (slot * T + t)[:, None] * D + d[None, :]
     inside = (t < T)[:, None] & (d < D)[None, :]
     if first > 0:
@@ -343,12 +539,19 @@ class _Call:
 
     def __init__(self, patches, texts, mask, scale, bias, pool, weight, tf32):
         acc = accumulation_dtype(patches)
-        self.patches, self.texts, self.scale, self.bias, self.pool = rows(patches), rows(texts), scale, bias, pool
+        self.patches, self.texts, self.scale, self.bias, self.pool = (
+            rows(patches),
+            rows(texts),
+            scale,
+            bias,
+            pool,
+        )
         self.mask = patches if mask is None else mask.contiguous().view(torch.uint8)
         self.B, self.N, self.D = patches.shape
         self.T, self.P = texts.shape[0], pitch(patches.shape[1])
         self.dtype = acc
-        # Coefficients can be of any size: bfloat16 keeps its range; float16 is exact in tf32 and its products go through it.
+        # Coefficients can be of any size: bfloat16 keeps its range; float16 is exact in tf32 and
+        # its products go through it.
         self.between = patches.dtype if patches.dtype == torch.bfloat16 else acc
         self.precision = "tf32" if tf32 else "ieee"
         self.back = "tf32" if tf32 or patches.dtype == torch.float16 else "ieee"
@@ -416,8 +619,25 @@ def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
     return similarity, lse, norm
 
 
-def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, pool, weight, tf32, need_patches, need_texts):
-    """(d patches, d texts, d scale, d bias) as ``ovseg::patch_text_similarity_backward`` returns them."""
+def backward(
+    grad,
+    patches,
+    texts,
+    mask,
+    scale,
+    bias,
+    similarity,
+    lse,
+    norm,
+    pool,
+    weight,
+    tf32,
+    need_patches,
+    need_texts,
+):
+    """(d patches, d texts, d scale, d bias) as ``ovseg::patch_text_similarity_backward`` returns
+    them.
+    """
     x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
     d_patches = patches.new_empty(x.B if need_patches else 0, x.N, x.D)
     d_texts = texts.new_empty(x.T if need_texts else 0, x.D)
@@ -426,7 +646,10 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
         return d_patches.zero_(), d_texts.zero_(), d_scale, d_bias
     grad = grad.contiguous()
     BT, BN, BD, warps = x.back_blocks
-    per_image = x.T * (2 * x.P + x.D) * x.new(0, dtype=x.between).element_size() + tiles(x.T, x.BT) * x.N * grad.element_size()
+    per_image = (
+        x.T * (2 * x.P + x.D) * x.new(0, dtype=x.between).element_size()
+        + tiles(x.T, x.BT) * x.N * grad.element_size()
+    )
     size = chunk_size(x.B, per_image, CHUNK_BYTES)
     slots = min(SLOTS, size, tiles(256, tiles(x.T, BT) * tiles(x.D, BD)))
     sums = x.new(slots if need_texts else 0, x.T, x.D)
@@ -439,7 +662,10 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
             if pool == 2:  # which patch it was
                 x.fwd(first, images, norms, x.new(x.B, x.T), lse, best)
             if pool == 0:
-                weights, vectors = x.weights(first, images, norms, lse), x.new(images, x.T, x.D, dtype=x.between)
+                weights, vectors = (
+                    x.weights(first, images, norms, lse),
+                    x.new(images, x.T, x.D, dtype=x.between),
+                )
                 patch_text_similarity_vectors_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * images,)](
                     weights, x.patches, x.mask, norm, vectors, first, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
                     MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
@@ -456,12 +682,14 @@ def backward(grad, patches, texts, mask, scale, bias, similarity, lse, norm, poo
             )  # fmt: skip
             d_scalars += scalars.sum(0)
             if need_patches:
-                # What the projection onto the sphere takes away; a norm clamped at EPS is a constant and has none.
+                # What the projection onto the sphere takes away; a norm clamped at EPS is a
+                # constant and has none.
                 back = (along.sum(1) / norms / norms).masked_fill_(norms < EPS, 0)
                 patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN) * tiles(x.D, BD) * images,)](
                     coefficients, x.texts, weights, vectors, factors, back, x.patches, x.mask, d_patches, first, x.T, x.N, x.P, x.D,
                     *x.strides, ALIGNED=x.aligned, MASKED=x.masked, VECTOR=pool == 0, ACC=x.acc, PRECISION=x.back,
-                    BT=BT, BN=BN, BD=BD, num_warps=warps, num_stages=2,  # three would not fit the shared memory of sm_86 to sm_120
+                    # three would not fit the shared memory of sm_86 to sm_120
+                    BT=BT, BN=BN, BD=BD, num_warps=warps, num_stages=2,
                 )  # fmt: skip
             if need_texts:
                 patch_text_similarity_bwd_texts_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * slots,)](

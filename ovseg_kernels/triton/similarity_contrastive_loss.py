@@ -1,4 +1,7 @@
-"""similarity_contrastive_loss in Triton: sweeps over the matrix, every sum in a fixed order. Equation numbers: ``ovseg_kernels/ops``."""
+"""similarity_contrastive_loss in Triton: sweeps over the matrix, every sum in a fixed order.
+
+Equation numbers: ``ovseg_kernels/ops``.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,30 @@ def lse_of(top, total):
 
 @triton.jit
 def _at(matrix, i, j, stride, TURNED: tl.constexpr):
-    """Elements of a tile of a matrix whose rows, or columns if TURNED, lie ``stride`` apart and are dense."""
-    return matrix + (j.to(tl.int64)[None, :] * stride + i[:, None] if TURNED else i.to(tl.int64)[:, None] * stride + j[None, :])
+    """Elements of a tile of a matrix whose rows, or columns if TURNED, lie ``stride`` apart and are
+    dense.
+    """
+    return matrix + (
+        j.to(tl.int64)[None, :] * stride + i[:, None]
+        if TURNED
+        else i.to(tl.int64)[:, None] * stride + j[None, :]
+    )
 
 
 @triton.jit
-def _pairs(i, j, mine, others, offset, pairs, stride, inside, TURNED: tl.constexpr, IDS: tl.constexpr, PAIRS: tl.constexpr):
+def _pairs(
+    i,
+    j,
+    mine,
+    others,
+    offset,
+    pairs,
+    stride,
+    inside,
+    TURNED: tl.constexpr,
+    IDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
     """(kept, positive) of a tile; ``mine`` and ``others`` are the ids of its rows and columns."""
     kept = inside
     if PAIRS:
@@ -50,7 +71,9 @@ def similarity_contrastive_loss_fwd_kernel(
     similarity, scale_at, own_ids, other_ids, pairs, out, B, T, offset, stride: tl.int64, pair_stride: tl.int64, TURNED: tl.constexpr,
     IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp, sum and number of positives of BI rows; called with TURNED the other way round, of columns."""
+    """Log-sum-exp, sum and number of positives of BI rows; called with TURNED the other way round,
+    of columns.
+    """
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale = tl.load(scale_at)
     mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
@@ -60,7 +83,9 @@ def similarity_contrastive_loss_fwd_kernel(
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
         others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
-        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS)
+        kept, positive = _pairs(
+            i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS
+        )
         z = scale * tl.load(_at(similarity, i, j, stride, TURNED), mask=inside, other=0.0)
         x = tl.where(kept, z, float("-inf"))
         top, total = add_to_lse(top, total, x)
@@ -89,7 +114,9 @@ def similarity_contrastive_loss_bwd_kernel(
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
         others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
-        kept, positive = _pairs(i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS)
+        kept, positive = _pairs(
+            i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS
+        )
         lse_j = tl.load(columns + j, mask=j < T, other=0.0)
         weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
         share_j = weight_j / tl.maximum(tl.load(columns + 2 * T + j, mask=j < T, other=1.0), 1.0)
@@ -97,8 +124,12 @@ def similarity_contrastive_loss_bwd_kernel(
         z = scale * phi
         # A row or column of weight 0 has no positive and may have no finite log-sum-exp.
         by_row, by_column = kept & (weight_i != 0.0)[:, None], kept & (weight_j != 0.0)[None, :]
-        dz = tl.where(by_row, weight_i[:, None] * tl.exp(tl.where(by_row, z - lse_i[:, None], 0.0)), 0.0)
-        dz += tl.where(by_column, weight_j[None, :] * tl.exp(tl.where(by_column, z - lse_j[None, :], 0.0)), 0.0)
+        dz = tl.where(
+            by_row, weight_i[:, None] * tl.exp(tl.where(by_row, z - lse_i[:, None], 0.0)), 0.0
+        )
+        dz += tl.where(
+            by_column, weight_j[None, :] * tl.exp(tl.where(by_column, z - lse_j[None, :], 0.0)), 0.0
+        )
         dz -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
         dz = tl.where(kept, dz * grad, 0.0)
         tl.store(out + i.to(tl.int64)[:, None] * T + j[None, :], scale * dz, mask=inside)
@@ -107,8 +138,14 @@ def similarity_contrastive_loss_bwd_kernel(
 
 
 def _options(similarity, image_ids, text_ids, pair_mask):
-    """Pointers of optional arguments (anything valid where absent), the layout of the matrices, and flags of the kernels."""
-    ids = (similarity, similarity) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
+    """Pointers of optional arguments (anything valid where absent), the layout of the matrices, and
+    flags of the kernels.
+    """
+    ids = (
+        (similarity, similarity)
+        if image_ids is None
+        else (image_ids.contiguous(), text_ids.contiguous())
+    )
     turned = similarity.stride(1) != 1 and similarity.stride(0) == 1
     dense = similarity if turned or similarity.stride(1) == 1 else similarity.contiguous()
     pairs = dense
@@ -116,13 +153,21 @@ def _options(similarity, image_ids, text_ids, pair_mask):
         pairs = (pair_mask.T.contiguous().T if turned else pair_mask.contiguous()).view(torch.uint8)
     flags = {"IDS": image_ids is not None, "PAIRS": pair_mask is not None, "ACC": ACC[similarity.dtype],
              "BI": ROWS, "BJ": COLUMNS, "num_warps": WARPS}  # fmt: skip
-    return ids, (dense, pairs), (dense.stride(int(turned)), pairs.stride(int(turned))), turned, flags
+    return (
+        ids,
+        (dense, pairs),
+        (dense.stride(int(turned)), pairs.stride(int(turned))),
+        turned,
+        flags,
+    )
 
 
 def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
     """(rows [3, B], columns [3, T]) as ``ovseg::similarity_contrastive_stats`` returns them."""
     B, T = similarity.shape
-    ids, (dense, pairs), strides, turned, flags = _options(similarity, image_ids, text_ids, pair_mask)
+    ids, (dense, pairs), strides, turned, flags = _options(
+        similarity, image_ids, text_ids, pair_mask
+    )
     rows, columns = similarity.new_empty(3, B), similarity.new_empty(3, T)
     with on_device(similarity):
         for out, size, other, own, its, start, side in (
@@ -131,15 +176,42 @@ def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
         ):
             if size:
                 similarity_contrastive_loss_fwd_kernel[(tiles(size, ROWS),)](
-                    dense, logit_scale, own, its, pairs, out, size, other, start, *strides, TURNED=side, **flags
+                    dense,
+                    logit_scale,
+                    own,
+                    its,
+                    pairs,
+                    out,
+                    size,
+                    other,
+                    start,
+                    *strides,
+                    TURNED=side,
+                    **flags,
                 )
     return rows, columns
 
 
-def backward(grad, similarity, logit_scale, image_ids, text_ids, pair_mask, rows, columns, row_weight, column_weight, offset):
-    """(d similarity, d logit_scale) as ``ovseg::similarity_contrastive_loss_backward`` returns them."""
+def backward(
+    grad,
+    similarity,
+    logit_scale,
+    image_ids,
+    text_ids,
+    pair_mask,
+    rows,
+    columns,
+    row_weight,
+    column_weight,
+    offset,
+):
+    """(d similarity, d logit_scale) as ``ovseg::similarity_contrastive_loss_backward`` returns
+    them.
+    """
     B, T = similarity.shape
-    ids, (dense, pairs), strides, turned, flags = _options(similarity, image_ids, text_ids, pair_mask)
+    ids, (dense, pairs), strides, turned, flags = _options(
+        similarity, image_ids, text_ids, pair_mask
+    )
     out = similarity.new_empty(B, T)
     partial = torch.zeros(B, dtype=torch.float64, device=similarity.device)
     if out.numel():

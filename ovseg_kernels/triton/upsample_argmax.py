@@ -1,6 +1,9 @@
-"""upsample_argmax in Triton: every class at every pixel, in registers. A GPU has the flops; what it saves is the maps.
+"""upsample_argmax in Triton: every class at every pixel, in registers.
 
-Equation numbers: ``ovseg_kernels/ops/upsample_argmax.py``. The pruning (4) is left to the CPU and to CUDA.
+A GPU has the flops; what it saves is the maps.
+
+Equation numbers: ``ovseg_kernels/ops/upsample_argmax.py``. The pruning (4) is left to the CPU and
+to CUDA.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ def _between(at, samples, outputs, ACC: tl.constexpr):
     source = tl.maximum((at.to(ACC) + 0.5) * scale - 0.5, 0.0)
     twice = (2 * at.to(tl.int64) + 1) * samples - outputs  # source, times 2 outputs
     # Rounding must not give a sample a weight that has none: it may be infinite.
-    source = tl.where((twice >= 0) & (twice % (2 * outputs) == 0), (twice // (2 * outputs)).to(ACC), source)
+    source = tl.where(
+        (twice >= 0) & (twice % (2 * outputs) == 0), (twice // (2 * outputs)).to(ACC), source
+    )
     low = tl.minimum(source.to(tl.int64), samples - 1)
     return low, tl.minimum(low + 1, samples - 1), source - low.to(ACC)
 
@@ -34,8 +39,24 @@ def _weighted(weight, x):
 
 
 @triton.jit
-def _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, labelled, limited, valued):
-    """From the winning class and its value to what is written. Options are looked at when it runs: each would be a compilation."""
+def _store_label(
+    labels,
+    value,
+    at,
+    winner,
+    best,
+    inside,
+    class_labels,
+    threshold,
+    background,
+    labelled,
+    limited,
+    valued,
+):
+    """From the winning class and its value to what is written.
+
+    Options are looked at when it runs: each would be a compilation.
+    """
     if labelled:
         winner = tl.load(class_labels + winner, mask=inside, other=0).to(tl.int64)
     if limited:
@@ -45,7 +66,20 @@ def _store_label(labels, value, at, winner, best, inside, class_labels, threshol
         tl.store(value + at, best, mask=inside)
 
 
-@triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "background", "biased", "labelled", "limited", "valued"])
+@triton.jit(
+    do_not_specialize=[
+        "C",
+        "h",
+        "w",
+        "H",
+        "W",
+        "background",
+        "biased",
+        "labelled",
+        "limited",
+        "valued",
+    ]
+)
 def upsample_argmax_fwd_kernel(
     logits, bias, class_labels, threshold, labels, value, C, h, w, H, W, background, biased, labelled, limited, valued,
     ACC: tl.constexpr, BW: tl.constexpr,
@@ -70,10 +104,25 @@ def upsample_argmax_fwd_kernel(
         winner = tl.where(better, c, winner)
         best = tl.where(better, z, best)
     at = (b * H + Y) * W + X
-    _store_label(labels, value, at, winner, best, inside, class_labels, threshold, background, labelled, limited, valued)
+    _store_label(
+        labels,
+        value,
+        at,
+        winner,
+        best,
+        inside,
+        class_labels,
+        threshold,
+        background,
+        labelled,
+        limited,
+        valued,
+    )
 
 
-def forward(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
+def forward(
+    logits, bias, class_labels, height, width, threshold, background, label_type, want_value
+):
     """(labels, value) as ``ovseg::upsample_argmax`` returns them."""
     logits, (B, C, h, w) = logits.contiguous(), logits.shape
     labels = torch.empty(B, height, width, dtype=LABEL_TYPES[label_type], device=logits.device)

@@ -1,5 +1,8 @@
-"""upsample_mask_loss in Triton. Forward: programs share a map, sum over their pixels, and torch adds their parts. Backward: the
-gradients of the outputs are gathered for each row of samples, [C, h, W] of a few images, and from there for each column.
+"""upsample_mask_loss in Triton.
+
+Forward: programs share a map, sum over their pixels, and torch adds their parts. Backward: the
+gradients of the outputs are gathered for each row of samples, [C, h, W] of a few images, and from
+there for each column.
 
 Equation numbers: ``ovseg_kernels/ops/upsample_mask_loss.py``.
 """
@@ -22,11 +25,17 @@ LIMIT = 64 * 2**20  # bytes between the two kernels of the backward
 
 @triton.jit
 def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr, ACC: tl.constexpr):
-    """Of each pixel: y = 1, q, v^gamma, v, softplus(-t), q (1 - q), and where it lies between rows of samples."""
+    """Of each pixel: y = 1, q, v^gamma, v, softplus(-t), q (1 - q), and where it lies between rows
+    of samples.
+    """
     y0, y1, g = _between(Y, h, H, ACC)
     x0, x1, f = _between(X, w, W, ACC)
-    left = (1.0 - g) * tl.load(map_ + y0 * w + x0, mask=inside, other=0.0) + g * tl.load(map_ + y1 * w + x0, mask=inside, other=0.0)
-    right = (1.0 - g) * tl.load(map_ + y0 * w + x1, mask=inside, other=0.0) + g * tl.load(map_ + y1 * w + x1, mask=inside, other=0.0)
+    left = (1.0 - g) * tl.load(map_ + y0 * w + x0, mask=inside, other=0.0) + g * tl.load(
+        map_ + y1 * w + x0, mask=inside, other=0.0
+    )
+    right = (1.0 - g) * tl.load(map_ + y0 * w + x1, mask=inside, other=0.0) + g * tl.load(
+        map_ + y1 * w + x1, mask=inside, other=0.0
+    )
     x = (1.0 - f) * left + f * right
     positive = code == c
     e = tl.exp(-tl.abs(x))
@@ -36,7 +45,15 @@ def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr,
     v = tl.where(t < 0.0, large, small)
     softplus = tl.maximum(-t, 0.0) + log1p_of(e)
     softplus = tl.where(t != t, t, softplus)  # a maximum may lose NaN
-    power = v * v if SQUARE else tl.where(v > 0.0, tl.exp(gamma * tl.log(tl.where(v > 0.0, v, 1.0))), tl.where(gamma > 0.0, 0.0, 1.0))
+    power = (
+        v * v
+        if SQUARE
+        else tl.where(
+            v > 0.0,
+            tl.exp(gamma * tl.log(tl.where(v > 0.0, v, 1.0))),
+            tl.where(gamma > 0.0, 0.0, 1.0),
+        )
+    )
     return positive, tl.where(x < 0.0, small, large), power, v, softplus, large * small, y0, y1, g
 
 
@@ -83,7 +100,11 @@ def upsample_mask_loss_rows_kernel(
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
     alpha, gamma = joined(alpha, alpha_low, ACC), joined(gamma, gamma_low, ACC)
     c, inside = plane % C, X < W
-    to_focal, to_dice, to_dice_y = tl.load(weights + 3 * plane), tl.load(weights + 3 * plane + 1), tl.load(weights + 3 * plane + 2)
+    to_focal, to_dice, to_dice_y = (
+        tl.load(weights + 3 * plane),
+        tl.load(weights + 3 * plane + 1),
+        tl.load(weights + 3 * plane + 2),
+    )
     total = tl.zeros((BW,), ACC)
     for Y in range(tl.load(starts + tl.maximum(sample - 1, 0)), tl.load(starts + sample + 1)):
         code = tl.load(codes + (plane // C * H + Y) * W + X, mask=inside, other=IGNORED)
@@ -91,14 +112,19 @@ def upsample_mask_loss_rows_kernel(
         positive, _, power, v, softplus, slope, y0, y1, g = _pixel(logits + plane * h * w, code, c, row, X, inside, h, w, H, W, gamma,
                                                                    SQUARE, ACC)  # fmt: skip
         bend = power * (gamma * (1.0 - v) * softplus + v)
-        grad = to_focal * tl.where(positive, -alpha, 1.0 - alpha) * bend + (to_dice - tl.where(positive, to_dice_y, 0.0)) * slope
+        grad = (
+            to_focal * tl.where(positive, -alpha, 1.0 - alpha) * bend
+            + (to_dice - tl.where(positive, to_dice_y, 0.0)) * slope
+        )
         share = tl.where(y0 == sample, 1.0 - g, 0.0) + tl.where(y1 == sample, g, 0.0)
         total += tl.where(code == IGNORED, 0.0, share * grad)
     tl.store(rows + (plane * h + sample) * W + X, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["lines", "w", "W", "taps"])
-def upsample_mask_loss_columns_kernel(rows, starts, grad, lines, w, W, taps, ACC: tl.constexpr, BW: tl.constexpr):
+def upsample_mask_loss_columns_kernel(
+    rows, starts, grad, lines, w, W, taps, ACC: tl.constexpr, BW: tl.constexpr
+):
     """Rows of outputs, gathered for the columns of samples."""
     tile, _, line = program(tl.cdiv(w, BW), 1)
     x = tile.to(tl.int64) * BW + tl.arange(0, BW)
@@ -111,13 +137,20 @@ def upsample_mask_loss_columns_kernel(rows, starts, grad, lines, w, W, taps, ACC
         X = first + tap
         x0, x1, f = _between(X, w, W, ACC)
         share = tl.where(x0 == x, 1.0 - f, 0.0) + tl.where(x1 == x, f, 0.0)
-        total += tl.where(last > X, share * tl.load(rows + line * W + X, mask=inside & (last > X), other=0.0), 0.0)
+        total += tl.where(
+            last > X, share * tl.load(rows + line * W + X, mask=inside & (last > X), other=0.0), 0.0
+        )
     tl.store(grad + line * w + x, total, mask=inside)
 
 
 def forward(logits, codes, alpha, gamma):
     """(focal, dice, present, sums) as ``ovseg::upsample_mask_loss`` returns them."""
-    logits, codes, (B, C, h, w), (H, W) = logits.contiguous(), codes.contiguous(), logits.shape, codes.shape[1:]
+    logits, codes, (B, C, h, w), (H, W) = (
+        logits.contiguous(),
+        codes.contiguous(),
+        logits.shape,
+        codes.shape[1:],
+    )
     splits = min(tiles(H * W, SHARE), SPLITS)
     parts = logits.new_zeros(splits, 5, B, C)
     if B:
@@ -139,13 +172,22 @@ def _starts(samples, outputs, like):
 
 def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     """The gradient of the logits, (5)."""
-    logits, codes, (B, C, h, w), (H, W) = logits.contiguous(), codes.contiguous(), logits.shape, codes.shape[1:]
+    logits, codes, (B, C, h, w), (H, W) = (
+        logits.contiguous(),
+        codes.contiguous(),
+        logits.shape,
+        codes.shape[1:],
+    )
     q, qy, y = sums
     pixels, below = (codes != -2).sum((1, 2))[:, None].clamp_min(1), q + y + 1
-    weights = torch.stack([grad_focal / pixels, grad_dice * (2 * qy + 1) / below**2, 2 * grad_dice / below], -1).contiguous()
+    weights = torch.stack(
+        [grad_focal / pixels, grad_dice * (2 * qy + 1) / below**2, 2 * grad_dice / below], -1
+    ).contiguous()
     grad = torch.empty_like(logits)
     down, across = _starts(h, H, logits), _starts(w, W, logits)
-    taps = 5 * W // (2 * w) + 4  # at least the outputs of two neighbouring cells; the first is half as wide again
+    taps = (
+        5 * W // (2 * w) + 4
+    )  # at least the outputs of two neighbouring cells; the first is half as wide again
     size = chunk_size(B, C * h * W * logits.element_size(), LIMIT)
     same = {"ACC": ACC[logits.dtype], "BW": COLUMNS, "num_warps": WARPS}
     with on_device(logits):

@@ -1,7 +1,10 @@
-"""window_argmax in Triton: every class at every output, in registers. With softmax a first kernel keeps, for each pixel of the
-stage, the largest value and the sum over the classes.
+"""window_argmax in Triton: every class at every output, in registers.
 
-Equation numbers: ``ovseg_kernels/ops/window_argmax.py``. The bounds are left to the CPU and to CUDA.
+With softmax a first kernel keeps, for each pixel of the stage, the largest value and the sum over
+the classes.
+
+Equation numbers: ``ovseg_kernels/ops/window_argmax.py``. The bounds are left to the CPU and to
+CUDA.
 """
 
 from __future__ import annotations
@@ -16,7 +19,25 @@ from .upsample_argmax import _between, _store_label, _weighted
 
 PIXELS, WARPS = 128, 4
 # Never a reason to compile again.
-SIZES = ["pixels", "background", "biased", "labelled", "limited", "valued", "n", "G", "C", "h", "w", "hc", "wc", "Hc", "Wc", "H", "W"]
+SIZES = [
+    "pixels",
+    "background",
+    "biased",
+    "labelled",
+    "limited",
+    "valued",
+    "n",
+    "G",
+    "C",
+    "h",
+    "w",
+    "hc",
+    "wc",
+    "Hc",
+    "Wc",
+    "H",
+    "W",
+]
 WINDOW, MERGED, OUTPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -26,7 +47,9 @@ def _activated(x, norms, at, pixels, inside, ACTIVATION: tl.constexpr):
         e = tl.exp(-tl.abs(x))
         x = tl.where(x < 0.0, e, 1.0) / (1.0 + e)
     if ACTIVATION == 2:
-        x = tl.exp(x - tl.load(norms + at, mask=inside, other=0.0)) / tl.load(norms + pixels + at, mask=inside, other=1.0)
+        x = tl.exp(x - tl.load(norms + at, mask=inside, other=0.0)) / tl.load(
+            norms + pixels + at, mask=inside, other=1.0
+        )
     return x
 
 
@@ -64,7 +87,9 @@ def _merged(values, index, origins, norms, c, v, u, wanted, n, G, C, h, w, hc, w
         total += tl.where(inside, found, 0.0)
         count += tl.where(inside, 1.0, 0.0)
     merged = total / tl.maximum(count, 1.0)
-    return _activated(merged, norms, v * Wc + u, pixels, wanted, ACTIVATION if STAGE == MERGED else 0)
+    return _activated(
+        merged, norms, v * Wc + u, pixels, wanted, ACTIVATION if STAGE == MERGED else 0
+    )
 
 
 @triton.jit
@@ -90,13 +115,22 @@ def window_argmax_norm_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     wanted = at < pixels
-    h, w, hc, wc, H, W = h.to(tl.int64), w.to(tl.int64), hc.to(tl.int64), wc.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
+    h, w, hc, wc, H, W = (
+        h.to(tl.int64),
+        w.to(tl.int64),
+        hc.to(tl.int64),
+        wc.to(tl.int64),
+        H.to(tl.int64),
+        W.to(tl.int64),
+    )
     Hc, Wc = Hc.to(tl.int64), Wc.to(tl.int64)
     top, total = tl.full((BW,), float("-inf"), ACC), tl.zeros((BW,), ACC)
     for c in range(0, C):
         if STAGE == WINDOW:
             k, v, u = at // (hc * wc), at // wc % hc, at % wc
-            x = _window(values, index, norms, k, c, v, u, wanted, G, C, h, w, hc, wc, pixels, TABLES, 0, ACC)
+            x = _window(
+                values, index, norms, k, c, v, u, wanted, G, C, h, w, hc, wc, pixels, TABLES, 0, ACC
+            )
         elif STAGE == MERGED:
             x = _merged(values, index, origins, norms, c, at // Wc, at % Wc, wanted, n, G, C, h, w, hc, wc, Wc, pixels, TABLES, 0, STAGE,
                         ACC, BW)  # fmt: skip
@@ -117,7 +151,14 @@ def window_argmax_fwd_kernel(
     TABLES: tl.constexpr, ACTIVATION: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
-    h, w, hc, wc, H, W = h.to(tl.int64), w.to(tl.int64), hc.to(tl.int64), wc.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
+    h, w, hc, wc, H, W = (
+        h.to(tl.int64),
+        w.to(tl.int64),
+        hc.to(tl.int64),
+        wc.to(tl.int64),
+        H.to(tl.int64),
+        W.to(tl.int64),
+    )
     Hc, Wc = Hc.to(tl.int64), Wc.to(tl.int64)
     wanted = at < H * W
     Y, X = tl.where(wanted, at // W, 0), tl.where(wanted, at % W, 0)
@@ -130,7 +171,20 @@ def window_argmax_fwd_kernel(
         better = z > best
         winner = tl.where(better, c, winner)
         best = tl.where(better, z, best)
-    _store_label(labels, best_value, at, winner, best, wanted, class_labels, threshold, background, labelled, limited, valued)
+    _store_label(
+        labels,
+        best_value,
+        at,
+        winner,
+        best,
+        wanted,
+        class_labels,
+        threshold,
+        background,
+        labelled,
+        limited,
+        valued,
+    )
 
 
 def forward(
@@ -145,13 +199,25 @@ def forward(
     tables = index is not None
     n, G, C, h, w = (*values.shape, 1, 1) if tables else (values.shape[0], 1, *values.shape[1:])
     sizes = (n, G, C, h, w, crop_height, crop_width, canvas_height, canvas_width, height, width)
-    pixels = (n * crop_height * crop_width, canvas_height * canvas_width, height * width)[stage] if activation == 2 else 0
+    pixels = (
+        (n * crop_height * crop_width, canvas_height * canvas_width, height * width)[stage]
+        if activation == 2
+        else 0
+    )
     norms = values.new_empty(2 * pixels) if pixels else values
     maps = (values, index.contiguous() if tables else values, origins)
-    same = {"TABLES": tables, "STAGE": stage if activation else 0, "ACC": ACC[values.dtype], "BW": PIXELS, "num_warps": WARPS}
+    same = {
+        "TABLES": tables,
+        "STAGE": stage if activation else 0,
+        "ACC": ACC[values.dtype],
+        "BW": PIXELS,
+        "num_warps": WARPS,
+    }
     with on_device(values):
         if pixels:
-            window_argmax_norm_kernel[(tiles(pixels, PIXELS),)](*maps, norms, pixels, *sizes, **same)
+            window_argmax_norm_kernel[(tiles(pixels, PIXELS),)](
+                *maps, norms, pixels, *sizes, **same
+            )
         window_argmax_fwd_kernel[(tiles(height * width, PIXELS),)](
             *maps, values if bias is None else bias.contiguous(), origins if class_labels is None else class_labels.contiguous(), limit,
             norms, labels, value, pixels, background, int(bias is not None), int(class_labels is not None), int(threshold is not None),

@@ -1,7 +1,8 @@
 """Kinds of data, one file each: a recipe names the file, ``data: {kind: folder, root: ...}``.
 
-A file ``<kind>.py`` holds ``Options``, a dataclass with ``kind`` and everything that can be set, and ``create(options, inputs, ...)``.
-It is found by its name; nothing else needs to know it."""
+A file ``<kind>.py`` holds ``Options``, a dataclass with ``kind`` and everything that can be set,
+and ``create(options, inputs, ...)``. It is found by its name; nothing else needs to know it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from ...options import options_of
 from ...registration import Registry, modules
 from .base import ModelInputs, Sample, Source, SourceOptions
 
-__all__ = ["ModelInputs", "Sample", "Source", "SourceOptions", "create_source", "list_kinds", "load_options"]
+__all__ = [
+    "ModelInputs",
+    "Sample",
+    "Source",
+    "SourceOptions",
+    "create_source",
+    "list_kinds",
+    "load_options",
+]
 SOURCES: Registry[Any] = Registry("data.kind", lambda: modules(__name__))
 SPLITS = ("train", "val")
 
@@ -27,7 +36,8 @@ def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
     """The options of a kind from a recipe's mapping.
 
     Raises:
-        ConfigError: for an unknown kind, unknown keys, values of the wrong kind or out of their limits; the message names the key.
+        ConfigError: for an unknown kind, unknown keys, values of the wrong kind or out of their
+            limits; the message names the key.
     """
     kind = tree.get("kind")
     if kind not in list_kinds():
@@ -37,7 +47,14 @@ def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
     return options
 
 
-def create_source(options: SourceOptions, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Source:
+def create_source(
+    options: SourceOptions,
+    inputs: ModelInputs,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> Source:
     """The pictures that the options describe, as ``inputs`` wants them.
 
     Args:

@@ -1,6 +1,8 @@
-"""What a source of data is: a list of pictures of which each can be read by its number, and the way from samples to a batch.
+"""What a source of data is: a list of pictures of which each can be read by its number, and the way
+from samples to a batch.
 
-Pairs of pictures and texts: a sample, its way into a ``PairBatch``, ids, and which pairs may count as negatives.
+Pairs of pictures and texts: a sample, its way into a ``PairBatch``, ids, and which pairs may count
+as negatives.
 
 Pictures that could not be used: named once, counted, and too many of them end training.
 """
@@ -31,7 +33,8 @@ class SourceOptions:
         kind: the name of its file in ``data/sources``.
         workers: processes that read ahead; 0: the training process reads.
         prefetch: batches that each of them keeps ready.
-        LIMITS: least and largest value of integers, those of other kinds included: what sizes memory or starts processes has an end.
+        LIMITS: least and largest value of integers, those of other kinds included: what sizes
+            memory or starts processes has an end.
     """
 
     LIMITS: ClassVar[dict[str, tuple[int, int]]] = {
@@ -72,7 +75,9 @@ class ModelInputs:
     @classmethod
     def of(cls, model: Any) -> ModelInputs:
         spec = model.spec
-        return cls(spec.image_size, spec.patch_size, model.tokenizer, tuple(spec.mean), tuple(spec.std))
+        return cls(
+            spec.image_size, spec.patch_size, model.tokenizer, tuple(spec.mean), tuple(spec.std)
+        )
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         if self.tokenizer is None:
@@ -82,7 +87,9 @@ class ModelInputs:
 
 @dataclass
 class Sample:
-    """One example, decoded, augmented and tokenised; ``skipped``: what could not be read and was replaced by it."""
+    """One example, decoded, augmented and tokenised; ``skipped``: what could not be read and was
+    replaced by it.
+    """
 
     skipped: tuple[str, ...] = field(default=(), kw_only=True)
 
@@ -147,11 +154,14 @@ def together(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
 
 
-def countable_pairs(text_entities: torch.Tensor, image_entities: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool: the image's own texts, and texts that name something which no caption of the image names.
+def countable_pairs(
+    text_entities: torch.Tensor, image_entities: torch.Tensor, own: torch.Tensor
+) -> torch.Tensor:
+    """[B, T] bool: the image's own texts, and texts that name something which no caption of the
+    image names.
 
-    A foreign text of which everything is named by the image's captions is true of that image by accident: it is no
-    negative and is left out. Only captions are looked at, as with real data.
+    A foreign text of which everything is named by the image's captions is true of that image by
+    accident: it is no negative and is left out. Only captions are looked at, as with real data.
 
     Args:
         text_entities: [T, K] 0/1, what each text names among K entities.
@@ -163,7 +173,9 @@ def countable_pairs(text_entities: torch.Tensor, image_entities: torch.Tensor, o
 
 
 def caption_id(text: str) -> int:
-    """A 63-bit number of a caption, the same in every process: pictures with one and the same caption are positives of each other."""
+    """A 63-bit number of a caption, the same in every process: pictures with one and the same
+    caption are positives of each other.
+    """
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -174,7 +186,8 @@ class PairSample(Sample):
     Attributes:
         image: [3, H, W] uint8.
         token_ids: [C, L] int64, C texts.
-        id: what picture and texts share, and pairs of other pictures only if they are positives of this one.
+        id: what picture and texts share, and pairs of other pictures only if they are positives of
+            this one.
         image_entities, text_entities: [K], [C, K] uint8, see ``PairBatch``.
         segments: [N] int64, the superpixel of each patch.
     """
@@ -188,7 +201,10 @@ class PairSample(Sample):
 
 
 def collate_pairs(samples: Sequence[PairSample]) -> PairBatch:
-    """Texts lie in the order of their pictures. Columns at the end that are padding (0) of every text are cut off."""
+    """Texts lie in the order of their pictures.
+
+    Columns at the end that are padding (0) of every text are cut off.
+    """
     image_ids = torch.tensor([sample.id for sample in samples])
     token_ids = torch.cat([sample.token_ids for sample in samples])
     used = (token_ids != 0).any(0).nonzero()
@@ -196,7 +212,9 @@ def collate_pairs(samples: Sequence[PairSample]) -> PairBatch:
         images=torch.stack([sample.image for sample in samples]),
         token_ids=token_ids[:, : int(used[-1]) + 1 if len(used) else 1].contiguous(),
         image_ids=image_ids,
-        text_ids=image_ids.repeat_interleave(torch.tensor([len(sample.token_ids) for sample in samples])),
+        text_ids=image_ids.repeat_interleave(
+            torch.tensor([len(sample.token_ids) for sample in samples])
+        ),
         image_entities=stack([sample.image_entities for sample in samples]),
         text_entities=together([sample.text_entities for sample in samples]),
         segments=stack([sample.segments for sample in samples]),
@@ -225,8 +243,11 @@ class SkipLimit:
         new = [line for line in dict.fromkeys(lines) if line not in self.seen]
         self.seen.update(dict.fromkeys(new))
         if len(self.seen) > max(1, self.share * self.pictures):
-            raise DataError(f"{len(self.seen)} of {self.pictures} pictures cannot be used, {100 * self.share:g} % may; "
-                            f"the last: {next(reversed(self.seen))}")
+            raise DataError(
+                f"{len(self.seen)} of {self.pictures} pictures cannot be used, "
+                f"{100 * self.share:g} % may; "
+                f"the last: {next(reversed(self.seen))}"
+            )
         return new
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""A folder of pairs with what their captions name, by a list of entities: nouns, questions and answers, or a second picture of the entity.
+"""A folder of pairs with what their captions name, by a list of entities: nouns, questions and
+answers, or a second picture of the entity.
 
-Pictures two by two need the side file of ``ovseg data cross-pairs``, and are those that have an entity."""
+Pictures two by two need the side file of ``ovseg data cross-pairs``, and are those that have an
+entity.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ class Options(EntityText, folder.Options):
 
     Attributes:
         entities: a list by name, ``everyday``, or a YAML file; see ``data/entities.py``.
-        index: side file of ``ovseg data cross-pairs``; needed where ``gives`` is cross, and not looked at elsewhere.
+        index: side file of ``ovseg data cross-pairs``; needed where ``gives`` is cross, and not
+            looked at elsewhere.
     """
 
     kind: str = "entity_folder"
@@ -33,20 +37,38 @@ class Options(EntityText, folder.Options):
     index: str | None = None
 
 
-def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> EntityFolder:
+def create(
+    options: Options,
+    inputs: ModelInputs,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> EntityFolder:
     options.check_text()
     if options.index is None and options.gives == "cross":
-        raise ConfigError("data.index is null; with data.gives=cross expected a file of ovseg data cross-pairs")
+        raise ConfigError(
+            "data.index is null; with data.gives=cross expected a file of ovseg data cross-pairs"
+        )
     pairs = folder.create(options, inputs, split=split, seed=seed, progress=progress)
     texts = EntityTexts(load_entities(options.entities), inputs, options)
-    index = None if options.index is None or options.gives != "cross" else read_index(options.index, pairs.names, texts.entities)
+    index = (
+        None
+        if options.index is None or options.gives != "cross"
+        else read_index(options.index, pairs.names, texts.entities)
+    )
     return EntityFolder(pairs, texts, index)
 
 
 class EntityFolder(folder.FolderPairs):
-    """Pairs of a folder, and more: see ``EntityText``. The question and the nouns are of a picture's first text in the batch."""
+    """Pairs of a folder, and more: see ``EntityText``.
 
-    def __init__(self, pairs: folder.FolderPairs, texts: EntityTexts, index: EntityIndex | None = None):
+    The question and the nouns are of a picture's first text in the batch.
+    """
+
+    def __init__(
+        self, pairs: folder.FolderPairs, texts: EntityTexts, index: EntityIndex | None = None
+    ):
         self.__dict__.update(vars(pairs))
         self.entity_texts, self.index = texts, index
         self.batch_type = GIVES[texts.gives]  # type: ignore[misc]
@@ -65,9 +87,14 @@ class EntityFolder(folder.FolderPairs):
         if self.index is not None:
             entity = texts.shared(caption, every, rng)
             if entity is None:
-                raise DataError(f"captions of {self.names[number]} name no entity, and did when they were indexed; expected ovseg data "
-                                "cross-pairs to be run again")
-            sample.rows |= texts.partner_rows(entity, self.picture(self.index.partner(number, entity, rng), rng)[0])
+                raise DataError(
+                    f"captions of {self.names[number]} name no entity, and did when they were "
+                    f"indexed; expected ovseg data "
+                    "cross-pairs to be run again"
+                )
+            sample.rows |= texts.partner_rows(
+                entity, self.picture(self.index.partner(number, entity, rng), rng)[0]
+            )
         return sample
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
@@ -75,4 +102,10 @@ class EntityFolder(folder.FolderPairs):
 
     def describe(self) -> dict[str, Any]:
         texts = self.entity_texts
-        return {**super().describe(), "kind": "entity_folder", "pictures": len(self), "gives": texts.gives, "entities": len(texts.entities)}
+        return {
+            **super().describe(),
+            "kind": "entity_folder",
+            "pictures": len(self),
+            "gives": texts.gives,
+            "entities": len(texts.entities),
+        }

@@ -1,4 +1,5 @@
-"""The scenes with what their captions name: nouns, questions and answers, or a second scene that shows the same entity.
+"""The scenes with what their captions name: nouns, questions and answers, or a second scene that
+shows the same entity.
 
 An entity is what a caption names, "red seven" or "gravel"."""
 
@@ -28,16 +29,30 @@ class Options(EntityText, scenes.Options):
     templates: str = "scenes"
 
 
-def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> EntityScenes:
+def create(
+    options: Options,
+    inputs: ModelInputs,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> EntityScenes:
     options.check_text()
     if options.published:
-        raise ConfigError("data.published is true; expected false with the scenes: published training masks single words, and "
-                          "theirs are two")
-    return EntityScenes(scenes.create(options, inputs, split=split, seed=seed, progress=progress), inputs, options)
+        raise ConfigError(
+            "data.published is true; expected false with the scenes: published training masks "
+            "single words, and "
+            "theirs are two"
+        )
+    return EntityScenes(
+        scenes.create(options, inputs, split=split, seed=seed, progress=progress), inputs, options
+    )
 
 
 class EntityScenes(scenes.ScenePairs):
-    """Pairs of scenes, and more: see ``EntityText``. The question and the nouns are of a picture's first text.
+    """Pairs of scenes, and more: see ``EntityText``.
+
+    The question and the nouns are of a picture's first text.
 
     Args:
         pairs: the scenes, drawn.
@@ -46,8 +61,14 @@ class EntityScenes(scenes.ScenePairs):
     def __init__(self, pairs: scenes.ScenePairs, inputs: ModelInputs, options: EntityText):
         self.__dict__.update(vars(pairs))
         words = self.scenes.vocabulary
-        self.entity_texts = EntityTexts(Entities(dict.fromkeys(words.classes, ()), dict(zip(words.classes, words.prompts, strict=True))),
-                                        inputs, options)
+        self.entity_texts = EntityTexts(
+            Entities(
+                dict.fromkeys(words.classes, ()),
+                dict(zip(words.classes, words.prompts, strict=True)),
+            ),
+            inputs,
+            options,
+        )
         self.batch_type = GIVES[options.gives]  # type: ignore[misc]
         self.published = options.published
         self.index = EntityIndex.of(self.entities.amax(1)) if options.gives == "cross" else None
@@ -59,7 +80,9 @@ class EntityScenes(scenes.ScenePairs):
         if self.index is not None:
             entity = self.entity_texts.shared(every[chosen[0]], every, rng)
             assert entity is not None  # every caption of a scene names something
-            sample.rows |= self.entity_texts.partner_rows(entity, self.images[self.index.partner(index, entity, rng)])
+            sample.rows |= self.entity_texts.partner_rows(
+                entity, self.images[self.index.partner(index, entity, rng)]
+            )
         return sample
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:

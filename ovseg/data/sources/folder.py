@@ -1,4 +1,6 @@
-"""Image-text pairs from a plain folder: ``name.jpg`` with ``name.txt`` beside it, one caption a line."""
+"""Image-text pairs from a plain folder: ``name.jpg`` with ``name.txt`` beside it, one caption a
+line.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Options(SourceOptions):
     root: searched with all folders below it.
     image_size: None: the model's.
     captions: of each picture in a batch, all positives of it; repeated where a picture has fewer.
-    superpixels: side file of ``ovseg data superpixels``; batches then carry ``segments``, cropped with the picture.
+    superpixels: side file of ``ovseg data superpixels``; batches then carry ``segments``, cropped
+        with the picture.
     superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
     augment: see ``PairAugment``.
     max_pixels: pictures with more are bad ones.
@@ -50,27 +53,52 @@ class Options(SourceOptions):
     max_pixels: int = MAX_PIXELS
 
 
-def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> FolderPairs:
+def create(
+    options: Options,
+    inputs: ModelInputs,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> FolderPairs:
     if options.root is None:
-        raise ConfigError("data.root is null; with data.kind=folder expected a folder of pictures with .txt captions")
+        raise ConfigError(
+            "data.root is null; with data.kind=folder expected a folder of pictures with .txt "
+            "captions"
+        )
     if options.superpixel_labels not in ("majority", "mean"):
-        raise ConfigError(f"data.superpixel_labels is {options.superpixel_labels!r}; expected 'majority' or 'mean'")
+        raise ConfigError(
+            f"data.superpixel_labels is {options.superpixel_labels!r}; expected 'majority' or "
+            f"'mean'"
+        )
     try:
         options.augment.check()
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
     if options.augment.rand_augment is not None and options.superpixels is not None:
-        raise ConfigError(f"data.augment.rand_augment is {options.augment.rand_augment!r} and data.superpixels {options.superpixels!r}; "
-                          "expected one of them: superpixels would not move with the picture")
+        raise ConfigError(
+            f"data.augment.rand_augment is {options.augment.rand_augment!r} and data.superpixels "
+            f"{options.superpixels!r}; "
+            "expected one of them: superpixels would not move with the picture"
+        )
     augment = options.augment if split == "train" else PairAugment((1.0, 1.0), (1.0, 1.0))
-    return FolderPairs(options.root, inputs, image_size=options.image_size, captions=options.captions, superpixels=options.superpixels,
-                       superpixel_labels=options.superpixel_labels, augment=augment, max_pixels=options.max_pixels)
+    return FolderPairs(
+        options.root,
+        inputs,
+        image_size=options.image_size,
+        captions=options.captions,
+        superpixels=options.superpixels,
+        superpixel_labels=options.superpixel_labels,
+        augment=augment,
+        max_pixels=options.max_pixels,
+    )
 
 
 class FolderPairs(Source[PairSample]):
     """Pairs of a folder, in the order of their paths. For the arguments see ``Options``.
 
-    A picture without a caption file is left out; one that is damaged, or whose captions are, is replaced when it is its turn.
+    A picture without a caption file is left out; one that is damaged, or whose captions are, is
+    replaced when it is its turn.
 
     Raises:
         DataError: if there is no pair, or the superpixels of one are missing.
@@ -78,36 +106,80 @@ class FolderPairs(Source[PairSample]):
 
     batch_type = PairBatch
 
-    def __init__(self, root: str | Path, inputs: ModelInputs, *, image_size: int | None = None, captions: int = 1,
-                 superpixels: str | Path | None = None, superpixel_labels: str = "majority", augment: PairAugment | None = None,
-                 max_pixels: int = MAX_PIXELS):
-        self.root, self.inputs, self.captions, self.superpixel_labels = Path(root), inputs, captions, superpixel_labels
+    def __init__(
+        self,
+        root: str | Path,
+        inputs: ModelInputs,
+        *,
+        image_size: int | None = None,
+        captions: int = 1,
+        superpixels: str | Path | None = None,
+        superpixel_labels: str = "majority",
+        augment: PairAugment | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ):
+        self.root, self.inputs, self.captions, self.superpixel_labels = (
+            Path(root),
+            inputs,
+            captions,
+            superpixel_labels,
+        )
         self.max_pixels = max_pixels
         if (what := no_folder(root)) is not None:
-            raise NoData(f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions beside them")
+            raise NoData(
+                f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt "
+                f"captions beside them"
+            )
         seen = Folder(self.root)
         with waiting(f"looking through {root}", show=is_main()):
             pairs = _pairs(seen)
         if not pairs:
-            shards = ("; shards are not read in training: unpack them (tar -xf), the captions lie in them as .txt" if ".tar" in seen.others
-                      else "")
-            raise DataError(f"data.root {str(root)!r} holds {len(seen.pictures)} pictures, 0 of them with a .txt; found there: "
-                            f"{seen.found()}; expected name.jpg with its captions in name.txt beside it{shards}")
+            shards = (
+                "; shards are not read in training: unpack them (tar -xf), the captions lie in "
+                "them as .txt"
+                if ".tar" in seen.others
+                else ""
+            )
+            raise DataError(
+                f"data.root {str(root)!r} holds {len(seen.pictures)} pictures, 0 of them with a "
+                f".txt; found there: "
+                f"{seen.found()}; expected name.jpg with its captions in name.txt beside it{shards}"
+            )
         if len(pairs) < len(seen.pictures):
-            logger.warning("%d of %d pictures below %s have no .txt of captions and are left out", len(seen.pictures) - len(pairs),
-                           len(seen.pictures), root)
+            logger.warning(
+                "%d of %d pictures below %s have no .txt of captions and are left out",
+                len(seen.pictures) - len(pairs),
+                len(seen.pictures),
+                root,
+            )
         if seen.bad:
-            logger.warning("%d files below %s cannot be used and are left out; the first: %s", len(seen.bad), root, seen.bad[0])
-        for line in seen.left_out()[: bool(seen.results) + bool(seen.hidden)]:  # without the captions
+            logger.warning(
+                "%d files below %s cannot be used and are left out; the first: %s",
+                len(seen.bad),
+                root,
+                seen.bad[0],
+            )
+        for line in seen.left_out()[
+            : bool(seen.results) + bool(seen.hidden)
+        ]:  # without the captions
             logger.warning("%s", line)
         self.names = Names(pairs)
         self.superpixels = None if superpixels is None else SuperpixelFile(superpixels)
-        missing = [] if self.superpixels is None else [name for name in pairs if name not in self.superpixels]
+        missing = (
+            []
+            if self.superpixels is None
+            else [name for name in pairs if name not in self.superpixels]
+        )
         if missing:
-            raise DataError(f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} pictures, the first "
-                            f"{missing[0]}; expected ovseg data superpixels to be run again")
+            raise DataError(
+                f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} "
+                f"pictures, the first "
+                f"{missing[0]}; expected ovseg data superpixels to be run again"
+            )
         self.image_size = image_size or inputs.image_size
-        self.transform = pair_transform(augment or PairAugment(), self.image_size, inputs.mean, inputs.std)
+        self.transform = pair_transform(
+            augment or PairAugment(), self.image_size, inputs.mean, inputs.std
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -121,14 +193,23 @@ class FolderPairs(Source[PairSample]):
         lines = captions_of(self.root / name)
         chosen = some(rng, self.captions, len(lines))
         texts = [lines[i] for i in chosen]
-        image, *crops = self.picture(index, rng, *([] if self.superpixels is None else [self.superpixels[name]]))
+        image, *crops = self.picture(
+            index, rng, *([] if self.superpixels is None else [self.superpixels[name]])
+        )
         segments = None
         if crops:
-            labels = patch_labels(crops[0][0].numpy(), self.inputs.patch_size, self.superpixel_labels)
+            labels = patch_labels(
+                crops[0][0].numpy(), self.inputs.patch_size, self.superpixel_labels
+            )
             segments = torch.from_numpy(labels).flatten()
-        # Equal captions are one id. With several a picture has its own: one id could not say which of its texts is shared.
+        # Equal captions are one id. With several a picture has its own: one id could not say which
+        # of its texts is shared.
         number = caption_id(texts[0]) if self.captions == 1 else index
-        return PairSample(image, self.inputs.tokenize(texts), number, segments=segments), lines, chosen
+        return (
+            PairSample(image, self.inputs.tokenize(texts), number, segments=segments),
+            lines,
+            chosen,
+        )
 
     def picture(self, index: int, rng: torch.Generator, *maps: np.ndarray) -> list[torch.Tensor]:
         """A picture [3, H, W] and its maps, augmented together."""
@@ -139,7 +220,13 @@ class FolderPairs(Source[PairSample]):
         return collate_pairs(samples)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "folder", "root": str(self.root), "pictures": len(self), "image_size": self.image_size, "captions": self.captions}
+        return {
+            "kind": "folder",
+            "root": str(self.root),
+            "pictures": len(self),
+            "image_size": self.image_size,
+            "captions": self.captions,
+        }
 
 
 class Names(Sequence[str]):
@@ -165,7 +252,10 @@ class Names(Sequence[str]):
 
 
 def _pairs(folder: Folder) -> list[str]:
-    """The pictures with a caption file, as sorted paths below the root. One look at each folder, none at a file."""
+    """The pictures with a caption file, as sorted paths below the root.
+
+    One look at each folder, none at a file.
+    """
     found = []
     for below, pictures, others in folder.walk():
         texts = {name[:-4] for name in others if name.endswith(".txt")}

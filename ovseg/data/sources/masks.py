@@ -1,4 +1,6 @@
-"""Pictures with class masks: a benchmark's folder layout (``data/sets``), or the scenes with their exact masks."""
+"""Pictures with class masks: a benchmark's folder layout (``data/sets``), or the scenes with their
+exact masks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from .base import ModelInputs, Sample, Source, SourceOptions
 @dataclass
 class Options(SourceOptions):
     """Attributes:
-    set: a name of ``ovseg data list``, the path of a description, or ``digits`` or ``shapes`` for the scenes.
+    set: a name of ``ovseg data list``, the path of a description, or ``digits`` or ``shapes`` for
+        the scenes.
     root: the data root; the scenes need none.
     train_split, val_split: of the set; VOC is usually trained on its ``trainaug``.
     train_size, val_size, with_unseen: of the scenes; see ``Scenes``.
@@ -47,27 +50,56 @@ class Options(SourceOptions):
     max_pixels: int = MAX_PIXELS
 
 
-def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> Masks:
+def create(
+    options: Options,
+    inputs: ModelInputs,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> Masks:
     train, augment = split == "train", options.augment
     try:
         checked_range("data.augment.ratio", augment.ratio, 0, 16)
         most = options.LIMITS["image_size"][1]
         sides = min(augment.scale) >= 1 and max(augment.scale) <= most
         if not sides or not 0 < augment.class_cap <= 1 or not 0 <= augment.flip <= 1:
-            raise ValueError(f"data.augment is scale {list(augment.scale)}, class_cap {augment.class_cap}, flip {augment.flip}; expected "
-                             f"sides of 1 to {most} pixels, a share above 0 and a share")
+            raise ValueError(
+                f"data.augment is scale {list(augment.scale)}, class_cap {augment.class_cap}, "
+                f"flip {augment.flip}; expected "
+                f"sides of 1 to {most} pixels, a share above 0 and a share"
+            )
         data: LabelledPictures
         if options.set in VOCABULARIES:
-            data = LabelledScenes(Scenes(options.set, split, options.train_size if train else options.val_size, seed,
-                                         options.image_size or inputs.image_size, with_unseen=options.with_unseen))
+            data = LabelledScenes(
+                Scenes(
+                    options.set,
+                    split,
+                    options.train_size if train else options.val_size,
+                    seed,
+                    options.image_size or inputs.image_size,
+                    with_unseen=options.with_unseen,
+                )
+            )
         elif options.root is None:
             raise ValueError(f"data.root is null; expected the folder that holds {options.set!r}")
         else:
-            data = SegmentationSet(options.set, options.root, options.train_split if train else options.val_split,
-                                   max_pixels=options.max_pixels)
+            data = SegmentationSet(
+                options.set,
+                options.root,
+                options.train_split if train else options.val_split,
+                max_pixels=options.max_pixels,
+            )
     except (ValueError, InputError) as error:
         raise ConfigError(str(error)) from error
-    return Masks(data, inputs, image_size=options.image_size, ignore_index=options.ignore_index, augment=augment, train=train)
+    return Masks(
+        data,
+        inputs,
+        image_size=options.image_size,
+        ignore_index=options.ignore_index,
+        augment=augment,
+        train=train,
+    )
 
 
 class LabelledPictures(Protocol):
@@ -90,7 +122,11 @@ class LabelledScenes:
     def __init__(self, scenes: Scenes):
         self.scenes, words = scenes, scenes.vocabulary
         self.classes = words.classes
-        self.unseen = tuple(name for name, split in zip(words.classes, words.split_of_class, strict=True) if split == "unseen")
+        self.unseen = tuple(
+            name
+            for name, split in zip(words.classes, words.split_of_class, strict=True)
+            if split == "unseen"
+        )
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -109,7 +145,9 @@ class MaskSample(Sample):
 
 
 class Masks(Source[MaskSample]):
-    """Labelled pictures, augmented. Every class keeps its label: which ones are not to be learnt is for the objective to say.
+    """Labelled pictures, augmented.
+
+    Every class keeps its label: which ones are not to be learnt is for the objective to say.
 
     Args:
         data: pictures with truths [H, W], -1 where there is no label.
@@ -122,21 +160,36 @@ class Masks(Source[MaskSample]):
 
     batch_type = MaskBatch
 
-    def __init__(self, data: LabelledPictures, inputs: ModelInputs, *, image_size: int | None = None, ignore_index: int = 255,
-                 augment: MaskAugment | None = None, train: bool = True):
+    def __init__(
+        self,
+        data: LabelledPictures,
+        inputs: ModelInputs,
+        *,
+        image_size: int | None = None,
+        ignore_index: int = 255,
+        augment: MaskAugment | None = None,
+        train: bool = True,
+    ):
         if not len(data.classes) <= ignore_index:
-            raise ConfigError(f"data.ignore_index is {ignore_index}, the label of a class; expected at least {len(data.classes)}")
+            raise ConfigError(
+                f"data.ignore_index is {ignore_index}, the label of a class; expected at least "
+                f"{len(data.classes)}"
+            )
         self.data, self.ignore_index = data, ignore_index
         self.classes, self.unseen = data.classes, data.unseen
         self.image_size = image_size or inputs.image_size
-        self.transform = mask_transform(augment or MaskAugment(), self.image_size, inputs.mean, ignore_index, train=train)
+        self.transform = mask_transform(
+            augment or MaskAugment(), self.image_size, inputs.mean, ignore_index, train=train
+        )
 
     def __len__(self) -> int:
         return len(self.data)
 
     def read(self, index: int, rng: torch.Generator) -> MaskSample:
         picture, truth = self.data[index]
-        image, mask = self.transform(rng, *as_items(picture, np.where(truth == IGNORE, self.ignore_index, truth)))
+        image, mask = self.transform(
+            rng, *as_items(picture, np.where(truth == IGNORE, self.ignore_index, truth))
+        )
         return MaskSample(plain(image), plain(mask)[0].long())
 
     def collate(self, samples: Sequence[MaskSample]) -> MaskBatch:
@@ -148,5 +201,15 @@ class Masks(Source[MaskSample]):
         )
 
     def describe(self) -> dict[str, Any]:
-        name = self.data.description.name if isinstance(self.data, SegmentationSet) else type(self.data).__name__
-        return {"kind": "masks", "set": name, "pictures": len(self), "classes": len(self.classes), "image_size": self.image_size}
+        name = (
+            self.data.description.name
+            if isinstance(self.data, SegmentationSet)
+            else type(self.data).__name__
+        )
+        return {
+            "kind": "masks",
+            "set": name,
+            "pictures": len(self),
+            "classes": len(self.classes),
+            "image_size": self.image_size,
+        }

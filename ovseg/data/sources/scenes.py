@@ -27,7 +27,8 @@ class Options(SourceOptions):
     captions: of each picture in a batch, up to five, all positives of it.
     superpixels: whether batches carry ``segments``, the superpixel of each patch.
     superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
-    with_unseen: whether the combinations that are held out are drawn too: for a CLIP that knows all words, as those of the web do.
+    with_unseen: whether the combinations that are held out are drawn too: for a CLIP that knows all
+        words, as those of the web do.
     """
 
     kind: str = "scenes"
@@ -42,17 +43,39 @@ class Options(SourceOptions):
     with_unseen: bool = False
 
 
-def create(options: Options, inputs: ModelInputs, *, split: str = "train", seed: int = 0, progress: bool = False) -> ScenePairs:
+def create(
+    options: Options,
+    inputs: ModelInputs,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    progress: bool = False,
+) -> ScenePairs:
     if not 1 <= options.captions <= CAPTIONS_PER_SCENE:
-        raise ConfigError(f"data.captions is {options.captions}; expected 1 to {CAPTIONS_PER_SCENE}")
+        raise ConfigError(
+            f"data.captions is {options.captions}; expected 1 to {CAPTIONS_PER_SCENE}"
+        )
     size = options.train_size if split == "train" else options.val_size
     try:
-        scenes = Scenes(options.style, split, size, seed, options.image_size or inputs.image_size, with_unseen=options.with_unseen)
+        scenes = Scenes(
+            options.style,
+            split,
+            size,
+            seed,
+            options.image_size or inputs.image_size,
+            with_unseen=options.with_unseen,
+        )
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
     patch = inputs.patch_size if options.superpixels else None
-    return ScenePairs(scenes, inputs, captions=options.captions, superpixel_patch=patch, superpixel_labels=options.superpixel_labels,
-                      progress=progress)
+    return ScenePairs(
+        scenes,
+        inputs,
+        captions=options.captions,
+        superpixel_patch=patch,
+        superpixel_labels=options.superpixel_labels,
+        progress=progress,
+    )
 
 
 class ScenePairs(Source[PairSample]):
@@ -67,8 +90,16 @@ class ScenePairs(Source[PairSample]):
 
     batch_type = PairBatch
 
-    def __init__(self, scenes: Scenes, inputs: ModelInputs, *, captions: int = 1, superpixel_patch: int | None = None,
-                 superpixel_labels: str = "majority", progress: bool = False):
+    def __init__(
+        self,
+        scenes: Scenes,
+        inputs: ModelInputs,
+        *,
+        captions: int = 1,
+        superpixel_patch: int | None = None,
+        superpixel_labels: str = "majority",
+        progress: bool = False,
+    ):
         self.scenes, self.captions = scenes, captions
         count, size = len(scenes), scenes.image_size
         names = {name: i for i, name in enumerate(scenes.vocabulary.classes)}
@@ -76,11 +107,15 @@ class ScenePairs(Source[PairSample]):
         self.entities = torch.zeros(count, CAPTIONS_PER_SCENE, len(names), dtype=torch.uint8)
         segments: list[np.ndarray] = []
         texts: list[str] = []
-        for i in bar(range(count), show=progress, desc=f"drawing {scenes.form}", unit="scene", leave=False):
+        for i in bar(
+            range(count), show=progress, desc=f"drawing {scenes.form}", unit="scene", leave=False
+        ):
             scene = scenes[i]
             self.images[i] = torch.from_numpy(scene.image).permute(2, 0, 1)
             if superpixel_patch is not None:
-                regions = superpixels(scene.image, scale=200.0, sigma=0.8, min_size=60)  # for pictures of 48 pixels
+                regions = superpixels(
+                    scene.image, scale=200.0, sigma=0.8, min_size=60
+                )  # for pictures of 48 pixels
                 segments.append(patch_labels(regions, superpixel_patch, superpixel_labels).ravel())
             texts += [caption.text for caption in scene.captions]
             for k, caption in enumerate(scene.captions):
@@ -99,8 +134,12 @@ class ScenePairs(Source[PairSample]):
         """A sample, and which of the scene's captions its texts are."""
         texts = some(rng, self.captions, CAPTIONS_PER_SCENE)
         sample = PairSample(
-            self.images[index], self.token_ids[index, texts], index, image_entities=self.entities[index].amax(0),
-            text_entities=self.entities[index, texts], segments=None if self.segments is None else self.segments[index],
+            self.images[index],
+            self.token_ids[index, texts],
+            index,
+            image_entities=self.entities[index].amax(0),
+            text_entities=self.entities[index, texts],
+            segments=None if self.segments is None else self.segments[index],
         )
         return sample, texts
 
@@ -109,5 +148,12 @@ class ScenePairs(Source[PairSample]):
 
     def describe(self) -> dict[str, Any]:
         scenes = self.scenes
-        return {"kind": "scenes", "style": scenes.form, "split": scenes.split, "pictures": len(scenes), "seed": scenes.seed,
-                "image_size": scenes.image_size, "captions": self.captions}
+        return {
+            "kind": "scenes",
+            "style": scenes.form,
+            "split": scenes.split,
+            "pictures": len(scenes),
+            "seed": scenes.seed,
+            "image_size": scenes.image_size,
+            "captions": self.captions,
+        }

@@ -1,4 +1,7 @@
-"""Rules of labelling, a file each. A model names its rule by the file, ``model.decision``; each file calls its rule ``Rule``."""
+"""Rules of labelling, a file each.
+
+A model names its rule by the file, ``model.decision``; each file calls its rule ``Rule``.
+"""
 
 from __future__ import annotations
 

@@ -14,11 +14,14 @@ from ..view import Placement
 
 @dataclass(frozen=True)
 class Decision:
-    """How it is decided: from the features of a picture's windows to its label map. Base of the rules.
+    """How it is decided: from the features of a picture's windows to its label map.
 
-    A rule is a file in this folder that defines a subclass, a frozen dataclass, and names it ``Rule``. Its fields, made by
-    ``fields.option``, are options of ``Predictor``, ``segment``, of protocols and of the command line without further ado; a name that
-    another rule has too shares that rule's option.
+    Base of the rules.
+
+    A rule is a file in this folder that defines a subclass, a frozen dataclass, and names it
+    ``Rule``. Its fields, made by ``fields.option``, are options of ``Predictor``, ``segment``, of
+    protocols and of the command line without further ado; a name that another rule has too shares
+    that rule's option.
     """
 
     @property
@@ -33,12 +36,23 @@ class Decision:
 
     @property
     def score_range(self) -> tuple[float, float] | None:
-        """Least and largest score that a background threshold can be compared with; None where a threshold is not on that scale."""
+        """Least and largest score that a background threshold can be compared with; None where a
+        threshold is not on that scale.
+        """
         return None
 
-    def label_map(self, model: OVSegModel, features: PatchFeatures, queries: EncodedQueries, placement: Placement, *,
-                  allowed: torch.Tensor | None = None, picture: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(labels [H, W] int16, -1 is background; the winner's score [H, W]), on the device of the features, without reading it.
+    def label_map(
+        self,
+        model: OVSegModel,
+        features: PatchFeatures,
+        queries: EncodedQueries,
+        placement: Placement,
+        *,
+        allowed: torch.Tensor | None = None,
+        picture: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(labels [H, W] int16, -1 is background; the winner's score [H, W]), on the device of the
+        features, without reading it.
 
         Args:
             model: what made ``features``; it may hold more of the rule, as ``segment_logits`` does.

@@ -33,14 +33,21 @@ class GroupTables(Decision):
     Attributes:
         scale: s of (1); the model's own logit scale if None.
         top_classes: only so many texts, the most similar to the whole window, may label a group.
-        background_threshold: (2), a product of two probabilities, 0 .. 1; relative: it never exceeds the best group of the window.
+        background_threshold: (2), a product of two probabilities, 0 .. 1; relative: it never
+            exceeds the best group of the window.
         bias: added to the scores of classes by name, last.
     """
 
-    scale: float | None = option(None, "multiplies the cosines (groups: the model's own logit scale)")
-    top_classes: int = option(5, "only so many labels, the most similar to the whole window, may label a group")
+    scale: float | None = option(
+        None, "multiplies the cosines (groups: the model's own logit scale)"
+    )
+    top_classes: int = option(
+        5, "only so many labels, the most similar to the whole window, may label a group"
+    )
     background_threshold: float | None = option(
-        None, "groups whose best label scores less get none: relative to the window's best group, 0 to 1")
+        None,
+        "groups whose best label scores less get none: relative to the window's best group, 0 to 1",
+    )
     bias: dict[str, float] | None = None
 
     def __post_init__(self):
@@ -49,35 +56,76 @@ class GroupTables(Decision):
         number(self, "background_threshold", 0, 1, "what group tables hold, 0 .. 1")
         biases(self, "bias")
 
-    def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
+    def label_map(
+        self,
+        model,
+        features,
+        queries: EncodedQueries,
+        placement: Placement,
+        *,
+        allowed=None,
+        picture=None,
+    ):
         if not isinstance(features, GroupFeatures):
-            raise InputError(f"the features of {model.name} hold no groups; expected a model that gathers patches in groups")
+            raise InputError(
+                f"the features of {model.name} hold no groups; expected a model that gathers "
+                f"patches in groups"
+            )
         scale = model.logit_scale if self.scale is None else self.scale
-        tables = group_tables(features, queries.texts, scale, self.top_classes, self.background_threshold)
+        tables = group_tables(
+            features, queries.texts, scale, self.top_classes, self.background_threshold
+        )
         owners, offsets = queries.owners, queries.offsets(self.bias, allowed, tables.dtype)
         if self.background_threshold is not None:
             owners = F.pad(owners, (1, 0), value=-1)
             offsets = None if offsets is None else F.pad(offsets, (1, 0))
         origins, *sizes = placement.windows
         maps = features.soft.unflatten(2, features.grid)
-        labels, value = ok.window_argmax(maps, origins, *sizes, tables=tables, class_labels=owners, bias=offsets,
-                                         label_type=queries.label_type, return_value=True)
+        labels, value = ok.window_argmax(
+            maps,
+            origins,
+            *sizes,
+            tables=tables,
+            class_labels=owners,
+            bias=offsets,
+            label_type=queries.label_type,
+            return_value=True,
+        )
         if allowed is not None:
             labels.masked_fill_(value == -torch.inf, -1)
         return labels, value
 
     def background_rules(self) -> list[str]:
-        return [] if self.background_threshold is None else [f"the winner scores below {self.background_threshold}"]
+        return (
+            []
+            if self.background_threshold is None
+            else [f"the winner scores below {self.background_threshold}"]
+        )
 
     def describe(self) -> dict[str, Any]:
-        scores = "group tables, cosines times " + ("the model's logit scale" if self.scale is None else f"{self.scale:g}")
-        return {"scores": f"{scores}, the {self.top_classes} best texts of the window", "bias": self.bias or {}}
+        scores = "group tables, cosines times " + (
+            "the model's logit scale" if self.scale is None else f"{self.scale:g}"
+        )
+        return {
+            "scores": f"{scores}, the {self.top_classes} best texts of the window",
+            "bias": self.bias or {},
+        }
 
 
-def group_tables(features: GroupFeatures, texts: torch.Tensor, scale: float | torch.Tensor, top: int,
-                 background_threshold: float | None) -> torch.Tensor:
-    """What each class scores in each group of each window, (1): [n, G, T], or [n, G, 1 + T] with the background, (2), first."""
-    groups, embedding, texts = (F.normalize(at_least_float32(x), dim=-1) for x in (features.groups, features.embedding, texts))
+def group_tables(
+    features: GroupFeatures,
+    texts: torch.Tensor,
+    scale: float | torch.Tensor,
+    top: int,
+    background_threshold: float | None,
+) -> torch.Tensor:
+    """What each class scores in each group of each window, (1): [n, G, T], or [n, G, 1 + T] with
+    the background, (2), first.
+    """
+    groups, embedding, texts = (
+        F.normalize(at_least_float32(x), dim=-1)
+        for x in (features.groups, features.embedding, texts)
+    )
     logits = scale * groups @ texts.T
     of_window = embedding @ texts.T
     kept = of_window.topk(min(top, len(texts)), dim=-1).indices

@@ -3,8 +3,9 @@
     p = sigmoid(mask logits of each window, upsampled), their mean on the canvas, resized to the picture               (1)
     label = class of argmax (p + bias), -1 where the background is the largest or max (p + bias) < threshold              (2)
 
-Masks do not exclude each other: where no class is there, all are improbable. ZegCLIP (arXiv:2212.03588) lowers classes that it was trained
-on by 0.1 where others were never seen."""
+Masks do not exclude each other: where no class is there, all are improbable. ZegCLIP
+(arXiv:2212.03588) lowers classes that it was trained on by 0.1 where others were never seen.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ class ClassMasks(Decision):
         bias: added to the probabilities of classes by name, last.
     """
 
-    background_threshold: float | None = option(None, "pixels whose best mask is less probable get no label (masks: 0 to 1)")
+    background_threshold: float | None = option(
+        None, "pixels whose best mask is less probable get no label (masks: 0 to 1)"
+    )
     bias: dict[str, float] | None = None
 
     def __post_init__(self):
@@ -42,12 +45,29 @@ class ClassMasks(Decision):
     def score_range(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
+    def label_map(
+        self,
+        model,
+        features,
+        queries: EncodedQueries,
+        placement: Placement,
+        *,
+        allowed=None,
+        picture=None,
+    ):
         masks = at_least_float32(model.segment_logits(features, queries.texts))
         origins, *sizes = placement.windows
-        labels, value = ok.window_argmax(masks, origins, *sizes, activation="sigmoid", stage="window",
-                                         bias=queries.offsets(self.bias, allowed, masks.dtype), class_labels=queries.owners,
-                                         label_type=queries.label_type, return_value=True)
+        labels, value = ok.window_argmax(
+            masks,
+            origins,
+            *sizes,
+            activation="sigmoid",
+            stage="window",
+            bias=queries.offsets(self.bias, allowed, masks.dtype),
+            class_labels=queries.owners,
+            label_type=queries.label_type,
+            return_value=True,
+        )
         if allowed is not None:  # where none of them may win there is no label
             labels.masked_fill_(value == -torch.inf, -1)
         if self.background_threshold is not None:
@@ -55,10 +75,17 @@ class ClassMasks(Decision):
         return labels, value
 
     def background_rules(self) -> list[str]:
-        return [] if self.background_threshold is None else [f"the best mask is less probable than {self.background_threshold}"]
+        return (
+            []
+            if self.background_threshold is None
+            else [f"the best mask is less probable than {self.background_threshold}"]
+        )
 
     def describe(self) -> dict[str, Any]:
-        return {"scores": "probabilities of class masks, sigmoid at the window stage", "bias": self.bias or {}}
+        return {
+            "scores": "probabilities of class masks, sigmoid at the window stage",
+            "bias": self.bias or {},
+        }
 
 
 Rule = ClassMasks

@@ -1,11 +1,13 @@
-"""PAMR: class maps adapted to the edges of their picture. Araslanov and Roth, arXiv:2005.08104, section 3.2.
+"""PAMR: class maps adapted to the edges of their picture.
+
+Araslanov and Roth, arXiv:2005.08104, section 3.2.
 
     k(i, j) = -mean over channels of |I_i - I_j| / (1e-8 + 0.1 sigma_i)          j around i at each dilation     (1)
     alpha_i = softmax over j of k(i, j)                                                                        (2)
     m_i <- sum_j alpha_ij m_j, ten times                                                                       (3)
 
-sigma_i is the standard deviation of the picture, channel by channel, over the 3 x 3 pixels around i at every dilation. Borders are
-replicated. Nothing is trained; maps need not be probabilities.
+sigma_i is the standard deviation of the picture, channel by channel, over the 3 x 3 pixels around i
+at every dilation. Borders are replicated. Nothing is trained; maps need not be probabilities.
 
 The rule of patches: every pixel takes the class whose upsampled score is the largest.
 
@@ -40,7 +42,13 @@ _SQUARE = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
 _RING = [offset for offset in _SQUARE if offset != (0, 0)]
 
 
-def pamr(image: torch.Tensor, maps: torch.Tensor, *, iterations: int = 10, dilations: Sequence[int] = DILATIONS) -> torch.Tensor:
+def pamr(
+    image: torch.Tensor,
+    maps: torch.Tensor,
+    *,
+    iterations: int = 10,
+    dilations: Sequence[int] = DILATIONS,
+) -> torch.Tensor:
     """Refined maps [C, H, W].
 
     Memory: 8 affinities for each dilation and pixel, and a few maps; classes go one by one.
@@ -52,7 +60,10 @@ def pamr(image: torch.Tensor, maps: torch.Tensor, *, iterations: int = 10, dilat
         dilations: distances of the eight neighbours.
     """
     if image.dim() != 3 or maps.dim() != 3 or image.shape[1:] != maps.shape[1:]:
-        raise ValueError(f"image has shape {list(image.shape)} and maps {list(maps.shape)}; expected [3, H, W] and [C, H, W]")
+        raise ValueError(
+            f"image has shape {list(image.shape)} and maps {list(maps.shape)}; expected [3, H, W] "
+            f"and [C, H, W]"
+        )
     reach = max(dilations)
 
     def around(x: torch.Tensor, offsets: Sequence[tuple[int, int]] = _RING):
@@ -67,7 +78,9 @@ def pamr(image: torch.Tensor, maps: torch.Tensor, *, iterations: int = 10, dilat
     count = len(dilations) * len(_SQUARE)
     mean = sum(around(image, _SQUARE)) / count
     sigma = (sum((near - mean) ** 2 for near in around(image, _SQUARE)) / (count - 1)).sqrt()
-    scores = torch.stack([-((image - near).abs() / (1e-8 + 0.1 * sigma)).mean(0) for near in around(image)])
+    scores = torch.stack(
+        [-((image - near).abs() / (1e-8 + 0.1 * sigma)).mean(0) for near in around(image)]
+    )
     weights = scores.softmax(0)
     refined = torch.empty_like(maps)
     for c in range(len(maps)):
@@ -90,26 +103,38 @@ class PatchArgmax(Decision):
     """The largest of the patches' scores.
 
     Attributes:
-        scale: multiplies the cosines; needed by softmax and entropy, where it decides what a probability means.
+        scale: multiplies the cosines; needed by softmax and entropy, where it decides what a
+            probability means.
         activation: None, ``sigmoid`` or ``softmax`` over all texts.
-        stage: where it acts: in each ``window``, on the ``merged`` windows, or on the ``output`` after the last resize.
-        background_threshold: pixels whose winner scores less get -1. Without an activation a cosine, -1 .. 1, times the scale; with one a
-            probability, 0 .. 1.
-        background_entropy: pixels get -1 where the entropy (nats) of softmax(scale * cosines) over all texts exceeds this;
-            taken at the patches, upsampled like a class.
-        area_threshold: classes with less than this share of the foreground are taken back and their pixels decided again.
-        bias: added to the scores of classes by name, last: ZegCLIP's -0.1 for classes seen in training.
+        stage: where it acts: in each ``window``, on the ``merged`` windows, or on the ``output``
+            after the last resize.
+        background_threshold: pixels whose winner scores less get -1. Without an activation a
+            cosine, -1 .. 1, times the scale; with one a probability, 0 .. 1.
+        background_entropy: pixels get -1 where the entropy (nats) of softmax(scale * cosines) over
+            all texts exceeds this; taken at the patches, upsampled like a class.
+        area_threshold: classes with less than this share of the foreground are taken back and their
+            pixels decided again.
+        bias: added to the scores of classes by name, last: ZegCLIP's -0.1 for classes seen in
+            training.
         refine: ``pamr`` adapts the class maps to the picture's edges; see ``inference/pamr.py``.
     """
 
     scale: float | None = option(None, "multiplies the cosines, for softmax and entropy")
-    activation: str | None = option(None, "sigmoid or softmax (which needs --scale); then scores are probabilities")
+    activation: str | None = option(
+        None, "sigmoid or softmax (which needs --scale); then scores are probabilities"
+    )
     stage: str = option("output", "where the activation acts: window, merged or output")
     background_threshold: float | None = option(
-        None, "pixels whose winner scores less get no label: a cosine, or a probability with --activation")
+        None,
+        "pixels whose winner scores less get no label: a cosine, or a probability with "
+        "--activation",
+    )
     background_entropy: float | None = option(
-        None, "pixels get no label where the entropy of softmax(scale * cosines) exceeds this")
-    area_threshold: float = option(0.0, "labels with less than this share of the foreground are taken back")
+        None, "pixels get no label where the entropy of softmax(scale * cosines) exceeds this"
+    )
+    area_threshold: float = option(
+        0.0, "labels with less than this share of the foreground are taken back"
+    )
     bias: dict[str, float] | None = None
     refine: str | None = option(None, "pamr: adapt the label maps to the picture's edges (slow)")
 
@@ -122,14 +147,27 @@ class PatchArgmax(Decision):
         number(self, "background_threshold", -torch.inf, torch.inf, "a finite number")
         number(self, "area_threshold", 0, 1, "a share of 0 to below 1")
         biases(self, "bias")
-        for name, needs in (("activation", self.activation == "softmax"), ("background_entropy", self.background_entropy is not None)):
+        for name, needs in (
+            ("activation", self.activation == "softmax"),
+            ("background_entropy", self.background_entropy is not None),
+        ):
             if needs and self.scale is None:
-                raise InputError(f"{name} is {getattr(self, name)!r} and scale is missing: softmax over plain cosines is nearly "
-                                 "uniform; expected a scale such as 40")
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r} and scale is missing: softmax over plain "
+                    f"cosines is nearly "
+                    "uniform; expected a scale such as 40"
+                )
         low, top = self.score_range
         if self.background_threshold is not None and not low <= self.background_threshold <= top:
-            kind = f"what {self.activation} gives" if self.activation else "a cosine" + ("" if top == 1 else f" times {top:g}")
-            raise InputError(f"background_threshold is {self.background_threshold}; expected {kind}, {low:g} .. {top:g}")
+            kind = (
+                f"what {self.activation} gives"
+                if self.activation
+                else "a cosine" + ("" if top == 1 else f" times {top:g}")
+            )
+            raise InputError(
+                f"background_threshold is {self.background_threshold}; expected {kind}, {low:g} "
+                f".. {top:g}"
+            )
         if self.area_threshold == 1:
             raise InputError(f"area_threshold is {self.area_threshold}; expected a share in 0 .. 1")
 
@@ -142,7 +180,16 @@ class PatchArgmax(Decision):
         top = 1.0 if self.activation else self.scale or 1.0
         return (0.0 if self.activation else -top), top
 
-    def label_map(self, model, features, queries: EncodedQueries, placement: Placement, *, allowed=None, picture=None):
+    def label_map(
+        self,
+        model,
+        features,
+        queries: EncodedQueries,
+        placement: Placement,
+        *,
+        allowed=None,
+        picture=None,
+    ):
         scores = self.cosines(model, features, queries.texts)
         scores = scores if self.scale is None else scores * self.scale
         offsets = queries.offsets(self.bias, allowed, scores.dtype)
@@ -154,7 +201,15 @@ class PatchArgmax(Decision):
             maps = pamr(picture.to(scores), _maps(scores, placement, self.activation, self.stage))
 
             def decide(offsets):
-                return winners(maps, offsets, queries.owners, None, -1, LABEL_TYPES.index(queries.label_type), True)
+                return winners(
+                    maps,
+                    offsets,
+                    queries.owners,
+                    None,
+                    -1,
+                    LABEL_TYPES.index(queries.label_type),
+                    True,
+                )
 
         labels, value = decide(offsets)
         if self.area_threshold:
@@ -168,30 +223,54 @@ class PatchArgmax(Decision):
         if self.background_entropy is not None:
             entropy = torch.special.entr(scores.float().softmax(1)).sum(1, keepdim=True)
             origins, *sizes = placement.windows
-            high = ok.window_argmax(-entropy, origins, *sizes, threshold=-self.background_entropy, background=1, label_type=torch.uint8)
+            high = ok.window_argmax(
+                -entropy,
+                origins,
+                *sizes,
+                threshold=-self.background_entropy,
+                background=1,
+                label_type=torch.uint8,
+            )
             labels.masked_fill_(high.bool(), -1)
         return labels, value
 
-    def cosines(self, model: OVSegModel, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+    def cosines(
+        self, model: OVSegModel, features: PatchFeatures, texts: torch.Tensor
+    ) -> torch.Tensor:
         """[n, T, h, w], what (1) scales."""
         return at_least_float32(model.segment_logits(features, texts))
 
     def _from_patches(self, scores: torch.Tensor, queries: EncodedQueries, placement: Placement):
-        options: dict[str, Any] = {"class_labels": queries.owners, "label_type": queries.label_type, "return_value": True}
+        options: dict[str, Any] = {
+            "class_labels": queries.owners,
+            "label_type": queries.label_type,
+            "return_value": True,
+        }
 
         def decide(offsets):
             if placement.origins is None and self.activation is None:
                 labels, value = ok.upsample_argmax(scores, placement.size, bias=offsets, **options)
                 return labels[0], value[0]
             origins, *sizes = placement.windows
-            return ok.window_argmax(scores, origins, *sizes, activation=self.activation, stage=self.stage, bias=offsets,
-                                    **options)
+            return ok.window_argmax(
+                scores,
+                origins,
+                *sizes,
+                activation=self.activation,
+                stage=self.stage,
+                bias=offsets,
+                **options,
+            )
 
         return decide
 
     def _without_small(self, labels, queries, offsets, dtype):
-        """The offsets with -inf for the classes below ``area_threshold``, unless that is all. Computed without reading the device."""
-        # Background goes into a last bin of its own: a mask would make a shape that depends on values.
+        """The offsets with -inf for the classes below ``area_threshold``, unless that is all.
+
+        Computed without reading the device.
+        """
+        # Background goes into a last bin of its own: a mask would make a shape that depends on
+        # values.
         bins = torch.zeros(len(queries.names) + 1, dtype=torch.int64, device=labels.device)
         for some in labels.flatten().split(_AT_ONCE):  # indices are eight bytes each
             index = some.long() % len(bins)
@@ -199,17 +278,34 @@ class PatchArgmax(Decision):
         area = bins[:-1]
         small = area <= self.area_threshold * area.sum()
         dropped = (queries.owners >= 0) & small[queries.owners] & ~small.all()
-        base = torch.zeros(len(dropped), device=labels.device, dtype=dtype) if offsets is None else offsets
+        base = (
+            torch.zeros(len(dropped), device=labels.device, dtype=dtype)
+            if offsets is None
+            else offsets
+        )
         return base.masked_fill(dropped, -torch.inf)
 
     def background_rules(self) -> list[str]:
-        rules = [f"the winner scores below {self.background_threshold}"] if self.background_threshold is not None else []
-        return rules + ([f"entropy above {self.background_entropy} nats"] if self.background_entropy is not None else [])
+        rules = (
+            [f"the winner scores below {self.background_threshold}"]
+            if self.background_threshold is not None
+            else []
+        )
+        return rules + (
+            [f"entropy above {self.background_entropy} nats"]
+            if self.background_entropy is not None
+            else []
+        )
 
     def describe(self) -> dict[str, Any]:
         scores = "cosines" + (f" times {self.scale:g}" if self.scale else "")
         scores += f", {self.activation} at the {self.stage} stage" if self.activation else ""
-        return {"scores": scores, "area_threshold": self.area_threshold, "bias": self.bias or {}, "refine": self.refine}
+        return {
+            "scores": scores,
+            "area_threshold": self.area_threshold,
+            "bias": self.bias or {},
+            "refine": self.refine,
+        }
 
 
 def _maps(scores: torch.Tensor, placement: Placement, *activation: str | None) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""A second encoder for ProxyCLIP: any ViT of timm (DINO, DINOv2, DINOv3, ...), frozen, whose patches say which patches belong together."""
+"""A second encoder for ProxyCLIP: any ViT of timm (DINO, DINOv2, DINOv3, ...), frozen, whose
+patches say which patches belong together.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,13 @@ class ProxyOptions:
     """Of ``proxy``, an option of clip_dense.
 
     Attributes:
-        name: timm's name, such as ``vit_base_patch8_224.dino``, ``vit_base_patch14_dinov2`` or ``vit_small_patch16_dinov3``.
-        weights: a local file, in timm's layout or in the publisher's where timm converts it; ``timm`` for the weights that timm names
-            (downloads); None for random ones, to be loaded later. Files are read without running code.
-        grid: ``clip``: its patches are resized to CLIP's grid; ``finer``: to the finer of the two, which CLIP's values then follow.
+        name: timm's name, such as ``vit_base_patch8_224.dino``, ``vit_base_patch14_dinov2`` or
+            ``vit_small_patch16_dinov3``.
+        weights: a local file, in timm's layout or in the publisher's where timm converts it;
+            ``timm`` for the weights that timm names (downloads); None for random ones, to be loaded
+            later. Files are read without running code.
+        grid: ``clip``: its patches are resized to CLIP's grid; ``finer``: to the finer of the two,
+            which CLIP's values then follow.
     """
 
     name: str = "vit_small_patch16_dinov3"
@@ -37,7 +42,9 @@ class ProxyOptions:
 
 
 class ProxyEncoder(nn.Module):
-    """``forward``: pictures to ``ProxyFeatures``. timm makes DINOv3's rotary positions on the host, anew for each batch."""
+    """``forward``: pictures to ``ProxyFeatures``. timm makes DINOv3's rotary positions on the host,
+    anew for each batch.
+    """
 
     def __init__(self, options: ProxyOptions):
         super().__init__()
@@ -47,21 +54,37 @@ class ProxyEncoder(nn.Module):
         self.finer = options.grid == "finer"
         architecture = options.name.split(".")[0]
         if not timm.is_model(architecture):
-            raise ConfigError(f"proxy.name is {options.name!r}; expected the name of a ViT of timm's, such as 'vit_small_patch16_dinov3'")
-        sizes: dict[str, Any] = {"dynamic_img_size": True} if _takes_sizes(timm, architecture) else {}
+            raise ConfigError(
+                f"proxy.name is {options.name!r}; expected the name of a ViT of timm's, such as "
+                f"'vit_small_patch16_dinov3'"
+            )
+        sizes: dict[str, Any] = (
+            {"dynamic_img_size": True} if _takes_sizes(timm, architecture) else {}
+        )
         with torch.device("meta"):
             kind = timm.create_model(architecture, num_classes=0, **sizes)
         if not getattr(kind, "dynamic_img_size", False) or not hasattr(kind, "num_prefix_tokens"):
-            raise ConfigError(f"proxy.name is {options.name!r}, a {type(kind).__name__}; expected a ViT that takes pictures of any size")
+            raise ConfigError(
+                f"proxy.name is {options.name!r}, a {type(kind).__name__}; expected a ViT that "
+                f"takes pictures of any size"
+            )
         path = _weights(timm, options)
-        overlay = None if path is None else {"state_dict": _without_classifier(timm, options.name, read_published(path))}
+        overlay = (
+            None
+            if path is None
+            else {"state_dict": _without_classifier(timm, options.name, read_published(path))}
+        )
         try:
-            self.vit = timm.create_model(options.name, path is not None, overlay, num_classes=0, **sizes)
+            self.vit = timm.create_model(
+                options.name, path is not None, overlay, num_classes=0, **sizes
+            )
         except (RuntimeError, KeyError) as error:
             if path is None:
                 raise
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} does not fit timm's {options.name}: {reason[:300]}") from error
+            raise CheckpointError(
+                f"{path} does not fit timm's {options.name}: {reason[:300]}"
+            ) from error
         if overlay is not None:
             _check_numbers(path, overlay["state_dict"], self.vit)
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
@@ -75,13 +98,18 @@ class ProxyEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> ProxyFeatures:
-        """``images`` [B, 3, H, W] as CLIP takes them, normalised by its ``mean`` and ``std`` [3, 1, 1]; sides that are no whole number of
-        this encoder's patches are resized to the nearest one."""
-        pixels = (at_least_float32(images) * std + mean - self.mean) / self.std  # in which resizing is possible
+        """``images`` [B, 3, H, W] as CLIP takes them, normalised by its ``mean`` and ``std`` [3, 1,
+        1]; sides that are no whole number of this encoder's patches are resized to the nearest one.
+        """
+        pixels = (
+            at_least_float32(images) * std + mean - self.mean
+        ) / self.std  # in which resizing is possible
         grid = tuple(max(1, round(side / self.patch_size)) for side in images.shape[-2:])
         size = [side * self.patch_size for side in grid]
         if size != list(images.shape[-2:]):
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+            pixels = F.interpolate(
+                pixels, size, mode="bicubic", antialias=True, align_corners=False
+            )
         tokens = self.vit.forward_features(pixels.to(images.dtype))[:, self.vit.num_prefix_tokens :]
         return ProxyFeatures(tokens, (grid[0], grid[1]), self.finer)
 
@@ -90,8 +118,10 @@ def _import_timm() -> Any:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision for another torch
-        raise ImportError(f"the option proxy needs timm, which does not import ({first_line(error)}): "
-                          "pip install 'ovseg-kernels[models]'") from error
+        raise ImportError(
+            f"the option proxy needs timm, which does not import ({first_line(error)}): "
+            "pip install 'ovseg-kernels[models]'"
+        ) from error
     return timm
 
 
@@ -104,11 +134,15 @@ def _weights(timm: Any, options: ProxyOptions) -> Path | None:
     repo, file = (facts.hf_hub_id, facts.hf_hub_filename) if facts is not None else (None, None)
     if not repo:
         where = f"has them at {facts.url} only" if facts is not None and facts.url else "names none"
-        raise WeightsError(f"proxy.weights is 'timm', which {where} for {options.name!r}; expected a file{ways}")
+        raise WeightsError(
+            f"proxy.weights is 'timm', which {where} for {options.name!r}; expected a file{ways}"
+        )
     return fetch(repo, (file,) if file else ("model.safetensors", "pytorch_model.bin"), ways=ways)
 
 
-def _without_classifier(timm: Any, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_classifier(
+    timm: Any, name: str, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """What a patch's features do not need: the layer that was trained with them to name classes."""
     facts = timm.models.get_pretrained_cfg(name)
     found = facts.classifier if facts is not None and facts.classifier else ()

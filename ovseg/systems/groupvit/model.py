@@ -1,7 +1,8 @@
 """GroupViT: semantic segmentation emerges from text supervision (Xu et al., CVPR 2022).
 
-A ViT in three stages: 196 patches with 64 group tokens, 64 groups with 8, 8 groups; grouping blocks between them. The picture is the mean
-over the last groups. ``objectives/groupvit.py`` trains it."""
+A ViT in three stages: 196 patches with 64 group tokens, 64 groups with 8, 8 groups; grouping blocks
+between them. The picture is the mean over the last groups. ``objectives/groupvit.py`` trains it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .published import LAYOUT, NVIDIA, folder_options
 @dataclass
 class GroupViTOptions(GroupingSystemOptions):
     """Attributes:
-    multi_label: whether there is a second temperature, for the contrast with nouns; trained as part of ``scale``.
+    multi_label: whether there is a second temperature, for the contrast with nouns; trained as part
+        of ``scale``.
     """
 
     multi_label: bool = False
@@ -37,14 +39,23 @@ class GroupViT(GroupingSystem):
 
     def __init__(self, options: GroupViTOptions):
         super().__init__(options)
-        self.multi_label_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07))) if options.multi_label else None
+        self.multi_label_logit_scale = (
+            nn.Parameter(torch.tensor(math.log(1 / 0.07))) if options.multi_label else None
+        )
         self.train_parts(options.trained)
 
     @property
     def published(self) -> Published | None:  # type: ignore[override]
         """transformers' layout, of models with GroupViT's own towers."""
         o = self.backbone.options
-        return LAYOUT if o.text.get("kind", "clip") == "clip" and o.local_depth is None and o.patch_norm and o.pool == "mean" else None
+        return (
+            LAYOUT
+            if o.text.get("kind", "clip") == "clip"
+            and o.local_depth is None
+            and o.patch_norm
+            and o.pool == "mean"
+            else None
+        )
 
     @classmethod
     def folder_options(cls, folder: Path) -> dict[str, Any]:
@@ -53,7 +64,11 @@ class GroupViT(GroupingSystem):
     @property
     def noun_scale(self) -> torch.Tensor | None:
         """As ``logit_scale``, for the contrast with nouns."""
-        return None if self.multi_label_logit_scale is None else self.multi_label_logit_scale.exp().clamp(max=MAX_SCALE)
+        return (
+            None
+            if self.multi_label_logit_scale is None
+            else self.multi_label_logit_scale.exp().clamp(max=MAX_SCALE)
+        )
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         found = super().parts()

@@ -1,4 +1,6 @@
-"""GroupViT's objective: the contrast of pictures with captions, and with the nouns of captions. Xu et al., arXiv:2202.11094.
+"""GroupViT's objective: the contrast of pictures with captions, and with the nouns of captions.
+
+Xu et al., arXiv:2202.11094.
 
     total = contrastive + w multi_label
 
@@ -29,8 +31,9 @@ from .model import GroupViT
 
 @dataclass
 class GroupViTTraining:
-    """Attributes:
-    multi_label: weight of (1); 0 switches it off. It needs ``noun_ids`` in the batch and a model with ``multi_label``.
+    """Attributes: multi_label: weight of (1); 0 switches it off.
+
+    It needs ``noun_ids`` in the batch and a model with ``multi_label``.
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {"multi_label": (0, math.inf)}
@@ -39,8 +42,12 @@ class GroupViTTraining:
 
 
 class GroupViTObjective(Objective):
-    """The losses of this file. ``batch.noise`` may hold ``groups_0`` and ``groups_1``, Gumbel noise of the grouping blocks [B, G, L]; what
-    it does not hold is drawn. Projectors run in ``loss``, over the whole batch: their statistics do not depend on chunks."""
+    """The losses of this file.
+
+    ``batch.noise`` may hold ``groups_0`` and ``groups_1``, Gumbel noise of the grouping blocks [B,
+    G, L]; what it does not hold is drawn. Projectors run in ``loss``, over the whole batch: their
+    statistics do not depend on chunks.
+    """
 
     Options = GroupViTTraining
     on_host = TEXTS
@@ -49,22 +56,39 @@ class GroupViTObjective(Objective):
     def __init__(self, model: GroupViT, options: GroupViTTraining = GroupViTTraining()):  # noqa: B008
         super().__init__(model)
         if options.multi_label and model.noun_scale is None:
-            raise ConfigError(f"multi_label is {options.multi_label} and {model.name} has no temperature for nouns; expected a model with "
-                              "multi_label=true (model.options in a recipe)")
+            raise ConfigError(
+                f"multi_label is {options.multi_label} and {model.name} has no temperature for "
+                f"nouns; expected a model with "
+                "multi_label=true (model.options in a recipe)"
+            )
         self.multi_label = options.multi_label
         self.batch_type = NounBatch if options.multi_label else PairBatch  # type: ignore[misc]
 
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        texts = [batch.token_ids] if not self.multi_label else [batch.token_ids, batch.noun_ids.flatten(0, 1)]  # type: ignore[attr-defined]
+        texts = (
+            [batch.token_ids]
+            if not self.multi_label
+            else [batch.token_ids, batch.noun_ids.flatten(0, 1)]
+        )  # type: ignore[attr-defined]
         found = self.model.text.encode_together(texts)
-        rows = {"image": self.model.image(self.images(batch), group_noises(self.model, batch, progress)).pooled, "text": found[0].sentence}
+        rows = {
+            "image": self.model.image(
+                self.images(batch), group_noises(self.model, batch, progress)
+            ).pooled,
+            "text": found[0].sentence,
+        }
         if self.multi_label:
             rows["nouns"] = found[1].sentence.unflatten(0, (len(batch), -1))
         return rows
 
-    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
+    def loss(
+        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
+    ) -> Losses:
         model = self.model
-        image, text = model.image_projector(rows["image"], group), model.text_projector(rows["text"], group)
+        image, text = (
+            model.image_projector(rows["image"], group),
+            model.text_projector(rows["text"], group),
+        )
         losses = {"contrastive": image_text_contrast(image, text, model.logit_scale, batch, group)}
         total = at_least_float32(losses["contrastive"])
         if self.multi_label:

@@ -1,9 +1,11 @@
 """GroupViT in transformers' layout and in NVIDIA's: names and tensors, and the options of a folder.
 
-transformers keeps q, k and v of its blocks apart; here they are packed. Its dead tensors: none. A file may hold beside the model's own
-tensors the tables of positions' numbers that older versions wrote (``*.position_ids``); it may lack the second temperature, which only
-training has. Nothing else. NVIDIA's own files are read and not written. Their image tower has OVSegmentor's names; those of the text tower
-are after the table by which transformers 4 converted such files."""
+transformers keeps q, k and v of its blocks apart; here they are packed. Its dead tensors: none. A
+file may hold beside the model's own tensors the tables of positions' numbers that older versions
+wrote (``*.position_ids``); it may lack the second temperature, which only training has. Nothing
+else. NVIDIA's own files are read and not written. Their image tower has OVSegmentor's names; those
+of the text tower are after the table by which transformers 4 converted such files.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,14 @@ _RULES = (  # theirs, ours; the first that fits, {} is a number
     ("vision_model.embeddings.patch_embeddings.projection.", "backbone.image.patch_embed.proj."),
     ("vision_model.embeddings.layernorm.", "backbone.image.patch_embed.norm."),
     ("vision_model.encoder.stages.{}.layers.{}.", "backbone.image.layers.{}.blocks.{}."),
-    ("vision_model.encoder.stages.{}.group_projector.0.", "backbone.image.layers.{}.group_projector.norm."),
-    ("vision_model.encoder.stages.{}.group_projector.1.", "backbone.image.layers.{}.group_projector.mlp."),
+    (
+        "vision_model.encoder.stages.{}.group_projector.0.",
+        "backbone.image.layers.{}.group_projector.norm.",
+    ),
+    (
+        "vision_model.encoder.stages.{}.group_projector.1.",
+        "backbone.image.layers.{}.group_projector.mlp.",
+    ),
     ("vision_model.encoder.stages.{}.", "backbone.image.layers.{}."),
     ("vision_model.layernorm.", "backbone.image.norm."),
     ("text_model.embeddings.token_embedding.", "backbone.text.token_embedding."),
@@ -58,8 +66,13 @@ _RULES = (  # theirs, ours; the first that fits, {} is a number
     ("text_projection.{}.", "backbone.text_projector.linear_hidden.{}."),
     ("logit_scale", "backbone.logit_scale"),
 )
-_INSIDE = (("layer_norm1.", "norm1."), ("layer_norm2.", "norm2."), ("self_attn.qkv.", "attn.qkv."), ("self_attn.out_proj.", "attn.proj."),
-           ("pre_assign_attn.attn.out_proj.", "pre_assign_attn.attn.proj."))
+_INSIDE = (
+    ("layer_norm1.", "norm1."),
+    ("layer_norm2.", "norm2."),
+    ("self_attn.qkv.", "attn.qkv."),
+    ("self_attn.out_proj.", "attn.proj."),
+    ("pre_assign_attn.attn.out_proj.", "pre_assign_attn.attn.proj."),
+)
 
 
 def to_ours(name: str) -> str:
@@ -117,15 +130,32 @@ def unpacked(state: State) -> State:
         if one is None:
             found[name] = tensor
         else:
-            found |= {f"{one[1]}.{letter}_proj.{one[2]}": part for letter, part in zip("qkv", tensor.chunk(3), strict=True)}
+            found |= {
+                f"{one[1]}.{letter}_proj.{one[2]}": part
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
+            }
     return found
 
 
-NVIDIA = Published(lambda name: "".join(_split(_NVIDIA, name, 0, 1)), lambda name: "".join(_split(_NVIDIA, name, 1, 0)),
-                   "text_encoder.transformer.resblocks.", ("multi_label_logit_scale",), surplus=("multi_label_logit_scale",),
-                   reshape=linear, restore=convolutions)
-LAYOUT = Published(to_ours, to_theirs, "vision_model.encoder.stages.", ("multi_label_logit_scale",), reshape=packed, restore=unpacked,
-                   surplus=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"), others=(NVIDIA,))
+NVIDIA = Published(
+    lambda name: "".join(_split(_NVIDIA, name, 0, 1)),
+    lambda name: "".join(_split(_NVIDIA, name, 1, 0)),
+    "text_encoder.transformer.resblocks.",
+    ("multi_label_logit_scale",),
+    surplus=("multi_label_logit_scale",),
+    reshape=linear,
+    restore=convolutions,
+)
+LAYOUT = Published(
+    to_ours,
+    to_theirs,
+    "vision_model.encoder.stages.",
+    ("multi_label_logit_scale",),
+    reshape=packed,
+    restore=unpacked,
+    surplus=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+    others=(NVIDIA,),
+)
 
 
 def folder_options(folder: Path) -> dict[str, Any]:
@@ -136,27 +166,65 @@ def folder_options(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / "config.json")
     vision, text = tower_config(config, "vision_config"), tower_config(config, "text_config")
-    width, hidden, act = vision.get("hidden_size", 384), vision.get("intermediate_size", 1536), text.get("hidden_act", "quick_gelu")
-    expected = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "assign_eps": 1.0, "num_channels": 3,
-                "assign_mlp_ratio": [0.5, hidden / width]}
-    wrong = [f"vision_config.{key} is {vision[key]!r}, expected {value!r}" for key, value in expected.items()
-             if vision.get(key, value) != value]
+    width, hidden, act = (
+        vision.get("hidden_size", 384),
+        vision.get("intermediate_size", 1536),
+        text.get("hidden_act", "quick_gelu"),
+    )
+    expected = {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "assign_eps": 1.0,
+        "num_channels": 3,
+        "assign_mlp_ratio": [0.5, hidden / width],
+    }
+    wrong = [
+        f"vision_config.{key} is {vision[key]!r}, expected {value!r}"
+        for key, value in expected.items()
+        if vision.get(key, value) != value
+    ]
     if text.get("layer_norm_eps", 1e-5) != 1e-5:
         wrong.append(f"text_config.layer_norm_eps is {text['layer_norm_eps']}, expected 1e-05")
     if act not in ACTIVATIONS:
         wrong.append(f"text_config.hidden_act is {act!r}, expected one of {list(ACTIVATIONS)}")
     if wrong:
-        raise CheckpointError(f"{folder} holds a GroupViT that is not computed here: {'; '.join(wrong)}")
+        raise CheckpointError(
+            f"{folder} holds a GroupViT that is not computed here: {'; '.join(wrong)}"
+        )
     vocabulary, eos = text.get("vocab_size", _BYTE_PAIRS), text.get("eos_token_id", _BYTE_PAIRS - 1)
-    words = {"kind": "clip", "width": text.get("hidden_size", 256), "heads": text.get("num_attention_heads", 4), "act": act,
-             "depth": text.get("num_hidden_layers", 12), "hidden": text.get("intermediate_size", 1024), "vocab_size": vocabulary,
-             "context_length": text.get("max_position_embeddings", 77),
-             "eos_id": None if eos == 2 else eos,  # with 2, as the first folders say, transformers takes the largest id
-             "tokenizer": str(folder.resolve()) if vocabulary != _BYTE_PAIRS else None}
+    words = {
+        "kind": "clip",
+        "width": text.get("hidden_size", 256),
+        "heads": text.get("num_attention_heads", 4),
+        "act": act,
+        "depth": text.get("num_hidden_layers", 12),
+        "hidden": text.get("intermediate_size", 1024),
+        "vocab_size": vocabulary,
+        "context_length": text.get("max_position_embeddings", 77),
+        "eos_id": None
+        if eos == 2
+        else eos,  # with 2, as the first folders say, transformers takes the largest id
+        "tokenizer": str(folder.resolve()) if vocabulary != _BYTE_PAIRS else None,
+    }
     tokens, seen = vision.get("num_group_tokens", [64, 8, 0]), preprocess_of(folder, *_IMAGENET)
-    groups = [made for made, count in zip(vision.get("num_output_groups", [64, 8, 8]), tokens, strict=False) if count]
-    return {"width": width, "heads": vision.get("num_attention_heads", 6), "hidden": hidden, "depths": vision.get("depths", [6, 3, 3]),
-            "group_tokens": tokens, "groups": groups, "patch_norm": True, "image_size": vision.get("image_size", 224),
-            "patch_size": vision.get("patch_size", 16), "embed_dim": config.get("projection_dim", 256),
-            "projector": config.get("projection_intermediate_dim", 4096), "mean": list(seen["mean"]), "std": list(seen["std"]),
-            "text": words}
+    groups = [
+        made
+        for made, count in zip(vision.get("num_output_groups", [64, 8, 8]), tokens, strict=False)
+        if count
+    ]
+    return {
+        "width": width,
+        "heads": vision.get("num_attention_heads", 6),
+        "hidden": hidden,
+        "depths": vision.get("depths", [6, 3, 3]),
+        "group_tokens": tokens,
+        "groups": groups,
+        "patch_norm": True,
+        "image_size": vision.get("image_size", 224),
+        "patch_size": vision.get("patch_size", 16),
+        "embed_dim": config.get("projection_dim", 256),
+        "projector": config.get("projection_intermediate_dim", 4096),
+        "mean": list(seen["mean"]),
+        "std": list(seen["std"]),
+        "text": words,
+    }

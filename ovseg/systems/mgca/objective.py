@@ -1,15 +1,19 @@
-"""MGCA-style objective: texts aligned with objects, regions and pixels, from image-text pairs alone. A reconstruction, docs/mgca.md.
+"""MGCA-style objective: texts aligned with objects, regions and pixels, from image-text pairs
+alone. A reconstruction, docs/mgca.md.
 
     L = w_o L_object + w_r L_region + w_p(t) L_pixel                                                              (1)
 
 object   symmetric InfoNCE over phi(i, j), text j against its own weighted mean of picture i's pixels (PACL's compatibility), all pairs
 region   R groups of each picture by ``layers.units.cluster`` of the detached pixels; symmetric InfoNCE over the cosine of text j and the
-         group of picture i that is most like it, all pairs: the best group of its own picture against the hardest of each other one
+         group of picture i that is most like it, all pairs: the best group of its own picture
+         against the hardest of each other one
 pixel    the k_pos pixels of the text's own picture that are most like it, against pixels of other pictures that are sampled hard, and those
          pixels against all texts: ``ovseg_kernels.dense_contrastive_loss``                                         (2)
 
-Pictures whose id is the text's are never negatives. w_p is 0 up to ``pixel_start`` of the stage and rises over ``pixel_ramp`` of it: the
-pixels that an untrained decoder finds for a text are noise. ``mgca_reference.py`` has all of it in plain torch."""
+Pictures whose id is the text's are never negatives. w_p is 0 up to ``pixel_start`` of the stage and
+rises over ``pixel_ramp`` of it: the pixels that an untrained decoder finds for a text are noise.
+``mgca_reference.py`` has all of it in plain torch.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +45,16 @@ _NOISY = ("gumbel", "random")
 @dataclass
 class MGCATraining:
     """Attributes:
-        weights: of the levels; 0 switches one off.
-        regions: R.
-        positives, negatives: k_pos and k_neg of the pixel level.
-        sampling: of its negatives: ``topk``, ``semi``, ``gumbel`` or ``random``.
-        skip: so many of the hardest are left out, as probable false negatives: with ``topk`` a window of ranks.
-        margin: of ``semi``. sampling_temperature: of ``gumbel``.
-        reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` is satisfied by one.
-        terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
-        pixel_start, pixel_ramp: shares of the stage.
+    weights: of the levels; 0 switches one off.
+    regions: R.
+    positives, negatives: k_pos and k_neg of the pixel level.
+    sampling: of its negatives: ``topk``, ``semi``, ``gumbel`` or ``random``.
+    skip: so many of the hardest are left out, as probable false negatives: with ``topk`` a window
+        of ranks.
+    margin: of ``semi``. sampling_temperature: of ``gumbel``.
+    reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` is satisfied by one.
+    terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
+    pixel_start, pixel_ramp: shares of the stage.
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
@@ -84,24 +89,46 @@ class MGCAObjective(Objective):
         for name, known in (("sampling", SAMPLINGS), ("reduction", ("mean_of_log", "log_of_sum")),
                             ("terms", ("both", "text_to_pixel", "pixel_to_text"))):  # fmt: skip
             if getattr(options, name) not in known:
-                raise ConfigError(f"{name} is {getattr(options, name)!r}; expected one of {list(known)}")
+                raise ConfigError(
+                    f"{name} is {getattr(options, name)!r}; expected one of {list(known)}"
+                )
         self.options, self.weights = options, dict.fromkeys(LEVELS, 1.0) | options.weights
 
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        return {"tokens": self.model(self.images(batch)).tokens, "text": self.model.encode_text(batch.token_ids)}
+        return {
+            "tokens": self.model(self.images(batch)).tokens,
+            "text": self.model.encode_text(batch.token_ids),
+        }
 
-    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None) -> Losses:
-        tokens, text, options = at_least_float32(rows["tokens"]), at_least_float32(rows["text"]), self.options
+    def loss(
+        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
+    ) -> Losses:
+        tokens, text, options = (
+            at_least_float32(rows["tokens"]),
+            at_least_float32(rows["text"]),
+            self.options,
+        )
         weights = self.weights | {"pixel": self.pixel_weight(progress.share)}
         shared, losses = OneGradient(tokens), {}
         if weights["object"]:
-            losses["object"] = image_text_contrast(shared.pixels, text, self.model.logit_scale, batch, group, self.model.compatibility)
+            losses["object"] = image_text_contrast(
+                shared.pixels, text, self.model.logit_scale, batch, group, self.model.compatibility
+            )
         if weights["region"]:
-            units = shared.weighted(mean_weights(cluster(tokens.detach(), options.regions), options.regions, tokens.dtype))
-            losses["region"] = image_text_contrast(units, text, self.model.logit_scale, batch, group, best_unit)
+            units = shared.weighted(
+                mean_weights(
+                    cluster(tokens.detach(), options.regions), options.regions, tokens.dtype
+                )
+            )
+            losses["region"] = image_text_contrast(
+                units, text, self.model.logit_scale, batch, group, best_unit
+            )
         if weights["pixel"]:
             losses["pixel"] = self._pixel(shared, text, batch, progress, group)
-        total = sum((weights[name] * loss for name, loss in losses.items()), start=0.0 * tokens.sum() if not losses else 0.0)
+        total = sum(
+            (weights[name] * loss for name, loss in losses.items()),
+            start=0.0 * tokens.sum() if not losses else 0.0,
+        )
         return {"total": total, **losses}
 
     def pixel_weight(self, share: float) -> float:
@@ -110,24 +137,67 @@ class MGCAObjective(Objective):
         rise = min(1.0, max(0.0, (share - start) / ramp)) if ramp else float(share >= start)
         return self.weights["pixel"] * rise
 
-    def _pixel(self, shared: OneGradient, text: torch.Tensor, batch: PairBatch, progress: Progress,
-               group: dist.ProcessGroup | None) -> torch.Tensor:
-        """(2), in two steps: what is selected, and the loss of those rows. Over ranks the pixels travel: the hardest of all are to be
-        found, whatever the sampling. Every rank then has the whole loss, and ``gather_rows`` gives each its own rows' gradient from all:
-        their mean is that of one process."""
-        o, pixels, image_ids, text_ids = self.options, shared.pixels, batch.image_ids, batch.text_ids
+    def _pixel(
+        self,
+        shared: OneGradient,
+        text: torch.Tensor,
+        batch: PairBatch,
+        progress: Progress,
+        group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        """(2), in two steps: what is selected, and the loss of those rows.
+
+        Over ranks the pixels travel: the hardest of all are to be found, whatever the sampling.
+        Every rank then has the whole loss, and ``gather_rows`` gives each its own rows' gradient
+        from all: their mean is that of one process.
+        """
+        o, pixels, image_ids, text_ids = (
+            self.options,
+            shared.pixels,
+            batch.image_ids,
+            batch.text_ids,
+        )
         if group is not None:
-            pixels, text, image_ids, text_ids = (gather_rows(x, group) for x in (pixels, text, image_ids, text_ids))
-        noise = replace(progress, rank=0).rng(pixels.device, "negatives") if o.sampling in _NOISY else None
-        chosen = ok.select_pixels(pixels.detach(), text, k_pos=o.positives, k_neg=o.negatives, sampling=o.sampling, skip=o.skip, rng=noise,
-                                  image_ids=image_ids, text_ids=text_ids, margin=o.margin, sampling_temperature=o.sampling_temperature)
+            pixels, text, image_ids, text_ids = (
+                gather_rows(x, group) for x in (pixels, text, image_ids, text_ids)
+            )
+        noise = (
+            replace(progress, rank=0).rng(pixels.device, "negatives")
+            if o.sampling in _NOISY
+            else None
+        )
+        chosen = ok.select_pixels(
+            pixels.detach(),
+            text,
+            k_pos=o.positives,
+            k_neg=o.negatives,
+            sampling=o.sampling,
+            skip=o.skip,
+            rng=noise,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            margin=o.margin,
+            sampling_temperature=o.sampling_temperature,
+        )
         if group is None:  # text j's rows are a picture of their own, whose id is the text's
             index = torch.cat(chosen, 1)
             pixels, image_ids = shared.rows(index), text_ids
-            place = torch.arange(index.numel(), device=index.device).view_as(index).masked_fill(index < 0, -1)
+            place = (
+                torch.arange(index.numel(), device=index.device)
+                .view_as(index)
+                .masked_fill(index < 0, -1)
+            )
             chosen = SelectedPixels(*place.split([part.shape[1] for part in chosen], 1))
-        return ok.dense_contrastive_loss(pixels, text, temperature=1 / self.model.logit_scale, selected=chosen, image_ids=image_ids,
-                                         text_ids=text_ids, reduction=o.reduction, terms=o.terms)
+        return ok.dense_contrastive_loss(
+            pixels,
+            text,
+            temperature=1 / self.model.logit_scale,
+            selected=chosen,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            reduction=o.reduction,
+            terms=o.terms,
+        )
 
     def after_step(self, progress: Progress) -> None:
         self.model.limit_logit_scale()

@@ -1,8 +1,9 @@
 """Several losses of the same pixels, and one gradient of their size.
 
-Each loss that takes pixels gives a gradient as large as they are, and autograd adds them up two at a time. Losses that see pixels through a
-few sums or rows need none: their share is written into the gradient of the loss that has one. Values and gradients are those of the plain
-operations."""
+Each loss that takes pixels gives a gradient as large as they are, and autograd adds them up two at
+a time. Losses that see pixels through a few sums or rows need none: their share is written into the
+gradient of the loss that has one. Values and gradients are those of the plain operations.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ from torch.autograd.function import once_differentiable
 
 
 class OneGradient:
-    """Pixels [B, N, D] that several losses share: ``pixels`` for one that takes them whole, ``weighted`` and ``rows`` for others.
+    """Pixels [B, N, D] that several losses share: ``pixels`` for one that takes them whole,
+    ``weighted`` and ``rows`` for others.
 
-    All of one backward pass go into one tensor. Passes one after the other, with the graph kept, are independent. Under a compiler these
-    are the plain operations.
+    All of one backward pass go into one tensor. Passes one after the other, with the graph kept,
+    are independent. Under a compiler these are the plain operations.
     """
 
     def __init__(self, pixels: torch.Tensor):
@@ -34,7 +36,9 @@ class OneGradient:
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """[T, K, D], the pixels of flat ``index`` [T, K], image N + pixel; zeros where it is -1."""
         if self.plain:
-            return self.pixels.flatten(0, 1)[index.clamp(min=0)].masked_fill((index < 0)[..., None], 0)
+            return self.pixels.flatten(0, 1)[index.clamp(min=0)].masked_fill(
+                (index < 0)[..., None], 0
+            )
         return _Rows.apply(self.pixels, index, self)
 
 
@@ -53,7 +57,9 @@ class _Whole(torch.autograd.Function):
             return grad, None
         shape, dtype, device = ctx.like
         # What arrives is an operator's own new tensor, or a sum of such: nobody else reads it.
-        total = torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
+        total = (
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
+        )
         for add in shares:
             add(total)
         return total, None
@@ -61,7 +67,9 @@ class _Whole(torch.autograd.Function):
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pixels: torch.Tensor, weights: torch.Tensor, owner: OneGradient) -> torch.Tensor:
+    def forward(
+        ctx: Any, pixels: torch.Tensor, weights: torch.Tensor, owner: OneGradient
+    ) -> torch.Tensor:
         ctx.owner = owner
         ctx.save_for_backward(weights)
         return weights.transpose(1, 2) @ pixels
@@ -76,7 +84,9 @@ class _Weighted(torch.autograd.Function):
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pixels: torch.Tensor, index: torch.Tensor, owner: OneGradient) -> torch.Tensor:
+    def forward(
+        ctx: Any, pixels: torch.Tensor, index: torch.Tensor, owner: OneGradient
+    ) -> torch.Tensor:
         ctx.owner = owner
         ctx.save_for_backward(index)
         return pixels.flatten(0, 1)[index.clamp(min=0)].masked_fill_((index < 0)[..., None], 0)
@@ -85,6 +95,11 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         (index,) = ctx.saved_tensors
-        mine, place = grad.masked_fill((index < 0)[..., None], 0).flatten(0, 1), index.clamp(min=0).flatten()
-        ctx.owner.shares.append(lambda total: total.flatten(0, 1).index_put_((place,), mine, accumulate=True))  # in one order on a GPU too
+        mine, place = (
+            grad.masked_fill((index < 0)[..., None], 0).flatten(0, 1),
+            index.clamp(min=0).flatten(),
+        )
+        ctx.owner.shares.append(
+            lambda total: total.flatten(0, 1).index_put_((place,), mine, accumulate=True)
+        )  # in one order on a GPU too
         return None, None, None

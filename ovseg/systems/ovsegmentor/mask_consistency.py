@@ -1,6 +1,9 @@
-"""OVSegmentor's cross-image mask consistency, without a map at full size. Xu et al., arXiv:2301.09121.
+"""OVSegmentor's cross-image mask consistency, without a map at full size.
 
-Prediction M_1 and target M_2 [B, G, h, w] are maps of groups on one picture. With U the bilinear upsampling (align_corners True) to H x W:
+Xu et al., arXiv:2301.09121.
+
+Prediction M_1 and target M_2 [B, G, h, w] are maps of groups on one picture. With U the bilinear
+upsampling (align_corners True) to H x W:
 
     p_g = (U M_1g - min) / (max - min)          t_g = [sigmoid(U M_2g) >= ratio max sigmoid(U M_2g)]              (1)
     permutation of M_2's groups: least sum of |U M_1g / |U M_1g| - U M_2k / |U M_2k||, by Hungarian matching      (2)
@@ -10,8 +13,9 @@ No map [B, G, H, W] is needed: U is linear, so sums of U M_1 are products of M_1
 
     sum_p U M = <M, U^T 1>      sum_p (U M) t = <M, U^T t>      <U M, U M'> = <M, (U^T U) M'>                     (4)
 
-an extreme of a bilinear map lies at an outermost sample of a cell, 2 (h - 1) of the H rows, and U^T t is made a few rows at a time. What is
-kept for backward has the size of M."""
+an extreme of a bilinear map lies at an outermost sample of a cell, 2 (h - 1) of the H rows, and U^T
+t is made a few rows at a time. What is kept for backward has the size of M.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,9 @@ _PARTS = 8  # of the pictures, one after another
 
 
 class _Axis(NamedTuple):
-    """One axis of U: ``table`` [outputs, samples], and the ``outermost`` of its rows, first or last in their cell, [rows, samples]."""
+    """One axis of U: ``table`` [outputs, samples], and the ``outermost`` of its rows, first or last
+    in their cell, [rows, samples].
+    """
 
     table: torch.Tensor
     outermost: torch.Tensor
@@ -38,13 +44,19 @@ class _Axis(NamedTuple):
         at = torch.arange(outputs, dtype=torch.float64, device=device) * (samples - 1) / steps
         table = (1 - (at[:, None] - torch.arange(samples, device=device)).abs()).clamp(min=0)
         cell = [min(row * cells // steps, cells - 1) for row in range(outputs)]  # in integers
-        kept = [row for row in range(outputs) if row in (0, outputs - 1) or cell[row] != cell[row - 1] or cell[row] != cell[row + 1]]
+        kept = [
+            row
+            for row in range(outputs)
+            if row in (0, outputs - 1) or cell[row] != cell[row - 1] or cell[row] != cell[row + 1]
+        ]
         return cls(table, table[kept])
 
 
 class _Target(NamedTuple):
-    """What is needed of some pictures: ``match`` [B, G]; ``marked`` [B, G, h, w], U^T t of the matched target, and ``count`` [B, G], the
-    sum of t; of the prediction's least and largest pixel the row and the column of U, [2, B, G, h] and [2, B, G, w]."""
+    """What is needed of some pictures: ``match`` [B, G]; ``marked`` [B, G, h, w], U^T t of the
+    matched target, and ``count`` [B, G], the sum of t; of the prediction's least and largest pixel
+    the row and the column of U, [2, B, G, h] and [2, B, G, w].
+    """
 
     match: torch.Tensor
     marked: torch.Tensor
@@ -53,9 +65,11 @@ class _Target(NamedTuple):
     column: torch.Tensor
 
 
-def mask_consistency(prediction: torch.Tensor, target: torch.Tensor, size: tuple[int, int],
-                     ratio: float = 0.6) -> tuple[torch.Tensor, torch.Tensor]:
-    """((3), one number a picture [B]; (2) [B, G] int64, the target's group for each of the prediction's).
+def mask_consistency(
+    prediction: torch.Tensor, target: torch.Tensor, size: tuple[int, int], ratio: float = 0.6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """((3), one number a picture [B]; (2) [B, G] int64, the target's group for each of the
+    prediction's).
 
     Args:
         prediction: M_1 [B, G, h, w]; gets a gradient.
@@ -64,16 +78,28 @@ def mask_consistency(prediction: torch.Tensor, target: torch.Tensor, size: tuple
         ratio: of (1), 0 .. 1.
     """
     if prediction.shape != target.shape or prediction.dim() != 4 or not len(prediction):
-        raise InputError(f"prediction and target have shapes {list(prediction.shape)} and {list(target.shape)}; expected one [B, G, h, w]")
+        raise InputError(
+            f"prediction and target have shapes {list(prediction.shape)} and "
+            f"{list(target.shape)}; expected one [B, G, h, w]"
+        )
     if size[0] < prediction.shape[2] or size[1] < prediction.shape[3]:
-        raise InputError(f"size is {tuple(size)} and the maps are {tuple(prediction.shape[2:])}; expected at least as much")
-    rows, columns = (_Axis.of(n, N, prediction.device) for n, N in zip(prediction.shape[2:], size, strict=True))
+        raise InputError(
+            f"size is {tuple(size)} and the maps are {tuple(prediction.shape[2:])}; expected at "
+            f"least as much"
+        )
+    rows, columns = (
+        _Axis.of(n, N, prediction.device) for n, N in zip(prediction.shape[2:], size, strict=True)
+    )
     with torch.no_grad():
         pictures = max(1, len(prediction) // _PARTS)
         pairs = zip(prediction.split(pictures), target.split(pictures), strict=True)
         parts = [_prepare(a, b, rows, columns, ratio) for a, b in pairs]
-        match, marked, count = (torch.cat(part) for part in zip(*(part[:3] for part in parts), strict=True))
-        row, column = (torch.cat(part, 1) for part in zip(*(part[3:] for part in parts), strict=True))
+        match, marked, count = (
+            torch.cat(part) for part in zip(*(part[:3] for part in parts), strict=True)
+        )
+        row, column = (
+            torch.cat(part, 1) for part in zip(*(part[3:] for part in parts), strict=True)
+        )
         del parts
     m = prediction.double()  # differences of large sums
     low, high = torch.einsum("xbgh,bghw,xbgw->xbg", row, m, column)
@@ -85,12 +111,16 @@ def mask_consistency(prediction: torch.Tensor, target: torch.Tensor, size: tuple
     return dice.to(torch.promote_types(prediction.dtype, torch.float32)), match
 
 
-def _prepare(prediction: torch.Tensor, target: torch.Tensor, rows: _Axis, columns: _Axis, ratio: float) -> _Target:
+def _prepare(
+    prediction: torch.Tensor, target: torch.Tensor, rows: _Axis, columns: _Axis, ratio: float
+) -> _Target:
     a, b = prediction.double(), target.double()
     match = _matching(a, b, rows.table, columns.table)
     b = b.gather(1, match[..., None, None].expand_as(b))
     top = (rows.outermost @ b @ columns.outermost.T).amax((2, 3))
-    limit = (ratio * top.sigmoid()).logit()[..., None, None]  # sigmoid is monotone: its argument is compared
+    limit = (ratio * top.sigmoid()).logit()[
+        ..., None, None
+    ]  # sigmoid is monotone: its argument is compared
     marked = torch.zeros_like(b)
     across = columns.table.float()
     for part in rows.table.float().split(_ROWS):
@@ -100,14 +130,24 @@ def _prepare(prediction: torch.Tensor, target: torch.Tensor, rows: _Axis, column
     at = torch.stack([corners.argmin(-1), corners.argmax(-1)])
     width = len(columns.outermost)
     # Each row of U sums to one, so the sum of U^T t is that of t.
-    return _Target(match, marked, marked.sum((2, 3)), rows.outermost[at // width], columns.outermost[at % width])
+    return _Target(
+        match,
+        marked,
+        marked.sum((2, 3)),
+        rows.outermost[at // width],
+        columns.outermost[at % width],
+    )
 
 
-def _matching(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _matching(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
     """(2): [B, G], solved on the CPU."""
     gram = rows.T @ rows, columns.T @ columns
     ga, gb = (gram[0] @ x @ gram[1] for x in (a, b))
     norms = [(x * gx).sum((2, 3)).clamp(min=1e-24).sqrt() for x, gx in ((a, ga), (b, gb))]
     cosine = torch.einsum("bghw,bkhw->bgk", a, gb) / (norms[0][:, :, None] * norms[1][:, None])
     cost = (2 - 2 * cosine).clamp(min=0).sqrt().cpu().numpy()
-    return torch.stack([torch.from_numpy(linear_sum_assignment(one)[1]) for one in cost]).to(a.device)
+    return torch.stack([torch.from_numpy(linear_sum_assignment(one)[1]) for one in cost]).to(
+        a.device
+    )

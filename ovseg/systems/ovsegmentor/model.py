@@ -1,15 +1,17 @@
-"""The decoder that completes masked entities: a caption with its entities masked looks at the groups of its picture.
+"""The decoder that completes masked entities: a caption with its entities masked looks at the
+groups of its picture.
 
     t = LN_tok(tokens);  c = cross block of t on LN_x(groups), (2) of ``layers/grouping_block.py``                (1)
     y = LN_new(block(c) + c)                                                                                     (2)
 
-The answer is read at the first token, [CLS], so (2) is computed there alone. Where padding is masked, nothing looks at it in (2); published
-training had no mask there.
+The answer is read at the first token, [CLS], so (2) is computed there alone. Where padding is
+masked, nothing looks at it in (2); published training had no mask there.
 
 OVSegmentor: learning open-vocabulary segmentation from image-caption pairs (Xu et al., CVPR 2023).
 
-GroupViT's tower with one grouping block, 64 group tokens to 8 groups, on DINO's ViT; BERT for texts. ``objectives/ovsegmentor.py`` trains
-it in two stages: with a decoder that completes masked entities, then also with a teacher, an average of the image tower.
+GroupViT's tower with one grouping block, 64 group tokens to 8 groups, on DINO's ViT; BERT for
+texts. ``objectives/ovsegmentor.py`` trains it in two stages: with a decoder that completes masked
+entities, then also with a teacher, an average of the image tower.
 """
 
 from __future__ import annotations
@@ -49,15 +51,23 @@ class EntityDecoder(nn.Module):
     def __init__(self, width: int, text_width: int, heads: int = 8):
         super().__init__()
         self.blocks = nn.ModuleList([_Layer(width, heads)])
-        self.align_proj_text = nn.Linear(text_width, width, bias=False) if text_width != width else None
+        self.align_proj_text = (
+            nn.Linear(text_width, width, bias=False) if text_width != width else None
+        )
 
-    def forward(self, tokens: torch.Tensor, groups: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, D] of tokens [B, L, text width] and groups [B, G, D]; ``seen`` [B, L] bool: the tokens that are no padding."""
+    def forward(
+        self, tokens: torch.Tensor, groups: torch.Tensor, seen: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, D] of tokens [B, L, text width] and groups [B, G, D]; ``seen`` [B, L] bool: the
+        tokens that are no padding.
+        """
         layer = self.blocks[0]
         if self.align_proj_text is not None:
             tokens = self.align_proj_text(tokens)
         mixed = layer.pre_assign_attn(layer.norm_tokens(tokens), layer.norm_x(groups))
-        first = layer.post_attn(mixed, attn_mask=None if seen is None else seen[:, None, None, :], first=1)
+        first = layer.post_attn(
+            mixed, attn_mask=None if seen is None else seen[:, None, None, :], first=1
+        )
         return layer.norm_new_x(first + mixed[:, :1])[:, 0]
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -71,10 +81,12 @@ _DINO_FILES = ("model.safetensors", "pytorch_model.bin")
 @dataclass
 class OVSegmentorOptions(GroupingSystemOptions):
     """Attributes:
-        stage: what is there beside the towers: 0, nothing more, for inference; 1: what completes entities; 2: also the teacher.
-        trained: empty: all parts, in stage 2 all but ``text``.
-        dino: DINO's ViT to begin with: a file, or the Hub's repository (hf-hub:owner/name). None: random weights.
-        entity_heads: of the decoder; 8 in the published models.
+    stage: what is there beside the towers: 0, nothing more, for inference; 1: what completes
+        entities; 2: also the teacher.
+    trained: empty: all parts, in stage 2 all but ``text``.
+    dino: DINO's ViT to begin with: a file, or the Hub's repository (hf-hub:owner/name). None:
+        random weights.
+    entity_heads: of the decoder; 8 in the published models.
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {"entity_heads": (1, math.inf)}
@@ -98,10 +110,17 @@ class OVSegmentor(GroupingSystem):
         if options.stage not in (0, 1, 2):
             raise ValueError(f"stage is {options.stage}; expected 0 (inference), 1 or 2")
         if len(self.image.groupings) != 1:
-            raise ValueError(f"group_tokens is {self.backbone.options.group_tokens}; expected one stage with group tokens")
+            raise ValueError(
+                f"group_tokens is {self.backbone.options.group_tokens}; expected one stage with "
+                f"group tokens"
+            )
         if options.dino is not None:
             repo = options.dino.removeprefix(PREFIX)
-            path = fetch(repo, _DINO_FILES, ways=", named by dino") if repo != options.dino else options.dino
+            path = (
+                fetch(repo, _DINO_FILES, ways=", named by dino")
+                if repo != options.dino
+                else options.dino
+            )
             load_dino(self.image, read_published(path), f"dino {options.dino!r}")
         o = self.backbone.options
         self.entities: EntityDecoder | None = None
@@ -112,20 +131,32 @@ class OVSegmentor(GroupingSystem):
             self.bridge_projector = Projector(o.width, o.projector, o.embed_dim)
         if options.stage == 2:
             self.teacher = copy.deepcopy(self.image)
-            self.logit_scale_mask = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # nothing uses it: published files hold it
-        self.train_parts(options.trained or [part for part in self.parts() if options.stage < 2 or part != "text"])
+            self.logit_scale_mask = nn.Parameter(
+                torch.tensor(math.log(1 / 0.07))
+            )  # nothing uses it: published files hold it
+        self.train_parts(
+            options.trained
+            or [part for part in self.parts() if options.stage < 2 or part != "text"]
+        )
 
     @property
     def published(self) -> Published | None:  # type: ignore[override]
         """Of models with the published towers."""
         o = self.backbone.options
-        return LAYOUT if o.text.get("kind", "clip") == "bert" and o.local_depth is None and o.pool == "mean" else None
+        return (
+            LAYOUT
+            if o.text.get("kind", "clip") == "bert" and o.local_depth is None and o.pool == "mean"
+            else None
+        )
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The teacher is in none: it follows the image tower."""
         found = super().parts()
         if self.entities is not None and self.bridge_projector is not None:
-            found["entities"] = [*self.entities.trained_parameters(), *self.bridge_projector.parameters()]
+            found["entities"] = [
+                *self.entities.trained_parameters(),
+                *self.bridge_projector.parameters(),
+            ]
         return {name: found[name] for name in (*PARTS, "entities") if name in found}
 
     @property
@@ -140,6 +171,10 @@ class OVSegmentor(GroupingSystem):
 
     @torch.no_grad()
     def move_teacher(self, momentum: float) -> None:
-        """teacher <- momentum teacher + (1 - momentum) image tower, in one pass over all parameters."""
+        """teacher <- momentum teacher + (1 - momentum) image tower, in one pass over all
+        parameters.
+        """
         if self.teacher is not None:
-            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.image.parameters()), 1 - momentum)
+            torch._foreach_lerp_(
+                list(self.teacher.parameters()), list(self.image.parameters()), 1 - momentum
+            )

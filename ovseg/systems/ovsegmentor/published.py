@@ -1,9 +1,12 @@
 """OVSegmentor's published checkpoints: names and tensors; DINO's, to begin with.
 
-A file may lack what only training needs: the teacher ``img_encoder_momentum.*``, ``logit_scale_mask``, the decoder of entities
-``multimodal_groupingblock.*`` and ``bridge_projector.*``. It may hold them where the model was built for inference or the first stage, and
-BERT's table of positions' numbers (``position_ids``), which older versions of transformers wrote: both are left out. The table of position
-embeddings may have two dimensions or three. Nothing else may differ."""
+A file may lack what only training needs: the teacher ``img_encoder_momentum.*``,
+``logit_scale_mask``, the decoder of entities ``multimodal_groupingblock.*`` and
+``bridge_projector.*``. It may hold them where the model was built for inference or the first stage,
+and BERT's table of positions' numbers (``position_ids``), which older versions of transformers
+wrote: both are left out. The table of position embeddings may have two dimensions or three. Nothing
+else may differ.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,12 @@ _PREFIXES = (  # theirs, ours
     ("logit_scale_mask", "logit_scale_mask"),
     ("logit_scale", "backbone.logit_scale"),
 )
-_TRAINING = ("img_encoder_momentum.", "logit_scale_mask", "multimodal_groupingblock.", "bridge_projector.")
+_TRAINING = (
+    "img_encoder_momentum.",
+    "logit_scale_mask",
+    "multimodal_groupingblock.",
+    "bridge_projector.",
+)
 _POSITIONS = ("img_encoder.pos_embed", "img_encoder_momentum.pos_embed")
 
 
@@ -39,18 +47,29 @@ def _renamed(name: str, old: int, new: int) -> str:
 
 def _reshape(state: State) -> State:
     """Convolutions of one pixel to linear layers, tables of positions to three dimensions."""
-    return {name: tensor[None] if name in _POSITIONS and tensor.dim() == 2 else tensor for name, tensor in linear(state).items()}
+    return {
+        name: tensor[None] if name in _POSITIONS and tensor.dim() == 2 else tensor
+        for name, tensor in linear(state).items()
+    }
 
 
-LAYOUT = Published(lambda name: _renamed(name, 0, 1), lambda name: _renamed(name, 1, 0), "text_encoder.transformer.embeddings.", _TRAINING,
-                   surplus=(*_TRAINING, "text_encoder.transformer.embeddings.position_ids"), reshape=_reshape, restore=convolutions)
+LAYOUT = Published(
+    lambda name: _renamed(name, 0, 1),
+    lambda name: _renamed(name, 1, 0),
+    "text_encoder.transformer.embeddings.",
+    _TRAINING,
+    surplus=(*_TRAINING, "text_encoder.transformer.embeddings.position_ids"),
+    reshape=_reshape,
+    restore=convolutions,
+)
 
 _DINO_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _DINO_LEFT_OUT = ("cls_token", "head.", "fc_norm.")
 
 
 def load_dino(image: GroupingViT, state: State, where: str) -> None:
-    """Blocks, patches, positions and last norm of DINO's ViT into the image tower; group tokens and grouping blocks stay as they are.
+    """Blocks, patches, positions and last norm of DINO's ViT into the image tower; group tokens and
+    grouping blocks stay as they are.
 
     Raises:
         CheckpointError: for a ViT of another size.
@@ -69,11 +88,22 @@ def load_dino(image: GroupingViT, state: State, where: str) -> None:
             tensor = tensor.reshape(1, -1, tensor.shape[-1])[:, 1:]
         taken[name] = tensor
     expected = [name for name in own if "downsample" not in name and "group_" not in name]
-    wrong = sorted(name for name in {*expected, *taken}
-                   if name not in taken or name not in expected or own[name].shape != taken[name].shape)
+    wrong = sorted(
+        name
+        for name in {*expected, *taken}
+        if name not in taken or name not in expected or own[name].shape != taken[name].shape
+    )
     if wrong:
-        shapes = [f"{name} {list(taken[name].shape) if name in taken else 'missing'}" for name in wrong[:4]]
-        raise CheckpointError(f"{where} does not fit the image tower ({len(wrong)} tensors: {', '.join(shapes)}); expected DINO's ViT of "
-                              f"width {own['norm.weight'].shape[0]} with as many blocks and patches")
+        shapes = [
+            f"{name} {list(taken[name].shape) if name in taken else 'missing'}"
+            for name in wrong[:4]
+        ]
+        raise CheckpointError(
+            f"{where} does not fit the image tower ({len(wrong)} tensors: {', '.join(shapes)}); "
+            f"expected DINO's ViT of "
+            f"width {own['norm.weight'].shape[0]} with as many blocks and patches"
+        )
     check_numbers(where, taken, own)
-    image.load_state_dict({**own, **{name: tensor.to(own[name].dtype) for name, tensor in taken.items()}})
+    image.load_state_dict(
+        {**own, **{name: tensor.to(own[name].dtype) for name, tensor in taken.items()}}
+    )

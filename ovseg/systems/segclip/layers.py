@@ -1,14 +1,17 @@
-"""The decoder of masked autoencoders (He et al., arXiv:2111.06377), as SegCLIP reconstructs pixels from its groups.
+"""The decoder of masked autoencoders (He et al., arXiv:2111.06377), as SegCLIP reconstructs pixels
+from its groups.
 
 Parameter names are those of the published checkpoint.
 
-SegCLIP's group module: learnable centers look at the patches, then every patch goes to one center. Luo et al., arXiv:2211.14813.
+SegCLIP's group module: learnable centers look at the patches, then every patch goes to one center.
+Luo et al., arXiv:2211.14813.
 
     c <- c + MHA(LN_x(c), LN_k([c; x]), LN_k([c; x]));  c <- c + MLP(LN_2(c))            twice, c_0 learned     (1)
     q = LN(c);  pooled, index = segclip_center_assignment(q, x)                                                 (2)
     z = quick_gelu(fc2(gelu(fc1(LN(q + pooled)))))                                       no residual            (3)
 
-The attention of (1) has G queries and L + G keys, so its projections move to the queries' side, exactly: with q_h the query of a head,
+The attention of (1) has G queries and L + G keys, so its projections move to the queries' side,
+exactly: with q_h the query of a head,
 
     q_h . (W_K,h k) = (W_K,h^T q_h) . k          sum_l a_l W_V,h k_l = W_V,h sum_l a_l k_l                       (4)
 
@@ -30,11 +33,19 @@ import ovseg_kernels as ok
 from ...nn.blocks import attention, quick_gelu, quick_gelu_linear
 
 
-def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | None = None) -> torch.Tensor:
-    """[1 + h w, width]: row 0 is zero; the first half encodes the column, the second the row, each sin then cos, base 10000."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4))
+def sincos_positions(
+    grid: tuple[int, int], width: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """[1 + h w, width]: row 0 is zero; the first half encodes the column, the second the row, each
+    sin then cos, base 10000.
+    """
+    frequencies = 10000.0 ** -(
+        torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4)
+    )
     halves = []
-    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64, device=device) for side in grid), indexing="ij")
+    rows, columns = torch.meshgrid(
+        *(torch.arange(side, dtype=torch.float64, device=device) for side in grid), indexing="ij"
+    )
     for place in (columns, rows):
         angle = place.flatten()[:, None] * frequencies
         halves += [angle.sin(), angle.cos()]
@@ -43,13 +54,23 @@ def sincos_positions(grid: tuple[int, int], width: int, device: torch.device | N
 
 def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
     """[B, 3, H, W] to [B, N, patch * patch * 3]: row in the patch, column in the patch, channel."""
-    return images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    return (
+        images.unfold(2, patch, patch)
+        .unfold(3, patch, patch)
+        .permute(0, 2, 3, 4, 5, 1)
+        .flatten(3)
+        .flatten(1, 2)
+    )
 
 
 class _Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.qkv, self.proj = (
+            heads,
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -61,7 +82,9 @@ class _Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = _Attention(width, heads)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))
@@ -77,15 +100,27 @@ class MaeDecoder(nn.Module):
         width, depth, heads: of the decoder.
     """
 
-    def __init__(self, token_dim: int, patch: int, width: int = 384, depth: int = 3, heads: int = 8):
+    def __init__(
+        self, token_dim: int, patch: int, width: int = 384, depth: int = 3, heads: int = 8
+    ):
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.decoder_embed = nn.Linear(token_dim, width)
         self.decoder_blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
-        self.decoder_norm, self.decoder_pred = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, patch * patch * 3)
+        self.decoder_norm, self.decoder_pred = (
+            nn.LayerNorm(width, eps=1e-6),
+            nn.Linear(width, patch * patch * 3),
+        )
 
-    def forward(self, kept: torch.Tensor, restore: torch.Tensor, grid: tuple[int, int], wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Predicted pixels [B, N, patch * patch * 3], or [B, M, ...] of the ``wanted`` patches [B, M] only.
+    def forward(
+        self,
+        kept: torch.Tensor,
+        restore: torch.Tensor,
+        grid: tuple[int, int],
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predicted pixels [B, N, patch * patch * 3], or [B, M, ...] of the ``wanted`` patches [B,
+        M] only.
 
         Args:
             kept: [B, K, token_dim] in shuffled order; their mean stands for the class token.
@@ -95,12 +130,18 @@ class MaeDecoder(nn.Module):
         """
         x = self.decoder_embed(torch.cat([kept.mean(1, keepdim=True), kept], 1))
         B, N, width = restore.shape[0], restore.shape[1], x.shape[2]
-        patches = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(B, N - kept.shape[1], -1)], 1)
+        patches = torch.cat(
+            [x[:, 1:], self.mask_token.to(x.dtype).expand(B, N - kept.shape[1], -1)], 1
+        )
         patches = patches.gather(1, restore[..., None].expand(-1, -1, width))
         x = torch.cat([x[:, :1], patches], 1) + sincos_positions(grid, width, x.device).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
-        x = x[:, 1:] if wanted is None else x[:, 1:].gather(1, wanted[..., None].expand(-1, -1, width))
+        x = (
+            x[:, 1:]
+            if wanted is None
+            else x[:, 1:].gather(1, wanted[..., None].expand(-1, -1, width))
+        )
         return self.decoder_pred(self.decoder_norm(x))
 
 
@@ -108,7 +149,9 @@ _TINY = 1e-30  # below it log(soft) is cut: such a center has no share in any su
 
 
 class Groups(NamedTuple):
-    """``tokens`` [B, G, D] of (3), ``index`` [B, L], ``soft`` [B, G, L] without noise, ``centers`` [B, G, D], q of (2)."""
+    """``tokens`` [B, G, D] of (3), ``index`` [B, L], ``soft`` [B, G, L] without noise, ``centers``
+    [B, G, D], q of (2).
+    """
 
     tokens: torch.Tensor
     index: torch.Tensor
@@ -116,7 +159,9 @@ class Groups(NamedTuple):
     centers: torch.Tensor
 
     def assignment(self, noise: torch.Tensor | None, tau: float) -> torch.Tensor:
-        """[B, G, L]: 1 at each patch's center and 0 elsewhere, with the gradient of softmax((z + noise) / tau): straight-through."""
+        """[B, G, L]: 1 at each patch's center and 0 elsewhere, with the gradient of softmax((z +
+        noise) / tau): straight-through.
+        """
         z = self.soft.clamp(min=_TINY).log()
         y = ((z if noise is None else z + noise) / tau).softmax(1)
         return torch.zeros_like(y).scatter_(1, self.index[:, None], 1.0) + (y - y.detach())
@@ -132,20 +177,33 @@ class _Mlp(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """(1). ``mix_batch`` reads the normed keys as [S, B, D] where they are [B, S, D], as the published training did: an image's centers
-    then see a few patches of every image of the batch. For one image both are the same."""
+    """(1).
+
+    ``mix_batch`` reads the normed keys as [S, B, D] where they are [B, S, D], as the published
+    training did: an image's centers then see a few patches of every image of the batch. For one
+    image both are the same.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)  # its parameters; (4) is computed here
-        self.ln_x, self.ln_k, self.ln_2, self.mlp = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width), _Mlp(width)
+        self.ln_x, self.ln_k, self.ln_2, self.mlp = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            _Mlp(width),
+        )
 
-    def forward(self, centers: torch.Tensor, tokens: torch.Tensor, mix_batch: bool = False) -> torch.Tensor:
+    def forward(
+        self, centers: torch.Tensor, tokens: torch.Tensor, mix_batch: bool = False
+    ) -> torch.Tensor:
         heads, (B, G, D) = self.attn.num_heads, centers.shape
         keys = self.ln_k(torch.cat([centers, tokens], 1))
         if mix_batch:
             keys = keys.reshape(keys.shape[1], B, D).transpose(0, 1)
-        of_query, of_key, of_value = self.attn.in_proj_weight.unflatten(0, (3, heads, D // heads)).unbind(0)
+        of_query, of_key, of_value = self.attn.in_proj_weight.unflatten(
+            0, (3, heads, D // heads)
+        ).unbind(0)
         bias = self.attn.in_proj_bias.unflatten(0, (3, heads, D // heads))
         q = torch.einsum("bgi,hdi->bhgd", self.ln_x(centers), of_query) + bias[0][:, None]
         folded = torch.einsum("bhgd,hdi->bhgi", q * (D // heads) ** -0.5, of_key)
@@ -160,7 +218,9 @@ class _Output(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return quick_gelu(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.ln(x)))))
@@ -177,17 +237,34 @@ class SemanticGroups(nn.Module):
         mix_batch: see ``CrossBlock``; only to follow the published training.
     """
 
-    def __init__(self, width: int, centers: int = 8, heads: int | None = None, cross_layers: int = 2, mix_batch: bool = False):
+    def __init__(
+        self,
+        width: int,
+        centers: int = 8,
+        heads: int | None = None,
+        cross_layers: int = 2,
+        mix_batch: bool = False,
+    ):
         super().__init__()
         heads = heads or width // 64
         self.mix_batch = mix_batch
-        self.semantic_center = nn.Parameter(nn.init.trunc_normal_(torch.empty(centers, width), std=0.02))
-        self.norm, self.cross_ln, self.k_ln = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.semantic_center = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(centers, width), std=0.02)
+        )
+        self.norm, self.cross_ln, self.k_ln = (
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+            nn.LayerNorm(width),
+        )
         self.cross_att = nn.ModuleList(CrossBlock(width, heads) for _ in range(cross_layers))
-        self.k_conv, self.v_conv = (nn.Conv1d(width, width, 1, groups=heads, bias=False) for _ in range(2))
+        self.k_conv, self.v_conv = (
+            nn.Conv1d(width, width, 1, groups=heads, bias=False) for _ in range(2)
+        )
         self.proj_o = _Output(width)
 
-    def forward(self, tokens: torch.Tensor, noise: torch.Tensor | None = None, tau: float = 1.0) -> Groups:
+    def forward(
+        self, tokens: torch.Tensor, noise: torch.Tensor | None = None, tau: float = 1.0
+    ) -> Groups:
         """``tokens`` [B, L, D]; ``noise`` [B, G, L] and ``tau`` of the assignment, in training."""
         centers = self.semantic_center.expand(len(tokens), -1, -1)
         for block in self.cross_att:

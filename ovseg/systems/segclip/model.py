@@ -1,7 +1,9 @@
 """SegCLIP: patch aggregation with learnable centers (Luo et al., ICML 2023).
 
-A CLIP trunk is split: its first blocks see the patches, without the class token; a group module gathers them into centers; the last
-blocks see the centers, and the image is the elementwise maximum over them. ``objectives/segclip.py`` trains it."""
+A CLIP trunk is split: its first blocks see the patches, without the class token; a group module
+gathers them into centers; the last blocks see the centers, and the image is the elementwise maximum
+over them. ``objectives/segclip.py`` trains it.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,20 @@ _OF_TRAINING = ("tau", "weights", "kept")  # options of the model once
 @dataclass
 class SegCLIPOptions(SystemOptions):
     """Attributes:
-        trained: all but ``embeddings`` as published: patch and position embeddings, the norm after them and token embeddings stay CLIP's.
-        second_stage: how many of the CLIP's last blocks see the centers; with 0 the group module's output is the groups.
-        centers, cross_layers, heads: of the group module; heads is the width / 64 if None.
-        decoder: width, depth and heads of the decoder of pixels.
-        mix_batch: the published training's mixing of images in the cross-attention, see ``layers/semantic_groups.py``.
+    trained: all but ``embeddings`` as published: patch and position embeddings, the norm after them
+        and token embeddings stay CLIP's.
+    second_stage: how many of the CLIP's last blocks see the centers; with 0 the group module's
+        output is the groups.
+    centers, cross_layers, heads: of the group module; heads is the width / 64 if None.
+    decoder: width, depth and heads of the decoder of pixels.
+    mix_batch: the published training's mixing of images in the cross-attention, see
+        ``layers/semantic_groups.py``.
     """
 
-    moved: ClassVar[dict[str, str]] = {"frozen": "it is trained now, a list of parts",
-                                       **{name: f"it is objective.options.{name} now" for name in _OF_TRAINING}}
+    moved: ClassVar[dict[str, str]] = {
+        "frozen": "it is trained now, a list of parts",
+        **{name: f"it is objective.options.{name} now" for name in _OF_TRAINING},
+    }
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
         "centers": (1, math.inf), "cross_layers": (0, math.inf), "heads": (1, math.inf), "decoder": (1, math.inf)}  # fmt: skip
@@ -66,11 +73,16 @@ class SegCLIP(OVSegModel):
         self.backbone.check_class_token("segclip")
         blocks = len(self.backbone.vision_blocks)
         if not 0 <= options.second_stage <= blocks:
-            raise ValueError(f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of the backbone")
+            raise ValueError(
+                f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of "
+                f"the backbone"
+            )
         self.backbone.antialias_positions = False  # as published
         self.first_stage = blocks - options.second_stage
         width = self.backbone.token_dim
-        self.groups = SemanticGroups(width, options.centers, options.heads, options.cross_layers, options.mix_batch)
+        self.groups = SemanticGroups(
+            width, options.centers, options.heads, options.cross_layers, options.mix_batch
+        )
         self.mae_blocks = self.backbone.new_blocks(options.second_stage)
         self.reconstruct = nn.Linear(options.centers, options.centers)
         self.decoder = MaeDecoder(width, self.backbone.patch_size, **options.decoder)
@@ -84,7 +96,10 @@ class SegCLIP(OVSegModel):
         if self.options.backbone["kind"] != "open_clip":
             return None
         side = self.spec.image_size // self.spec.patch_size
-        return layout(self.first_stage, sincos_positions((side, side), self.decoder.mask_token.shape[-1])[None])
+        return layout(
+            self.first_stage,
+            sincos_positions((side, side), self.decoder.mask_token.shape[-1])[None],
+        )
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The class token is in none: nothing looks at it."""
@@ -95,7 +110,9 @@ class SegCLIP(OVSegModel):
         taken |= {id(p) for p in (*found["text"], backbone.class_token)}
         found["vision"] = [p for p in backbone.parameters() if id(p) not in taken]
         found["groups"] = list(self.groups.parameters())
-        found["reconstruction"] = [p for m in (self.mae_blocks, self.reconstruct, self.decoder) for p in m.parameters()]
+        found["reconstruction"] = [
+            p for m in (self.mae_blocks, self.reconstruct, self.decoder) for p in m.parameters()
+        ]
         return {name: found[name] for name in _PARTS}
 
     @property
@@ -103,7 +120,9 @@ class SegCLIP(OVSegModel):
         return [*super().blocks, *self.mae_blocks]
 
     def encode_image(self, images: torch.Tensor) -> GroupFeatures:
-        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its group."""
+        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its
+        group.
+        """
         x, grid = self.embed(images)
         groups, image, of_group = self.gather(x)
         tokens = of_group.gather(1, groups.index[..., None].expand(-1, -1, of_group.shape[2]))
@@ -120,8 +139,12 @@ class SegCLIP(OVSegModel):
             x = block(x)
         return x
 
-    def gather(self, x: torch.Tensor, noise: torch.Tensor | None = None, tau: float = 1.0) -> tuple[Groups, torch.Tensor, torch.Tensor]:
-        """(groups, image [B, E], embeddings of the groups [B, G, E]) of embedded patches; Gumbel ``noise`` [B, G, N] in training."""
+    def gather(
+        self, x: torch.Tensor, noise: torch.Tensor | None = None, tau: float = 1.0
+    ) -> tuple[Groups, torch.Tensor, torch.Tensor]:
+        """(groups, image [B, E], embeddings of the groups [B, G, E]) of embedded patches; Gumbel
+        ``noise`` [B, G, N] in training.
+        """
         groups = self.groups(self.first_blocks(x), noise, tau)
         tokens = groups.tokens
         for block in self.backbone.vision_blocks[self.first_stage :]:
@@ -131,27 +154,50 @@ class SegCLIP(OVSegModel):
         return groups, both[:, 0], both[:, 1:]
 
     def scatter(self, kept: torch.Tensor, noise: torch.Tensor, tau: float) -> torch.Tensor:
-        """[B, K, D]: kept patches [B, K, D], embedded, gathered into groups and back through the assignment."""
+        """[B, K, D]: kept patches [B, K, D], embedded, gathered into groups and back through the
+        assignment.
+        """
         groups = self.groups(self.first_blocks(kept), noise, tau)
-        x = quick_gelu(self.reconstruct(groups.assignment(noise, tau).transpose(1, 2).to(kept.dtype)) @ groups.tokens)
+        x = quick_gelu(
+            self.reconstruct(groups.assignment(noise, tau).transpose(1, 2).to(kept.dtype))
+            @ groups.tokens
+        )
         for block in self.mae_blocks:
             x = block(x)
         return x
 
-    def parameter_groups(self, lr: float, weight_decay: float, lower_lr: float | None = None) -> list[dict[str, Any]]:
-        """The published recipe: the first blocks, the text tower and the scale at ``lower_lr``; decay on all but biases."""
-        first = [p for block in self.backbone.vision_blocks[: self.first_stage] for p in block.parameters()]
-        slow = {id(p) for p in (*first, *self.backbone.text_parameters(), self.backbone.logit_scale)}
+    def parameter_groups(
+        self, lr: float, weight_decay: float, lower_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """The published recipe: the first blocks, the text tower and the scale at ``lower_lr``;
+        decay on all but biases.
+        """
+        first = [
+            p
+            for block in self.backbone.vision_blocks[: self.first_stage]
+            for p in block.parameters()
+        ]
+        slow = {
+            id(p) for p in (*first, *self.backbone.text_parameters(), self.backbone.logit_scale)
+        }
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.trainable:
             groups.setdefault((id(parameter) in slow, "bias" not in name), []).append(parameter)
         low = lr if lower_lr is None else lower_lr
-        return [{"params": found, "lr_scale": (low / lr if is_slow else 1.0), "weight_decay": weight_decay if decayed else 0.0}
-                for (is_slow, decayed), found in groups.items()]
+        return [
+            {
+                "params": found,
+                "lr_scale": (low / lr if is_slow else 1.0),
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
+            for (is_slow, decayed), found in groups.items()
+        ]
 
 
 def _initialize(module: nn.Module) -> None:
-    """As published: every linear layer N(0, 0.02) without bias; the packed projections of attention and the convolutions as torch does."""
+    """As published: every linear layer N(0, 0.02) without bias; the packed projections of attention
+    and the convolutions as torch does.
+    """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -17,7 +17,11 @@ _PREFIXES = (  # published, ours
     ("vis_mae_decoder.", "decoder."),
     ("clip.", "backbone.clip."),
 )
-_OPTIONAL = ("vis_mae_decoder.", "clip.visual.transformer.layers_mae2.", "clip.visual.transformer.reconstruct_layer2.")
+_OPTIONAL = (
+    "vis_mae_decoder.",
+    "clip.visual.transformer.layers_mae2.",
+    "clip.visual.transformer.reconstruct_layer2.",
+)
 MARK = "clip.visual.transformer.semantic_layer2."
 POSITIONS = "vis_mae_decoder.decoder_pos_embed"  # a fixed table
 
@@ -48,6 +52,13 @@ def to_theirs(name: str, first_stage: int) -> str:
 
 
 def layout(first_stage: int, positions: torch.Tensor) -> Published:
-    """Of a model whose first stage has so many blocks; ``positions`` is the decoder's table at the training size."""
-    return Published(lambda name: to_ours(name, first_stage), lambda name: to_theirs(name, first_stage),
-                     MARK, _OPTIONAL, {POSITIONS: lambda: positions})
+    """Of a model whose first stage has so many blocks; ``positions`` is the decoder's table at the
+    training size.
+    """
+    return Published(
+        lambda name: to_ours(name, first_stage),
+        lambda name: to_theirs(name, first_stage),
+        MARK,
+        _OPTIONAL,
+        {POSITIONS: lambda: positions},
+    )
