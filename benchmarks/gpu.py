@@ -239,8 +239,15 @@ class Bench:
         return row
 
 
-def run(device: Device, out: str | os.PathLike, *, budget: float, seconds: float = 0.2, cases: Sequence[Case] = GPU_CASES,
-        again: str = "") -> int:  # fmt: skip
+def run(
+    device: Device,
+    out: str | os.PathLike,
+    *,
+    budget: float,
+    seconds: float = 0.2,
+    cases: Sequence[Case] = GPU_CASES,
+    again: str = "",
+) -> int:
     """Measure until ``budget`` seconds are spent; 0, or 1 if a row of ours failed, or AGAIN if only
     a new process can go on.
     """

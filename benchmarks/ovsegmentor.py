@@ -213,9 +213,15 @@ def alternating(
 
 def _row(case: str, mine: np.ndarray, other: np.ndarray, **more: Any) -> dict[str, Any]:
     ratio = mine / other
-    return {"case": case, "ours ms": round(1e3 * float(np.median(mine)), 1), "published ms": round(1e3 * float(np.median(other)), 1),
-            "ratio": round(float(np.median(ratio)), 3), "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(), **more,
-            "repeats": len(mine)}  # fmt: skip
+    return {
+        "case": case,
+        "ours ms": round(1e3 * float(np.median(mine)), 1),
+        "published ms": round(1e3 * float(np.median(other)), 1),
+        "ratio": round(float(np.median(ratio)), 3),
+        "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(),
+        **more,
+        "repeats": len(mine),
+    }
 
 
 def spread_texts(model: OVSegmentor, count: int, images: torch.Tensor) -> torch.Tensor:
@@ -287,9 +293,18 @@ def plain_bert(model: OVSegmentor):
     from transformers import BertConfig, BertModel
 
     o = model.text.options
-    bert = BertModel(BertConfig(vocab_size=o.vocab_size, hidden_size=o.width, num_hidden_layers=o.depth, num_attention_heads=o.heads,
-                                intermediate_size=o.hidden, max_position_embeddings=o.positions, hidden_dropout_prob=o.dropout,
-                                attention_probs_dropout_prob=o.dropout))  # fmt: skip
+    bert = BertModel(
+        BertConfig(
+            vocab_size=o.vocab_size,
+            hidden_size=o.width,
+            num_hidden_layers=o.depth,
+            num_attention_heads=o.heads,
+            intermediate_size=o.hidden,
+            max_position_embeddings=o.positions,
+            hidden_dropout_prob=o.dropout,
+            attention_probs_dropout_prob=o.dropout,
+        )
+    )
     bert.load_state_dict(model.text.transformer.state_dict())
     return bert
 

@@ -215,8 +215,10 @@ def inference(repeats: int) -> list[dict[str, Any]]:
     texts = F.normalize(torch.randn(CLASSES, 512), dim=-1)
     queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
     picture, rows = Image.fromarray(data.coffee()).resize(SIZE[::-1]), []
-    for name, options in (("224, stride 224", {"short_side": 224, "crop": 224, "stride": 224}),
-                          ("448, stride 224", {"short_side": 448, "crop": 448, "stride": 224})):  # fmt: skip
+    for name, options in (
+        ("224, stride 224", {"short_side": 224, "crop": 224, "stride": 224}),
+        ("448, stride 224", {"short_side": 448, "crop": 448, "stride": 224}),
+    ):
         placement, rule = (
             place(SIZE, View(**options), patch=16, trained=224),
             GroupTables(background_threshold=0.65),
@@ -237,10 +239,19 @@ def inference(repeats: int) -> list[dict[str, Any]]:
                 ours.append(middle - start)
                 theirs.append(time.perf_counter() - middle)
         ratio = np.array(ours) / np.array(theirs)
-        rows.append({"case": f"{len(placement.origins)} windows of {name}", "ours ms": round(1e3 * float(np.median(ours)), 1),
-                     "published ms": round(1e3 * float(np.median(theirs)), 1), "ratio": round(float(np.median(ratio)), 3),
-                     "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(), "differing labels": int((found != expected).sum()),
-                     "pixels": found.numel(), "labels that occur": len(found.unique()), "repeats": repeats})  # fmt: skip
+        rows.append(
+            {
+                "case": f"{len(placement.origins)} windows of {name}",
+                "ours ms": round(1e3 * float(np.median(ours)), 1),
+                "published ms": round(1e3 * float(np.median(theirs)), 1),
+                "ratio": round(float(np.median(ratio)), 3),
+                "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(),
+                "differing labels": int((found != expected).sum()),
+                "pixels": found.numel(),
+                "labels that occur": len(found.unique()),
+                "repeats": repeats,
+            }
+        )
     return rows
 
 

@@ -129,14 +129,31 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
                 ):
                     times[key].append(value)
         ms = {key: 1e3 * float(np.median(values)) for key, values in times.items()}
-        rows.append({
-            "case": name, "repeats": repeats, **{f"{key} ms": round(value, 1) for key, value in ms.items()},
-            **{f"{key} ms p20-p80": [round(1e3 * float(q), 1) for q in np.percentile(times[key], (20, 80))] for key in times},
-            "label map share": round(float(np.median(np.array(times["label map"]) / np.array(times["ours"]))), 4),
-            "ours over one by one": round(float(np.median(np.array(times["ours"]) / np.array(times["windows one by one"]))), 3),
-            "differing labels": int((ours != theirs).sum()), "pixels": ours.numel(), "labels that "
-                                                                                     "occur": len(ours.unique()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": name,
+                "repeats": repeats,
+                **{f"{key} ms": round(value, 1) for key, value in ms.items()},
+                **{
+                    f"{key} ms p20-p80": [
+                        round(1e3 * float(q), 1) for q in np.percentile(times[key], (20, 80))
+                    ]
+                    for key in times
+                },
+                "label map share": round(
+                    float(np.median(np.array(times["label map"]) / np.array(times["ours"]))), 4
+                ),
+                "ours over one by one": round(
+                    float(
+                        np.median(np.array(times["ours"]) / np.array(times["windows one by one"]))
+                    ),
+                    3,
+                ),
+                "differing labels": int((ours != theirs).sum()),
+                "pixels": ours.numel(),
+                "labels that occur": len(ours.unique()),
+            }
+        )
         share = 100 * rows[-1]["label map share"]
         print(
             f"{title} {name}: ours {ms['ours']:.0f} ms, of which the label map "

@@ -26,7 +26,7 @@ def tables(path: str | Path) -> str:
     if not rows:
         raise ValueError(
             f"{path} holds no row of results; expected lines of scripts/gpu_check.sh, or the file "
-            f"of `ovseg bench --json`"
+            "of `ovseg bench --json`"
         )
     parts, everything = [], len(rows)
     rows = lines.last_run(rows)

@@ -49,9 +49,12 @@ def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
             if turn:
                 values.append(time.perf_counter() - start)
     ratio = np.array(times["ours"]) / np.array(times["eager"])
-    return {**{f"{way} ms": round(1e3 * float(np.median(values)), 1) for way, values in times.items()},
-            "ratio": round(float(np.median(ratio)), 4), "ratio p20-p80": np.percentile(ratio, (20, 80)).round(4).tolist(),
-            "repeats": repeats}  # fmt: skip
+    return {
+        **{f"{way} ms": round(1e3 * float(np.median(values)), 1) for way, values in times.items()},
+        "ratio": round(float(np.median(ratio)), 4),
+        "ratio p20-p80": np.percentile(ratio, (20, 80)).round(4).tolist(),
+        "repeats": repeats,
+    }
 
 
 def step_memory(small: Parts, parts: Parts, way: str) -> float:
@@ -83,5 +86,8 @@ def memory_of_both(module: str, repeats: int) -> dict[str, Any]:
             values.append(float(done.stdout.splitlines()[-1]))
     ratio = np.array(found["ours"]) / np.array(found["eager"])
     least, most = (round(float(x), 4) for x in (ratio.min(), ratio.max()))
-    return {**{f"{way} extra MiB": round(float(np.median(values)), 1) for way, values in found.items()},
-            "ratio of memory": round(float(np.median(ratio)), 4), "ratio of memory, least and most": [least, most]}  # fmt: skip
+    return {
+        **{f"{way} extra MiB": round(float(np.median(values)), 1) for way, values in found.items()},
+        "ratio of memory": round(float(np.median(ratio)), 4),
+        "ratio of memory, least and most": [least, most],
+    }

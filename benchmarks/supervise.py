@@ -113,9 +113,18 @@ def stop(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def run(jobs: Sequence[Job], *, workers: int, until: float, logs: Path, results: lines.Lines | None = None,
-        report: Callable[[Outcome], None] | None = None, tick: Callable[[], None] | None = None,
-        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> list[Outcome]:  # fmt: skip
+def run(
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    until: float,
+    logs: Path,
+    results: lines.Lines | None = None,
+    report: Callable[[Outcome], None] | None = None,
+    tick: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> list[Outcome]:
     """All jobs, at most ``workers`` at once, none beyond ``until`` on the clock.
 
     In the order they ended.

@@ -272,11 +272,21 @@ def inference(repeats: int) -> list[dict[str, Any]]:
             ):
                 times[which].append(seconds)
     ratio = np.array(times["ours"]) / np.array(times["eager"])
-    rows.append({"case": f"683x512, {CLASSES} classes, {PROMPTS} prompts",
-                 **{f"{which} ms": round(1e3 * float(np.median(values)), 1) for which, values in times.items()},
-                 "ratio": round(float(np.median(ratio)), 3), "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(),
-                 "differing labels": int((found != expected).sum()), "pixels": found.size, "labels that occur": len(np.unique(found)),
-                 "repeats": repeats})  # fmt: skip
+    rows.append(
+        {
+            "case": f"683x512, {CLASSES} classes, {PROMPTS} prompts",
+            **{
+                f"{which} ms": round(1e3 * float(np.median(values)), 1)
+                for which, values in times.items()
+            },
+            "ratio": round(float(np.median(ratio)), 3),
+            "ratio p20-p80": np.percentile(ratio, (20, 80)).round(3).tolist(),
+            "differing labels": int((found != expected).sum()),
+            "pixels": found.size,
+            "labels that occur": len(np.unique(found)),
+            "repeats": repeats,
+        }
+    )
     return rows
 
 

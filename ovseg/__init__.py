@@ -45,9 +45,24 @@ __all__ = [
 ]
 
 _INFERENCE = ("Predictor", "Segmentation", "segment")
-_SUBMODULES = ("data", "distributed", "environment", "evaluation", "inference", "nn", "objectives",
-               "options", "paths", "progress", "registration", "replacing", "systems", "text_files",
-               "training", "weights")  # fmt: skip
+_SUBMODULES = (
+    "data",
+    "distributed",
+    "environment",
+    "evaluation",
+    "inference",
+    "nn",
+    "objectives",
+    "options",
+    "paths",
+    "progress",
+    "registration",
+    "replacing",
+    "systems",
+    "text_files",
+    "training",
+    "weights",
+)
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 

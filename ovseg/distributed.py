@@ -156,7 +156,7 @@ def device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"device is {name!r}, which torch cannot use here; expected 'auto', 'cpu', 'cuda' or "
-            f"'cuda:0'"
+            "'cuda:0'"
         ) from error
     if found.type == "cuda" and found.index is None and world_size() > 1:
         found = torch.device("cuda", local_rank())
@@ -202,9 +202,9 @@ def _open() -> None:
             raise
         raise ProcessError(
             f"the {world_size()} processes did not come together ({first_line(error)}); expected "
-            f"all "
+            "all "
             f"to be started within {limit:g} s of each other (OVSEG_START_TIMEOUT), and a "
-            f"MASTER_PORT "
+            "MASTER_PORT "
             "that is free"
         ) from error
     # torch 2.14 has a public name for it
@@ -366,7 +366,7 @@ def _number(name: str, least: int) -> int | None:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
         raise ConfigError(
             f"{name} is {text!r} in the environment; expected a whole number from {least} on, as "
-            f"torchrun and srun set it"
+            "torchrun and srun set it"
         )
     return int(text)
 
@@ -388,7 +388,7 @@ def _meeting_place() -> tuple[str | None, int]:
     if nodes is None:
         raise ConfigError(
             f"the environment says {world_size()} processes and names no MASTER_ADDR; expected "
-            f"torchrun or srun"
+            "torchrun or srun"
         )
     found = re.match(
         r"([^,\[]+)(?:\[([^\],-]+))?", nodes

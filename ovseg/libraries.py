@@ -13,11 +13,23 @@ from .errors import first_line
 # The extra of pyproject.toml that brings a module. open_clip of [models] brings timm, torchvision
 # and others.
 _EXTRAS = {
-    "PIL": "models", "ftfy": "models", "huggingface_hub": "models", "omegaconf": "models",
-    "open_clip": "models", "regex": "models", "safetensors": "models", "scipy": "models",
-    "skimage": "models", "sklearn": "models", "timm": "models", "torchvision": "models",
-    "tqdm": "models", "yaml": "models", "matplotlib": "plot", "xformers": "xformers",
-}  # fmt: skip
+    "PIL": "models",
+    "ftfy": "models",
+    "huggingface_hub": "models",
+    "omegaconf": "models",
+    "open_clip": "models",
+    "regex": "models",
+    "safetensors": "models",
+    "scipy": "models",
+    "skimage": "models",
+    "sklearn": "models",
+    "timm": "models",
+    "torchvision": "models",
+    "tqdm": "models",
+    "yaml": "models",
+    "matplotlib": "plot",
+    "xformers": "xformers",
+}
 
 
 class MissingLibrary(ModuleNotFoundError):

@@ -95,7 +95,7 @@ def check_finite(values: Any, key: str = "") -> None:
     if any(isinstance(number, float) and not math.isfinite(number) for number in inner):
         raise ConfigError(
             f"{key} is {list(values) if isinstance(values, tuple) else values}; expected finite "
-            f"numbers"
+            "numbers"
         )
     for name, value in values.items() if isinstance(values, Mapping) else enumerate(inner):
         if isinstance(value, (Mapping, list, tuple)):

@@ -117,7 +117,7 @@ def folder_for(path: str | Path, option: str) -> Path:
     if address(path):
         raise InputError(
             f"{option} {as_given(path)!r} is an address, and only local folders are written to; "
-            f"expected a folder"
+            "expected a folder"
         )
     found = no_folder(path)
     if found not in (None, "does not exist"):
@@ -138,7 +138,7 @@ def file_for(path: str | Path, option: str) -> Path:
     if address(path):
         raise InputError(
             f"{option} {as_given(path)!r} is an address, and only local files are written; "
-            f"expected the name of a file"
+            "expected the name of a file"
         )
     found = no_file(path)
     if found not in (None, "does not exist"):  # a device would be replaced by a file
@@ -166,7 +166,7 @@ def _check(path: str | Path, option: str, expected: str, *, there: bool) -> None
     if (found := no_folder(above)) is not None:
         raise InputError(
             f"{option} {str(path)!r} cannot be made: {str(above)!r} {found}; expected {expected} "
-            f"in a folder"
+            "in a folder"
         )
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(

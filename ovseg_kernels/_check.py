@@ -72,8 +72,15 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")
 
 
-def number(name: str, value: object, wanted: str = "a finite number", *, least: float = -math.inf, most: float = math.inf,
-           dtype: torch.dtype = torch.float64) -> None:  # fmt: skip
+def number(
+    name: str,
+    value: object,
+    wanted: str = "a finite number",
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    dtype: torch.dtype = torch.float64,
+) -> None:
     """A finite number of the host, between ``least`` and ``most``, that ``dtype`` holds.
 
     No tensor: comparing one with a number would wait for the GPU, or break a compilation.
@@ -111,7 +118,7 @@ def group(value: object) -> None:
     if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
         raise TypeError(
             f"group is a {type(value).__name__}; expected a torch.distributed process group, or "
-            f"None for one process"
+            "None for one process"
         )
 
 

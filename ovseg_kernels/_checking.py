@@ -119,9 +119,11 @@ class _Flags:
         messages = [message for message, seen in zip(DEFERRED, found[1:], strict=True) if seen]
         if messages:
             self.found.zero_()
-            raise ValueError(f"an earlier call of {'; and of '.join(messages)} (seen on the GPU "
-                             f"after that call had returned; "
-                             "OVSEG_CHECK=1 raises in the call itself)")  # fmt: skip
+            raise ValueError(
+                f"an earlier call of {'; and of '.join(messages)} (seen on the GPU "
+                "after that call had returned; "
+                "OVSEG_CHECK=1 raises in the call itself)"
+            )
 
 
 def _event(x: torch.Tensor) -> torch.cuda.Event:

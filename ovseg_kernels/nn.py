@@ -143,7 +143,7 @@ def _group(rank: int, world_size: int) -> dist.ProcessGroup:
     if not dist.is_initialized():
         raise RuntimeError(
             f"world_size is {world_size} and torch.distributed is not initialised; call "
-            f"init_process_group first"
+            "init_process_group first"
         )
     there = (dist.get_rank(), dist.get_world_size())
     if there != (rank, world_size):

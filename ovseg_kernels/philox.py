@@ -1,8 +1,8 @@
 """Random numbers that do not depend on device, backend, tiling or thread: Philox4x32-10.
 
-    key = seed, counter = (offset + index // 4, 0), word = index % 4                                            (1)
+    key = seed, counter = (offset + index // 4, 0), word = index % 4                             (1)
     u = ((word >> 9) + 0.5) 2^-23            exact in float32, in [2^-24, 1 - 2^-24]: no logarithm sees 0 or 1  (2)
-    gumbel = -log(-log u)                    in float32, in [-2.82, 16.64]                                       (3)
+    gumbel = -log(-log u)                    in float32, in [-2.82, 16.64]                       (3)
 
 ``index`` counts the elements of the unpadded tensor in contiguous order. Operators take ``rng``, an
 int64 tensor [seed, offset] on their device: a Python number would recompile at every step, and a
@@ -52,7 +52,7 @@ def advance(rng: torch.Tensor, elements: int) -> torch.Tensor:
     ):
         raise ValueError(
             f"elements is {elements!r}; expected an integer of at least 0, the number of elements "
-            f"that were drawn"
+            "that were drawn"
         )
     return rng + -(-elements // 4) * torch.arange(2, device=rng.device)
 
@@ -67,7 +67,7 @@ def check(rng: object) -> torch.Tensor:
             )
         raise TypeError(
             f"rng is {came}; expected an int64 tensor [seed, offset], as "
-            f"ovseg_kernels.philox.make_rng gives"
+            "ovseg_kernels.philox.make_rng gives"
         )
     if rng.is_nested:  # which has no shape
         raise TypeError(

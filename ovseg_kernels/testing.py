@@ -52,5 +52,5 @@ def assert_close_to_truth(
         if not found <= allowed:
             raise AssertionError(
                 f"{name}: {kind} {found:.3g} exceeds {allowed:.3g} = 2 x {measure(eager):.3g} of "
-                f"eager + floor"
+                "eager + floor"
             )

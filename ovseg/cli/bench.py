@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         if options.ops or options.case:
             raise ValueError(
                 f"--whole is given with {[*options.ops, *options.case]}; expected no operator or "
-                f"case beside it"
+                "case beside it"
             )
         module = import_module(
             "ovseg_benchmarks." + {"pictures": "segmentation"}.get(options.whole, options.whole)

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         if options.model:
             raise InputError(
                 f"model is {options.model!r} and the source a folder; expected a folder to know "
-                f"its model"
+                "its model"
             )
         options.held.enter_context(locked_file(out, "--out", "convert"))
         model = load_model(options.source)
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     if not has_published_layout(check_name(options.model)):
         raise InputError(
             f"model is {options.model!r}, whose authors published no checkpoint that is known; "
-            f"expected one such as "
+            "expected one such as "
             "segclip_vit_b16"
         )
     out = folder_for(options.out, "--out")

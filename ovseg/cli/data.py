@@ -225,7 +225,7 @@ def _superpixels(options: argparse.Namespace) -> int:
     if not seen.pictures:
         raise InputError(
             f"root {options.root!r} holds no picture but {seen.found()}; expected pictures, in "
-            f"any depth of folders"
+            "any depth of folders"
         )
     for line in seen.left_out():
         note(line)
@@ -242,7 +242,7 @@ def _superpixels(options: argparse.Namespace) -> int:
     bad = seen.bad + bad
     print(
         f"{count} pictures cut up into {out} ({out.stat().st_size / 2**20:.1f} MiB), {len(bad)} "
-        f"skipped"
+        "skipped"
     )
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)

@@ -244,7 +244,7 @@ def _earlier(results: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{results} is damaged ({error!r}); expected the results of a demo. Remove it, or "
-            f"give a new --out"
+            "give a new --out"
         ) from error
 
 
@@ -270,7 +270,7 @@ def _recipe(stage: Stage, options: argparse.Namespace, out: Path, number: int) -
     ):  # another seed or data: going on would mix two runs
         raise ConfigError(
             f"{folder} was begun with other settings; expected a new --out, or the same command "
-            f"again"
+            "again"
         )
     return recipe
 

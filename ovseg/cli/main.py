@@ -145,7 +145,7 @@ def _import_torch() -> None:
     except (ImportError, OSError) as error:
         raise ImportError(
             f"needs torch, which is installed and does not import: {first_line(error)}; expected "
-            f"a release "
+            "a release "
             "that fits this machine, pip install --force-reinstall torch"
         ) from error
 

@@ -94,7 +94,7 @@ def no_readouts(what: str, name: str) -> InputError:
     """The error for ``--readout`` or ``--proxy`` with a model that they do nothing for."""
     return InputError(
         f"{what} is given and {name} is no clip_dense model; its attention is part of its "
-        f"training. Expected a model that "
+        "training. Expected a model that "
         "needs none, such as clip_dense_vit_b16:openai, or the command without it"
     )
 
@@ -179,7 +179,7 @@ def to_device(model: Any, options: argparse.Namespace, *, quiet: bool = False) -
     if not quiet and (device.type, dtype) != ("cpu", torch.float32):
         print(
             f"{model.name} runs on {device} in {str(dtype).removeprefix('torch.')}; --device and "
-            f"--dtype change that",
+            "--dtype change that",
             file=sys.stderr,
         )
     model = model.to(device, dtype)

@@ -267,7 +267,7 @@ def _check_apart(sources: Sequence[Source], files: Callable[[str], list[Path]]) 
             if (other := pictures.get(place(file))) is not None:
                 raise InputError(
                     f"the result of {str(source)!r} would be written over {str(other)!r}, which "
-                    f"is a picture to segment; "
+                    "is a picture to segment; "
                     "expected another --out"
                 )
 

@@ -218,7 +218,7 @@ def describe(name: str) -> SetDescription:
     if not is_file and name not in SETS:
         raise InputError(
             f"data set is {name!r}; expected one of {list_sets()}, or a .yaml file that describes "
-            f"one"
+            "one"
         )
     path = Path(name) if is_file else SETS[name]
     try:
@@ -228,7 +228,7 @@ def describe(name: str) -> SetDescription:
         ) is not None:
             raise ValueError(
                 f"the class {other!r} is a {type(other).__name__}; expected a text, in YAML in "
-                f"quotation marks"
+                "quotation marks"
             )
         found = SetDescription(
             path.stem,
@@ -249,7 +249,7 @@ def describe(name: str) -> SetDescription:
                 if pattern.count("{}") != 1 or pattern.count("{") != 1 or pattern.count("}") != 1:
                     raise ValueError(
                         f"path {pattern!r} holds {pattern.count('{}')} '{{}}'; expected one, for "
-                        f"the key, and no other braces"
+                        "the key, and no other braces"
                     )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):

@@ -97,7 +97,7 @@ class CheckReport:
         if self.shift:
             found.append(
                 f"labels look shifted by {self.shift:+d}: the class histogram fits the known one "
-                f"better that way"
+                "better that way"
             )
         return found
 

@@ -66,7 +66,7 @@ def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) 
             if not about.classes:
                 raise ConfigError(
                     f"classes is {which!r}, which comes without class names; expected a list of "
-                    f"them"
+                    "them"
                 )
             found = ClassList(
                 about.classes,
@@ -81,7 +81,7 @@ def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) 
     if unknown:
         raise ConfigError(
             f"unseen names {unknown[0]!r}, which is none of the classes {list(found.names)[:5]}, "
-            f"..."
+            "..."
         )
     if len(set(found.unseen)) < len(found.unseen):
         raise ConfigError(f"unseen is {list(found.unseen)}; expected each class once")

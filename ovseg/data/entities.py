@@ -26,8 +26,16 @@ MASK = "[MASK]"
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")  # a possessive's ending is no part of it
 # published training takes any of these letters off both ends of a word: "sheep" becomes "heep"
 _STRIPPED = "'s"
-_IRREGULAR = {"men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth", "geese": "goose", "mice": "mouse",
-              "oxen": "ox"}  # fmt: skip
+_IRREGULAR = {
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "feet": "foot",
+    "teeth": "tooth",
+    "geese": "goose",
+    "mice": "mouse",
+    "oxen": "ox",
+}
 
 
 def singulars(word: str) -> list[str]:
@@ -80,7 +88,7 @@ class Entities:
                 if (hidden := invisible_in(word)) is not None:
                     raise ConfigError(
                         f"entity {name!r} is called {word!r}, which holds {hidden}; expected a "
-                        f"word without it"
+                        "word without it"
                     )
                 key = " ".join(_WORD.findall(word.lower()))
                 if not key:
@@ -204,7 +212,7 @@ def load_entities(which: str) -> Entities:
         ):
             raise ConfigError(
                 f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a "
-                f"list what else they are "
+                "list what else they are "
                 "called"
             )
     return Entities({name: others or () for name, others in tree.items()})

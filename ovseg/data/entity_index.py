@@ -104,7 +104,7 @@ def write_index(
     if max(map(len, found)) < 2:
         raise DataError(
             f"no two of {len(pictures)} pictures share one of {len(entities)} entities; expected "
-            f"captions that name them, or "
+            "captions that name them, or "
             "another list of entities"
             + (f"; the first that cannot be read: {bad[0]}" if bad else "")
         )
@@ -150,7 +150,7 @@ def read_index(path: str | Path, pictures: Sequence[str], entities: Entities) ->
     if tuple(names) != entities.names:
         raise DataError(
             f"data.index {str(path)!r} is of {len(names)} other entities than the {len(entities)} "
-            f"of data.entities; expected "
+            "of data.entities; expected "
             f"{again}"
         )
     own_letters, own_ends = _block(pictures)
@@ -252,7 +252,7 @@ def filter_captions(
         if not found.kept:
             raise DataError(
                 f"none of {found.read} captions of {str(source)!r} names one of {len(entities)} "
-                f"entities"
+                "entities"
                 + (
                     f"; the first of {len(found.bad)} bad lines: {found.bad[0]}"
                     if found.bad

@@ -22,21 +22,61 @@ from PIL.PngImagePlugin import PngInfo
 from ..text_files import records_of
 
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv",
-                  ".3gp", ".mts", ".m2ts", ".ogv", ".mxf")  # fmt: skip
-_RAW_SUFFIXES = (".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf",
-                 ".rw2", ".raf", ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq")  # fmt: skip
-_HEIF = ("a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, "
-         "or "
-         "convert it: heif-convert in.heic out.jpg")  # fmt: skip
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".avi",
+    ".mkv",
+    ".webm",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".3gp",
+    ".mts",
+    ".m2ts",
+    ".ogv",
+    ".mxf",
+)
+_RAW_SUFFIXES = (
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".crw",
+    ".nef",
+    ".nrw",
+    ".arw",
+    ".srf",
+    ".sr2",
+    ".orf",
+    ".rw2",
+    ".raf",
+    ".pef",
+    ".srw",
+    ".x3f",
+    ".3fr",
+    ".erf",
+    ".kdc",
+    ".mrw",
+    ".iiq",
+)
+_HEIF = (
+    "a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, "
+    "or "
+    "convert it: heif-convert in.heic out.jpg"
+)
 _VIDEO = (
     "a video; expected pictures, such as its frames: ffmpeg -i in.mp4 -vf fps=1 frames/%05d.png"
 )
 _RAW = "the raw file of a camera; expected a developed picture: darktable-cli in.nef out.jpg"
 _SVG = "a drawing of lines; expected its pixels: rsvg-convert -w 1024 in.svg -o out.png"
 _PDF = "a document; expected its pages as pictures: pdftoppm -png in.pdf page"
-_PAGE = ("text of the web (HTML or XML), as a download that failed leaves it; expected the picture "
-         "itself")  # fmt: skip
+_PAGE = (
+    "text of the web (HTML or XML), as a download that failed leaves it; expected the picture "
+    "itself"
+)
 _POINTER = "a pointer of Git LFS in place of the file; expected the file: git lfs pull"
 _AVIF = "an AVIF picture, and this Pillow is built without AVIF; expected Pillow from PyPI"
 _BY_SUFFIX = {

@@ -25,10 +25,65 @@ from .images import FORMATS, SUFFIXES
 
 # Pictures to people, but not to read_image: what needs a library of its own, runs a program, or
 # cannot be told from noise.
-_OTHERS = (".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".ps", ".ai", ".wmf",
-          ".emf", ".ico", ".icns", ".cur", ".tga", ".dds", ".exr", ".hdr", ".pcx", ".ras", ".sgi", ".rgb", ".xbm", ".xpm", ".fits", ".dcm",
-          ".djvu", ".raw", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef", ".srw",
-          ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".iiq", ".flif", ".bpg", ".pam")  # fmt: skip
+_OTHERS = (
+    ".heic",
+    ".heif",
+    ".hif",
+    ".jxl",
+    ".jxr",
+    ".wdp",
+    ".psd",
+    ".psb",
+    ".xcf",
+    ".kra",
+    ".svg",
+    ".svgz",
+    ".eps",
+    ".ps",
+    ".ai",
+    ".wmf",
+    ".emf",
+    ".ico",
+    ".icns",
+    ".cur",
+    ".tga",
+    ".dds",
+    ".exr",
+    ".hdr",
+    ".pcx",
+    ".ras",
+    ".sgi",
+    ".rgb",
+    ".xbm",
+    ".xpm",
+    ".fits",
+    ".dcm",
+    ".djvu",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".crw",
+    ".nef",
+    ".nrw",
+    ".arw",
+    ".srf",
+    ".sr2",
+    ".orf",
+    ".rw2",
+    ".raf",
+    ".pef",
+    ".srw",
+    ".x3f",
+    ".3fr",
+    ".erf",
+    ".kdc",
+    ".mrw",
+    ".iiq",
+    ".flif",
+    ".bpg",
+    ".pam",
+)
 LOCK = ".ovseg.lock"  # of whoever writes into a folder, who may be this process
 _READ = frozenset(SUFFIXES)
 UNREAD = tuple(suffix for suffix in _OTHERS if suffix not in _READ)
@@ -111,7 +166,7 @@ class Folder:
             elif _leads_to(entry, "is_dir"):
                 self.bad.append(
                     f"{entry.path}: a link to a folder, which is not followed; give that folder "
-                    f"itself"
+                    "itself"
                 )
             else:
                 looks = suffix in _READ or suffix in UNREAD
@@ -324,7 +379,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
             if member.offset_data + stored > whole:
                 raise tarfile.ReadError(
                     f"{member.name!r} ends {member.offset_data + stored - whole} bytes behind the "
-                    f"file"
+                    "file"
                 )
             yield member
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all

@@ -25,9 +25,34 @@ from .file_types import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register
 # What photographs come in, each known by its first bytes; security fixes of Pillow are mostly in
 # the rarer ones. GIF, TIFF, WebP and AVIF may hold several pictures: the first is read.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".jp2", ".j2k",
-            ".j2c", ".jpc", ".jpx", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi",
-            *(HEIF_SUFFIXES if reads_heif() else ()))  # fmt: skip
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".mpo",
+    ".png",
+    ".apng",
+    ".webp",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".jp2",
+    ".j2k",
+    ".j2c",
+    ".jpc",
+    ".jpx",
+    ".avif",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".pfm",
+    ".qoi",
+    *(HEIF_SUFFIXES if reads_heif() else ()),
+)
 ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 64_000_000
 TOO_LARGE = "Resize it, or set max_pixels (--max-pixels of a command, data.max_pixels in a recipe)"
@@ -35,9 +60,15 @@ _OPENING = threading.Lock()
 _HEAD = 512  # bytes that tell what a file is
 _PNG = b"\x89PNG\r\n\x1a\n"
 _METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # of PNG: texts and colour profile
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-          8: Image.Transpose.ROTATE_90}  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Pillow makes 0..255 of such values, but not of the one that is transparent.
 _LOW_BITS = {"L;2": 85, "L;4": 17}
 _Used = TypeVar("_Used")
@@ -320,13 +351,13 @@ def _to_bytes(values: np.ndarray, mode: str, kind: str | None, name: str) -> np.
         if not 0 <= low <= high <= 1:  # NaN is neither
             raise InputError(
                 f"{name} holds floats (mode F) from {low:g} to {high:g}; expected 0..1, or 8 or "
-                f"16 bits"
+                "16 bits"
             )
         return (values.astype(np.float64) * 255).round().astype(np.uint8)
     if mode == "I" and kind != "PPM":  # Pillow scales those to 16 bits
         raise InputError(
             f"{name} holds 32-bit integers (mode I) from {low:g} to {high:g}, whose white is not "
-            f"known; expected 8 or 16 "
+            "known; expected 8 or 16 "
             "bits, scaled to 0..255 or 0..65535"
         )
     return (values.astype(np.float32) / 257.0).clip(0, 255).astype(np.uint8)
@@ -356,7 +387,7 @@ def _from_array(x: np.ndarray, max_pixels: int) -> Image.Image:
     if not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] in (3, 4))) or x.size == 0:
         raise InputError(
             f"image has shape {list(x.shape)}; expected [H, W, 3], [H, W, 4] (RGBA) or [H, W] "
-            f"with at least one pixel"
+            "with at least one pixel"
         )
     return _to_rgb(Image.fromarray(np.ascontiguousarray(x)), "image", max_pixels)
 

@@ -106,7 +106,7 @@ def in_order(numbered: Iterable[tuple[int, Any]]) -> list[Any]:
         if number != expected:
             raise ValueError(
                 f"{what!r} has the number {number} where {expected} is expected; a label map's "
-                f"numbers are 0, 1, 2, ... or "
+                "numbers are 0, 1, 2, ... or "
                 "1, 2, 3, ..., each once"
             )
     return [what for _, what in found]
@@ -163,7 +163,7 @@ def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
         if texts[0] in found:
             raise InputError(
                 f"labels[{i}] and labels[{list(found).index(texts[0])}] are both {texts[0]!r}; "
-                f"expected distinct labels"
+                "expected distinct labels"
             )
         found[texts[0]] = texts
     if not found:
@@ -181,14 +181,14 @@ def _from_lines(text: str) -> dict[str, list[str]]:
     if (table := next((line for line in lines if "\t" in line), None)) is not None:
         raise ValueError(
             f"the line {table!r} holds a tab as a row of a table does; expected a .tsv with a "
-            f"header, or texts alone"
+            "header, or texts alone"
         )
     groups = [split_texts(line) for line in lines]
     for line, group in zip(lines, groups, strict=True):
         if len(group) > 1 and group[0].isdigit():
             raise ValueError(
                 f"the line {line!r} looks like a row of a table without a header; expected one "
-                f"such as Idx,Name"
+                "such as Idx,Name"
             )
     if len(groups) == 1 and len(groups[0]) > 1:
         logger.warning(
@@ -280,7 +280,7 @@ def _from_table(text: str) -> dict[str, list[str]]:
         if number is not None and not _is_number(row[number].strip()):
             raise ValueError(
                 f"row {i} has {row[number]!r} in the column {rows[0][number]!r}; expected a whole "
-                f"number"
+                "number"
             )
         texts = split_texts(row[name]) + (
             split_texts(row[synonyms]) if synonyms is not None else []

@@ -35,7 +35,7 @@ class LabelSet:
         if len(self.names) != len(self.texts):
             raise InputError(
                 f"names holds {len(self.names)} classes and texts {len(self.texts)}; expected a "
-                f"group of texts for each name"
+                "group of texts for each name"
             )
         for i, name in enumerate(self.names):
             _check_text(f"labels[{i}]", name)
@@ -131,7 +131,7 @@ def _texts_of(name: str, given: Any) -> tuple[str, ...]:
     if not isinstance(given, (str, list, tuple)):
         raise InputError(
             f"the texts of {name!r} are a {type(given).__name__}, {given!r}; expected a text or a "
-            f"list of them"
+            "list of them"
         )
     texts = []
     for i, text in enumerate([given] if isinstance(given, str) else given):
@@ -167,7 +167,7 @@ def _one_owner(
         if not kept[i]:
             raise InputError(
                 f"text {text!r} stands for both {names[owner[text]]!r} and {names[i]!r}, which "
-                f"has no other; expected "
+                "has no other; expected "
                 "one class"
             )
     if lost:

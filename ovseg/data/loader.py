@@ -70,14 +70,14 @@ def batches_of(pictures: int, batch_size: int, *, ranks: int = 1, drop_last: boo
     if not ranks <= batch_size <= pictures:
         raise ConfigError(
             f"batch_size is {batch_size}; expected at least one picture for each of {ranks} "
-            f"processes and at most "
+            "processes and at most "
             f"{pictures}, the number of pictures"
         )
     rest = 0 if drop_last else pictures % batch_size
     if 0 < rest < ranks:
         raise ConfigError(
             f"the last batch of an epoch holds {rest} of {pictures} pictures, too few for {ranks} "
-            f"processes; "
+            "processes; "
             "expected drop_last, or another batch_size"
         )
     return pictures // batch_size + (rest > 0)
@@ -329,7 +329,7 @@ def _next(iterator: Any, timeout: float, of_rank: str) -> Batch | None:
                 if ended:
                     raise DataError(
                         f"DataLoader {ended}. Often memory or shared memory (/dev/shm) ran out: "
-                        f"lower "
+                        "lower "
                         "data.workers or data.prefetch"
                     ) from error
                 # A bug of the source says "Caught".

@@ -102,12 +102,12 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         if mask.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
             raise DataError(
                 f"mask {path} is a {mask.mode} picture; expected class indices in one channel, "
-                f"grey or with a palette"
+                "grey or with a palette"
             )
         if orientation_of(mask) != 1:
             raise DataError(
                 f"mask {path} has an EXIF orientation of its own; expected masks that are stored "
-                f"as they are to be read"
+                "as they are to be read"
             )
         return np.asarray(mask)
 
@@ -118,7 +118,7 @@ def read_mask(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise DataError(
             f"cannot decode mask {path}: it is none of {', '.join(_MASK_FORMATS)}, or its header "
-            f"is damaged"
+            "is damaged"
         ) from error
     except Exception as error:  # decoders of damaged pictures raise about anything
         raise DataError(

@@ -43,7 +43,7 @@ def superpixels(
     if found.max() > 65535:
         raise InputError(
             f"{int(found.max()) + 1} superpixels in one picture; expected at most 65536: raise "
-            f"scale or min_size"
+            "scale or min_size"
         )
     return found.astype(np.uint16)
 
@@ -195,7 +195,7 @@ def write_superpixels(
     if not (0 < scale < math.inf and 0 <= sigma < math.inf and min_size >= 1):
         raise InputError(
             f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive "
-            f"number, one from 0, and at least 1"
+            "number, one from 0, and at least 1"
         )
     within("workers", workers, 1, MOST_WORKERS, InputError)
     file_for(path, "superpixel file")
@@ -217,14 +217,14 @@ def write_superpixels(
                 elif stored_key(key) in found:
                     bad.append(
                         f"{key!r} and another picture would both be kept as {stored_key(key)!r}; "
-                        f"expected names in UTF-8"
+                        "expected names in UTF-8"
                     )
                 else:
                     found[stored_key(key)] = np.frombuffer(data, np.uint8)
         except BrokenProcessPool as error:
             raise DataError(
                 f"a process that cuts up pictures was killed after {len(found)} of {len(jobs)}, "
-                f"often for want of memory; "
+                "often for want of memory; "
                 "expected fewer workers, or smaller pictures"
             ) from error
     if not found:

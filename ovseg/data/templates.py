@@ -107,7 +107,7 @@ def check_templates(which: Any) -> None:
     if not isinstance(which, (list, tuple)):
         raise InputError(
             f"templates is a {type(which).__name__}; expected one of {list(NAMES)} or a list of "
-            f"format strings"
+            "format strings"
         )
     if not which:
         raise InputError(

@@ -110,7 +110,7 @@ class PairAugment:
         if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
             raise ValueError(
                 f"augment.rand_augment is {self.rand_augment!r}; expected a policy such as "
-                f"'rand-m9-mstd0.5-inc1': magnitude "
+                "'rand-m9-mstd0.5-inc1': magnitude "
                 "m up to 99, its deviation mstd, its bound mmax, n changes up to 99, each with "
                 "probability p, inc1, tweights"
             )
@@ -200,7 +200,7 @@ class RandAugment:
         if len(items) != 1:
             raise ValueError(
                 f"augment.rand_augment moves the picture and {len(items) - 1} maps lie over it, "
-                f"which would not follow; "
+                "which would not follow; "
                 "expected none, or rand_augment null"
             )
         F = functional()

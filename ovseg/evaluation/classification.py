@@ -83,7 +83,7 @@ class ClassFolders:
             found = f"; in the first: {seen[0].found()}" if seen else ""
             raise DataError(
                 f"{self.root} holds {len(folders)} sub-folders and no picture in them{found}; "
-                f"expected one for each class"
+                "expected one for each class"
             )
         empty = [folder.root.name for folder in seen if not folder.pictures]
         if empty:
@@ -106,7 +106,7 @@ class ClassFolders:
         if len(self.labels) != len(folders):
             raise InputError(
                 f"labels holds {len(self.labels)} classes and {self.root} {len(folders)} folders; "
-                f"expected one for each"
+                "expected one for each"
             )
 
 
@@ -196,8 +196,14 @@ def evaluate_classification(
         )
     of_class = matrix.sum(1)
     each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
-    summary = {"model": model.name, "data": str(data.root), "pictures": pictures, "classes": count,
-               "templates": predictor.queries.templates_for(model),
-               "top1": round(100 * float(np.trace(matrix)) / pictures, 2), "top5": round(100 * float(in_five[0]) / pictures, 2),
-               "mean_top1": round(float(each.mean()), 2)}  # fmt: skip
+    summary = {
+        "model": model.name,
+        "data": str(data.root),
+        "pictures": pictures,
+        "classes": count,
+        "templates": predictor.queries.templates_for(model),
+        "top1": round(100 * float(np.trace(matrix)) / pictures, 2),
+        "top5": round(100 * float(in_five[0]) / pictures, 2),
+        "mean_top1": round(float(each.mean()), 2),
+    }
     return Classification(summary, data.labels, matrix, skipped)

@@ -205,7 +205,7 @@ def kept_pixels(
     if prediction.shape != truth.shape:
         raise InputError(
             f"prediction has shape {list(prediction.shape)} and truth {list(truth.shape)}; "
-            f"expected one shape"
+            "expected one shape"
         )
     kept = truth != ignore_index
     prediction, truth = prediction[kept], truth[kept]

@@ -92,18 +92,38 @@ class Protocol:
             for name in option_names(value)
         }
         return {
-            "model": model.name, "model_options": dict(model.config), "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "protocol": self.label, "title": self.title, "source": self.source, "notes": list(self.notes), "changed": list(self.changed),
-            "data": data.title, "classes": data.number, "background": background, "background_texts": list(queries.rivals),
-            "class_texts": {name: list(texts) for name, texts in zip(self.labels.names, self.labels.texts, strict=True)},
-            "templates": len(used), "template_texts": list(used), "text_mean": queries.text_mean,
-            "class_embeddings": queries.embeddings, "synonyms": queries.synonyms,
+            "model": model.name,
+            "model_options": dict(model.config),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "protocol": self.label,
+            "title": self.title,
+            "source": self.source,
+            "notes": list(self.notes),
+            "changed": list(self.changed),
+            "data": data.title,
+            "classes": data.number,
+            "background": background,
+            "background_texts": list(queries.rivals),
+            "class_texts": {
+                name: list(texts)
+                for name, texts in zip(self.labels.names, self.labels.texts, strict=True)
+            },
+            "templates": len(used),
+            "template_texts": list(used),
+            "text_mean": queries.text_mean,
+            "class_embeddings": queries.embeddings,
+            "synonyms": queries.synonyms,
             "resize": f"short side {view.short_side or spec.image_size}"
-                      + (f", long side at most {view.long_side}" if view.long_side else "") + f", {view.resize}",
-            "seen": seen, "normalisation": {"mean": list(spec.mean), "std": list(spec.std)},
-            "decision": decision.name, **decision.describe(), "present_only": self.present_only, "metric": METRIC,
+            + (f", long side at most {view.long_side}" if view.long_side else "")
+            + f", {view.resize}",
+            "seen": seen,
+            "normalisation": {"mean": list(spec.mean), "std": list(spec.std)},
+            "decision": decision.name,
+            **decision.describe(),
+            "present_only": self.present_only,
+            "metric": METRIC,
             "settings": {k: v for k, v in settings.items() if k not in ("bias", "background")},
-        }  # fmt: skip
+        }
 
 
 def list_protocols() -> list[str]:
@@ -148,7 +168,7 @@ def protocol(
     if known and data.name not in known:
         raise ConfigError(
             f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. "
-            f"Expected one of them, or the "
+            "Expected one of them, or the "
             "protocol plain"
         )
     own = dict(known.get(data.name) or {})

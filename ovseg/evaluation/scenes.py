@@ -5,8 +5,8 @@ How units of patches cover what is there: too many units a region, and units tha
 region.
 
     over-segmentation    units a region, each unit counted for the region that is the most frequent in it                    (1)
-    under-segmentation   share of pixels that are not of their unit's most frequent region                                  (2)
-                         share of regions that are the most frequent of no unit                                             (3)
+    under-segmentation   share of pixels that are not of their unit's most frequent region       (2)
+                         share of regions that are the most frequent of no unit                  (3)
 
 A region is one class's pixels in one picture. (1) is 1, (2) and (3) are 0 where units are the
 regions.
@@ -216,7 +216,7 @@ class UnitCounts:
         if units.shape != truth.shape or units.ndim != 2:
             raise InputError(
                 f"units has shape {list(units.shape)} and truth {list(truth.shape)}; expected one "
-                f"[H, W]"
+                "[H, W]"
             )
         kept = truth >= 0
         if not kept.any():
@@ -235,10 +235,12 @@ class UnitCounts:
         """``units`` a picture, ``units_per_region`` (1), ``impure_pixels`` (2) and ``lost_regions``
         (3) in percent.
         """
-        return {"units": round(self.units / max(1, self.pictures), 2),
-                "units_per_region": round(self.units / max(1, self.regions), 2),
-                "impure_pixels": round(100 * self.wrong / max(1, self.pixels), 2),
-                "lost_regions": round(100 * self.lost / max(1, self.regions), 2)}  # fmt: skip
+        return {
+            "units": round(self.units / max(1, self.pictures), 2),
+            "units_per_region": round(self.units / max(1, self.regions), 2),
+            "impure_pixels": round(100 * self.wrong / max(1, self.pixels), 2),
+            "lost_regions": round(100 * self.lost / max(1, self.regions), 2),
+        }
 
 
 @torch.no_grad()

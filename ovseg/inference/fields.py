@@ -70,5 +70,5 @@ def biases(value: Any, name: str) -> None:
         if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one):
             raise InputError(
                 f"{name} of {key!r} is {one!r}; expected a finite number. allowed= leaves a class "
-                f"out"
+                "out"
             )

@@ -21,7 +21,8 @@ from ..data.labels import LabelSet
 from ..errors import InputError
 from ..nn.tensors import Version, upload
 from ..systems import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
-from ..systems.checks import check_model, not_finite
+from ..systems.checks import not_finite
+from ..weights.saving import check_model
 from ..weights.state_dicts import unwrapped
 from .fields import positive_integer
 from .queries import EncodedQueries, Queries, RememberedTexts
@@ -65,7 +66,7 @@ def _refusal(name: str, value: Any, decision: Decision, known: list[str]) -> Inp
     if others:
         return InputError(
             f"{name} is {value!r}, an option of the rule of labelling {' and '.join(others)}; "
-            f"this model labels by "
+            "this model labels by "
             f"{decision.name}, whose options are {', '.join(option_names(decision))}"
         )
     close = get_close_matches(name, known, 1)
@@ -418,9 +419,9 @@ def check_words(model: OVSegModel, queries: Queries) -> None:
     if words:
         raise InputError(
             f"{model.name} does not know: {', '.join(words)}; it was trained on synthetic scenes "
-            f"and knows their words: "
+            "and knows their words: "
             f"{', '.join(tokenizer.words)}. Any words: the default model, or allow_unknown "
-            f"(--allow-unknown)"
+            "(--allow-unknown)"
         )
 
 

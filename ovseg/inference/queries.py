@@ -160,7 +160,7 @@ class Queries:
         if isinstance(self.background, (int, float)):
             raise InputError(
                 f"background is {self.background!r}; expected texts such as 'wall'. A number is "
-                f"background_threshold"
+                "background_threshold"
             )
         if not isinstance(self.background, Iterable | None) or isinstance(
             self.background, torch.Tensor
@@ -192,7 +192,7 @@ class Queries:
             if not isinstance(self.embeddings, str | Path):
                 raise InputError(
                     f"embeddings is a {type(self.embeddings).__name__}; expected the path of a "
-                    f".npy file"
+                    ".npy file"
                 )
             object.__setattr__(self, "embeddings", str(self.embeddings))
 

@@ -97,7 +97,7 @@ def pictures_of(images: Any, name: str) -> Iterable[Any]:
         what = repr(str(images))
     raise InputError(
         f"{name} is {what}; expected a list of pictures or a tensor [B, 3, H, W]. One picture: "
-        f"[picture]; an array "
+        "[picture]; an array "
         "[B, H, W, 3]: list(array)"
     )
 

@@ -275,7 +275,7 @@ class Segmentation:
         if len(self.names) > _MOST_IN_MASK:
             raise InputError(
                 f"a mask holds at most {_MOST_IN_MASK} labels and there are {len(self.names)}; "
-                f"expected another format"
+                "expected another format"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         wide = len(self.names) > 255

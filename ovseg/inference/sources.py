@@ -90,7 +90,7 @@ def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
         if name in results and _place(results[name]) != _place(source):
             raise InputError(
                 f"{str(results[name])!r} and {str(source)!r} would both be written as {name!r}; "
-                f"expected one folder at a time"
+                "expected one folder at a time"
             )
         results.setdefault(name, replace(source, name=name))
     return list(results.values()), search.problems
@@ -151,7 +151,7 @@ class _Search:
             if listed:
                 raise InputError(
                     f"list {name!r} is named by a list; expected pictures, folders, patterns or "
-                    f"shards there"
+                    "shards there"
                 )
             return self._list(path)
         if suffix == ".tar":
@@ -159,7 +159,7 @@ class _Search:
         if suffix in _COMPRESSED:
             raise InputError(
                 f"{name!r} is compressed; expected an uncompressed .tar, or the folder that it "
-                f"unpacks to"
+                "unpacks to"
             )
         if (
             suffix not in SUFFIXES

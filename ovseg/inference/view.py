@@ -169,7 +169,7 @@ def place(
     if height * width > view.max_pixels:
         raise InputError(
             f"{about} it would have {height * width} pixels and the limit is {view.max_pixels}; "
-            f"set long_side to make it "
+            "set long_side to make it "
             "smaller, or max_pixels (--long-side, --max-pixels)"
         )
     tokens = patches(crop, patch, stride)
@@ -189,7 +189,7 @@ def place(
             f"{about} it would be {width}x{height}, {count} windows of {tokens} patches, and the "
             f"limit is {WINDOWS} times "
             f"{view.max_tokens} patches; set long_side to make it smaller, crop and stride for "
-            f"fewer windows, or max_tokens "
+            "fewer windows, or max_tokens "
             "(--long-side, --crop, --stride, --max-tokens)"
         )
     return Placement(size, (height, width), crop, window_origins((height, width), crop, step))
@@ -226,7 +226,7 @@ def window_origins(
         if not 0 < side <= size or not 0 < step <= side:
             raise ValueError(
                 f"canvas, crop and stride are {size}, {side} and {step}; expected stride <= crop "
-                f"<= canvas, all above 0"
+                "<= canvas, all above 0"
             )
         starts.append(
             torch.tensor([min(i * step, size - side) for i in range(_count(size, side, step))])

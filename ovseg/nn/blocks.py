@@ -5,7 +5,7 @@ used when asked for.
 
 QuickGELU followed by a projection, keeping only its input for backward.
 
-    y = W g(h) + b,   g(h) = h sigmoid(1.702 h)                                                               (1)
+    y = W g(h) + b,   g(h) = h sigmoid(1.702 h)                                                  (1)
     dh = (W^T dy) g'(h),   g'(h) = s + 1.702 h s (1 - s),   s = sigmoid(1.702 h);   dW = dy g(h)^T            (2)
 
 Plain torch keeps h, the sigmoid and g(h), three tensors of four times the width for every block of
@@ -67,7 +67,7 @@ def attention(
             from xformers.ops import LowerTriangularMask
     except ImportError as error:
         raise ImportError(
-            f"attention backend 'xformers' was asked for and does not import "
+            "attention backend 'xformers' was asked for and does not import "
             f"({first_line(error)}); "
             "pip install --no-deps xformers, or use backend='sdpa'"
         ) from error

@@ -33,9 +33,9 @@ def import_open_clip() -> ModuleType:
     except (ImportError, RuntimeError) as error:
         raise ImportError(
             f"open_clip does not import ({first_line(error)}). It needs open_clip_torch and a "
-            f"torchvision built for torch "
+            "torchvision built for torch "
             f"{torch.__version__}: pip install 'ovseg-kernels[models]', with torch and "
-            f"torchvision of one release "
+            "torchvision of one release "
             "(torchvision has no CPU wheel on PyPI; the CUDA build of torch runs without a GPU)"
         ) from error
     return open_clip

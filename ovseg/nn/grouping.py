@@ -3,9 +3,9 @@ arXiv:2301.09121): learned tokens become G groups, the groups look at the patche
 goes to one group.
 
     x' = LN_x(x);  g_0 = LN_post(M(LN_tok(t)^T)^T)              M mixes the T tokens to G, channel by channel    (1)
-    g_1 = g_0 + MHA(g_0, x', x');  g_2 = LN_c(g_1 + MLP(LN_2(g_1)))                                              (2)
+    g_1 = g_0 + MHA(g_0, x', x');  g_2 = LN_c(g_1 + MLP(LN_2(g_1)))                              (2)
     pooled, index, soft = folded_center_assignment(W_q g_2 + b_q, x', ...)      mean_plus_one, scale 1 / sqrt(D) (3)
-    o = W_o pooled + b_o + g_2;  out = o + MLP(LN_new(o))                                                        (4)
+    o = W_o pooled + b_o + g_2;  out = o + MLP(LN_new(o))                                        (4)
 
 (3) is hard with a straight-through gradient, with Gumbel noise in training. In (2), as in (3), the
 projections of keys and values move to the side of the queries where that is less work, exactly:
@@ -164,10 +164,20 @@ class GroupingBlock(nn.Module):
         queries = self.assign.q_proj(centers)
         drawn = noise is not None and not noise.is_floating_point()
         pooled, index, soft = ok.folded_center_assignment(
-            queries, normed, self.assign.k_proj.weight, self.assign.v_proj.weight, self.assign.k_proj.bias, self.assign.v_proj.bias,
-            scale=self.scale, tau=tau, rng=noise if drawn else None, noise=None if drawn else noise, hard=hard, normalizer=normalizer,
+            queries,
+            normed,
+            self.assign.k_proj.weight,
+            self.assign.v_proj.weight,
+            self.assign.k_proj.bias,
+            self.assign.v_proj.bias,
+            scale=self.scale,
+            tau=tau,
+            rng=noise if drawn else None,
+            noise=None if drawn else noise,
+            hard=hard,
+            normalizer=normalizer,
             return_soft=True,
-        )  # fmt: skip
+        )
         assert soft is not None
         out = self.assign.proj(pooled) + centers
         return Grouped(out + self.mlp_channels(self.norm_new_x(out)), index, soft, queries)

@@ -222,7 +222,7 @@ class OpenClipBackbone(ClipBackbone):
                 f"{system} needs blocks over a class token and patches, and architecture "
                 f"{self.architecture!r} is "
                 f"{self.tower.kind}; expected open_clip's ViT pooled by class token, or the "
-                f"system clip_dense"
+                "system clip_dense"
             )
 
     def encode_dense(

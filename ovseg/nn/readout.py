@@ -3,7 +3,7 @@ it. Nothing is trained.
 
     o = sum over the terms t of softmax(s Q_t K_t^T + b) V,    (Q_t, K_t) in {(q, k), (q, q), (k, k), (v, v)}      (1)
     o = V                                                                                     without terms     (2)
-    x' = x + out(o), then x' + mlp(norm(x')); either residual branch may be left out                            (3)
+    x' = x + out(o), then x' + mlp(norm(x')); either residual branch may be left out             (3)
     o = softmax(A) V,  A = gamma (S - beta mean(S)) where that is not negative, else -inf       the term proxy  (4)
 
 q, k, v are the block's own, s = 1 / sqrt(d), b an additive bias. q and k are taken as the block's
@@ -85,12 +85,12 @@ class Readout:
         if self.window_std is not None and not self.window_std > 0:
             raise ValueError(
                 f"readout.window_std is {self.window_std}; expected a positive number of patches, "
-                f"or None"
+                "or None"
             )
         if self.iterations is not None and (self.iterations < 0 or "qk" in self.terms):
             raise ValueError(
                 f"readout.iterations is {self.iterations} with terms {list(self.terms)}; expected "
-                f"0 or more, without 'qk'"
+                "0 or more, without 'qk'"
             )
 
     @property
@@ -108,12 +108,12 @@ class Readout:
         ):
             raise ValueError(
                 f"readout is {self}; expected depth 1, and no residual, parallel, window_std or "
-                f"iterations beside 'proxy'"
+                "iterations beside 'proxy'"
             )
         if not (self.beta >= 0 and self.gamma > 0):
             raise ValueError(
                 f"readout has beta {self.beta} and gamma {self.gamma}; expected 0 or more, and "
-                f"more than 0"
+                "more than 0"
             )
 
 

@@ -43,16 +43,16 @@ def check_timm_block(block: nn.Module) -> None:
     ):
         raise ValueError(
             f"blocks are {kind} with {type(attn).__name__}; expected one of {list(KINDS)} with "
-            f"plain or rotary attention"
+            "plain or rotary attention"
         )
     if (
         getattr(attn, "gate", None) is not None
         or getattr(attn, "num_kv_groups", 1) != 1
-        or attn.attn_drop.p > 0
-    ):  # type: ignore[union-attr]
+        or attn.attn_drop.p > 0  # type: ignore[union-attr]
+    ):
         raise ValueError(
             f"blocks are {kind} with gates, grouped queries or dropout in the attention; expected "
-            f"none of them"
+            "none of them"
         )
 
 
@@ -123,10 +123,10 @@ class TimmBlock(AttentionBlock):
             x = getattr(self, f"ls{which}")(x)
         return getattr(self, f"drop_path{which}")(x)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: torch.Tensor,
-        rope: torch.Tensor | None = None,  # type: ignore[override]
+        rope: torch.Tensor | None = None,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
         *,
@@ -178,7 +178,7 @@ class TimmVit(BlockTower):
         if rope is not None and type(rope).__name__ != "RotaryEmbeddingCat":
             raise ValueError(
                 f"the image tower has positions of type {type(rope).__name__}; expected learned "
-                f"ones, or RotaryEmbeddingCat"
+                "ones, or RotaryEmbeddingCat"
             )
         pool = getattr(trunk, "attn_pool", None)
         if pool is not None and (
@@ -186,7 +186,7 @@ class TimmVit(BlockTower):
         ):
             raise ValueError(
                 f"the image tower is pooled by {type(pool).__name__}; expected "
-                f"AttentionPoolLatent without positions"
+                "AttentionPoolLatent without positions"
             )
         self.embedder = trunk.patch_embed
         self.hybrid = type(self.embedder).__name__ == "HybridEmbed"
@@ -195,7 +195,7 @@ class TimmVit(BlockTower):
         ):
             raise ValueError(
                 f"the image tower has patches by {type(self.embedder).__name__}; expected "
-                f"PatchEmbed without padding, or "
+                "PatchEmbed without padding, or "
                 "HybridEmbed"
             )
         self.pooling = POOLINGS[trunk.global_pool]

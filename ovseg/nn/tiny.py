@@ -119,8 +119,10 @@ class TinyOptions:
     """``width`` of both towers, ``embed_dim`` E, depth of the local, global and text parts."""
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        **dict.fromkeys(("width", "embed_dim", "heads", "image_size"), (1, math.inf)), "context_length": (3, math.inf),
-        **dict.fromkeys(("local_depth", "depth", "text_depth"), (0, math.inf))}  # fmt: skip
+        **dict.fromkeys(("width", "embed_dim", "heads", "image_size"), (1, math.inf)),
+        "context_length": (3, math.inf),
+        **dict.fromkeys(("local_depth", "depth", "text_depth"), (0, math.inf)),
+    }
 
     width: int = 64
     embed_dim: int = 64

@@ -4,8 +4,8 @@ the space of the texts.
 A tower is no module: it walks over the parts of open_clip's image tower, whose parameters keep
 their names.
 
-    embedding = pool(tokens)             what the model was trained with                                     (1)
-    dense     = pool of the token alone, as if all that is pooled were like it                               (2)
+    embedding = pool(tokens)             what the model was trained with                         (1)
+    dense     = pool of the token alone, as if all that is pooled were like it                   (2)
 
 (2) is the dense map of every head (docs/towers.md): if the tokens are alike, dense and embedding
 are the same.
@@ -94,7 +94,7 @@ class ImageTower:
         if stride not in (None, self.patch_size) and not self.overlaps:
             raise ValueError(
                 f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller "
-                f"step needs a tower that "
+                "step needs a tower that "
                 "cuts the picture into patches by one convolution"
             )
         return self.patch_size if stride is None else stride
@@ -228,7 +228,7 @@ class ClipVit(BlockTower):
         if getattr(visual, "attn_pool_contrastive", None) is not None:
             raise ValueError(
                 f"the image tower has two attention poolings ({visual.attn_pool_type!r}); "
-                f"expected one, as CoCa has it"
+                "expected one, as CoCa has it"
             )
         if visual.attn_pool is None and visual.pool_type not in ("tok", "avg"):
             raise ValueError(

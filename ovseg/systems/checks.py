@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from .base import OVSegModel
 
 
-def check_model(model: Any) -> None:
-    """Check that it is a system, whatever wraps it."""
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode_image"):
-        raise InputError(
-            f"model is a {type(model).__name__}; expected a model of create_model or "
-            f"from_pretrained"
-        )
-
-
 def check_name(argument: str, value: Any) -> None:
     """A name or a path of a model or of weights."""
     if not isinstance(value, str | Path):
@@ -84,7 +75,7 @@ def check_ids(token_ids: Any, model: OVSegModel) -> None:
     if token_ids.dim() != 2 or token_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(
             f"token_ids is {token_ids.dtype} of shape {list(token_ids.shape)}; expected int64 [T, "
-            f"L], from model.tokenizer"
+            "L], from model.tokenizer"
         )
 
 
@@ -99,13 +90,13 @@ def check_compared(images: Any, texts: Any, features: Any, *, encoded: bool = Fa
     if not isinstance(images, torch.Tensor | features):
         raise InputError(
             f"images is a {type(images).__name__}; expected a tensor [B, 3, H, W] or what "
-            f"model.encode_image gives"
+            "model.encode_image gives"
         )
     check_dense("texts", texts, "[T, E], from model.encode_labels", meta=True)
     if texts.dim() != 2 or texts.dtype not in FLOATS:
         raise InputError(
             f"texts is {texts.dtype} of shape {list(texts.shape)}; expected floats [T, E], from "
-            f"model.encode_labels"
+            "model.encode_labels"
         )
     if not isinstance(images, torch.Tensor):
         _one_device("texts", texts, images.tokens)
@@ -148,7 +139,7 @@ def check_reading(
         if torch.equal(row, ids[-1]):
             raise InputError(
                 f"label {_short(label)} reads as nothing: the model's tokenizer knows none of its "
-                f"signs; expected others, "
+                "signs; expected others, "
                 "or another model"
             )
     context = ids.shape[1]
@@ -175,9 +166,9 @@ def check_reading(
         elif owners[first] != owners[i]:
             raise InputError(
                 f"labels {_short(labels[first])} and {_short(label)} read the same: its tokenizer "
-                f"makes the same tokens "
+                "makes the same tokens "
                 f"of both and reads {context} of them; expected labels that differ to it, or "
-                f"another model"
+                "another model"
             )
     named = [
         f"{_short(label)} (in {n} of {len(templates)} templates)"
@@ -190,7 +181,7 @@ def check_reading(
         )
     if alike:
         warnings.warn(
-            f"labels read the same, as the model knows none of their words: "
+            "labels read the same, as the model knows none of their words: "
             f"{_listed([_short(label) for label in alike])}",
             stacklevel=2,
         )

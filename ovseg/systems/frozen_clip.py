@@ -56,7 +56,7 @@ class FrozenClipModel(OVSegModel):
         }:
             raise ConfigError(
                 f"clip is {source!r}, whose towers differ from those of this model; expected a "
-                f"CLIP of the same sizes"
+                "CLIP of the same sizes"
             )
         self.backbone.load_state_dict(given)
 

@@ -147,7 +147,7 @@ def _published(model: OVSegModel) -> Published:
     if model.published is None:
         raise ValueError(
             f"{model.name} has no published layout; expected a model of a system that has one, on "
-            f"its published backbone"
+            "its published backbone"
         )
     return model.published
 
@@ -209,7 +209,7 @@ def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegMode
     if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
         raise CheckpointError(
             f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected "
-            f"that one as it was, or "
+            "that one as it was, or "
             "clip=SOURCE with it"
         )
     return model

@@ -54,7 +54,7 @@ def parse(text: str) -> Named:
         if named:
             raise InputError(
                 f"model is {text!r}, which is a path here and a name; expected ./{text} for the "
-                f"path or "
+                "path or "
                 + (
                     f"{text}:TAG ({', '.join(tags(text))})"
                     if is_name(text)
@@ -86,7 +86,7 @@ def only_tag(name: str) -> str:
     if not found:
         raise InputError(
             f"model is {name!r}, of which no weights are published; expected {name}:PATH, the "
-            f"folder of a run or of "
+            "folder of a run or of "
             f"save_pretrained, or {PREFIX}OWNER/NAME. With weights: "
             f"{', '.join(sorted({n for n, _ in list_bundled()}))}, "
             f"{DEFAULT_MODEL}, ViT-B-16:laion2b_s34b_b88k (ovseg models)"
@@ -115,7 +115,7 @@ def unknown(text: str, what: str = "model") -> InputError:
     if (what_it_is := address(text)) is not None:
         return InputError(
             f"{what} is {text!r}, which {what_it_is}; expected NAME, NAME:TAG, {PREFIX}OWNER/NAME "
-            f"or PATH"
+            "or PATH"
         )
     known = [*list_models(), *architectures()]
     name, colon, tag = text.partition(":")

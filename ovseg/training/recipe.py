@@ -172,7 +172,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if override.endswith("="):  # an unset variable of a script
             raise ConfigError(
                 f"override {override!r} has no value; expected key=value, or {override}null for "
-                f"none"
+                "none"
             )
     try:
         loaded = load_yaml(path)
@@ -225,7 +225,7 @@ def _override(loaded: Any, override: str, path: Path) -> None:
     ) as error:
         raise ConfigError(
             f"recipe {path}: override {shown!r} does not fit the recipe: {first_line(error)}; "
-            f"expected a key as in the file, "
+            "expected a key as in the file, "
             "and of its stages one that is there: stages[0]"
         ) from error
     except YAMLError as error:
@@ -360,13 +360,22 @@ def _check_values(recipe: Recipe) -> None:
     check_finite(to_dict(recipe))
     train, optim = recipe.train, recipe.optim
     positive = {
-        "train.steps": recipe.train.steps, "train.epochs": recipe.train.epochs, "train.batch_size": recipe.train.batch_size,
-        "train.chunk": recipe.train.chunk, "optim.lr": recipe.optim.lr, "optim.lower_lr": recipe.optim.lower_lr,
-        "optim.clip_grad": recipe.optim.clip_grad, "schedule.steps": recipe.schedule.steps, "schedule.power": recipe.schedule.power,
-        "checkpoint.every_steps": recipe.checkpoint.every_steps, "checkpoint.keep": recipe.checkpoint.keep,
-        "log.every_steps": recipe.log.every_steps, "validation.every_steps": recipe.validation.every_steps,
-        "validation.limit": recipe.validation.limit, "optim.eps": optim.eps,
-    }  # fmt: skip
+        "train.steps": recipe.train.steps,
+        "train.epochs": recipe.train.epochs,
+        "train.batch_size": recipe.train.batch_size,
+        "train.chunk": recipe.train.chunk,
+        "optim.lr": recipe.optim.lr,
+        "optim.lower_lr": recipe.optim.lower_lr,
+        "optim.clip_grad": recipe.optim.clip_grad,
+        "schedule.steps": recipe.schedule.steps,
+        "schedule.power": recipe.schedule.power,
+        "checkpoint.every_steps": recipe.checkpoint.every_steps,
+        "checkpoint.keep": recipe.checkpoint.keep,
+        "log.every_steps": recipe.log.every_steps,
+        "validation.every_steps": recipe.validation.every_steps,
+        "validation.limit": recipe.validation.limit,
+        "optim.eps": optim.eps,
+    }
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"{key} is {value}; expected a positive number")

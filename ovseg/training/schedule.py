@@ -86,7 +86,7 @@ def misfits(schedule: Schedule, lr: float, steps: int) -> list[str]:
     if schedule.kind != "constant" and whole < steps:
         found.append(
             f"schedule.steps is {whole} and the stage has {steps}: the last {steps - whole} of "
-            f"them "
+            "them "
             f"are at schedule.min_lr, {schedule.min_lr:g}; expected {steps} or more, or null"
         )
     return found

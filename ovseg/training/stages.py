@@ -243,7 +243,7 @@ def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequenc
     if resume is True and not begun:
         raise ConfigError(
             f"{folder} holds no run to go on with; expected the folder of one. Without --resume a "
-            f"run is begun; "
+            "run is begun; "
             "--auto-resume goes on where there is one and begins where there is none"
         )
     if not resume and any((folder / name).exists() for name in ("log.jsonl", "checkpoints")):
@@ -268,7 +268,7 @@ def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequenc
         if not any(key == name or key.startswith(f"{name}.") for name in allow):
             raise ConfigError(
                 f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected "
-                f"the same recipe, a new "
+                "the same recipe, a new "
                 f"folder, or --allow {key} to go on with another one"
             )
     keys = tuple(key for key, *_ in changed)
@@ -352,7 +352,7 @@ def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
     if reasons and not found:
         raise CheckpointError(
             f"no checkpoint in {folder} is intact: {'; '.join(reasons.values())}. Expected one "
-            f"that is; or a new folder"
+            "that is; or a new folder"
         )
     for reason in reasons.values():
         if distributed.is_main():
@@ -374,7 +374,7 @@ def _saved_recipe(path: Path) -> Any:
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged: {first_line(error)}; expected the recipe that the run was begun "
-            f"with"
+            "with"
         ) from error
     return found
 
@@ -394,7 +394,7 @@ def _weights(name: str, where: str, own: dict[str, torch.Tensor]) -> dict[str, t
     except InputError as error:
         raise ConfigError(
             f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of "
-            f"a run or of "
+            "a run or of "
             f"save_pretrained, or a model with weights: {error}"
         ) from error
 

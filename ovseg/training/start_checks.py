@@ -124,8 +124,13 @@ def check_room(state: State, run: Run, keep: int) -> None:
         logger.warning(
             "the disk of %s has %.1f GB free; checkpoints (%.1f GB each, checkpoint.keep=%d) and "
             "the "
-            "model need %.1f GB", run.folder, free / 1e9, each / 1e9, keep, needed / 1e9,
-        )  # fmt: skip
+            "model need %.1f GB",
+            run.folder,
+            free / 1e9,
+            each / 1e9,
+            keep,
+            needed / 1e9,
+        )
 
 
 def _check_data(stage: Recipe, objective: Objective, sources: dict[str, Source]) -> int:
@@ -179,7 +184,7 @@ def _average_misfits(decay: float | None, steps: int) -> Iterator[str]:
         fits = max(0.0, 1 - 3 / steps)  # a twentieth is left
         yield (
             f"train.ema is {decay} and the stage has {steps} steps: {100 * left:.0f} % of the "
-            f"average, "
+            "average, "
             "which is what is saved as the model, will be the weights after the first step; "
             "expected "
             f"at most {fits:.3g} for so few, or null"

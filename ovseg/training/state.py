@@ -157,10 +157,19 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
                     {"format": "pt"},
                     sealed=name != "optimizer",
                 )  # read here alone
-        facts = {"format": _FORMAT, "stage": state.stage, "step": state.step, "of": state.of, "done": state.done,
-                 "processes": distributed.world_size(), "scaler": state.scaler.state_dict(),
-                 "skips": state.skips.state_dict(), "hash": key, "recipe": recipe,
-                 "averaged": None if state.average is None else int(state.average.n_averaged)}  # fmt: skip
+        facts = {
+            "format": _FORMAT,
+            "stage": state.stage,
+            "step": state.step,
+            "of": state.of,
+            "done": state.done,
+            "processes": distributed.world_size(),
+            "scaler": state.scaler.state_dict(),
+            "skips": state.skips.state_dict(),
+            "hash": key,
+            "recipe": recipe,
+            "averaged": None if state.average is None else int(state.average.n_averaged),
+        }
         _write(part / "state.json", json.dumps(facts))
         _write(part / "ranks.jsonl", "".join(line + "\n" for line in ranks))
         _write(

@@ -287,7 +287,7 @@ class Trainer:
                 if bad == _BAD_IN_A_ROW:
                     raise FloatingPointError(
                         f"{bad} steps in a row up to step {step.number} had no finite loss or "
-                        f"gradient; "
+                        "gradient; "
                         "see log.jsonl. Lower optim.lr or look at the data"
                     )
                 shown.update()

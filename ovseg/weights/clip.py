@@ -112,7 +112,7 @@ def fetch_folder(repo: str) -> Path:
     if ours and _kind(config) is None:
         raise CheckpointError(
             f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of ovseg; "
-            f"expected "
+            "expected "
             "open_clip_config.json, or a config.json with model_type or model"
         )
     files = (
@@ -178,7 +178,7 @@ def create_clip(
     ):
         raise ValueError(
             f"clip is {weights!r}, trained with{'' if is_quick(source.architecture) else 'out'} "
-            f"QuickGELU, and architecture "
+            "QuickGELU, and architecture "
             f"{title(architecture)}; expected architecture={title(source.architecture)}"
         )
     model = _build(
@@ -223,7 +223,7 @@ def settled(source: ClipSource, architecture: Architecture | None) -> Architectu
             ways = " or ".join(f"{name}:{source.where}" for name in fits)
             raise InputError(
                 f"{source.where} fits {len(fits)} architectures of open_clip and does not say "
-                f"which; expected -m "
+                "which; expected -m "
                 + (ways or "NAME:PATH with the name of its architecture (ovseg models)")
             )
         found = fits[0]

@@ -131,7 +131,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if seal is not None and seal != tensors_hash(found):
             raise CheckpointError(
                 f"{path} is damaged: its tensors are not those that were written; expected "
-                f"another copy of the file"
+                "another copy of the file"
             )
         return found
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:

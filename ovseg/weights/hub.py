@@ -171,7 +171,7 @@ def client() -> Any:
     except ImportError as error:
         raise ImportError(
             f"weights of the Hub need huggingface_hub ({first_line(error)}): pip install "
-            f"'ovseg-kernels[models]'"
+            "'ovseg-kernels[models]'"
         ) from error
     return huggingface_hub
 
@@ -380,6 +380,6 @@ def _licence(repo: str, endpoint: str | None) -> str:
 def _unavailable(repo: str, files: Sequence[str], why: str, ways: str) -> WeightsError:
     return WeightsError(
         f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with "
-        f"a network, the same "
+        "a network, the same "
         f"command; from elsewhere, https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}"
     )

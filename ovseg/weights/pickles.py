@@ -106,7 +106,7 @@ def _check_archive(path: Path) -> None:
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
             f"{path} is a TorchScript archive, as OpenAI published its models: it holds code, and "
-            f"weights are read "
+            "weights are read "
             "without running any. The same weights as safetensors: -m ViT-B-16:openai "
             "(ViT-L-14:openai, ...), or "
             "open_clip_model.safetensors of "
@@ -122,7 +122,7 @@ def _check_archive(path: Path) -> None:
     if unpacked > _UNPACKED * size:
         raise CheckpointError(
             f"{path} ({size} bytes) says that it unpacks to {unpacked}; {_EXPECTED}, which packs "
-            f"nothing"
+            "nothing"
         )
 
 
@@ -268,11 +268,11 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
         what = f"it names {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         return CheckpointError(
             f"{start}: {what}; expected names and tensors alone, as torch.save(model.state_dict(), "
-            f"PATH) writes them"
+            "PATH) writes them"
         )
     if isinstance(error, UnpicklingError) or "weights_only" in str(error):
         return CheckpointError(
             f"{start}: it holds more than tensors, or is no checkpoint of torch's; expected names "
-            f"and tensors alone"
+            "and tensors alone"
         )
     return CheckpointError(f"{start}: {first_line(error)}")

@@ -9,17 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..errors import CheckpointError, InputError, NoCheckpoint
 from ..replacing import folder_for, write_text
-from ..systems.checks import check_model
 from .files import load_json, save_weights
 from .hub import PREFIX, check_repo, upload
 from .state_dicts import unwrapped
-
-if TYPE_CHECKING:
-    from ..systems.base import OVSegModel
 
 _TOKENIZER = "tokenizer"  # a folder in the folder, where the words are not open_clip's own
 _TOKENIZER_FILES = (
@@ -34,7 +32,16 @@ _TOKENIZER_FILES = (
 )  # the last where the others do not say what kind of tokenizer it is
 
 
-def save_pretrained(model: OVSegModel, folder: str | Path, **facts: Any) -> Path:
+def check_model(model: Any) -> None:
+    """Check that it is a system, whatever wraps it."""
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "encode_image"):
+        raise InputError(
+            f"model is a {type(model).__name__}; expected a model of create_model or "
+            "from_pretrained"
+        )
+
+
+def save_pretrained(model: Any, folder: str | Path, **facts: Any) -> Path:
     """Write ``config.json`` and ``model.safetensors``.
 
     ``facts`` (metrics, seed, ...) go into the config as they are.
@@ -104,7 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def push_to_hub(
-    model: OVSegModel,
+    model: Any,
     repo: str,
     *,
     licence: str,
@@ -132,7 +139,7 @@ def push_to_hub(
     if model.named_clip is not None and Path(model.named_clip).exists():
         raise InputError(
             f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; "
-            f"expected one that others can "
+            "expected one that others can "
             "name, a tag or hf-hub:OWNER/NAME, in the option clip"
         )
     with tempfile.TemporaryDirectory() as parent:
@@ -142,7 +149,7 @@ def push_to_hub(
 
 
 def card(
-    model: OVSegModel, repo: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]
+    model: Any, repo: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]
 ) -> str:
     """The page of the repository: what it is, what it knows, how it is used."""
     words = getattr(model.tokenizer, "words", None)
@@ -159,7 +166,7 @@ def card(
         f"---\nlibrary_name: ovseg\nlicense: {licence}\npipeline_tag: image-segmentation\n"
         f"tags: [open-vocabulary, semantic-segmentation, clip]\n---\n\n# {repo.split('/')[1]}\n\n"
         f"`{model.name}`: open-vocabulary semantic segmentation with "
-        f"[ovseg](https://pypi.org/project/ovseg-kernels), "
+        "[ovseg](https://pypi.org/project/ovseg-kernels), "
         f"licence {licence}. {about}\n\n{source}"
         f"```\npip install 'ovseg-kernels[models]'\novseg segment photo.jpg --labels \"{label}\" "
         f"-m {PREFIX}{repo}\n```\n\n"

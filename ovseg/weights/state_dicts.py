@@ -71,7 +71,7 @@ def state_of(tree: Any, path: str | Path) -> State:
     ):
         raise CheckpointError(
             f"{path} holds no state dict but {_described(tree)}; expected names and tensors, alone "
-            f"or under "
+            "or under "
             f"{', '.join(CONTAINERS)}"
         )
     for name, value in tree.items():

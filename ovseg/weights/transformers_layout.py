@@ -177,7 +177,7 @@ def _clip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if vision["act"] != text["act"]:
         raise CheckpointError(
             f"{folder} has activation {vision['act']} for pictures and {text['act']} for texts; "
-            f"expected one for both"
+            "expected one for both"
         )
     words = {
         "context_length": text["max_position_embeddings"],
@@ -367,7 +367,7 @@ def parts_of(index: Path) -> list[str]:
     if not parts or any(Path(part).name != part for part in parts):
         raise CheckpointError(
             f"{index} is damaged; expected weight_map, tensors' names and the files beside it that "
-            f"hold them"
+            "hold them"
         )
     return parts
 

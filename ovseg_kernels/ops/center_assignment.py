@@ -5,7 +5,7 @@ its tokens.
     s_gl = softmax_g((z_gl + u_gl) / tau)            u: Gumbel noise, or none; over the centers, for each token (2)
     a_gl = 1 for g = argmax_g s_gl, else 0           hard: with the gradient of s (straight-through); else a = s (3)
     n_g  = max(c_g, 1)  |  c_g + 1  |  1             c_g = sum_l a_gl; "mean" | "mean_plus_one" | "sum"         (4)
-    pooled_g = sum_l a_gl v_l / n_g                  soft_gl = softmax_g(z_gl), without noise                   (5)
+    pooled_g = sum_l a_gl v_l / n_g                  soft_gl = softmax_g(z_gl), without noise    (5)
 
 Shapes   queries [B, G, D]; keys [B, L, D]; values [B, L, E]; mask [B, L] bool, True = keep; noise [B, G, L]; rng int64 [2];
   center_bias [B, G]; key_scale [B, L];
@@ -15,12 +15,12 @@ Dtypes   float32, float64, float16, bfloat16, mixed ones are promoted; scores, n
   pooled in the dtype of values; soft in float32 or float64.
 Noise    with ``rng``, element (b, g, l) takes Philox number (b L + l) G + g (ovseg_kernels/philox.py), recomputed in backward.
 Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and for "mean" where c_g < 1):
-    ds_gl = (p_g . v_l - rho_g) / n_g                                                                           (6)
+    ds_gl = (p_g . v_l - rho_g) / n_g                                                            (6)
       plus d loss / d c_g, where an operator built on this one uses the counts
     dz_gl = s_gl (ds_gl - sum_h s_hl ds_hl) / tau    plus the same with soft and its own gradient, without tau  (7)
-    dq_g = scale sum_l r_l dz_gl k_l                 dk_l = scale r_l sum_g dz_gl q_g                           (8)
-    dv_l = sum_g a_gl p_g / n_g                                                                                 (9)
-    dbeta_g = sum_l dz_gl                            dr_l = scale sum_g dz_gl q_g . k_l                         (10)
+    dq_g = scale sum_l r_l dz_gl k_l                 dk_l = scale r_l sum_g dz_gl q_g            (8)
+    dv_l = sum_g a_gl p_g / n_g                                                                  (9)
+    dbeta_g = sum_l dz_gl                            dr_l = scale sum_g dz_gl q_g . k_l         (10)
 Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values forward, two backward and one
   write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L],
   no one-hot.

@@ -1,7 +1,7 @@
 """contrastive_loss: InfoNCE or sigmoid loss between images and texts, without the [B, T] matrix.
 
-    s_ij = image_i . text_j                     unit vectors, with normalize                                    (1)
-    z_ij = lambda s_ij + beta                   beta: logit_bias, sigmoid only                                  (2)
+    s_ij = image_i . text_j                     unit vectors, with normalize                     (1)
+    z_ij = lambda s_ij + beta                   beta: logit_bias, sigmoid only                   (2)
     softmax:  L = (mean_i (lse_j z_ij - mean_{j in P_i} z_ij) + mean_j (lse_i z_ij - mean_{i in P_j}
     z_ij)) / 2 (3)
     sigmoid:  L = sum_ij softplus(-y_ij z_ij) / B              y_ij = 1 for a positive pair, else -1            (4)
@@ -11,7 +11,7 @@ run over rows and columns that have a positive; w_i, w_j are 1 / (2 their number
 sigmoid.
 
     softmax:  dL/dz_ij = w_i (exp(z_ij - lse_i) - 1_ij / |P_i|) + w_j (exp(z_ij - lse_j) - 1_ij / |P_j|)        (5)
-    sigmoid:  dL/dz_ij = w_i (sigmoid(z_ij) - 1_ij)                                                             (6)
+    sigmoid:  dL/dz_ij = w_i (sigmoid(z_ij) - 1_ij)                                              (6)
     d image = lambda dz text      d text = lambda dz^T image      d lambda = sum dz s      d beta = sum dz      (7)
 
 Shapes   image [B, D]; text [T, D]; logit_scale, logit_bias one element; image_ids [B], text_ids [T] int64; scalar out.
@@ -50,7 +50,7 @@ lib.define("contrastive_loss", f"contrastive_loss({_INPUTS}, {_SAVED}) -> Tensor
 lib.define(
     "contrastive_loss",
     f"contrastive_loss_backward(Tensor grad, {_INPUTS}, {_SAVED}, bool need_image, bool "
-    f"need_text) -> (Tensor, Tensor, Tensor, Tensor)",
+    "need_text) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("contrastive_stats", reference.stats)
 lib.fallback("contrastive_loss_backward", reference.backward)
@@ -128,13 +128,13 @@ def compute(
         if len({x[2:] for x in found}) > 1:
             raise ValueError(
                 f"(B, T, D, ids given, bytes of a number) of the ranks are {found}; expected the "
-                f"last three to agree"
+                "last three to agree"
             )
         sizes = [x[:2] for x in found]
     if image_ids is None and any(b != t for b, t in sizes):
         raise ValueError(
             f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; without ids "
-            f"expected as many texts as "
+            "expected as many texts as "
             "images: pass image_ids and text_ids"
         )
     with torch.autocast(lib.autocast_type(image.device), enabled=False):

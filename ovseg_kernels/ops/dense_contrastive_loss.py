@@ -1,8 +1,8 @@
 """dense_contrastive_loss: texts against pixels, with selected positives and hard negatives, without
 the [T, B N] matrix.
 
-    s_jx = q_j . p_x            unit texts and unit pixels; x runs over all B N pixels                          (1)
-    P_j  = the k_pos pixels of text j's own images with the largest s_jx                                        (2)
+    s_jx = q_j . p_x            unit texts and unit pixels; x runs over all B N pixels           (1)
+    P_j  = the k_pos pixels of text j's own images with the largest s_jx                         (2)
     N_j  = the k_neg pixels of all other images with the largest key, after the first ``skip`` of them          (3)
            topk: s_jx    semi: s_jx where it lies in [m_j - margin, m_j), m_j = min over P_j
            gumbel: s_jx / tau_h + Gumbel noise (sampling without replacement)    random: uniform noise
@@ -11,10 +11,10 @@ Keys are ordered by value, then by the smaller index: the selection does not dep
 threads. It is constant in the gradient. Images whose id is the text's are its own, and never
 negatives; without ids text j belongs to image j. With z = s / T and Ln_j = logsumexp over N_j:
 
-    mean_of_log  text to pixel_j = mean_{x in P_j} (logaddexp(z_jx, Ln_j) - z_jx)                               (4)
+    mean_of_log  text to pixel_j = mean_{x in P_j} (logaddexp(z_jx, Ln_j) - z_jx)                (4)
     log_of_sum   text to pixel_j = logaddexp(Lp_j, Ln_j) - Lp_j            Lp_j = logsumexp over P_j            (5)
     pixel to text_j = mean_{x in P_j} (logsumexp_k z_kx - mean of z_kx over the texts k of x's image)           (6)
-    L = mean over the texts with a positive of (text to pixel_j + pixel to text_j)                              (7)
+    L = mean over the texts with a positive of (text to pixel_j + pixel to text_j)               (7)
 
     du_x = (v - (v . p_x) p_x) / |u_x|     v = sum over selections of x of (dL/ds_jx q_j + dL/dp_x)             (8)
     dq_j = sum_x dL/ds_jx p_x              plus the pixel-to-text part, by ``contrastive_loss``'s kernels       (9)
@@ -118,10 +118,23 @@ def dense_contrastive_loss(
         >>> dense_contrastive_loss(torch.randn(4, 49, 16), torch.randn(4, 16), k_pos=4, k_neg=8).shape
         torch.Size([])
     """
-    positive, negative = _given(pixels, texts, selected, image_ids, text_ids) if selected is not None else select_pixels(
-        pixels, texts, k_pos=k_pos, k_neg=k_neg, sampling=sampling, image_ids=image_ids, text_ids=text_ids, rng=rng, skip=skip,
-        margin=margin, sampling_temperature=sampling_temperature,
-    )  # fmt: skip
+    positive, negative = (
+        _given(pixels, texts, selected, image_ids, text_ids)
+        if selected is not None
+        else select_pixels(
+            pixels,
+            texts,
+            k_pos=k_pos,
+            k_neg=k_neg,
+            sampling=sampling,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            rng=rng,
+            skip=skip,
+            margin=margin,
+            sampling_temperature=sampling_temperature,
+        )
+    )
     _check.one_of("reduction", reduction, REDUCTIONS)
     _check.one_of("terms", terms, TERMS)
     acc = accumulation_dtype(pixels)
@@ -169,7 +182,7 @@ def _given(pixels, texts, selected, image_ids, text_ids):
     if not isinstance(selected, tuple) or len(selected) != 2:
         raise TypeError(
             f"selected is a {type(selected).__name__}; expected (positive, negative) of "
-            f"select_pixels"
+            "select_pixels"
         )
     there = pixels.shape[0] * pixels.shape[1]
     for name, index in zip(("selected.positive", "selected.negative"), selected, strict=True):
@@ -181,7 +194,7 @@ def _given(pixels, texts, selected, image_ids, text_ids):
             if not -1 <= low <= high < there:
                 raise ValueError(
                     f"{name} holds {low} to {high}; expected -1 to {there - 1}, pixels of all "
-                    f"images"
+                    "images"
                 )
     return selected
 
@@ -239,7 +252,7 @@ def select_pixels(
     if image_ids is None and pixels.shape[0] != texts.shape[0]:
         raise ValueError(
             f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; without ids "
-            f"expected as many texts as images: "
+            "expected as many texts as images: "
             "pass image_ids and text_ids"
         )
     noisy = sampling in ("gumbel", "random")

@@ -4,8 +4,8 @@ token.
 With keys k_l = W_k x_l + b_k and values v_l = W_v x_l + b_v, the numbered equations of
 ``center_assignment`` become
 
-    q_g . k_l        = (W_k^T q_g) . x_l + q_g . b_k                                                            (1)
-    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x_l / n_g) + (c_g / n_g) b_v        c_g = sum_l a_gl                 (2)
+    q_g . k_l        = (W_k^T q_g) . x_l + q_g . b_k                                             (1)
+    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x_l / n_g) + (c_g / n_g) b_v        c_g = sum_l a_gl  (2)
 
 so the tokens meet G folded centers instead of two D x C matrices, and W_v only G pooled rows. Exact
 in exact arithmetic.

@@ -4,7 +4,7 @@ the patches.
 With u_n the patches of an image, r_n = |u_n|, q a unit text, sigma the scale and beta the bias of
 the weights:
 
-    s_n = u_n . q / r_n                                      cosine                                          (1)
+    s_n = u_n . q / r_n                                      cosine                              (1)
     a_n = f(s_n) / sum_m f(s_m)      f(s) = exp(sigma s), sigma = 1 / temperature             softmax
                                      f(s) = 1 / (1 + exp(-(sigma s + beta)))                  sigmoid        (2)
     phi = sum_n a_n s_n                                      pool="score"; a_n = 1/N in "mean"; max_n in "max"  (3)
@@ -19,7 +19,7 @@ Grad     with g = d loss / d phi and d_n = f'(s_n) / f(s_n) (sigma for softmax, 
   Gram form of (6), (7), with G = U U^T: |v|^2 = a^T G a, e = r s / |v| - phi G a / |v|^2, and over
   all texts t
     dU = sum_t (c_t / r + g_t a_t / |v_t|)^T q_t - H U,   H = sum_t (g_t phi_t / |v_t|^2) a_t a_t^T            (8)
-  PV form: dU += sum_t (g_t a_t)^T y_t                                                                        (9)
+  PV form: dU += sum_t (g_t a_t)^T y_t                                                           (9)
   then dU_n -= (u_n / r_n^2) sum c_n s_n and dq likewise: projections onto the sphere.
 Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to B N^2 (2 D + 6 T) for "vector" in Gram
   form. Kept for backward: phi, log sum f and |v|, [B, T] each; nothing of size [B, T, N] or [B, T,
@@ -105,7 +105,7 @@ def patch_text_similarity(
     if texts.shape[1] != patches.shape[2]:
         raise ValueError(
             f"texts has last dimension {texts.shape[1]} and patches has {patches.shape[2]}; "
-            f"expected one D"
+            "expected one D"
         )
     _check.same(
         "texts",
@@ -130,7 +130,7 @@ def patch_text_similarity(
         if not isinstance(temperature, (int, float)) or temperature != 1.0:
             raise ValueError(
                 f"temperature is {temperature}; with weight='sigmoid' expected 1.0: use "
-                f"weight_scale instead"
+                "weight_scale instead"
             )
         scale = _check.scalar("weight_scale", weight_scale, patches, dtype)
         bias = _check.scalar("weight_bias", weight_bias, patches, dtype)

@@ -1,16 +1,16 @@
 """segclip_center_assignment: SegCLIP's mapping step, LayerNorm -> grouped 1x1 -> LayerNorm ->
 center_assignment, folded.
 
-    x'_l = LN(x_l)                   norm_weight, norm_bias                                                     (1)
+    x'_l = LN(x_l)                   norm_weight, norm_bias                                      (1)
     k_l  = LN(W_k x'_l)              key_norm_weight gamma, key_norm_bias beta; W_k, W_v: grouped 1x1 projections (2)
-    v_l  = W_v x'_l                                                                                             (3)
+    v_l  = W_v x'_l                                                                              (3)
 
 and ``center_assignment`` of queries, k and v. With r_l = (var(W_k x'_l) + eps)^-1/2 and the folded,
 centered center
 
-    q'_g = W_k^T (gamma q_g - mean_d(gamma q_g))                                                                (4)
-    q_g . k_l = r_l q'_g . x'_l + q_g . beta                                                                    (5)
-    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x'_l / n_g)                                                          (6)
+    q'_g = W_k^T (gamma q_g - mean_d(gamma q_g))                                                 (4)
+    q_g . k_l = r_l q'_g . x'_l + q_g . beta                                                     (5)
+    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x'_l / n_g)                                           (6)
 
 no key and no value exists: of W_k x' only its variance is wanted, an image at a time, and W_v meets
 G rows.
@@ -149,9 +149,16 @@ def segclip_center_assignment(
             key_weight.to(acc).unflatten(0, groups),
         ).flatten(-2)
         pooled, index, _, soft = assign(
-            folded.to(dtype), normed, normed, rng=rng, noise=noise, center_bias=scale * (q @ key_norm_bias.to(acc)),
-            key_scale=torch.ops.ovseg.grouped_inverse_std(normed, key_weight, eps), return_soft=return_soft, **options,
-        )  # fmt: skip
+            folded.to(dtype),
+            normed,
+            normed,
+            rng=rng,
+            noise=noise,
+            center_bias=scale * (q @ key_norm_bias.to(acc)),
+            key_scale=torch.ops.ovseg.grouped_inverse_std(normed, key_weight, eps),
+            return_soft=return_soft,
+            **options,
+        )
         return CenterAssignment(grouped_linear(pooled, value_weight.to(acc)).to(dtype), index, soft)
 
 

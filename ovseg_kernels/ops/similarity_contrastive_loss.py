@@ -1,6 +1,6 @@
 """similarity_contrastive_loss: symmetric InfoNCE on a given similarity matrix.
 
-    z_ij = lambda phi_ij                                                                                        (1)
+    z_ij = lambda phi_ij                                                                         (1)
     L_i  = logsumexp_j z_ij - mean_{j in P_i} z_ij           rows: image to text; columns likewise              (2)
     L    = (mean_i L_i + mean_j L_j) / 2                     over rows and columns that have a positive         (3)
 
@@ -8,7 +8,7 @@ P_i are the texts with the image's id; without ids, the one text at the image's 
 left out by ``pair_mask`` take part in no sum. With w_i = 1 / (2 number of such rows), w_j likewise
 and 1_ij a positive pair:
 
-    dL/dz_ij = w_i (exp(z_ij - lse_i) - 1_ij / |P_i|) + w_j (exp(z_ij - lse_j) - 1_ij / |P_j|)                  (4)
+    dL/dz_ij = w_i (exp(z_ij - lse_i) - 1_ij / |P_i|) + w_j (exp(z_ij - lse_j) - 1_ij / |P_j|)   (4)
 
 Shapes   similarity [B, T]; logit_scale one element; image_ids [B], text_ids [T] int64; pair_mask [B, T] bool; scalar out.
 Dtypes   float16 and bfloat16 are computed in float32; the loss is float32, or float64 for float64.
@@ -38,17 +38,17 @@ _IDS = "Tensor? image_ids, Tensor? text_ids, Tensor? pair_mask"
 lib.define(
     "similarity_contrastive_loss",
     f"similarity_contrastive_stats(Tensor similarity, Tensor logit_scale, {_IDS}, int offset) -> "
-    f"(Tensor, Tensor)",
+    "(Tensor, Tensor)",
 )
 lib.define(
     "similarity_contrastive_loss",
     f"similarity_contrastive_loss(Tensor similarity, Tensor logit_scale, {_IDS}, Tensor rows, "
-    f"Tensor columns, "
+    "Tensor columns, "
     "Tensor row_weight, Tensor column_weight, int offset) -> Tensor",
 )
 lib.define(
     "similarity_contrastive_loss",
-    f"similarity_contrastive_loss_backward(Tensor grad, Tensor similarity, Tensor logit_scale, "
+    "similarity_contrastive_loss_backward(Tensor grad, Tensor similarity, Tensor logit_scale, "
     f"{_IDS}, Tensor rows, "
     "Tensor columns, Tensor row_weight, Tensor column_weight, int offset) -> (Tensor, Tensor)",
 )
@@ -102,7 +102,7 @@ def similarity_contrastive_loss(
         if total != similarity.shape[1]:
             raise ValueError(
                 f"similarity has shape {list(similarity.shape)} and the batch has {total} images; "
-                f"without ids expected as "
+                "without ids expected as "
                 "many texts as images: pass image_ids and text_ids"
             )
     similarity = similarity.to(dtype)

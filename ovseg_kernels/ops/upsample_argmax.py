@@ -7,7 +7,7 @@
 Between four samples z_c is a mean of class c's four corners, so it lies between their least and
 their largest. A class can win in a cell only if
 
-    largest corner of c  >=  max over all classes k of the least corner of k                                    (4)
+    largest corner of c  >=  max over all classes k of the least corner of k                     (4)
 
 because the class that attains the right side is nowhere in the cell below it, and c nowhere above
 the left side. Only the classes that satisfy (4), mostly one to three, are interpolated: the result
@@ -51,16 +51,30 @@ lib.fallback("upsample_argmax", reference.upsample_argmax)
 
 @overload
 def upsample_argmax(
-    logits: torch.Tensor, size: tuple[int, int], *, bias: torch.Tensor | None = ..., threshold: float | None = ..., background: int = ...,
-    class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ..., return_value: Literal[True],
-) -> LabelMaps: ...  # fmt: skip
+    logits: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    bias: torch.Tensor | None = ...,
+    threshold: float | None = ...,
+    background: int = ...,
+    class_labels: torch.Tensor | None = ...,
+    label_type: torch.dtype = ...,
+    return_value: Literal[True],
+) -> LabelMaps: ...
 
 
 @overload
 def upsample_argmax(
-    logits: torch.Tensor, size: tuple[int, int], *, bias: torch.Tensor | None = ..., threshold: float | None = ..., background: int = ...,
-    class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ..., return_value: Literal[False] = ...,
-) -> torch.Tensor: ...  # fmt: skip
+    logits: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    bias: torch.Tensor | None = ...,
+    threshold: float | None = ...,
+    background: int = ...,
+    class_labels: torch.Tensor | None = ...,
+    label_type: torch.dtype = ...,
+    return_value: Literal[False] = ...,
+) -> torch.Tensor: ...
 
 
 def upsample_argmax(

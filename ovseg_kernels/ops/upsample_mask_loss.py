@@ -3,16 +3,16 @@ upsampling a map.
 
     x_c(p)  = logits_c upsampled to the labels' size, bilinear, align_corners False; q_c(p) = sigmoid(x_c(p))          (1)
     focal_c = mean over the pixels of a_t (1 - q_t)^gamma BCE(x_c, y_c),  y_c(p) = [label(p) = c],
-              q_t = q and a_t = alpha where y = 1, else 1 - q and 1 - alpha                                            (2)
-    dice_c  = 1 - (2 S_qy + 1) / (S_q + S_y + 1),  sums over the pixels                                                (3)
-    present_c = S_y > 0                                                                                               (4)
+              q_t = q and a_t = alpha where y = 1, else 1 - q and 1 - alpha                      (2)
+    dice_c  = 1 - (2 S_qy + 1) / (S_q + S_y + 1),  sums over the pixels                          (3)
+    present_c = S_y > 0                                                                          (4)
 
 A label outside [0, C) is a negative for every class, as ZegCLIP's 255 is; only pixels of label
 ``ignore_index`` do not count, neither in sums nor in the mean. Backward, with t = x for y = 1 and
 -x otherwise, v = sigmoid(-t), n the number of pixels that count:
 
     d focal / d x = -+ a_t v^gamma (gamma (1 - v) softplus(-t) + v) / n,  minus for y = 1
-    d dice / d x  = ((2 S_qy + 1) / (S_q + S_y + 1) - 2 y) / (S_q + S_y + 1) q (1 - q)                                 (5)
+    d dice / d x  = ((2 S_qy + 1) / (S_q + S_y + 1) - 2 y) / (S_q + S_y + 1) q (1 - q)           (5)
 
 go through the transposed upsampling into [B, C, h, w]; x is computed again, and nothing of size [B,
 C, H, W] is kept or made.
@@ -89,7 +89,7 @@ def upsample_mask_loss(
     if labels.shape[0] != logits.shape[0] or 0 in labels.shape[1:]:
         raise ValueError(
             f"labels has shape {list(labels.shape)}; expected [{logits.shape[0]}, H, W] with at "
-            f"least one pixel"
+            "least one pixel"
         )
     _check.same("labels", labels, "logits", logits, dtype=False)
     _check.number("alpha", alpha, "0 to 1", least=0, most=1)

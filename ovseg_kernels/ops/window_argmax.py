@@ -1,6 +1,6 @@
 """window_argmax: labels of a picture seen through overlapping windows, without a map at full size.
 
-    p_kc(v, u) = upsampled logits of window k, class c, at a pixel of its crop                            (1)
+    p_kc(v, u) = upsampled logits of window k, class c, at a pixel of its crop                   (1)
                or table_k[g, c] with g = argmax of the window's upsampled group maps at that pixel        (2)
     m_c(v, u)  = sum over the windows k that cover (v, u) of p_kc(v - y_k, u - x_k), divided by
     their number (3) z_c(Y, X)  = m_c resized from the canvas to the labels' size, bilinear,
@@ -65,20 +65,42 @@ lib.fallback("window_argmax", reference.window_argmax)
 
 @overload
 def window_argmax(
-    logits: torch.Tensor, origins: Origins, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
-    tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
-    threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
+    logits: torch.Tensor,
+    origins: Origins,
+    crop: tuple[int, int],
+    canvas: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    tables: torch.Tensor | None = ...,
+    activation: str | None = ...,
+    stage: str = ...,
+    bias: torch.Tensor | None = ...,
+    threshold: float | None = ...,
+    background: int = ...,
+    class_labels: torch.Tensor | None = ...,
+    label_type: torch.dtype = ...,
     return_value: Literal[True],
-) -> LabelMaps: ...  # fmt: skip
+) -> LabelMaps: ...
 
 
 @overload
 def window_argmax(
-    logits: torch.Tensor, origins: Origins, crop: tuple[int, int], canvas: tuple[int, int], size: tuple[int, int], *,
-    tables: torch.Tensor | None = ..., activation: str | None = ..., stage: str = ..., bias: torch.Tensor | None = ...,
-    threshold: float | None = ..., background: int = ..., class_labels: torch.Tensor | None = ..., label_type: torch.dtype = ...,
+    logits: torch.Tensor,
+    origins: Origins,
+    crop: tuple[int, int],
+    canvas: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    tables: torch.Tensor | None = ...,
+    activation: str | None = ...,
+    stage: str = ...,
+    bias: torch.Tensor | None = ...,
+    threshold: float | None = ...,
+    background: int = ...,
+    class_labels: torch.Tensor | None = ...,
+    label_type: torch.dtype = ...,
     return_value: Literal[False] = ...,
-) -> torch.Tensor: ...  # fmt: skip
+) -> torch.Tensor: ...
 
 
 def window_argmax(
@@ -126,7 +148,7 @@ def window_argmax(
     if 0 in logits.shape:
         raise ValueError(
             f"logits has shape {list(logits.shape)}; expected at least one window, one class and "
-            f"one sample"
+            "one sample"
         )
     origins = origins if isinstance(origins, torch.Tensor) else _tensor_of(origins)
     _check.tensor("origins", origins, 2, "[n, 2]", (torch.int64,))
@@ -146,7 +168,7 @@ def window_argmax(
     if crop[0] > canvas[0] or crop[1] > canvas[1]:
         raise ValueError(
             f"crop is {tuple(crop)} and canvas is {tuple(canvas)}; expected a crop that fits into "
-            f"the canvas"
+            "the canvas"
         )
     for each in _checking.looked_at(origins):
         _covered(each, crop, canvas)
@@ -197,7 +219,7 @@ def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if logits.shape[1] > 2**15:
         raise ValueError(
             f"logits has {logits.shape[1]} groups; expected at most {2**15} with tables: a "
-            f"pixel's group is kept in 16 bits"
+            "pixel's group is kept in 16 bits"
         )
     if tables.shape[2] == 0:
         raise ValueError(f"tables has shape {list(tables.shape)}; expected at least one class")
@@ -210,7 +232,7 @@ def _tensor_of(origins: Sequence[tuple[int, int]]) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"origins is a {type(origins).__name__}; expected a tensor [n, 2] or a list of pairs "
-            f"of integers"
+            "of integers"
         ) from error
 
 
@@ -224,13 +246,13 @@ def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if origins.device.type != "cpu":
         raise ValueError(
             f"origins is on {origins.device} and logits is on {logits.device}; expected the CPU "
-            f"or one device"
+            "or one device"
         )
     if logits.device.type == "cuda" and not torch.compiler.is_compiling():
         if _checking.capturing():
             # A replay would read host memory that is long something else's.
             raise ValueError(
-                f"origins is on the CPU while a CUDA graph is captured; expected it on "
+                "origins is on the CPU while a CUDA graph is captured; expected it on "
                 f"{logits.device}"
             )
         origins = origins.pin_memory()
@@ -242,15 +264,17 @@ def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, in
     corners = [(y, x) for y, x in origins.tolist()]
     for y, x in corners:
         if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
-            raise ValueError(f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected "
-                             f"rows 0 to {canvas[0] - crop[0]} and "
-                             f"columns 0 to {canvas[1] - crop[1]}, inside the canvas "
-                             f"{tuple(canvas)}")  # fmt: skip
+            raise ValueError(
+                f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected "
+                f"rows 0 to {canvas[0] - crop[0]} and "
+                f"columns 0 to {canvas[1] - crop[1]}, inside the canvas "
+                f"{tuple(canvas)}"
+            )
     hole = _first_hole(sorted(corners), crop, canvas)
     if hole is not None:
         raise ValueError(
             f"origins leaves row {hole[0]}, column {hole[1]} of the canvas without a window; "
-            f"expected every pixel covered"
+            "expected every pixel covered"
         )
 
 
@@ -308,7 +332,7 @@ def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: 
             if not bool((each < torch.inf).all()):  # false for NaN
                 raise ValueError(
                     f"{what} holds NaN or +infinity; expected numbers, or -infinity where a class "
-                    f"is switched off"
+                    "is switched off"
                 )
     if not _checking.looks_at_values(x) and _checking.defers(x):
         most = x.detach().amax()  # NaN, if there is one
@@ -320,8 +344,25 @@ def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: 
 
 
 @lib.fake("window_argmax")
-def _(values, index, origins, bias, class_labels, crop_height, crop_width, canvas_height, canvas_width, height, width, activation, stage,
-      threshold, background, label_type, want_value):  # fmt: skip
+def _(
+    values,
+    index,
+    origins,
+    bias,
+    class_labels,
+    crop_height,
+    crop_width,
+    canvas_height,
+    canvas_width,
+    height,
+    width,
+    activation,
+    stage,
+    threshold,
+    background,
+    label_type,
+    want_value,
+):
     return values.new_empty((height, width), dtype=LABEL_TYPES[label_type]), values.new_empty(
         (height if want_value else 0, width)
     )

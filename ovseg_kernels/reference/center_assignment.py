@@ -54,8 +54,19 @@ def divisor(count, normalizer):
     }[normalizer]
 
 
-def center_assignment(queries, keys, values, scale=1.0, tau=1.0, noise=None, hard=True, normalizer="mean_plus_one", mask=None,
-                      center_bias=None, key_scale=None):  # fmt: skip
+def center_assignment(
+    queries,
+    keys,
+    values,
+    scale=1.0,
+    tau=1.0,
+    noise=None,
+    hard=True,
+    normalizer="mean_plus_one",
+    mask=None,
+    center_bias=None,
+    key_scale=None,
+):
     """The definition; equations (1)-(5) of ``ovseg_kernels.ops.center_assignment``: (pooled, index,
     c, soft).
     """
@@ -113,8 +124,30 @@ def forward(
     return (a @ v) / n[..., None], index.masked_fill(~keep[:, 0], -1), count, soft
 
 
-def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
-             scale, tau, hard, normalizer, need_queries, need_keys, need_values, shared):  # fmt: skip
+def backward(
+    grad,
+    grad_count,
+    grad_soft,
+    queries,
+    keys,
+    values,
+    center_bias,
+    key_scale,
+    mask,
+    noise,
+    rng,
+    pooled,
+    index,
+    count,
+    scale,
+    tau,
+    hard,
+    normalizer,
+    need_queries,
+    need_keys,
+    need_values,
+    shared,
+):
     """(d queries, d keys, d values, d center_bias, d key_scale) by equations (6)-(10)."""
     z, raw, keep, k = _scores(queries, keys, center_bias, key_scale, mask, scale)
     v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)

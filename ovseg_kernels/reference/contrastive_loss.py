@@ -71,8 +71,24 @@ def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sig
     return rows, columns
 
 
-def backward(grad, image, text, logit_scale, logit_bias, image_ids, text_ids, rows, columns, row_weight, column_weight, offset,
-             sigmoid, tf32, need_image, need_text):  # fmt: skip
+def backward(
+    grad,
+    image,
+    text,
+    logit_scale,
+    logit_bias,
+    image_ids,
+    text_ids,
+    rows,
+    columns,
+    row_weight,
+    column_weight,
+    offset,
+    sigmoid,
+    tf32,
+    need_image,
+    need_text,
+):
     """(d image, d text, d logit_scale, d logit_bias) by equations (5) and (6)."""
     d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     d_scale, d_bias = image.new_zeros(()), image.new_zeros(())

@@ -18,8 +18,19 @@ def grouped_linear(tokens, weight):
     return torch.einsum("blgi,goi->blgo", *grouped).flatten(-2)
 
 
-def segclip_center_assignment(queries, tokens, key_weight, value_weight, norm_weight, norm_bias, key_norm_weight, key_norm_bias,
-                              eps=1e-5, mask=None, **options):  # fmt: skip
+def segclip_center_assignment(
+    queries,
+    tokens,
+    key_weight,
+    value_weight,
+    norm_weight,
+    norm_bias,
+    key_norm_weight,
+    key_norm_bias,
+    eps=1e-5,
+    mask=None,
+    **options,
+):
     """Equations (1)-(3) of ``ovseg_kernels.ops.segclip_center_assignment``, then
     ``center_assignment``: (pooled, index, soft).
     """

@@ -10,9 +10,24 @@ ACTIVATIONS, STAGES = (None, "sigmoid", "softmax"), ("window", "merged", "output
 
 
 def window_argmax(
-    values, index, origins, bias, class_labels, crop_height, crop_width, canvas_height, canvas_width, height, width, activation, stage,
-    threshold, background, label_type, want_value,
-):  # fmt: skip
+    values,
+    index,
+    origins,
+    bias,
+    class_labels,
+    crop_height,
+    crop_width,
+    canvas_height,
+    canvas_width,
+    height,
+    width,
+    activation,
+    stage,
+    threshold,
+    background,
+    label_type,
+    want_value,
+):
     """(labels [H, W], value of the winner [H, W] or empty), (1) to (5)."""
     sizes = (crop_height, crop_width), (canvas_height, canvas_width), (height, width)
     z = window_maps(values, index, origins, *sizes, ACTIVATIONS[activation], STAGES[stage])

@@ -72,15 +72,35 @@ def row_norms(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
     if norms.numel():
         strides = (0, *x.stride())[-3:-1]
         with on_device(x):
-            row_norms_kernel[(tiles(norms.numel(), 4),)](x, norms, norms.numel(), *x.shape[-2:], *strides, ALIGNED=aligned(x), ACC=ACC[acc],
-                                                         BR=4, BD=128, num_warps=4)  # fmt: skip
+            row_norms_kernel[(tiles(norms.numel(), 4),)](
+                x,
+                norms,
+                norms.numel(),
+                *x.shape[-2:],
+                *strides,
+                ALIGNED=aligned(x),
+                ACC=ACC[acc],
+                BR=4,
+                BD=128,
+                num_warps=4,
+            )
     return norms
 
 
 @triton.jit(do_not_specialize=["count", "N", "D", "x_b", "x_n"])
 def row_norms_kernel(
-    x, norms, count, N, D, x_b: tl.int64, x_n: tl.int64, ALIGNED: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    x,
+    norms,
+    count,
+    N,
+    D,
+    x_b: tl.int64,
+    x_n: tl.int64,
+    ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     """|x| of ``count`` rows, N of an image.
 
     Not torch's: its squares leave the range of float32 at lengths of 1.8e19.

@@ -131,11 +131,40 @@ def _keep(mask, b, l, L, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def center_assignment_fwd_scores_kernel(
-    queries, keys, center_bias, key_scale, mask, noise, rng, index, weights, soft, spoiled, G, L, D,
-    q_b: tl.int64, q_g: tl.int64, k_b: tl.int64, k_l: tl.int64, scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
-    BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
-    ACC: tl.constexpr, BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    queries,
+    keys,
+    center_bias,
+    key_scale,
+    mask,
+    noise,
+    rng,
+    index,
+    weights,
+    soft,
+    spoiled,
+    G,
+    L,
+    D,
+    q_b: tl.int64,
+    q_g: tl.int64,
+    k_b: tl.int64,
+    k_l: tl.int64,
+    scale,
+    scale_low,
+    tau,
+    tau_low,
+    ALIGNED: tl.constexpr,
+    BIASED: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    NOISE: tl.constexpr,
+    HARD: tl.constexpr,
+    SOFT: tl.constexpr,
+    ACC: tl.constexpr,
+    BL: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Winner (3), and where they are wanted the soft weights (2) and the softmax without noise (5)."""
     tile, _, b = program(tl.cdiv(L, BL), 1)
     D, q_g, k_l = whole(D, ALIGNED), whole(q_g, ALIGNED), whole(k_l, ALIGNED)
@@ -178,10 +207,28 @@ def center_assignment_fwd_scores_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def center_assignment_fwd_pool_kernel(
-    values, mask, index, weights, spoiled, pooled, count, G, L, E, v_b: tl.int64, v_l: tl.int64, normalizer, ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr, HARD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BL: tl.constexpr, BG: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
+    values,
+    mask,
+    index,
+    weights,
+    spoiled,
+    pooled,
+    count,
+    G,
+    L,
+    E,
+    v_b: tl.int64,
+    v_l: tl.int64,
+    normalizer,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    HARD: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BL: tl.constexpr,
+    BG: tl.constexpr,
+    BE: tl.constexpr,
+):
     """pooled and counts, (4) and (5): tokens in order; a one-hot exists in registers only."""
     tile, _, b = program(tl.maximum(tl.cdiv(E, BE), 1), 1)
     E, v_l = whole(E, ALIGNED), whole(v_l, ALIGNED)
@@ -221,14 +268,52 @@ def center_assignment_fwd_pool_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def center_assignment_bwd_tokens_kernel(
-    queries, keys, values, center_bias, key_scale, mask, noise, rng, index, scaled, rho, grad_soft,
-    d_scores, d_scale, d_keys, d_values, G, L, D, E,
-    q_b: tl.int64, q_g: tl.int64, k_b: tl.int64, k_l: tl.int64, v_b: tl.int64, v_l: tl.int64,
-    need_keys, need_values, scale, scale_low, tau, tau_low, ALIGNED: tl.constexpr,
-    BIASED: tl.constexpr, SCALED: tl.constexpr, MASKED: tl.constexpr, NOISE: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
-    SHARED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    queries,
+    keys,
+    values,
+    center_bias,
+    key_scale,
+    mask,
+    noise,
+    rng,
+    index,
+    scaled,
+    rho,
+    grad_soft,
+    d_scores,
+    d_scale,
+    d_keys,
+    d_values,
+    G,
+    L,
+    D,
+    E,
+    q_b: tl.int64,
+    q_g: tl.int64,
+    k_b: tl.int64,
+    k_l: tl.int64,
+    v_b: tl.int64,
+    v_l: tl.int64,
+    need_keys,
+    need_values,
+    scale,
+    scale_low,
+    tau,
+    tau_low,
+    ALIGNED: tl.constexpr,
+    BIASED: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    NOISE: tl.constexpr,
+    HARD: tl.constexpr,
+    SOFT: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BL: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+):
     """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
     tile, _, b = program(tl.cdiv(L, BL), 1)
     D, E, q_g, k_l, v_l = (
@@ -296,10 +381,27 @@ def center_assignment_bwd_tokens_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def center_assignment_bwd_queries_kernel(
-    keys, key_scale, mask, d_scores, d_queries, G, L, D, k_b: tl.int64, k_l: tl.int64, scale, scale_low, ALIGNED: tl.constexpr,
-    SCALED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BL: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    keys,
+    key_scale,
+    mask,
+    d_scores,
+    d_queries,
+    G,
+    L,
+    D,
+    k_b: tl.int64,
+    k_l: tl.int64,
+    scale,
+    scale_low,
+    ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BL: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+):
     """d q = sum_l d scores k, (8): tokens in order."""
     tile, _, b = program(tl.cdiv(D, BD), 1)
     D, k_l = whole(D, ALIGNED), whole(k_l, ALIGNED)
@@ -394,19 +496,77 @@ def forward(
     with on_device(queries):
         if x.L:
             center_assignment_fwd_scores_kernel[(tiles(x.L, x.tokens) * x.B,)](
-                x.queries, x.keys, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, weights, soft, spoiled, x.G, x.L, x.D,
-                *x.q_strides, *x.k_strides, *x.scale, *x.tau,
-                SOFT=want_soft, BD=x.BD, **x.step, **x.options, **x.kind, **x.extras,
-            )  # fmt: skip
+                x.queries,
+                x.keys,
+                x.center_bias,
+                x.key_scale,
+                x.mask,
+                x.noise,
+                x.rng,
+                index,
+                weights,
+                soft,
+                spoiled,
+                x.G,
+                x.L,
+                x.D,
+                *x.q_strides,
+                *x.k_strides,
+                *x.scale,
+                *x.tau,
+                SOFT=want_soft,
+                BD=x.BD,
+                **x.step,
+                **x.options,
+                **x.kind,
+                **x.extras,
+            )
         center_assignment_fwd_pool_kernel[(max(1, tiles(x.E, x.BD)) * x.B,)](
-            x.values, x.mask, index, weights, spoiled, pooled, count, x.G, x.L, x.E, *x.v_strides, normalizer,
-            HARD=hard, PRECISION=x.precision, BE=x.BD, **x.step, **x.options,
-        )  # fmt: skip
+            x.values,
+            x.mask,
+            index,
+            weights,
+            spoiled,
+            pooled,
+            count,
+            x.G,
+            x.L,
+            x.E,
+            *x.v_strides,
+            normalizer,
+            HARD=hard,
+            PRECISION=x.precision,
+            BE=x.BD,
+            **x.step,
+            **x.options,
+        )
     return pooled, index, count, soft
 
 
-def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, key_scale, mask, noise, rng, pooled, index, count,
-             scale, tau, hard, normalizer, need_queries, need_keys, need_values, shared):  # fmt: skip
+def backward(
+    grad,
+    grad_count,
+    grad_soft,
+    queries,
+    keys,
+    values,
+    center_bias,
+    key_scale,
+    mask,
+    noise,
+    rng,
+    pooled,
+    index,
+    count,
+    scale,
+    tau,
+    hard,
+    normalizer,
+    need_queries,
+    need_keys,
+    need_values,
+    shared,
+):
     """(d queries, d keys, d values, d center_bias, d key_scale) as
     ``ovseg::center_assignment_backward`` returns them.
     """
@@ -430,17 +590,60 @@ def backward(grad, grad_count, grad_soft, queries, keys, values, center_bias, ke
     soft = queries if grad_soft is None else grad_soft.contiguous()
     with on_device(queries):
         center_assignment_bwd_tokens_kernel[(tiles(x.L, x.tokens) * x.B,)](
-            x.queries, x.keys, x.values, x.center_bias, x.key_scale, x.mask, x.noise, x.rng, index, scaled, rho, soft,
-            d_scores, d_scale, d_keys, d_values, x.G, x.L, x.D, x.E,
-            *x.q_strides, *x.k_strides, *x.v_strides, int(need_keys), int(need_values), *x.scale, *x.tau,
-            SOFT=grad_soft is not None, SHARED=shared, PRECISION=x.precision, BD=x.wide,
-            **x.step, **x.options, **x.kind, **x.extras,
-        )  # fmt: skip
+            x.queries,
+            x.keys,
+            x.values,
+            x.center_bias,
+            x.key_scale,
+            x.mask,
+            x.noise,
+            x.rng,
+            index,
+            scaled,
+            rho,
+            soft,
+            d_scores,
+            d_scale,
+            d_keys,
+            d_values,
+            x.G,
+            x.L,
+            x.D,
+            x.E,
+            *x.q_strides,
+            *x.k_strides,
+            *x.v_strides,
+            int(need_keys),
+            int(need_values),
+            *x.scale,
+            *x.tau,
+            SOFT=grad_soft is not None,
+            SHARED=shared,
+            PRECISION=x.precision,
+            BD=x.wide,
+            **x.step,
+            **x.options,
+            **x.kind,
+            **x.extras,
+        )
         if need_queries:
             center_assignment_bwd_queries_kernel[(tiles(x.D, x.wide) * x.B,)](
-                x.keys, x.key_scale, x.mask, d_scores, d_queries, x.G, x.L, x.D, *x.k_strides, *x.scale,
-                SCALED=key_scale is not None, PRECISION=x.precision, BD=x.wide, **x.step, **x.options,
-            )  # fmt: skip
+                x.keys,
+                x.key_scale,
+                x.mask,
+                d_scores,
+                d_queries,
+                x.G,
+                x.L,
+                x.D,
+                *x.k_strides,
+                *x.scale,
+                SCALED=key_scale is not None,
+                PRECISION=x.precision,
+                BD=x.wide,
+                **x.step,
+                **x.options,
+            )
     if center_bias is not None:
         d_bias = d_scores[..., : x.G].sum(1)  # (10)
     return d_queries, d_keys, d_values, d_bias, d_scale

@@ -53,10 +53,25 @@ def _positive(i, j, mine, others, offset, inside, IDS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def contrastive_loss_fwd_kernel(
-    own, other, scale_at, bias_at, own_ids, other_ids, out, B, T, D, offset,
-    ALIGNED: tl.constexpr, IDS: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BI: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    scale_at,
+    bias_at,
+    own_ids,
+    other_ids,
+    out,
+    B,
+    T,
+    D,
+    offset,
+    ALIGNED: tl.constexpr,
+    IDS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BI: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Log-sum-exp (sigmoid: loss), sum and number of positives of BI rows; called with the sides
     swapped, of columns.
     """
@@ -94,11 +109,34 @@ def contrastive_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def contrastive_loss_bwd_logits_kernel(
-    image, text, scale_at, bias_at, grad_at, image_ids, text_ids, rows, columns, row_weight, column_weight, out, partial,
-    first, last, B, T, P, D, offset,
-    ALIGNED: tl.constexpr, IDS: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BI: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    image,
+    text,
+    scale_at,
+    bias_at,
+    grad_at,
+    image_ids,
+    text_ids,
+    rows,
+    columns,
+    row_weight,
+    column_weight,
+    out,
+    partial,
+    first,
+    last,
+    B,
+    T,
+    P,
+    D,
+    offset,
+    ALIGNED: tl.constexpr,
+    IDS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BI: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Equation (5) or (6) of a tile, times the scale, and its shares of d scale and d bias."""
     P, D, image_tiles, text_tiles = (
         whole(P, True),
@@ -140,9 +178,21 @@ def contrastive_loss_bwd_logits_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def contrastive_loss_bwd_product_kernel(
-    d_logits, features, out, rows, depth, P, D, ALIGNED: tl.constexpr, TURNED: tl.constexpr,
-    ADD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BI: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    d_logits,
+    features,
+    out,
+    rows,
+    depth,
+    P,
+    D,
+    ALIGNED: tl.constexpr,
+    TURNED: tl.constexpr,
+    ADD: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BI: tl.constexpr,
+    BD: tl.constexpr,
+):
     """d features of one side, (7): out (+)= d_logits features, or of the transposed d_logits."""
     P, D = whole(P, True), whole(D, ALIGNED)
     row_tile, channel_tile, _ = program(tl.cdiv(rows, BI), tl.cdiv(D, BI))
@@ -178,8 +228,14 @@ def contrastive_loss_bwd_product_kernel(
 def _options(image, text, image_ids, text_ids, tf32):
     tile, step = TILE[image.dtype]
     ids = (image, image) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
-    shared = {"ALIGNED": aligned(image, text), "ACC": ACC[image.dtype], "PRECISION": "tf32" if tf32 else "ieee", "BI": tile, "BD": step,
-              "num_warps": WARPS}  # fmt: skip
+    shared = {
+        "ALIGNED": aligned(image, text),
+        "ACC": ACC[image.dtype],
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "BI": tile,
+        "BD": step,
+        "num_warps": WARPS,
+    }
     return ids, image_ids is not None, tile, shared
 
 
@@ -193,14 +249,41 @@ def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sig
         for out, own, other, its, start in sides[:1] if sigmoid else sides:
             if own.shape[0]:
                 contrastive_loss_fwd_kernel[(tiles(own.shape[0], tile),)](
-                    own, other, logit_scale, logit_bias, *its, out, own.shape[0], other.shape[0], D, start,
-                    IDS=with_ids, SIGMOID=sigmoid, **shared,
-                )  # fmt: skip
+                    own,
+                    other,
+                    logit_scale,
+                    logit_bias,
+                    *its,
+                    out,
+                    own.shape[0],
+                    other.shape[0],
+                    D,
+                    start,
+                    IDS=with_ids,
+                    SIGMOID=sigmoid,
+                    **shared,
+                )
     return rows, columns
 
 
-def backward(grad, image, text, logit_scale, logit_bias, image_ids, text_ids, rows, columns, row_weight, column_weight, offset,
-             sigmoid, tf32, need_image, need_text):  # fmt: skip
+def backward(
+    grad,
+    image,
+    text,
+    logit_scale,
+    logit_bias,
+    image_ids,
+    text_ids,
+    rows,
+    columns,
+    row_weight,
+    column_weight,
+    offset,
+    sigmoid,
+    tf32,
+    need_image,
+    need_text,
+):
     """(d image, d text, d logit_scale, d logit_bias) as ``ovseg::contrastive_loss_backward``
     returns them.
     """
@@ -224,9 +307,26 @@ def backward(grad, image, text, logit_scale, logit_bias, image_ids, text_ids, ro
                     image_tiles, text_tiles, 2, dtype=torch.float64, device=image.device
                 )
                 contrastive_loss_bwd_logits_kernel[(image_tiles * text_tiles,)](
-                    image, text, logit_scale, logit_bias, grad, *ids, *saved, d_logits, partial, first, last, B, T, P, D, offset,
-                    IDS=with_ids, SIGMOID=sigmoid, **shared,
-                )  # fmt: skip
+                    image,
+                    text,
+                    logit_scale,
+                    logit_bias,
+                    grad,
+                    *ids,
+                    *saved,
+                    d_logits,
+                    partial,
+                    first,
+                    last,
+                    B,
+                    T,
+                    P,
+                    D,
+                    offset,
+                    IDS=with_ids,
+                    SIGMOID=sigmoid,
+                    **shared,
+                )
                 sums += partial.sum((0, 1))
                 if need_image:
                     contrastive_loss_bwd_product_kernel[(image_tiles * tiles(D, tile),)](

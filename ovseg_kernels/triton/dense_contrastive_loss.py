@@ -36,11 +36,35 @@ SIZES = ["T", "N", "D", "K", "units", "entries", "first", "count", "pixels_in_al
 
 @triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_select_keys_kernel(
-    pixels, texts, inverse, image_ids, text_ids, rng, lowest, keys, T, N, D, first, count, pixels_in_all,
-    p_b: tl.int64, p_n: tl.int64, inverse_temperature, inverse_temperature_low, margin, margin_low, ALIGNED: tl.constexpr,
-    IDS: tl.constexpr, POSITIVES: tl.constexpr, SAMPLING: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    texts,
+    inverse,
+    image_ids,
+    text_ids,
+    rng,
+    lowest,
+    keys,
+    T,
+    N,
+    D,
+    first,
+    count,
+    pixels_in_all,
+    p_b: tl.int64,
+    p_n: tl.int64,
+    inverse_temperature,
+    inverse_temperature_low,
+    margin,
+    margin_low,
+    ALIGNED: tl.constexpr,
+    IDS: tl.constexpr,
+    POSITIVES: tl.constexpr,
+    SAMPLING: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Keys of (2) or (3) of a tile; -infinity where a pixel is not eligible."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     pixel_tile, text_tile, _ = program(tl.cdiv(count, BT), tl.cdiv(T, BT))
@@ -69,8 +93,11 @@ def dense_contrastive_loss_select_keys_kernel(
                 mask=(j < T)[:, None] & (d < D)[None, :],
                 other=0.0,
             )
-            u = tl.load(pixels + (i * p_b + (x - i * N) * p_n)[None, :] + d[:, None],
-                        mask=(at < count)[None, :] & (d < D)[:, None], other=0.0)  # fmt: skip
+            u = tl.load(
+                pixels + (i * p_b + (x - i * N) * p_n)[None, :] + d[:, None],
+                mask=(at < count)[None, :] & (d < D)[:, None],
+                other=0.0,
+            )
             s = _dot(q, u.to(ACC), s, PRECISION, ACC)
         s *= tl.load(inverse + x, mask=at < count, other=0.0)[None, :]
         if (not POSITIVES) and SAMPLING == 1:
@@ -109,9 +136,21 @@ def _pixel(pixels, index, N, D, d, p_b, p_n, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_fwd_gather_kernel(
-    pixels, texts, index, similarity, unit, K, units, N, D, p_b: tl.int64, p_n: tl.int64,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    texts,
+    index,
+    similarity,
+    unit,
+    K,
+    units,
+    N,
+    D,
+    p_b: tl.int64,
+    p_n: tl.int64,
+    ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Similarity of one entry, and its unit vector if it is among the first of its text."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     entry = tl.program_id(0).to(tl.int64)
@@ -124,9 +163,19 @@ def dense_contrastive_loss_fwd_gather_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_bwd_texts_kernel(
-    pixels, index, grad, d_texts, K, N, D, p_b: tl.int64, p_n: tl.int64,
-    ALIGNED: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    index,
+    grad,
+    d_texts,
+    K,
+    N,
+    D,
+    p_b: tl.int64,
+    p_n: tl.int64,
+    ALIGNED: tl.constexpr,
+    ACC: tl.constexpr,
+    BD: tl.constexpr,
+):
     """(9) of one text."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
@@ -140,9 +189,26 @@ def dense_contrastive_loss_bwd_texts_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def dense_contrastive_loss_bwd_pixels_kernel(
-    pixels, texts, index, order, grad, grad_unit, d_pixels, K, units, entries, N, D, p_b: tl.int64, p_n: tl.int64,
-    ALIGNED: tl.constexpr, SIMILARITY: tl.constexpr, UNIT: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    pixels,
+    texts,
+    index,
+    order,
+    grad,
+    grad_unit,
+    d_pixels,
+    K,
+    units,
+    entries,
+    N,
+    D,
+    p_b: tl.int64,
+    p_n: tl.int64,
+    ALIGNED: tl.constexpr,
+    SIMILARITY: tl.constexpr,
+    UNIT: tl.constexpr,
+    ACC: tl.constexpr,
+    BD: tl.constexpr,
+):
     """(8) of one pixel, by the program of its first entry."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     e, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
@@ -205,8 +271,15 @@ def select(
         * 4096
     )
     numbers = *halves(1 / temperature), *halves(margin)
-    options = {"IDS": image_ids is not None, "ACC": ACC[acc], "PRECISION": "tf32" if pixels.element_size() == 2 else "ieee",
-               "ALIGNED": aligned(pixels, texts), "BT": tile, "BD": step, "num_warps": WARPS}  # fmt: skip
+    options = {
+        "IDS": image_ids is not None,
+        "ACC": ACC[acc],
+        "PRECISION": "tf32" if pixels.element_size() == 2 else "ieee",
+        "ALIGNED": aligned(pixels, texts),
+        "BT": tile,
+        "BD": step,
+        "num_warps": WARPS,
+    }
 
     def stream(positives, lowest, wanted):
         best, where = (
@@ -217,9 +290,25 @@ def select(
             count = min(size, total - first)
             keys = texts.new_empty(T, count)
             dense_contrastive_loss_select_keys_kernel[(tiles(count, tile) * tiles(T, tile),)](
-                pixels, texts, inverse, *ids, inverse if rng is None else rng, lowest, keys, T, N, D, first, count, total,
-                *pixels.stride()[:2], *numbers, POSITIVES=positives, SAMPLING=0 if positives else sampling, **options,
-            )  # fmt: skip
+                pixels,
+                texts,
+                inverse,
+                *ids,
+                inverse if rng is None else rng,
+                lowest,
+                keys,
+                T,
+                N,
+                D,
+                first,
+                count,
+                total,
+                *pixels.stride()[:2],
+                *numbers,
+                POSITIVES=positives,
+                SAMPLING=0 if positives else sampling,
+                **options,
+            )
             found, places = _best(keys, wanted)
             best, where = torch.cat([best, found], 1), torch.cat([where, places + first], 1)
             best, places = _best(best, wanted)
@@ -244,9 +333,21 @@ def gather(pixels, texts, index, units):
     if T * K * B * N:
         with on_device(pixels):
             dense_contrastive_loss_fwd_gather_kernel[(T * K,)](
-                pixels, texts, index.contiguous(), similarity, unit, K, units, N, D, *pixels.stride()[:2],
-                ALIGNED=aligned(pixels, texts), ACC=ACC[texts.dtype], BD=triton.next_power_of_2(D), num_warps=WARPS,
-            )  # fmt: skip
+                pixels,
+                texts,
+                index.contiguous(),
+                similarity,
+                unit,
+                K,
+                units,
+                N,
+                D,
+                *pixels.stride()[:2],
+                ALIGNED=aligned(pixels, texts),
+                ACC=ACC[texts.dtype],
+                BD=triton.next_power_of_2(D),
+                num_warps=WARPS,
+            )
     return similarity, unit
 
 
@@ -280,7 +381,20 @@ def backward(
                 )
             if need_pixels:
                 dense_contrastive_loss_bwd_pixels_kernel[(T * K,)](
-                    pixels, texts, index, order.contiguous(), *grads, d_pixels, K, units, T * K, N, D, *strides,
-                    SIMILARITY=grad_similarity is not None, UNIT=grad_unit is not None, **options,
-                )  # fmt: skip
+                    pixels,
+                    texts,
+                    index,
+                    order.contiguous(),
+                    *grads,
+                    d_pixels,
+                    K,
+                    units,
+                    T * K,
+                    N,
+                    D,
+                    *strides,
+                    SIMILARITY=grad_similarity is not None,
+                    UNIT=grad_unit is not None,
+                    **options,
+                )
     return d_pixels, d_texts

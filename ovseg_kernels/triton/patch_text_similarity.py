@@ -129,11 +129,33 @@ def _cosines(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_fwd_kernel(
-    patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, best, first, T, N, D,
-    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    patches,
+    texts,
+    mask,
+    scale_at,
+    bias_at,
+    norms,
+    text_norms,
+    similarity,
+    lse,
+    best,
+    first,
+    T,
+    N,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    text_t: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    POOL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Running maximum and sums over the patches: log-sum of the weights, and (3) for score and max."""
     text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
@@ -203,11 +225,32 @@ def patch_text_similarity_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_weights_kernel(
-    patches, texts, mask, scale_at, bias_at, norms, text_norms, lse, weights, first, T, N, P, D,
-    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    patches,
+    texts,
+    mask,
+    scale_at,
+    bias_at,
+    norms,
+    text_norms,
+    lse,
+    weights,
+    first,
+    T,
+    N,
+    P,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    text_t: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Weights a of one tile with their log-sum known, equation (2); zero up to the pitch."""
     text_tile, patch_tile, i = program(tl.cdiv(T, BT), tl.cdiv(N, BN))
     image = first + i
@@ -247,8 +290,23 @@ def patch_text_similarity_weights_kernel(
 
 
 @triton.jit
-def _pooled(weights, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED: tl.constexpr, ACC: tl.constexpr,
-            PRECISION: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _pooled(
+    weights,
+    patches,
+    mask,
+    image,
+    t,
+    d,
+    T,
+    N,
+    P,
+    D,
+    patch_n,
+    MASKED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+):
     """v = sum_n a_n u_n of one tile of texts and channels of one image."""
     v = tl.zeros((t.shape[0], d.shape[0]), ACC)
     for n0 in range(0, N, BN):
@@ -261,11 +319,30 @@ def _pooled(weights, patches, mask, image, t, d, T, N, P, D, patch_n, MASKED: tl
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_pooled_norms_kernel(
-    weights, patches, texts, mask, text_norms, lse, similarity, norm, first, T, N, P, D,
-    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    weights,
+    patches,
+    texts,
+    mask,
+    text_norms,
+    lse,
+    similarity,
+    norm,
+    first,
+    T,
+    N,
+    P,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    text_t: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """|v| and (4); v never leaves the program."""
     text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
@@ -313,10 +390,26 @@ def patch_text_similarity_pooled_norms_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_vectors_kernel(
-    weights, patches, mask, norm, vectors, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    weights,
+    patches,
+    mask,
+    norm,
+    vectors,
+    first,
+    T,
+    N,
+    P,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """v / |v|: lengths meet 1 / |v| before they meet each other, whose product may have no place in
     ACC.
     """
@@ -352,11 +445,42 @@ def patch_text_similarity_vectors_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_coefficients_kernel(
-    patches, texts, mask, scale_at, bias_at, norms, text_norms, similarity, lse, norm, best, grad, vectors,
-    coefficients, factors, along, scalars, first, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SIGMOID: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BACK: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    patches,
+    texts,
+    mask,
+    scale_at,
+    bias_at,
+    norms,
+    text_norms,
+    similarity,
+    lse,
+    norm,
+    best,
+    grad,
+    vectors,
+    coefficients,
+    factors,
+    along,
+    scalars,
+    first,
+    T,
+    N,
+    P,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    text_t: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    POOL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BACK: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """From cosines to the coefficients m with dU = m^T q + .., dq = m U; equations (5)-(7)."""
     text_tiles, patch_tiles = tl.cdiv(T, BT), tl.cdiv(N, BN)
     text_tile, patch_tile, i = program(text_tiles, patch_tiles)
@@ -447,11 +571,32 @@ def patch_text_similarity_bwd_coefficients_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_patches_kernel(
-    coefficients, texts, weights, vectors, factors, along, patches, mask, out, first, T, N, P, D,
-    patch_b: tl.int64, patch_n: tl.int64, text_t: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, VECTOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    coefficients,
+    texts,
+    weights,
+    vectors,
+    factors,
+    along,
+    patches,
+    mask,
+    out,
+    first,
+    T,
+    N,
+    P,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    text_t: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """dU = m^T q - sum_t h_t |v_t| a_t v_t / |v_t|, minus the part along each patch."""
     patch_tile, channel_tile, i = program(tl.cdiv(N, BN), tl.cdiv(D, BD))
     image = first + i
@@ -492,10 +637,27 @@ def patch_text_similarity_bwd_patches_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def patch_text_similarity_bwd_texts_kernel(
-    coefficients, patches, mask, out, first, images, slots, T, N, P, D, patch_b: tl.int64, patch_n: tl.int64,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    coefficients,
+    patches,
+    mask,
+    out,
+    first,
+    images,
+    slots,
+    T,
+    N,
+    P,
+    D,
+    patch_b: tl.int64,
+    patch_n: tl.int64,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """dq of one slot: its images of this chunk, in order, onto what earlier chunks left there."""
     text_tile, channel_tile, slot = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
     P, D, patch_n, patch_b = (
@@ -579,20 +741,63 @@ class _Call:
 
     def fwd(self, first, images, norms, similarity, lse, best):
         patch_text_similarity_fwd_kernel[(tiles(self.T, self.BT) * images,)](
-            self.patches, self.texts, self.mask, self.scale, self.bias, norms, self.text_norms, similarity, lse, best, first,
-            self.T, self.N, self.D, *self.strides, ALIGNED=self.aligned,
-            MASKED=self.masked, SIGMOID=self.sigmoid, POOL=self.pool, ACC=self.acc, PRECISION=self.precision,
-            BT=self.BT, BN=self.BN, BD=self.BD, num_warps=self.warps,
-        )  # fmt: skip
+            self.patches,
+            self.texts,
+            self.mask,
+            self.scale,
+            self.bias,
+            norms,
+            self.text_norms,
+            similarity,
+            lse,
+            best,
+            first,
+            self.T,
+            self.N,
+            self.D,
+            *self.strides,
+            ALIGNED=self.aligned,
+            MASKED=self.masked,
+            SIGMOID=self.sigmoid,
+            POOL=self.pool,
+            ACC=self.acc,
+            PRECISION=self.precision,
+            BT=self.BT,
+            BN=self.BN,
+            BD=self.BD,
+            num_warps=self.warps,
+        )
 
     def weights(self, first, images, norms, lse):
         out = self.new(images, self.T, self.P, dtype=self.between)
-        patch_text_similarity_weights_kernel[(tiles(self.T, self.BT) * tiles(self.N, self.BN) * images,)](
-            self.patches, self.texts, self.mask, self.scale, self.bias, norms, self.text_norms, lse, out, first,
-            self.T, self.N, self.P, self.D, *self.strides, ALIGNED=self.aligned,
-            MASKED=self.masked, SIGMOID=self.sigmoid, ACC=self.acc, PRECISION=self.precision,
-            BT=self.BT, BN=self.BN, BD=self.BD, num_warps=self.warps,
-        )  # fmt: skip
+        patch_text_similarity_weights_kernel[
+            (tiles(self.T, self.BT) * tiles(self.N, self.BN) * images,)
+        ](
+            self.patches,
+            self.texts,
+            self.mask,
+            self.scale,
+            self.bias,
+            norms,
+            self.text_norms,
+            lse,
+            out,
+            first,
+            self.T,
+            self.N,
+            self.P,
+            self.D,
+            *self.strides,
+            ALIGNED=self.aligned,
+            MASKED=self.masked,
+            SIGMOID=self.sigmoid,
+            ACC=self.acc,
+            PRECISION=self.precision,
+            BT=self.BT,
+            BN=self.BN,
+            BD=self.BD,
+            num_warps=self.warps,
+        )
         return out
 
 
@@ -613,9 +818,29 @@ def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
                 continue
             weights = x.weights(first, images, norms, lse)
             patch_text_similarity_pooled_norms_kernel[(tiles(x.T, BT) * images,)](
-                weights, x.patches, x.texts, x.mask, x.text_norms, lse, similarity, norm, first, x.T, x.N, x.P, x.D,
-                *x.strides, ALIGNED=x.aligned, MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
-            )  # fmt: skip
+                weights,
+                x.patches,
+                x.texts,
+                x.mask,
+                x.text_norms,
+                lse,
+                similarity,
+                norm,
+                first,
+                x.T,
+                x.N,
+                x.P,
+                x.D,
+                *x.strides,
+                ALIGNED=x.aligned,
+                MASKED=x.masked,
+                ACC=x.acc,
+                PRECISION=x.back,
+                BT=BT,
+                BN=BN,
+                BD=BD,
+                num_warps=warps,
+            )
     return similarity, lse, norm
 
 
@@ -667,35 +892,124 @@ def backward(
                     x.new(images, x.T, x.D, dtype=x.between),
                 )
                 patch_text_similarity_vectors_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * images,)](
-                    weights, x.patches, x.mask, norm, vectors, first, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
-                    MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
-                )  # fmt: skip
+                    weights,
+                    x.patches,
+                    x.mask,
+                    norm,
+                    vectors,
+                    first,
+                    x.T,
+                    x.N,
+                    x.P,
+                    x.D,
+                    *x.strides[:2],
+                    ALIGNED=x.aligned,
+                    MASKED=x.masked,
+                    ACC=x.acc,
+                    PRECISION=x.back,
+                    BT=BT,
+                    BN=BN,
+                    BD=BD,
+                    num_warps=warps,
+                )
             text_tiles, patch_tiles = tiles(x.T, x.BT), tiles(x.N, x.BN)
             coefficients = x.new(images, x.T, x.P, dtype=x.between)
             factors, along = x.new(images, x.T), x.new(images, text_tiles, x.N)
             scalars = x.new(images * text_tiles * patch_tiles, 2, dtype=torch.float64)
             patch_text_similarity_bwd_coefficients_kernel[(text_tiles * patch_tiles * images,)](
-                x.patches, x.texts, x.mask, scale, bias, norms, x.text_norms, similarity, lse, norm, best, grad, vectors,
-                coefficients, factors, along, scalars, first, x.T, x.N, x.P, x.D,
-                *x.strides, ALIGNED=x.aligned, MASKED=x.masked, SIGMOID=x.sigmoid, POOL=pool, ACC=x.acc, PRECISION=x.precision, BACK=x.back,
-                BT=x.BT, BN=x.BN, BD=x.BD, num_warps=8,  # two accumulators: with 4 they spill
-            )  # fmt: skip
+                x.patches,
+                x.texts,
+                x.mask,
+                scale,
+                bias,
+                norms,
+                x.text_norms,
+                similarity,
+                lse,
+                norm,
+                best,
+                grad,
+                vectors,
+                coefficients,
+                factors,
+                along,
+                scalars,
+                first,
+                x.T,
+                x.N,
+                x.P,
+                x.D,
+                *x.strides,
+                ALIGNED=x.aligned,
+                MASKED=x.masked,
+                SIGMOID=x.sigmoid,
+                POOL=pool,
+                ACC=x.acc,
+                PRECISION=x.precision,
+                BACK=x.back,
+                BT=x.BT,
+                BN=x.BN,
+                BD=x.BD,
+                num_warps=8,  # two accumulators: with 4 they spill
+            )
             d_scalars += scalars.sum(0)
             if need_patches:
                 # What the projection onto the sphere takes away; a norm clamped at EPS is a
                 # constant and has none.
                 back = (along.sum(1) / norms / norms).masked_fill_(norms < EPS, 0)
-                patch_text_similarity_bwd_patches_kernel[(tiles(x.N, BN) * tiles(x.D, BD) * images,)](
-                    coefficients, x.texts, weights, vectors, factors, back, x.patches, x.mask, d_patches, first, x.T, x.N, x.P, x.D,
-                    *x.strides, ALIGNED=x.aligned, MASKED=x.masked, VECTOR=pool == 0, ACC=x.acc, PRECISION=x.back,
+                patch_text_similarity_bwd_patches_kernel[
+                    (tiles(x.N, BN) * tiles(x.D, BD) * images,)
+                ](
+                    coefficients,
+                    x.texts,
+                    weights,
+                    vectors,
+                    factors,
+                    back,
+                    x.patches,
+                    x.mask,
+                    d_patches,
+                    first,
+                    x.T,
+                    x.N,
+                    x.P,
+                    x.D,
+                    *x.strides,
+                    ALIGNED=x.aligned,
+                    MASKED=x.masked,
+                    VECTOR=pool == 0,
+                    ACC=x.acc,
+                    PRECISION=x.back,
                     # three would not fit the shared memory of sm_86 to sm_120
-                    BT=BT, BN=BN, BD=BD, num_warps=warps, num_stages=2,
-                )  # fmt: skip
+                    BT=BT,
+                    BN=BN,
+                    BD=BD,
+                    num_warps=warps,
+                    num_stages=2,
+                )
             if need_texts:
                 patch_text_similarity_bwd_texts_kernel[(tiles(x.T, BT) * tiles(x.D, BD) * slots,)](
-                    coefficients, x.patches, x.mask, sums, first, images, slots, x.T, x.N, x.P, x.D, *x.strides[:2], ALIGNED=x.aligned,
-                    MASKED=x.masked, ACC=x.acc, PRECISION=x.back, BT=BT, BN=BN, BD=BD, num_warps=warps,
-                )  # fmt: skip
+                    coefficients,
+                    x.patches,
+                    x.mask,
+                    sums,
+                    first,
+                    images,
+                    slots,
+                    x.T,
+                    x.N,
+                    x.P,
+                    x.D,
+                    *x.strides[:2],
+                    ALIGNED=x.aligned,
+                    MASKED=x.masked,
+                    ACC=x.acc,
+                    PRECISION=x.back,
+                    BT=BT,
+                    BN=BN,
+                    BD=BD,
+                    num_warps=warps,
+                )
     if need_texts:
         dq, rq = sums.sum(0), x.text_norms[:, None]
         q = texts.to(x.dtype) / rq.clamp_min(EPS)

@@ -68,9 +68,24 @@ def _pairs(
 
 @triton.jit(do_not_specialize=SIZES)
 def similarity_contrastive_loss_fwd_kernel(
-    similarity, scale_at, own_ids, other_ids, pairs, out, B, T, offset, stride: tl.int64, pair_stride: tl.int64, TURNED: tl.constexpr,
-    IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
+    similarity,
+    scale_at,
+    own_ids,
+    other_ids,
+    pairs,
+    out,
+    B,
+    T,
+    offset,
+    stride: tl.int64,
+    pair_stride: tl.int64,
+    TURNED: tl.constexpr,
+    IDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ACC: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+):
     """Log-sum-exp, sum and number of positives of BI rows; called with TURNED the other way round,
     of columns.
     """
@@ -98,10 +113,30 @@ def similarity_contrastive_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def similarity_contrastive_loss_bwd_kernel(
-    similarity, scale_at, grad_at, own_ids, other_ids, pairs, rows, columns, row_weight, column_weight, out, partial,
-    B, T, offset, stride: tl.int64, pair_stride: tl.int64, TURNED: tl.constexpr,
-    IDS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
+    similarity,
+    scale_at,
+    grad_at,
+    own_ids,
+    other_ids,
+    pairs,
+    rows,
+    columns,
+    row_weight,
+    column_weight,
+    out,
+    partial,
+    B,
+    T,
+    offset,
+    stride: tl.int64,
+    pair_stride: tl.int64,
+    TURNED: tl.constexpr,
+    IDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ACC: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+):
     """Equation (4), and the rows' shares of d scale."""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale, grad = tl.load(scale_at), tl.load(grad_at)
@@ -151,8 +186,14 @@ def _options(similarity, image_ids, text_ids, pair_mask):
     pairs = dense
     if pair_mask is not None:  # dense along the same dimension
         pairs = (pair_mask.T.contiguous().T if turned else pair_mask.contiguous()).view(torch.uint8)
-    flags = {"IDS": image_ids is not None, "PAIRS": pair_mask is not None, "ACC": ACC[similarity.dtype],
-             "BI": ROWS, "BJ": COLUMNS, "num_warps": WARPS}  # fmt: skip
+    flags = {
+        "IDS": image_ids is not None,
+        "PAIRS": pair_mask is not None,
+        "ACC": ACC[similarity.dtype],
+        "BI": ROWS,
+        "BJ": COLUMNS,
+        "num_warps": WARPS,
+    }
     return (
         ids,
         (dense, pairs),
@@ -217,7 +258,19 @@ def backward(
     if out.numel():
         with on_device(similarity):
             similarity_contrastive_loss_bwd_kernel[(tiles(B, ROWS),)](
-                dense, logit_scale, grad, *ids, pairs, *(x.contiguous() for x in (rows, columns, row_weight, column_weight)),
-                out, partial, B, T, offset, *strides, TURNED=turned, **flags,
-            )  # fmt: skip
+                dense,
+                logit_scale,
+                grad,
+                *ids,
+                pairs,
+                *(x.contiguous() for x in (rows, columns, row_weight, column_weight)),
+                out,
+                partial,
+                B,
+                T,
+                offset,
+                *strides,
+                TURNED=turned,
+                **flags,
+            )
     return out, partial.sum().to(similarity.dtype)

@@ -81,9 +81,25 @@ def _store_label(
     ]
 )
 def upsample_argmax_fwd_kernel(
-    logits, bias, class_labels, threshold, labels, value, C, h, w, H, W, background, biased, labelled, limited, valued,
-    ACC: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bias,
+    class_labels,
+    threshold,
+    labels,
+    value,
+    C,
+    h,
+    w,
+    H,
+    W,
+    background,
+    biased,
+    labelled,
+    limited,
+    valued,
+    ACC: tl.constexpr,
+    BW: tl.constexpr,
+):
     tile, Y, b = program(tl.cdiv(W, BW), H)
     X = tile * BW + tl.arange(0, BW)
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
@@ -131,9 +147,24 @@ def forward(
     if B:
         with on_device(logits):
             upsample_argmax_fwd_kernel[(tiles(width, PIXELS) * height * B,)](
-                logits, logits if bias is None else bias.contiguous(), labels if class_labels is None else class_labels.contiguous(),
-                limit, labels, value, C, h, w, height, width, background,
-                int(bias is not None), int(class_labels is not None), int(threshold is not None), int(want_value),
-                ACC=ACC[logits.dtype], BW=PIXELS, num_warps=WARPS,
-            )  # fmt: skip
+                logits,
+                logits if bias is None else bias.contiguous(),
+                labels if class_labels is None else class_labels.contiguous(),
+                limit,
+                labels,
+                value,
+                C,
+                h,
+                w,
+                height,
+                width,
+                background,
+                int(bias is not None),
+                int(class_labels is not None),
+                int(threshold is not None),
+                int(want_value),
+                ACC=ACC[logits.dtype],
+                BW=PIXELS,
+                num_warps=WARPS,
+            )
     return labels, value

@@ -59,9 +59,24 @@ def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr,
 
 @triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "maps", "splits"])
 def upsample_mask_loss_fwd_kernel(
-    logits, codes, parts, alpha, alpha_low, gamma, gamma_low, C, h, w, H, W, maps, splits,
-    SQUARE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
+    logits,
+    codes,
+    parts,
+    alpha,
+    alpha_low,
+    gamma,
+    gamma_low,
+    C,
+    h,
+    w,
+    H,
+    W,
+    maps,
+    splits,
+    SQUARE: tl.constexpr,
+    ACC: tl.constexpr,
+    BP: tl.constexpr,
+):
     place = program(splits, 1)
     split, plane = place[0].to(tl.int64), place[2]
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
@@ -74,8 +89,21 @@ def upsample_mask_loss_fwd_kernel(
         at = first + tl.arange(0, BP)
         code = tl.load(codes + plane // C * pixels + at, mask=at < end, other=IGNORED)
         counts = code != IGNORED
-        positive, q, power, _, softplus, _, _, _, _ = _pixel(logits + plane * h * w, code, c, at // W, at % W, at < end, h, w, H, W, gamma,
-                                                             SQUARE, ACC)  # fmt: skip
+        positive, q, power, _, softplus, _, _, _, _ = _pixel(
+            logits + plane * h * w,
+            code,
+            c,
+            at // W,
+            at % W,
+            at < end,
+            h,
+            w,
+            H,
+            W,
+            gamma,
+            SQUARE,
+            ACC,
+        )
         focal += tl.where(counts, tl.where(positive, alpha, 1.0 - alpha) * power * softplus, 0.0)
         q_sum += tl.where(counts, q, 0.0)
         qy_sum += tl.where(positive, q, 0.0)
@@ -91,9 +119,24 @@ def upsample_mask_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=["C", "h", "w", "H", "W"])
 def upsample_mask_loss_rows_kernel(
-    logits, codes, weights, starts, rows, alpha, alpha_low, gamma, gamma_low, C, h, w, H, W,
-    SQUARE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
+    logits,
+    codes,
+    weights,
+    starts,
+    rows,
+    alpha,
+    alpha_low,
+    gamma,
+    gamma_low,
+    C,
+    h,
+    w,
+    H,
+    W,
+    SQUARE: tl.constexpr,
+    ACC: tl.constexpr,
+    BW: tl.constexpr,
+):
     """(5) gathered for the rows of samples: rows [maps, h, W]."""
     tile, sample, plane = program(tl.cdiv(W, BW), h)
     sample, X = sample.to(tl.int64), tile.to(tl.int64) * BW + tl.arange(0, BW)
@@ -109,8 +152,9 @@ def upsample_mask_loss_rows_kernel(
     for Y in range(tl.load(starts + tl.maximum(sample - 1, 0)), tl.load(starts + sample + 1)):
         code = tl.load(codes + (plane // C * H + Y) * W + X, mask=inside, other=IGNORED)
         row = Y + tl.zeros((BW,), tl.int64)
-        positive, _, power, v, softplus, slope, y0, y1, g = _pixel(logits + plane * h * w, code, c, row, X, inside, h, w, H, W, gamma,
-                                                                   SQUARE, ACC)  # fmt: skip
+        positive, _, power, v, softplus, slope, y0, y1, g = _pixel(
+            logits + plane * h * w, code, c, row, X, inside, h, w, H, W, gamma, SQUARE, ACC
+        )
         bend = power * (gamma * (1.0 - v) * softplus + v)
         grad = (
             to_focal * tl.where(positive, -alpha, 1.0 - alpha) * bend
@@ -156,9 +200,23 @@ def forward(logits, codes, alpha, gamma):
     if B:
         with on_device(logits):
             upsample_mask_loss_fwd_kernel[(B * C * splits,)](
-                logits, codes, parts, *halves(alpha), *halves(gamma), C, h, w, H, W, B * C, splits, SQUARE=gamma == 2,
-                ACC=ACC[logits.dtype], BP=PIXELS, num_warps=WARPS,
-            )  # fmt: skip
+                logits,
+                codes,
+                parts,
+                *halves(alpha),
+                *halves(gamma),
+                C,
+                h,
+                w,
+                H,
+                W,
+                B * C,
+                splits,
+                SQUARE=gamma == 2,
+                ACC=ACC[logits.dtype],
+                BP=PIXELS,
+                num_warps=WARPS,
+            )
     focal, *sums, pixels = parts.sum(0)
     q, qy, y = sums
     return focal / pixels.clamp_min(1), 1 - (2 * qy + 1) / (q + y + 1), y > 0, torch.stack(sums)
@@ -196,9 +254,21 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
             maps = logits[some].shape[0] * C
             rows = logits.new_empty(maps, h, W)
             upsample_mask_loss_rows_kernel[(maps * h * tiles(W, COLUMNS),)](
-                logits[some], codes[some], weights[some], down, rows, *halves(alpha), *halves(gamma),
-                C, h, w, H, W, SQUARE=gamma == 2, **same,
-            )  # fmt: skip
+                logits[some],
+                codes[some],
+                weights[some],
+                down,
+                rows,
+                *halves(alpha),
+                *halves(gamma),
+                C,
+                h,
+                w,
+                H,
+                W,
+                SQUARE=gamma == 2,
+                **same,
+            )
             upsample_mask_loss_columns_kernel[(maps * h * tiles(w, COLUMNS),)](
                 rows, across, grad[some], maps * h, w, W, taps, **same
             )

@@ -54,8 +54,26 @@ def _activated(x, norms, at, pixels, inside, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _window(values, index, norms, k, c, v, u, inside, G, C, h, w, hc, wc, pixels, TABLES: tl.constexpr, ACTIVATION: tl.constexpr,
-            ACC: tl.constexpr):  # fmt: skip
+def _window(
+    values,
+    index,
+    norms,
+    k,
+    c,
+    v,
+    u,
+    inside,
+    G,
+    C,
+    h,
+    w,
+    hc,
+    wc,
+    pixels,
+    TABLES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """(1) or (2) at pixels (v, u) of the crop."""
     at = (k * hc + v) * wc + u
     if TABLES:
@@ -74,16 +92,56 @@ def _window(values, index, norms, k, c, v, u, inside, G, C, h, w, hc, wc, pixels
 
 
 @triton.jit
-def _merged(values, index, origins, norms, c, v, u, wanted, n, G, C, h, w, hc, wc, Wc, pixels, TABLES: tl.constexpr,
-            ACTIVATION: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+def _merged(
+    values,
+    index,
+    origins,
+    norms,
+    c,
+    v,
+    u,
+    wanted,
+    n,
+    G,
+    C,
+    h,
+    w,
+    hc,
+    wc,
+    Wc,
+    pixels,
+    TABLES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STAGE: tl.constexpr,
+    ACC: tl.constexpr,
+    BW: tl.constexpr,
+):
     """(3) at pixels (v, u) of the canvas."""
     total, count = tl.zeros((BW,), ACC), tl.zeros((BW,), ACC)
     for k in range(0, n):
         y, x = v - tl.load(origins + 2 * k), u - tl.load(origins + 2 * k + 1)
         inside = wanted & (y >= 0) & (y < hc) & (x >= 0) & (x < wc)
         y, x = tl.where(inside, y, 0), tl.where(inside, x, 0)
-        found = _window(values, index, norms, k, c, y, x, inside, G, C, h, w, hc, wc, pixels, TABLES,
-                        ACTIVATION if STAGE == WINDOW else 0, ACC)  # fmt: skip
+        found = _window(
+            values,
+            index,
+            norms,
+            k,
+            c,
+            y,
+            x,
+            inside,
+            G,
+            C,
+            h,
+            w,
+            hc,
+            wc,
+            pixels,
+            TABLES,
+            ACTIVATION if STAGE == WINDOW else 0,
+            ACC,
+        )
         total += tl.where(inside, found, 0.0)
         count += tl.where(inside, 1.0, 0.0)
     merged = total / tl.maximum(count, 1.0)
@@ -93,8 +151,33 @@ def _merged(values, index, origins, norms, c, v, u, wanted, n, G, C, h, w, hc, w
 
 
 @triton.jit
-def _output(values, index, origins, norms, c, Y, X, wanted, n, G, C, h, w, hc, wc, Hc, Wc, H, W, pixels, TABLES: tl.constexpr,
-            ACTIVATION: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr):  # fmt: skip
+def _output(
+    values,
+    index,
+    origins,
+    norms,
+    c,
+    Y,
+    X,
+    wanted,
+    n,
+    G,
+    C,
+    h,
+    w,
+    hc,
+    wc,
+    Hc,
+    Wc,
+    H,
+    W,
+    pixels,
+    TABLES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STAGE: tl.constexpr,
+    ACC: tl.constexpr,
+    BW: tl.constexpr,
+):
     """(4) without the bias."""
     v0, v1, g = _between(Y, Hc, H, ACC)
     u0, u1, f = _between(X, Wc, W, ACC)
@@ -102,17 +185,57 @@ def _output(values, index, origins, norms, c, Y, X, wanted, n, G, C, h, w, hc, w
     for corner in tl.static_range(0, 4):
         v, to_row = (v1, g) if corner // 2 else (v0, 1.0 - g)
         u, to_column = (u1, f) if corner % 2 else (u0, 1.0 - f)
-        m = _merged(values, index, origins, norms, c, v, u, wanted, n, G, C, h, w, hc, wc, Wc, pixels, TABLES, ACTIVATION, STAGE, ACC,
-                    BW)  # fmt: skip
+        m = _merged(
+            values,
+            index,
+            origins,
+            norms,
+            c,
+            v,
+            u,
+            wanted,
+            n,
+            G,
+            C,
+            h,
+            w,
+            hc,
+            wc,
+            Wc,
+            pixels,
+            TABLES,
+            ACTIVATION,
+            STAGE,
+            ACC,
+            BW,
+        )
         z += _weighted(to_row * to_column, m)
     return _activated(z, norms, Y * W + X, pixels, wanted, ACTIVATION if STAGE == OUTPUT else 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def window_argmax_norm_kernel(
-    values, index, origins, norms, pixels, n, G, C, h, w, hc, wc, Hc, Wc, H, W,
-    TABLES: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
+    values,
+    index,
+    origins,
+    norms,
+    pixels,
+    n,
+    G,
+    C,
+    h,
+    w,
+    hc,
+    wc,
+    Hc,
+    Wc,
+    H,
+    W,
+    TABLES: tl.constexpr,
+    STAGE: tl.constexpr,
+    ACC: tl.constexpr,
+    BW: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     wanted = at < pixels
     h, w, hc, wc, H, W = (
@@ -132,11 +255,58 @@ def window_argmax_norm_kernel(
                 values, index, norms, k, c, v, u, wanted, G, C, h, w, hc, wc, pixels, TABLES, 0, ACC
             )
         elif STAGE == MERGED:
-            x = _merged(values, index, origins, norms, c, at // Wc, at % Wc, wanted, n, G, C, h, w, hc, wc, Wc, pixels, TABLES, 0, STAGE,
-                        ACC, BW)  # fmt: skip
+            x = _merged(
+                values,
+                index,
+                origins,
+                norms,
+                c,
+                at // Wc,
+                at % Wc,
+                wanted,
+                n,
+                G,
+                C,
+                h,
+                w,
+                hc,
+                wc,
+                Wc,
+                pixels,
+                TABLES,
+                0,
+                STAGE,
+                ACC,
+                BW,
+            )
         else:
-            x = _output(values, index, origins, norms, c, at // W, at % W, wanted, n, G, C, h, w, hc, wc, Hc, Wc, H, W, pixels, TABLES, 0,
-                        STAGE, ACC, BW)  # fmt: skip
+            x = _output(
+                values,
+                index,
+                origins,
+                norms,
+                c,
+                at // W,
+                at % W,
+                wanted,
+                n,
+                G,
+                C,
+                h,
+                w,
+                hc,
+                wc,
+                Hc,
+                Wc,
+                H,
+                W,
+                pixels,
+                TABLES,
+                0,
+                STAGE,
+                ACC,
+                BW,
+            )
         larger = tl.maximum(top, x)
         total = total * tl.exp(top - larger) + tl.exp(x - larger)
         top = larger
@@ -146,10 +316,38 @@ def window_argmax_norm_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def window_argmax_fwd_kernel(
-    values, index, origins, bias, class_labels, threshold, norms, labels, best_value, pixels, background, biased, labelled, limited, valued,
-    n, G, C, h, w, hc, wc, Hc, Wc, H, W,
-    TABLES: tl.constexpr, ACTIVATION: tl.constexpr, STAGE: tl.constexpr, ACC: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
+    values,
+    index,
+    origins,
+    bias,
+    class_labels,
+    threshold,
+    norms,
+    labels,
+    best_value,
+    pixels,
+    background,
+    biased,
+    labelled,
+    limited,
+    valued,
+    n,
+    G,
+    C,
+    h,
+    w,
+    hc,
+    wc,
+    Hc,
+    Wc,
+    H,
+    W,
+    TABLES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    STAGE: tl.constexpr,
+    ACC: tl.constexpr,
+    BW: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     h, w, hc, wc, H, W = (
         h.to(tl.int64),
@@ -164,8 +362,33 @@ def window_argmax_fwd_kernel(
     Y, X = tl.where(wanted, at // W, 0), tl.where(wanted, at % W, 0)
     best, winner = tl.full((BW,), float("-inf"), ACC), tl.zeros((BW,), tl.int64)
     for c in range(0, C):
-        z = _output(values, index, origins, norms, c, Y, X, wanted, n, G, C, h, w, hc, wc, Hc, Wc, H, W, pixels, TABLES, ACTIVATION, STAGE,
-                    ACC, BW)  # fmt: skip
+        z = _output(
+            values,
+            index,
+            origins,
+            norms,
+            c,
+            Y,
+            X,
+            wanted,
+            n,
+            G,
+            C,
+            h,
+            w,
+            hc,
+            wc,
+            Hc,
+            Wc,
+            H,
+            W,
+            pixels,
+            TABLES,
+            ACTIVATION,
+            STAGE,
+            ACC,
+            BW,
+        )
         if biased:
             z += tl.load(bias + c)
         better = z > best
@@ -188,9 +411,24 @@ def window_argmax_fwd_kernel(
 
 
 def forward(
-    values, index, origins, bias, class_labels, crop_height, crop_width, canvas_height, canvas_width, height, width, activation, stage,
-    threshold, background, label_type, want_value,
-):  # fmt: skip
+    values,
+    index,
+    origins,
+    bias,
+    class_labels,
+    crop_height,
+    crop_width,
+    canvas_height,
+    canvas_width,
+    height,
+    width,
+    activation,
+    stage,
+    threshold,
+    background,
+    label_type,
+    want_value,
+):
     """(labels, value) as ``ovseg::window_argmax`` returns them."""
     values, origins = values.contiguous(), origins.contiguous()
     labels = torch.empty(height, width, dtype=LABEL_TYPES[label_type], device=values.device)
@@ -219,8 +457,21 @@ def forward(
                 *maps, norms, pixels, *sizes, **same
             )
         window_argmax_fwd_kernel[(tiles(height * width, PIXELS),)](
-            *maps, values if bias is None else bias.contiguous(), origins if class_labels is None else class_labels.contiguous(), limit,
-            norms, labels, value, pixels, background, int(bias is not None), int(class_labels is not None), int(threshold is not None),
-            int(want_value), *sizes, ACTIVATION=activation, **same,
-        )  # fmt: skip
+            *maps,
+            values if bias is None else bias.contiguous(),
+            origins if class_labels is None else class_labels.contiguous(),
+            limit,
+            norms,
+            labels,
+            value,
+            pixels,
+            background,
+            int(bias is not None),
+            int(class_labels is not None),
+            int(threshold is not None),
+            int(want_value),
+            *sizes,
+            ACTIVATION=activation,
+            **same,
+        )
     return labels, value

@@ -38,10 +38,16 @@ class SourceOptions:
     """
 
     LIMITS: ClassVar[dict[str, tuple[int, int]]] = {
-        "workers": (0, 1024), "prefetch": (1, 1024), "image_size": (1, 16384), "captions": (1, 1000),
-        "train_size": (0, 1_000_000), "val_size": (0, 1_000_000), "ignore_index": (0, 65535), "nouns": (1, 100),
+        "workers": (0, 1024),
+        "prefetch": (1, 1024),
+        "image_size": (1, 16384),
+        "captions": (1, 1000),
+        "train_size": (0, 1_000_000),
+        "val_size": (0, 1_000_000),
+        "ignore_index": (0, 65535),
+        "nouns": (1, 100),
         "max_pixels": (1, 10_000_000_000),
-    }  # fmt: skip
+    }
 
     kind: str = "?"
     workers: int = 2

@@ -89,7 +89,7 @@ class EntityFolder(folder.FolderPairs):
             if entity is None:
                 raise DataError(
                     f"captions of {self.names[number]} name no entity, and did when they were "
-                    f"indexed; expected ovseg data "
+                    "indexed; expected ovseg data "
                     "cross-pairs to be run again"
                 )
             sample.rows |= texts.partner_rows(

@@ -69,7 +69,7 @@ def create(
     if options.superpixel_labels not in ("majority", "mean"):
         raise ConfigError(
             f"data.superpixel_labels is {options.superpixel_labels!r}; expected 'majority' or "
-            f"'mean'"
+            "'mean'"
         )
     try:
         options.augment.check()
@@ -128,7 +128,7 @@ class FolderPairs(Source[PairSample]):
         if (what := no_folder(root)) is not None:
             raise NoData(
                 f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt "
-                f"captions beside them"
+                "captions beside them"
             )
         seen = Folder(self.root)
         with waiting(f"looking through {root}", show=is_main()):
@@ -142,7 +142,7 @@ class FolderPairs(Source[PairSample]):
             )
             raise DataError(
                 f"data.root {str(root)!r} holds {len(seen.pictures)} pictures, 0 of them with a "
-                f".txt; found there: "
+                ".txt; found there: "
                 f"{seen.found()}; expected name.jpg with its captions in name.txt beside it{shards}"
             )
         if len(pairs) < len(seen.pictures):
@@ -173,7 +173,7 @@ class FolderPairs(Source[PairSample]):
         if missing:
             raise DataError(
                 f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} "
-                f"pictures, the first "
+                "pictures, the first "
                 f"{missing[0]}; expected ovseg data superpixels to be run again"
             )
         self.image_size = image_size or inputs.image_size

@@ -1,9 +1,9 @@
 """The rule of grouping systems: a pixel takes the class of the group that owns it.
 
     P_gt = softmax_T(s e_g . t) * softmax_K(s e_g . t),    K the ``top_classes`` texts most similar to the window's embedding   (1)
-    background: 1 where max_T P_g < min(background_threshold, max_gT P), else 0                                              (2)
+    background: 1 where max_T P_g < min(background_threshold, max_gT P), else 0                  (2)
     z(pixel) = row of the group that owns the pixel in each window, their mean on the canvas, resized to the picture           (3)
-    label = class of argmax (z + bias), -1 where the background is the largest                                               (4)
+    label = class of argmax (z + bias), -1 where the background is the largest                   (4)
 
 GroupViT (arXiv:2202.11094), SegCLIP (arXiv:2211.14813) and OVSegmentor (arXiv:2301.09121)."""
 
@@ -69,7 +69,7 @@ class GroupTables(Decision):
         if not isinstance(features, GroupFeatures):
             raise InputError(
                 f"the features of {model.name} hold no groups; expected a model that gathers "
-                f"patches in groups"
+                "patches in groups"
             )
         scale = model.logit_scale if self.scale is None else self.scale
         tables = group_tables(

@@ -3,17 +3,17 @@
 Araslanov and Roth, arXiv:2005.08104, section 3.2.
 
     k(i, j) = -mean over channels of |I_i - I_j| / (1e-8 + 0.1 sigma_i)          j around i at each dilation     (1)
-    alpha_i = softmax over j of k(i, j)                                                                        (2)
-    m_i <- sum_j alpha_ij m_j, ten times                                                                       (3)
+    alpha_i = softmax over j of k(i, j)                                                          (2)
+    m_i <- sum_j alpha_ij m_j, ten times                                                         (3)
 
 sigma_i is the standard deviation of the picture, channel by channel, over the 3 x 3 pixels around i
 at every dilation. Borders are replicated. Nothing is trained; maps need not be probabilities.
 
 The rule of patches: every pixel takes the class whose upsampled score is the largest.
 
-    s = scale * cosine of every patch with every text, by ``model.segment_logits``                               (1)
+    s = scale * cosine of every patch with every text, by ``model.segment_logits``               (1)
     z = s upsampled to the windows, their mean on the canvas, resized to the picture; ``activation`` at its ``stage``   (2)
-    label = class of argmax (z + bias), -1 where a rule of background says so                                       (3)
+    label = class of argmax (z + bias), -1 where a rule of background says so                    (3)
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pamr(
     if image.dim() != 3 or maps.dim() != 3 or image.shape[1:] != maps.shape[1:]:
         raise ValueError(
             f"image has shape {list(image.shape)} and maps {list(maps.shape)}; expected [3, H, W] "
-            f"and [C, H, W]"
+            "and [C, H, W]"
         )
     reach = max(dilations)
 
@@ -154,7 +154,7 @@ class PatchArgmax(Decision):
             if needs and self.scale is None:
                 raise InputError(
                     f"{name} is {getattr(self, name)!r} and scale is missing: softmax over plain "
-                    f"cosines is nearly "
+                    "cosines is nearly "
                     "uniform; expected a scale such as 40"
                 )
         low, top = self.score_range

@@ -56,7 +56,7 @@ class ProxyEncoder(nn.Module):
         if not timm.is_model(architecture):
             raise ConfigError(
                 f"proxy.name is {options.name!r}; expected the name of a ViT of timm's, such as "
-                f"'vit_small_patch16_dinov3'"
+                "'vit_small_patch16_dinov3'"
             )
         sizes: dict[str, Any] = (
             {"dynamic_img_size": True} if _takes_sizes(timm, architecture) else {}
@@ -66,7 +66,7 @@ class ProxyEncoder(nn.Module):
         if not getattr(kind, "dynamic_img_size", False) or not hasattr(kind, "num_prefix_tokens"):
             raise ConfigError(
                 f"proxy.name is {options.name!r}, a {type(kind).__name__}; expected a ViT that "
-                f"takes pictures of any size"
+                "takes pictures of any size"
             )
         path = _weights(timm, options)
         overlay = (

@@ -6,7 +6,7 @@ Xu et al., arXiv:2202.11094.
 
 Multi-label contrast: K prompted nouns of a caption are texts of its picture, all of them positives,
 
-    1/2 (mean_i of -1/K sum_k log p(noun_ik | i) + mean_ik of -log p(i | noun_ik))                               (1)
+    1/2 (mean_i of -1/K sum_k log p(noun_ik | i) + mean_ik of -log p(i | noun_ik))               (1)
 
 over all nouns and pictures of the batch, with a temperature of its own."""
 
@@ -58,18 +58,16 @@ class GroupViTObjective(Objective):
         if options.multi_label and model.noun_scale is None:
             raise ConfigError(
                 f"multi_label is {options.multi_label} and {model.name} has no temperature for "
-                f"nouns; expected a model with "
+                "nouns; expected a model with "
                 "multi_label=true (model.options in a recipe)"
             )
         self.multi_label = options.multi_label
         self.batch_type = NounBatch if options.multi_label else PairBatch  # type: ignore[misc]
 
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        texts = (
-            [batch.token_ids]
-            if not self.multi_label
-            else [batch.token_ids, batch.noun_ids.flatten(0, 1)]
-        )  # type: ignore[attr-defined]
+        texts = [batch.token_ids]
+        if self.multi_label:
+            texts.append(batch.noun_ids.flatten(0, 1))  # type: ignore[attr-defined]
         found = self.model.text.encode_together(texts)
         rows = {
             "image": self.model.image(
@@ -96,7 +94,12 @@ class GroupViTObjective(Objective):
             K, scale = nouns.shape[1], model.noun_scale
             assert scale is not None
             losses["multi_label"] = ok.contrastive_loss(
-                at_least_float32(image), at_least_float32(nouns).flatten(0, 1), scale, image_ids=batch.image_ids,
-                text_ids=batch.image_ids.repeat_interleave(K), group=group)  # fmt: skip
+                at_least_float32(image),
+                at_least_float32(nouns).flatten(0, 1),
+                scale,
+                image_ids=batch.image_ids,
+                text_ids=batch.image_ids.repeat_interleave(K),
+                group=group,
+            )
             total = total + self.multi_label * at_least_float32(losses["multi_label"])
         return {"total": total, **losses}

@@ -1,14 +1,14 @@
 """MGCA-style objective: texts aligned with objects, regions and pixels, from image-text pairs
 alone. A reconstruction, docs/mgca.md.
 
-    L = w_o L_object + w_r L_region + w_p(t) L_pixel                                                              (1)
+    L = w_o L_object + w_r L_region + w_p(t) L_pixel                                             (1)
 
 object   symmetric InfoNCE over phi(i, j), text j against its own weighted mean of picture i's pixels (PACL's compatibility), all pairs
 region   R groups of each picture by ``layers.units.cluster`` of the detached pixels; symmetric InfoNCE over the cosine of text j and the
          group of picture i that is most like it, all pairs: the best group of its own picture
          against the hardest of each other one
 pixel    the k_pos pixels of the text's own picture that are most like it, against pixels of other pictures that are sampled hard, and those
-         pixels against all texts: ``ovseg_kernels.dense_contrastive_loss``                                         (2)
+         pixels against all texts: ``ovseg_kernels.dense_contrastive_loss``                      (2)
 
 Pictures whose id is the text's are never negatives. w_p is 0 up to ``pixel_start`` of the stage and
 rises over ``pixel_ramp`` of it: the pixels that an untrained decoder finds for a text are noise.
@@ -58,9 +58,13 @@ class MGCATraining:
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "weights": (0, math.inf), **dict.fromkeys(("regions", "positives", "negatives"), (1, math.inf)),
-        "skip": (0, math.inf), **dict.fromkeys(("margin", "sampling_temperature"), (1e-6, math.inf)),
-        "pixel_start": (0, 1), "pixel_ramp": (0, 1)}  # fmt: skip
+        "weights": (0, math.inf),
+        **dict.fromkeys(("regions", "positives", "negatives"), (1, math.inf)),
+        "skip": (0, math.inf),
+        **dict.fromkeys(("margin", "sampling_temperature"), (1e-6, math.inf)),
+        "pixel_start": (0, 1),
+        "pixel_ramp": (0, 1),
+    }
 
     weights: dict[str, float] = field(default_factory=dict)
     regions: int = 8
@@ -86,8 +90,11 @@ class MGCAObjective(Objective):
         super().__init__(model)
         if unknown := set(options.weights) - set(LEVELS):
             raise ConfigError(f"weights names {sorted(unknown)}; expected some of {list(LEVELS)}")
-        for name, known in (("sampling", SAMPLINGS), ("reduction", ("mean_of_log", "log_of_sum")),
-                            ("terms", ("both", "text_to_pixel", "pixel_to_text"))):  # fmt: skip
+        for name, known in (
+            ("sampling", SAMPLINGS),
+            ("reduction", ("mean_of_log", "log_of_sum")),
+            ("terms", ("both", "text_to_pixel", "pixel_to_text")),
+        ):
             if getattr(options, name) not in known:
                 raise ConfigError(
                     f"{name} is {getattr(options, name)!r}; expected one of {list(known)}"

@@ -68,8 +68,10 @@ def clusters(tokens: torch.Tensor, count: int, rounds: int = 3) -> torch.Tensor:
 
 def region_units(tokens: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
     """[B, count, D]: the mean of each group; of an empty one that of all pixels."""
-    rows = [[x[own == r].mean(0) if bool((own == r).any()) else x.mean(0) for r in range(count)]
-            for x, own in zip(tokens, labels, strict=True)]  # fmt: skip
+    rows = [
+        [x[own == r].mean(0) if bool((own == r).any()) else x.mean(0) for r in range(count)]
+        for x, own in zip(tokens, labels, strict=True)
+    ]
     return torch.stack([torch.stack(row) for row in rows])
 
 

@@ -7,11 +7,11 @@ upsampling (align_corners True) to H x W:
 
     p_g = (U M_1g - min) / (max - min)          t_g = [sigmoid(U M_2g) >= ratio max sigmoid(U M_2g)]              (1)
     permutation of M_2's groups: least sum of |U M_1g / |U M_1g| - U M_2k / |U M_2k||, by Hungarian matching      (2)
-    d_b = 1 - (2 sum_gp p t + 1) / (sum_gp p + sum_gp t + 1)                                                      (3)
+    d_b = 1 - (2 sum_gp p t + 1) / (sum_gp p + sum_gp t + 1)                                     (3)
 
 No map [B, G, H, W] is needed: U is linear, so sums of U M_1 are products of M_1 with small tables,
 
-    sum_p U M = <M, U^T 1>      sum_p (U M) t = <M, U^T t>      <U M, U M'> = <M, (U^T U) M'>                     (4)
+    sum_p U M = <M, U^T 1>      sum_p (U M) t = <M, U^T t>      <U M, U M'> = <M, (U^T U) M'>    (4)
 
 an extreme of a bilinear map lies at an outermost sample of a cell, 2 (h - 1) of the H rows, and U^T
 t is made a few rows at a time. What is kept for backward has the size of M.
@@ -85,7 +85,7 @@ def mask_consistency(
     if size[0] < prediction.shape[2] or size[1] < prediction.shape[3]:
         raise InputError(
             f"size is {tuple(size)} and the maps are {tuple(prediction.shape[2:])}; expected at "
-            f"least as much"
+            "least as much"
         )
     rows, columns = (
         _Axis.of(n, N, prediction.device) for n, N in zip(prediction.shape[2:], size, strict=True)

@@ -2,7 +2,7 @@
 groups of its picture.
 
     t = LN_tok(tokens);  c = cross block of t on LN_x(groups), (2) of ``layers/grouping_block.py``                (1)
-    y = LN_new(block(c) + c)                                                                                     (2)
+    y = LN_new(block(c) + c)                                                                     (2)
 
 The answer is read at the first token, [CLS], so (2) is computed there alone. Where padding is
 masked, nothing looks at it in (2); published training had no mask there.
@@ -112,7 +112,7 @@ class OVSegmentor(GroupingSystem):
         if len(self.image.groupings) != 1:
             raise ValueError(
                 f"group_tokens is {self.backbone.options.group_tokens}; expected one stage with "
-                f"group tokens"
+                "group tokens"
             )
         if options.dino is not None:
             repo = options.dino.removeprefix(PREFIX)

@@ -49,8 +49,13 @@ class OVSegmentorTraining:
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "weights": (0, math.inf), "momentum": (0, 1), "mask_ratio": (0, 1), "spared": (0, 1), "mask_scale": (1, math.inf),
-        "mask_batch": (1, math.inf)}  # fmt: skip
+        "weights": (0, math.inf),
+        "momentum": (0, 1),
+        "mask_ratio": (0, 1),
+        "spared": (0, 1),
+        "mask_scale": (1, math.inf),
+        "mask_batch": (1, math.inf),
+    }
 
     weights: dict[str, float] = field(default_factory=dict)
     padding: str = "packed"

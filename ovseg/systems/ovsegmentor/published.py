@@ -100,7 +100,7 @@ def load_dino(image: GroupingViT, state: State, where: str) -> None:
         ]
         raise CheckpointError(
             f"{where} does not fit the image tower ({len(wrong)} tensors: {', '.join(shapes)}); "
-            f"expected DINO's ViT of "
+            "expected DINO's ViT of "
             f"width {own['norm.weight'].shape[0]} with as many blocks and patches"
         )
     check_numbers(where, taken, own)

@@ -7,13 +7,13 @@ SegCLIP's group module: learnable centers look at the patches, then every patch 
 Luo et al., arXiv:2211.14813.
 
     c <- c + MHA(LN_x(c), LN_k([c; x]), LN_k([c; x]));  c <- c + MLP(LN_2(c))            twice, c_0 learned     (1)
-    q = LN(c);  pooled, index = segclip_center_assignment(q, x)                                                 (2)
+    q = LN(c);  pooled, index = segclip_center_assignment(q, x)                                  (2)
     z = quick_gelu(fc2(gelu(fc1(LN(q + pooled)))))                                       no residual            (3)
 
 The attention of (1) has G queries and L + G keys, so its projections move to the queries' side,
 exactly: with q_h the query of a head,
 
-    q_h . (W_K,h k) = (W_K,h^T q_h) . k          sum_l a_l W_V,h k_l = W_V,h sum_l a_l k_l                       (4)
+    q_h . (W_K,h k) = (W_K,h^T q_h) . k          sum_l a_l W_V,h k_l = W_V,h sum_l a_l k_l       (4)
 
 no key and no value exists; the key's bias cancels in the softmax, the value's is a constant.
 
@@ -271,8 +271,19 @@ class SemanticGroups(nn.Module):
             centers = block(centers, tokens, self.mix_batch)
         q = self.cross_ln(centers)
         pooled, index, soft = ok.segclip_center_assignment(
-            q, tokens, self.k_conv.weight[..., 0], self.v_conv.weight[..., 0], self.norm.weight, self.norm.bias, self.k_ln.weight,
-            self.k_ln.bias, eps=self.norm.eps, noise=noise, tau=tau, normalizer="mean", return_soft=True,
-        )  # fmt: skip
+            q,
+            tokens,
+            self.k_conv.weight[..., 0],
+            self.v_conv.weight[..., 0],
+            self.norm.weight,
+            self.norm.bias,
+            self.k_ln.weight,
+            self.k_ln.bias,
+            eps=self.norm.eps,
+            noise=noise,
+            tau=tau,
+            normalizer="mean",
+            return_soft=True,
+        )
         assert soft is not None
         return Groups(self.proj_o(q + pooled), index, soft, q)

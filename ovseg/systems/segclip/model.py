@@ -44,7 +44,11 @@ class SegCLIPOptions(SystemOptions):
     }
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "centers": (1, math.inf), "cross_layers": (0, math.inf), "heads": (1, math.inf), "decoder": (1, math.inf)}  # fmt: skip
+        "centers": (1, math.inf),
+        "cross_layers": (0, math.inf),
+        "heads": (1, math.inf),
+        "decoder": (1, math.inf),
+    }
 
     trained: list[str] = field(default_factory=lambda: _PARTS[1:])
     second_stage: int = 2
@@ -75,7 +79,7 @@ class SegCLIP(OVSegModel):
         if not 0 <= options.second_stage <= blocks:
             raise ValueError(
                 f"second_stage is {options.second_stage}; expected 0 to {blocks}, the blocks of "
-                f"the backbone"
+                "the backbone"
             )
         self.backbone.antialias_positions = False  # as published
         self.first_stage = blocks - options.second_stage

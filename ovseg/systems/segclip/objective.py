@@ -2,7 +2,7 @@
 
 Luo et al., arXiv:2211.14813.
 
-    q_l = mean of P over the patches of l's superpixel (l included)                                             (1)
+    q_l = mean of P over the patches of l's superpixel (l included)                              (1)
     loss_b = 1 / (2 L G) sum_lg (softmax(P)_blg - softmax(q)_blg) (log softmax(P)_blg - log softmax(q)_blg)      (2)
 
 P is the straight-through assignment, so softmax(P) takes two values and the loss lies below 0.0221:
@@ -174,7 +174,7 @@ class SegCLIPObjective(Objective):
         if not 0 < count < N:
             raise ConfigError(
                 f"kept is {self.kept}; of {N} patches it keeps {count}, expected at least one and "
-                f"not all"
+                "not all"
             )
         kept = x.gather(1, order[:, :count, None].expand(-1, -1, D))
         hidden = self.model.scatter(
@@ -186,7 +186,7 @@ class SegCLIPObjective(Objective):
         if truth.shape[1] != N:
             raise InputError(
                 f"images give {N} tokens and {truth.shape[1]} patches; the reconstruction expects "
-                f"one token a patch, "
+                "one token a patch, "
                 "a stride of the patch size"
             )
         truth = truth.gather(1, removed[..., None].expand(-1, -1, truth.shape[2]))

@@ -1,8 +1,8 @@
 """Deep prompts: learned tokens in front of every block of a frozen ViT (VPT, Jia et al.,
 arXiv:2203.12119), as ZegCLIP tunes CLIP.
 
-    P_i = dropout(W e_i + b)                 e_i [T, D] of block i, one W for all                             (1)
-    x   = block_i([x_0; P_i; x_1 .. x_N])    and its T outputs are replaced by P_{i+1}                         (2)
+    P_i = dropout(W e_i + b)                 e_i [T, D] of block i, one W for all                (1)
+    x   = block_i([x_0; P_i; x_1 .. x_N])    and its T outputs are replaced by P_{i+1}           (2)
 
 Nobody reads the outputs of (2) at the prompts, so there a block has to give keys and values only:
 
@@ -17,7 +17,7 @@ scores are the masks.
     q_c = W1 (g * t_c) + W2 t_c + b              relationship descriptor of picture g and text t_c [E]             (1)
     q   = LN2(q + drop(O attend(q, F)));  q = LN3(q + drop(W'' drop(relu(W' q))))      in all layers but the last  (2)
     mask_c(n) = mean over heads of Q_h(q_c) . K_h(F_n) / sqrt(d) = Q(q_c) . K(F_n) / (heads sqrt(d))     the last  (3)
-              = (Q(q_c) W_K) . F_n / (heads sqrt(d)) + Q(q_c) . b_K / (heads sqrt(d))                              (4)
+              = (Q(q_c) W_K) . F_n / (heads sqrt(d)) + Q(q_c) . b_K / (heads sqrt(d))            (4)
 
 (4) is one product with the patches for all heads. W2 t_c + b depends on the vocabulary only. The
 decoder is that of ZegCLIP (arXiv:2212.03588), after SegViT (arXiv:2210.05844), without the parts

@@ -43,8 +43,12 @@ class ZegCLIPOptions(FrozenClipOptions):
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "image_size": (1, math.inf), "heads": (1, math.inf), "hidden": (1, math.inf), "class_weight": (0, math.inf),
-        "seen_classes": (0, math.inf)}  # fmt: skip
+        "image_size": (1, math.inf),
+        "heads": (1, math.inf),
+        "hidden": (1, math.inf),
+        "class_weight": (0, math.inf),
+        "seen_classes": (0, math.inf),
+    }
 
     templates: str = "zegclip15"
     trained: list[str] = field(default_factory=lambda: list(_PARTS))

@@ -2,9 +2,9 @@
 
 Zhou et al., arXiv:2212.03588.
 
-    N = max(1, sum over pictures of the number of classes that are labelled in them)                                (1)
-    focal = w_f / N sum_bc focal_bc          over all classes, those of no pixel too                                   (2)
-    dice  = w_d / N sum_bc present_bc dice_bc                                                                         (3)
+    N = max(1, sum over pictures of the number of classes that are labelled in them)             (1)
+    focal = w_f / N sum_bc focal_bc          over all classes, those of no pixel too             (2)
+    dice  = w_d / N sum_bc present_bc dice_bc                                                    (3)
 
 A pixel without a label is a negative for every class, as published: what lies in no class belongs
 to none. Three settings:
@@ -51,7 +51,11 @@ class ZegCLIPTraining:
     """
 
     ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "focal": (0, math.inf), "dice": (0, math.inf), "alpha": (0, 1), "gamma": (0, math.inf)}  # fmt: skip
+        "focal": (0, math.inf),
+        "dice": (0, math.inf),
+        "alpha": (0, 1),
+        "gamma": (0, math.inf),
+    }
 
     setting: str = "inductive"
     classes: Any = "digits"
@@ -83,7 +87,7 @@ class ZegCLIPObjective(Objective):
         if options.setting != "supervised" and not seen:
             raise ConfigError(
                 f"unseen names all {len(names)} classes; expected at least one that is seen, or "
-                f"setting supervised"
+                "setting supervised"
             )
         if options.setting == "transductive" and not unseen:
             raise ConfigError(
@@ -121,9 +125,9 @@ class ZegCLIPObjective(Objective):
         if given is not None and tuple(given) != self.classes.names:
             raise ConfigError(
                 f"data gives {len(given)} classes ({', '.join(given[:3])}, ...) and "
-                f"objective.options.classes "
+                "objective.options.classes "
                 f"{len(self.classes.names)} ({', '.join(self.classes.names[:3])}, ...); expected "
-                f"the same in the same order"
+                "the same in the same order"
             )
 
     def encode(self, batch: MaskBatch, progress: Progress) -> Rows:
@@ -173,7 +177,7 @@ class ZegCLIPObjective(Objective):
             bad = int(masks[~known & (masks != batch.ignore_index)][0])
             raise InputError(
                 f"batch.masks holds {bad}; expected 0 to {C - 1}, or {batch.ignore_index} where "
-                f"there is no label"
+                "there is no label"
             )
         index = masks.clamp(0, C - 1)
         labels = self.target[index].masked_fill(~known, _NONE)

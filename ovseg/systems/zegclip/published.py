@@ -176,7 +176,7 @@ def _reduced(model: ZegCLIP, state: State) -> State:
     if first.dim() != 3 or deep.dim() != 3 or first.shape[1:] != deep.shape[1:]:
         raise CheckpointError(
             f"{_FIRST} is {list(first.shape)} and {_DEEP} {list(deep.shape)}; expected [1, T, D] "
-            f"and [depth - 1, T, D]"
+            "and [depth - 1, T, D]"
         )
     return {**found, _PROMPTS: torch.cat([first, deep])}
 
