@@ -51,8 +51,13 @@ class ClipLoss(nn.Module):
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
 
     def forward(
-        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False
-    ):
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor | float,
+        logit_bias: torch.Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """The loss of unit ``image_features`` and ``text_features`` [B, D].
 
         A bias on all logits changes no softmax: it is ignored.
@@ -60,7 +65,9 @@ class ClipLoss(nn.Module):
         loss = self._loss(image_features, text_features, logit_scale)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, image, text, scale):
+    def _loss(
+        self, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float
+    ) -> torch.Tensor:
         if self.world_size == 1:
             return compute(image, text, scale, None, None, None, False, "softmax", 0.0)
         group = _group(self.rank, self.world_size)
@@ -119,8 +126,13 @@ class SigLipLoss(nn.Module):
         )
 
     def forward(
-        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False
-    ):
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor | float,
+        logit_bias: torch.Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """The loss of unit ``image_features`` and ``text_features`` [B, D]."""
         group = None if self.world_size == 1 else _group(self.rank, self.world_size)
         bias = 0.0 if logit_bias is None else logit_bias
