@@ -56,32 +56,34 @@ class _Native:
 
 
 def define(op: str, schema: str) -> None:
-    """A schema of the public operator ``op``."""
+    """Define a schema of the public operator ``op``."""
     name = schema.split("(", 1)[0]
     SCHEMAS[name], OPERATOR_OF[name] = schema, op
     LIBRARY.define(schema)
 
 
 def fallback(name: str, function: Callable) -> None:
-    """What answers on a device for which no kernel is registered."""
+    """Register what answers on a device for which no kernel is registered."""
     FALLBACKS[name] = function
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
 def composite(name: str, function: Callable) -> None:
-    """The implementation for all devices."""
+    """Register the implementation for all devices."""
     COMPOSITES.add(name)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
 def fake(name: str) -> Callable:
-    """Shapes and dtypes of the outputs, for torch.compile, torch.export and meta tensors."""
+    """Register shapes and dtypes of the outputs.
+
+    For torch.compile, torch.export and meta tensors.
+    """
     return torch_library.register_fake(f"ovseg::{name}", lib=LIBRARY)
 
 
 def autocast(name: str, features: tuple[int, ...]) -> None:
-    """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales
-    alone.
+    """Cast, under autocast, the arguments at ``features`` to its dtype, and leave scales alone.
 
     torch's own ``register_autocast`` would cast every floating argument, a temperature too.
     """
@@ -102,7 +104,10 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
 
 
 def autocast_type(device: torch.device) -> str:
-    """What torch.autocast is asked by: it knows no meta tensors, which compute nothing."""
+    """Return the device type to ask torch.autocast by.
+
+    It knows no meta tensors, which compute nothing.
+    """
     return "cpu" if device.type == "meta" else device.type
 
 
@@ -110,8 +115,9 @@ def autocast_type(device: torch.device) -> str:
 def overriding(
     implementations: dict[str, Callable], keys: tuple[str, ...], *, with_keyset: bool = False
 ) -> Iterator[None]:
-    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again
-    afterwards. In all threads.
+    """Let ``implementations`` answer at the dispatch ``keys``, in all threads.
+
+    What answered before does again afterwards.
     """
     library = torch_library.Library("ovseg", "IMPL")
     # Newer releases of torch let Python override Python by default, older ones want to be told, the

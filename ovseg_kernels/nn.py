@@ -1,5 +1,6 @@
-"""Losses as modules, with the constructors and calls of open_clip's: change the import, and the [B,
-B] logits are gone.
+"""Losses as modules, with the constructors and calls of open_clip's.
+
+Change the import, and the [B, B] logits are gone:
 
     from ovseg_kernels.nn import ClipLoss      # was: from open_clip import ClipLoss
 
@@ -53,7 +54,7 @@ class ClipLoss(nn.Module):
     def forward(
         self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False
     ):
-        """The loss of unit ``image_features`` and ``text_features`` [B, D].
+        """Return the loss of unit ``image_features`` and ``text_features`` [B, D].
 
         A bias on all logits changes no softmax: it is ignored.
         """
@@ -91,8 +92,9 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """Sigmoid loss of unit features: a rank's images against the texts of all ranks, divided by the
-    rank's images.
+    """Sigmoid loss of unit features: a rank's images against the texts of all ranks.
+
+    The sum is divided by the number of the rank's images.
 
     Args:
         cache_labels: accepted; there are no labels to cache.
@@ -121,7 +123,7 @@ class SigLipLoss(nn.Module):
     def forward(
         self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False
     ):
-        """The loss of unit ``image_features`` and ``text_features`` [B, D]."""
+        """Return the loss of unit ``image_features`` and ``text_features`` [B, D]."""
         group = None if self.world_size == 1 else _group(self.rank, self.world_size)
         bias = 0.0 if logit_bias is None else logit_bias
         loss = compute(
@@ -155,5 +157,5 @@ def _group(rank: int, world_size: int) -> dist.ProcessGroup:
 
 
 def _scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """``x``, with its gradient multiplied."""
+    """Return ``x``, with its gradient multiplied."""
     return x + (factor - 1) * (x - x.detach())
