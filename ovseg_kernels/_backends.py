@@ -84,9 +84,8 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _registering = threading.Lock()
 _asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
 _asking_at: set[str] = set()  # dispatch keys
-_no_cuda_library = (
-    _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
-)  # or none for this GPU
+# no CUDA library, or none for this GPU
+_no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
 
 
 def _triton_keys() -> tuple[str, ...]:
@@ -185,7 +184,10 @@ def unsupported(archs: list[str], capability: tuple[int, int]) -> str:
             return ""
     if not archs:  # built by hand: the launch itself will tell
         return ""
-    return f"built for sm_{', sm_'.join(archs)}, and the GPU is sm_{capability[0]}{capability[1]}; set TORCH_CUDA_ARCH_LIST and reinstall"
+    return (
+        f"built for sm_{', sm_'.join(archs)}, and the GPU is sm_{capability[0]}{capability[1]}; "
+        "set TORCH_CUDA_ARCH_LIST and reinstall"
+    )
 
 
 def allow_tf32(x: torch.Tensor) -> bool:

@@ -94,9 +94,8 @@ class _Flags:
     """
 
     def __init__(self, device: torch.device) -> None:
-        with torch.inference_mode(
-            False
-        ):  # it outlives the mode of the call that happens to be the first
+        # it outlives the mode of the call that happens to be the first
+        with torch.inference_mode(False):
             self.found = torch.zeros(1 + len(DEFERRED), dtype=torch.int32, device=device)
             self.copy = torch.zeros(
                 1 + len(DEFERRED), dtype=torch.int32, pin_memory=device.type == "cuda"
@@ -121,9 +120,8 @@ class _Flags:
         if messages:
             self.found.zero_()
             raise ValueError(
-                f"an earlier call of {'; and of '.join(messages)} (seen on the GPU "
-                "after that call had returned; "
-                "OVSEG_CHECK=1 raises in the call itself)"
+                f"an earlier call of {'; and of '.join(messages)} (seen on the GPU after that call "
+                "had returned; OVSEG_CHECK=1 raises in the call itself)"
             )
 
 

@@ -41,9 +41,8 @@ class Setting:
             yield
         finally:
             self._set.reset(token)
-            self._traced.value = (
-                self._set.get()
-            )  # not what it was before: tasks of one thread may end in any order
+            # not what it was before: tasks of one thread may end in any order
+            self._traced.value = self._set.get()
 
 
 BACKEND = Setting("ovseg_backend")

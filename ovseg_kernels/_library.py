@@ -22,9 +22,8 @@ LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
-COMPOSITES: set[str] = (
-    set()
-)  # a handful of torch calls, the same on every device: no kernel is wanted
+# a handful of torch calls, the same on every device: no kernel is wanted
+COMPOSITES: set[str] = set()
 
 
 class BackendError(RuntimeError):
@@ -48,8 +47,14 @@ class _Native:
             self.loaded = True
         except (OSError, RuntimeError) as error:
             built = build_info()
-            there = f"built against torch {built.get('torch', 'unknown')} with {built.get('libc') or 'an unknown libc'}"
-            self.reason = f"{there}, and does not load under {torch.__version__} with {libc() or 'another libc'}: {error}"
+            there = (
+                f"built against torch {built.get('torch', 'unknown')} "
+                f"with {built.get('libc') or 'an unknown libc'}"
+            )
+            self.reason = (
+                f"{there}, and does not load under {torch.__version__} "
+                f"with {libc() or 'another libc'}: {error}"
+            )
             warnings.warn(
                 f"ovseg_kernels: {self.path.name} {self.reason}", RuntimeWarning, stacklevel=2
             )

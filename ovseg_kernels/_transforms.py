@@ -37,9 +37,8 @@ def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx, *args):
-        *inputs, keyset = (
-            args  # behind the others, so that ctx.needs_input_grad counts from the first argument
-        )
+        # The keyset comes last, so that ctx.needs_input_grad counts from the first argument.
+        *inputs, keyset = args
         ctx.backend = BACKEND.get()
         output = below(keyset, inputs)
         if setup is not None:
@@ -95,7 +94,10 @@ def no_second_derivative(name: str) -> None:
     autograd(name, backward, None)
 
 
-_INSTEAD = "use reverse mode (grad, vjp, jacrev), or the definition: with ovseg_kernels.backend('reference'): ..."
+_INSTEAD = (
+    "use reverse mode (grad, vjp, jacrev), or the definition: "
+    "with ovseg_kernels.backend('reference'): ..."
+)
 
 
 def no_forward_derivative(op: str, *args: object, instead: str = _INSTEAD) -> None:

@@ -53,20 +53,17 @@ _NORMALIZER = {"mean": 0, "mean_plus_one": 1, "sum": 2}
 
 lib.define(
     "center_assignment",
-    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, Tensor? "
-    "key_scale, "
-    "Tensor? mask, Tensor? noise, Tensor? rng, float scale, float tau, bool hard, int normalizer, "
-    "bool want_soft) "
+    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, "
+    "Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? rng, float scale, float tau, "
+    "bool hard, int normalizer, bool want_soft) "
     "-> (Tensor pooled, Tensor index, Tensor count, Tensor soft)",
 )
 lib.define(
     "center_assignment",
-    "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, Tensor "
-    "queries, Tensor keys, "
-    "Tensor values, Tensor? center_bias, Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? "
-    "rng, Tensor pooled, "
-    "Tensor index, Tensor count, float scale, float tau, bool hard, int normalizer, bool "
-    "need_queries, bool need_keys, "
+    "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, "
+    "Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, Tensor? key_scale, "
+    "Tensor? mask, Tensor? noise, Tensor? rng, Tensor pooled, Tensor index, Tensor count, "
+    "float scale, float tau, bool hard, int normalizer, bool need_queries, bool need_keys, "
     "bool need_values, bool shared) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("center_assignment", reference.forward)
@@ -296,7 +293,6 @@ _transforms.vmap(
     images=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13),
     unless=lambda args: args[10] is not None,
 )
-lib.autocast(
-    "center_assignment", features=()
-)  # nothing is lowered, not even inside the closed form
+# nothing is lowered, not even inside the closed form
+lib.autocast("center_assignment", features=())
 lib.autocast("center_assignment_backward", features=())

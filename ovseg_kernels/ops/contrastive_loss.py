@@ -44,8 +44,14 @@ from .._unit import unit
 from ..reference import contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 
-_INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, Tensor? text_ids"
-_SAVED = "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, int offset, bool sigmoid, bool tf32"
+_INPUTS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, "
+    "Tensor? image_ids, Tensor? text_ids"
+)
+_SAVED = (
+    "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, "
+    "int offset, bool sigmoid, bool tf32"
+)
 lib.define(
     "contrastive_loss",
     f"contrastive_stats({_INPUTS}, int offset, bool sigmoid, bool tf32) -> (Tensor, Tensor)",
@@ -53,8 +59,8 @@ lib.define(
 lib.define("contrastive_loss", f"contrastive_loss({_INPUTS}, {_SAVED}) -> Tensor")
 lib.define(
     "contrastive_loss",
-    f"contrastive_loss_backward(Tensor grad, {_INPUTS}, {_SAVED}, bool need_image, bool "
-    "need_text) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"contrastive_loss_backward(Tensor grad, {_INPUTS}, {_SAVED}, "
+    "bool need_image, bool need_text) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("contrastive_stats", reference.stats)
 lib.fallback("contrastive_loss_backward", reference.backward)
@@ -138,9 +144,8 @@ def compute(
         sizes = [x[:2] for x in found]
     if image_ids is None and any(b != t for b, t in sizes):
         raise ValueError(
-            f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; without ids "
-            "expected as many texts as "
-            "images: pass image_ids and text_ids"
+            f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; "
+            "without ids expected as many texts as images: pass image_ids and text_ids"
         )
     with torch.autocast(lib.autocast_type(image.device), enabled=False):
         if group is None and _backends.use_definition("contrastive_loss", image.device):

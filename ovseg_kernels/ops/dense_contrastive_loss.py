@@ -57,20 +57,19 @@ TERMS = ("both", "text_to_pixel", "pixel_to_text")
 lib.define(
     "dense_contrastive_loss",
     "dense_contrastive_select(Tensor pixels, Tensor texts, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? rng, int k_pos, int k_neg, "
-    "int skip, int sampling, float temperature, float margin) -> (Tensor positive, Tensor "
-    "negative)",
+    "Tensor? rng, int k_pos, int k_neg, int skip, int sampling, float temperature, float margin) "
+    "-> (Tensor positive, Tensor negative)",
 )
 lib.define(
     "dense_contrastive_loss",
-    "dense_contrastive_gather(Tensor pixels, Tensor texts, Tensor index, int rows) -> (Tensor "
-    "similarity, Tensor unit)",
+    "dense_contrastive_gather(Tensor pixels, Tensor texts, Tensor index, int rows) "
+    "-> (Tensor similarity, Tensor unit)",
 )
 lib.define(
     "dense_contrastive_loss",
     "dense_contrastive_gather_backward(Tensor? grad_similarity, Tensor? grad_unit, Tensor pixels, "
-    "Tensor texts, Tensor index, "
-    "Tensor order, int rows, bool need_pixels, bool need_texts) -> (Tensor, Tensor)",
+    "Tensor texts, Tensor index, Tensor order, int rows, bool need_pixels, bool need_texts) "
+    "-> (Tensor, Tensor)",
 )
 lib.fallback("dense_contrastive_select", reference.select)
 lib.fallback("dense_contrastive_gather", reference.gather)
@@ -267,9 +266,8 @@ def select_pixels(
     _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
     if image_ids is None and pixels.shape[0] != texts.shape[0]:
         raise ValueError(
-            f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; without ids "
-            "expected as many texts as images: "
-            "pass image_ids and text_ids"
+            f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; "
+            "without ids expected as many texts as images: pass image_ids and text_ids"
         )
     noisy = sampling in ("gumbel", "random")
     if noisy != (rng is not None):
@@ -334,9 +332,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_similarity, grad_unit):
     pixels, texts, index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    order = index.flatten().argsort(
-        stable=True
-    )  # what falls on one pixel lies together: it has one owner and one order
+    # what falls on one pixel lies together: it has one owner and one order
+    order = index.flatten().argsort(stable=True)
     grads = (grad_similarity, grad_unit if ctx.rows else None)
     found = torch.ops.ovseg.dense_contrastive_gather_backward(
         *grads, pixels, texts, index, order, ctx.rows, *needs

@@ -54,16 +54,16 @@ _WEIGHT = {"softmax": 0, "sigmoid": 1}
 
 lib.define(
     "patch_text_similarity",
-    "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, Tensor "
-    "bias, "
-    "int pool, int weight, bool tf32) -> (Tensor similarity, Tensor lse, Tensor norm)",
+    "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, "
+    "Tensor bias, int pool, int weight, bool tf32) "
+    "-> (Tensor similarity, Tensor lse, Tensor norm)",
 )
 lib.define(
     "patch_text_similarity",
-    "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, Tensor? "
-    "patch_mask, Tensor scale, "
-    "Tensor bias, Tensor similarity, Tensor lse, Tensor norm, int pool, int weight, bool tf32, "
-    "bool need_patches, bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)",
+    "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, "
+    "Tensor? patch_mask, Tensor scale, Tensor bias, Tensor similarity, Tensor lse, Tensor norm, "
+    "int pool, int weight, bool tf32, bool need_patches, bool need_texts) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("patch_text_similarity", reference.forward)
 lib.fallback("patch_text_similarity_backward", reference.backward)
@@ -162,9 +162,8 @@ def _mean(patches, texts, mask):
         ).clamp(min=1)
     with torch.autocast(lib.autocast_type(patches.device), enabled=False):
         found = pooled @ unit(texts).T
-    return (
-        found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)
-    )  # be a text NaN
+    # 0 where no patch is kept, be a text NaN
+    return found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)
 
 
 @lib.fake("patch_text_similarity")
@@ -226,7 +225,6 @@ def _backward(ctx, grad, *_):
 _transforms.autograd("patch_text_similarity", _backward, _setup)
 _transforms.no_second_derivative("patch_text_similarity_backward")
 _transforms.vmap("patch_text_similarity", images=(0, 2))
-_transforms.vmap(
-    "patch_text_similarity_backward"
-)  # gradients of texts and scale are sums over the images
+# gradients of texts and scale are sums over the images
+_transforms.vmap("patch_text_similarity_backward")
 lib.autocast("patch_text_similarity", features=(0, 1))

@@ -49,12 +49,11 @@ lib.define(
 )
 lib.define(
     "segclip_center_assignment",
-    "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) -> "
-    "(Tensor, Tensor)",
+    "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) "
+    "-> (Tensor, Tensor)",
 )
-_CHUNK = (
-    4 << 20
-)  # elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
+# elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
+_CHUNK = 4 << 20
 
 
 def segclip_center_assignment(
@@ -147,9 +146,8 @@ def segclip_center_assignment(
         acc, dtype = accumulation_dtype(tokens), tokens.dtype
         key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
         if mask is not None:
-            tokens = tokens.masked_fill(
-                ~mask[..., None], 0
-            )  # what a masked token holds must not reach its norm
+            # what a masked token holds must not reach its norm
+            tokens = tokens.masked_fill(~mask[..., None], 0)
         normed = F.layer_norm(tokens, (D,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
         q = queries.to(acc)
         scaled = q * key_norm_weight.to(acc)

@@ -40,20 +40,19 @@ from ..reference.patch_text_similarity import accumulation_dtype
 _IDS = "Tensor? image_ids, Tensor? text_ids, Tensor? pair_mask"
 lib.define(
     "similarity_contrastive_loss",
-    f"similarity_contrastive_stats(Tensor similarity, Tensor logit_scale, {_IDS}, int offset) -> "
-    "(Tensor, Tensor)",
+    f"similarity_contrastive_stats(Tensor similarity, Tensor logit_scale, {_IDS}, int offset) "
+    "-> (Tensor, Tensor)",
 )
 lib.define(
     "similarity_contrastive_loss",
     f"similarity_contrastive_loss(Tensor similarity, Tensor logit_scale, {_IDS}, Tensor rows, "
-    "Tensor columns, "
-    "Tensor row_weight, Tensor column_weight, int offset) -> Tensor",
+    "Tensor columns, Tensor row_weight, Tensor column_weight, int offset) -> Tensor",
 )
 lib.define(
     "similarity_contrastive_loss",
     "similarity_contrastive_loss_backward(Tensor grad, Tensor similarity, Tensor logit_scale, "
-    f"{_IDS}, Tensor rows, "
-    "Tensor columns, Tensor row_weight, Tensor column_weight, int offset) -> (Tensor, Tensor)",
+    f"{_IDS}, Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, int offset) "
+    "-> (Tensor, Tensor)",
 )
 lib.fallback("similarity_contrastive_stats", reference.stats)
 lib.fallback("similarity_contrastive_loss_backward", reference.backward)
@@ -106,8 +105,7 @@ def similarity_contrastive_loss(
         if total != similarity.shape[1]:
             raise ValueError(
                 f"similarity has shape {list(similarity.shape)} and the batch has {total} images; "
-                "without ids expected as "
-                "many texts as images: pass image_ids and text_ids"
+                "without ids expected as many texts as images: pass image_ids and text_ids"
             )
     similarity = similarity.to(dtype)
     if group is None and _backends.use_definition("similarity_contrastive_loss", similarity.device):

@@ -49,8 +49,8 @@ LABEL_TYPES = reference.LABEL_TYPES
 lib.define(
     "upsample_argmax",
     "upsample_argmax(Tensor logits, Tensor? bias, Tensor? class_labels, int height, int width, "
-    "float? threshold, int background, "
-    "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
+    "float? threshold, int background, int label_type, bool want_value) "
+    "-> (Tensor labels, Tensor value)",
 )
 lib.fallback("upsample_argmax", reference.upsample_argmax)
 

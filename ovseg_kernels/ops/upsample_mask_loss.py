@@ -45,14 +45,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 lib.define(
     "upsample_mask_loss",
-    "upsample_mask_loss(Tensor logits, Tensor codes, float alpha, float gamma) -> (Tensor focal, "
-    "Tensor dice, Tensor present, Tensor sums)",
+    "upsample_mask_loss(Tensor logits, Tensor codes, float alpha, float gamma) "
+    "-> (Tensor focal, Tensor dice, Tensor present, Tensor sums)",
 )
 lib.define(
     "upsample_mask_loss",
-    "upsample_mask_loss_backward(Tensor grad_focal, Tensor grad_dice, Tensor logits, Tensor "
-    "codes, Tensor sums, float alpha, "
-    "float gamma) -> Tensor",
+    "upsample_mask_loss_backward(Tensor grad_focal, Tensor grad_dice, Tensor logits, "
+    "Tensor codes, Tensor sums, float alpha, float gamma) -> Tensor",
 )
 lib.fallback("upsample_mask_loss", reference.upsample_mask_loss)
 lib.fallback("upsample_mask_loss_backward", reference.backward)

@@ -60,10 +60,9 @@ Origins: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
 
 lib.define(
     "window_argmax",
-    "window_argmax(Tensor values, Tensor? index, Tensor origins, Tensor? bias, Tensor? "
-    "class_labels, int crop_height, int crop_width, "
-    "int canvas_height, int canvas_width, int height, int width, int activation, int stage, "
-    "float? threshold, int background, "
+    "window_argmax(Tensor values, Tensor? index, Tensor origins, Tensor? bias, "
+    "Tensor? class_labels, int crop_height, int crop_width, int canvas_height, int canvas_width, "
+    "int height, int width, int activation, int stage, float? threshold, int background, "
     "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
 )
 lib.fallback("window_argmax", reference.window_argmax)
@@ -276,9 +275,8 @@ def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, in
     for y, x in corners:
         if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
             raise ValueError(
-                f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected "
-                f"rows 0 to {canvas[0] - crop[0]} and "
-                f"columns 0 to {canvas[1] - crop[1]}, inside the canvas "
+                f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected rows 0 to "
+                f"{canvas[0] - crop[0]} and columns 0 to {canvas[1] - crop[1]}, inside the canvas "
                 f"{tuple(canvas)}"
             )
     hole = _first_hole(sorted(corners), crop, canvas)
@@ -299,10 +297,9 @@ def _first_hole(
     ``corners`` are the upper left ones, sorted.
     """
     height, width = crop
-    columns = [
-        -width,
-        canvas[1],
-    ]  # of the windows of the present rows, between two that end and begin outside of the canvas
+    # Columns of the windows of the present rows, between two that end and begin outside of the
+    # canvas.
+    columns = [-width, canvas[1]]
     gaps = int(canvas[1] > 0)
     begun = ended = 0
     for row in sorted(

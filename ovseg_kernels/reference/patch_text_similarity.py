@@ -129,9 +129,8 @@ def backward(
             total = g * F.one_hot(s.masked_fill(~keep, float("-inf")).argmax(-1), s.shape[-1]).to(
                 acc
             )
-            total = total.masked_fill(
-                ~keep, 0
-            )  # where no patch is kept, the first is not the largest
+            # where no patch is kept, the first is not the largest
+            total = total.masked_fill(~keep, 0)
             m, along, value = total / r, (total * s).sum(0), 0
         else:
             a = (x - lse[b][:, None]).exp().masked_fill(~keep, 0)

@@ -11,9 +11,8 @@ def between(samples, outputs, dtype, device):
     """Return (lower sample, upper sample, weight of the upper) of every output, (1)."""
     scale = torch.tensor(samples, dtype=dtype) / torch.tensor(outputs, dtype=dtype)
     source = ((torch.arange(outputs, dtype=dtype, device=device) + 0.5) * scale - 0.5).clamp(min=0)
-    twice = (
-        2 * torch.arange(outputs, device=device) + 1
-    ) * samples - outputs  # source, times 2 outputs
+    # source, times 2 outputs
+    twice = (2 * torch.arange(outputs, device=device) + 1) * samples - outputs
     # Rounding must not give a sample a weight that has none: it may be infinite.
     source = torch.where(
         (twice >= 0) & (twice % (2 * outputs) == 0), twice // (2 * outputs), source
