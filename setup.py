@@ -2,14 +2,15 @@
 
 CMakeLists.txt is the build.
 
-OVSEG_BUILD_NATIVE  1: a failing native build is an error; 0: no native build; unset: try, and go on
-without it
-FORCE_CUDA          1 or 0; unset: on if nvcc is found. Never asks for a GPU
-TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a"; unset:
-8.0;9.0a;10.0;12.0+PTX, those of them that nvcc knows
-MAX_JOBS            parallel compilations; unset: min(cores, memory / 4 GB)
-OVSEG_WERROR        1: warnings are errors
-OVSEG_KEEP_BUILD    1: go on with the objects of an earlier build that was cut short; unset: build everything anew
+OVSEG_BUILD_NATIVE    1: a failing native build is an error; 0: no native build;
+                      unset: try, and go on without it
+FORCE_CUDA            1 or 0; unset: on if nvcc is found. Never asks for a GPU
+TORCH_CUDA_ARCH_LIST  architectures of the CUDA library, e.g. "8.0;9.0a";
+                      unset: 8.0;9.0a;10.0;12.0+PTX, those of them that nvcc knows
+MAX_JOBS              parallel compilations; unset: min(cores, memory / 4 GB)
+OVSEG_WERROR          1: warnings are errors
+OVSEG_KEEP_BUILD      1: go on with the objects of an earlier build that was cut short;
+                      unset: build everything anew
 """
 
 import base64
@@ -46,6 +47,7 @@ DEFAULT_ARCHS = ("8.0", "9.0a", "10.0", "12.0")
 
 
 def max_jobs() -> int:
+    """Return how many compilations run at once, by MAX_JOBS or by cores and memory."""
     if os.environ.get("MAX_JOBS"):
         return int(os.environ["MAX_JOBS"])
     try:
@@ -56,21 +58,24 @@ def max_jobs() -> int:
 
 
 def use_cuda() -> bool:
+    """Return whether to build for CUDA, by FORCE_CUDA or by whether nvcc is found."""
     forced = os.environ.get("FORCE_CUDA")
     return shutil.which("nvcc") is not None if forced in (None, "") else forced == "1"
 
 
 def nvcc_codes() -> str:
-    """The chips that the compiler knows, as it lists them: ``sm_80 sm_86 ...``; empty where it
-    cannot be asked.
+    """Return the chips that the compiler knows, as it lists them: ``sm_80 sm_86 ...``.
+
+    Empty where it cannot be asked.
     """
     done = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else ""
 
 
 def default_archs(codes: str) -> str:
-    """Of ``DEFAULT_ARCHS`` those among ``codes``, the last one with PTX; all where nothing is
-    known.
+    """Return those of ``DEFAULT_ARCHS`` that are among ``codes``, the last one with PTX.
+
+    All where nothing is known.
     """
     known = {int(code.removeprefix("sm_").rstrip("af")) for code in codes.split()}
     chosen = [
@@ -81,14 +86,14 @@ def default_archs(codes: str) -> str:
     if not chosen:
         raise RuntimeError(
             f"nvcc compiles for {codes} and for none of {DEFAULT_ARCHS}; expected "
-            f"TORCH_CUDA_ARCH_LIST to be set"
+            "TORCH_CUDA_ARCH_LIST to be set"
         )
     # Code for one chip alone ("a") has no PTX that later chips could take.
     return ";".join([*chosen[:-1], chosen[-1].rstrip("a") + "+PTX"])
 
 
 def first_line(*command: str, last: bool = False) -> str:
-    """What a compiler says of itself."""
+    """Return what a compiler says of itself."""
     lines = (
         subprocess.run(command, capture_output=True, text=True, check=False)
         .stdout.strip()
@@ -104,6 +109,7 @@ class CMakeBuild(build_ext):
     """
 
     def run(self) -> None:
+        """Build for CUDA if asked, else for the CPU; go on without where that is allowed."""
         wanted = os.environ.get("OVSEG_BUILD_NATIVE", "")
         if wanted == "0":
             print("OVSEG_BUILD_NATIVE=0: no native library; the reference answers")
@@ -115,8 +121,8 @@ class CMakeBuild(build_ext):
                 if wanted == "1" or not use_cuda() or os.environ.get("FORCE_CUDA") == "1":
                     raise
                 print(
-                    f"\novseg_kernels: the build with CUDA failed ({error}); building for the CPU "
-                    f"only.\n"
+                    f"\novseg_kernels: the build with CUDA failed ({error}); "
+                    "building for the CPU only.\n"
                     "FORCE_CUDA=1 makes this an error, FORCE_CUDA=0 does not try.\n",
                     file=sys.stderr,
                 )
@@ -182,40 +188,47 @@ class CMakeBuild(build_ext):
         (out / "build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
     def get_outputs(self):
+        """Return the files that an install holds of this build."""
         folder = Path(self.build_lib) / "ovseg_kernels"
         return [str(path) for path in folder.glob("_C_*.so")] + [
             str(path) for path in folder.glob("build_info.json")
         ]
 
     def get_output_mapping(self):
+        """Return nothing: the libraries have no source file each."""
         return {}
 
 
 class PlatformWheel(bdist_wheel or object):
-    """py3-none-<platform>: the libraries hold no CPython symbol, so one wheel serves every Python."""
+    """py3-none-<platform>: the libraries hold no CPython symbol, one wheel serves every Python."""
 
     def get_tag(self):
+        """Return the tag: of the platform, or of any where there is no native library."""
         if os.environ.get("OVSEG_BUILD_NATIVE") == "0":
             return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]
 
 
 class PlainWheel(Command):
-    """bdist_wheel where neither setuptools nor ``wheel`` has one: what `pip install .` asks of it,
-    and no more.
+    """bdist_wheel where neither setuptools nor ``wheel`` has one.
+
+    It does what `pip install .` asks of it, and no more.
     """
 
     user_options: ClassVar[list] = [("dist-dir=", "d", "where the wheel goes")]
 
     def initialize_options(self):
+        """Set the options to what setuptools expects before they are read."""
         self.dist_dir = None
 
     def finalize_options(self):
+        """Set the folder of the wheel to ``dist`` where none was named."""
         self.dist_dir = Path(self.dist_dir or "dist")
 
     def egg2dist(self, egg_info, dist_info):
-        """Write METADATA and what stands beside it, from the folder that egg_info made; dist_info
-        asks for it.
+        """Write METADATA and what stands beside it, from the folder that egg_info made.
+
+        dist_info asks for it.
         """
         dist_info = Path(dist_info)
         shutil.rmtree(dist_info, ignore_errors=True)
@@ -229,6 +242,7 @@ class PlainWheel(Command):
         shutil.copy(ROOT / "LICENSE", dist_info / "LICENSE")
 
     def run(self):
+        """Build the package and put it into a wheel."""
         self.run_command("build")
         self.run_command("egg_info")
         build = self.get_finalized_command("build")
@@ -256,7 +270,7 @@ class PlainWheel(Command):
 
     @staticmethod
     def _added(archive, path, name):
-        """Put a file into the wheel; returns its line of RECORD."""
+        """Put a file into the wheel; return its line of RECORD."""
         data = path.read_bytes()
         archive.write(path, name)
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
@@ -265,9 +279,8 @@ class PlainWheel(Command):
 
 if "editable_wheel" in sys.argv and bdist_wheel is None:
     raise SystemExit(
-        f"ovseg-kernels: setuptools {setuptools.__version__} makes no editable install without "
-        f"`wheel`; "
-        "expected a later one, pip install 'setuptools>=77'"
+        f"ovseg-kernels: setuptools {setuptools.__version__} makes no editable install "
+        "without `wheel`; expected a later one, pip install 'setuptools>=77'"
     )
 
 setup(

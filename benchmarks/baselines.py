@@ -1,7 +1,8 @@
-"""What our operators are compared with: name to function of the inputs, the first is ours.
+"""Implementations that our operators are compared with.
 
-In float32 "eager" is the definition. In 16 bits the definition would compute in float32; there
-"eager" has the dtype's own products, and softmax and losses in float32, as autocast gives them.
+Each function of a case gives name to function of the inputs, the first is ours. In float32 "eager"
+is the definition. In 16 bits the definition would compute in float32; there "eager" has the dtype's
+own products, and softmax and losses in float32, as autocast gives them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Functions = dict[str, Callable[..., torch.Tensor]]
 
 
 def patch_text(case: Case) -> Functions:
+    """Return ``patch_text_similarity`` and what plain torch has for it."""
     options = dict(case.options)
     pool, weight = options.get("pool", "vector"), options.get("weight", "softmax")
     scale, bias = (
@@ -43,7 +45,7 @@ def patch_text(case: Case) -> Functions:
         return patch_text_similarity(patches, texts, None, scale, bias, pool, weight)
 
     def part_of(unit, patches, texts):
-        """The definition for some texts, on patches that were normalised once."""
+        """Return the definition for some texts, on patches that were normalised once."""
         q = F.normalize(texts, dim=-1)
         s = torch.einsum("bnd,td->btn", unit, q)
         if pool in ("max", "mean"):
@@ -85,7 +87,7 @@ def patch_text(case: Case) -> Functions:
 
 
 def _gram(u, texts, scale, bias, weight):
-    """One image by the Gram form, the fastest that plain torch does here."""
+    """Return one image by the Gram form, the fastest that plain torch does here."""
     q, r = F.normalize(texts, dim=-1), u.norm(dim=-1)
     s = q @ (u / r[:, None]).T
     a = (scale * s if weight == "softmax" else F.logsigmoid(scale * s + bias)).softmax(-1)
@@ -93,6 +95,8 @@ def _gram(u, texts, scale, bias, weight):
 
 
 def similarity_loss(case: Case) -> Functions:
+    """Return ``similarity_contrastive_loss`` and what plain torch has for it."""
+
     def cross_entropy(similarity, logit_scale):
         z, target = (
             logit_scale * similarity,
@@ -109,8 +113,9 @@ def similarity_loss(case: Case) -> Functions:
 
 
 def _assign(queries, keys, values, noise, scale=1.0, tau=1.0, normalizer="mean_plus_one"):
-    """The definition of ``center_assignment``, its products in the dtype that the inputs have:
-    (pooled,).
+    """Return (pooled,), the definition of ``center_assignment`` in the dtype of its inputs.
+
+    Its products are in that dtype.
     """
     if queries.dtype.itemsize > 2:
         return center_assignment(
@@ -124,8 +129,9 @@ def _assign(queries, keys, values, noise, scale=1.0, tau=1.0, normalizer="mean_p
 
 
 def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]) -> Functions:
-    """A training step of the assignment: the same Gumbel noise for all, drawn inside by ours and
-    given to the others.
+    """Return a training step of the assignment, by the operator and by its definitions.
+
+    The Gumbel noise is the same for all, drawn inside by ours and given to the others.
     """
     noises: dict[tuple, torch.Tensor] = {}
 
@@ -155,10 +161,13 @@ def _training(case: Case, operator: Callable, *definitions: tuple[str, Callable]
 
 
 def assignment(case: Case) -> Functions:
+    """Return ``center_assignment`` and what plain torch has for it."""
     return _training(case, ok.center_assignment, ("eager", _assign))
 
 
 def folded_assignment(case: Case) -> Functions:
+    """Return ``folded_center_assignment`` and what plain torch has for it."""
+
     def eager(queries, tokens, key_weight, value_weight, key_bias, value_bias, **options):
         if tokens.dtype.itemsize > 2:
             return folded_center_assignment(
@@ -172,7 +181,7 @@ def folded_assignment(case: Case) -> Functions:
         )
 
     def batched(queries, tokens, key_weight, value_weight, key_bias, value_bias, noise, scale):
-        """The same algebra in plain torch: the fastest that it does here."""
+        """Return the same algebra in plain torch, the fastest that it does here."""
         z = (queries @ key_weight) @ tokens.transpose(1, 2) + (queries @ key_bias)[..., None]
         s = (scale * z + noise).softmax(1)
         a = torch.zeros_like(s).scatter_(1, s.argmax(1, keepdim=True), 1.0) + (s - s.detach())
@@ -185,6 +194,8 @@ def folded_assignment(case: Case) -> Functions:
 
 
 def segclip_assignment(case: Case) -> Functions:
+    """Return ``segclip_center_assignment`` and what plain torch has for it."""
+
     def convolutions(
         queries,
         tokens,
@@ -196,8 +207,9 @@ def segclip_assignment(case: Case) -> Functions:
         key_norm_bias,
         **options,
     ):
-        """As the modules of the system are written: Conv1d over channels, with the transposes it
-        asks for.
+        """Return the step as the modules of the system are written.
+
+        They are Conv1d over channels, with the transposes it asks for.
         """
         D, groups = tokens.shape[-1:], tokens.shape[-1] // key_weight.shape[1]
         x = F.layer_norm(tokens, D, norm_weight, norm_bias).transpose(1, 2)
@@ -242,7 +254,7 @@ def segclip_assignment(case: Case) -> Functions:
 
 
 def contrastive(case: Case) -> Functions:
-    """InfoNCE of unit features, as CLIP trains."""
+    """Return ``contrastive_loss`` of unit features and others, as CLIP trains."""
 
     def eager(image, text, logit_scale):
         z, target = (
@@ -255,7 +267,10 @@ def contrastive(case: Case) -> Functions:
         return F.cross_entropy((logit_scale * image @ text.T).float(), target, reduction="sum")
 
     def in_blocks(image, text, logit_scale, step=512):
-        """Each side in blocks of rows, checkpointed: the usual way to save the matrix."""
+        """Return the loss by blocks of rows of each side, checkpointed.
+
+        The usual way to save the matrix.
+        """
         target, total = torch.arange(len(image), device=image.device), 0.0
         for own, other in ((image, text), (text, image)):
             for rows, places in zip(own.split(step), target.split(step), strict=True):
@@ -285,7 +300,7 @@ def contrastive(case: Case) -> Functions:
 
 
 class _RowBlocks(torch.autograd.Function):
-    """Our way in plain torch: statistics in one pass over blocks of rows, the gradient in another."""
+    """Our way in plain torch: one pass over blocks of rows for statistics, one for the gradient."""
 
     STEP = 256
 
@@ -318,7 +333,10 @@ class _RowBlocks(torch.autograd.Function):
 
 
 def dense(case: Case) -> Functions:
-    """Top-k positives and hard negatives, mean of log, both directions."""
+    """Return ``dense_contrastive_loss`` and what plain torch has for it.
+
+    Top-k positives and hard negatives, mean of log, both directions.
+    """
     t = case.options["temperature"]
 
     def counts(pixels):
@@ -336,7 +354,7 @@ def dense(case: Case) -> Functions:
         return p, q, (q @ p.T).unflatten(1, pixels.shape[:2])
 
     def eager(pixels, texts):
-        """All similarities, torch.topk, autograd."""
+        """Return the loss by all similarities, torch.topk, autograd."""
         k_pos, k_neg = counts(pixels)
         p, q, s = similarities(pixels, texts)
         mine = torch.arange(len(q), device=s.device)
@@ -347,8 +365,9 @@ def dense(case: Case) -> Functions:
         return loss(s_p / t, s_n / t, chosen @ q.T / t)
 
     def sparse(pixels, texts):
-        """Selection image by image without a graph, then autograd through the selected pixels
-        alone.
+        """Return the loss by autograd through the selected pixels alone.
+
+        They are selected image by image, without a graph.
         """
         k_pos, k_neg = counts(pixels)
         with torch.no_grad():
@@ -381,6 +400,7 @@ def dense(case: Case) -> Functions:
 
 
 def upsampling(case: Case) -> Functions:
+    """Return ``upsample_argmax`` and what plain torch has for it."""
     size, label_type = (
         (case.shape["H"], case.shape["H"]),
         getattr(torch, case.options.get("label_type", "int64")),
@@ -390,7 +410,7 @@ def upsampling(case: Case) -> Functions:
         return F.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
 
     def in_chunks(logits, step=10):
-        """A few classes at a time with a running maximum."""
+        """Return the labels by a few classes at a time with a running maximum."""
         best, winner = None, None
         for first in range(0, logits.shape[1], step):
             maps = F.interpolate(
@@ -413,13 +433,15 @@ def upsampling(case: Case) -> Functions:
 
 
 def window_labels(case: Case) -> Functions:
+    """Return ``window_argmax`` and the published procedures."""
     side, options = case.shape["side"], dict(case.options)
     crop, canvas, size = (side, side), (side, round(side * 4 / 3)), (side * 15 // 16, side * 5 // 4)
     threshold = options.get("threshold")
 
     def eager(logits, origins, tables=None):
-        """The published procedure: maps at full size, summed window by window, divided by their
-        number, resized.
+        """Return the labels by the published procedure.
+
+        Maps at full size, summed window by window, divided by their number, resized.
         """
         maps = F.interpolate(logits, crop, mode="bilinear", align_corners=False)
         if tables is not None:
@@ -451,12 +473,14 @@ def window_labels(case: Case) -> Functions:
 
 
 def mask_loss(_: Case) -> Functions:
+    """Return ``upsample_mask_loss`` as ZegCLIP adds it up, and what plain torch has for it."""
+
     def ours(logits, labels):
         focal, dice, present = ok.upsample_mask_loss(logits, labels)
         return (100 * focal.sum() + (dice * present).sum()) / present.sum().clamp(min=1)
 
     def parts(logits, labels, classes):
-        """Focal loss, dice of present classes and their number, of some classes."""
+        """Return focal loss, dice of present classes and their number, of some classes."""
         x = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False).flatten(2)
         y = (labels[:, None] == classes[:, None, None]).to(x.dtype).flatten(2)
         q = x.sigmoid()

@@ -1,4 +1,4 @@
-"""What a benchmark needs of a device: time, memory, rates and names.
+"""Measures of a device that a benchmark needs: time, memory, rates and names.
 
 ``Gpu`` is the real one; tests put another in its place.
 """
@@ -19,32 +19,36 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Device(Protocol):
-    """Where rows are measured."""
+    """A device where rows are measured."""
 
     torch_name: str
 
     def clock(self) -> float:
-        """Seconds, for budgets."""
+        """Return seconds, for budgets."""
 
     def milliseconds(self, function: Callable[[], Any], seconds: float) -> dict[str, float]:
-        """p20, median and p80 of many runs, each with a cold cache."""
+        """Return p20, median and p80 of many runs, each with a cold cache."""
 
     def extra_bytes(self, function: Callable[[], Any]) -> int:
-        """By how much one run raises the peak of allocated memory."""
+        """Return by how much one run raises the peak of allocated memory."""
 
     def settle(self) -> None:
-        """Wait for the device, and give unused memory back. Raises where the device is lost."""
+        """Wait for the device, and give unused memory back.
+
+        Raises where the device is lost.
+        """
 
     def backends(self) -> Sequence[str]:
-        """Of ours that run here."""
+        """Return the backends of ours that run here."""
 
     def rates(self, seconds: float) -> list[dict[str, Any]]:
-        """Rows of what the device reaches now: a large product in each dtype ("tflops"), and a copy
-        ("gb_per_s").
+        """Return rows of what the device reaches now.
+
+        A large product in each dtype ("tflops"), and a copy ("gb_per_s").
         """
 
     def environment(self) -> dict[str, Any]:
-        """Names and versions, for the first line of a file."""
+        """Return names and versions, for the first line of a file."""
 
 
 class Gpu:
@@ -56,13 +60,14 @@ class Gpu:
         self._flush: torch.Tensor | None = None
 
     def clock(self) -> float:
+        """Return the seconds of the host."""
         return time.monotonic()
 
     def milliseconds(self, function: Callable[[], Any], seconds: float) -> dict[str, float]:
+        """Return p20, median and p80 of many runs, each after a flush of the L2."""
         if self._flush is None:
-            self._flush = torch.empty(
-                2**26, dtype=torch.int32, device="cuda"
-            )  # 256 MiB: more than any L2
+            # 256 MiB: more than any L2
+            self._flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
         began = time.perf_counter()
         function()
         torch.cuda.synchronize()
@@ -82,6 +87,7 @@ class Gpu:
         }
 
     def extra_bytes(self, function: Callable[[], Any]) -> int:
+        """Return by how much one run raises the peak of torch's allocator."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -89,13 +95,16 @@ class Gpu:
         return torch.cuda.max_memory_allocated() - before
 
     def settle(self) -> None:
+        """Wait for the GPU, and empty torch's cache of memory."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
     def backends(self) -> Sequence[str]:
+        """Return those of the CUDA and Triton backends that are available."""
         return [name for name in ("cuda", "triton") if ok.available_backends()[name] == "yes"]
 
     def rates(self, seconds: float) -> list[dict[str, Any]]:
+        """Return rows of a large product in each dtype, and of a copy."""
         rows = []
         for name, dtype in DTYPES.items():
             a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
@@ -127,6 +136,7 @@ class Gpu:
         ]
 
     def environment(self) -> dict[str, Any]:
+        """Return names of GPU and driver, and versions of the libraries."""
         from importlib.metadata import PackageNotFoundError, version
 
         def output(*command: str) -> str:
@@ -165,12 +175,12 @@ class Gpu:
 
 
 def tf32(dtype: str) -> dict[str, bool]:
-    """torch's switch, stated where it has a say: products of float32."""
+    """Return torch's switch, stated where it has a say: products of float32."""
     return {"allow_tf32": torch.backends.cuda.matmul.allow_tf32} if dtype == "float32" else {}
 
 
 def lost(error: BaseException) -> bool:
-    """The GPU context of this process is gone: every later call would fail too."""
+    """Return whether the GPU context of this process is gone: every later call would fail too."""
     words = (
         "CUDA error",
         "illegal memory access",

@@ -1,5 +1,6 @@
-"""The runner on a GPU: forward and backward apart, cold L2, the allocator's peak, and the share of
-the rates of the same run.
+"""The runner on a GPU: forward and backward apart, cold L2, the allocator's peak.
+
+Rows hold the share of the rates of the same run too.
 
     python -m benchmarks.gpu --out benchmarks/results/<device>/<date>-bench.jsonl --budget 300
 
@@ -46,7 +47,7 @@ WORKER = "bench"
 
 @dataclass(frozen=True)
 class Planned:
-    """One row to come."""
+    """A row to come."""
 
     case: Case
     dtype: str
@@ -55,20 +56,22 @@ class Planned:
 
     @property
     def label(self) -> str:
+        """Return the name of the implementation, with the backend if it is ours."""
         return f"{self.implementation} ({self.backend})" if self.backend else self.implementation
 
     @property
     def at(self) -> str:
-        """What its inputs depend on."""
+        """Return what its inputs depend on."""
         return f"{self.case.op} {self.case.name} {self.dtype}"
 
     @property
     def key(self) -> str:
+        """Return the name under which its row is found again."""
         return f"{self.at} {self.label}"
 
 
 def plan(cases: Sequence[Case], backends: Sequence[str]) -> Iterator[Planned]:
-    """Every row in the order in which it is measured."""
+    """Yield every row in the order in which it is measured."""
     pairs = [(case, dtype) for case in cases for dtype in case.dtypes]
     for backend in backends:
         yield from (Planned(case, dtype, FUSED, backend) for case, dtype in pairs)
@@ -93,8 +96,9 @@ def plan(cases: Sequence[Case], backends: Sequence[str]) -> Iterator[Planned]:
 
 
 def sample(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """At most 65536 elements of each, evenly spaced, on the CPU: what two implementations are
-    compared by.
+    """Return at most 65536 elements of each tensor, evenly spaced, on the CPU.
+
+    Two implementations are compared by them.
     """
     found = []
     for x in tensors:
@@ -104,7 +108,7 @@ def sample(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest relative Frobenius norm; of labels the share that differs."""
+    """Return the largest relative Frobenius norm; of labels the share that differs."""
     if not found[0].is_floating_point():
         return float((found[0] != expected[0]).double().mean())
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
@@ -112,24 +116,26 @@ def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) 
 
 
 def allowed(case: Case, dtype: str, labels: bool) -> float:
+    """Return how far the values of a case may differ."""
     return LABELS_MAY_DIFFER if labels else (CHOOSING if case.op in CHOOSES else TOLERANCE)[dtype]
 
 
 class Bench:
-    """Measures rows on a device; keeps the inputs of the last case and a sample of our values of
-    every case.
+    """Measures rows on a device.
+
+    Keeps the inputs of the last case and a sample of our values of every case.
     """
 
     def __init__(self, device: Device, seconds: float, rates: dict[str, float]):
         self.device, self.seconds, self.rates = device, seconds, rates
-        self.measured: dict[
-            str, str
-        ] = {}  # inputs to a backend of ours that has been measured on them, by whatever process
+        # inputs to a backend of ours that has been measured on them, by whatever process
+        self.measured: dict[str, str] = {}
         self.samples: dict[str, tuple[str, list[torch.Tensor]]] = {}
         self._functions: dict[str, dict] = {}
         self._inputs: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     def inputs(self, planned: Planned) -> dict[str, torch.Tensor]:
+        """Return the inputs of a row, made anew where the last row had others."""
         if self._inputs[0] != planned.at:
             self.forget()
             self._inputs = (
@@ -139,19 +145,24 @@ class Bench:
         return self._inputs[1]
 
     def forget(self) -> None:
+        """Let the inputs go, and give their memory back."""
         self._inputs = ("", {})
         self.device.settle()
 
     def function(self, planned: Planned):
-        """Made once a case: what torch.compile has compiled belongs to it."""
+        """Return the function of a row.
+
+        Made once a case: what torch.compile has compiled belongs to it.
+        """
         name = f"{planned.case.op} {planned.case.name}"
         if name not in self._functions:
             self._functions[name] = registry.implementations(planned.case)
         return self._functions[name][planned.implementation]
 
     def once(self, planned: Planned):
-        """One forward and backward: the function, its output, the gradient that goes in and those
-        that come out.
+        """Run one forward and backward.
+
+        Returns the function, its output, the gradient that goes in and those that come out.
         """
         tensors = self.inputs(planned)
         function = self.function(planned)
@@ -162,7 +173,7 @@ class Bench:
         return function, out.detach(), upstream, gradients
 
     def compare(self, planned: Planned, values: list[torch.Tensor]) -> dict[str, Any]:
-        """Against our values, which are computed anew where an earlier process had them."""
+        """Compare with our values, which are computed anew where an earlier process had them."""
         if planned.at not in self.samples:
             if planned.implementation == FUSED:
                 self.samples[planned.at] = (planned.label, values)
@@ -183,7 +194,7 @@ class Bench:
         )
 
     def measure(self, planned: Planned) -> dict[str, Any]:
-        """The facts of one row."""
+        """Return the facts of one row."""
         case, dtype = planned.case, planned.dtype
         # Entered once: choosing a backend registers kernels, which is no part of a call.
         with ok.backend(planned.backend or "auto"):
@@ -218,8 +229,10 @@ class Bench:
             return row | {"ms": round(ran, 4)}
 
     def part(self, name: str, function, flops: int, size: int, dtype: str) -> dict[str, Any]:
-        """Time of a pass, and its share of the rate of the product (where products bound it) and of
-        the copy (of what must move).
+        """Return the time of a pass, and its share of two rates.
+
+        They are that of the product (where products bound it) and that of the copy (of what must
+        move).
         """
         took = self.device.milliseconds(function, self.seconds)
         row: dict[str, Any] = {
@@ -248,8 +261,9 @@ def run(
     cases: Sequence[Case] = GPU_CASES,
     again: str = "",
 ) -> int:
-    """Measure until ``budget`` seconds are spent; 0, or 1 if a row of ours failed, or AGAIN if only
-    a new process can go on.
+    """Measure until ``budget`` seconds are spent.
+
+    Returns 0, or 1 if a row of ours failed, or AGAIN if only a new process can go on.
     """
     functorch_config.donated_buffer = False  # a compiled backward is timed many times on one graph
     file = lines.Lines(out, worker=WORKER)
@@ -314,8 +328,9 @@ def run(
 
 
 def warm(op: str, device: Device) -> None:
-    """Compile the Triton kernels of an operator's cases into the cache, on few images: the kernels
-    depend on the other sizes.
+    """Compile the Triton kernels of an operator's cases into the cache, on few images.
+
+    The kernels depend on the other sizes.
     """
     bench = Bench(device, 0.0, {})
     with ok.backend("triton"):
@@ -336,7 +351,7 @@ def warm(op: str, device: Device) -> None:
 
 
 def bad(row: dict[str, Any]) -> bool:
-    """A row of ours failed, or a baseline has other values than ours."""
+    """Return whether a row of ours failed, or a baseline has other values than ours."""
     reason = row.get("failed", "")
     return "values differ" in reason or (
         bool(reason) and row["implementation"].startswith(FUSED) and "not measured" not in reason

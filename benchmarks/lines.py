@@ -28,19 +28,20 @@ class Lines:
             os.write(self._file, b"\n")
 
     def write(self, row: Row) -> Row:
+        """Append a row, and return it with the facts that all rows share."""
         row = {**row, **self.common}
-        os.write(
-            self._file, (json.dumps(row) + "\n").encode()
-        )  # one write: lines of several processes do not mix
+        # one write: lines of several processes do not mix
+        os.write(self._file, (json.dumps(row) + "\n").encode())
         os.fsync(self._file)
         return row
 
     def start(self, key: str, **facts: Any) -> None:
+        """Append a line that says what is begun."""
         self.write({"started": key, **facts})
 
 
 def read(path: str | os.PathLike) -> tuple[list[Row], int]:
-    """The rows, and how many lines are no JSON object: the last one of a killed process."""
+    """Return the rows, and how many lines are no JSON object: the last one of a killed process."""
     rows, cut = [], 0
     for line in Path(path).read_text(errors="replace").splitlines():
         try:
@@ -56,7 +57,10 @@ def read(path: str | os.PathLike) -> tuple[list[Row], int]:
 
 
 def last_run(rows: list[Row]) -> list[Row]:
-    """From the first line of the run that was begun last; all rows where no run has a name."""
+    """Return the rows from the first line of the run that was begun last.
+
+    All rows where no run has a name.
+    """
     names = [row.get("run") for row in rows if row.get("op") == "environment"]
     if not names or not names[-1]:
         return rows
@@ -70,7 +74,7 @@ def last_run(rows: list[Row]) -> list[Row]:
 
 
 def finished(rows: Iterable[Row]) -> dict[str, Row]:
-    """Key to its last result, since the last line that begins a run."""
+    """Return key to its last result, since the last line that begins a run."""
     found: dict[str, Row] = {}
     for row in rows:
         if row.get("op") == "environment":
@@ -81,7 +85,7 @@ def finished(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def unfinished(rows: Iterable[Row]) -> dict[str, Row]:
-    """Key to its line of beginning, of all that began and has no result."""
+    """Return key to its line of beginning, of all that began and has no result."""
     found: dict[str, Row] = {}
     for row in rows:
         if row.get("op") == "environment":
@@ -94,7 +98,7 @@ def unfinished(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def planned(rows: Iterable[Row]) -> list[str]:
-    """Every key that was to come, since the last line that begins a run."""
+    """Return every key that was to come, since the last line that begins a run."""
     found: dict[str, None] = {}
     for row in rows:
         if row.get("op") == "environment":

@@ -1,10 +1,9 @@
-"""The losses of a training step of MGCA-style, all three levels, from pixels and texts to their
-gradients, against the eager composition.
+"""The losses of a training step of MGCA-style, all three levels, against the eager composition.
 
-``eager``: the definitions of ``ovseg/systems/mgca/reference.py``, whole: all similarities [T, B N],
-    weights [B, T, N], unit pixels for
-each loss. Both have the same groups of pixels, by the same function. Random pixels that are
-correlated within a picture.
+From pixels and texts to their gradients. ``eager`` has the definitions of
+``ovseg/systems/mgca/reference.py``, whole: all similarities [T, B N], weights [B, T, N], unit
+pixels for each loss. Both have the same groups of pixels, by the same function. Random pixels that
+are correlated within a picture.
 """
 
 from __future__ import annotations
@@ -26,16 +25,17 @@ from .run import environment, save
 from .steps import memory_of_both, step_memory, step_times, step_values
 
 B, GRID, WIDTH = 16, 28, 512  # 224 px, patches of 16, doubled once: the defaults of mgca_vit_b16
+# the towers take no part
 _SMALL = {
     "embed_dim": WIDTH,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 64, "heads": 1, "layers": 1},
-}  # the towers take no part
+}
 _LATE = Progress(step=9, steps=10)
 
 
 def training_parts(images: int, grid: int) -> dict[str, Any]:
-    """Pixels and texts, and what makes the loss of them, ours and the eager one."""
+    """Return pixels and texts, and what makes the loss of them, ours and the eager one."""
     torch.manual_seed(0)
     objective = create_objective(ovseg.create_model("mgca_vit_b16", architecture=_SMALL))
     assert isinstance(objective, MGCAObjective)
@@ -71,7 +71,10 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
 
 
 def training_memory(way: str) -> float:
-    """MiB of a forward and backward, less the pixels' gradient, which any procedure gives."""
+    """Return MiB of a forward and backward, less the pixels' gradient.
+
+    Any procedure gives that one.
+    """
     small, parts = training_parts(2, 8), training_parts(B, GRID)
     return round(step_memory(small, parts, way) - parts["leaves"][0].numel() * 4 / 2**20, 1)
 

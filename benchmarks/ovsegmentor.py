@@ -1,6 +1,6 @@
-"""OVSegmentor as a whole: windows of a picture from pixels to labels, the texts of a training step,
-the mask loss, against the published procedures written plainly.
+"""OVSegmentor as a whole, against the published procedures written plainly.
 
+Windows of a picture from pixels to labels, the texts of a training step, the mask loss.
 ``published`` inference: every window alone, encoded twice (for the maps, for the features), class
 maps at full size. Texts: every text padded to 77 through transformers' own BertModel; with the same
 mask in the decoder of entities, so with the same loss, and as published, without it and with the
@@ -38,8 +38,7 @@ CLASSES, SIZE, THRESHOLD = 59, (375, 500), 0.35
 CONTEXT, RATIO = 77, 0.6
 
 
-# ---- the published procedures, written plainly
-# --------------------------------------------------------------------------------------
+# ---- the published procedures, written plainly ---------------------------------------------------
 
 
 def _attend(attn, x, keys, heads):
@@ -71,7 +70,7 @@ def _mlp(mlp, x):
 
 
 def published_encode(model: OVSegmentor, images: torch.Tensor):
-    """(image, groups, soft map, grid): keys and values of all patches, a one-hot map."""
+    """Return (image, groups, soft map, grid): keys and values of all patches, a one-hot map."""
     vit = model.image
     x, grid = vit.embed(images)
     first, second = vit.layers
@@ -102,6 +101,7 @@ def published_encode(model: OVSegmentor, images: torch.Tensor):
 def published_labels(
     model: OVSegmentor, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float
 ) -> torch.Tensor:
+    """Return the labels of a picture, window by window with class maps at full size."""
     total, count = torch.zeros(1 + len(texts), *placement.canvas), torch.zeros(placement.canvas)
     h, w = placement.crop
     for y, x in placement.origins.tolist():
@@ -140,7 +140,7 @@ def published_text_loss(
     groups: torch.Tensor,
     as_published: bool = False,
 ) -> torch.Tensor:
-    """Contrast and entity loss of padded texts, given what the image tower gave."""
+    """Return contrast and entity loss of padded texts, given what the image tower gave."""
     states = {
         name: bert(one, attention_mask=(one != 0).int()).last_hidden_state
         for name, one in ids.items()
@@ -163,7 +163,7 @@ def published_text_loss(
 def text_loss(
     model: OVSegmentor, ids: dict[str, torch.Tensor], image: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """The same by our parts, packed."""
+    """Return the same by our parts, packed."""
     states = dict(zip(ids, model.text.encode_together(list(ids.values())), strict=True))
     tokens, seen = states["question"].padded()
     completed = model.bridge_projector(model.entities(tokens, groups, seen))
@@ -175,7 +175,7 @@ def text_loss(
 def published_mask_loss(
     prediction: torch.Tensor, target: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """[B], with every map at full size."""
+    """Return the mask losses [B], with every map at full size."""
     up = [
         F.interpolate(m, size, mode="bilinear", align_corners=True).flatten(2)
         for m in (prediction, target)
@@ -191,14 +191,13 @@ def published_mask_loss(
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
 
 
-# ---- measuring
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def alternating(
     repeats: int, ours: Callable[[], Any], theirs: Callable[[], Any]
 ) -> tuple[np.ndarray, np.ndarray, Any, Any]:
-    """Seconds of both, turn by turn, the first turn left out; and what they gave last."""
+    """Return seconds of both, turn by turn, the first turn left out; and what they gave last."""
     times: list[tuple[float, float]] = []
     for turn in bar(range(repeats + 1), unit="turn", desc="inference", leave=False):
         start = time.perf_counter()
@@ -225,8 +224,9 @@ def _row(case: str, mine: np.ndarray, other: np.ndarray, **more: Any) -> dict[st
 
 
 def spread_texts(model: OVSegmentor, count: int, images: torch.Tensor) -> torch.Tensor:
-    """Random unit texts, some like single groups of these pictures, none like what all groups have
-    in common: several classes win.
+    """Return random unit texts, some like single groups of these pictures: several classes win.
+
+    None is like what all groups have in common.
     """
     with torch.no_grad():
         groups = model(images).groups.flatten(0, 1)
@@ -237,7 +237,7 @@ def spread_texts(model: OVSegmentor, count: int, images: torch.Tensor) -> torch.
 
 
 def inference(repeats: int) -> dict[str, Any]:
-    """A photograph in windows of 448, stride 224."""
+    """Measure both procedures on a photograph in windows of 448, stride 224."""
     from PIL import Image
     from skimage import data
 
@@ -276,7 +276,7 @@ def inference(repeats: int) -> dict[str, Any]:
 def text_batch(
     model: OVSegmentor, size: int, shortest: int = 8, longest: int = 30
 ) -> dict[str, torch.Tensor]:
-    """Random texts of 8 to 30 tokens, padded to 77: captions, questions, answers."""
+    """Return random texts of 8 to 30 tokens, padded to 77: captions, questions, answers."""
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name in ("text", "question", "answer"):
@@ -289,7 +289,7 @@ def text_batch(
 
 
 def plain_bert(model: OVSegmentor):
-    """transformers' own model with the same weights."""
+    """Return transformers' own model with the same weights."""
     from transformers import BertConfig, BertModel
 
     o = model.text.options
@@ -310,7 +310,10 @@ def plain_bert(model: OVSegmentor):
 
 
 def texts(repeats: int, size: int = 8) -> list[dict[str, Any]]:
-    """Forward and backward of everything that texts cost in a step of the first stage, dropout off."""
+    """Measure forward and backward of everything that texts cost in a step, dropout off.
+
+    The step is one of the first stage.
+    """
     torch.manual_seed(0)
     model = ovseg.create_model(
         "ovsegmentor_vit_b16", stage=1, text={"kind": "bert", "dropout": 0.0}
@@ -350,7 +353,10 @@ def texts(repeats: int, size: int = 8) -> list[dict[str, Any]]:
 
 
 def mask_memory(which: str, size: int = 128) -> dict[str, float]:
-    """Growth of the peak resident set by the mask loss and its backward, in a process of its own."""
+    """Return the growth of the peak resident set by the mask loss and its backward.
+
+    In a process of its own.
+    """
     prediction, target = torch.randn(2, size, 8, 14, 14, generator=torch.Generator().manual_seed(0))
     prediction.requires_grad_()
     function = (lambda *x: mask_consistency(*x)[0]) if which == "ours" else published_mask_loss
@@ -371,7 +377,10 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"environment": environment(), "mask loss, B = 128": {}}
     memory = found["mask loss, B = 128"]
     for which in ("ours", "published"):
-        code = f"import json; from {__name__} import mask_memory; print(json.dumps(mask_memory({which!r})))"
+        code = (
+            f"import json; from {__name__} import mask_memory; "
+            f"print(json.dumps(mask_memory({which!r})))"
+        )
         with waiting(f"memory of the mask loss, {which}"):
             done = subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What is measured: for every operator its shapes, its inputs and the implementations to compare."""
+"""The cases that are measured: every operator's shapes, inputs and implementations to compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .baselines import BASELINES, FUSED
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape."""
+    """An operator at one shape."""
 
     op: str
     name: str
@@ -54,13 +54,14 @@ CASES = (
         {"B": 8, "T": 20, "N": 196, "D": 512},
         {"pool": "vector", "temperature": 0.1},
     ),
+    # eager would need tens of GiB
     Case(
         "patch_text_similarity",
         "large",
         {"B": 1024, "T": 1024, "N": 196, "D": 512},
         {"pool": "vector", "temperature": 0.1},
         only=(FUSED,),
-    ),  # eager would need tens of GiB
+    ),
     Case(
         "center_assignment", "groupvit", {"B": 32, "L": 784, "G": 8, "D": 768}, {"scale": 768**-0.5}
     ),
@@ -213,8 +214,9 @@ GPU_CASES = (  # the most wanted first
 
 
 def useful_flops(case: Case) -> tuple[int, int]:
-    """Of the products of a forward and a backward in the cheaper form (docs/ops); zeros where
-    memory is what bounds it.
+    """Return the flops of the products of a forward and a backward in the cheaper form (docs/ops).
+
+    Zeros where memory is what bounds it.
     """
     if case.op == "contrastive_loss":
         once = 2 * case.shape["B"] ** 2 * case.shape["D"]
@@ -234,8 +236,9 @@ def useful_flops(case: Case) -> tuple[int, int]:
 def inputs(
     case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Random tensors of a case, with gradients, drawn on the device; never zeros, which run faster
-    on some hardware.
+    """Return random tensors of a case, with gradients, drawn on the device.
+
+    Never zeros, which run faster on some hardware.
     """
     g = torch.Generator(device).manual_seed(seed)
     s = case.shape
@@ -305,7 +308,7 @@ def maps(
     scale: float,
     noise: bool,
 ) -> torch.Tensor:
-    """Logits: noise alone, or smooth as a network's with a little noise."""
+    """Return logits: noise alone, or smooth as a network's with a little noise."""
     fine = randn(images, classes, side, side)
     if noise:
         return fine
@@ -316,7 +319,7 @@ def maps(
 
 
 def implementations(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
-    """Name to function of the inputs; the first is ours.
+    """Return name to function of the inputs; the first is ours.
 
     All give the same values, which the runner checks.
     """

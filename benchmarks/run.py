@@ -1,9 +1,8 @@
-"""The runner: values checked first, times alternating in one process, memory in a process of its
-own each.
+"""The runner: values checked first, times alternating in one process, memory in its own.
 
-Time is forward + backward, the median of many with p20 and p80. Memory is the growth of the peak
-resident set during one forward + backward, less the gradients of the inputs, which every
-implementation must produce; Linux only.
+Each memory is measured in a process of its own. Time is forward + backward, the median of many with
+p20 and p80. Memory is the growth of the peak resident set during one forward + backward, less the
+gradients of the inputs, which every implementation must produce; Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _WRONG = 1e-3  # an implementation whose values differ by more is not timed
 
 
 def step(function, tensors: dict[str, torch.Tensor], grad: torch.Tensor | None = None):
-    """One forward and, where there is a gradient, backward."""
+    """Run one forward and, where there is a gradient, backward."""
     out = function(**tensors)
     if not out.requires_grad:
         return out, []
@@ -46,11 +45,12 @@ def measure(
     seconds: float = 60.0,
     report: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row an implementation.
-
-    Slow ones get fewer repeats: each case takes about ``seconds`` at most.
+    """Return one row an implementation.
 
     Args:
+        case: what is measured.
+        repeats: of each implementation; slow ones get fewer.
+        seconds: that the case takes at most, about.
         report: called with the rows that are known so far, again and again: a run that is stopped
             leaves those.
     """
@@ -123,8 +123,9 @@ def _compare(
     grads: Sequence[torch.Tensor],
     truth: tuple[torch.Tensor, Sequence[torch.Tensor]],
 ) -> None:
-    """Note in ``row`` how far the values are from ``truth``, and whether that is too far to be
-    timed.
+    """Note in ``row`` how far the values are from ``truth``.
+
+    And whether that is too far to be timed.
     """
     if not out.is_floating_point():  # labels: some pixels tie within rounding
         row["differing_labels"] = float((out != truth[0]).float().mean())
@@ -148,7 +149,7 @@ def _times(
     seconds: float,
     shown: Any,
 ) -> dict[str, list[float]]:
-    """Seconds of each step of each implementation, alternating."""
+    """Return seconds of each step of each implementation, alternating."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     began = time.perf_counter()
     for turn in range(repeats):
@@ -180,8 +181,9 @@ def _memory_in_subprocess(case: Case, name: str) -> float | None:
 
 
 def memory(request: dict[str, Any]) -> float:
-    """MiB by which one forward + backward raises the peak resident set, beyond inputs and their
-    gradients.
+    """Return MiB by which one forward + backward raises the peak resident set.
+
+    Beyond inputs and their gradients.
     """
     torch.set_num_threads(request["threads"])
     case = CASES[request["case"]]
@@ -189,9 +191,8 @@ def memory(request: dict[str, Any]) -> float:
     small = Case(
         case.op, "warm-up", {key: min(value, 8) for key, value in case.shape.items()}, case.options
     )
-    step(
-        registry.implementations(small)[request["implementation"]], registry.inputs(small)
-    )  # libraries, thread pools, compiler
+    # libraries, thread pools, compiler
+    step(registry.implementations(small)[request["implementation"]], registry.inputs(small))
     if "compile" in request["implementation"]:
         step(function, registry.inputs(case))  # compiled for this shape before it is watched
     tensors = registry.inputs(case)
@@ -208,6 +209,7 @@ def _status(key: str) -> int:
 
 
 def environment() -> dict[str, Any]:
+    """Return names and versions of what the figures were made with."""
     cpu = (
         next(
             (
@@ -240,7 +242,7 @@ def environment() -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, losing rows included."""
+    """Return the rows as Markdown, losing rows included."""
     lines = [
         "| op | case | implementation | ms (p20-p80) | time / ovseg | extra MiB |",
         "|---|---|---|---|---|---|",
@@ -266,8 +268,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def run(
     ops: Sequence[str] = (), cases: Sequence[str] = (), *, repeats: int = 7, out: str | None = None
 ) -> list[dict[str, Any]]:
-    """Measure the chosen cases, print the table, and write JSON if ``out`` is given, both as the
-    rows come.
+    """Measure the chosen cases, print the table, and write JSON if ``out`` is given.
+
+    Both as the rows come.
     """
     known = sorted({case.op for case in CASES})
     for op in ops:
@@ -303,8 +306,9 @@ def run(
 
 
 def save(out: str | None, found: dict[str, Any]) -> None:
-    """Write what has been found so far as JSON, if there is a name for it; by rename, so that the
-    file is whole at any time.
+    """Write what has been found so far as JSON, if there is a name for it.
+
+    By rename, so that the file is whole at any time.
     """
     from ovseg.replacing import write_text
 

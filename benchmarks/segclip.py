@@ -1,12 +1,11 @@
-"""SegCLIP as a whole: windows of pictures from pixels to labels, and the memory of a training step,
-against the published procedure.
+"""SegCLIP as a whole, against the published procedure.
 
-``published``: every crop alone, encoded twice (once for the group map, once for the features),
-    class maps at full size for each crop,
-added up, divided, resized, argmax; and for training the same model written plainly: attention with
-its weights, QuickGELU in three tensors, keys and values of every token in the group module, the
-superpixel product with an [L, L] matrix, the reconstruction of every patch. Random weights,
-ViT-B/16.
+Windows of pictures from pixels to labels, and the memory of a training step. ``published``: every
+crop alone, encoded twice (once for the group map, once for the features), class maps at full size
+for each crop, added up, divided, resized, argmax; and for training the same model written plainly:
+attention with its weights, QuickGELU in three tensors, keys and values of every token in the group
+module, the superpixel product with an [L, L] matrix, the reconstruction of every patch. Random
+weights, ViT-B/16.
 """
 
 from __future__ import annotations
@@ -40,12 +39,11 @@ CLASSES, SIZE = 80, (375, 500)
 TAU, KEPT = 0.9, 0.25  # of the published training
 
 
-# ---- the published procedure, written plainly
-# -------------------------------------------------------------------------------------
+# ---- the published procedure, written plainly ----------------------------------------------------
 
 
 def _attend(attn, x, keys):
-    """Packed multi-head attention of [B, S, D] with its weights kept."""
+    """Return packed multi-head attention of [B, S, D], with its weights kept."""
     heads, D = attn.num_heads, x.shape[-1]
     w, b = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
     q, k, v = (
@@ -88,6 +86,7 @@ def _trunk(model):
 
 
 def published_encode(model: SegCLIP, images: torch.Tensor):
+    """Return (image, groups, soft map, grid) of pictures."""
     x, grid = model.embed(images)
     for block in _trunk(model)[: model.first_stage]:
         x = _block(block, x)
@@ -104,6 +103,7 @@ def published_encode(model: SegCLIP, images: torch.Tensor):
 def published_labels(
     model: SegCLIP, pixels: torch.Tensor, texts: torch.Tensor, placement, threshold: float
 ) -> torch.Tensor:
+    """Return the labels of a picture, window by window with class maps at full size."""
     total, count = torch.zeros(1 + len(texts), *placement.canvas), torch.zeros(placement.canvas)
     h, w = placement.crop
     for y, x in placement.origins.tolist():
@@ -124,6 +124,7 @@ def published_labels(
 
 
 def published_loss(model: SegCLIP, batch: PairBatch) -> torch.Tensor:
+    """Return the loss of a training step, every tensor of it kept."""
     images = batch.images
     x, grid = model.embed(images)
     h = x
@@ -174,11 +175,11 @@ def published_loss(model: SegCLIP, batch: PairBatch) -> torch.Tensor:
     return contrastive + superpixel + (each * removed).sum() / removed.sum()
 
 
-# ---- measuring
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def training_batch(model: SegCLIP, size: int, pixels: int) -> PairBatch:
+    """Return random pictures and texts with the noise of a training step."""
     generator = torch.Generator().manual_seed(0)
     N, G = (pixels // model.spec.patch_size) ** 2, len(model.groups.semantic_center)
     K = int((N + 1) * KEPT) - 1
@@ -202,8 +203,9 @@ def training_batch(model: SegCLIP, size: int, pixels: int) -> PairBatch:
 
 
 def inference(repeats: int) -> list[dict[str, Any]]:
-    """Both procedures, alternating, on a photograph in windows of 224 (stride 224: the published
-    one) and of 448 (stride 224).
+    """Measure both procedures, alternating, on a photograph in windows of 224 and of 448.
+
+    Stride 224: the published one for 224.
     """
     from PIL import Image
     from skimage import data
@@ -256,8 +258,9 @@ def inference(repeats: int) -> list[dict[str, Any]]:
 
 
 def training_memory(which: str, size: int = 8, pixels: int = 224) -> dict[str, float]:
-    """Growth of the peak resident set by a forward and backward, and the loss; in a process of its
-    own.
+    """Return the growth of the peak resident set by a forward and backward, and the loss.
+
+    In a process of its own.
     """
     torch.manual_seed(0)
     model = ovseg.create_model("segclip_vit_b16").train()
@@ -292,7 +295,10 @@ def run(*, repeats: int = 5, out: str | None = None) -> dict[str, Any]:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     memory = found["training, B = 8, 224 px"]
     for which in ("ours", "published"):
-        code = f"import json; from {__name__} import training_memory; print(json.dumps(training_memory({which!r})))"
+        code = (
+            f"import json; from {__name__} import training_memory; "
+            f"print(json.dumps(training_memory({which!r})))"
+        )
         with waiting(f"memory of a training step, {which}"):
             done = subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True, check=True

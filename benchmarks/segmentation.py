@@ -39,7 +39,7 @@ TOWERS = {  # architecture and readout
 
 
 def photograph() -> torch.Tensor:
-    """[3, 512, 683] in 0..1."""
+    """Return a photograph [3, 512, 683] in 0..1."""
     from PIL import Image
     from skimage import data
 
@@ -50,7 +50,7 @@ def photograph() -> torch.Tensor:
 def one_by_one(
     model, pixels: torch.Tensor, texts: torch.Tensor, origins: torch.Tensor, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Windows one by one, class maps at full size."""
+    """Return labels by windows one by one, class maps at full size."""
     total, count = torch.zeros(len(texts), *CANVAS), torch.zeros(CANVAS)
     for y, x in origins.tolist():
         logits = model.segment_logits(
@@ -87,7 +87,7 @@ def run(
 
 
 def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
-    """The rows of one model."""
+    """Return the rows of one model."""
     texts = F.normalize(torch.randn(CLASSES, model.spec.embed_dim), dim=-1)
     queries = EncodedQueries(tuple(map(str, range(CLASSES))), texts, torch.arange(CLASSES))
     picture, rule = photograph(), PatchArgmax()
@@ -104,9 +104,8 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
             "label map, noise": [],
         }
         noise = None
-        for turn in bar(
-            range(repeats + 1), unit="turn", desc=f"bench {title} {name}", leave=False
-        ):  # the first one warms up
+        # the first one warms up
+        for turn in bar(range(repeats + 1), unit="turn", desc=f"bench {title} {name}", leave=False):
             start = time.perf_counter()
             with torch.no_grad():
                 features = encode(model, [(picture, placement)], view.window_batch)[0]
@@ -156,10 +155,10 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
         )
         share = 100 * rows[-1]["label map share"]
         print(
-            f"{title} {name}: ours {ms['ours']:.0f} ms, of which the label map "
-            f"{ms['label map']:.1f} = {share:.1f} %; "
-            f"windows one by one {ms['windows one by one']:.0f}; ratio "
-            f"{rows[-1]['ours over one by one']}; "
+            f"{title} {name}: ours {ms['ours']:.0f} ms, "
+            f"of which the label map {ms['label map']:.1f} = {share:.1f} %; "
+            f"windows one by one {ms['windows one by one']:.0f}; "
+            f"ratio {rows[-1]['ours over one by one']}; "
             f"{rows[-1]['differing labels']} of {ours.numel()} labels differ, "
             f"{rows[-1]['labels that occur']} occur; "
             f"label map of noise {ms['label map, noise']:.0f}",

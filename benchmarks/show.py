@@ -19,7 +19,10 @@ Row = dict[str, Any]
 
 
 def tables(path: str | Path) -> str:
-    """Everything that one file holds, as Markdown. Raises ValueError for a file without a row."""
+    """Return everything that one file holds, as Markdown.
+
+    Raises ValueError for a file without a row.
+    """
     if whole := _whole(path):
         return whole
     rows, cut = lines.read(path)
@@ -81,7 +84,7 @@ def tables(path: str | Path) -> str:
 
 
 def _whole(path: str | Path) -> str:
-    """The file of ``ovseg bench --json`` is one JSON object."""
+    """Return the table of a file of ``ovseg bench --json``, which is one JSON object."""
     try:
         found = json.loads(Path(path).read_text())
     except json.JSONDecodeError:
@@ -98,7 +101,7 @@ def _whole(path: str | Path) -> str:
 
 
 def _bench(rows: Sequence[Row]) -> str:
-    """One line a row; the ratio is to the fastest row of ours in the same case and dtype."""
+    """Return one line a row; the ratio is to the fastest row of ours in the same case and dtype."""
     ours: dict[tuple, float] = {}
     for row in rows:
         at = (row["op"], row["case"], row["dtype"])
@@ -147,7 +150,7 @@ def _bench(rows: Sequence[Row]) -> str:
 
 
 def _checks(rows: Sequence[Row]) -> str:
-    """How many passed, by backend or group, and every one that did not."""
+    """Return how many passed, by backend or group, and every one that did not."""
     counts: dict[str, Counter] = {}
     for row in rows:
         state = "failed" if "failed" in row else row.get("state", "passed")
@@ -164,6 +167,7 @@ def _checks(rows: Sequence[Row]) -> str:
 
 
 def run(paths: Sequence[str]) -> int:
+    """Print the tables of the files."""
     if not paths:
         raise ValueError("show needs a result file; expected paths of .jsonl or .json files")
     for path in paths:

@@ -1,8 +1,7 @@
-"""A training step's loss made in two ways, ``ours`` and ``eager``: how far they agree, their times
-turn by turn, and their memory.
+"""A training step's loss made in two ways, ``ours`` and ``eager``.
 
-Parts are a dict of both, functions without arguments that give the loss, and of the ``leaves``
-whose gradients are taken.
+How far they agree, their times turn by turn, and their memory. Parts are a dict of both, functions
+without arguments that give the loss, and of the ``leaves`` whose gradients are taken.
 """
 
 from __future__ import annotations
@@ -25,14 +24,15 @@ Parts = dict[str, Any]
 
 
 def step_values(parts: Parts) -> dict[str, float]:
-    """Losses, and how far the gradients are apart."""
+    """Return the losses, and how far the gradients are apart."""
     losses = {way: parts[way]() for way in WAYS}
     ours, eager = (torch.autograd.grad(loss, parts["leaves"]) for loss in losses.values())
+    # a smaller gradient is 0 in theory
     worst = max(
         float((a - b).norm() / b.norm())
         for a, b in zip(ours, eager, strict=True)
         if float(b.norm()) > 1e-5
-    )  # or 0 in theory
+    )
     return {
         **{way: loss.item() for way, loss in losses.items()},
         "largest relative difference of a gradient": worst,
@@ -40,7 +40,7 @@ def step_values(parts: Parts) -> dict[str, float]:
 
 
 def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
-    """Of forward and backward, alternating, the first turn left out."""
+    """Return the times of forward and backward, alternating, the first turn left out."""
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in bar(range(repeats + 1), unit="turn", desc="times of a step", leave=False):
         for way, values in times.items():
@@ -58,7 +58,7 @@ def step_times(parts: Parts, repeats: int) -> dict[str, Any]:
 
 
 def step_memory(small: Parts, parts: Parts, way: str) -> float:
-    """MiB by which the peak of a forward and backward lies above what was there before.
+    """Return MiB by which the peak of a forward and backward lies above what was there before.
 
     ``small`` loads the libraries.
     """
@@ -73,8 +73,9 @@ def step_memory(small: Parts, parts: Parts, way: str) -> float:
 
 
 def memory_of_both(module: str, repeats: int) -> dict[str, Any]:
-    """``training_memory(way)`` of ``module``, each time in a process of its own, alternating: an
-    allocator keeps some MiB more or less.
+    """Return ``training_memory(way)`` of ``module``, alternating.
+
+    Each time in a process of its own: an allocator keeps some MiB more or less.
     """
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in bar(range(repeats), unit="turn", desc="memory of a step", leave=False):

@@ -37,16 +37,15 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     resume: bool = False
     stall: float = float("inf")
-    ended: tuple[int, ...] = (
-        0,
-        1,
-    )  # exit statuses of a command that came to its end, with or without failures
+    # exit statuses of a command that came to its end, with or without failures
+    ended: tuple[int, ...] = (0, 1)
 
 
 @dataclass
 class Outcome:
-    """How a job ended: exit status, or None if it was never started; and why it was ended, if it
-    was.
+    """The end of a job: exit status, or None if it was never started.
+
+    And why it was ended, if it was.
     """
 
     name: str
@@ -73,7 +72,10 @@ class _Running:
         self.process, self.asked, self.reason, self.changed = self._start(), 0.0, "", now
 
     def silent(self, now: float) -> float:
-        """Seconds since its output last grew; before the first of it, while it imports, none."""
+        """Return the seconds since its output last grew.
+
+        Before the first of it, while it imports, none.
+        """
         if (size := self.log.stat().st_size) != self.size or size == self.output_began:
             self.size, self.changed = size, now
         return now - self.changed
@@ -88,7 +90,7 @@ class _Running:
 
 
 def _die_with_parent() -> None:
-    """Linux: a worker ends when whoever supervises it is killed."""
+    """End this worker, on Linux, when whoever supervises it is killed."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -96,6 +98,7 @@ def _die_with_parent() -> None:
 def start(
     command: Sequence[str], output: IO[bytes], environment: dict[str, str]
 ) -> subprocess.Popen:
+    """Start a command in a session of its own."""
     return subprocess.Popen(
         command,
         stdout=output,
@@ -108,7 +111,7 @@ def start(
 
 
 def stop(process: subprocess.Popen, number: int) -> None:
-    """The whole session: compilers and workers that it started, too."""
+    """Signal the whole session: compilers and workers that it started, too."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
@@ -125,9 +128,7 @@ def run(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[Outcome]:
-    """All jobs, at most ``workers`` at once, none beyond ``until`` on the clock.
-
-    In the order they ended.
+    """Run all jobs, at most ``workers`` at once, none beyond ``until`` on the clock.
 
     Args:
         jobs: started in this order.
@@ -138,6 +139,11 @@ def run(
             as failed.
         report: called with each outcome at once.
         tick: called again and again while something runs.
+        clock: the seconds that ``until`` is told in.
+        sleep: waits for some seconds.
+
+    Returns:
+        The outcomes, in the order in which the jobs ended.
     """
     waiting, running, outcomes = list(jobs), list[_Running](), list[Outcome]()
     logs.mkdir(parents=True, exist_ok=True)
@@ -162,10 +168,8 @@ def run(
             for r in list(running):
                 status = r.process.poll()
                 if status is None and r.asked and now - r.asked > 2 * GRACE:
-                    status, r.reason = (
-                        -signal.SIGKILL,
-                        f"{r.reason}, and cannot be killed",
-                    )  # it sits in the driver
+                    # it sits in the driver
+                    status, r.reason = (-signal.SIGKILL, f"{r.reason}, and cannot be killed")
                 elif status is None:
                     if now >= r.until:
                         r.end(f"ended by its limit of {r.until + GRACE - r.began:.0f} s", now)
@@ -204,7 +208,7 @@ def _cause(status: int) -> str:
 
 
 def settle(results: lines.Lines, worker: str, why: str) -> int:
-    """What this worker began and did not finish has failed; how many that were."""
+    """Write down as failed what this worker began and did not finish; return how many that were."""
     lost = {
         key: row
         for key, row in lines.unfinished(lines.read(results.path)[0]).items()

@@ -1,9 +1,10 @@
-"""The CPU rows as pytest-benchmark tests: forward and backward of every implementation of every
-case.
+"""The CPU rows as pytest-benchmark tests.
 
-pytest benchmarks --benchmark-only -k "pacl and not chunks"
-pytest benchmarks --benchmark-only --benchmark-autosave        then, after a change:
-pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
+Forward and backward of every implementation of every case:
+
+    pytest benchmarks --benchmark-only -k "pacl and not chunks"
+    pytest benchmarks --benchmark-only --benchmark-autosave        then, after a change:
+    pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROWS = [(case, name) for case in registry.CASES for name in registry.implementat
 
 @functools.lru_cache(maxsize=1)
 def tensors(index: int):
-    """Of one case at a time: the largest take GiB."""
+    """Return the inputs of one case at a time: the largest take GiB."""
     return registry.inputs(registry.CASES[index])
 
 
@@ -30,6 +31,7 @@ def tensors(index: int):
     "case,name", ROWS, ids=[f"{case.op}-{case.name}-{name}" for case, name in ROWS]
 )
 def test_step(case, name, benchmark):
+    """Time one step of one implementation."""
     benchmark.group = f"{case.op} {case.name}"
     benchmark.extra_info.update(
         op=case.op, case=case.name, implementation=name, shape=case.shape, options=case.options

@@ -1,13 +1,12 @@
-"""ZegCLIP as a whole: head and loss of a training step, and a picture from pixels to labels,
-against the eager composition.
+"""ZegCLIP as a whole, against the eager composition.
 
-``eager``: the published procedure written plainly. Prompts are tokens of every block; the
-    descriptor is concatenated; all three decoder
-layers are computed whole, with their scores for the masks that nobody reads; logits are upsampled,
-and the loss takes one-hot targets, focal and dice maps of the pictures' size and the accuracy of
-its log. At inference windows one by one, sigmoid maps of all classes at full size, seen classes
-lowered by indexing, padded onto the canvas and added, divided, resized, softmax, argmax. It is
-given torch's fused attention in the image tower, and texts as ready embeddings. Random weights;
+Head and loss of a training step, and a picture from pixels to labels. ``eager`` is the published
+procedure written plainly. Prompts are tokens of every block; the descriptor is concatenated; all
+three decoder layers are computed whole, with their scores for the masks that nobody reads; logits
+are upsampled, and the loss takes one-hot targets, focal and dice maps of the pictures' size and the
+accuracy of its log. At inference windows one by one, sigmoid maps of all classes at full size, seen
+classes lowered by indexing, padded onto the canvas and added, divided, resized, softmax, argmax. It
+is given torch's fused attention in the image tower, and texts as ready embeddings. Random weights;
 queries and keys of the head are scaled up, so that labels differ.
 """
 
@@ -42,12 +41,11 @@ CROP, STRIDE, CANVAS, PENALTY = 512, 426, (512, 683), 0.1
 B, SIDE, RATE = 2, 512, 0.1
 
 
-# ---- the published procedure, written plainly
-# -------------------------------------------------------------------------------------
+# ---- the published procedure, written plainly ----------------------------------------------------
 
 
 class Head(nn.Module):
-    """Of a model, with the parts that have no effect, of random weights."""
+    """The head of a model, with the parts that have no effect, of random weights."""
 
     def __init__(self, model: ZegCLIP, rate: float):
         super().__init__()
@@ -67,7 +65,7 @@ class Head(nn.Module):
         )
 
     def _part(self, i: int, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Linear layer or norm ``name`` of layer i."""
+        """Apply linear layer or norm ``name`` of layer i."""
         layer: Any = self.model.decoder.layers[i]
         for step in name.split("."):
             layer = getattr(layer, step, None)
@@ -83,7 +81,7 @@ class Head(nn.Module):
         )
 
     def forward(self, g: torch.Tensor, patches: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Mask logits [B, C, h, w] of pictures [B, E] with patches [B, E, h, w]."""
+        """Return mask logits [B, C, h, w] of pictures [B, E] with patches [B, E, h, w]."""
         size, (count, width) = patches.shape[2:], texts.shape
         memory = patches.flatten(2).transpose(1, 2)
         texts = texts.expand(len(g), -1, -1)
@@ -113,7 +111,7 @@ class Head(nn.Module):
 
 
 def eager_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The published loss of mask logits at the patches; labels are 255 where there is none."""
+    """Return the published loss of mask logits at the patches; a label of 255 is none."""
     up = F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=False)
     x = F.interpolate(up, labels.shape[1:], mode="bilinear", align_corners=False)
     targets, present = torch.zeros_like(x), []
@@ -137,7 +135,7 @@ def eager_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def eager_encode(model: ZegCLIP, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(g [B, E], F [B, E, h, w]), prompts as tokens."""
+    """Return (g [B, E], F [B, E, h, w]), prompts as tokens."""
     x, grid = model.backbone.sequence(images, model.options.class_weight)
     prompts = model.prompts.proj(model.prompts.embeddings)
     for i, block in enumerate(model.backbone.vision_blocks):
@@ -159,7 +157,7 @@ def eager_encode(model: ZegCLIP, images: torch.Tensor) -> tuple[torch.Tensor, to
 def eager_labels(
     head: Head, pixels: torch.Tensor, texts: torch.Tensor, seen: list[int], placement: Any
 ) -> np.ndarray:
-    """Labels of a picture [3, H, W] that is normalised."""
+    """Return the labels of a picture [3, H, W] that is normalised."""
     total, count = (
         pixels.new_zeros(1, len(texts), *placement.canvas),
         pixels.new_zeros(1, 1, *placement.canvas),
@@ -178,11 +176,11 @@ def eager_labels(
     return maps.softmax(1).argmax(1)[0].numpy()
 
 
-# ---- measuring
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def a_model(prompts: int = PROMPTS) -> ZegCLIP:
+    """Return a model of random weights, queries and keys of its head scaled up."""
     torch.manual_seed(0)
     model = ovseg.create_model("zegclip_vit_b16", prompts=prompts, dropout=RATE)
     assert isinstance(model, ZegCLIP)
@@ -194,8 +192,9 @@ def a_model(prompts: int = PROMPTS) -> ZegCLIP:
 
 
 def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
-    """Features of two pictures and their masks, and what makes the loss of them, ours and the eager
-    one.
+    """Return features of two pictures and their masks, and what makes the loss of them.
+
+    Ours and the eager one.
     """
     model = a_model()
     generator = torch.Generator().manual_seed(1)
@@ -205,9 +204,8 @@ def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
     patches = F.normalize(
         torch.randn(B, grid * grid, 512, generator=generator), dim=-1
     ).requires_grad_()
-    few = torch.randint(
-        0, classes, (B, 12), generator=generator
-    )  # a dozen classes a picture, in squares, some of them without a label
+    # a dozen classes a picture, in squares, some of them without a label
+    few = torch.randint(0, classes, (B, 12), generator=generator)
     index = (
         torch.randint(0, 14, (B, side // 32, side // 32), generator=generator)
         .repeat_interleave(32, 1)
@@ -237,11 +235,12 @@ def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
 
 
 def training_memory(way: str) -> float:
+    """Return MiB of a forward and backward of the head and loss."""
     return round(step_memory(training_parts(4, 64, RATE), training_parts(SEEN, SIDE, RATE), way), 1)
 
 
 def inference(repeats: int) -> list[dict[str, Any]]:
-    """Both procedures, alternating, on a photograph of 683 x 512: two windows."""
+    """Measure both procedures, alternating, on a photograph of 683 x 512: two windows."""
     model = a_model().eval()
     texts = F.normalize(torch.randn(CLASSES, 512), dim=-1)
     names, seen = tuple(map(str, range(CLASSES))), list(range(SEEN))

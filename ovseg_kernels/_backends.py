@@ -1,4 +1,4 @@
-"""Which implementation answers a call, and why not a faster one.
+"""The backends: which implementation answers a call, and why not a faster one.
 
 ``OVSEG_BACKEND=cpu|cuda|triton|reference`` forces one for the process, ``with
 ovseg_kernels.backend("reference"):`` for the calls of one thread or asyncio task; asking for one
@@ -32,7 +32,7 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Choice:
-    """``backend`` runs; ``refused`` holds the reason of every backend that does not."""
+    """The ``backend`` that runs an operator; ``refused`` holds the reason of every other one."""
 
     op: str
     backend: str
@@ -62,19 +62,20 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str:
-    """The backend that is forced here, or ``auto``."""
+    """Return the backend that is forced here, or ``auto``."""
     inside = BACKEND.get()
     return _forced if inside is None else inside
 
 
 def available_backends() -> dict[str, str]:
-    """Every backend with ``yes`` or the reason why it cannot run here."""
+    """Return every backend with ``yes`` or the reason why it cannot run here."""
     return {name: _unavailable(name) or "yes" for name in BACKENDS[1:]}
 
 
 def interpreted() -> bool:
-    """Triton's interpreter was switched on before import: its kernels then run on CPU tensors,
-    slowly.
+    """Return whether Triton's interpreter was switched on before import.
+
+    Its kernels then run on CPU tensors, slowly.
     """
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -83,14 +84,14 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _registering = threading.Lock()
 _asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
 _asking_at: set[str] = set()  # dispatch keys
-_no_cuda_library = (
-    _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
-)  # or none for this GPU
+# no CUDA library, or none for this GPU
+_no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
 
 
 def _triton_keys() -> tuple[str, ...]:
-    """Return the dispatch keys where Triton may have to answer now: where it is forced, and on CUDA
-    where no CUDA library is loaded.
+    """Return the dispatch keys where Triton may have to answer now.
+
+    They are those where it is forced, and CUDA where no CUDA library is loaded.
     """
     if forced() == "triton":
         return () if _unavailable("triton") else ("CPU", "CUDA") if interpreted() else ("CUDA",)
@@ -106,8 +107,9 @@ def start() -> None:
 
 
 def _let_triton_answer(keys: tuple[str, ...]) -> None:
-    """Put at the dispatch keys, once, what asks in every call whether Triton is to answer it: the
-    dispatcher knows of no contexts.
+    """Put at the dispatch keys, once, what asks in every call whether Triton is to answer it.
+
+    The dispatcher knows of no contexts.
     """
     with _registering:
         for key in set(keys) - _asking_at:
@@ -117,8 +119,9 @@ def _let_triton_answer(keys: tuple[str, ...]) -> None:
 
 
 def _asks(name: str, key: str) -> Callable:
-    """The kernel that calls Triton's where it is forced, or stands in for a CUDA library, and
-    otherwise what answered before.
+    """Return the kernel that decides between Triton and what answered before.
+
+    It calls Triton's where that is forced, or stands in for a CUDA library.
     """
     try:
         before = torch.library.get_kernel(f"ovseg::{name}", key)
@@ -138,7 +141,7 @@ _reasons: dict[str, str] = {}
 
 
 def _unavailable(name: str) -> str:
-    """Why a backend cannot run here, or nothing.
+    """Return why a backend cannot run here, or nothing.
 
     Asked once: it looks at the GPU, which must not happen at every call.
     """
@@ -165,8 +168,9 @@ def _find_reason(name: str) -> str:
 
 
 def unsupported(archs: list[str], capability: tuple[int, int]) -> str:
-    """Why code for ``archs`` ("80", "90a", "120+PTX") does not run on a GPU of this capability;
-    empty if it does.
+    """Return why code for ``archs`` does not run on a GPU of this capability; empty if it does.
+
+    ``archs`` are written as in "80", "90a", "120+PTX".
     """
     for arch in archs:
         chip = arch.removesuffix("+PTX")
@@ -180,11 +184,14 @@ def unsupported(archs: list[str], capability: tuple[int, int]) -> str:
             return ""
     if not archs:  # built by hand: the launch itself will tell
         return ""
-    return f"built for sm_{', sm_'.join(archs)}, and the GPU is sm_{capability[0]}{capability[1]}; set TORCH_CUDA_ARCH_LIST and reinstall"
+    return (
+        f"built for sm_{', sm_'.join(archs)}, and the GPU is sm_{capability[0]}{capability[1]}; "
+        "set TORCH_CUDA_ARCH_LIST and reinstall"
+    )
 
 
 def allow_tf32(x: torch.Tensor) -> bool:
-    """torch's own switch, for float32 products on CUDA."""
+    """Return torch's own switch, for float32 products on CUDA."""
     return (
         x.device.type == "cuda"
         and x.dtype == torch.float32
@@ -193,7 +200,7 @@ def allow_tf32(x: torch.Tensor) -> bool:
 
 
 def select(op: str, device: torch.device) -> Choice:
-    """The choice for tensors on ``device``.
+    """Return the choice for tensors on ``device``.
 
     Raises BackendError if a backend was forced and cannot run.
     """
@@ -234,7 +241,10 @@ def select(op: str, device: torch.device) -> Choice:
 
 
 def use_definition(op: str, device: torch.device) -> bool:
-    """True when the reference is forced: the caller then runs the differentiable definition itself."""
+    """Return whether the reference is forced.
+
+    The caller then runs the differentiable definition itself.
+    """
     global _no_cuda_library
     wanted = forced()
     if wanted == "auto" and torch.compiler.is_compiling():
@@ -258,7 +268,7 @@ def use_definition(op: str, device: torch.device) -> bool:
 
 
 def explain(op: str, *args: object) -> Choice:
-    """Which backend would run ``op`` for these arguments, and why not the others.
+    """Return which backend would run ``op`` for these arguments, and why not the others.
 
     Args:
         op: name of a public operator.

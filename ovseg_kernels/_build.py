@@ -1,4 +1,4 @@
-"""What the native libraries were built from and for.
+"""Facts about the native libraries: what they were built from and for.
 
 Imports neither torch nor this package: setup.py runs this file alone.
 """
@@ -17,14 +17,15 @@ LIBRARIES = ("_C_cpu.so", "_C_cuda.so")
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py wrote when it built the native part; empty if it did not."""
+    """Return what setup.py wrote when it built the native part; empty if it did not."""
     path = FOLDER / "build_info.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def source_hash(root: Path) -> str:
-    """Of everything that the native build reads; empty where the sources are not, as in an
-    installed package.
+    """Return the hash of everything that the native build reads.
+
+    Empty where the sources are not there, as in an installed package.
     """
     files = sorted(
         p for p in (root / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")
@@ -38,8 +39,9 @@ def source_hash(root: Path) -> str:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of each library in ``folder``, by which build_info.json can be held to the file
-    beside it.
+    """Return size and hash of each library in ``folder``.
+
+    By them build_info.json can be held to the file beside it.
     """
     found = {}
     for path in (folder / name for name in LIBRARIES):
@@ -52,7 +54,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def libc() -> str:
-    """Of this machine: a library built with a newer one may not load."""
+    """Return the C library of this machine: a library built with a newer one may not load."""
     try:
         return os.confstr("CS_GNU_LIBC_VERSION") or ""
     except (ValueError, OSError, AttributeError):
@@ -60,21 +62,25 @@ def libc() -> str:
 
 
 def described(name: str, info: dict[str, Any]) -> bool:
-    """Whether ``info`` is about the file that lies there; by its size, which costs nothing."""
+    """Return whether ``info`` is about the file that lies there.
+
+    Told by its size, which costs nothing.
+    """
     path, record = FOLDER / name, info.get("libraries", {}).get(name)
     return path.exists() and record is not None and record["bytes"] == path.stat().st_size
 
 
 def cuda_archs() -> list[str]:
-    """Architectures of the CUDA library; empty where build_info.json is about another file, and the
-    launch itself must tell.
+    """Return the architectures of the CUDA library.
+
+    Empty where build_info.json is about another file, and the launch itself must tell.
     """
     info = build_info()
     return info.get("cuda_archs", []) if described("_C_cuda.so", info) else []
 
 
 def stale(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Library to the reason why it is not known to be this checkout's code."""
+    """Return, for each library, the reason why it is not known to be this checkout's code."""
     info, here, found = build_info(), source_hash(FOLDER.parent), {}
     there = records(FOLDER)
     for name in names:

@@ -1,4 +1,7 @@
-"""Argument checks of the operators. Messages name the argument, what came and what was expected."""
+"""Argument checks of the operators.
+
+Messages name the argument, what came and what was expected.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def dense(name: str, x: torch.Tensor, shape: str) -> None:
 def same(
     name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, *, dtype: bool = True
 ) -> None:
-    """Same device and, unless told otherwise, same dtype."""
+    """Check that ``x`` has the device and, unless told otherwise, the dtype of ``other``."""
     if x.device != other.device:
         raise ValueError(
             f"{name} is on {x.device} and {other_name} is on {other.device}; expected one device"
@@ -67,7 +70,7 @@ def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def flag(name: str, value: object) -> None:
-    """Not whatever is true: "no" is."""
+    """Check that ``value`` is a bool, and not whatever is true: "no" is."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is a {type(value).__name__}; expected True or False")
 
@@ -81,7 +84,7 @@ def number(
     most: float = math.inf,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """A finite number of the host, between ``least`` and ``most``, that ``dtype`` holds.
+    """Check for a finite number of the host, from ``least`` to ``most``, that ``dtype`` holds.
 
     No tensor: comparing one with a number would wait for the GPU, or break a compilation.
     """
@@ -100,8 +103,9 @@ def number(
 def divisor(
     name: str, value: object, dtype: torch.dtype = torch.float64, least: float = 1e-15
 ) -> None:
-    """A positive number that something is divided by: above 1e-15 the result, and its square, stays
-    in the range of float32.
+    """Check a positive number that something is divided by.
+
+    Above 1e-15 the result, and its square, stays in the range of float32.
     """
     number(name, value, "a positive finite number", least=5e-324, dtype=dtype)
     number(name, value, f"at least {least}", least=least)
@@ -123,7 +127,7 @@ def group(value: object) -> None:
 
 
 def rng(x: object, like_name: str, like: torch.Tensor) -> torch.Tensor:
-    """int64 [seed, offset], side by side in memory as kernels read it."""
+    """Return ``rng``, int64 [seed, offset], side by side in memory as kernels read it."""
     found = philox.check(x)
     same("rng", found, like_name, like, dtype=False)
     return found.contiguous()
@@ -132,7 +136,7 @@ def rng(x: object, like_name: str, like: torch.Tensor) -> torch.Tensor:
 def pair_ids(
     image_ids, images: int, text_ids, texts: int, like_name: str, like: torch.Tensor
 ) -> None:
-    """Both or neither; int64, one for each image and text."""
+    """Check that both id vectors are given or neither; int64, one for each image and text."""
     if (image_ids is None) != (text_ids is None):
         raise ValueError("image_ids and text_ids go together; one was given and the other is None")
     if image_ids is None:
@@ -154,7 +158,7 @@ def scalar(
     *,
     least: float | None = None,
 ) -> torch.Tensor:
-    """A 0-dim tensor on ``like``'s device, made without a copy from the host.
+    """Return a 0-dim tensor on ``like``'s device, made without a copy from the host.
 
     Its value is checked where values are looked at.
 

@@ -33,19 +33,19 @@ DEFERRED = (
 
 @contextlib.contextmanager
 def checking(on: bool = True) -> Iterator[None]:
-    """Look at numbers on a GPU too inside a ``with`` block, or not; what ``OVSEG_CHECK=1`` does for
-    a whole process.
+    """Look at numbers on a GPU too inside a ``with`` block, or not.
 
-    Every call of this thread or task then waits for the GPU, and none can be captured in a CUDA
-    graph.
+    ``OVSEG_CHECK=1`` does the same for a whole process. Every call of this thread or task then
+    waits for the GPU, and none can be captured in a CUDA graph.
     """
     with CHECKING.to(on):
         yield
 
 
 def looks_at_values(x: torch.Tensor) -> bool:
-    """Whether a check may read ``x`` on the host: not while a call is being compiled, nor where
-    there are no numbers.
+    """Return whether a check may read ``x`` on the host.
+
+    Not while a call is being compiled, nor where there are no numbers.
     """
     if torch.compiler.is_compiling() or x.device.type == "meta":
         return False
@@ -54,8 +54,9 @@ def looks_at_values(x: torch.Tensor) -> bool:
 
 
 def defers(x: torch.Tensor) -> bool:
-    """Whether a check of ``x`` is left to the GPU: to plain tensors, for others may have no numbers
-    (fake ones).
+    """Return whether a check of ``x`` is left to the GPU.
+
+    Only that of a plain tensor is: others may have no numbers, as fake ones have none.
     """
     return (
         x.device.type == "cuda"
@@ -65,7 +66,7 @@ def defers(x: torch.Tensor) -> bool:
 
 
 def looked_at(x: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors whose numbers a check of ``x`` reads now: itself, or none.
+    """Return the tensors whose numbers a check of ``x`` reads now: itself, or none.
 
     Under ``torch.vmap`` one for each element of the batch.
     """
@@ -73,12 +74,12 @@ def looked_at(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def deferred(x: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors whose check is left to the GPU, in the same way."""
+    """Return the tensors whose check is left to the GPU, in the same way."""
     return _parts(x.detach()) if not looks_at_values(x) and defers(x) else []
 
 
 def _parts(x: torch.Tensor) -> list[torch.Tensor]:
-    """``x`` without what the transforms of torch.func have wrapped it in."""
+    """Return ``x`` without what the transforms of torch.func have wrapped it in."""
     if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(x):
         return [x]
     inner = functorch.get_unwrapped(x)
@@ -93,9 +94,8 @@ class _Flags:
     """
 
     def __init__(self, device: torch.device) -> None:
-        with torch.inference_mode(
-            False
-        ):  # it outlives the mode of the call that happens to be the first
+        # it outlives the mode of the call that happens to be the first
+        with torch.inference_mode(False):
             self.found = torch.zeros(1 + len(DEFERRED), dtype=torch.int32, device=device)
             self.copy = torch.zeros(
                 1 + len(DEFERRED), dtype=torch.int32, pin_memory=device.type == "cuda"
@@ -110,7 +110,7 @@ class _Flags:
             self.raise_for(self.copy.tolist())
 
     def send(self) -> None:
-        """A copy to the host, behind what is queued now, if none is on its way."""
+        """Copy the flags to the host, behind what is queued now, if no copy is on its way."""
         if self.landed is None:
             self.copy.copy_(self.found, non_blocking=True)
             self.landed = _event(self.found)
@@ -120,9 +120,8 @@ class _Flags:
         if messages:
             self.found.zero_()
             raise ValueError(
-                f"an earlier call of {'; and of '.join(messages)} (seen on the GPU "
-                "after that call had returned; "
-                "OVSEG_CHECK=1 raises in the call itself)"
+                f"an earlier call of {'; and of '.join(messages)} (seen on the GPU after that call "
+                "had returned; OVSEG_CHECK=1 raises in the call itself)"
             )
 
 
@@ -133,7 +132,7 @@ def _event(x: torch.Tensor) -> torch.cuda.Event:
 
 
 def capturing() -> bool:
-    """Whether the current CUDA stream is being captured in a graph."""
+    """Return whether the current CUDA stream is being captured in a graph."""
     return torch.cuda.is_current_streamcapturing()
 
 
@@ -141,11 +140,10 @@ _flags: dict[torch.device, _Flags] = {}
 
 
 def defer(good: torch.Tensor, message: str) -> None:
-    """Flag ``message`` on the device of ``good``, a bool without dimensions, where it is false;
-    raise what earlier calls flagged.
+    """Flag ``message`` where ``good`` is false, and raise what earlier calls flagged.
 
-    A captured graph flags at every replay, into the memory that calls before the capture have made;
-    without one it does not.
+    ``good`` is a bool without dimensions; the flag lies on its device. A captured graph flags at
+    every replay, into the memory that calls before the capture have made; without one it does not.
     """
     flags, captured = _flags.get(good.device), capturing()
     if flags is None:

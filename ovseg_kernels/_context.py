@@ -1,5 +1,6 @@
-"""Settings that a ``with`` block changes for its own thread or asyncio task, while others go on as
-they were.
+"""Settings that a ``with`` block changes for its own thread or asyncio task alone.
+
+Others go on as they were.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ class _OfThread(threading.local):
 
 
 class Setting:
-    """A value that the innermost block around a call has set; None outside of any, where the
-    setting of the process holds.
+    """A value that the innermost block around a call has set.
 
-    torch.compile guards on a copy of the thread's, for it traces a ContextVar from torch 2.14 on
-    only: tasks that force different backends and share a thread should not share compiled
-    functions.
+    None outside of any, where the setting of the process holds. torch.compile guards on a copy of
+    the thread's, for it traces a ContextVar from torch 2.14 on only: tasks that force different
+    backends and share a thread should not share compiled functions.
     """
 
     def __init__(self, name: str) -> None:
@@ -41,9 +41,8 @@ class Setting:
             yield
         finally:
             self._set.reset(token)
-            self._traced.value = (
-                self._set.get()
-            )  # not what it was before: tasks of one thread may end in any order
+            # not what it was before: tasks of one thread may end in any order
+            self._traced.value = self._set.get()
 
 
 BACKEND = Setting("ovseg_backend")

@@ -1,4 +1,4 @@
-"""What crosses between ranks: sizes, gathered features with their gradient, merged statistics."""
+"""Exchange between ranks: sizes, gathered features with their gradient, merged statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 def sizes_of_ranks(
     sizes: tuple[int, ...], group: dist.ProcessGroup, device: torch.device
 ) -> list[tuple[int, ...]]:
-    """What every rank passed, in the order of the ranks.
+    """Return what every rank passed, in the order of the ranks.
 
     The host must know it, for shapes follow from it. Where the group has a backend for the CPU
     (torch's default, "cpu:gloo,cuda:nccl", has), it travels beside the GPU, whose queue is left
@@ -23,7 +23,7 @@ def sizes_of_ranks(
 
 
 def gather_rows(x: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The rows of all ranks, in the order of the ranks; ``sizes`` may be uneven.
+    """Return the rows of all ranks, in the order of the ranks; ``sizes`` may be uneven.
 
     Gradients are summed over the ranks and come back.
     """
@@ -55,7 +55,7 @@ class _Gather(torch.autograd.Function):
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum on every rank; gradients are summed over the ranks too."""
+    """Return the sum on every rank; gradients are summed over the ranks too."""
     return _Sum.apply(x, group)
 
 
@@ -76,7 +76,7 @@ class _Sum(torch.autograd.Function):
 
 
 def merge_columns(columns: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Statistics [3, T] over all ranks: log-sum-exp by maximum and sum, the rest by sum."""
+    """Merge statistics [3, T] over all ranks: log-sum-exp by maximum and sum, the rest by sum."""
     top = columns[0].clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     finite = torch.where(top.isfinite(), top, 0)
@@ -86,7 +86,10 @@ def merge_columns(columns: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
 
 
 def weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """1 / (2 number of rows that have a positive) for those, over all ranks; 0 for the others."""
+    """Return the weights of the rows in the loss.
+
+    1 / (2 number of rows that have a positive, over all ranks) for those, 0 for the others.
+    """
     some = (part[2] > 0).to(part.dtype)
     count = some.sum()
     if group is not None:
@@ -95,8 +98,9 @@ def weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 
 
 def terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """sum of weight * (log-sum-exp - mean positive logit); rows without a positive have weight 0
-    and may have no finite one.
+    """Return the sum of weight * (log-sum-exp - mean positive logit).
+
+    Rows without a positive have weight 0 and may have no finite one.
     """
     return (weight * torch.where(weight > 0, part[0] - part[1] / part[2].clamp(min=1), 0)).sum()
 
@@ -104,7 +108,8 @@ def terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def of_the_whole_batch(
     loss: torch.Tensor, row_part: torch.Tensor, group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """The loss of the whole batch with world_size times this rank's share of its gradient;
+    """Return the loss of the whole batch, with world_size times this rank's share of its gradient.
+
     ``row_part`` is the rows' share of ``loss``.
     """
     whole = row_part.clone()

@@ -22,9 +22,8 @@ LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
-COMPOSITES: set[str] = (
-    set()
-)  # a handful of torch calls, the same on every device: no kernel is wanted
+# a handful of torch calls, the same on every device: no kernel is wanted
+COMPOSITES: set[str] = set()
 
 
 class BackendError(RuntimeError):
@@ -48,40 +47,48 @@ class _Native:
             self.loaded = True
         except (OSError, RuntimeError) as error:
             built = build_info()
-            there = f"built against torch {built.get('torch', 'unknown')} with {built.get('libc') or 'an unknown libc'}"
-            self.reason = f"{there}, and does not load under {torch.__version__} with {libc() or 'another libc'}: {error}"
+            there = (
+                f"built against torch {built.get('torch', 'unknown')} "
+                f"with {built.get('libc') or 'an unknown libc'}"
+            )
+            self.reason = (
+                f"{there}, and does not load under {torch.__version__} "
+                f"with {libc() or 'another libc'}: {error}"
+            )
             warnings.warn(
                 f"ovseg_kernels: {self.path.name} {self.reason}", RuntimeWarning, stacklevel=2
             )
 
 
 def define(op: str, schema: str) -> None:
-    """A schema of the public operator ``op``."""
+    """Define a schema of the public operator ``op``."""
     name = schema.split("(", 1)[0]
     SCHEMAS[name], OPERATOR_OF[name] = schema, op
     LIBRARY.define(schema)
 
 
 def fallback(name: str, function: Callable) -> None:
-    """What answers on a device for which no kernel is registered."""
+    """Register what answers on a device for which no kernel is registered."""
     FALLBACKS[name] = function
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
 def composite(name: str, function: Callable) -> None:
-    """The implementation for all devices."""
+    """Register the implementation for all devices."""
     COMPOSITES.add(name)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
 def fake(name: str) -> Callable:
-    """Shapes and dtypes of the outputs, for torch.compile, torch.export and meta tensors."""
+    """Register shapes and dtypes of the outputs.
+
+    For torch.compile, torch.export and meta tensors.
+    """
     return torch_library.register_fake(f"ovseg::{name}", lib=LIBRARY)
 
 
 def autocast(name: str, features: tuple[int, ...]) -> None:
-    """Under autocast, cast the arguments at ``features`` to the autocast dtype and leave scales
-    alone.
+    """Cast, under autocast, the arguments at ``features`` to its dtype, and leave scales alone.
 
     torch's own ``register_autocast`` would cast every floating argument, a temperature too.
     """
@@ -102,7 +109,10 @@ def autocast(name: str, features: tuple[int, ...]) -> None:
 
 
 def autocast_type(device: torch.device) -> str:
-    """What torch.autocast is asked by: it knows no meta tensors, which compute nothing."""
+    """Return the device type to ask torch.autocast by.
+
+    It knows no meta tensors, which compute nothing.
+    """
     return "cpu" if device.type == "meta" else device.type
 
 
@@ -110,8 +120,9 @@ def autocast_type(device: torch.device) -> str:
 def overriding(
     implementations: dict[str, Callable], keys: tuple[str, ...], *, with_keyset: bool = False
 ) -> Iterator[None]:
-    """Let ``implementations`` answer at the dispatch ``keys``; what answered before does again
-    afterwards. In all threads.
+    """Let ``implementations`` answer at the dispatch ``keys``, in all threads.
+
+    What answered before does again afterwards.
     """
     library = torch_library.Library("ovseg", "IMPL")
     # Newer releases of torch let Python override Python by default, older ones want to be told, the

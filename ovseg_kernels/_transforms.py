@@ -1,5 +1,6 @@
-"""How schemas answer to derivatives and to torch.func: backward, no forward mode, no second
-derivative, vmap.
+"""Answers of the schemas to derivatives and to torch.func.
+
+They are backward, no forward mode, no second derivative, and vmap.
 
 torch's own ``register_autograd`` answers to plain autograd alone: under ``torch.func.grad`` it is
 an error about ``setup_context``, and a forward-mode tangent is dropped, which makes a derivative of
@@ -25,8 +26,9 @@ from ._context import BACKEND
 
 
 def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
-    """``setup(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``, as torch's
-    ``register_autograd`` has it.
+    """Register a backward in the terms of torch's ``register_autograd``.
+
+    ``setup(ctx, inputs, output)`` saves for ``backward(ctx, *grads)``.
     """
     op = getattr(torch.ops.ovseg, name).default
 
@@ -35,9 +37,8 @@ def autograd(name: str, backward: Callable, setup: Callable | None) -> None:
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def forward(ctx, *args):
-        *inputs, keyset = (
-            args  # behind the others, so that ctx.needs_input_grad counts from the first argument
-        )
+        # The keyset comes last, so that ctx.needs_input_grad counts from the first argument.
+        *inputs, keyset = args
         ctx.backend = BACKEND.get()
         output = below(keyset, inputs)
         if setup is not None:
@@ -93,12 +94,16 @@ def no_second_derivative(name: str) -> None:
     autograd(name, backward, None)
 
 
-_INSTEAD = "use reverse mode (grad, vjp, jacrev), or the definition: with ovseg_kernels.backend('reference'): ..."
+_INSTEAD = (
+    "use reverse mode (grad, vjp, jacrev), or the definition: "
+    "with ovseg_kernels.backend('reference'): ..."
+)
 
 
 def no_forward_derivative(op: str, *args: object, instead: str = _INSTEAD) -> None:
-    """Raise where an argument carries a tangent: a result without one would pass for a derivative
-    of zero.
+    """Raise where an argument carries a tangent.
+
+    A result without one would pass for a derivative of zero.
     """
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
         raise NotImplementedError(
@@ -108,7 +113,10 @@ def no_forward_derivative(op: str, *args: object, instead: str = _INSTEAD) -> No
 
 
 def no_derivative(op: str, *args: object) -> None:
-    """The same for labels: in reverse mode they have no grad_fn, and torch says so by itself."""
+    """Raise for labels where an argument carries a tangent.
+
+    In reverse mode they have no grad_fn, and torch says so by itself.
+    """
     no_forward_derivative(
         op, *args, instead="labels and their values are constants; pass the detach() of what varies"
     )
@@ -129,9 +137,10 @@ def vmap(
     outputs: dict[int, int] | None = None,
     unless: Callable[[tuple], bool] = lambda args: False,
 ) -> None:
-    """The rule of ``name`` under ``torch.vmap``.
+    """Register the rule of ``name`` under ``torch.vmap``.
 
     Args:
+        name: of the schema.
         images: the arguments that are made of independent images, as all outputs then are, with the
             dimension that counts them, 0 if not said. Where these and no others are batched, the
             batch becomes more images of one call. Anything else is one call for each element of the
@@ -165,12 +174,12 @@ def vmap(
 
 
 def _joined(x, dim, at):
-    """The batch at ``dim`` and the images behind it, at ``at``, as one dimension."""
+    """Return the batch at ``dim`` and the images behind it, at ``at``, as one dimension."""
     return x if dim is None else x.movedim(dim, at).flatten(at, at + 1)
 
 
 def _parted(found, size, at):
-    """The batch of :func:`_joined` in front again."""
+    """Return the batch of :func:`_joined` in front again."""
     if isinstance(found, tuple):
         return tuple(_parted(x, size, {0: at.get(i, 0)}) for i, x in enumerate(found))
     place = at.get(0, 0)

@@ -9,7 +9,7 @@ from .reference import unit as reference
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """x / max(|x|, EPS) over the last dimension, as torch.nn.functional.normalize.
+    """Return x / max(|x|, EPS) over the last dimension, as torch.nn.functional.normalize.
 
     Squares leave the range of float32 at lengths of 1.8e19, where torch's own makes zeros. On the
     CPU, where it can be seen, the vector is found in another way; elsewhere it is NaN, which can be

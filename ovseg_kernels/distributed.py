@@ -1,5 +1,6 @@
-"""Rows of all ranks, with their gradient: for models that compare their own pictures with
-everybody's texts.
+"""Rows of all ranks, with their gradient.
+
+For models that compare their own pictures with everybody's texts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from . import _distributed
 
 
 def gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """``x`` [n, ...] of every rank of ``group``, in the order of the ranks; n may differ.
+    """Return ``x`` [n, ...] of every rank of ``group``, in the order of the ranks; n may differ.
 
     Gradients are summed over the ranks and come back to the rank that holds the row: with a loss
     whose gradient every rank computes for its own part, and DDP's mean over ranks, parameters get
@@ -36,7 +37,7 @@ def gather_rows(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum of ``x`` over the ranks of ``group``, on every one of them.
+    """Return the sum of ``x`` over the ranks of ``group``, on every one of them.
 
     Its gradient is summed over the ranks as well: every rank uses the sum for its own part of a
     loss, as in ``gather_rows``.

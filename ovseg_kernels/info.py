@@ -1,6 +1,7 @@
 """python -m ovseg_kernels.info: what was built, for what, what loaded, and why not.
 
-python -m ovseg_kernels.info --ready    exit status 0 if both native libraries are this checkout's code, load, and run on this GPU
+``python -m ovseg_kernels.info --ready`` has exit status 0 if both native libraries are this
+checkout's code, load, and run on this GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ._backends import forced, unsupported
 
 
 def report() -> str:
-    """The facts as text."""
+    """Return the facts as text."""
     lines = [
         f"ovseg_kernels {__version__}",
         f"  python           {platform.python_version()} on {platform.machine()}, {_build.libc()}",
@@ -71,8 +72,9 @@ def report() -> str:
 
 
 def problems() -> list[str]:
-    """Why the native libraries cannot be used on this machine as they are; empty if they can,
-    wherever they were built.
+    """Return why the native libraries cannot be used on this machine as they are.
+
+    Empty if they can, wherever they were built.
     """
     found = [f"{name}: {reason}" for name, reason in _build.stale().items()]
     for native in (lib.CPU, lib.CUDA):
@@ -88,6 +90,7 @@ def problems() -> list[str]:
 
 
 def main() -> int:
+    """Print the report, or answer ``--ready``; return the exit status."""
     arguments = argparse.ArgumentParser(
         description="What was built, for what, what loaded, and why not."
     )

@@ -1,5 +1,6 @@
-"""Losses as modules, with the constructors and calls of open_clip's: change the import, and the [B,
-B] logits are gone.
+"""Losses as modules, with the constructors and calls of open_clip's.
+
+Change the import, and the [B, B] logits are gone:
 
     from ovseg_kernels.nn import ClipLoss      # was: from open_clip import ClipLoss
 
@@ -58,7 +59,7 @@ class ClipLoss(nn.Module):
         logit_bias: torch.Tensor | float | None = None,
         output_dict: bool = False,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The loss of unit ``image_features`` and ``text_features`` [B, D].
+        """Return the loss of unit ``image_features`` and ``text_features`` [B, D].
 
         A bias on all logits changes no softmax: it is ignored.
         """
@@ -71,9 +72,8 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             return compute(image, text, scale, None, None, None, False, "softmax", 0.0)
         group = _group(self.rank, self.world_size)
-        if (
-            not self.local_loss and not self.gather_with_grad
-        ):  # only this rank's rows of the gathered features get a gradient
+        # only this rank's rows of the gathered features get a gradient
+        if not self.local_loss and not self.gather_with_grad:
             image, text = (_scale_gradient(x, 1 / self.world_size) for x in (image, text))
         if self.gather_with_grad or not self.local_loss:
             return compute(
@@ -98,8 +98,9 @@ class ClipLoss(nn.Module):
 
 
 class SigLipLoss(nn.Module):
-    """Sigmoid loss of unit features: a rank's images against the texts of all ranks, divided by the
-    rank's images.
+    """Sigmoid loss of unit features: a rank's images against the texts of all ranks.
+
+    The sum is divided by the number of the rank's images.
 
     Args:
         cache_labels: accepted; there are no labels to cache.
@@ -133,7 +134,7 @@ class SigLipLoss(nn.Module):
         logit_bias: torch.Tensor | float | None = None,
         output_dict: bool = False,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """The loss of unit ``image_features`` and ``text_features`` [B, D]."""
+        """Return the loss of unit ``image_features`` and ``text_features`` [B, D]."""
         group = None if self.world_size == 1 else _group(self.rank, self.world_size)
         bias = 0.0 if logit_bias is None else logit_bias
         loss = compute(
@@ -167,5 +168,5 @@ def _group(rank: int, world_size: int) -> dist.ProcessGroup:
 
 
 def _scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """``x``, with its gradient multiplied."""
+    """Return ``x``, with its gradient multiplied."""
     return x + (factor - 1) * (x - x.detach())

@@ -1,8 +1,9 @@
 """Random numbers that do not depend on device, backend, tiling or thread: Philox4x32-10.
 
-    key = seed, counter = (offset + index // 4, 0), word = index % 4                             (1)
-    u = ((word >> 9) + 0.5) 2^-23            exact in float32, in [2^-24, 1 - 2^-24]: no logarithm sees 0 or 1  (2)
-    gumbel = -log(-log u)                    in float32, in [-2.82, 16.64]                       (3)
+    key = seed, counter = (offset + index // 4, 0), word = index % 4                            (1)
+    u = ((word >> 9) + 0.5) 2^-23        exact in float32, in [2^-24, 1 - 2^-24]:
+                                         no logarithm sees 0 or 1                               (2)
+    gumbel = -log(-log u)                in float32, in [-2.82, 16.64]                          (3)
 
 ``index`` counts the elements of the unpadded tensor in contiguous order. Operators take ``rng``, an
 int64 tensor [seed, offset] on their device: a Python number would recompile at every step, and a
@@ -27,7 +28,7 @@ _WORD = 0xFFFFFFFF
 def make_rng(
     seed: int | None = None, offset: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """``rng`` for the operators: int64 [seed, offset].
+    """Return ``rng`` for the operators: int64 [seed, offset].
 
     Without a seed, one is drawn from torch's default generator.
     """
@@ -43,7 +44,10 @@ def make_rng(
 
 
 def advance(rng: torch.Tensor, elements: int) -> torch.Tensor:
-    """``rng`` past a tensor of ``elements`` elements: what follows shares no number with it."""
+    """Return ``rng`` past a tensor of ``elements`` elements.
+
+    What follows shares no number with it.
+    """
     check(rng)
     if (
         isinstance(elements, bool)
@@ -58,7 +62,7 @@ def advance(rng: torch.Tensor, elements: int) -> torch.Tensor:
 
 
 def check(rng: object) -> torch.Tensor:
-    """``rng``; TypeError or ValueError unless it is int64 [seed, offset]."""
+    """Return ``rng``; TypeError or ValueError unless it is int64 [seed, offset]."""
     if not isinstance(rng, torch.Tensor) or rng.dtype != torch.int64 or rng.layout != torch.strided:
         came = type(rng).__name__
         if isinstance(rng, torch.Tensor):
@@ -80,8 +84,9 @@ def check(rng: object) -> torch.Tensor:
 
 
 def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of x * factor for x below 2^32; int64 holds no product of two full
-    words.
+    """Return high and low 32 bits of x * factor for x below 2^32.
+
+    int64 holds no product of two full words.
     """
     low, high = x * (factor & 0xFFFF), x * (factor >> 16)
     low, carry = low + ((high & 0xFFFF) << 16), high >> 16
@@ -89,8 +94,9 @@ def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def words(rng: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """The four words of the blocks with counter ``offset + blocks``, equation (1): int64 [..., 4]
-    in 0 .. 2^32 - 1.
+    """Return the four words of the blocks with counter ``offset + blocks``, equation (1).
+
+    They are int64 [..., 4] in 0 .. 2^32 - 1.
     """
     counter = rng[1] + blocks
     x0, x1 = counter & _WORD, (counter >> 32) & _WORD
@@ -105,7 +111,7 @@ def words(rng: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def bits(rng: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """32 random bits an element: int64 of ``shape``."""
+    """Return 32 random bits an element: int64 of ``shape``."""
     check(rng)
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
         raise ValueError(f"shape is {tuple(shape)}; expected integers of at least 0")
@@ -114,12 +120,12 @@ def bits(rng: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def uniform(rng: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Uniform numbers, equation (2): float32 of ``shape``."""
+    """Return uniform numbers, equation (2): float32 of ``shape``."""
     return ((bits(rng, shape) >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def gumbel(rng: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard Gumbel numbers, equation (3): float32 of ``shape``.
+    """Return standard Gumbel numbers, equation (3): float32 of ``shape``.
 
     Example:
         >>> gumbel(make_rng(7), (2, 3)).shape

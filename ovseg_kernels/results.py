@@ -9,7 +9,7 @@ from torch.utils import _pytree
 
 
 class CenterAssignment(NamedTuple):
-    """Of ``center_assignment`` and the operators built on it."""
+    """The result of ``center_assignment`` and of the operators built on it."""
 
     pooled: torch.Tensor  #: [B, G, E]
     index: torch.Tensor  #: [B, L] int64, -1 where masked
@@ -17,7 +17,7 @@ class CenterAssignment(NamedTuple):
 
 
 class MaskLosses(NamedTuple):
-    """Of ``upsample_mask_loss``."""
+    """The result of ``upsample_mask_loss``."""
 
     focal: torch.Tensor  #: [B, C]
     dice: torch.Tensor  #: [B, C]
@@ -25,23 +25,22 @@ class MaskLosses(NamedTuple):
 
 
 class LabelMaps(NamedTuple):
-    """Of ``upsample_argmax`` and ``window_argmax`` with ``return_value=True``."""
+    """The result of ``upsample_argmax`` and ``window_argmax`` with ``return_value=True``."""
 
     labels: torch.Tensor  #: [B, H, W] or [H, W]
     value: torch.Tensor  #: of the winning class, the same shape
 
 
 class SelectedPixels(NamedTuple):
-    """Of ``select_pixels``: flat indices image N + pixel, best first, -1 where there are fewer."""
+    """The result of ``select_pixels``.
+
+    Flat indices image N + pixel, best first, -1 where there are fewer.
+    """
 
     positive: torch.Tensor  #: [T, k_pos] int64
     negative: torch.Tensor  #: [T, k_neg] int64
 
 
-for _result in (
-    CenterAssignment,
-    MaskLosses,
-    LabelMaps,
-    SelectedPixels,
-):  # so that torch.export can save a program that returns one
+# so that torch.export can save a program that returns one
+for _result in (CenterAssignment, MaskLosses, LabelMaps, SelectedPixels):
     _pytree._register_namedtuple(_result, serialized_type_name=f"{__name__}.{_result.__name__}")

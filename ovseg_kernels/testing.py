@@ -1,8 +1,8 @@
-"""The error rule by which backends are judged, shipped so that users can hold their own builds to
-it.
+"""The error rule by which backends are judged.
 
-A result passes if its largest error against a float64 truth is at most twice that of the eager
-formula in the same dtype, plus a floor that stands for the rounding of inputs of order one.
+It is shipped so that users can hold their own builds to it. A result passes if its largest error
+against a float64 truth is at most twice that of the eager formula in the same dtype, plus a floor
+that stands for the rounding of inputs of order one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.
 def assert_close_to_truth(
     name: str, result: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    """The error rule, for the largest error (relative to the truth's largest value, if above 1) and
-    the Frobenius norm.
+    """Assert the error rule for the largest error and the Frobenius norm.
+
+    The largest error is relative to the truth's largest value, if that is above 1.
 
     Args:
         name: of the tensor, for the message.

@@ -1,37 +1,42 @@
-"""center_assignment: every token goes to one of G centers by Gumbel-softmax, and every center pools
-its tokens.
+"""center_assignment: Gumbel-softmax of every token over G centers, which pool their tokens.
 
-    z_gl = scale r_l q_g . k_l + beta_g              r: key_scale, beta: center_bias, 1 and 0 if not given      (1)
-    s_gl = softmax_g((z_gl + u_gl) / tau)            u: Gumbel noise, or none; over the centers, for each token (2)
-    a_gl = 1 for g = argmax_g s_gl, else 0           hard: with the gradient of s (straight-through); else a = s (3)
-    n_g  = max(c_g, 1)  |  c_g + 1  |  1             c_g = sum_l a_gl; "mean" | "mean_plus_one" | "sum"         (4)
-    pooled_g = sum_l a_gl v_l / n_g                  soft_gl = softmax_g(z_gl), without noise    (5)
+    z_gl = scale r_l q_g . k_l + beta_g     r: key_scale, beta: center_bias, 1 and 0
+                                            if not given                                        (1)
+    s_gl = softmax_g((z_gl + u_gl) / tau)   u: Gumbel noise, or none; over the centers,
+                                            for each token                                      (2)
+    a_gl = 1 for g = argmax_g s_gl, else 0  hard: with the gradient of s (straight-through);
+                                            else a = s                                          (3)
+    n_g  = max(c_g, 1)  |  c_g + 1  |  1    c_g = sum_l a_gl; "mean" | "mean_plus_one" | "sum"  (4)
+    pooled_g = sum_l a_gl v_l / n_g         soft_gl = softmax_g(z_gl), without noise            (5)
 
-Shapes   queries [B, G, D]; keys [B, L, D]; values [B, L, E]; mask [B, L] bool, True = keep; noise [B, G, L]; rng int64 [2];
-  center_bias [B, G]; key_scale [B, L];
-  returns pooled [B, G, E], index [B, L] int64 (-1 where masked), soft [B, G, L] or None.
-Dtypes   float32, float64, float16, bfloat16, mixed ones are promoted; scores, noise, softmax and counts in float32 (float64
-  for float64) whatever the inputs, and autocast lowers nothing: low precision flips assignments.
-  pooled in the dtype of values; soft in float32 or float64.
-Noise    with ``rng``, element (b, g, l) takes Philox number (b L + l) G + g (ovseg_kernels/philox.py), recomputed in backward.
-Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and for "mean" where c_g < 1):
-    ds_gl = (p_g . v_l - rho_g) / n_g                                                            (6)
+Shapes   queries [B, G, D]; keys [B, L, D]; values [B, L, E]; mask [B, L] bool, True = keep; noise
+  [B, G, L]; rng int64 [2]; center_bias [B, G]; key_scale [B, L]; returns pooled [B, G, E], index
+  [B, L] int64 (-1 where masked), soft [B, G, L] or None.
+Dtypes   float32, float64, float16, bfloat16, mixed ones are promoted; scores, noise, softmax and
+  counts in float32 (float64 for float64) whatever the inputs, and autocast lowers nothing: low
+  precision flips assignments. pooled in the dtype of values; soft in float32 or float64.
+Noise    with ``rng``, element (b, g, l) takes Philox number (b L + l) G + g
+  (ovseg_kernels/philox.py), recomputed in backward.
+Grad     with p = d loss / d pooled and rho_g = pooled_g . p_g (0 for "sum", and for "mean" where
+  c_g < 1):
+    ds_gl = (p_g . v_l - rho_g) / n_g                                                           (6)
       plus d loss / d c_g, where an operator built on this one uses the counts
-    dz_gl = s_gl (ds_gl - sum_h s_hl ds_hl) / tau    plus the same with soft and its own gradient, without tau  (7)
-    dq_g = scale sum_l r_l dz_gl k_l                 dk_l = scale r_l sum_g dz_gl q_g            (8)
-    dv_l = sum_g a_gl p_g / n_g                                                                  (9)
-    dbeta_g = sum_l dz_gl                            dr_l = scale sum_g dz_gl q_g . k_l         (10)
-Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values forward, two backward and one
-  write of their gradients. Kept for backward: the inputs, pooled, index and counts; no [B, G, L],
-  no one-hot.
+    dz_gl = s_gl (ds_gl - sum_h s_hl ds_hl) / tau                                               (7)
+      plus the same with soft and its own gradient, without tau
+    dq_g = scale sum_l r_l dz_gl k_l       dk_l = scale r_l sum_g dz_gl q_g                     (8)
+    dv_l = sum_g a_gl p_g / n_g                                                                 (9)
+    dbeta_g = sum_l dz_gl                  dr_l = scale sum_g dz_gl q_g . k_l                   (10)
+Cost     2 B G L (D + E) flops forward, at most twice that backward; one read of keys and values
+  forward, two backward and one write of their gradients. Kept for backward: the inputs, pooled,
+  index and counts; no [B, G, L], no one-hot.
 Masks    a masked token has weight 0 everywhere and gradient 0, whatever it holds.
-Errors   ValueError for ranks, sizes, devices, a scale that is not finite, a tau below 1e-15, noise together with rng; TypeError for
-  dtypes and layouts. NaN and infinity: where the softmax (2) of a token is NaN, so is its weight
-  (3) for all centers, and pooled and counts of its image. A value that is not finite leaves its
-  channel no number in any center: 0 infinity is none.
-Source   Xu et al., GroupViT, CVPR 2022 (mean_plus_one); Luo et al., SegCLIP, ICML 2023 (mean); straight-through: Jang et al.,
-  Categorical Reparameterization with Gumbel-Softmax, ICLR 2017. Closed form of the gradient: ours,
-  checked by gradcheck.
+Errors   ValueError for ranks, sizes, devices, a scale that is not finite, a tau below 1e-15, noise
+  together with rng; TypeError for dtypes and layouts. NaN and infinity: where the softmax (2) of a
+  token is NaN, so is its weight (3) for all centers, and pooled and counts of its image. A value
+  that is not finite leaves its channel no number in any center: 0 infinity is none.
+Source   Xu et al., GroupViT, CVPR 2022 (mean_plus_one); Luo et al., SegCLIP, ICML 2023 (mean);
+  straight-through: Jang et al., Categorical Reparameterization with Gumbel-Softmax, ICLR 2017.
+  Closed form of the gradient: ours, checked by gradcheck.
 """
 
 from __future__ import annotations
@@ -48,20 +53,17 @@ _NORMALIZER = {"mean": 0, "mean_plus_one": 1, "sum": 2}
 
 lib.define(
     "center_assignment",
-    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, Tensor? "
-    "key_scale, "
-    "Tensor? mask, Tensor? noise, Tensor? rng, float scale, float tau, bool hard, int normalizer, "
-    "bool want_soft) "
+    "center_assignment(Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, "
+    "Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? rng, float scale, float tau, "
+    "bool hard, int normalizer, bool want_soft) "
     "-> (Tensor pooled, Tensor index, Tensor count, Tensor soft)",
 )
 lib.define(
     "center_assignment",
-    "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, Tensor "
-    "queries, Tensor keys, "
-    "Tensor values, Tensor? center_bias, Tensor? key_scale, Tensor? mask, Tensor? noise, Tensor? "
-    "rng, Tensor pooled, "
-    "Tensor index, Tensor count, float scale, float tau, bool hard, int normalizer, bool "
-    "need_queries, bool need_keys, "
+    "center_assignment_backward(Tensor grad, Tensor? grad_count, Tensor? grad_soft, "
+    "Tensor queries, Tensor keys, Tensor values, Tensor? center_bias, Tensor? key_scale, "
+    "Tensor? mask, Tensor? noise, Tensor? rng, Tensor pooled, Tensor index, Tensor count, "
+    "float scale, float tau, bool hard, int normalizer, bool need_queries, bool need_keys, "
     "bool need_values, bool shared) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("center_assignment", reference.forward)
@@ -88,23 +90,26 @@ def center_assignment(
 
     Args:
         queries: [B, G, D], the centers.
-        keys: [B, L, D]. values: [B, L, E].
-        scale: multiplies the scores. tau: divides scores and noise in the softmax.
+        keys: [B, L, D].
+        values: [B, L, E].
+        scale: multiplies the scores.
+        tau: divides scores and noise in the softmax.
         rng: int64 [seed, offset] (``philox.make_rng``): Gumbel noise, the same on every device.
         noise: [B, G, L] Gumbel noise in place of ``rng``; it gets no gradient. Neither: no noise,
             as in evaluation.
         hard: one center a token, with the gradient of the softmax; otherwise the softmax itself.
         normalizer: ``mean_plus_one`` (GroupViT, OVSegmentor), ``mean`` (SegCLIP) or ``sum``.
         mask: [B, L] bool, True = keep.
-        center_bias: [B, G], added to the scores of a center. key_scale: [B, L], multiplies those of
-            a token. Both get gradients.
+        center_bias: [B, G], added to the scores of a center. It gets a gradient.
+        key_scale: [B, L], multiplies the scores of a token. It gets a gradient.
         return_soft: also return the softmax without noise, with its gradient.
 
     Returns:
         CenterAssignment: pooled [B, G, E], index [B, L], soft [B, G, L] or None.
 
     Example:
-        >>> found = center_assignment(torch.randn(2, 8, 16), torch.randn(2, 49, 16), torch.randn(2, 49, 32))
+        >>> tokens = torch.randn(2, 49, 16)
+        >>> found = center_assignment(torch.randn(2, 8, 16), tokens, torch.randn(2, 49, 32))
         >>> found.pooled.shape, found.index.shape
         (torch.Size([2, 8, 32]), torch.Size([2, 49]))
     """
@@ -128,8 +133,9 @@ def assign(
     key_scale,
     return_soft,
 ):
-    """``center_assignment`` with the counts c_g of (4) between index and soft, and pooled in the
-    accumulation dtype: the part that the operators built on this one share.
+    """Return what ``center_assignment`` does, with the counts c_g of (4) between index and soft.
+
+    Pooled is in the accumulation dtype. The operators built on this one share this part.
     """
     _check.tensor("queries", queries, 3, "[B, G, D]")
     _check.tensor("keys", keys, 3, "[B, L, D]")
@@ -183,8 +189,9 @@ def assign(
 
 
 def check_options(queries, keys, scale, tau, rng, noise, hard, normalizer, mask, return_soft):
-    """What the operators of this family check beyond their features; returns rng as kernels read
-    it.
+    """Check what the operators of this family have beyond their features.
+
+    Returns rng as kernels read it.
     """
     (B, G, D), L = queries.shape, keys.shape[1]
     if G == 0 or D == 0:
@@ -286,7 +293,6 @@ _transforms.vmap(
     images=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13),
     unless=lambda args: args[10] is not None,
 )
-lib.autocast(
-    "center_assignment", features=()
-)  # nothing is lowered, not even inside the closed form
+# nothing is lowered, not even inside the closed form
+lib.autocast("center_assignment", features=())
 lib.autocast("center_assignment_backward", features=())

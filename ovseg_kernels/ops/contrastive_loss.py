@@ -1,32 +1,36 @@
 """contrastive_loss: InfoNCE or sigmoid loss between images and texts, without the [B, T] matrix.
 
-    s_ij = image_i . text_j                     unit vectors, with normalize                     (1)
-    z_ij = lambda s_ij + beta                   beta: logit_bias, sigmoid only                   (2)
-    softmax:  L = (mean_i (lse_j z_ij - mean_{j in P_i} z_ij) + mean_j (lse_i z_ij - mean_{i in P_j}
-    z_ij)) / 2 (3)
-    sigmoid:  L = sum_ij softplus(-y_ij z_ij) / B              y_ij = 1 for a positive pair, else -1            (4)
+    s_ij = image_i . text_j                     unit vectors, with normalize                    (1)
+    z_ij = lambda s_ij + beta                   beta: logit_bias, sigmoid only                  (2)
+    softmax:  L = (mean_i (lse_j z_ij - mean_{j in P_i} z_ij)
+                   + mean_j (lse_i z_ij - mean_{i in P_j} z_ij)) / 2                            (3)
+    sigmoid:  L = sum_ij softplus(-y_ij z_ij) / B    y_ij = 1 for a positive pair, else -1      (4)
 
 P_i are the texts with the image's id; without ids, the one text at the image's own position. Means
 run over rows and columns that have a positive; w_i, w_j are 1 / (2 their number), and 1 / B for the
 sigmoid.
 
-    softmax:  dL/dz_ij = w_i (exp(z_ij - lse_i) - 1_ij / |P_i|) + w_j (exp(z_ij - lse_j) - 1_ij / |P_j|)        (5)
-    sigmoid:  dL/dz_ij = w_i (sigmoid(z_ij) - 1_ij)                                              (6)
-    d image = lambda dz text      d text = lambda dz^T image      d lambda = sum dz s      d beta = sum dz      (7)
+    softmax:  dL/dz_ij = w_i (exp(z_ij - lse_i) - 1_ij / |P_i|)
+                         + w_j (exp(z_ij - lse_j) - 1_ij / |P_j|)                               (5)
+    sigmoid:  dL/dz_ij = w_i (sigmoid(z_ij) - 1_ij)                                             (6)
+    d image = lambda dz text    d text = lambda dz^T image
+    d lambda = sum dz s         d beta = sum dz                                                 (7)
 
-Shapes   image [B, D]; text [T, D]; logit_scale, logit_bias one element; image_ids [B], text_ids [T] int64; scalar out.
-Dtypes   float16 and bfloat16 are normalised and computed in float32, on CUDA with tf32 products; the loss is float32, or float64
-  for float64. Autocast lowers nothing.
-Ranks    with ``group``, image, text and ids are this rank's; texts are gathered with their gradient, 3 T numbers reduced. Every rank
-  returns the loss of the whole batch; with DDP's mean over ranks, parameters get exactly the
-  gradient of one process. Uneven batches are allowed.
-Cost     2 B T D flops forward, 6 B T D backward (the logits again, and two products). Never stored: anything of size B T; on the CPU a
-  block of at most 2 M logits and packed copies of the texts, on a GPU a chunk of 64 MiB. Kept:
-  features and 3 (B + T) numbers.
-Errors   ValueError for ranks, sizes, devices, one id vector without the other, B != T without ids, a scale or bias that is not finite
-  (looked at on the CPU only), a bias with softmax; TypeError for dtypes. Without any positive the
-  softmax loss is 0.
-Source   Radford et al., CLIP, 2021; Khosla et al., Supervised Contrastive Learning, 2020, L_out; Zhai et al., SigLIP, ICCV 2023.
+Shapes   image [B, D]; text [T, D]; logit_scale, logit_bias one element; image_ids [B], text_ids [T]
+  int64; scalar out.
+Dtypes   float16 and bfloat16 are normalised and computed in float32, on CUDA with tf32 products;
+  the loss is float32, or float64 for float64. Autocast lowers nothing.
+Ranks    with ``group``, image, text and ids are this rank's; texts are gathered with their
+  gradient, 3 T numbers reduced. Every rank returns the loss of the whole batch; with DDP's mean
+  over ranks, parameters get exactly the gradient of one process. Uneven batches are allowed.
+Cost     2 B T D flops forward, 6 B T D backward (the logits again, and two products). Never stored:
+  anything of size B T; on the CPU a block of at most 2 M logits and packed copies of the texts, on
+  a GPU a chunk of 64 MiB. Kept: features and 3 (B + T) numbers.
+Errors   ValueError for ranks, sizes, devices, one id vector without the other, B != T without ids,
+  a scale or bias that is not finite (looked at on the CPU only), a bias with softmax; TypeError for
+  dtypes. Without any positive the softmax loss is 0.
+Source   Radford et al., CLIP, 2021; Khosla et al., Supervised Contrastive Learning, 2020, L_out;
+  Zhai et al., SigLIP, ICCV 2023.
 """
 
 from __future__ import annotations
@@ -40,8 +44,14 @@ from .._unit import unit
 from ..reference import contrastive_loss as reference
 from ..reference.patch_text_similarity import accumulation_dtype
 
-_INPUTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_ids, Tensor? text_ids"
-_SAVED = "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, int offset, bool sigmoid, bool tf32"
+_INPUTS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, "
+    "Tensor? image_ids, Tensor? text_ids"
+)
+_SAVED = (
+    "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, "
+    "int offset, bool sigmoid, bool tf32"
+)
 lib.define(
     "contrastive_loss",
     f"contrastive_stats({_INPUTS}, int offset, bool sigmoid, bool tf32) -> (Tensor, Tensor)",
@@ -49,8 +59,8 @@ lib.define(
 lib.define("contrastive_loss", f"contrastive_loss({_INPUTS}, {_SAVED}) -> Tensor")
 lib.define(
     "contrastive_loss",
-    f"contrastive_loss_backward(Tensor grad, {_INPUTS}, {_SAVED}, bool need_image, bool "
-    "need_text) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"contrastive_loss_backward(Tensor grad, {_INPUTS}, {_SAVED}, "
+    "bool need_image, bool need_text) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("contrastive_stats", reference.stats)
 lib.fallback("contrastive_loss_backward", reference.backward)
@@ -69,16 +79,17 @@ def contrastive_loss(
     kind: str = "softmax",
     logit_bias: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
-    """Contrastive loss of matched ``image`` and ``text`` features, equation (3) or (4) of this
-    file.
+    """Return the loss of matched ``image`` and ``text`` features, equation (3) or (4) of this file.
 
     Args:
-        image: [B, D]. text: [T, D].
+        image: [B, D].
+        text: [T, D].
         logit_scale: multiplies the similarities; number or tensor of one element, which gets a
             gradient.
-        image_ids, text_ids: [B] and [T] int64; equal ids are positives. Neither: B = T and the
-            diagonal. Ids that match nowhere leave ``softmax`` without a positive: 0, with a
+        image_ids: [B] int64, given with ``text_ids``; equal ids are positives. Neither: B = T and
+            the diagonal. Ids that match nowhere leave ``softmax`` without a positive: 0, with a
             gradient of 0. Telling would wait for a GPU; ``sigmoid`` has its negatives.
+        text_ids: [T] int64, given with ``image_ids``.
         group: the process group whose ranks hold the rest of the batch; None for one process.
         normalize: False if the features have unit length already.
         kind: ``softmax`` (CLIP) or ``sigmoid`` (SigLIP).
@@ -96,7 +107,7 @@ def contrastive_loss(
 def compute(
     image, text, logit_scale, image_ids, text_ids, group, normalize, kind, logit_bias, value="batch"
 ):
-    """``contrastive_loss``.
+    """Return ``contrastive_loss``, or this rank's value of it.
 
     With ``value="rank"`` the number returned is the mean over this rank's rows and columns, as
     open_clip's local loss is; the gradient is the same.
@@ -133,9 +144,8 @@ def compute(
         sizes = [x[:2] for x in found]
     if image_ids is None and any(b != t for b, t in sizes):
         raise ValueError(
-            f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; without ids "
-            "expected as many texts as "
-            "images: pass image_ids and text_ids"
+            f"image and text have {', '.join(f'{b} and {t}' for b, t in sizes)} rows; "
+            "without ids expected as many texts as images: pass image_ids and text_ids"
         )
     with torch.autocast(lib.autocast_type(image.device), enabled=False):
         if group is None and _backends.use_definition("contrastive_loss", image.device):
@@ -183,8 +193,9 @@ def compute(
 
 
 def rows_only(image, text, logit_scale, offset):
-    """Mean over the images of (3)'s first half, the positive of row i being text i + ``offset``:
-    unit features, one process.
+    """Return the mean over the images of (3)'s first half.
+
+    The positive of row i is text i + ``offset``: unit features, one process.
     """
     dtype = accumulation_dtype(image)
     tf32 = dtype == torch.float32 and (image.dtype.itemsize == 2 or _backends.allow_tf32(image))
@@ -203,8 +214,9 @@ def rows_only(image, text, logit_scale, offset):
 
 
 def one_sided(image, text, scale, image_ids, text_ids, row_weight, offset, tf32):
-    """sum_i row_weight_i (lse_j z_ij - mean_{j in P_i} z_ij) of unit features: the operators built
-    on these kernels share it.
+    """Return sum_i row_weight_i (lse_j z_ij - mean_{j in P_i} z_ij) of unit features.
+
+    The operators built on these kernels share it.
     """
     inputs = (scale, torch.zeros_like(scale), image_ids, text_ids)
     options = (offset, False, tf32)
@@ -232,7 +244,7 @@ def _loss(
     column_weight,
     *_,
 ):
-    """(3) or (4) from the statistics: a handful of additions, the same on every device."""
+    """Return (3) or (4) from the statistics: a few additions, the same on every device."""
     return _distributed.terms(rows, row_weight) + _distributed.terms(columns, column_weight)
 
 

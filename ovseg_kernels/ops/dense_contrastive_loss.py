@@ -1,36 +1,41 @@
-"""dense_contrastive_loss: texts against pixels, with selected positives and hard negatives, without
-the [T, B N] matrix.
+"""dense_contrastive_loss: texts against positive and hard negative pixels, no [T, B N] matrix.
 
-    s_jx = q_j . p_x            unit texts and unit pixels; x runs over all B N pixels           (1)
-    P_j  = the k_pos pixels of text j's own images with the largest s_jx                         (2)
-    N_j  = the k_neg pixels of all other images with the largest key, after the first ``skip`` of them          (3)
+    s_jx = q_j . p_x            unit texts and unit pixels; x runs over all B N pixels          (1)
+    P_j  = the k_pos pixels of text j's own images with the largest s_jx                        (2)
+    N_j  = the k_neg pixels of all other images with the largest key,
+           after the first ``skip`` of them                                                     (3)
            topk: s_jx    semi: s_jx where it lies in [m_j - margin, m_j), m_j = min over P_j
-           gumbel: s_jx / tau_h + Gumbel noise (sampling without replacement)    random: uniform noise
+           gumbel: s_jx / tau_h + Gumbel noise (sampling without replacement)
+           random: uniform noise
 
 Keys are ordered by value, then by the smaller index: the selection does not depend on tiling or
 threads. It is constant in the gradient. Images whose id is the text's are its own, and never
 negatives; without ids text j belongs to image j. With z = s / T and Ln_j = logsumexp over N_j:
 
-    mean_of_log  text to pixel_j = mean_{x in P_j} (logaddexp(z_jx, Ln_j) - z_jx)                (4)
-    log_of_sum   text to pixel_j = logaddexp(Lp_j, Ln_j) - Lp_j            Lp_j = logsumexp over P_j            (5)
-    pixel to text_j = mean_{x in P_j} (logsumexp_k z_kx - mean of z_kx over the texts k of x's image)           (6)
-    L = mean over the texts with a positive of (text to pixel_j + pixel to text_j)               (7)
+    mean_of_log  text to pixel_j = mean_{x in P_j} (logaddexp(z_jx, Ln_j) - z_jx)               (4)
+    log_of_sum   text to pixel_j = logaddexp(Lp_j, Ln_j) - Lp_j     Lp_j = logsumexp over P_j   (5)
+    pixel to text_j = mean_{x in P_j} (logsumexp_k z_kx
+                                       - mean of z_kx over the texts k of x's image)            (6)
+    L = mean over the texts with a positive of (text to pixel_j + pixel to text_j)              (7)
 
-    du_x = (v - (v . p_x) p_x) / |u_x|     v = sum over selections of x of (dL/ds_jx q_j + dL/dp_x)             (8)
-    dq_j = sum_x dL/ds_jx p_x              plus the pixel-to-text part, by ``contrastive_loss``'s kernels       (9)
+    du_x = (v - (v . p_x) p_x) / |u_x|
+           v = sum over selections of x of (dL/ds_jx q_j + dL/dp_x)                             (8)
+    dq_j = sum_x dL/ds_jx p_x   plus the pixel-to-text part, by ``contrastive_loss``'s kernels  (9)
 
-Shapes   pixels [B, N, D]; texts [T, D]; image_ids [B], text_ids [T] int64; rng int64 [2]; scalar out.
-Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; similarities, keys and the loss in float32 (float64 for
-  float64). Autocast lowers nothing.
+Shapes   pixels [B, N, D]; texts [T, D]; image_ids [B], text_ids [T] int64; rng int64 [2]; scalar
+  out.
+Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; similarities, keys
+  and the loss in float32 (float64 for float64). Autocast lowers nothing.
 Noise    pixel x of text j takes Philox number j B N + x (ovseg_kernels/philox.py).
-Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2 T (k_pos + k_neg) numbers, and
-  T k_pos D for pixel_to_text; while selecting, T lists for each thread (CPU), or the similarities
-  of a chunk of pixels (CUDA, Triton).
-Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1 (more than B N is B N), temperatures below 1e-15, one id vector
-  without the other, B != T without ids, a noisy sampling without rng or rng without one; TypeError
-  for dtypes and layouts. A NaN similarity is chosen before all others (not by semi and random): the
-  loss is NaN.
-Source   MGCA-style: the losses of Liu et al., Multi-Grained Cross-modal Alignment, 2024, are not public; this form is ours.
+Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2
+  T (k_pos + k_neg) numbers, and T k_pos D for pixel_to_text; while selecting, T lists for each
+  thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton).
+Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1 (more than B N is B N),
+  temperatures below 1e-15, one id vector without the other, B != T without ids, a noisy sampling
+  without rng or rng without one; TypeError for dtypes and layouts. A NaN similarity is chosen
+  before all others (not by semi and random): the loss is NaN.
+Source   MGCA-style: the losses of Liu et al., Multi-Grained Cross-modal Alignment, 2024, are not
+  public; this form is ours.
 """
 
 from __future__ import annotations
@@ -52,20 +57,19 @@ TERMS = ("both", "text_to_pixel", "pixel_to_text")
 lib.define(
     "dense_contrastive_loss",
     "dense_contrastive_select(Tensor pixels, Tensor texts, Tensor? image_ids, Tensor? text_ids, "
-    "Tensor? rng, int k_pos, int k_neg, "
-    "int skip, int sampling, float temperature, float margin) -> (Tensor positive, Tensor "
-    "negative)",
+    "Tensor? rng, int k_pos, int k_neg, int skip, int sampling, float temperature, float margin) "
+    "-> (Tensor positive, Tensor negative)",
 )
 lib.define(
     "dense_contrastive_loss",
-    "dense_contrastive_gather(Tensor pixels, Tensor texts, Tensor index, int rows) -> (Tensor "
-    "similarity, Tensor unit)",
+    "dense_contrastive_gather(Tensor pixels, Tensor texts, Tensor index, int rows) "
+    "-> (Tensor similarity, Tensor unit)",
 )
 lib.define(
     "dense_contrastive_loss",
     "dense_contrastive_gather_backward(Tensor? grad_similarity, Tensor? grad_unit, Tensor pixels, "
-    "Tensor texts, Tensor index, "
-    "Tensor order, int rows, bool need_pixels, bool need_texts) -> (Tensor, Tensor)",
+    "Tensor texts, Tensor index, Tensor order, int rows, bool need_pixels, bool need_texts) "
+    "-> (Tensor, Tensor)",
 )
 lib.fallback("dense_contrastive_select", reference.select)
 lib.fallback("dense_contrastive_gather", reference.gather)
@@ -90,24 +94,28 @@ def dense_contrastive_loss(
     sampling_temperature: float = 0.07,
     selected: SelectedPixels | tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Pixel-text contrast with selected positives and hard negatives, equation (7) of this file.
+    """Contrast texts with selected positive and hard negative pixels, equation (7) of this file.
 
     Args:
-        pixels: [B, N, D]. texts: [T, D]. Both are normalised here.
+        pixels: [B, N, D]; normalised here.
+        texts: [T, D]; normalised here.
         temperature: T of the logits; number or tensor of one element, which gets a gradient.
-        k_pos, k_neg: how many pixels a text selects; fewer where there are fewer, and never more
-            than B N.
+        k_pos: how many of its own pixels a text selects; fewer where there are fewer, and never
+            more than B N.
+        k_neg: how many of the other pixels, likewise.
         sampling: of negatives: ``topk``, ``semi``, ``gumbel`` or ``random``. With ``skip`` > 0,
             ``topk`` is the window of ranks skip .. skip + k_neg.
-        image_ids, text_ids: [B] and [T] int64: equal ids belong together. Neither: B = T and text j
-            belongs to image j. Ids that match nowhere leave no text with a pixel: 0, with a
+        image_ids: [B] int64, given with ``text_ids``: equal ids belong together. Neither: B = T and
+            text j belongs to image j. Ids that match nowhere leave no text with a pixel: 0, with a
             gradient of 0. Telling would wait for a GPU.
+        text_ids: [T] int64, given with ``image_ids``.
         rng: int64 [seed, offset], for ``gumbel`` and ``random``.
         reduction: ``mean_of_log`` pushes every positive, ``log_of_sum`` lets one easy positive
             satisfy the text.
         terms: ``both``, ``text_to_pixel`` or ``pixel_to_text``.
         skip: so many of the best negatives are left out, as probable false ones.
-        margin: of ``semi``. sampling_temperature: tau_h of ``gumbel``.
+        margin: of ``semi``.
+        sampling_temperature: tau_h of ``gumbel``.
         selected: (2) and (3) themselves, as ``select_pixels`` gives them, in place of all that says
             how they are found. Whether a text's positives are its own is then the caller's.
 
@@ -115,7 +123,8 @@ def dense_contrastive_loss(
         The loss, a scalar; 0 where no text has an image.
 
     Example:
-        >>> dense_contrastive_loss(torch.randn(4, 49, 16), torch.randn(4, 16), k_pos=4, k_neg=8).shape
+        >>> pixels, texts = torch.randn(4, 49, 16), torch.randn(4, 16)
+        >>> dense_contrastive_loss(pixels, texts, k_pos=4, k_neg=8).shape
         torch.Size([])
     """
     positive, negative = (
@@ -173,7 +182,10 @@ def dense_contrastive_loss(
 
 
 def _given(pixels, texts, selected, image_ids, text_ids):
-    """Selections made before, checked. On a GPU their range is not: reading it would wait."""
+    """Check selections that were made before.
+
+    On a GPU their range is not checked: reading it would wait.
+    """
     _check.tensor("pixels", pixels, 3, "[B, N, D]")
     _check.tensor("texts", texts, 2, "[T, D]")
     _check.shape("texts", texts, (texts.shape[0], pixels.shape[2]), "the D of pixels")
@@ -200,7 +212,7 @@ def _given(pixels, texts, selected, image_ids, text_ids):
 
 
 def _text_to_pixel(z, positive, negative, reduction):
-    """(4) or (5) of every text, [T]; 0 where it has no positive."""
+    """Return (4) or (5) of every text, [T]; 0 where it has no positive."""
     k = positive.shape[1]
     z_p, z_n = z[:, :k], _lse(z[:, k:], negative)
     if reduction == "log_of_sum":
@@ -213,7 +225,10 @@ def _text_to_pixel(z, positive, negative, reduction):
 
 
 def _lse(z, there):
-    """logsumexp over those that are there; -infinity, without a gradient, where none is."""
+    """Return logsumexp over those that are there.
+
+    It is -infinity, without a gradient, where none is.
+    """
     some = there.any(1)
     inside = torch.where(some[:, None], z.masked_fill(~there, -torch.inf), 0)
     return torch.where(some, inside.logsumexp(1), -torch.inf)
@@ -233,11 +248,11 @@ def select_pixels(
     margin: float = 0.1,
     sampling_temperature: float = 0.07,
 ) -> SelectedPixels:
-    """The selections (2) and (3) alone: positive [T, k_pos] and negative [T, k_neg] int64, flat
-    indices image N + pixel, best first.
+    """Select positives [T, k_pos] and negatives [T, k_neg] alone, (2) and (3) of this file.
 
-    Arguments as in ``dense_contrastive_loss``. -1 stands where there are fewer; k_pos and k_neg
-    above B N count as B N.
+    They are int64, flat indices image N + pixel, best first. Arguments as in
+    ``dense_contrastive_loss``. -1 stands where there are fewer; k_pos and k_neg above B N count as
+    B N.
     """
     _check.tensor("pixels", pixels, 3, "[B, N, D]")
     _check.tensor("texts", texts, 2, "[T, D]")
@@ -251,9 +266,8 @@ def select_pixels(
     _check.pair_ids(image_ids, pixels.shape[0], text_ids, texts.shape[0], "pixels", pixels)
     if image_ids is None and pixels.shape[0] != texts.shape[0]:
         raise ValueError(
-            f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; without ids "
-            "expected as many texts as images: "
-            "pass image_ids and text_ids"
+            f"pixels has {pixels.shape[0]} images and texts {texts.shape[0]} rows; "
+            "without ids expected as many texts as images: pass image_ids and text_ids"
         )
     noisy = sampling in ("gumbel", "random")
     if noisy != (rng is not None):
@@ -318,9 +332,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_similarity, grad_unit):
     pixels, texts, index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    order = index.flatten().argsort(
-        stable=True
-    )  # what falls on one pixel lies together: it has one owner and one order
+    # what falls on one pixel lies together: it has one owner and one order
+    order = index.flatten().argsort(stable=True)
     grads = (grad_similarity, grad_unit if ctx.rows else None)
     found = torch.ops.ovseg.dense_contrastive_gather_backward(
         *grads, pixels, texts, index, order, ctx.rows, *needs

@@ -1,24 +1,26 @@
-"""folded_center_assignment: center_assignment of linearly projected tokens, without projecting a
-token.
+"""folded_center_assignment: center_assignment of linear projections, without projecting a token.
 
 With keys k_l = W_k x_l + b_k and values v_l = W_v x_l + b_v, the numbered equations of
 ``center_assignment`` become
 
-    q_g . k_l        = (W_k^T q_g) . x_l + q_g . b_k                                             (1)
-    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x_l / n_g) + (c_g / n_g) b_v        c_g = sum_l a_gl  (2)
+    q_g . k_l            = (W_k^T q_g) . x_l + q_g . b_k                                        (1)
+    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x_l / n_g) + (c_g / n_g) b_v     c_g = sum_l a_gl    (2)
 
 so the tokens meet G folded centers instead of two D x C matrices, and W_v only G pooled rows. Exact
 in exact arithmetic.
 
-Shapes   queries [B, G, D]; tokens [B, L, C]; key_weight [D, C]; value_weight [E, C]; key_bias [D]; value_bias [E]; the rest as in
-  ``center_assignment``; returns pooled [B, G, E], index [B, L] int64, soft [B, G, L] or None.
-Dtypes   those of ``center_assignment``; the folds are computed in float32 (float64 for float64) and rounded once to the dtype of
-  the tokens. Folding rounds elsewhere than projecting does: compare with float64, not bit by bit
-  with the unfolded chain.
-Cost     2 B G C (D + E + 2 L) flops forward instead of 2 B L C (D + E) and more; kept: tokens and [B, G, .], no keys, no values.
-Errors   ValueError for ranks, sizes and devices, TypeError for dtypes, and those of ``center_assignment``.
-Source   Xu et al., GroupViT, CVPR 2022, and Xu et al., OVSegmentor, CVPR 2023, whose grouping blocks project keys and values by
-  a Linear each. The folded form is ours.
+Shapes   queries [B, G, D]; tokens [B, L, C]; key_weight [D, C]; value_weight [E, C]; key_bias [D];
+  value_bias [E]; the rest as in ``center_assignment``; returns pooled [B, G, E], index [B, L]
+  int64, soft [B, G, L] or None.
+Dtypes   those of ``center_assignment``; the folds are computed in float32 (float64 for float64) and
+  rounded once to the dtype of the tokens. Folding rounds elsewhere than projecting does: compare
+  with float64, not bit by bit with the unfolded chain.
+Cost     2 B G C (D + E + 2 L) flops forward instead of 2 B L C (D + E) and more; kept: tokens and
+  [B, G, .], no keys, no values.
+Errors   ValueError for ranks, sizes and devices, TypeError for dtypes, and those of
+  ``center_assignment``.
+Source   Xu et al., GroupViT, CVPR 2022, and Xu et al., OVSegmentor, CVPR 2023, whose grouping
+  blocks project keys and values by a Linear each. The folded form is ours.
 """
 
 from __future__ import annotations
@@ -51,15 +53,25 @@ def folded_center_assignment(
     mask: torch.Tensor | None = None,
     return_soft: bool = False,
 ) -> CenterAssignment:
-    """``center_assignment(queries, Linear_k(tokens), Linear_v(tokens), ...)``, equations (1) and
-    (2) of this file.
+    """Assign linearly projected tokens to centers, equations (1) and (2) of this file.
+
+    The same as ``center_assignment(queries, Linear_k(tokens), Linear_v(tokens), ...)``.
 
     Args:
         queries: [B, G, D], the projected centers.
         tokens: [B, L, C].
-        key_weight, key_bias: [D, C] and [D], as torch.nn.Linear holds them. value_weight,
-            value_bias: [E, C] and [E].
-        scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``.
+        key_weight: [D, C], as torch.nn.Linear holds it.
+        value_weight: [E, C].
+        key_bias: [D].
+        value_bias: [E].
+        scale: as in ``center_assignment``.
+        tau: as in ``center_assignment``.
+        rng: as in ``center_assignment``.
+        noise: as in ``center_assignment``.
+        hard: as in ``center_assignment``.
+        normalizer: as in ``center_assignment``.
+        mask: as in ``center_assignment``.
+        return_soft: as in ``center_assignment``.
 
     Returns:
         CenterAssignment: pooled [B, G, E], index [B, L], soft [B, G, L] or None.

@@ -1,38 +1,43 @@
-"""patch_text_similarity: how well every text fits every image, through the text's own weights over
-the patches.
+"""patch_text_similarity: how well texts fit images, through a text's own weights over the patches.
 
 With u_n the patches of an image, r_n = |u_n|, q a unit text, sigma the scale and beta the bias of
 the weights:
 
-    s_n = u_n . q / r_n                                      cosine                              (1)
-    a_n = f(s_n) / sum_m f(s_m)      f(s) = exp(sigma s), sigma = 1 / temperature             softmax
-                                     f(s) = 1 / (1 + exp(-(sigma s + beta)))                  sigmoid        (2)
-    phi = sum_n a_n s_n                                      pool="score"; a_n = 1/N in "mean"; max_n in "max"  (3)
-    phi = (v / |v|) . q    v = sum_n a_n u_n                 pool="vector", PACL's compatibility                (4)
+    s_n = u_n . q / r_n                   cosine                                                (1)
+    a_n = f(s_n) / sum_m f(s_m)           f(s) = exp(sigma s), sigma = 1 / temperature  softmax
+                                          f(s) = 1 / (1 + exp(-(sigma s + beta)))       sigmoid (2)
+    phi = sum_n a_n s_n                   pool="score"; a_n = 1/N in "mean"; max_n in "max"     (3)
+    phi = (v / |v|) . q                   v = sum_n a_n u_n
+                                          pool="vector", PACL's compatibility                   (4)
 
 Shapes   patches [B, N, D]; texts [T, D]; patch_mask [B, N] bool, True = keep; returns [B, T].
-Dtypes   float32, float64, float16, bfloat16, the same for both; sums and the result in float32 (float64 for float64).
-Grad     with g = d loss / d phi and d_n = f'(s_n) / f(s_n) (sigma for softmax, sigma (1 - sigmoid) for sigmoid), per pair:
-    c_n = g a_n (1 + d_n (s_n - phi))    dU_n += (c_n / r_n) q    dq += (c_n / r_n) u_n                score    (5)
-    e_n = <u_n, y>,  y = (q - phi v / |v|) / |v|,  so that sum_n a_n e_n = 0                           vector   (6)
-    c_n = g a_n d_n e_n                  dU_n += (c_n / r_n) q + g a_n y   dq += (c_n / r_n) u_n + g v / |v|   (7)
+Dtypes   float32, float64, float16, bfloat16, the same for both; sums and the result in float32
+  (float64 for float64).
+Grad     with g = d loss / d phi and d_n = f'(s_n) / f(s_n) (sigma for softmax, sigma (1 - sigmoid)
+  for sigmoid), per pair:
+    c_n = g a_n (1 + d_n (s_n - phi))   dU_n += (c_n / r_n) q   dq += (c_n / r_n) u_n   score   (5)
+    e_n = <u_n, y>,  y = (q - phi v / |v|) / |v|,  so that sum_n a_n e_n = 0            vector  (6)
+    c_n = g a_n d_n e_n   dU_n += (c_n / r_n) q + g a_n y   dq += (c_n / r_n) u_n + g v / |v|   (7)
   Gram form of (6), (7), with G = U U^T: |v|^2 = a^T G a, e = r s / |v| - phi G a / |v|^2, and over
   all texts t
-    dU = sum_t (c_t / r + g_t a_t / |v_t|)^T q_t - H U,   H = sum_t (g_t phi_t / |v_t|^2) a_t a_t^T            (8)
-  PV form: dU += sum_t (g_t a_t)^T y_t                                                           (9)
+    dU = sum_t (c_t / r + g_t a_t / |v_t|)^T q_t - H U
+    H = sum_t (g_t phi_t / |v_t|^2) a_t a_t^T                                                   (8)
+  PV form: dU += sum_t (g_t a_t)^T y_t                                                          (9)
   then dU_n -= (u_n / r_n^2) sum c_n s_n and dq likewise: projections onto the sphere.
-Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to B N^2 (2 D + 6 T) for "vector" in Gram
-  form. Kept for backward: phi, log sum f and |v|, [B, T] each; nothing of size [B, T, N] or [B, T,
-  D] exists.
+Cost     2 B T N D flops forward and 6 B T N D backward, plus B N^2 (D + 2 T) to B N^2 (2 D + 6 T)
+  for "vector" in Gram form. Kept for backward: phi, log sum f and |v|, [B, T] each; nothing of size
+  [B, T, N] or [B, T, D] exists.
 Precision  raw operands enter the products, sums are float32 and scaled by the norms. float32
-products are exact unless
-  torch.backends.cuda.matmul.allow_tf32; that is read when the forward runs, and CUDA only.
-Masks    a masked patch has weight 0 and gradient 0, whatever it holds. A fully masked image has phi = 0, gradient 0.
-Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature below 1e-6 or not finite (looked at on the CPU
-  only: reading it from a GPU would stall); TypeError for dtypes and layouts. NaN in the features
-      gives NaN. Lengths whose squares
-  overflow are found in another way; a patch and a text whose product overflows give NaN on a GPU.
-Source   Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive Learning, CVPR 2023.
+  products are exact unless torch.backends.cuda.matmul.allow_tf32; that is read when the forward
+  runs, and CUDA only.
+Masks    a masked patch has weight 0 and gradient 0, whatever it holds. A fully masked image has
+  phi = 0, gradient 0.
+Errors   ValueError for ranks, sizes, devices, no patch at all, a temperature below 1e-6 or not
+  finite (looked at on the CPU only: reading it from a GPU would stall); TypeError for dtypes and
+  layouts. NaN in the features gives NaN. Lengths whose squares overflow are found in another way; a
+  patch and a text whose product overflows give NaN on a GPU.
+Source   Mukhoti et al., Open Vocabulary Semantic Segmentation with Patch Aligned Contrastive
+  Learning, CVPR 2023.
 """
 
 from __future__ import annotations
@@ -49,16 +54,16 @@ _WEIGHT = {"softmax": 0, "sigmoid": 1}
 
 lib.define(
     "patch_text_similarity",
-    "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, Tensor "
-    "bias, "
-    "int pool, int weight, bool tf32) -> (Tensor similarity, Tensor lse, Tensor norm)",
+    "patch_text_similarity(Tensor patches, Tensor texts, Tensor? patch_mask, Tensor scale, "
+    "Tensor bias, int pool, int weight, bool tf32) "
+    "-> (Tensor similarity, Tensor lse, Tensor norm)",
 )
 lib.define(
     "patch_text_similarity",
-    "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, Tensor? "
-    "patch_mask, Tensor scale, "
-    "Tensor bias, Tensor similarity, Tensor lse, Tensor norm, int pool, int weight, bool tf32, "
-    "bool need_patches, bool need_texts) -> (Tensor, Tensor, Tensor, Tensor)",
+    "patch_text_similarity_backward(Tensor grad, Tensor patches, Tensor texts, "
+    "Tensor? patch_mask, Tensor scale, Tensor bias, Tensor similarity, Tensor lse, Tensor norm, "
+    "int pool, int weight, bool tf32, bool need_patches, bool need_texts) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 lib.fallback("patch_text_similarity", reference.forward)
 lib.fallback("patch_text_similarity_backward", reference.backward)
@@ -75,7 +80,7 @@ def patch_text_similarity(
     weight_scale: float | torch.Tensor = 10.0,
     weight_bias: float | torch.Tensor = -2.5,
 ) -> torch.Tensor:
-    """Similarity [B, T] of every text with every image, equations (1)-(4) of this file.
+    """Return the similarity [B, T] of every text with every image, equations (1)-(4) of this file.
 
     Args:
         patches: [B, N, D], not normalised; in ``vector`` their lengths count.
@@ -85,8 +90,8 @@ def patch_text_similarity(
             element, which gets a gradient.
         pool: ``vector`` (PACL), ``score``, ``max`` or ``mean``. The last two use no weights.
         weight: ``softmax`` or ``sigmoid``.
-        weight_scale, weight_bias: of the sigmoid; numbers or tensors of one element, which get
-            gradients.
+        weight_scale: of the sigmoid; number or tensor of one element, which gets a gradient.
+        weight_bias: of the sigmoid; number or tensor of one element, which gets a gradient.
 
     Returns:
         [B, T] in float32, or float64 for float64 inputs, in -1 .. 1.
@@ -145,7 +150,10 @@ def patch_text_similarity(
 
 
 def _mean(patches, texts, mask):
-    """(3) with equal weights is linear: the mean of the unit patches does, in one matrix product."""
+    """Return (3) with equal weights, which is linear: the mean of the unit patches does.
+
+    It takes one matrix product.
+    """
     if mask is None:
         pooled = unit(patches).mean(1)
     else:
@@ -154,9 +162,8 @@ def _mean(patches, texts, mask):
         ).clamp(min=1)
     with torch.autocast(lib.autocast_type(patches.device), enabled=False):
         found = pooled @ unit(texts).T
-    return (
-        found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)
-    )  # be a text NaN
+    # 0 where no patch is kept, be a text NaN
+    return found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)
 
 
 @lib.fake("patch_text_similarity")
@@ -218,7 +225,6 @@ def _backward(ctx, grad, *_):
 _transforms.autograd("patch_text_similarity", _backward, _setup)
 _transforms.no_second_derivative("patch_text_similarity_backward")
 _transforms.vmap("patch_text_similarity", images=(0, 2))
-_transforms.vmap(
-    "patch_text_similarity_backward"
-)  # gradients of texts and scale are sums over the images
+# gradients of texts and scale are sums over the images
+_transforms.vmap("patch_text_similarity_backward")
 lib.autocast("patch_text_similarity", features=(0, 1))

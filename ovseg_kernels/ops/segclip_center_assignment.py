@@ -1,28 +1,31 @@
-"""segclip_center_assignment: SegCLIP's mapping step, LayerNorm -> grouped 1x1 -> LayerNorm ->
-center_assignment, folded.
+"""segclip_center_assignment: SegCLIP's mapping step, folded.
 
-    x'_l = LN(x_l)                   norm_weight, norm_bias                                      (1)
-    k_l  = LN(W_k x'_l)              key_norm_weight gamma, key_norm_bias beta; W_k, W_v: grouped 1x1 projections (2)
-    v_l  = W_v x'_l                                                                              (3)
+It is LayerNorm -> grouped 1x1 -> LayerNorm -> center_assignment.
+
+    x'_l = LN(x_l)                   norm_weight, norm_bias                                     (1)
+    k_l  = LN(W_k x'_l)              key_norm_weight gamma, key_norm_bias beta                  (2)
+    v_l  = W_v x'_l                  W_k, W_v: grouped 1x1 projections                          (3)
 
 and ``center_assignment`` of queries, k and v. With r_l = (var(W_k x'_l) + eps)^-1/2 and the folded,
 centered center
 
-    q'_g = W_k^T (gamma q_g - mean_d(gamma q_g))                                                 (4)
-    q_g . k_l = r_l q'_g . x'_l + q_g . beta                                                     (5)
-    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x'_l / n_g)                                           (6)
+    q'_g = W_k^T (gamma q_g - mean_d(gamma q_g))                                                (4)
+    q_g . k_l = r_l q'_g . x'_l + q_g . beta                                                    (5)
+    sum_l a_gl v_l / n_g = W_v (sum_l a_gl x'_l / n_g)                                          (6)
 
 no key and no value exists: of W_k x' only its variance is wanted, an image at a time, and W_v meets
 G rows.
 
-Shapes   queries [B, G, D]; tokens [B, L, D]; key_weight, value_weight [D, D / groups] (Conv1d's without its last 1); norm_weight,
-  norm_bias, key_norm_weight, key_norm_bias [D]; returns pooled [B, G, D], index [B, L] int64, soft
-  [B, G, L] or None.
-Dtypes   those of ``center_assignment``. Compare with float64, not bit by bit with the unfolded chain.
-Cost     one grouped product of the tokens forward (2 B L D^2 / groups flops) and three backward, instead of two and four, plus
-  those of ``center_assignment``. Kept: tokens, x' and [B, L]; no keys, no values.
-Errors   ValueError for ranks, sizes and devices, a group size that does not divide D, an eps that is not positive; TypeError for
-  dtypes; and those of ``center_assignment``.
+Shapes   queries [B, G, D]; tokens [B, L, D]; key_weight, value_weight [D, D / groups] (Conv1d's
+  without its last 1); norm_weight, norm_bias, key_norm_weight, key_norm_bias [D]; returns pooled
+  [B, G, D], index [B, L] int64, soft [B, G, L] or None.
+Dtypes   those of ``center_assignment``. Compare with float64, not bit by bit with the unfolded
+  chain.
+Cost     one grouped product of the tokens forward (2 B L D^2 / groups flops) and three backward,
+  instead of two and four, plus those of ``center_assignment``. Kept: tokens, x' and [B, L]; no
+  keys, no values.
+Errors   ValueError for ranks, sizes and devices, a group size that does not divide D, an eps that
+  is not positive; TypeError for dtypes; and those of ``center_assignment``.
 Source   Luo et al., SegCLIP, ICML 2023; the folded form is ours.
 """
 
@@ -46,12 +49,11 @@ lib.define(
 )
 lib.define(
     "segclip_center_assignment",
-    "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) -> "
-    "(Tensor, Tensor)",
+    "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) "
+    "-> (Tensor, Tensor)",
 )
-_CHUNK = (
-    4 << 20
-)  # elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
+# elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
+_CHUNK = 4 << 20
 
 
 def segclip_center_assignment(
@@ -74,17 +76,26 @@ def segclip_center_assignment(
     mask: torch.Tensor | None = None,
     return_soft: bool = False,
 ) -> CenterAssignment:
-    """Equations (1)-(3) of this file and ``center_assignment`` of what they give.
+    """Project the tokens as SegCLIP does, (1)-(3) of this file, and assign them to centers.
 
     Args:
         queries: [B, G, D], the normalised centers.
         tokens: [B, L, D], before any norm.
-        key_weight, value_weight: [D, D / groups] of the grouped 1x1 projections.
-        norm_weight, norm_bias: [D] of the first LayerNorm. key_norm_weight, key_norm_bias: [D] of
-            that of the keys.
+        key_weight: [D, D / groups] of the grouped 1x1 projection to the keys.
+        value_weight: [D, D / groups] of that to the values.
+        norm_weight: [D] of the first LayerNorm.
+        norm_bias: [D] of the first LayerNorm.
+        key_norm_weight: [D] of the LayerNorm of the keys.
+        key_norm_bias: [D] of the LayerNorm of the keys.
         eps: of both norms.
-        scale, tau, rng, noise, hard, normalizer, mask, return_soft: see ``center_assignment``.
-            SegCLIP trains with tau 0.9.
+        scale: as in ``center_assignment``.
+        tau: as in ``center_assignment``. SegCLIP trains with 0.9.
+        rng: as in ``center_assignment``.
+        noise: as in ``center_assignment``.
+        hard: as in ``center_assignment``.
+        normalizer: as in ``center_assignment``.
+        mask: as in ``center_assignment``.
+        return_soft: as in ``center_assignment``.
 
     Returns:
         CenterAssignment: pooled [B, G, D], index [B, L], soft [B, G, L] or None.
@@ -135,9 +146,8 @@ def segclip_center_assignment(
         acc, dtype = accumulation_dtype(tokens), tokens.dtype
         key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
         if mask is not None:
-            tokens = tokens.masked_fill(
-                ~mask[..., None], 0
-            )  # what a masked token holds must not reach its norm
+            # what a masked token holds must not reach its norm
+            tokens = tokens.masked_fill(~mask[..., None], 0)
         normed = F.layer_norm(tokens, (D,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
         q = queries.to(acc)
         scaled = q * key_norm_weight.to(acc)
@@ -172,8 +182,9 @@ def _chunks(tokens):
 
 
 def _centered(tokens, weight, acc):
-    """y - mean y for y = W_k x', [groups, rows, D / groups] in ``acc``, and the tokens in that
-    layout.
+    """Return y - mean y for y = W_k x', and the tokens in that layout.
+
+    Both are [groups, rows, D / groups]; the first in ``acc``.
     """
     D, size = weight.shape
     grouped = tokens.reshape(-1, D // size, size).transpose(0, 1)
@@ -182,7 +193,7 @@ def _centered(tokens, weight, acc):
 
 
 def _inverse_std(tokens, weight, eps):
-    """r of (5), [B, L]."""
+    """Return r of (5), [B, L]."""
     found = tokens.new_empty(tokens.shape[:2], dtype=accumulation_dtype(tokens))
     for part in _chunks(tokens):
         y, _ = _centered(tokens[part], weight, found.dtype)
@@ -193,7 +204,7 @@ def _inverse_std(tokens, weight, eps):
 
 
 def _inverse_std_backward(grad, tokens, weight, found):
-    """d tokens and d weight: d y = -r^3 (y - mean y) / D d r for y = W_k x'."""
+    """Return d tokens and d weight: d y = -r^3 (y - mean y) / D d r for y = W_k x'."""
     D, size = weight.shape
     d_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     d_weight = torch.zeros(D // size, size, size, dtype=found.dtype, device=weight.device)

@@ -1,27 +1,33 @@
 """upsample_argmax: labels of bilinearly upsampled class maps, without upsampling a map.
 
-    s = max((X + 1/2) w / W - 1/2, 0), x = floor(s), f = s - x          for every output column; rows likewise  (1)
-    z_c(Y, X) = sum of the four samples around, weights (1-g)(1-f), (1-g) f, g (1-f), g f, plus bias_c          (2)
-    label = class_label(argmax_c z_c)            the smaller class of equals; ``background`` if max_c z_c < threshold (3)
+    s = max((X + 1/2) w / W - 1/2, 0), x = floor(s), f = s - x
+        for every output column; rows likewise                                                  (1)
+    z_c(Y, X) = sum of the four samples around, plus bias_c
+        weights (1-g)(1-f), (1-g) f, g (1-f), g f                                               (2)
+    label = class_label(argmax_c z_c)
+        the smaller class of equals; ``background`` if max_c z_c < threshold                    (3)
 
 Between four samples z_c is a mean of class c's four corners, so it lies between their least and
 their largest. A class can win in a cell only if
 
-    largest corner of c  >=  max over all classes k of the least corner of k                     (4)
+    largest corner of c  >=  max over all classes k of the least corner of k                    (4)
 
 because the class that attains the right side is nowhere in the cell below it, and c nowhere above
 the left side. Only the classes that satisfy (4), mostly one to three, are interpolated: the result
 is that of ``F.interpolate(mode="bilinear", align_corners=False).argmax(1)``, except where the two
 best values tie within rounding.
 
-Shapes   logits [B, C, h, w]; size (H, W), larger or smaller; bias [C]; class_labels [C] int64; labels [B, H, W].
-Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in float32 or float64. No gradient.
-Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate lists [w, C] and a few rows for each
-  thread. Nothing of size C H W.
-Errors   ValueError for ranks, sizes, devices, NaN logits, labels or a background that the label type cannot hold; TypeError for dtypes.
-  Infinite logits are fine, a sample of weight zero does not count; both signs in one class of an
-  image, its bias included, are refused as NaN is. On a GPU they are found there and raised by a
-  later call or by ``check_errors``; their pixels get the label of some class (docs/checks.md).
+Shapes   logits [B, C, h, w]; size (H, W), larger or smaller; bias [C]; class_labels [C] int64;
+  labels [B, H, W].
+Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in
+  float32 or float64. No gradient.
+Cost     8 B C h w comparisons and 3 flops for each candidate and pixel; extra memory: candidate
+  lists [w, C] and a few rows for each thread. Nothing of size C H W.
+Errors   ValueError for ranks, sizes, devices, NaN logits, labels or a background that the label
+  type cannot hold; TypeError for dtypes. Infinite logits are fine, a sample of weight zero does not
+  count; both signs in one class of an image, its bias included, are refused as NaN is. On a GPU
+  they are found there and raised by a later call or by ``check_errors``; their pixels get the label
+  of some class (docs/checks.md).
 Source   The pruning rule and its proof are ours.
 """
 
@@ -43,8 +49,8 @@ LABEL_TYPES = reference.LABEL_TYPES
 lib.define(
     "upsample_argmax",
     "upsample_argmax(Tensor logits, Tensor? bias, Tensor? class_labels, int height, int width, "
-    "float? threshold, int background, "
-    "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
+    "float? threshold, int background, int label_type, bool want_value) "
+    "-> (Tensor labels, Tensor value)",
 )
 lib.fallback("upsample_argmax", reference.upsample_argmax)
 
@@ -88,13 +94,14 @@ def upsample_argmax(
     label_type: torch.dtype = torch.int64,
     return_value: bool = False,
 ) -> torch.Tensor | LabelMaps:
-    """Labels of ``logits`` upsampled to ``size``, equation (3) of this file.
+    """Return the labels of ``logits`` upsampled to ``size``, equation (3) of this file.
 
     Args:
         logits: [B, C, h, w], scores or probabilities.
         size: (H, W) of the labels.
         bias: [C], added to the classes.
         threshold: where the winning value lies below it, the label is ``background``.
+        background: the label below the threshold.
         class_labels: [C] int64, the label of every class: synonyms share one, and the best of them
             counts.
         label_type: torch.int64, torch.int16 or torch.uint8.
@@ -146,8 +153,9 @@ def upsample_argmax(
 
 
 def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """No NaN, and none to come of infinities of both signs in one class of an image, be one of them
-    its bias.
+    """Check for NaN, and for infinities of both signs in one class of an image.
+
+    One of the infinities may be the bias; together they would make a NaN.
     """
     if not logits.numel() or not (_checking.looks_at_values(logits) or _checking.defers(logits)):
         return

@@ -1,29 +1,34 @@
-"""upsample_mask_loss: sigmoid focal loss and dice of every class's upsampled map, without
-upsampling a map.
+"""upsample_mask_loss: sigmoid focal loss and dice of upsampled maps, without upsampling a map.
 
-    x_c(p)  = logits_c upsampled to the labels' size, bilinear, align_corners False; q_c(p) = sigmoid(x_c(p))          (1)
+    x_c(p)  = logits_c upsampled to the labels' size, bilinear, align_corners False;
+              q_c(p) = sigmoid(x_c(p))                                                          (1)
     focal_c = mean over the pixels of a_t (1 - q_t)^gamma BCE(x_c, y_c),  y_c(p) = [label(p) = c],
-              q_t = q and a_t = alpha where y = 1, else 1 - q and 1 - alpha                      (2)
-    dice_c  = 1 - (2 S_qy + 1) / (S_q + S_y + 1),  sums over the pixels                          (3)
-    present_c = S_y > 0                                                                          (4)
+              q_t = q and a_t = alpha where y = 1, else 1 - q and 1 - alpha                     (2)
+    dice_c  = 1 - (2 S_qy + 1) / (S_q + S_y + 1),  sums over the pixels                         (3)
+    present_c = S_y > 0                                                                         (4)
 
 A label outside [0, C) is a negative for every class, as ZegCLIP's 255 is; only pixels of label
 ``ignore_index`` do not count, neither in sums nor in the mean. Backward, with t = x for y = 1 and
 -x otherwise, v = sigmoid(-t), n the number of pixels that count:
 
     d focal / d x = -+ a_t v^gamma (gamma (1 - v) softplus(-t) + v) / n,  minus for y = 1
-    d dice / d x  = ((2 S_qy + 1) / (S_q + S_y + 1) - 2 y) / (S_q + S_y + 1) q (1 - q)           (5)
+    d dice / d x  = ((2 S_qy + 1) / (S_q + S_y + 1) - 2 y) / (S_q + S_y + 1) q (1 - q)          (5)
 
-go through the transposed upsampling into [B, C, h, w]; x is computed again, and nothing of size [B,
-C, H, W] is kept or made.
+go through the transposed upsampling into [B, C, h, w]; x is computed again, and nothing of size
+[B, C, H, W] is kept or made.
 
-Shapes   logits [B, C, h, w]; labels [B, H, W] of integers; focal and dice [B, C]; present [B, C] bool.
-Dtypes   float16 and bfloat16 are computed in float32; focal and dice are float32, or float64 for float64.
-Cost     B C H W (one exp, one logarithm and about 40 flops) each way. Extra memory: labels as int32, sums, and rows for each thread
-  (CPU) or block (CUDA); Triton's backward keeps [C, h, W] of a few images.
-Errors   ValueError for ranks, sizes, devices, alpha outside 0 .. 1, gamma negative or not finite, an ignore_index beyond 64 bits;
-  TypeError for dtypes and layouts. NaN logits give NaN losses of their class.
-Source   Focal loss, arXiv:1708.02002; dice with one added above and below and their use on all classes: ZegCLIP, arXiv:2212.03588.
+Shapes   logits [B, C, h, w]; labels [B, H, W] of integers; focal and dice [B, C]; present [B, C]
+  bool.
+Dtypes   float16 and bfloat16 are computed in float32; focal and dice are float32, or float64 for
+  float64.
+Cost     B C H W (one exp, one logarithm and about 40 flops) each way. Extra memory: labels as
+  int32, sums, and rows for each thread (CPU) or block (CUDA); Triton's backward keeps [C, h, W] of
+  a few images.
+Errors   ValueError for ranks, sizes, devices, alpha outside 0 .. 1, gamma negative or not finite,
+  an ignore_index beyond 64 bits; TypeError for dtypes and layouts. NaN logits give NaN losses of
+  their class.
+Source   Focal loss, arXiv:1708.02002; dice with one added above and below and their use on all
+  classes: ZegCLIP, arXiv:2212.03588.
 """
 
 from __future__ import annotations
@@ -40,14 +45,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 lib.define(
     "upsample_mask_loss",
-    "upsample_mask_loss(Tensor logits, Tensor codes, float alpha, float gamma) -> (Tensor focal, "
-    "Tensor dice, Tensor present, Tensor sums)",
+    "upsample_mask_loss(Tensor logits, Tensor codes, float alpha, float gamma) "
+    "-> (Tensor focal, Tensor dice, Tensor present, Tensor sums)",
 )
 lib.define(
     "upsample_mask_loss",
-    "upsample_mask_loss_backward(Tensor grad_focal, Tensor grad_dice, Tensor logits, Tensor "
-    "codes, Tensor sums, float alpha, "
-    "float gamma) -> Tensor",
+    "upsample_mask_loss_backward(Tensor grad_focal, Tensor grad_dice, Tensor logits, "
+    "Tensor codes, Tensor sums, float alpha, float gamma) -> Tensor",
 )
 lib.fallback("upsample_mask_loss", reference.upsample_mask_loss)
 lib.fallback("upsample_mask_loss_backward", reference.backward)
@@ -61,8 +65,7 @@ def upsample_mask_loss(
     gamma: float = 2.0,
     ignore_index: int | None = None,
 ) -> MaskLosses:
-    """Focal loss and dice of every class's map at the labels' size, equations (2) to (4) of this
-    file.
+    """Return focal loss and dice of the maps at the labels' size, equations (2)-(4) of this file.
 
     Args:
         logits: [B, C, h, w].

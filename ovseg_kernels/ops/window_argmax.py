@@ -1,11 +1,14 @@
 """window_argmax: labels of a picture seen through overlapping windows, without a map at full size.
 
-    p_kc(v, u) = upsampled logits of window k, class c, at a pixel of its crop                   (1)
-               or table_k[g, c] with g = argmax of the window's upsampled group maps at that pixel        (2)
-    m_c(v, u)  = sum over the windows k that cover (v, u) of p_kc(v - y_k, u - x_k), divided by
-    their number (3) z_c(Y, X)  = m_c resized from the canvas to the labels' size, bilinear,
-    align_corners False, plus bias_c (4)
-    label      = class_label(argmax_c z_c); the smaller class of equals; ``background`` if max_c z_c < threshold (5)
+    p_kc(v, u) = upsampled logits of window k, class c, at a pixel of its crop                  (1)
+               or table_k[g, c] with g = argmax of the window's upsampled group maps
+                 at that pixel                                                                  (2)
+    m_c(v, u)  = sum over the windows k that cover (v, u) of p_kc(v - y_k, u - x_k),
+                 divided by their number                                                        (3)
+    z_c(Y, X)  = m_c resized from the canvas to the labels' size, bilinear, align_corners False,
+                 plus bias_c                                                                    (4)
+    label      = class_label(argmax_c z_c); the smaller class of equals;
+                 ``background`` if max_c z_c < threshold                                        (5)
 
 ``activation`` (sigmoid, or softmax over the classes) acts on p ("window"), on m ("merged") or on z
 before the bias ("output").
@@ -15,20 +18,23 @@ makes of the least and of the largest of the samples that reach the tile. A clas
 lies below the largest lower bound is nowhere the winner; only the others are computed. The result
 is that of the five steps on whole maps, except where the two best values tie within rounding.
 
-Shapes   logits [n, C, h, w], the windows of one picture; origins [n, 2] int64, row and column of each crop on the canvas; crop
-  (hc, wc), canvas (Hc, Wc), size (H, W). With tables [n, G, C]: logits [n, G, h, w] of G groups.
-  labels [H, W].
-Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in float32 or float64. No gradient.
-Cost     about 10 C comparisons for each tile of 16 x 16 outputs and window, and 20 flops for each candidate and pixel; softmax adds two
-  passes over the classes that are not negligible. Extra memory: a few tiles for each thread; with
-  tables n hc wc int16; on a GPU softmax keeps two numbers for each pixel. Nothing of size C H W.
-Errors   ValueError for ranks, sizes, devices, windows that leave the canvas or do not cover it, NaN or +infinity (softmax: any infinity),
-  labels that the label type cannot hold; TypeError for dtypes. On a GPU numbers are found there and
-  raised by a later call or by ``check_errors``, origins that are there already are not looked at
-  (docs/checks.md), and no call is while it is compiled: pixels that such numbers or no window reach
-  get the label of some class.
-Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegCLIP, arXiv:2212.03588; (2): GroupViT, arXiv:2202.11094,
-  and SegCLIP, arXiv:2211.14813. The bounds are ours.
+Shapes   logits [n, C, h, w], the windows of one picture; origins [n, 2] int64, row and column of
+  each crop on the canvas; crop (hc, wc), canvas (Hc, Wc), size (H, W). With tables [n, G, C]:
+  logits [n, G, h, w] of G groups. labels [H, W].
+Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or uint8; values in
+  float32 or float64. No gradient.
+Cost     about 10 C comparisons for each tile of 16 x 16 outputs and window, and 20 flops for each
+  candidate and pixel; softmax adds two passes over the classes that are not negligible. Extra
+  memory: a few tiles for each thread; with tables n hc wc int16; on a GPU softmax keeps two numbers
+  for each pixel. Nothing of size C H W.
+Errors   ValueError for ranks, sizes, devices, windows that leave the canvas or do not cover it, NaN
+  or +infinity (softmax: any infinity), labels that the label type cannot hold; TypeError for
+  dtypes. On a GPU numbers are found there and raised by a later call or by ``check_errors``,
+  origins that are there already are not looked at (docs/checks.md), and no call is while it is
+  compiled: pixels that such numbers or no window reach get the label of some class.
+Source   (3) and (4): the sliding window of mmsegmentation; sigmoid in (1): ZegCLIP,
+  arXiv:2212.03588; (2): GroupViT, arXiv:2202.11094, and SegCLIP, arXiv:2211.14813. The bounds are
+  ours.
 """
 
 from __future__ import annotations
@@ -54,10 +60,9 @@ Origins: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
 
 lib.define(
     "window_argmax",
-    "window_argmax(Tensor values, Tensor? index, Tensor origins, Tensor? bias, Tensor? "
-    "class_labels, int crop_height, int crop_width, "
-    "int canvas_height, int canvas_width, int height, int width, int activation, int stage, "
-    "float? threshold, int background, "
+    "window_argmax(Tensor values, Tensor? index, Tensor origins, Tensor? bias, "
+    "Tensor? class_labels, int crop_height, int crop_width, int canvas_height, int canvas_width, "
+    "int height, int width, int activation, int stage, float? threshold, int background, "
     "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
 )
 lib.fallback("window_argmax", reference.window_argmax)
@@ -120,7 +125,7 @@ def window_argmax(
     label_type: torch.dtype = torch.int64,
     return_value: bool = False,
 ) -> torch.Tensor | LabelMaps:
-    """Labels of one picture from the logits of its windows, equation (5) of this file.
+    """Return the labels of one picture from the logits of its windows, equation (5) of this file.
 
     Args:
         logits: [n, C, h, w], or [n, G, h, w] group maps with ``tables``.
@@ -133,15 +138,20 @@ def window_argmax(
         tables: [n, G, C], what each class scores in each group of each window.
         activation: None, "sigmoid" or "softmax".
         stage: where it acts: "window", "merged" or "output".
-        bias, threshold, background, class_labels, label_type, return_value: as in
-            ``upsample_argmax``; the bias comes last.
+        bias: as in ``upsample_argmax``; it comes last.
+        threshold: as in ``upsample_argmax``.
+        background: as in ``upsample_argmax``.
+        class_labels: as in ``upsample_argmax``.
+        label_type: as in ``upsample_argmax``.
+        return_value: as in ``upsample_argmax``.
 
     Returns:
         labels [H, W], or LabelMaps: labels and value [H, W].
 
     Example:
-        >>> origins = torch.tensor([[0, 0], [0, 171]])
-        >>> window_argmax(torch.randn(2, 20, 32, 32), origins, (512, 512), (512, 683), (480, 640), activation="sigmoid").shape
+        >>> windows, origins = torch.randn(2, 20, 32, 32), torch.tensor([[0, 0], [0, 171]])
+        >>> sizes = (512, 512), (512, 683), (480, 640)  # crop, canvas, labels
+        >>> window_argmax(windows, origins, *sizes, activation="sigmoid").shape
         torch.Size([480, 640])
     """
     _check.tensor("logits", logits, 4, "[n, C, h, w]")
@@ -237,7 +247,7 @@ def _tensor_of(origins: Sequence[tuple[int, int]]) -> torch.Tensor:
 
 
 def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """``origins`` on the device of the logits.
+    """Return ``origins`` on the device of the logits.
 
     From pinned memory: a copy from any other waits for the GPU.
     """
@@ -260,14 +270,13 @@ def _beside(origins: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, int]) -> None:
-    """Windows inside of the canvas, and no pixel without one."""
+    """Check that windows lie inside of the canvas, and that no pixel is without one."""
     corners = [(y, x) for y, x in origins.tolist()]
     for y, x in corners:
         if not (0 <= y <= canvas[0] - crop[0] and 0 <= x <= canvas[1] - crop[1]):
             raise ValueError(
-                f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected "
-                f"rows 0 to {canvas[0] - crop[0]} and "
-                f"columns 0 to {canvas[1] - crop[1]}, inside the canvas "
+                f"origins holds ({y}, {x}); with a crop of {tuple(crop)} expected rows 0 to "
+                f"{canvas[0] - crop[0]} and columns 0 to {canvas[1] - crop[1]}, inside the canvas "
                 f"{tuple(canvas)}"
             )
     hole = _first_hole(sorted(corners), crop, canvas)
@@ -281,20 +290,16 @@ def _covered(origins: torch.Tensor, crop: tuple[int, int], canvas: tuple[int, in
 def _first_hole(
     corners: list[tuple[int, int]], crop: tuple[int, int], canvas: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """Row and column of the first pixel, row by row, that no window covers; None where there is
-    none.
+    """Return row and column of the first pixel, row by row, that no window covers, or None.
 
     A sweep down the rows, which are all alike between two borders of windows. Windows are equally
     wide: those of a row cover it where none begins more than a width right of the one before.
-
-    Args:
-        corners: upper left, sorted.
+    ``corners`` are the upper left ones, sorted.
     """
     height, width = crop
-    columns = [
-        -width,
-        canvas[1],
-    ]  # of the windows of the present rows, between two that end and begin outside of the canvas
+    # Columns of the windows of the present rows, between two that end and begin outside of the
+    # canvas.
+    columns = [-width, canvas[1]]
     gaps = int(canvas[1] > 0)
     begun = ended = 0
     for row in sorted(
@@ -314,14 +319,14 @@ def _first_hole(
 
 
 def _changed(columns: list[int], column: int, width: int) -> int:
-    """By how many the gaps change when a window is put at ``column``."""
+    """Return by how many the gaps change when a window is put at ``column``."""
     place = bisect.bisect(columns, column)
     left, right = columns[place - 1], columns[place]
     return (column - left > width) + (right - column > width) - (right - left > width)
 
 
 def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: bool) -> None:
-    """No NaN, no +infinity; with softmax no infinity in ``x`` at all."""
+    """Check for NaN and +infinity; with softmax for any infinity in ``x``."""
     for each in _checking.looked_at(x) if softmax else []:
         if not bool(each.isfinite().all()):
             raise ValueError(

@@ -1,5 +1,6 @@
-"""center_assignment in plain torch: the definition, and its closed form for where no kernel is
-built.
+"""center_assignment in plain torch: the definition, and its closed form.
+
+The closed form answers where no kernel is built.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ NORMALIZERS = ("mean", "mean_plus_one", "sum")
 
 
 def gumbel(queries, keys, noise, rng):
-    """[B, G, L] in the accumulation dtype, or None: explicit noise, or Philox over the elements of
-    [B, L, G].
+    """Return noise [B, G, L] in the accumulation dtype, or None.
+
+    It is explicit noise, or Philox over the elements of [B, L, G].
     """
     if noise is not None:
         return noise.to(accumulation_dtype(queries))
@@ -25,8 +27,9 @@ def gumbel(queries, keys, noise, rng):
 
 
 def _scores(queries, keys, center_bias, key_scale, mask, scale):
-    """z and q . k, [B, G, L], keep [B, 1, L] and the keys; what a masked token holds reaches
-    nothing.
+    """Return z and q . k, [B, G, L], keep [B, 1, L] and the keys.
+
+    What a masked token holds reaches nothing.
     """
     acc = accumulation_dtype(queries)
     keep = torch.ones_like(keys[..., 0], dtype=torch.bool) if mask is None else mask
@@ -39,12 +42,12 @@ def _scores(queries, keys, center_bias, key_scale, mask, scale):
 
 
 def _nan_or_zero(x):
-    """NaN where ``x`` is not finite."""
+    """Return NaN where ``x`` is not finite, and 0 elsewhere."""
     return x - x
 
 
 def divisor(count, normalizer):
-    """n_g of (4)."""
+    """Return n_g of (4)."""
     # Not clamp: at one token its gradient is 0 in newer releases of torch and 1 in older ones. Here
     # it is 1.
     return {
@@ -67,8 +70,9 @@ def center_assignment(
     center_bias=None,
     key_scale=None,
 ):
-    """The definition; equations (1)-(5) of ``ovseg_kernels.ops.center_assignment``: (pooled, index,
-    c, soft).
+    """Return (pooled, index, c, soft): the definition.
+
+    Equations (1)-(5) of ``ovseg_kernels.ops.center_assignment``.
     """
     z, _, keep, _ = _scores(queries, keys, center_bias, key_scale, mask, scale)
     v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
@@ -104,7 +108,7 @@ def forward(
     normalizer,
     want_soft,
 ):
-    """(pooled, index, count, soft) as the kernels give them.
+    """Return (pooled, index, count, soft) as the kernels give them.
 
     ``normalizer`` 0 mean, 1 mean_plus_one, 2 sum.
     """
@@ -114,9 +118,8 @@ def forward(
     y = (z if g is None else z + g) / tau
     index = y.argmax(1)
     one_hot = torch.zeros_like(z).scatter_(1, index[:, None], 1.0)
-    a = (
-        one_hot + _nan_or_zero(y.amax(1, keepdim=True)) if hard else y.softmax(1)
-    )  # NaN stays NaN, as straight through
+    # NaN stays NaN, as straight through
+    a = one_hot + _nan_or_zero(y.amax(1, keepdim=True)) if hard else y.softmax(1)
     a = a.masked_fill(~keep, 0)
     count = a.sum(-1)
     n = (torch.where(count < 1, 1, count), count + 1, torch.ones_like(count))[normalizer]
@@ -148,7 +151,7 @@ def backward(
     need_values,
     shared,
 ):
-    """(d queries, d keys, d values, d center_bias, d key_scale) by equations (6)-(10)."""
+    """Return (d queries, d keys, d values, d center_bias, d key_scale) by equations (6)-(10)."""
     z, raw, keep, k = _scores(queries, keys, center_bias, key_scale, mask, scale)
     v = values.to(z.dtype).masked_fill(~keep.transpose(1, 2), 0)
     g = gumbel(queries, keys, noise, rng)

@@ -21,7 +21,10 @@ def contrastive_loss(
     normalize=True,
     kind="softmax",
 ):
-    """The definition; equations (1)-(4) of ``ovseg_kernels.ops.contrastive_loss``."""
+    """Return the loss: the definition.
+
+    Equations (1)-(4) of ``ovseg_kernels.ops.contrastive_loss``.
+    """
     if normalize:
         image, text = unit(image), unit(text)
     if kind == "softmax":
@@ -34,7 +37,7 @@ def contrastive_loss(
 
 
 def _blocks(image, text, logit_scale, logit_bias, image_ids, text_ids, offset):
-    """(rows, similarity, logits, positives) of a block of images after the other."""
+    """Yield (rows, similarity, logits, positives) of a block of images after the other."""
     for first in range(0, image.shape[0], _ROWS):
         rows = slice(first, first + _ROWS)
         s = image[rows] @ text.T
@@ -48,8 +51,9 @@ def _blocks(image, text, logit_scale, logit_bias, image_ids, text_ids, offset):
 
 
 def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sigmoid, tf32):
-    """rows [3, B] and columns [3, T]: log-sum-exp (sigmoid: loss, and zero), sum of positive
-    logits, number of positives.
+    """Return the statistics of the rows [3, B] and of the columns [3, T].
+
+    They are log-sum-exp (sigmoid: loss, and zero), sum of positive logits, number of positives.
     """
     B, T = image.shape[0], text.shape[0]
     rows, columns = image.new_zeros(3, B), image.new_zeros(3, T)
@@ -89,7 +93,7 @@ def backward(
     need_image,
     need_text,
 ):
-    """(d image, d text, d logit_scale, d logit_bias) by equations (5) and (6)."""
+    """Return (d image, d text, d logit_scale, d logit_bias) by equations (5) and (6)."""
     d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     d_scale, d_bias = image.new_zeros(()), image.new_zeros(())
     for part, s, z, positive in _blocks(

@@ -1,5 +1,6 @@
-"""dense_contrastive_loss in plain torch: the definition, and its parts for where no kernel is
-built.
+"""dense_contrastive_loss in plain torch: the definition, and its parts.
+
+The parts answer where no kernel is built.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ SAMPLINGS = ("topk", "semi", "gumbel", "random")
 
 
 def own(pixels, texts, image_ids, text_ids):
-    """[T, B] bool: the images of every text."""
+    """Return [T, B] bool: the images of every text."""
     if image_ids is not None:
         return text_ids[:, None] == image_ids
     return torch.eye(texts.shape[0], pixels.shape[0], dtype=torch.bool, device=pixels.device)
 
 
 def best(keys, count, skip=0):
-    """Indices of the ``count`` largest keys of every row after the first ``skip``, ties by index;
-    -1 where a key is -infinity.
+    """Return the indices of the ``count`` largest keys of every row after the first ``skip``.
+
+    Ties go by index; -1 stands where a key is -infinity.
     """
     keys = torch.where(keys.isnan(), torch.inf, keys)
     order = keys.argsort(dim=1, descending=True, stable=True)[:, skip : skip + count]
@@ -35,7 +37,7 @@ def best(keys, count, skip=0):
 def select(
     pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin
 ):
-    """(positive [T, k_pos], negative [T, k_neg]) flat pixel indices by equations (2) and (3)."""
+    """Return (positive [T, k_pos], negative [T, k_neg]) flat pixel indices by (2) and (3)."""
     B, N, _ = pixels.shape
     T = texts.shape[0]
     s = texts @ unit_of(pixels.to(texts.dtype)).flatten(0, 1).T  # (1), [T, B N]
@@ -61,7 +63,10 @@ def _chosen(pixels, texts, index):
 
 
 def gather(pixels, texts, index, rows):
-    """(similarity [T, K], unit [T, rows, D]) of selected pixels; zero where there is none."""
+    """Return (similarity [T, K], unit [T, rows, D]) of selected pixels.
+
+    Zero where there is none.
+    """
     chosen = _chosen(pixels, texts, index)
     unit = unit_of(chosen).masked_fill((index < 0)[..., None], 0)
     return torch.einsum("tkd,td->tk", unit, texts), unit[:, :rows].clone(
@@ -72,7 +77,7 @@ def gather(pixels, texts, index, rows):
 def gather_backward(
     grad_similarity, grad_unit, pixels, texts, index, order, rows, need_pixels, need_texts
 ):
-    """(d pixels, d texts) by equations (8) and (9)."""
+    """Return (d pixels, d texts) by equations (8) and (9)."""
     D, acc = pixels.shape[2], texts.dtype
     d_pixels, d_texts = (
         torch.zeros(pixels.shape, dtype=acc, device=pixels.device),
@@ -100,8 +105,9 @@ def gather_backward(
 def dense_contrastive_loss(
     pixels, texts, temperature, image_ids, text_ids, positive, negative, reduction, terms
 ):
-    """The definition for given selections; equations (4)-(7) of
-    ``ovseg_kernels.ops.dense_contrastive_loss``.
+    """Return the loss for given selections: the definition.
+
+    Equations (4)-(7) of ``ovseg_kernels.ops.dense_contrastive_loss``.
     """
     acc, D = accumulation_dtype(pixels), pixels.shape[2]
     q = unit_of(texts.to(acc))

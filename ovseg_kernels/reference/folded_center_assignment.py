@@ -10,8 +10,9 @@ from .center_assignment import center_assignment
 def folded_center_assignment(
     queries, tokens, key_weight, value_weight, key_bias=None, value_bias=None, mask=None, **options
 ):
-    """Keys and values by torch's own Linear, then the definition of ``center_assignment``: (pooled,
-    index, soft).
+    """Return (pooled, index, soft): the definition.
+
+    Keys and values by torch's own Linear, then the definition of ``center_assignment``.
     """
     if mask is not None:
         tokens = tokens.masked_fill(~mask[..., None], 0)

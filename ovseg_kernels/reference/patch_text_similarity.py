@@ -1,5 +1,6 @@
-"""patch_text_similarity in plain torch: the definition, and its closed form for where no kernel is
-built.
+"""patch_text_similarity in plain torch: the definition, and its closed form.
+
+The closed form answers where no kernel is built.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ WEIGHTS = ("softmax", "sigmoid")
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything below."""
+    """Return float64 for float64, float32 for everything below."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def patch_text_similarity(
     patches, texts, patch_mask=None, scale=1.0, bias=0.0, pool="vector", weight="softmax"
 ):
-    """The definition; equations (1)-(4) of ``ovseg_kernels.ops.patch_text_similarity``.
+    """Return the similarities [B, T]: the definition.
 
-    Stores [B, T, N].
+    Equations (1)-(4) of ``ovseg_kernels.ops.patch_text_similarity``. Stores [B, T, N].
     """
     u, q = patches.to(accumulation_dtype(patches)), unit(texts.to(accumulation_dtype(texts)))
     keep = torch.ones_like(u[..., 0], dtype=torch.bool) if patch_mask is None else patch_mask
@@ -60,7 +61,7 @@ def _prepare(patches, texts, mask, scale, bias, weight):
 
 
 def forward(patches, texts, mask, scale, bias, pool, weight, tf32=False):
-    """(similarity, lse, norm) as the kernels give them, one image at a time.
+    """Return (similarity, lse, norm) as the kernels give them, one image at a time.
 
     ``pool`` 0 vector, 1 score, 2 max.
     """
@@ -108,7 +109,7 @@ def backward(
     need_patches,
     need_texts,
 ):
-    """(d patches, d texts, d scale, d bias) by equations (5)-(9), one image at a time."""
+    """Return (d patches, d texts, d scale, d bias) by equations (5)-(9), one image at a time."""
     acc = accumulation_dtype(patches)
     d_patches = torch.zeros_like(
         patches if need_patches else patches[:0], memory_format=torch.contiguous_format
@@ -128,9 +129,8 @@ def backward(
             total = g * F.one_hot(s.masked_fill(~keep, float("-inf")).argmax(-1), s.shape[-1]).to(
                 acc
             )
-            total = total.masked_fill(
-                ~keep, 0
-            )  # where no patch is kept, the first is not the largest
+            # where no patch is kept, the first is not the largest
+            total = total.masked_fill(~keep, 0)
             m, along, value = total / r, (total * s).sum(0), 0
         else:
             a = (x - lse[b][:, None]).exp().masked_fill(~keep, 0)

@@ -1,4 +1,4 @@
-"""segclip_center_assignment in plain torch: the chain of SegCLIP's mapping step, token by token.
+"""segclip_center_assignment in plain torch: SegCLIP's mapping step, token by token.
 
 The definition.
 """
@@ -12,7 +12,10 @@ from .center_assignment import center_assignment
 
 
 def grouped_linear(tokens, weight):
-    """The grouped 1x1 convolution over channels: [B, L, D] and weight [D, D / groups] to [B, L, D]."""
+    """Return the grouped 1x1 convolution over channels.
+
+    [B, L, D] and weight [D, D / groups] give [B, L, D].
+    """
     D, size = weight.shape
     grouped = tokens.unflatten(-1, (D // size, size)), weight.unflatten(0, (D // size, size))
     return torch.einsum("blgi,goi->blgo", *grouped).flatten(-2)
@@ -31,8 +34,10 @@ def segclip_center_assignment(
     mask=None,
     **options,
 ):
-    """Equations (1)-(3) of ``ovseg_kernels.ops.segclip_center_assignment``, then
-    ``center_assignment``: (pooled, index, soft).
+    """Return (pooled, index, soft): the definition.
+
+    Equations (1)-(3) of ``ovseg_kernels.ops.segclip_center_assignment``, then
+    ``center_assignment``.
     """
     if mask is not None:
         tokens = tokens.masked_fill(~mask[..., None], 0)

@@ -1,5 +1,6 @@
-"""similarity_contrastive_loss in plain torch: the definition, and its parts for where no kernel is
-built.
+"""similarity_contrastive_loss in plain torch: the definition, and its parts.
+
+The parts answer where no kernel is built.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ import torch
 
 
 def positives(similarity, image_ids=None, text_ids=None, pair_mask=None, offset=0):
-    """[B, T] bool: pairs with equal ids, or the diagonal shifted by ``offset``; left-out pairs are
-    never positive.
+    """Return [B, T] bool: pairs with equal ids, or the diagonal shifted by ``offset``.
+
+    Left-out pairs are never positive.
     """
     if image_ids is None:
         rows = torch.arange(similarity.shape[0], device=similarity.device) + offset
@@ -22,7 +24,10 @@ def positives(similarity, image_ids=None, text_ids=None, pair_mask=None, offset=
 def similarity_contrastive_loss(
     similarity, logit_scale, image_ids=None, text_ids=None, pair_mask=None
 ):
-    """The definition; equations (1)-(3) of ``ovseg_kernels.ops.similarity_contrastive_loss``."""
+    """Return the loss: the definition.
+
+    Equations (1)-(3) of ``ovseg_kernels.ops.similarity_contrastive_loss``.
+    """
     z = logit_scale * similarity  # (1)
     if pair_mask is not None:
         z = z.masked_fill(~pair_mask, float("-inf"))
@@ -39,7 +44,10 @@ def similarity_contrastive_loss(
 
 
 def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
-    """rows [3, B] and columns [3, T]: log-sum-exp, sum of positive logits, number of positives."""
+    """Return the statistics of the rows [3, B] and of the columns [3, T].
+
+    They are log-sum-exp, sum of positive logits, number of positives.
+    """
     z = logit_scale * similarity
     kept = z if pair_mask is None else z.masked_fill(~pair_mask, float("-inf"))
     positive = positives(similarity, image_ids, text_ids, pair_mask, offset)
@@ -64,7 +72,7 @@ def backward(
     column_weight,
     offset,
 ):
-    """(d similarity, d logit_scale) by equation (4)."""
+    """Return (d similarity, d logit_scale) by equation (4)."""
     z = logit_scale * similarity
     positive = positives(similarity, image_ids, text_ids, pair_mask, offset).to(z.dtype)
 

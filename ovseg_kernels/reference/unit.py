@@ -1,5 +1,6 @@
-"""Lengths and unit vectors in plain torch, where torch's own would square what has no square in the
-dtype.
+"""Lengths and unit vectors in plain torch, of vectors of any length.
+
+torch's own would square what has no square in the dtype.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ EPS = 1e-12  # of norms, as in torch.nn.functional.normalize
 
 
 def _scaled(x):
-    """x and the factor it was divided by: 1, or the largest element of a row whose squares would
-    leave the range of float32.
+    """Return x divided by a factor, and the factor.
+
+    The factor is 1, or the largest element of a row whose squares would leave the range of float32.
     """
     top = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
     top = torch.where(top > 1e15, top, 1)
@@ -20,11 +22,11 @@ def _scaled(x):
 
 
 def length(x):
-    """[...] of x [..., D]."""
+    """Return the lengths [...] of x [..., D]."""
     x, top = _scaled(x)
     return x.norm(dim=-1) * top[..., 0]
 
 
 def unit(x):
-    """x / max(|x|, EPS)."""
+    """Return x / max(|x|, EPS)."""
     return F.normalize(_scaled(x)[0], dim=-1, eps=EPS)

@@ -8,12 +8,11 @@ LABEL_TYPES = (torch.int64, torch.int16, torch.uint8)
 
 
 def between(samples, outputs, dtype, device):
-    """(lower sample, upper sample, weight of the upper) of every output, (1)."""
+    """Return (lower sample, upper sample, weight of the upper) of every output, (1)."""
     scale = torch.tensor(samples, dtype=dtype) / torch.tensor(outputs, dtype=dtype)
     source = ((torch.arange(outputs, dtype=dtype, device=device) + 0.5) * scale - 0.5).clamp(min=0)
-    twice = (
-        2 * torch.arange(outputs, device=device) + 1
-    ) * samples - outputs  # source, times 2 outputs
+    # source, times 2 outputs
+    twice = (2 * torch.arange(outputs, device=device) + 1) * samples - outputs
     # Rounding must not give a sample a weight that has none: it may be infinite.
     source = torch.where(
         (twice >= 0) & (twice % (2 * outputs) == 0), twice // (2 * outputs), source
@@ -23,8 +22,9 @@ def between(samples, outputs, dtype, device):
 
 
 def upsample(logits, size):
-    """Bilinear, align_corners False, (2), with one difference to F.interpolate: a sample of weight
-    zero does not count, be it infinite.
+    """Return the logits upsampled to ``size``: bilinear, align_corners False, (2).
+
+    With one difference to F.interpolate: a sample of weight zero does not count, be it infinite.
     """
 
     def weighted(weight, x):
@@ -41,7 +41,7 @@ def upsample(logits, size):
 def upsample_argmax(
     logits, bias, class_labels, height, width, threshold, background, label_type, want_value
 ):
-    """(labels [B, H, W], value of the winner [B, H, W] or empty), (3) and (4)."""
+    """Return (labels [B, H, W], value of the winner [B, H, W] or empty), (3) and (4)."""
     return winners(
         upsample(logits, (height, width)),
         bias,
@@ -54,7 +54,7 @@ def upsample_argmax(
 
 
 def winners(z, bias, class_labels, threshold, background, label_type, want_value):
-    """(labels [..., H, W], their values or none) of maps z [..., C, H, W], (3)."""
+    """Return (labels [..., H, W], their values or none) of maps z [..., C, H, W], (3)."""
     z = z if bias is None else z + bias[:, None, None]
     value, labels = z.max(-3)
     labels = labels if class_labels is None else class_labels[labels]

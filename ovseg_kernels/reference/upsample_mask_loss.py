@@ -12,7 +12,10 @@ NEGATIVE, IGNORED = -1, -2  # codes of pixels that are no class's, and of those 
 
 
 def _maps(logits, codes, alpha, gamma):
-    """(x, p, y, focal of each pixel, weight of each pixel), all [B, C, H, W] or broadcast to it."""
+    """Return (x, p, y, focal of each pixel, weight of each pixel).
+
+    All are [B, C, H, W] or broadcast to it.
+    """
     x = F.interpolate(logits, codes.shape[1:], mode="bilinear", align_corners=False)
     counts = (codes != IGNORED)[:, None].to(x.dtype)
     y = (codes[:, None] == torch.arange(logits.shape[1], device=codes.device)[:, None, None]).to(
@@ -25,7 +28,7 @@ def _maps(logits, codes, alpha, gamma):
 
 
 def upsample_mask_loss(logits, codes, alpha, gamma):
-    """(focal, dice, present, sums [3, B, C] of p, p y and y), equations (2) to (4)."""
+    """Return (focal, dice, present, sums [3, B, C] of p, p y and y), equations (2) to (4)."""
     _, p, y, focal, counts = _maps(logits, codes, alpha, gamma)
     pixels = counts.sum((2, 3)).clamp_min(1)
     sums = torch.stack(
@@ -41,7 +44,7 @@ def upsample_mask_loss(logits, codes, alpha, gamma):
 
 
 def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
-    """The gradient of the logits, (5): through the transposed upsampling."""
+    """Return the gradient of the logits, (5): through the transposed upsampling."""
     height, width = codes.shape[1:]
     x, p, y, _, counts = _maps(logits, codes, alpha, gamma)
     pixels = counts.sum((2, 3)).clamp_min(1)

@@ -28,14 +28,14 @@ def window_argmax(
     label_type,
     want_value,
 ):
-    """(labels [H, W], value of the winner [H, W] or empty), (1) to (5)."""
+    """Return (labels [H, W], value of the winner [H, W] or empty), (1) to (5)."""
     sizes = (crop_height, crop_width), (canvas_height, canvas_width), (height, width)
     z = window_maps(values, index, origins, *sizes, ACTIVATIONS[activation], STAGES[stage])
     return winners(z, bias, class_labels, threshold, background, label_type, want_value)
 
 
 def window_maps(values, index, origins, crop, canvas, size, activation=None, stage="window"):
-    """The maps [C, H, W] that compete, (1) to (4) without the bias."""
+    """Return the maps [C, H, W] that compete, (1) to (4) without the bias."""
 
     def activated(x, here):
         if stage != here or activation is None:

@@ -1,5 +1,7 @@
-"""What the launchers share: the device of a call, chunks of images, rows that copies like, numbers
-as arguments, and the grid.
+"""Parts that all launchers share.
+
+They are the device of a call, chunks of images, rows that copies like, numbers as arguments, and
+the grid.
 """
 
 from __future__ import annotations
@@ -17,37 +19,41 @@ PITCH = tl.constexpr(16)  # rows between kernels start at multiples of this many
 
 
 def on_device(x: torch.Tensor):
-    """Triton launches on the current device; the tensors may be on another."""
+    """Return a block in which the device of ``x`` is the current one: Triton launches there."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def tiles(count: int, size: int) -> int:
+    """Return the number of tiles of ``size`` that hold ``count``."""
     return triton.cdiv(count, size)
 
 
 def pitch(count: int) -> int:
-    """Elements from one row to the next of a buffer of ours: its copies are then of 16 bytes,
-    whatever the length of a row.
+    """Return the elements from one row to the next of a buffer of ours.
+
+    Its copies are then of 16 bytes, whatever the length of a row.
     """
     return tiles(count, PITCH.value) * PITCH.value
 
 
 def chunk_size(images: int, bytes_per_image: int, limit: int) -> int:
-    """Images at a time, so that what lies between two kernels stays near ``limit`` bytes."""
+    """Return the images at a time.
+
+    What lies between two kernels stays near ``limit`` bytes.
+    """
     return max(1, min(images, limit // max(1, bytes_per_image), 65535))
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with its last dimension side by side in memory: a copy where it is not."""
+    """Return ``x`` with its last dimension side by side in memory: a copy where it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all rows of ``tensors`` start at 16 bytes and are multiples of 16 elements: the form
-    that copies of 16 bytes serve.
+    """Return whether rows start at 16 bytes and are multiples of 16 elements, in all ``tensors``.
 
-    One flag and not the specialisation of every size and stride: two compilations of a kernel and
-    not dozens.
+    This is the form that copies of 16 bytes serve. One flag and not the specialisation of every
+    size and stride: two compilations of a kernel and not dozens.
     """
     for x in tensors:
         strides = [
@@ -59,15 +65,19 @@ def aligned(*tensors: torch.Tensor) -> bool:
 
 
 def halves(x: float) -> tuple[float, float]:
-    """``x`` as two float32, which is what Triton makes of a number: as arguments they cost no copy
-    to the device, and float64 inputs keep 48 bits.
+    """Return ``x`` as two float32, which is what Triton makes of a number.
+
+    As arguments they cost no copy to the device, and float64 inputs keep 48 bits.
     """
     high = ctypes.c_float(x).value
     return high, x - high if math.isfinite(high) else 0.0
 
 
 def row_norms(x: torch.Tensor, acc: torch.dtype) -> torch.Tensor:
-    """|x| of the rows of ``x`` [N, D] or [B, N, D], of which one lies side by side in memory."""
+    """Return |x| of the rows of ``x`` [N, D] or [B, N, D].
+
+    One row lies side by side in memory.
+    """
     norms = x.new_empty(x.shape[:-1], dtype=acc)
     if norms.numel():
         strides = (0, *x.stride())[-3:-1]
@@ -101,7 +111,7 @@ def row_norms_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """|x| of ``count`` rows, N of an image.
+    """Write |x| of ``count`` rows, N of an image.
 
     Not torch's: its squares leave the range of float32 at lengths of 1.8e19.
     """
@@ -119,8 +129,9 @@ def row_norms_kernel(
 
 @triton.jit
 def squares(v, squared, unit):
-    """``squared`` with those of the rows of ``v`` added, all by their ``unit``, 1 or what makes
-    them small enough; and v by it.
+    """Return ``squared`` with the squares of the rows of ``v`` added, their ``unit``, and v by it.
+
+    The squares are by the ``unit``, which is 1 or what makes them small enough.
     """
     longest = tl.max(tl.abs(v), 1)
     wider = tl.where(longest > unit * 1e15, longest, unit)
@@ -130,7 +141,7 @@ def squares(v, squared, unit):
 
 @triton.jit
 def joined(high, low, ACC: tl.constexpr):
-    """What :func:`halves` took apart, in ``ACC``."""
+    """Return what :func:`halves` took apart, in ``ACC``."""
     x = tl.full((), high, ACC)
     if tl.float64 == ACC:
         x += tl.full((), low, ACC)
@@ -139,15 +150,16 @@ def joined(high, low, ACC: tl.constexpr):
 
 @triton.jit
 def log1p_of(e):
-    """log(1 + e) without losing a small e: Kahan's correction of the rounded 1 + e."""
+    """Return log(1 + e) without losing a small e: Kahan's correction of the rounded 1 + e."""
     one = 1.0 + e
     return tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
 
 
 @triton.jit
 def whole(x, ALIGNED: tl.constexpr):
-    """``x``, of which the compiler learns that it is a multiple of 16 where the launcher has found
-    it so.
+    """Return ``x``, as the multiple of 16 that the launcher has found it to be.
+
+    The compiler learns of it so.
     """
     if ALIGNED:
         x = x // 16 * 16
@@ -156,7 +168,7 @@ def whole(x, ALIGNED: tl.constexpr):
 
 @triton.jit
 def program(n0, n1):
-    """Coordinates of a program in a grid of n0 x n1 x the rest, the last one int64.
+    """Return the coordinates of a program in a grid of n0 x n1 x the rest, the last one int64.
 
     All of it lies along x: y and z end at 65535.
     """

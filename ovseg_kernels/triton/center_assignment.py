@@ -1,9 +1,7 @@
 """center_assignment in Triton: tokens on rows, all centers on the columns of one block.
 
-Equation numbers: ``ovseg_kernels/ops``.
-
-Scores, noise, softmax and counts are float32 (float64 for float64) whatever the inputs. Sums have
-one owner and a fixed order.
+Equation numbers: ``ovseg_kernels/ops``. Scores, noise, softmax and counts are float32 (float64 for
+float64) whatever the inputs. Sums have one owner and a fixed order.
 """
 
 from __future__ import annotations
@@ -39,8 +37,9 @@ SIZES = [
 
 @triton.jit
 def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """sums + a b. float64 without tl.dot: Triton 3.8 cannot lower some of its float64 products for
-    sm_80.
+    """Return sums + a b.
+
+    float64 without tl.dot: Triton 3.8 cannot lower some of its float64 products for sm_80.
     """
     if tl.float64 == ACC:
         sums += tl.sum(a[:, :, None] * b[None, :, :], 1)
@@ -51,7 +50,7 @@ def _dot(a, b, sums, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _rows(x, i, d, some, D, stride):
-    """[rows, channels] of one image."""
+    """Load [rows, channels] of one image."""
     return tl.load(
         x + i.to(tl.int64)[:, None] * stride + d[None, :],
         mask=some[:, None] & (d < D)[None, :],
@@ -61,7 +60,7 @@ def _rows(x, i, d, some, D, stride):
 
 @triton.jit
 def _turned(x, i, d, some, D, stride):
-    """[channels, rows] of one image."""
+    """Load [channels, rows] of one image."""
     return tl.load(
         x + i.to(tl.int64)[None, :] * stride + d[:, None],
         mask=some[None, :] & (d < D)[:, None],
@@ -71,8 +70,9 @@ def _turned(x, i, d, some, D, stride):
 
 @triton.jit
 def _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC: tl.constexpr, BD: tl.constexpr):
-    """q . k of a tile [tokens, centers] of one image, without scale and bias; 16-bit operands are
-    exact in the float32 sums.
+    """Return q . k of a tile [tokens, centers] of one image, without scale and bias.
+
+    16-bit operands are exact in the float32 sums.
     """
     z = tl.zeros((l.shape[0], g.shape[0]), ACC)
     for d0 in range(0, D, BD):
@@ -85,7 +85,7 @@ def _scores(queries, keys, g, l, keep, G, D, q_g, k_l, ACC: tl.constexpr, BD: tl
 
 @triton.jit
 def _factor(key_scale, b, l, L, scale, SCALED: tl.constexpr, ACC: tl.constexpr):
-    """What a token's scores are multiplied by, [tokens]."""
+    """Return what a token's scores are multiplied by, [tokens]."""
     factor = tl.zeros((l.shape[0],), ACC) + scale
     if SCALED:
         factor *= tl.load(key_scale + b * L + l, mask=l < L, other=0.0)
@@ -101,7 +101,7 @@ def _biased(z, center_bias, b, g, G, BIASED: tl.constexpr):
 
 @triton.jit
 def _noise(noise, rng, b, g, l, G, L, NOISE: tl.constexpr, ACC: tl.constexpr):
-    """Gumbel noise [tokens, centers]: given, from Philox, or none."""
+    """Return Gumbel noise [tokens, centers]: given, from Philox, or none."""
     inside = (l < L)[:, None] & (g < G)[None, :]
     if NOISE == 1:
         u = tl.load(noise + (b * G + g)[None, :] * L + l[:, None], mask=inside, other=0.0).to(ACC)
@@ -115,7 +115,7 @@ def _noise(noise, rng, b, g, l, G, L, NOISE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _softmax(y, g, G):
-    """Over the centers; a row with a NaN becomes NaN."""
+    """Return the softmax over the centers; a row with a NaN becomes NaN."""
     y = tl.where((g < G)[None, :], y, float("-inf"))
     e = tl.exp(y - tl.max(y, 1)[:, None])
     return tl.where((g < G)[None, :], e / tl.sum(e, 1)[:, None], 0.0)
@@ -165,7 +165,10 @@ def center_assignment_fwd_scores_kernel(
     BG: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Winner (3), and where they are wanted the soft weights (2) and the softmax without noise (5)."""
+    """Write the winner (3), and where they are wanted two kinds of soft weights.
+
+    They are the soft weights (2) and the softmax without noise (5).
+    """
     tile, _, b = program(tl.cdiv(L, BL), 1)
     D, q_g, k_l = whole(D, ALIGNED), whole(q_g, ALIGNED), whole(k_l, ALIGNED)
     queries += b * whole(q_b, ALIGNED)
@@ -187,9 +190,8 @@ def center_assignment_fwd_scores_kernel(
     y = (z + _noise(noise, rng, b, g, l, G, L, NOISE, ACC)) / tau
     y = tl.where((g < G)[None, :], y, float("-inf"))
     top = tl.max(y, 1)
-    some = (
-        tl.max((y != y).to(tl.int32), 1) > 0
-    )  # NaN, which is larger than all; a maximum may pass it by
+    # NaN, which is larger than all; a maximum may pass it by
+    some = tl.max((y != y).to(tl.int32), 1) > 0
     best = tl.min(
         tl.where(tl.where(some[:, None], y != y, y == top[:, None]), g[None, :], G - 1), 1
     )
@@ -229,7 +231,10 @@ def center_assignment_fwd_pool_kernel(
     BG: tl.constexpr,
     BE: tl.constexpr,
 ):
-    """pooled and counts, (4) and (5): tokens in order; a one-hot exists in registers only."""
+    """Write pooled and counts, (4) and (5).
+
+    Tokens in order; a one-hot exists in registers only.
+    """
     tile, _, b = program(tl.maximum(tl.cdiv(E, BE), 1), 1)
     E, v_l = whole(E, ALIGNED), whole(v_l, ALIGNED)
     values += b * whole(v_b, ALIGNED)
@@ -314,7 +319,7 @@ def center_assignment_bwd_tokens_kernel(
     BG: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
+    """Write d scores (6), (7) of a tile of tokens, then d k (8) and d v (9) of the same tokens."""
     tile, _, b = program(tl.cdiv(L, BL), 1)
     D, E, q_g, k_l, v_l = (
         whole(D, ALIGNED),
@@ -402,7 +407,7 @@ def center_assignment_bwd_queries_kernel(
     BG: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """d q = sum_l d scores k, (8): tokens in order."""
+    """Write d q = sum_l d scores k, (8): tokens in order."""
     tile, _, b = program(tl.cdiv(D, BD), 1)
     D, k_l = whole(D, ALIGNED), whole(k_l, ALIGNED)
     keys += b * whole(k_b, ALIGNED)
@@ -423,7 +428,7 @@ def center_assignment_bwd_queries_kernel(
 
 
 class _Call:
-    """What forward and backward share.
+    """The arguments that forward and backward share.
 
     Absent tensors are stood in for by one that is there, and never read.
     """
@@ -449,9 +454,8 @@ class _Call:
         )
         step = CHANNELS[queries.element_size()]
         self.tokens = TOKENS[acc.itemsize]
-        self.BG = max(
-            16, triton.next_power_of_2(self.G)
-        )  # and the pitch of what lies between the kernels
+        # Centers of a block, and the pitch of what lies between the kernels.
+        self.BG = max(16, triton.next_power_of_2(self.G))
         self.step = {"BL": self.tokens, "BG": self.BG, "num_warps": WARPS}
         self.BD, self.wide = step, CHANNELS[torch.empty((), dtype=acc).element_size()]
         self.options = {
@@ -482,7 +486,7 @@ def forward(
     normalizer,
     want_soft,
 ):
-    """(pooled, index, count, soft) as ``ovseg::center_assignment`` returns them."""
+    """Return (pooled, index, count, soft) as ``ovseg::center_assignment`` does."""
     x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau)
     pooled, count = (
         queries.new_empty(shape, dtype=x.dtype) for shape in ((x.B, x.G, x.E), (x.B, x.G))
@@ -567,8 +571,9 @@ def backward(
     need_values,
     shared,
 ):
-    """(d queries, d keys, d values, d center_bias, d key_scale) as
-    ``ovseg::center_assignment_backward`` returns them.
+    """Return the five gradients as ``ovseg::center_assignment_backward`` does.
+
+    They are d queries, d keys, d values, d center_bias, d key_scale.
     """
     x = _Call(queries, keys, values, center_bias, key_scale, mask, noise, rng, hard, scale, tau)
     d_queries, d_keys, d_values = (

@@ -1,9 +1,7 @@
 """contrastive_loss in Triton: logits exist tile by tile, d logits a chunk of images at a time.
 
-Equation numbers: ``ovseg_kernels/ops``.
-
-Sums have one owner and a fixed order. float32 products are exact, or tf32 where the operator allows
-it.
+Equation numbers: ``ovseg_kernels/ops``. Sums have one owner and a fixed order. float32 products are
+exact, or tf32 where the operator allows it.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ SIZES = ["B", "T", "D", "P", "offset", "first", "last", "rows", "depth"]
 def _logits(
     own, other, i, j, B, T, D, PRECISION: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr
 ):
-    """own_i . other_j of a tile."""
+    """Return own_i . other_j of a tile."""
     s = tl.zeros((i.shape[0], j.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -72,8 +70,9 @@ def contrastive_loss_fwd_kernel(
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Log-sum-exp (sigmoid: loss), sum and number of positives of BI rows; called with the sides
-    swapped, of columns.
+    """Write log-sum-exp (sigmoid: loss), sum and number of positives of BI rows.
+
+    Called with the sides swapped, of columns.
     """
     D = whole(D, ALIGNED)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
@@ -137,7 +136,7 @@ def contrastive_loss_bwd_logits_kernel(
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Equation (5) or (6) of a tile, times the scale, and its shares of d scale and d bias."""
+    """Write equation (5) or (6) of a tile, times the scale; and its shares of d scale, d bias."""
     P, D, image_tiles, text_tiles = (
         whole(P, True),
         whole(D, ALIGNED),
@@ -193,7 +192,10 @@ def contrastive_loss_bwd_product_kernel(
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """d features of one side, (7): out (+)= d_logits features, or of the transposed d_logits."""
+    """Write d features of one side, (7).
+
+    out (+)= d_logits features, or of the transposed d_logits.
+    """
     P, D = whole(P, True), whole(D, ALIGNED)
     row_tile, channel_tile, _ = program(tl.cdiv(rows, BI), tl.cdiv(D, BI))
     r, d = row_tile * BI + tl.arange(0, BI), channel_tile * BI + tl.arange(0, BI)
@@ -240,7 +242,7 @@ def _options(image, text, image_ids, text_ids, tf32):
 
 
 def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sigmoid, tf32):
-    """(rows [3, B], columns [3, T]) as ``ovseg::contrastive_stats`` returns them."""
+    """Return (rows [3, B], columns [3, T]) as ``ovseg::contrastive_stats`` does."""
     image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
     ids, with_ids, tile, shared = _options(image, text, image_ids, text_ids, tf32)
     rows, columns = image.new_empty(3, B), image.new_zeros(3, T)
@@ -284,8 +286,9 @@ def backward(
     need_image,
     need_text,
 ):
-    """(d image, d text, d logit_scale, d logit_bias) as ``ovseg::contrastive_loss_backward``
-    returns them.
+    """Return the four gradients as ``ovseg::contrastive_loss_backward`` does.
+
+    They are d image, d text, d logit_scale, d logit_bias.
     """
     image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
     ids, with_ids, tile, shared = _options(image, text, image_ids, text_ids, tf32)

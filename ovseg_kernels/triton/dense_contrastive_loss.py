@@ -1,8 +1,7 @@
-"""dense_contrastive_loss in Triton: keys of a chunk of pixels at a time, of which torch keeps the
-best.
+"""dense_contrastive_loss in Triton: keys of a chunk of pixels at a time.
 
-Equation numbers: ``ovseg_kernels/ops``. Similarities of 16-bit pixels are tf32 products, others
-exact. Sums have one owner and a fixed order.
+Of them torch keeps the best. Equation numbers: ``ovseg_kernels/ops``. Similarities of 16-bit pixels
+are tf32 products, others exact. Sums have one owner and a fixed order.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def dense_contrastive_loss_select_keys_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Keys of (2) or (3) of a tile; -infinity where a pixel is not eligible."""
+    """Write the keys of (2) or (3) of a tile; -infinity where a pixel is not eligible."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     pixel_tile, text_tile, _ = program(tl.cdiv(count, BT), tl.cdiv(T, BT))
     j = text_tile * BT + tl.arange(0, BT)
@@ -82,9 +81,8 @@ def dense_contrastive_loss_select_keys_kernel(
         mine = j[:, None] == i[None, :]
     eligible = inside & (mine if POSITIVES else ~mine)
     key = tl.full((BT, BT), float("-inf"), ACC)
-    if (
-        tl.max(tl.max(eligible.to(tl.int32), 1), 0) > 0
-    ):  # most tiles hold no pair of a text with its own image
+    # most tiles hold no pair of a text with its own image
+    if tl.max(tl.max(eligible.to(tl.int32), 1), 0) > 0:
         s = tl.zeros((BT, BT), ACC)
         for d0 in range(0, D, BD):
             d = d0 + tl.arange(0, BD)
@@ -151,7 +149,10 @@ def dense_contrastive_loss_fwd_gather_kernel(
     ACC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Similarity of one entry, and its unit vector if it is among the first of its text."""
+    """Write the similarity of one entry.
+
+    And its unit vector if it is among the first of its text.
+    """
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     entry = tl.program_id(0).to(tl.int64)
     j, k, d, x = entry // K, entry % K, tl.arange(0, BD), tl.load(index + entry)
@@ -176,7 +177,7 @@ def dense_contrastive_loss_bwd_texts_kernel(
     ACC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """(9) of one text."""
+    """Write (9) of one text."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     j, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     sums = tl.zeros((BD,), ACC)
@@ -209,7 +210,7 @@ def dense_contrastive_loss_bwd_pixels_kernel(
     ACC: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """(8) of one pixel, by the program of its first entry."""
+    """Write (8) of one pixel, by the program of its first entry."""
     D, p_b, p_n = whole(D, ALIGNED), whole(p_b, ALIGNED), whole(p_n, ALIGNED)
     e, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
     x = tl.load(index + tl.load(order + e))
@@ -241,7 +242,7 @@ def dense_contrastive_loss_bwd_pixels_kernel(
 
 
 def _best(keys, count):
-    """(keys, places) of the ``count`` largest of every row, ties by place."""
+    """Return (keys, places) of the ``count`` largest of every row, ties by place."""
     count = min(count, keys.shape[1])
     if keys.dtype == torch.float64:
         found, places = keys.sort(dim=1, descending=True, stable=True)
@@ -259,7 +260,7 @@ def _best(keys, count):
 def select(
     pixels, texts, image_ids, text_ids, rng, k_pos, k_neg, skip, sampling, temperature, margin
 ):
-    """(positive, negative) as ``ovseg::dense_contrastive_select`` returns them."""
+    """Return (positive, negative) as ``ovseg::dense_contrastive_select`` does."""
     (B, N, D), T, acc = pixels.shape, texts.shape[0], texts.dtype
     pixels, texts, total = rows(pixels), texts.contiguous(), B * N
     skip = min(skip, total)
@@ -327,7 +328,7 @@ def select(
 
 
 def gather(pixels, texts, index, units):
-    """(similarity, unit) as ``ovseg::dense_contrastive_gather`` returns them."""
+    """Return (similarity, unit) as ``ovseg::dense_contrastive_gather`` does."""
     (B, N, D), (T, K), pixels, texts = pixels.shape, index.shape, rows(pixels), texts.contiguous()
     similarity, unit = texts.new_zeros(T, K), texts.new_zeros(T, units, D)
     if T * K * B * N:
@@ -354,7 +355,7 @@ def gather(pixels, texts, index, units):
 def backward(
     grad_similarity, grad_unit, pixels, texts, index, order, units, need_pixels, need_texts
 ):
-    """(d pixels, d texts) as ``ovseg::dense_contrastive_gather_backward`` returns them."""
+    """Return (d pixels, d texts) as ``ovseg::dense_contrastive_gather_backward`` does."""
     (B, N, D), (T, K), texts, index = (
         pixels.shape,
         index.shape,

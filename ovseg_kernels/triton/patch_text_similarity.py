@@ -40,7 +40,7 @@ SIZES = ["T", "N", "P", "D", "first", "images", "slots", "patch_b", "patch_n", "
 
 @triton.jit
 def _logit(s, scale, bias, SIGMOID: tl.constexpr):
-    """log f(s), equation (2)."""
+    """Return log f(s), equation (2)."""
     if SIGMOID:
         y = scale * s + bias
         x = tl.minimum(y, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(y)))
@@ -51,7 +51,7 @@ def _logit(s, scale, bias, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _larger(x, y):
-    """The larger one; a NaN on either side is kept."""
+    """Return the larger one; a NaN on either side is kept."""
     return tl.where((x > y) | (x != x), x, y)
 
 
@@ -68,7 +68,7 @@ def _tile(base, rows, columns, row_stride, column_stride, n_rows, n_columns):
 
 @triton.jit
 def _patches(patches, n, d, keep, D, patch_n):
-    """[patches, channels] of one image."""
+    """Load [patches, channels] of one image."""
     return tl.load(
         patches + n.to(tl.int64)[:, None] * patch_n + d[None, :],
         mask=keep[:, None] & (d < D)[None, :],
@@ -78,7 +78,7 @@ def _patches(patches, n, d, keep, D, patch_n):
 
 @triton.jit
 def _turned(patches, n, d, keep, D, patch_n):
-    """[channels, patches] of one image."""
+    """Load [channels, patches] of one image."""
     return tl.load(
         patches + n.to(tl.int64)[None, :] * patch_n + d[:, None],
         mask=keep[None, :] & (d < D)[:, None],
@@ -113,7 +113,10 @@ def _cosines(
     PRECISION: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """(1) of one tile of one image: raw operands into the product, norms onto its sums."""
+    """Return (1) of one tile of one image.
+
+    Raw operands enter the product, norms scale its sums.
+    """
     s = tl.zeros((t.shape[0], n.shape[0]), ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -156,7 +159,10 @@ def patch_text_similarity_fwd_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Running maximum and sums over the patches: log-sum of the weights, and (3) for score and max."""
+    """Sweep over the patches with a running maximum and sums.
+
+    They give the log-sum of the weights, and (3) for score and max.
+    """
     text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
     D, patch_n, text_t = whole(D, ALIGNED), whole(patch_n, ALIGNED), whole(text_t, ALIGNED)
@@ -251,7 +257,7 @@ def patch_text_similarity_weights_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Weights a of one tile with their log-sum known, equation (2); zero up to the pitch."""
+    """Write the weights a of one tile, their log-sum known, equation (2); zero up to the pitch."""
     text_tile, patch_tile, i = program(tl.cdiv(T, BT), tl.cdiv(N, BN))
     image = first + i
     P, D, patch_n, text_t = (
@@ -307,7 +313,7 @@ def _pooled(
     PRECISION: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """v = sum_n a_n u_n of one tile of texts and channels of one image."""
+    """Return v = sum_n a_n u_n of one tile of texts and channels of one image."""
     v = tl.zeros((t.shape[0], d.shape[0]), ACC)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
@@ -343,7 +349,7 @@ def patch_text_similarity_pooled_norms_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """|v| and (4); v never leaves the program."""
+    """Write |v| and (4); v never leaves the program."""
     text_tile, _, i = program(tl.cdiv(T, BT), 1)
     image = first + i
     P, D, patch_n, text_t = (
@@ -381,9 +387,8 @@ def patch_text_similarity_pooled_norms_kernel(
     eps = tl.full((), 1e-12, ACC)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
     tl.store(norm + image * T + t, length, mask=t < T)
-    some = tl.load(lse + image * T + t, mask=t < T, other=0.0) != float(
-        "-inf"
-    )  # a patch that is kept
+    # whether there is a patch that is kept
+    some = tl.load(lse + image * T + t, mask=t < T, other=0.0) != float("-inf")
     phi = dot / _larger(rq, eps) * (unit / _larger(length, eps))
     tl.store(similarity + image * T + t, tl.where(some, phi, 0.0), mask=t < T)
 
@@ -410,8 +415,9 @@ def patch_text_similarity_vectors_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """v / |v|: lengths meet 1 / |v| before they meet each other, whose product may have no place in
-    ACC.
+    """Write v / |v|.
+
+    Lengths meet 1 / |v| before they meet each other, whose product may have no place in ACC.
     """
     text_tile, channel_tile, i = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
     image = first + i
@@ -481,7 +487,7 @@ def patch_text_similarity_bwd_coefficients_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """From cosines to the coefficients m with dU = m^T q + .., dq = m U; equations (5)-(7)."""
+    """Write the coefficients m with dU = m^T q + .., dq = m U, from cosines; equations (5)-(7)."""
     text_tiles, patch_tiles = tl.cdiv(T, BT), tl.cdiv(N, BN)
     text_tile, patch_tile, i = program(text_tiles, patch_tiles)
     image = first + i
@@ -563,9 +569,10 @@ def patch_text_similarity_bwd_coefficients_kernel(
     tl.store(along + (i * text_tiles + text_tile) * N + n, tl.sum(parallel, 0), mask=n < N)
     block = (i * patch_tiles + patch_tile) * text_tiles + text_tile
     c = tl.where(inside, c, 0.0)
+    # "max" has no c, be s NaN
     tl.store(
         scalars + 2 * block, tl.sum(tl.sum(tl.where(c == 0.0, 0.0, c * s), 1).to(tl.float64), 0)
-    )  # "max" has no c, be s NaN
+    )
     tl.store(scalars + 2 * block + 1, tl.sum(tl.sum(c, 1).to(tl.float64), 0))
 
 
@@ -597,7 +604,7 @@ def patch_text_similarity_bwd_patches_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dU = m^T q - sum_t h_t |v_t| a_t v_t / |v_t|, minus the part along each patch."""
+    """Write dU = m^T q - sum_t h_t |v_t| a_t v_t / |v_t|, minus the part along each patch."""
     patch_tile, channel_tile, i = program(tl.cdiv(N, BN), tl.cdiv(D, BD))
     image = first + i
     P, D, patch_n, text_t = (
@@ -658,7 +665,10 @@ def patch_text_similarity_bwd_texts_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dq of one slot: its images of this chunk, in order, onto what earlier chunks left there."""
+    """Write dq of one slot.
+
+    Its images of this chunk, in order, onto what earlier chunks left there.
+    """
     text_tile, channel_tile, slot = program(tl.cdiv(T, BT), tl.cdiv(D, BD))
     P, D, patch_n, patch_b = (
         whole(P, True),
@@ -727,7 +737,7 @@ class _Call:
         self.masked, self.sigmoid, self.acc = mask is not None, weight == 1 and pool != 2, ACC[acc]
 
     def norms(self, image: slice) -> torch.Tensor:
-        """[chunk, N]; a masked patch has none, whatever it holds."""
+        """Return the norms [chunk, N]; a masked patch has none, whatever it holds."""
         norms = row_norms(self.patches[image], self.dtype)
         return norms if self.keep is None else norms.masked_fill_(~self.keep[image], 0)
 
@@ -802,7 +812,7 @@ class _Call:
 
 
 def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
-    """(similarity, lse, norm) as ``ovseg::patch_text_similarity`` returns them."""
+    """Return (similarity, lse, norm) as ``ovseg::patch_text_similarity`` does."""
     x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
     similarity = x.new(x.B, x.T)
     lse, norm = x.new(0 if pool == 2 else x.B, x.T), x.new(x.B if pool == 0 else 0, x.T)
@@ -860,8 +870,9 @@ def backward(
     need_patches,
     need_texts,
 ):
-    """(d patches, d texts, d scale, d bias) as ``ovseg::patch_text_similarity_backward`` returns
-    them.
+    """Return the four gradients as ``ovseg::patch_text_similarity_backward`` does.
+
+    They are d patches, d texts, d scale, d bias.
     """
     x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
     d_patches = patches.new_empty(x.B if need_patches else 0, x.N, x.D)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def philox_bits(seed, offset, index):
-    """32 bits for each element ``index`` (int64), as uint32."""
+    """Return 32 bits for each element ``index`` (int64), as uint32."""
     counter = offset + index // 4
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = tl.zeros_like(low)
@@ -19,17 +19,22 @@ def philox_bits(seed, offset, index):
 
 @triton.jit
 def uniform_from_bits(bits):
+    """Return uniform numbers, equation (2) of ``ovseg_kernels/philox.py``."""
     return ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
 @triton.jit
 def gumbel_from_bits(bits):
+    """Return standard Gumbel numbers, equation (3) of ``ovseg_kernels/philox.py``."""
     return -tl.log(-tl.log(uniform_from_bits(bits)))
 
 
 @triton.jit(do_not_specialize=["count"])
 def philox_kernel(rng, bits_out, uniform_out, gumbel_out, count, BLOCK: tl.constexpr):
-    """All three for a flat tensor: what the tests run; operators inline the functions above."""
+    """Write all three for a flat tensor.
+
+    The tests run it; operators inline the functions above.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = philox_bits(tl.load(rng), tl.load(rng + 1), index)
     inside = index < count

@@ -18,7 +18,10 @@ SIZES = ["B", "T", "offset", "stride", "pair_stride"]  # never a reason to compi
 
 @triton.jit
 def add_to_lse(top, total, x):
-    """Running maximum and sum of exponentials of rows, with the columns of ``x``; a NaN stays one."""
+    """Add the columns of ``x`` to the running maximum and sum of exponentials of rows.
+
+    A NaN stays one.
+    """
     here = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), tl.max(x, 1))
     now = _larger(here, top)
     shift = tl.where(now == float("-inf"), 0.0, now)
@@ -28,14 +31,16 @@ def add_to_lse(top, total, x):
 
 @triton.jit
 def lse_of(top, total):
+    """Return the log-sum-exp of a running maximum and sum; -infinity of nothing."""
     some = total != 0.0
     return tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf"))
 
 
 @triton.jit
 def _at(matrix, i, j, stride, TURNED: tl.constexpr):
-    """Elements of a tile of a matrix whose rows, or columns if TURNED, lie ``stride`` apart and are
-    dense.
+    """Return the addresses of a tile of a matrix.
+
+    Its rows, or columns if TURNED, lie ``stride`` apart and are dense.
     """
     return matrix + (
         j.to(tl.int64)[None, :] * stride + i[:, None]
@@ -58,7 +63,10 @@ def _pairs(
     IDS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """(kept, positive) of a tile; ``mine`` and ``others`` are the ids of its rows and columns."""
+    """Return (kept, positive) of a tile.
+
+    ``mine`` and ``others`` are the ids of its rows and columns.
+    """
     kept = inside
     if PAIRS:
         kept = kept & (tl.load(_at(pairs, i, j, stride, TURNED), mask=inside, other=0) != 0)
@@ -86,8 +94,9 @@ def similarity_contrastive_loss_fwd_kernel(
     BI: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """Log-sum-exp, sum and number of positives of BI rows; called with TURNED the other way round,
-    of columns.
+    """Write log-sum-exp, sum and number of positives of BI rows.
+
+    Called with TURNED the other way round, of columns.
     """
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale = tl.load(scale_at)
@@ -137,7 +146,7 @@ def similarity_contrastive_loss_bwd_kernel(
     BI: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """Equation (4), and the rows' shares of d scale."""
+    """Write equation (4), and the rows' shares of d scale."""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale, grad = tl.load(scale_at), tl.load(grad_at)
     mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
@@ -173,8 +182,9 @@ def similarity_contrastive_loss_bwd_kernel(
 
 
 def _options(similarity, image_ids, text_ids, pair_mask):
-    """Pointers of optional arguments (anything valid where absent), the layout of the matrices, and
-    flags of the kernels.
+    """Return pointers of optional arguments, the layout of the matrices, and flags of the kernels.
+
+    A pointer is anything valid where the argument is absent.
     """
     ids = (
         (similarity, similarity)
@@ -204,7 +214,7 @@ def _options(similarity, image_ids, text_ids, pair_mask):
 
 
 def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
-    """(rows [3, B], columns [3, T]) as ``ovseg::similarity_contrastive_stats`` returns them."""
+    """Return (rows [3, B], columns [3, T]) as ``ovseg::similarity_contrastive_stats`` does."""
     B, T = similarity.shape
     ids, (dense, pairs), strides, turned, flags = _options(
         similarity, image_ids, text_ids, pair_mask
@@ -246,8 +256,9 @@ def backward(
     column_weight,
     offset,
 ):
-    """(d similarity, d logit_scale) as ``ovseg::similarity_contrastive_loss_backward`` returns
-    them.
+    """Return both gradients as ``ovseg::similarity_contrastive_loss_backward`` does.
+
+    They are d similarity and d logit_scale.
     """
     B, T = similarity.shape
     ids, (dense, pairs), strides, turned, flags = _options(

@@ -1,9 +1,7 @@
 """upsample_argmax in Triton: every class at every pixel, in registers.
 
-A GPU has the flops; what it saves is the maps.
-
-Equation numbers: ``ovseg_kernels/ops/upsample_argmax.py``. The pruning (4) is left to the CPU and
-to CUDA.
+A GPU has the flops; what it saves is the maps. Equation numbers:
+``ovseg_kernels/ops/upsample_argmax.py``. The pruning (4) is left to the CPU and to CUDA.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ PIXELS, WARPS = 256, 4  # of a row
 
 @triton.jit
 def _between(at, samples, outputs, ACC: tl.constexpr):
-    """(1): lower and upper sample, weight of the upper."""
+    """Return lower and upper sample, and weight of the upper, (1)."""
     scale = samples.to(ACC) / outputs.to(ACC)
     source = tl.maximum((at.to(ACC) + 0.5) * scale - 0.5, 0.0)
     twice = (2 * at.to(tl.int64) + 1) * samples - outputs  # source, times 2 outputs
@@ -34,7 +32,7 @@ def _between(at, samples, outputs, ACC: tl.constexpr):
 
 @triton.jit
 def _weighted(weight, x):
-    """A sample of weight zero does not count, be it infinite."""
+    """Return weight times x; a sample of weight zero does not count, be it infinite."""
     return tl.where(weight == 0.0, 0.0, weight * tl.where(weight == 0.0, 0.0, x))
 
 
@@ -53,7 +51,7 @@ def _store_label(
     limited,
     valued,
 ):
-    """From the winning class and its value to what is written.
+    """Write what follows from the winning class and its value.
 
     Options are looked at when it runs: each would be a compilation.
     """
@@ -100,6 +98,7 @@ def upsample_argmax_fwd_kernel(
     ACC: tl.constexpr,
     BW: tl.constexpr,
 ):
+    """Write labels and values of a tile of pixels, (1) to (3)."""
     tile, Y, b = program(tl.cdiv(W, BW), H)
     X = tile * BW + tl.arange(0, BW)
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
@@ -139,7 +138,7 @@ def upsample_argmax_fwd_kernel(
 def forward(
     logits, bias, class_labels, height, width, threshold, background, label_type, want_value
 ):
-    """(labels, value) as ``ovseg::upsample_argmax`` returns them."""
+    """Return (labels, value) as ``ovseg::upsample_argmax`` does."""
     logits, (B, C, h, w) = logits.contiguous(), logits.shape
     labels = torch.empty(B, height, width, dtype=LABEL_TYPES[label_type], device=logits.device)
     value = logits.new_empty(B if want_value else 0, height, width)

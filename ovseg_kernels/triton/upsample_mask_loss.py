@@ -25,8 +25,9 @@ LIMIT = 64 * 2**20  # bytes between the two kernels of the backward
 
 @triton.jit
 def _pixel(map_, code, c, Y, X, inside, h, w, H, W, gamma, SQUARE: tl.constexpr, ACC: tl.constexpr):
-    """Of each pixel: y = 1, q, v^gamma, v, softplus(-t), q (1 - q), and where it lies between rows
-    of samples.
+    """Return y = 1, q, v^gamma, v, softplus(-t) and q (1 - q) of each pixel, and its place.
+
+    The place is where it lies between rows of samples.
     """
     y0, y1, g = _between(Y, h, H, ACC)
     x0, x1, f = _between(X, w, W, ACC)
@@ -77,6 +78,7 @@ def upsample_mask_loss_fwd_kernel(
     ACC: tl.constexpr,
     BP: tl.constexpr,
 ):
+    """Write one program's sums over the pixels of a map, of which (2) to (4) are made."""
     place = program(splits, 1)
     split, plane = place[0].to(tl.int64), place[2]
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
@@ -137,7 +139,7 @@ def upsample_mask_loss_rows_kernel(
     ACC: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """(5) gathered for the rows of samples: rows [maps, h, W]."""
+    """Write (5) gathered for the rows of samples: rows [maps, h, W]."""
     tile, sample, plane = program(tl.cdiv(W, BW), h)
     sample, X = sample.to(tl.int64), tile.to(tl.int64) * BW + tl.arange(0, BW)
     h, w, H, W = h.to(tl.int64), w.to(tl.int64), H.to(tl.int64), W.to(tl.int64)
@@ -169,7 +171,7 @@ def upsample_mask_loss_rows_kernel(
 def upsample_mask_loss_columns_kernel(
     rows, starts, grad, lines, w, W, taps, ACC: tl.constexpr, BW: tl.constexpr
 ):
-    """Rows of outputs, gathered for the columns of samples."""
+    """Write rows of outputs, gathered for the columns of samples."""
     tile, _, line = program(tl.cdiv(w, BW), 1)
     x = tile.to(tl.int64) * BW + tl.arange(0, BW)
     w, W = w.to(tl.int64), W.to(tl.int64)
@@ -188,7 +190,7 @@ def upsample_mask_loss_columns_kernel(
 
 
 def forward(logits, codes, alpha, gamma):
-    """(focal, dice, present, sums) as ``ovseg::upsample_mask_loss`` returns them."""
+    """Return (focal, dice, present, sums) as ``ovseg::upsample_mask_loss`` does."""
     logits, codes, (B, C, h, w), (H, W) = (
         logits.contiguous(),
         codes.contiguous(),
@@ -223,13 +225,13 @@ def forward(logits, codes, alpha, gamma):
 
 
 def _starts(samples, outputs, like):
-    """[samples + 1]: the first output whose lower sample is at least this."""
+    """Return [samples + 1]: the first output whose lower sample is at least this."""
     low = between(samples, outputs, like.dtype, like.device)[0]
     return torch.searchsorted(low, torch.arange(samples + 1, device=like.device))
 
 
 def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
-    """The gradient of the logits, (5)."""
+    """Return the gradient of the logits, (5)."""
     logits, codes, (B, C, h, w), (H, W) = (
         logits.contiguous(),
         codes.contiguous(),
@@ -243,9 +245,8 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     ).contiguous()
     grad = torch.empty_like(logits)
     down, across = _starts(h, H, logits), _starts(w, W, logits)
-    taps = (
-        5 * W // (2 * w) + 4
-    )  # at least the outputs of two neighbouring cells; the first is half as wide again
+    # at least the outputs of two neighbouring cells; the first is half as wide again
+    taps = 5 * W // (2 * w) + 4
     size = chunk_size(B, C * h * W * logits.element_size(), LIMIT)
     same = {"ACC": ACC[logits.dtype], "BW": COLUMNS, "num_warps": WARPS}
     with on_device(logits):

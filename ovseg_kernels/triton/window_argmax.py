@@ -1,10 +1,8 @@
 """window_argmax in Triton: every class at every output, in registers.
 
 With softmax a first kernel keeps, for each pixel of the stage, the largest value and the sum over
-the classes.
-
-Equation numbers: ``ovseg_kernels/ops/window_argmax.py``. The bounds are left to the CPU and to
-CUDA.
+the classes. Equation numbers: ``ovseg_kernels/ops/window_argmax.py``. The bounds are left to the
+CPU and to CUDA.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ def _window(
     ACTIVATION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(1) or (2) at pixels (v, u) of the crop."""
+    """Return (1) or (2) at pixels (v, u) of the crop."""
     at = (k * hc + v) * wc + u
     if TABLES:
         group = tl.load(index + at, mask=inside, other=0).to(tl.int64)
@@ -116,7 +114,7 @@ def _merged(
     ACC: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """(3) at pixels (v, u) of the canvas."""
+    """Return (3) at pixels (v, u) of the canvas."""
     total, count = tl.zeros((BW,), ACC), tl.zeros((BW,), ACC)
     for k in range(0, n):
         y, x = v - tl.load(origins + 2 * k), u - tl.load(origins + 2 * k + 1)
@@ -178,7 +176,7 @@ def _output(
     ACC: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """(4) without the bias."""
+    """Return (4) without the bias."""
     v0, v1, g = _between(Y, Hc, H, ACC)
     u0, u1, f = _between(X, Wc, W, ACC)
     z = tl.zeros((BW,), ACC)
@@ -236,6 +234,7 @@ def window_argmax_norm_kernel(
     ACC: tl.constexpr,
     BW: tl.constexpr,
 ):
+    """Write largest value and sum over the classes of a tile of pixels, for the softmax."""
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     wanted = at < pixels
     h, w, hc, wc, H, W = (
@@ -348,6 +347,7 @@ def window_argmax_fwd_kernel(
     ACC: tl.constexpr,
     BW: tl.constexpr,
 ):
+    """Write labels and values of a tile of outputs, (1) to (5)."""
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     h, w, hc, wc, H, W = (
         h.to(tl.int64),
@@ -429,7 +429,7 @@ def forward(
     label_type,
     want_value,
 ):
-    """(labels, value) as ``ovseg::window_argmax`` returns them."""
+    """Return (labels, value) as ``ovseg::window_argmax`` does."""
     values, origins = values.contiguous(), origins.contiguous()
     labels = torch.empty(height, width, dtype=LABEL_TYPES[label_type], device=values.device)
     value = values.new_empty(height if want_value else 0, width)
