@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError, DataError, InputError, ProcessError, first_line
@@ -161,26 +162,39 @@ class _Stderr(logging.StreamHandler):
         return sys.stderr
 
 
+_levels: dict[
+    logging.Handler | None, int
+] = {}  # those of the commands that run now, behind what was there before the first
+_changing = Lock()
+
+
 @contextmanager
 def told(*, quiet: bool = False) -> Iterator[None]:
-    """Send what this package logs to stderr, a plain line each; of ranks beyond the first errors
-    only, of other libraries nothing.
+    """Send what this package logs to stderr, a plain line each.
+
+    Of ranks beyond the first it is errors only, of other libraries nothing. Commands may run at the
+    same time, in threads: the last that ends puts back the level that was there before them all.
     """
     from .. import distributed
 
     package = logging.getLogger("ovseg")
-    before = package.level
+    level = (logging.WARNING if quiet else logging.INFO) if distributed.is_main() else logging.ERROR
     handler = _Stderr()
-    if distributed.is_main():
-        package.setLevel(logging.WARNING if quiet else logging.INFO)
-    else:
-        package.setLevel(logging.ERROR)
-    package.addHandler(handler)
     try:
+        with _changing:
+            _levels.setdefault(None, package.level)
+            _levels[handler] = level
+            package.setLevel(level)
+            package.addHandler(handler)
         yield
     finally:
-        package.removeHandler(handler)
-        package.setLevel(before)
+        with _changing:
+            package.removeHandler(handler)
+            _levels.pop(handler, None)
+            if _levels:
+                package.setLevel(list(_levels.values())[-1])
+            if len(_levels) == 1:
+                _levels.clear()
 
 
 _FAILED = (

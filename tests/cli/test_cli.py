@@ -10,8 +10,8 @@ from PIL import Image
 from processor_time import processor_seconds
 from safetensors.torch import save_file
 
-from ovseg.cli.built_in import built_in
 from ovseg.cli.main import VERBS, main
+from ovseg.cli.options import built_in
 from ovseg.data.scenes import Scenes
 from ovseg.inference.segmentation import colour
 
@@ -36,13 +36,15 @@ def picture(tmp_path):
 def test_bundled_model_segments_from_a_cold_start(picture, tmp_path):
     """The promise of the README, an overlay with legend within 8 seconds: of the processor, as other tests run beside this one."""
     seconds = []
-    for attempt in range(2):  # the better of two
+    for attempt in range(2):  # another chance for the first
         command = [sys.executable, "-m", "ovseg", "segment", str(picture), "--labels", "a red seven,gravel", "-m", "pacl_tiny"]
         command += ["-o", str(tmp_path / str(attempt))]
         spent, done = processor_seconds(command)
         seconds.append(spent)
         assert done.returncode == 0, done.stderr
-    overlay = Image.open(tmp_path / "1" / "scene.overlay.png")
+        if spent < 8:
+            break
+    overlay = Image.open(tmp_path / str(attempt) / "scene.overlay.png")
     assert overlay.height > overlay.width == 384
     assert min(seconds) < 8, f"{seconds} s"
     assert "knows their words only" in done.stderr
@@ -155,10 +157,6 @@ def test_demo_end_to_end(tmp_path, capsys):
     more = ["demo", "--system", "segclip", "--steps", "2", *small]
     assert main(more) == 0 and "| SegCLIP |" in capsys.readouterr().out  # its rows beside the others'
     assert len(json.loads((out / "results.json").read_text())["rows"]) == 4
-    assert main(["demo", "--system", "groupvit", "ovsegmentor", "--steps", "2", "1", *small]) == 0
-    printed = capsys.readouterr().out
-    assert "| GroupViT |" in printed and "| OVSegmentor |" in printed and "| PACL, CLIP frozen |" in printed
-    assert len(json.loads((out / "results.json").read_text())["rows"]) == 6
     assert main(["demo", "--system", "segclip", "--steps", "1", "1", *small]) == 2 and "--steps holds 2 numbers" in capsys.readouterr().err
     assert main(["eval", str(out / "pacl"), "--data", "shapes", "--scenes", "8", "--out", str(out / "eval")]) == 0
     found = json.loads((out / "eval" / "results.json").read_text())["results"][0]

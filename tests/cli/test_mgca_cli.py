@@ -43,6 +43,8 @@ def test_demo_of_all_systems(tmp_path, capsys, monkeypatch):
     assert [row["model"] for row in rows] == [
         "CLIP, image level", "PACL, CLIP frozen", "PACL, nothing frozen", "SegCLIP", "GroupViT", "OVSegmentor", "MGCA-style",
         "ZegCLIP, inductive", "ZegCLIP, transductive", "ZegCLIP, all classes seen"]  # fmt: skip
+    assert all({"seen_miou", "unseen_miou", "hiou"} <= set(row) for row in rows)
+    assert [json.loads(line)["stage"] for line in (out / "zegclip_transductive" / "log.jsonl").read_text().splitlines()][-1] == 1
     assert "| MGCA-style |" in capsys.readouterr().out and Image.open(out / "gallery.png").height > 600
 
 

@@ -152,6 +152,22 @@ def test_the_command_line_sets_up_one_log(monkeypatch, capsys):
     assert logging.getLogger("ovseg").handlers == [] and logging.getLogger("ovseg").level == logging.NOTSET
 
 
+def test_commands_at_the_same_time_leave_the_log_as_it_was():
+    """Whichever ends first."""
+    log = logging.getLogger("ovseg")
+    first, second = told(), told(quiet=True)
+    first.__enter__()
+    second.__enter__()
+    assert log.level == logging.WARNING and len(log.handlers) == 2
+    first.__exit__(None, None, None)
+    assert log.level == logging.WARNING and len(log.handlers) == 1
+    second.__exit__(None, None, None)
+    assert log.level == logging.NOTSET and log.handlers == []
+    with pytest.raises(KeyboardInterrupt), told(), told(quiet=True):
+        raise KeyboardInterrupt
+    assert log.level == logging.NOTSET and log.handlers == []
+
+
 LINES = {
     "segment": (["segment", "p", "-m", "pacl_tiny", "--labels", "grass", "-o", "o"], "segment: "),
     "segment, one picture": (["segment", "p/0.png", "-m", "pacl_tiny", "--labels", "grass", "-o", "o"], "segment: "),

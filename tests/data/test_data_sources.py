@@ -19,7 +19,13 @@ from ovseg.data.loader import Loader
 from ovseg.data.sampling import generator, integer
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_options
-from ovseg.data.sources.base import PairSample, SkipLimit, caption_id, collate_pairs, countable_pairs
+from ovseg.data.sources.base import (
+    PairSample,
+    SkipLimit,
+    caption_id,
+    collate_pairs,
+    countable_pairs,
+)
 from ovseg.data.sources.folder import FolderPairs, Names
 from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.scenes import ScenePairs

@@ -11,7 +11,13 @@ from PIL import Image
 
 from ovseg.cli.main import main
 from ovseg.data.scenes import Scenes
-from ovseg.data.superpixels import SuperpixelFile, crop_patch_labels, patch_labels, superpixels, write_superpixels
+from ovseg.data.superpixels import (
+    SuperpixelFile,
+    crop_patch_labels,
+    patch_labels,
+    superpixels,
+    write_superpixels,
+)
 from ovseg.errors import DataError, InputError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "segclip_tiny.npz"

@@ -43,8 +43,8 @@ def collectives():
     print(json.dumps([me, world, found]))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_what_processes_agree_on(world):
+def test_what_processes_agree_on():
+    world = 3
     printed = [json.loads(text.splitlines()[-1]) for text in run(__file__, "collectives", world)]
     mean = sum(range(world)) / world
     strings = [s for me in range(world) for s in [f"rank {me}"] * me + ["é\n"]]

@@ -125,14 +125,13 @@ def one_and_two(command, tmp_path, code=0):
     return [json.loads((tmp_path / name / "results.json").read_text())["results"][0] for name in ("one", "two")]
 
 
-@pytest.mark.parametrize("bad", [False, True])
-def test_two_processes_count_what_one_counts(folder, tmp_path, bad):
+def test_two_processes_count_what_one_counts(folder, tmp_path):
+    """A picture that cannot be read among them."""
     make(tmp_path, "voc21", 7)
-    if bad:
-        (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2008_000004.png").write_bytes(b"junk")
+    (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2008_000004.png").write_bytes(b"junk")
     command = ["eval", str(folder), "--data", "voc21", "--root", str(tmp_path), "--boundary", "--sweep", "--skip-bad"]
-    one, two = one_and_two(command, tmp_path, 3 if bad else 0)
-    assert one == two and one["pictures"] == 7 - bad
+    one, two = one_and_two(command, tmp_path, 3)
+    assert one == two and one["pictures"] == 6
 
 
 def test_two_processes_classify_what_one_classifies(tmp_path):

@@ -12,7 +12,13 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import ovseg
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
-from ovseg.evaluation.metrics import BoundaryCounts, ConfusionMatrix, ThresholdSweep, contour_band, harmonic_mean
+from ovseg.evaluation.metrics import (
+    BoundaryCounts,
+    ConfusionMatrix,
+    ThresholdSweep,
+    contour_band,
+    harmonic_mean,
+)
 from ovseg.evaluation.scenes import evaluate_scenes, gallery, scene_table
 
 

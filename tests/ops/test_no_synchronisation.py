@@ -4,10 +4,8 @@ Held on a device that cannot be read (unreadable.py), and on the CPU with reads 
 """
 
 import contextlib
-import importlib
+import importlib.util
 import itertools
-import os
-import subprocess
 import sys
 
 import pytest
@@ -162,13 +160,17 @@ def test_where_numbers_are_looked_at():
     assert not _checking.defers(device), "a fake tensor has no numbers to wait for"
 
 
-@pytest.mark.parametrize("value,expected", [("1", "True"), ("0", "False"), ("", "False"), (None, "False")])
-def test_ovseg_check(value, expected):
-    environment = {key: text for key, text in os.environ.items() if key != "OVSEG_CHECK"}
-    environment |= {} if value is None else {"OVSEG_CHECK": value}
-    code = "from ovseg_kernels import _checking; print(_checking._on)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == expected, done.stderr
+@pytest.mark.parametrize("value,expected", [("1", True), ("0", False), ("", False), (None, False)])
+def test_ovseg_check(value, expected, monkeypatch):
+    """Read when the module is imported, here once more under another name."""
+    monkeypatch.delenv("OVSEG_CHECK", raising=False)
+    if value is not None:
+        monkeypatch.setenv("OVSEG_CHECK", value)
+    spec = importlib.util.spec_from_file_location("ovseg_kernels._checking_again", _checking.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)
+    spec.loader.exec_module(again)
+    assert again._on is expected
 
 
 @pytest.mark.parametrize("call", [

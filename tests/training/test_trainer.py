@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import ovseg
+import ovseg_kernels
 from ovseg.cli.main import main
 from ovseg.cli.train import validation
 from ovseg.data.batches import Batch, PairBatch
@@ -163,10 +164,10 @@ def never_killed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number,expected", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)],
-                         ids=["kill", "terminate", "usr1"])  # fmt: skip
+@pytest.mark.parametrize("number,expected", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)],
+                         ids=["kill", "terminate"])  # fmt: skip
 def test_killed_run_goes_on_to_the_same_weights(tmp_path, never_killed, number, expected):
-    """Through the command line; twenty moments are in tests/distributed/test_resume.py."""
+    """Through the command line; other moments are in tests/distributed/test_resume.py, other signals in test_endings.py."""
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "ovseg", "train", "clip_scenes", *SMALL, *KILLED, f"run={run}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -290,16 +291,14 @@ def test_bad_settings(tmp_path):
 
 @pytest.mark.slow
 def test_fused_losses_train_to_the_same_curve(tmp_path):
-    """pacl_tiny in two processes, kernels in one and the definitions in the other: far closer than two seeds are."""
+    """pacl_tiny by the kernels and by the definitions: far closer than two seeds are."""
     curves = {}
     for backend, seed in (("cpu", 0), ("reference", 0), ("cpu", 1)):
         run = tmp_path / f"{backend}-{seed}"
         small = ["data.style=shapes", "data.train_size=120", "train.batch_size=12", "train.steps=30", "checkpoint.every_steps=30",
                  "log.every_steps=1", f"train.seed={seed}", "train.device=cpu"]
-        command = [sys.executable, "-m", "ovseg", "train", "pacl_full_scenes", *small, f"run={run}"]
-        environment = {**os.environ, "OVSEG_BACKEND": backend, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        with ovseg_kernels.backend(backend):
+            train(load_recipe("pacl_full_scenes", small), run, quiet=True)
         curves[backend, seed] = torch.tensor([json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()])
     fused, plain, other = curves.values()
     assert len(fused) == 30 and float(fused[-1]) < float(fused[0])
