@@ -10,8 +10,6 @@ of labelling that has a help text.
 Numbers on the command line.
 
 Notes of a command, before its work, about what will not come of it.
-
-The picture of ``--demo``: a scene of held-out handwriting with its truth, and what it is asked for.
 """
 
 from __future__ import annotations
@@ -21,13 +19,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-import numpy as np
-
-from ..data.labels import LabelSet
-from ..data.scenes import Scenes
 from ..errors import ConfigError, InputError
 from ..libraries import installed, remedy
 
@@ -252,37 +246,3 @@ def no_plots(what: str) -> None:
 
     if distributed.is_main() and not installed("matplotlib"):
         note(f"matplotlib is not installed: {what} ({remedy('matplotlib')})")
-
-
-MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/results.md
-_DISTRACTORS = 4  # things that are not there
-# One that the model does well, with a combination it never saw in training, "a blue six". The
-# README shows the first ten as they come.
-_SCENE = 9
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """``truth`` [H, W]: index into ``labels``."""
-
-    image: np.ndarray
-    truth: np.ndarray
-    labels: LabelSet
-
-
-def built_in() -> BuiltIn:
-    """A scene with two things; asked for what is there, all stuff, and things that share a colour
-    or a kind with what is there.
-    """
-    scenes = Scenes("digits", "val", _SCENE + 1)
-    words, scene = scenes.vocabulary, scenes[_SCENE]
-    parts = {part for thing in scene.things for part in thing.split()}
-    near = [name for name in words.things if name not in scene.things and parts & set(name.split())]
-    step = max(1, len(near) // _DISTRACTORS)  # not all of one colour
-    chosen = [*dict.fromkeys(scene.things), *near[::step][:_DISTRACTORS], *words.stuff]
-    places = [words.classes.index(name) for name in chosen]
-    place_of = np.full(len(words.classes), -1)
-    place_of[places] = np.arange(len(places))
-    return BuiltIn(
-        scene.image, place_of[scene.mask], LabelSet.of([words.prompts[place] for place in places])
-    )

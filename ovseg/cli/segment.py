@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     from ..paths import no_file
     from ..progress import bar
     from ..replacing import folder_for
-    from .options import MODEL, built_in
+    from .built_in import MODEL, built_in
 
     distributed.place()  # variables that do not fit are refused before any work
     formats = options.format.split(",")

@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 
 from ovseg.cli.main import main
-from ovseg.cli.options import DTYPES, add_device, add_inference_options, dtype_of, given_inference_options
+from ovseg.cli.options import (
+    DTYPES,
+    add_device,
+    add_inference_options,
+    dtype_of,
+    given_inference_options,
+)
 from ovseg.data.scenes import Scenes
 
 

@@ -13,7 +13,7 @@ from ovseg.data.batches import PairBatch
 from ovseg.errors import InputError
 from ovseg.nn import clip_architectures
 from ovseg.nn.open_clip import ClipTokenizer, OpenClipBackbone
-from ovseg.nn.readout import NAMED, READOUTS
+from ovseg.nn.readout import READOUTS
 from ovseg.systems.objective import create_objective
 
 FIRST = list({key(name): name for name in reversed(open_clip.list_models())}.values())  # one of each that differ at the reduced size
@@ -141,10 +141,10 @@ def test_resnets_leave_positions_out_of_patches():
 def test_convolutional_towers_refuse_readouts_by_name():
     for name in ("RN50", "convnext_base", "MobileCLIP2-S0"):
         backbone = build(name)
-        for readout in NAMED:
+        for readout in READOUTS:
             if readout != "clip":
                 with pytest.raises(ValueError, match=f"readout is '{readout}' and the image tower is .*, convolutional, whose last lay"):
-                    backbone.check_readout(NAMED[readout])
+                    backbone.check_readout(READOUTS[readout])
         with pytest.raises(ValueError, match="readout is 'maskclip'"):
             backbone.encode_dense(torch.zeros(1, 3, 96, 96), READOUTS["maskclip"])
     with reduced("RN50"), pytest.raises(ValueError, match="readout is 'naclip' and the image tower is CLIP's ResNet"):

@@ -11,7 +11,7 @@ from reduced_towers import reduced
 from unreadable import unreadable_device
 
 import ovseg
-from ovseg.nn.readout import NAMED
+from ovseg.nn.readout import READOUTS
 
 NAMES = ("ViT-B-16", "ViT-L-14-CLIPA", "coca_ViT-B-32", "ViT-B-16-SigLIP", "PE-Core-B-16", "EVA02-B-16", "MobileCLIP2-B", "ViTamin-S",
          "MobileCLIP2-S0", "convnext_large_d", "RN50")
@@ -45,7 +45,7 @@ def test_towers_do_not_wait(name, monkeypatch):
                 tensors |= {key: made_there(tensor) for key, tensor in tensors.items() if tensor is not None}
         images = torch.zeros(2, 3, 96, 128, dtype=torch.uint8, device="cuda")
         ids = torch.zeros(2, model.backbone.clip.context_length, dtype=torch.int64, device="cuda")
-        for readout in NAMED if model.backbone.vision_blocks else ("clip",):
+        for readout in READOUTS if model.backbone.vision_blocks else ("clip",):
             model.set_readout(readout)
             with refusing, torch.no_grad():
                 features = model(model.normalize(images))
@@ -60,7 +60,7 @@ def test_half_precision(name):
     with second_encoder():
         model = create(name, proxy=PROXY)
     images = torch.rand(1, 3, 96, 128)
-    for readout in NAMED if model.backbone.vision_blocks else ("clip",):
+    for readout in READOUTS if model.backbone.vision_blocks else ("clip",):
         model.float().set_readout(readout)
         expected = model(model.normalize(images))
         model.to(torch.bfloat16)
