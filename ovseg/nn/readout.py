@@ -111,23 +111,16 @@ class Readout:
 
 
 CLIP = Readout()
-READOUTS: Registry[Readout] = Registry(
-    "readout",
-    lambda: table(
-        {
-            "clip": CLIP,
-            "maskclip": Readout((), residual=False, mlp=False),
-            "sclip": Readout(("qq", "kk")),
-            "clearclip": Readout(("qq",), residual=False, mlp=False),
-            "naclip": Readout(("kk",), residual=False, mlp=False, window_std=5.0),
-            "gem": Readout(
-                ("qq", "kk", "vv"), mean=True, mlp=False, depth=7, parallel=True, iterations=1
-            ),
-            "proxyclip": Readout((PROXY,), residual=False, mlp=False),
-        }
-    ),
-    ValueError,
-)
+_PUBLISHED = {
+    "clip": CLIP,
+    "maskclip": Readout((), residual=False, mlp=False),
+    "sclip": Readout(("qq", "kk")),
+    "clearclip": Readout(("qq",), residual=False, mlp=False),
+    "naclip": Readout(("kk",), residual=False, mlp=False, window_std=5.0),
+    "gem": Readout(("qq", "kk", "vv"), mean=True, mlp=False, depth=7, parallel=True, iterations=1),
+    "proxyclip": Readout((PROXY,), residual=False, mlp=False),
+}
+READOUTS: Registry[Readout] = Registry("readout", lambda: table(_PUBLISHED), ValueError)
 
 
 def resolve_readout(which: str | dict[str, Any] | Readout) -> Readout:
