@@ -1,21 +1,17 @@
-"""Scaled dot-product attention behind one name, with the backend as an argument.
+"""Attention, QuickGELU, and transformer blocks as modules in parts.
 
-``sdpa`` is torch's own; ``xformers`` is optional (``pip install 'ovseg-kernels[xformers]'``) and
-used when asked for.
+A block is called as a whole, or walked over by a readout. ``attention`` is scaled dot-product
+attention behind one name: ``sdpa`` is torch's own; ``xformers`` is optional (``pip install
+'ovseg-kernels[xformers]'``) and used when asked for.
 
-QuickGELU followed by a projection, keeping only its input for backward.
+QuickGELU followed by a projection keeps only its input for backward:
 
     y = W g(h) + b,   g(h) = h sigmoid(1.702 h)                                                  (1)
-    dh = (W^T dy) g'(h),   g'(h) = s + 1.702 h s (1 - s),   s = sigmoid(1.702 h);   dW = dy g(h)^T            (2)
+    dh = (W^T dy) g'(h),   g'(h) = s + 1.702 h s (1 - s),   s = sigmoid(1.702 h)                 (2)
+    dW = dy g(h)^T                                                                               (3)
 
 Plain torch keeps h, the sigmoid and g(h), three tensors of four times the width for every block of
 a CLIP: most of what its training keeps. Here g(h) is computed again.
-
-The transformer blocks of image and text towers as modules in parts: called as a whole, or walked
-over by a readout.
-
-Local mixing, the front of the tiny models: without it a model of their size learns to retrieve
-captions and not where things are.
 """
 
 from __future__ import annotations
@@ -24,30 +20,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from typing_extensions import override
 
 from ..errors import first_line
 
 BACKENDS = ("sdpa", "xformers")
+LOCAL_PATCH = 4  # pixels from one token of the local stem to the next
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     dropout: float = 0.0,
     backend: str = "sdpa",
-) -> torch.Tensor:
-    """softmax(q k^T scale + mask) v.
+) -> Tensor:
+    """Return softmax(q k^T scale + mask) v.
 
     Args:
-        q, k, v: [B, heads, L, D].
+        q: [B, heads, L_q, D].
+        k: [B, heads, L_k, D].
+        v: [B, heads, L_k, D].
         mask: broadcastable to [B, heads, L_q, L_k]; bool (True = keep) or added to the scores.
         scale: multiplies the scores; 1 / sqrt(D) if None.
         causal: nothing looks behind itself; in place of ``mask``.
@@ -68,8 +68,7 @@ def attention(
     except ImportError as error:
         raise ImportError(
             "attention backend 'xformers' was asked for and does not import "
-            f"({first_line(error)}); "
-            "pip install --no-deps xformers, or use backend='sdpa'"
+            f"({first_line(error)}); pip install --no-deps xformers, or use backend='sdpa'"
         ) from error
     bias: Any = LowerTriangularMask() if causal else None
     if mask is not None:
@@ -77,12 +76,12 @@ def attention(
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         bias = mask.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # xformers wants [B, L, heads, D]
-    return memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale).transpose(
-        1, 2
-    )
+    o = memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale)
+    return o.transpose(1, 2)
 
 
-def quick_gelu(h: torch.Tensor) -> torch.Tensor:
+def quick_gelu(h: Tensor) -> Tensor:
+    """Return g(h) of (1)."""
     return h * torch.sigmoid(1.702 * h)
 
 
@@ -109,63 +108,73 @@ class _QuickGeluLinear(torch.autograd.Function):
         return dh, d_weight, d_bias
 
 
-def quick_gelu_linear(
-    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Equation (1): h [..., H], weight [D, H], bias [D] to [..., D]. A second derivative raises."""
+def quick_gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y [..., D] of (1); a second derivative raises.
+
+    Args:
+        h: [..., H].
+        weight: [D, H].
+        bias: [D], or None.
+    """
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
-        h, weight, bias = h.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        h = h.to(dtype)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     return _QuickGeluLinear.apply(h, weight, bias)
 
 
 class AttentionBlock(nn.Module):
-    """x + merge(attention(project(norm_1(x)))), then x + feed(x). A block defines the four parts.
+    """x + merge(attention(project(norm_1(x)))), then x + feed(x).
+
+    A block defines ``norm_1`` and the three parts.
 
     Attributes:
         norm_1: the norm before the attention.
-        attention_backend: of ``layers.attention``.
+        attention_backend: of ``attention``.
     """
 
-    norm_1: Callable[[torch.Tensor], torch.Tensor]
+    norm_1: Callable[[Tensor], Tensor]
     attention_backend: str = "sdpa"
 
-    def project(
-        self, normed: torch.Tensor, rope: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, [B, heads, L, d] each; ``rope`` turns queries and keys of
-        rotary blocks by their patch's place.
+    def project(self, normed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, [B, heads, L, d] each.
+
+        Args:
+            normed: [B, L, D].
+            rope: turns queries and keys of rotary blocks by their patch's place.
         """
         raise NotImplementedError
 
-    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values alone [B, heads, T, d], of tokens that are only looked at."""
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, heads, T, d] alone, of tokens that are only looked at."""
         return self.project(normed)[1:]
 
-    def merge(self, o: torch.Tensor) -> torch.Tensor:
-        """[B, heads, L, d] to what is added to the residual stream [B, L, D]."""
+    def merge(self, o: Tensor) -> Tensor:
+        """Bring [B, heads, L, d] to what is added to the residual stream [B, L, D]."""
         raise NotImplementedError
 
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP's branch: what it adds to ``x``."""
+    def feed(self, x: Tensor) -> Tensor:
+        """Return what the MLP's branch adds to ``x``."""
         raise NotImplementedError
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         k_x: None = None,
         v_x: None = None,
-        attn_mask: torch.Tensor | None = None,
+        attn_mask: Tensor | None = None,
         *,
         first: int | None = None,
-        rope: torch.Tensor | None = None,
-        prefix: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """The block as it is; positional arguments as open_clip's own blocks take them.
+        rope: Tensor | None = None,
+        prefix: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the block as it is; positional arguments are those of open_clip's own blocks.
 
         Args:
             x: [B, L, D].
-            k_x, v_x: not used; None.
+            k_x: not used; None.
+            v_x: not used; None.
             attn_mask: broadcastable to [B, heads, L, L]; bool (True = keep) or added to the scores.
             first: only so many of the leading positions are computed, for a last block read at its
                 class token.
@@ -175,61 +184,63 @@ class AttentionBlock(nn.Module):
         """
         q, k, v = self.project(self.norm_1(x), rope)
         if prefix is not None:
-            before = (
-                self.keys_values(self.norm_1(prefix))
-                if isinstance(prefix, torch.Tensor)
-                else prefix
-            )
+            if isinstance(prefix, Tensor):
+                prefix = self.keys_values(self.norm_1(prefix))
             k, v = (
-                torch.cat([some.expand(len(x), -1, -1, -1), own], 2)
-                for some, own in zip(before, (k, v), strict=True)
+                torch.cat([before.expand(len(x), -1, -1, -1), own], 2)
+                for before, own in zip(prefix, (k, v), strict=True)
             )
-        x = x[:, :first] + self.merge(
-            attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend)
-        )
+        o = attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend)
+        x = x[:, :first] + self.merge(o)
         return x + self.feed(x)
 
 
 class ClipBlock(AttentionBlock):
-    """open_clip's ResidualAttentionBlock over its own parts, under their own names: state dicts do
-    not change.
+    """open_clip's ResidualAttentionBlock over its own parts.
 
-    Its MLP keeps one hidden tensor for backward instead of three where the activation is QuickGELU.
+    They keep their names: state dicts do not change. Its MLP keeps one hidden tensor for backward
+    instead of three where the activation is QuickGELU.
     """
 
     def __init__(self, block: nn.Module, attention_backend: str = "sdpa"):
         super().__init__()
-        self.ln_1, self.attn, self.ls_1 = block.ln_1, block.attn, block.ls_1
-        self.ln_2, self.mlp, self.ls_2 = block.ln_2, block.mlp, block.ls_2
+        self.ln_1 = block.ln_1
+        self.attn = block.attn
+        self.ls_1 = block.ls_1
+        self.ln_2 = block.ln_2
+        self.mlp = block.mlp
+        self.ls_2 = block.ls_2
         self.attention_backend = attention_backend
 
     @property
+    @override
     def norm_1(self) -> nn.Module:  # type: ignore[override]
         return self.ln_1
 
-    def project(
-        self, normed: torch.Tensor, rope: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        attn, (B, L, D) = self.attn, normed.shape
+    @override
+    def project(self, normed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.attn
         qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = qkv.view(B, L, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        attn, (B, T, D) = self.attn, normed.shape
-        kv = F.linear(
-            normed,
-            attn.in_proj_weight[D:],
-            None if attn.in_proj_bias is None else attn.in_proj_bias[D:],
-        )
-        k, v = kv.view(B, T, 2, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4)
+    @override
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        attn = self.attn
+        D = normed.shape[2]
+        bias = None if attn.in_proj_bias is None else attn.in_proj_bias[D:]
+        kv = F.linear(normed, attn.in_proj_weight[D:], bias)
+        k, v = kv.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def merge(self, o: torch.Tensor) -> torch.Tensor:
+    @override
+    def merge(self, o: Tensor) -> Tensor:
         return self.ls_1(self.attn.out_proj(o.transpose(1, 2).flatten(2)))
 
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
-        mlp, normed = self.mlp, self.ln_2(x)
+    @override
+    def feed(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        normed = self.ln_2(x)
         last = mlp.c_proj
         # Only a plain layer may be passed by: one that was replaced (LoRA) or is hooked must be
         # called.
@@ -239,11 +250,11 @@ class ClipBlock(AttentionBlock):
         return self.ls_2(mlp(normed))
 
     def get_weight_dtype(self) -> torch.dtype:
-        """open_clip's text transformer asks its first block what to compute in."""
+        """Return what open_clip's text transformer computes in: it asks its first block."""
         return self.mlp.c_fc.weight.dtype
 
     def reset_parameters(self) -> None:
-        """Fresh weights, as torch draws them."""
+        """Draw fresh weights, as torch does."""
         for module in self.modules():
             if isinstance(module, nn.MultiheadAttention):
                 module._reset_parameters()
@@ -251,13 +262,11 @@ class ClipBlock(AttentionBlock):
                 module.reset_parameters()
 
 
-LOCAL_PATCH = 4  # pixels from one token of the stem to the next
-
-
 class LocalBlock(nn.Module):
-    """Depth-wise 3x3 convolution and an MLP over channels, [B, D, h, w].
+    """Depth-wise 3x3 convolution and an MLP over channels, the front of the tiny models.
 
-    Three of them see 30 pixels, an object and little else.
+    Without it a model of their size learns to retrieve captions and not where things are. Three of
+    them see 30 pixels, an object and little else.
     """
 
     def __init__(self, width: int):
@@ -268,12 +277,13 @@ class LocalBlock(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, D, h, w] to the same."""
         return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 def local_stem(width: int) -> nn.Sequential:
-    """Pictures to a map of a token every ``LOCAL_PATCH`` pixels.
+    """Return what makes a map of pictures, a token every ``LOCAL_PATCH`` pixels.
 
     Replicated borders: zeros would be a texture of their own along the edge of every picture.
     """

@@ -1,10 +1,4 @@
-"""In which numbers losses and scores are computed, whatever the model computes in.
-
-From the host to the device without waiting for it.
-
-Results that are kept from one call to the next, while the tensors that it was made of stay as they
-are.
-"""
+"""Tensors: the dtype of losses, the way to the device, and results kept while their inputs stay."""
 
 from __future__ import annotations
 
@@ -14,16 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay."""
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Bring float16 and bfloat16 to float32, in which losses and scores are computed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``x`` on the device.
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Return ``x`` on the device.
 
     A GPU copies from pinned memory while the host goes on; any other memory of the host makes it
     wait.
@@ -33,10 +30,14 @@ def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_fused_steps = (
-    0  # of the optimizers of this process: what their kernels write, torch does not count
-)
+def autocast_type(kind: str) -> torch.dtype | None:
+    """Return the dtype that autocast computes in on a kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+# Steps of fused optimizers in this process: what their kernels write, torch does not count.
+_fused_steps = 0
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -59,12 +60,12 @@ class Kept:
 
     def __init__(self) -> None:
         # One value, so that no thread sees the tensors of one call with the result of another.
-        self._last: tuple[list[tuple[torch.Tensor, Any]], Any] = ([], None)
+        self._last: tuple[list[tuple[Tensor, Any]], Any] = ([], None)
 
-    def __call__(self, of: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
-        """``make()``, or what it gave the last time.
+    def __call__(self, of: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """Return ``make()``, or what it gave the last time.
 
-        Not kept where gradients are asked for, or a compiler looks on.
+        It is not kept where gradients are asked for, or a compiler looks on.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
@@ -78,6 +79,7 @@ class Kept:
         return result
 
     def clear(self) -> None:
+        """Forget the last result."""
         self._last = ([], None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
@@ -88,8 +90,7 @@ class Kept:
 
 
 class Version:
-    """Tensors as they were at one moment: which they were, where they lay, and how often they had
-    been written to.
+    """Tensors as they were at one moment: which, where, and how often they had been written to.
 
     It keeps no tensor alive. A write through ``.data``, which torch does not count, is seen on the
     CPU where it changes the middle of a tensor. Copies and pickles are of nothing that is there.
@@ -99,52 +100,33 @@ class Version:
         facts: what else a result was made of.
     """
 
-    def __init__(self, of: Iterable[torch.Tensor], facts: Any = None) -> None:
+    def __init__(self, of: Iterable[Tensor], facts: Any = None) -> None:
         self._of = [(weakref.ref(x), _state(x)) for x in of]
         self._facts = facts
 
-    def holds(self, of: Iterable[torch.Tensor], facts: Any = None) -> bool:
+    def holds(self, of: Iterable[Tensor], facts: Any = None) -> bool:
         """Return whether these are the tensors, and as they were."""
         now = list(of)
-        return (
-            facts == self._facts
-            and len(now) == len(self._of)
-            and all(
-                known() is x and state == _state(x)
-                for x, (known, state) in zip(now, self._of, strict=True)
-            )
-        )
+        if facts != self._facts or len(now) != len(self._of):
+            return False
+        pairs = zip(now, self._of, strict=True)
+        return all(known() is x and state == _state(x) for x, (known, state) in pairs)
 
     def __reduce__(self) -> tuple[type[Version], tuple[Any, ...]]:
         return Version, ((), float("nan"))  # which equals nothing
 
 
-def autocast_type(kind: str) -> torch.dtype | None:
-    """Return the dtype that autocast computes in on a kind of device; None where it is off."""
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        else None
-    )
-
-
-def _state(x: torch.Tensor) -> tuple[Any, ...]:
-    kind = x.device.type
+def _state(x: Tensor) -> tuple[Any, ...]:
+    writes = -1 if x.is_inference() else x._version
     place = x.data_ptr() if type(x) in _PLAIN else None
-    return (
-        (-1 if x.is_inference() else x._version),
-        _fused_steps,
-        place,
-        _middle(x),
-        x.dtype,
-        x.device,
-        autocast_type(kind),
-    )
+    cast = autocast_type(x.device.type)
+    return (writes, _fused_steps, place, _middle(x), x.dtype, x.device, cast)
 
 
-def _middle(x: torch.Tensor) -> bytes | None:
-    """Up to eight bytes from the middle of a tensor that can be read at once: for what is written
-    without being counted.
+def _middle(x: Tensor) -> bytes | None:
+    """Return up to eight bytes from the middle of a tensor that can be read at once.
+
+    They show what is written without being counted.
     """
     if x.device.type != "cpu" or type(x) not in _PLAIN or not x.is_contiguous() or not x.nbytes:
         return None

@@ -1,52 +1,48 @@
-"""What a text tower of the grouping systems is: token ids to one vector a text and, packed, one a
-token.
+"""Text towers of the grouping systems: token ids to one vector a text and one a token.
 
-GroupViT's text tower: a causal transformer over CLIP's byte pairs, read out at the end of the text.
-
-The text tower of the tiny grouping models: words of the scenes, a few blocks, read out at the start
-of the text, as BERT is.
-
-Text towers of the grouping systems by kind: ``bert`` (transformers), ``clip`` (a causal transformer
-over byte pairs), ``words`` (of the tiny models). All run packed: padding costs nothing.
+All run packed: padding costs nothing. ``ClipText`` is GroupViT's, a causal transformer over CLIP's
+byte pairs, read out at the end of the text; ``Words`` is the tiny models', read out at the start of
+the text as BERT is (``bert``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from ..options import options_of
-from ..registration import Registry, named
 from .backbone import Tokenizer
-from .open_clip import ClipTokenizer
 from .tensors import upload
-from .tiny import WordTokenizer
 from .vit_blocks import PackedBlock, Packing
 
 
 class TextStates(NamedTuple):
-    """``sentence`` [T, D]; ``tokens`` [N, D], packed; ``packing`` says where they lie."""
+    """What a text tower gives.
 
-    sentence: torch.Tensor
-    tokens: torch.Tensor
+    Attributes:
+        sentence: [T, D], one vector a text.
+        tokens: [N, D], packed.
+        packing: where they lie.
+    """
+
+    sentence: Tensor
+    tokens: Tensor
     packing: Packing
 
     def split(self, sizes: Sequence[int]) -> list[TextStates]:
-        """Those of neighbouring texts, so many each."""
+        """Return those of neighbouring texts, so many each."""
         packings = self.packing.split(sizes)
         tokens = self.tokens.split([len(one.rows) for one in packings])
-        return [
-            TextStates(*one)
-            for one in zip(self.sentence.split(list(sizes)), tokens, packings, strict=True)
-        ]
+        sentences = self.sentence.split(list(sizes))
+        return [TextStates(*one) for one in zip(sentences, tokens, packings, strict=True)]
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens [T, L, D], what of them is a token [T, L] bool)."""
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Return (tokens [T, L, D], which of them are tokens [T, L] bool)."""
         return self.packing.pad(self.tokens), self.packing.seen
 
 
@@ -63,23 +59,23 @@ class PackedText(nn.Module):
     tokenizer: Tokenizer
     blocks: Sequence[nn.Module]
 
-    def kept(self, ids: torch.Tensor) -> torch.Tensor:
-        """[T, L] bool: where a text's tokens are. 0 is padding."""
+    def kept(self, ids: Tensor) -> Tensor:
+        """Return where a text's tokens are, [T, L] bool; id 0 is padding."""
         return ids != 0
 
-    def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[N, D] of packed ids and their places in their texts."""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return [N, D] of packed ids and their places in their texts."""
         raise NotImplementedError
 
-    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What comes after the last block."""
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Apply what comes after the last block."""
         return tokens
 
-    def sentence(self, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """[T, D], a vector a text: that of its first token."""
+    def sentence(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Return a vector a text, [T, D]: that of its first token."""
         return tokens.index_select(0, packing.starts)
 
-    def forward(self, ids: torch.Tensor, pads: bool = False) -> TextStates:
+    def forward(self, ids: Tensor, pads: bool = False) -> TextStates:
         """Encode texts.
 
         Args:
@@ -95,31 +91,31 @@ class PackedText(nn.Module):
         x = self.finish(x)
         return TextStates(self.sentence(x, packing), x, packing)
 
-    def encode_together(
-        self, texts: Sequence[torch.Tensor], pads: bool = False
-    ) -> list[TextStates]:
-        """Several lists of ids [T_i, L_i] in one pass; ``TextStates`` of each."""
+    def encode_together(self, texts: Sequence[Tensor], pads: bool = False) -> list[TextStates]:
+        """Encode several lists of ids [T_i, L_i] in one pass; return the states of each."""
         longest = max(ids.shape[1] for ids in texts)
         found = self(torch.cat([F.pad(ids, (0, longest - ids.shape[1])) for ids in texts]), pads)
         return found.split([len(ids) for ids in texts])
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Those that ``forward`` depends on."""
+        """Return those that ``forward`` depends on."""
         return list(self.parameters())
 
     def facts(self) -> Any:
-        """What no tensor shows, for JSON."""
+        """Return what no tensor shows, for JSON."""
         raise NotImplementedError
 
 
 @dataclass
 class ClipTextOptions:
-    """Attributes:
-    width, heads, depth, hidden: of the transformer; hidden is the width of its MLPs.
-    context_length, vocab_size: of the ids.
-    act: ``quick_gelu`` or ``gelu``.
-    eos_id: the id of the end; None: the largest id of a text.
-    tokenizer: None: CLIP's byte pairs; a folder with a tokenizer of transformers.
+    """Options of a causal text tower.
+
+    Attributes:
+        width, heads, depth, hidden: of the transformer; hidden is the width of its MLPs.
+        context_length, vocab_size: of the ids.
+        act: ``quick_gelu`` or ``gelu``.
+        eos_id: the id of the end; None: the largest id of a text.
+        tokenizer: None: CLIP's byte pairs; a folder with a tokenizer of transformers.
     """
 
     width: int = 256
@@ -134,22 +130,20 @@ class ClipTextOptions:
 
 
 class ClipText(PackedText):
-    Options: ClassVar = ClipTextOptions
+    """A causal transformer; a text's vector is that of its last token."""
 
-    def __init__(self, options: ClipTextOptions):
+    def __init__(self, options: ClipTextOptions, tokenizer: Tokenizer):
         super().__init__()
         o = self.options = options
-        self.width, self.context_length = o.width, o.context_length
+        self.width = o.width
+        self.context_length = o.context_length
+        self.tokenizer = tokenizer
         self.token_embedding = nn.Embedding(o.vocab_size, o.width)
         self.positional_embedding = nn.Parameter(torch.empty(o.context_length, o.width))
         self.layers = nn.ModuleList(
             PackedBlock(o.width, o.heads, o.hidden, o.act, causal=True) for _ in range(o.depth)
         )
         self.ln_final = nn.LayerNorm(o.width)
-        words = {"context_length": o.context_length, "vocab_size": o.vocab_size}
-        self.tokenizer = ClipTokenizer(
-            {"text_cfg": words | ({"hf_tokenizer_name": o.tokenizer} if o.tokenizer else {})}
-        )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.layers:  # as CLIP draws them
@@ -160,35 +154,40 @@ class ClipText(PackedText):
 
     @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
+        """The layers, one by one."""
         return list(self.layers)
 
-    def kept(self, ids: torch.Tensor) -> torch.Tensor:
-        """Up to the end: nothing looks behind it."""
-        end = (
-            ids.argmax(1)
-            if self.options.eos_id is None
-            else (ids == self.options.eos_id).int().argmax(1)
-        )
+    @override
+    def kept(self, ids: Tensor) -> Tensor:
+        # Up to the end: nothing looks behind it.
+        eos_id = self.options.eos_id
+        end = ids.argmax(1) if eos_id is None else (ids == eos_id).int().argmax(1)
         return torch.arange(ids.shape[1], device=ids.device) <= end[:, None]
 
-    def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    @override
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.positional_embedding[positions]
 
-    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def finish(self, tokens: Tensor) -> Tensor:
         return self.ln_final(tokens)
 
-    def sentence(self, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """That of the last token."""
+    @override
+    def sentence(self, tokens: Tensor, packing: Packing) -> Tensor:
         return tokens.index_select(0, packing.starts + packing.seen.sum(1) - 1)
 
+    @override
     def facts(self) -> Any:
         return {"kind": "clip", **asdict(self.options)}
 
 
 @dataclass
 class WordsOptions:
-    """Width, heads and depth of the blocks, width of their MLPs; ``context_length``: tokens of the
-    longest text.
+    """Options of the tiny models' text tower.
+
+    Attributes:
+        width, heads, depth, hidden: of the blocks; hidden is the width of their MLPs.
+        context_length: tokens of the longest text.
     """
 
     width: int = 64
@@ -199,13 +198,14 @@ class WordsOptions:
 
 
 class Words(PackedText):
-    Options: ClassVar = WordsOptions
+    """A few blocks over known words; ``tokenizer`` says how many there are (``vocab_size``)."""
 
-    def __init__(self, options: WordsOptions):
+    def __init__(self, options: WordsOptions, tokenizer: Any):
         super().__init__()
         o = self.options = options
-        self.width, self.tokenizer = o.width, WordTokenizer(context_length=o.context_length)
-        self.words = nn.Embedding(self.tokenizer.vocab_size, o.width)
+        self.width = o.width
+        self.tokenizer = tokenizer
+        self.words = nn.Embedding(tokenizer.vocab_size, o.width)
         self.positions = nn.Parameter(torch.randn(o.context_length, o.width) * 0.02)
         self.layers = nn.ModuleList(PackedBlock(o.width, o.heads, o.hidden) for _ in range(o.depth))
         self.norm = nn.LayerNorm(o.width)
@@ -213,32 +213,17 @@ class Words(PackedText):
 
     @property
     def blocks(self) -> list[nn.Module]:  # type: ignore[override]
+        """The layers, one by one."""
         return list(self.layers)
 
-    def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    @override
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.words(ids) + self.positions[positions]
 
-    def finish(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def finish(self, tokens: Tensor) -> Tensor:
         return self.norm(tokens)
 
+    @override
     def facts(self) -> Any:
         return {"kind": "words", **asdict(self.options)}
-
-
-TEXTS: Registry[Any] = Registry(
-    "text.kind",
-    lambda: named(
-        {
-            "bert": "ovseg.nn.bert:Bert",  # transformers
-            "clip": "ovseg.nn.text:ClipText",
-            "words": "ovseg.nn.text:Words",
-        }
-    ),
-    ValueError,
-)
-
-
-def build_text(kind: str = "clip", **options: Any) -> PackedText:
-    """Build a text tower of random weights, or with those that its options name."""
-    text = TEXTS[kind]
-    return text(options_of(text.Options, options, "text"))

@@ -1,9 +1,7 @@
-"""The blocks of timm's ViTs as modules in parts, like ``ClipBlock``. timm itself is not imported.
+"""timm's ViTs as open_clip takes them, and which tower an open_clip model gets.
 
-timm's ViTs as open_clip takes them (VisionTransformer, Eva): SigLIP, PE, EVA, MobileCLIP's ViT,
-ViTamin.
-
-Image towers by kind: one small class for each way that open_clip's models see a picture.
+VisionTransformer and Eva cover SigLIP, PE, EVA, MobileCLIP's ViT and ViTamin. Their blocks become
+modules in parts, like ``ClipBlock``; timm itself is not imported.
 """
 
 from __future__ import annotations
@@ -12,15 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from .blocks import AttentionBlock, attention
 from .towers import (
     BlockTower,
     ClipResNet,
     ClipVit,
-    Encoded,
     FeatureMap,
     ImageTower,
     image_size_of,
@@ -30,17 +28,20 @@ from .towers import (
 )
 from .vit_blocks import resize_positions, rotate
 
+ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
+POOLINGS = {"token": "class token", "avg": "average", "map": "attention"}
+SUPPORTED = (
+    "open_clip's VisionTransformer and ModifiedResNet, timm's VisionTransformer and Eva, and "
+    "timm's towers whose map [B, D, h, w] is averaged (ConvNeXt, FastViT)"
+)
 KINDS = ("Block", "EvaBlock", "EvaBlockPostNorm")
 
 
 def check_timm_block(block: nn.Module) -> None:
-    """Raises ValueError for a block that ``TimmBlock`` would not compute as timm does."""
-    kind, attn = type(block).__name__, getattr(block, "attn", None)
-    if kind not in KINDS or type(attn).__name__ not in (
-        "Attention",
-        "EvaAttention",
-        "AttentionRope",
-    ):
+    """Raise ValueError for a block that ``TimmBlock`` would not compute as timm does."""
+    kind = type(block).__name__
+    attn = getattr(block, "attn", None)
+    if kind not in KINDS or type(attn).__name__ not in ATTENTIONS:
         raise ValueError(
             f"blocks are {kind} with {type(attn).__name__}; expected one of {list(KINDS)} with "
             "plain or rotary attention"
@@ -57,12 +58,11 @@ def check_timm_block(block: nn.Module) -> None:
 
 
 class TimmBlock(AttentionBlock):
-    """timm's Block, EvaBlock or EvaBlockPostNorm over its own parts, under their own names: state
-    dicts do not change.
+    """timm's Block, EvaBlock or EvaBlockPostNorm over its own parts.
 
-    Queries and keys are normed where the block does that, then turned (``rope``); values are
-    neither. With norms after the branches ``norm_1`` is the identity, and what ``merge`` and
-    ``feed`` return has been normed.
+    They keep their names: state dicts do not change. Queries and keys are normed where the block
+    does that, then turned (``rope``); values are neither. With norms after the branches ``norm_1``
+    is the identity, and what ``merge`` and ``feed`` return has been normed.
     """
 
     def __init__(self, block: nn.Module, attention_backend: str = "sdpa"):
@@ -75,12 +75,12 @@ class TimmBlock(AttentionBlock):
         self.after = type(block).__name__ == "EvaBlockPostNorm"
         self.attention_backend = attention_backend
 
-    def norm_1(self, x: torch.Tensor) -> torch.Tensor:
+    @override
+    def norm_1(self, x: Tensor) -> Tensor:
         return x if self.after else self.norm1(x)
 
-    def project(
-        self, normed: torch.Tensor, rope: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @override
+    def project(self, normed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
         if attn.qkv is None:
             q, k, v = (
@@ -104,17 +104,17 @@ class TimmBlock(AttentionBlock):
             )
         return q, k, v
 
-    def merge(self, o: torch.Tensor) -> torch.Tensor:
+    @override
+    def merge(self, o: Tensor) -> Tensor:
         attn = self.attn
         return self._branch(attn.proj_drop(attn.proj(attn.norm(o.transpose(1, 2).flatten(2)))), "1")
 
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
+    @override
+    def feed(self, x: Tensor) -> Tensor:
         return self._branch(self.mlp(x if self.after else self.norm2(x)), "2")
 
-    def _branch(self, x: torch.Tensor, which: str) -> torch.Tensor:
-        """What stands between a branch and the residual stream: a norm, or a layer scale; then
-        stochastic depth.
-        """
+    def _branch(self, x: Tensor, which: str) -> Tensor:
+        """Apply what follows a branch: a norm, or a layer scale; then stochastic depth."""
         if self.after:
             x = getattr(self, f"norm{which}")(x)
         elif (scale := getattr(self, f"gamma_{which}", None)) is not None:
@@ -125,16 +125,16 @@ class TimmBlock(AttentionBlock):
 
     def forward(  # type: ignore[override]
         self,
-        x: torch.Tensor,
-        rope: torch.Tensor | None = None,
-        attn_mask: torch.Tensor | None = None,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
         first: int | None = None,
-    ) -> torch.Tensor:
-        """The block as it is; the first arguments as timm's own forward gives them.
+    ) -> Tensor:
+        """Run the block as it is; the first arguments are those of timm's own forward.
 
-        ``first`` as in ``AttentionBlock``.
+        ``first`` is as in ``AttentionBlock``.
         """
         if is_causal:
             raise ValueError(
@@ -147,20 +147,19 @@ class TimmBlock(AttentionBlock):
         return x + self.feed(x)
 
 
-POOLINGS = {"token": "class token", "avg": "average", "map": "attention"}
-
-
 class TimmVit(BlockTower):
-    """With x the tokens after the last block, and W what follows: fc_norm, timm's head and
+    """timm's VisionTransformer or Eva.
+
+    With x the tokens after the last block, and W what follows: fc_norm, timm's head and
     open_clip's, in this order.
 
-    =========================  ==============================  ======================================================
-    pooling                    embedding                       dense
-    =========================  ==============================  ======================================================
-    class token                W norm(x_0)                     W norm(x_n)
-    average                    W mean_n(norm(x_n))             W norm(x_n)
-    attention                  W f(O attention(norm(x)))       W f(O V norm(x_n)),  f(y) = y + mlp(norm_p(y))
-    =========================  ==============================  ======================================================
+    ===========  ============================  ====================================================
+    pooling      embedding                     dense
+    ===========  ============================  ====================================================
+    class token  W norm(x_0)                   W norm(x_n)
+    average      W mean_n(norm(x_n))           W norm(x_n)
+    attention    W f(O attention(norm(x)))     W f(O V norm(x_n)),  f(y) = y + mlp(norm_p(y))
+    ===========  ============================  ====================================================
 
     O and V are the pool's output and value projections, attention that of its learned query.
     Whether the pool looks at the prefix (PE's does, its class token) is timm's business; so is the
@@ -168,65 +167,65 @@ class TimmVit(BlockTower):
     """
 
     def __init__(self, visual: Any, stride: int | None = None, attention_backend: str = "sdpa"):
-        self.visual, trunk = visual, visual.trunk
-        name, rope = type(trunk).__name__, getattr(trunk, "rope", None)
+        trunk = visual.trunk
+        self.visual = visual
+        self.embedder = trunk.patch_embed
+        self.hybrid = type(self.embedder).__name__ == "HybridEmbed"
+        self._check_trunk()
+        self.pooling = POOLINGS[trunk.global_pool]
+        behind = " behind a convolutional stem" if self.hybrid else ""
+        self.kind = f"timm's {type(trunk).__name__} pooled by {self.pooling}{behind}"
+        for i, block in enumerate(trunk.blocks):
+            trunk.blocks[i] = TimmBlock(block, attention_backend)
+        self.prefix = trunk.num_prefix_tokens
+        self.first = 1 if trunk.global_pool == "token" else None
+        self.patch_size = patch_size_of(self.embedder.patch_size)
+        if self.hybrid:
+            self.patch_size *= patch_size_of(self.embedder.feature_ratio)
+        self.overlaps = not self.hybrid
+        self.stride = self.step(stride)
+        self.image_size = image_size_of(visual)
+        self.token_dim = trunk.embed_dim
+        self.embed_dim = timm_embed_dim(visual)
+
+    def _check_trunk(self) -> None:
+        """Raise ValueError for what this class does not compute as timm does."""
+        trunk = self.visual.trunk
         if trunk.global_pool not in POOLINGS:
             raise ValueError(
-                f"the image tower is timm's {name} and pools by {trunk.global_pool!r}; expected "
-                f"one of {list(POOLINGS)}"
+                f"the image tower is timm's {type(trunk).__name__} and pools by "
+                f"{trunk.global_pool!r}; expected one of {list(POOLINGS)}"
             )
+        rope = getattr(trunk, "rope", None)
         if rope is not None and type(rope).__name__ != "RotaryEmbeddingCat":
             raise ValueError(
                 f"the image tower has positions of type {type(rope).__name__}; expected learned "
                 "ones, or RotaryEmbeddingCat"
             )
         pool = getattr(trunk, "attn_pool", None)
-        if pool is not None and (
-            type(pool).__name__ != "AttentionPoolLatent" or pool.pos_embed is not None
-        ):
+        latent = type(pool).__name__ == "AttentionPoolLatent"
+        if pool is not None and (not latent or pool.pos_embed is not None):
             raise ValueError(
                 f"the image tower is pooled by {type(pool).__name__}; expected "
                 "AttentionPoolLatent without positions"
             )
-        self.embedder = trunk.patch_embed
-        self.hybrid = type(self.embedder).__name__ == "HybridEmbed"
-        if not self.hybrid and (
-            type(self.embedder).__name__ != "PatchEmbed" or self.embedder.dynamic_img_pad
-        ):
+        patches = type(self.embedder).__name__
+        if not self.hybrid and (patches != "PatchEmbed" or self.embedder.dynamic_img_pad):
             raise ValueError(
-                f"the image tower has patches by {type(self.embedder).__name__}; expected "
-                "PatchEmbed without padding, or "
-                "HybridEmbed"
+                f"the image tower has patches by {patches}; expected PatchEmbed without padding, "
+                "or HybridEmbed"
             )
-        self.pooling = POOLINGS[trunk.global_pool]
-        self.kind = f"timm's {name} pooled by {self.pooling}" + (
-            " behind a convolutional stem" if self.hybrid else ""
-        )
-        for i, block in enumerate(trunk.blocks):
-            trunk.blocks[i] = TimmBlock(block, attention_backend)
-        self.prefix = trunk.num_prefix_tokens
-        self.first = 1 if trunk.global_pool == "token" else None
-        patch = patch_size_of(self.embedder.patch_size)
-        self.patch_size = (
-            patch * patch_size_of(self.embedder.feature_ratio) if self.hybrid else patch
-        )
-        self.overlaps = not self.hybrid
-        self.stride = self.step(stride)
-        self.image_size, self.token_dim, self.embed_dim = (
-            image_size_of(visual),
-            trunk.embed_dim,
-            timm_embed_dim(visual),
-        )
 
     @property
+    @override
     def blocks(self) -> Sequence[AttentionBlock]:
         return list(self.visual.trunk.blocks)
 
-    def sequence(
-        self, images: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
+    @override
+    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         self.check_size(images)
-        trunk, embedder = self.visual.trunk, self.embedder
+        trunk = self.visual.trunk
+        embedder = self.embedder
         if self.hybrid:
             x = embedder.backbone(images)
             x = embedder.proj(x[-1] if isinstance(x, (list, tuple)) else x)
@@ -235,33 +234,28 @@ class TimmVit(BlockTower):
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
         x = x if self.hybrid else embedder.norm(x)
+        apart = trunk.pos_embed is not None and trunk.no_embed_class
+        if apart:
+            x = x + self._positions(grid, 0).to(x.dtype)
         first = [
             t.to(x.dtype).expand(len(x), -1, -1)
             for t in (trunk.cls_token, getattr(trunk, "reg_token", None))
             if t is not None
         ]
-        positions = trunk.pos_embed
-        if positions is None:
-            x = torch.cat([*first, x], 1)
-        else:
-            prefix = 0 if trunk.no_embed_class else self.prefix
-            positions = resize_positions(
-                positions[0],
-                tuple(embedder.grid_size),
-                grid,
-                antialias=self.antialias,
-                prefix=prefix,
-            ).to(x.dtype)
-            x = (
-                torch.cat([*first, x + positions], 1)
-                if trunk.no_embed_class
-                else torch.cat([*first, x], 1) + positions
-            )
+        x = torch.cat([*first, x], 1)
+        if trunk.pos_embed is not None and not apart:
+            x = x + self._positions(grid, self.prefix).to(x.dtype)
         return trunk.norm_pre(trunk.pos_drop(x)), self._rope(grid), grid
 
-    def _rope(self, grid: tuple[int, int]) -> torch.Tensor | None:
-        """[N, 2 d]: of ``grid``, made where the model is: timm's own way to another grid copies
-        from the host.
+    def _positions(self, grid: tuple[int, int], prefix: int) -> Tensor:
+        trained = tuple(self.embedder.grid_size)
+        table = self.visual.trunk.pos_embed[0]
+        return resize_positions(table, trained, grid, antialias=self.antialias, prefix=prefix)
+
+    def _rope(self, grid: tuple[int, int]) -> Tensor | None:
+        """Return rotary positions [N, 2 d] of ``grid``, made where the model is.
+
+        timm's own way to another grid copies from the host.
         """
         rope = getattr(self.visual.trunk, "rope", None)
         if rope is None:
@@ -270,46 +264,28 @@ class TimmVit(BlockTower):
             return rope.get_embed()
         return rope._build_embed_cat(list(grid), rope.bands)
 
-    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def pool(self, tokens: Tensor) -> Tensor:
         trunk = self.visual.trunk
         return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
 
-    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
-        trunk, x = self.visual.trunk, self.visual.trunk.norm(tokens)
+    @override
+    def dense(self, tokens: Tensor) -> Tensor:
+        trunk = self.visual.trunk
+        x = trunk.norm(tokens)
         pool = getattr(trunk, "attn_pool", None)
         if pool is not None:
-            value = pool.kv.weight.shape[0] // 2
-            x = pool.proj_drop(
-                pool.proj(
-                    F.linear(
-                        x,
-                        pool.kv.weight[value:],
-                        None if pool.kv.bias is None else pool.kv.bias[value:],
-                    )
-                )
-            )
+            D = pool.kv.weight.shape[0] // 2
+            bias = None if pool.kv.bias is None else pool.kv.bias[D:]
+            x = pool.proj_drop(pool.proj(F.linear(x, pool.kv.weight[D:], bias)))
             x = x if pool.mlp is None else x + pool.mlp(pool.norm(x))
         return self.visual.head(trunk.head(trunk.head_drop(trunk.fc_norm(x))))
-
-
-def is_timm_vit(trunk: nn.Module) -> bool:
-    """Whether ``TimmVit`` knows how the tokens of ``trunk`` are made."""
-    return type(trunk).__name__ in ("VisionTransformer", "Eva")
-
-
-__all__ = ["ClipVit", "Encoded", "ImageTower", "image_tower"]
-
-SUPPORTED = (
-    "open_clip's VisionTransformer and ModifiedResNet, timm's VisionTransformer and Eva, and "
-    "timm's towers whose map "
-    "[B, D, h, w] is averaged (ConvNeXt, FastViT)"
-)
 
 
 def image_tower(
     visual: Any, stride: int | None = None, attention_backend: str = "sdpa"
 ) -> ImageTower:
-    """The tower over ``visual`` of an open_clip model; its blocks are taken over in place.
+    """Return the tower over ``visual`` of an open_clip model; it takes its blocks over in place.
 
     Raises:
         ValueError: for a tower of another kind, and for a stride that it cannot have.
@@ -320,7 +296,7 @@ def image_tower(
     if kind == "ModifiedResNet":
         return ClipResNet(visual, stride)
     trunk = getattr(visual, "trunk", None)
-    if trunk is not None and is_timm_vit(trunk):
+    if type(trunk).__name__ in ("VisionTransformer", "Eva"):
         return TimmVit(visual, stride, attention_backend)
     if trunk is not None and is_feature_map(visual):
         return FeatureMap(visual, stride)

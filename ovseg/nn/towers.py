@@ -1,5 +1,4 @@
-"""What an image tower of a CLIP is to the backbone: pictures to tokens and an embedding, tokens to
-the space of the texts.
+"""Image towers of open_clip's models: pictures to tokens and an embedding.
 
 A tower is no module: it walks over the parts of open_clip's image tower, whose parameters keep
 their names.
@@ -8,35 +7,24 @@ their names.
     dense     = pool of the token alone, as if all that is pooled were like it                   (2)
 
 (2) is the dense map of every head (docs/towers.md): if the tokens are alike, dense and embedding
-are the same.
-
-open_clip's own ViT: class token, average or attention pooling.
-
-timm's convolutional towers, pooled by their average: ConvNeXt, FastViT (MobileCLIP's hybrid).
-
-CLIP's ResNet: a convolutional tower with attention pooling.
+are the same. Here are the contract, open_clip's own ViT, and the towers that end in a map: CLIP's
+ResNet, and timm's ConvNeXt and FastViT. timm's ViTs are in ``timm_towers``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from .blocks import AttentionBlock, ClipBlock, attention
-from .readout import READOUTS, ProxyFeatures, Readout, run_blocks, run_plain
+from .features import PatchFeatures
+from .readout import CLIP, READOUTS, Pooling, ProxyFeatures, Readout, run_blocks, run_plain
 from .vit_blocks import resize_positions
-
-
-class Encoded(NamedTuple):
-    """``tokens`` [B, N, D] before the head, over ``grid``; ``embedding`` [B, E] of the pictures."""
-
-    tokens: torch.Tensor
-    grid: tuple[int, int]
-    embedding: torch.Tensor
 
 
 class ImageTower:
@@ -65,42 +53,44 @@ class ImageTower:
 
     @property
     def blocks(self) -> Sequence[AttentionBlock]:
-        """Those that a readout can change."""
+        """Blocks that a readout can change."""
         return ()
 
     def encode(
-        self,
-        images: torch.Tensor,
-        readout: Readout = READOUTS["clip"],
-        proxy: ProxyFeatures | None = None,
-    ) -> Encoded:
+        self, images: Tensor, readout: Readout = CLIP, proxy: ProxyFeatures | None = None
+    ) -> PatchFeatures:
+        """Return the embedding [B, E] of (1), and tokens [B, N, D] before the head."""
         raise NotImplementedError
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, E], the embedding of (1) alone."""
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the embedding [B, E] of (1) alone."""
         return self.encode(images).embedding
 
-    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(2): tokens before the head [B, N, D] to [B, N, E]."""
+    def dense(self, tokens: Tensor) -> Tensor:
+        """Bring tokens before the head [B, N, D] to [B, N, E] by (2)."""
         raise NotImplementedError
 
     def check_readout(self, readout: Readout) -> None:
-        """Raises ValueError for a readout that this tower does not have."""
+        """Raise ValueError for a readout that this tower does not have."""
 
     def step(self, stride: int | None) -> int:
-        """``stride``, or the patch size if None; ValueError for one that this tower cannot have."""
+        """Return ``stride``, or the patch size if None.
+
+        Raises:
+            ValueError: for a step that this tower cannot have.
+        """
         if stride is not None and not 1 <= stride <= self.patch_size:
             raise ValueError(f"stride is {stride}; expected 1 to {self.patch_size}, the patch size")
         if stride not in (None, self.patch_size) and not self.overlaps:
             raise ValueError(
                 f"stride is {stride} and the image tower is {self.kind}; expected None: a smaller "
-                "step needs a tower that "
-                "cuts the picture into patches by one convolution"
+                "step needs a tower that cuts the picture into patches by one convolution"
             )
         return self.patch_size if stride is None else stride
 
-    def check_size(self, images: torch.Tensor) -> None:
-        if images.shape[-1] < self.patch_size or images.shape[-2] < self.patch_size:
+    def check_size(self, images: Tensor) -> None:
+        """Raise ValueError for pictures smaller than a patch."""
+        if min(images.shape[-2:]) < self.patch_size:
             raise ValueError(
                 f"images have size {tuple(images.shape[-2:])}; expected at least one patch of "
                 f"{self.patch_size}"
@@ -118,36 +108,24 @@ class BlockTower(ImageTower):
     prefix: int
     first: int | None
 
-    def sequence(
-        self, images: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[int, int]]:
-        """(tokens [B, prefix + N, D] as the first block sees them, rotary positions or None, grid)."""
+    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Return (tokens [B, prefix + N, D] for the first block, rotary positions, grid)."""
         raise NotImplementedError
 
-    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(1): what the last block gives, [B, prefix + N, D], to the embeddings [B, E]."""
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Make the embeddings [B, E] of (1) from the last block's [B, prefix + N, D]."""
         raise NotImplementedError
 
+    @override
     def encode(
-        self,
-        images: torch.Tensor,
-        readout: Readout = READOUTS["clip"],
-        proxy: ProxyFeatures | None = None,
-    ) -> Encoded:
+        self, images: Tensor, readout: Readout = CLIP, proxy: ProxyFeatures | None = None
+    ) -> PatchFeatures:
         x, rope, grid = self.sequence(images)
-        read = run_blocks(
-            self.blocks,
-            x,
-            readout,
-            grid,
-            prefix=self.prefix,
-            first=self.first,
-            rope=rope,
-            proxy=proxy,
-        )
-        return Encoded(read.patches, read.grid, self.pool(read.own))
+        pooling = Pooling(self.pool, self.prefix, self.first)
+        return run_blocks(self.blocks, x, readout, grid, pooling=pooling, rope=rope, proxy=proxy)
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+    @override
+    def encode_image(self, images: Tensor) -> Tensor:
         x, rope, _ = self.sequence(images)
         return self.pool(run_plain(self.blocks, x, rope=rope, first=self.first))
 
@@ -155,37 +133,35 @@ class BlockTower(ImageTower):
 class MapTower(ImageTower):
     """Towers that end in a map of features and have no attention that a readout could change."""
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, D, h, w] before the pooling."""
+    def features(self, images: Tensor) -> Tensor:
+        """Return the map [B, D, h, w] before the pooling."""
         raise NotImplementedError
 
-    def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """(1): the map [B, D, h, w] to the embeddings [B, E]."""
+    def pool(self, features: Tensor) -> Tensor:
+        """Make the embeddings [B, E] of (1) from the map [B, D, h, w]."""
         raise NotImplementedError
 
+    @override
     def encode(
-        self,
-        images: torch.Tensor,
-        readout: Readout = READOUTS["clip"],
-        proxy: ProxyFeatures | None = None,
-    ) -> Encoded:
+        self, images: Tensor, readout: Readout = CLIP, proxy: ProxyFeatures | None = None
+    ) -> PatchFeatures:
         self.check_readout(readout)
         self.check_size(images)
         x = self.features(images)
-        return Encoded(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]), self.pool(x))
+        return PatchFeatures(self.pool(x), x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
 
+    @override
     def check_readout(self, readout: Readout) -> None:
-        if readout != READOUTS["clip"]:
+        if readout != CLIP:
             names = [name for name, known in READOUTS.items() if known == readout]
             raise ValueError(
                 f"readout is {names[0] if names else readout!r} and the image tower is "
-                f"{self.kind}, whose last layers are no "
-                "attention over patches; expected 'clip'"
+                f"{self.kind}, whose last layers are no attention over patches; expected 'clip'"
             )
 
 
 def patch_size_of(size: int | Sequence[int]) -> int:
-    """The side of square patches."""
+    """Return the side of square patches in pixels."""
     side = [size, size] if isinstance(size, int) else list(size)
     if side[0] != side[1]:
         raise ValueError(f"the image tower has patches of {tuple(side)}; expected square ones")
@@ -193,20 +169,23 @@ def patch_size_of(size: int | Sequence[int]) -> int:
 
 
 def image_size_of(visual: Any) -> int:
+    """Return the shorter side in pixels of the pictures that open_clip's tower was made for."""
     size = visual.image_size
     return int(size if isinstance(size, int) else min(size))
 
 
 def timm_embed_dim(visual: Any) -> int:
-    """E of timm's tower: of open_clip's head, or of timm's own where that is the projection."""
+    """Return E of timm's tower: of open_clip's head, or of timm's own if that is the projection."""
     linear = [module for module in visual.head.modules() if isinstance(module, nn.Linear)]
-    return (
-        linear[-1].out_features if linear else visual.trunk.num_classes or visual.trunk.num_features
-    )
+    if linear:
+        return linear[-1].out_features
+    return visual.trunk.num_classes or visual.trunk.num_features
 
 
 class ClipVit(BlockTower):
-    """With x the tokens after the last block, class token first, and W the projection:
+    """open_clip's own ViT, pooled by class token, average or attention.
+
+    With x the tokens after the last block, class token first, and W the projection:
 
     =========================  ==============================  ===========================
     pooling                    embedding                       dense
@@ -234,12 +213,10 @@ class ClipVit(BlockTower):
             raise ValueError(
                 f"the image tower pools by {visual.pool_type!r}; expected 'tok', 'avg' or attention"
             )
-        self.first = 1 if visual.attn_pool is None and visual.pool_type == "tok" else None
-        self.pooling = (
-            "attention"
-            if visual.attn_pool is not None
-            else {"tok": "class token", "avg": "average"}[visual.pool_type]
-        )
+        self.pooling = {"tok": "class token", "avg": "average"}.get(visual.pool_type, "")
+        if visual.attn_pool is not None:
+            self.pooling = "attention"
+        self.first = 1 if self.pooling == "class token" else None
         self.kind = f"open_clip's ViT pooled by {self.pooling}"
         blocks = visual.transformer.resblocks
         if not isinstance(getattr(blocks[0], "attn", None), nn.MultiheadAttention):
@@ -249,106 +226,102 @@ class ClipVit(BlockTower):
         visual.transformer.resblocks = nn.ModuleList(
             ClipBlock(block, attention_backend) for block in blocks
         )
-        self.patch_size, self.image_size = patch_size_of(visual.patch_size), image_size_of(visual)
+        self.patch_size = patch_size_of(visual.patch_size)
+        self.image_size = image_size_of(visual)
         self.stride = self.step(stride)
-        self.token_dim, self.embed_dim = visual.conv1.out_channels, visual.output_dim
+        self.token_dim = visual.conv1.out_channels
+        self.embed_dim = visual.output_dim
 
     @property
+    @override
     def blocks(self) -> Sequence[AttentionBlock]:
         return self.visual.transformer.resblocks
 
-    def patches(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        """(patches [B, N, D], positions [1 + N, D] of this grid, grid)."""
+    def patches(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return (patches [B, N, D], positions [1 + N, D] of this grid, grid)."""
         self.check_size(images)
         visual = self.visual
         x = F.conv2d(images, visual.conv1.weight, visual.conv1.bias, stride=self.stride)
-        grid, trained = (x.shape[2], x.shape[3]), (visual.grid_size[0], visual.grid_size[1])
-        positions = resize_positions(
-            visual.positional_embedding,
-            trained,
-            grid,
-            antialias=self.antialias,
-            mode=self.interpolation,
-        )
+        grid = (x.shape[2], x.shape[3])
+        positions = self._positions(visual.positional_embedding, grid)
         return x.flatten(2).transpose(1, 2), positions, grid
 
+    def _positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        trained = (self.visual.grid_size[0], self.visual.grid_size[1])
+        return resize_positions(
+            table, trained, grid, antialias=self.antialias, mode=self.interpolation
+        )
+
     def set_image_size(self, size: int, interpolation: str) -> None:
-        """See ``ClipBackbone.set_image_size``."""
+        """Take pictures of another size, see ``ClipBackbone.set_image_size``."""
         if size < self.patch_size or size % self.patch_size:
             raise ValueError(
                 f"image_size is {size}; expected a multiple of the patch, {self.patch_size} pixels"
             )
-        self.interpolation, self.image_size, visual = interpolation, size, self.visual
-        side = size // self.patch_size
-        trained, grid = (visual.grid_size[0], visual.grid_size[1]), (side, side)
-        table = resize_positions(
-            visual.positional_embedding.detach(),
-            trained,
-            grid,
-            antialias=self.antialias,
-            mode=interpolation,
-        )
-        visual.positional_embedding = nn.Parameter(
-            table.clone(), requires_grad=visual.positional_embedding.requires_grad
-        )
-        visual.grid_size, visual.image_size = grid, (size, size)
+        self.interpolation = interpolation
+        self.image_size = size
+        visual = self.visual
+        grid = (size // self.patch_size, size // self.patch_size)
+        old = visual.positional_embedding
+        table = self._positions(old.detach(), grid).clone()
+        visual.positional_embedding = nn.Parameter(table, requires_grad=old.requires_grad)
+        visual.grid_size = grid
+        visual.image_size = (size, size)
 
     def tokens(
-        self, images: torch.Tensor, readout: Readout, proxy: ProxyFeatures | None
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        """(patches [B, N, D], class token [B, D], grid) after the last block, before the final
-        norm.
-        """
+        self, images: Tensor, readout: Readout, proxy: ProxyFeatures | None
+    ) -> PatchFeatures:
+        """Return class token [B, D] and patches after the last block, before the final norm."""
         x, _, grid = self.sequence(images)
-        read = run_blocks(self.blocks, x, readout, grid, proxy=proxy)
-        return read.patches, read.own[:, 0], read.grid
+        return run_blocks(self.blocks, x, readout, grid, proxy=proxy)
 
+    @override
     def sequence(
-        self, images: torch.Tensor, class_weight: float = 1.0
-    ) -> tuple[torch.Tensor, None, tuple[int, int]]:
+        self, images: Tensor, class_weight: float = 1.0
+    ) -> tuple[Tensor, None, tuple[int, int]]:
         x, positions, grid = self.patches(images)
         cls = (class_weight * self.visual.class_embedding).to(x.dtype)
         x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
         return self.visual.ln_pre(x), None, grid
 
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(patches [B, N, D] as the first block sees them, without the class token; grid)."""
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return (patches [B, N, D] for the first block, without the class token; grid)."""
         x, positions, grid = self.patches(images)
         return self.visual.ln_pre(x + positions[1:].to(x.dtype)), grid
 
-    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def pool(self, tokens: Tensor) -> Tensor:
         visual = self.visual
         if visual.attn_pool is not None:
             pooled = visual.ln_post(visual.attn_pool(tokens))
-            return self.project(
-                pooled[:, 0] if visual.pool_type == "tok" else pooled[:, 1:].mean(1)
-            )
+            first = visual.pool_type == "tok"
+            return self.project(pooled[:, 0] if first else pooled[:, 1:].mean(1))
         if visual.pool_type == "tok":
             return self.project(visual.ln_post(tokens[:, 0]))
         if visual.final_ln_after_pool:
             return self.project(visual.ln_post(tokens[:, 1:].mean(1)))
         return self.project(visual.ln_post(tokens[:, 1:]).mean(1))
 
-    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def dense(self, tokens: Tensor) -> Tensor:
         pool = self.visual.attn_pool
         if pool is not None:
             attn = pool.attn
-            weight = (
-                attn.in_proj_weight.chunk(3)[2]
-                if attn.in_proj_weight is not None
-                else attn.v_proj_weight
-            )
-            tokens = attn.out_proj(
-                F.linear(pool.ln_k(tokens), weight, attn.in_proj_bias.chunk(3)[2])
-            )
+            packed = attn.in_proj_weight
+            weight = attn.v_proj_weight if packed is None else packed.chunk(3)[2]
+            values = F.linear(pool.ln_k(tokens), weight, attn.in_proj_bias.chunk(3)[2])
+            tokens = attn.out_proj(values)
         return self.project(self.visual.ln_post(tokens))
 
-    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+    def project(self, tokens: Tensor) -> Tensor:
+        """Multiply by the projection W, where there is one."""
         return tokens if self.visual.proj is None else tokens @ self.visual.proj
 
 
 class FeatureMap(MapTower):
-    """With x the map before the pooling and W all that follows it, norms and MLPs included, timm's
+    """timm's convolutional towers, pooled by their average: ConvNeXt, FastViT.
+
+    With x the map before the pooling and W all that follows it, norms and MLPs included, timm's
     head, then open_clip's:
 
         embedding = W(mean_n(x_n))        dense = W(x_n)
@@ -360,44 +333,43 @@ class FeatureMap(MapTower):
     pooling = "average"
 
     def __init__(self, visual: Any, stride: int | None = None):
-        self.visual, trunk = visual, visual.trunk
+        trunk = visual.trunk
+        self.visual = visual
         self.kind = f"timm's {type(trunk).__name__}, convolutional"
         self.patch_size = int(trunk.feature_info[-1]["reduction"])
-        self.image_size, self.token_dim, self.embed_dim = (
-            image_size_of(visual),
-            trunk.num_features,
-            timm_embed_dim(visual),
-        )
+        self.image_size = image_size_of(visual)
+        self.token_dim = trunk.num_features
+        self.embed_dim = timm_embed_dim(visual)
         self.stride = self.step(stride)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    @override
+    def features(self, images: Tensor) -> Tensor:
         return self.visual.trunk.forward_features(images)
 
-    def pool(self, features: torch.Tensor) -> torch.Tensor:
+    @override
+    def pool(self, features: Tensor) -> Tensor:
         return self.visual.head(self.visual.trunk.forward_head(features))
 
-    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def dense(self, tokens: Tensor) -> Tensor:
         return self.pool(tokens.flatten(0, 1)[..., None, None]).unflatten(0, tokens.shape[:2])
 
 
 def is_feature_map(visual: Any) -> bool:
-    """Whether the tower ends in a map [B, D, h, w] that timm's head averages before all else."""
-    trunk = visual.trunk
-    pool = getattr(getattr(trunk, "head", None), "global_pool", None)
-    averaged = (
-        getattr(pool, "pool_type", None) in ("avg", "fast", "fastavg")
-        and getattr(trunk.head, "input_fmt", "NCHW") == "NCHW"
-    )
-    return (
-        averaged
-        and isinstance(visual.head, nn.Sequential)
-        and "pool" not in dict(visual.head.named_children())
-    )
+    """Return whether the tower ends in a map [B, D, h, w] that timm's head averages first."""
+    head = getattr(visual.trunk, "head", None)
+    kind = getattr(getattr(head, "global_pool", None), "pool_type", None)
+    if kind not in ("avg", "fast", "fastavg") or getattr(head, "input_fmt", "NCHW") != "NCHW":
+        return False
+    after = visual.head
+    return isinstance(after, nn.Sequential) and "pool" not in dict(after.named_children())
 
 
 class ClipResNet(MapTower):
-    """With x the last map, p the pool's positions, Q, K, V and C its projections, and x_0 the mean
-    of the patches:
+    """CLIP's ResNet, with attention pooling.
+
+    With x the last map, p the pool's positions, Q, K, V and C its projections, and x_0 the mean of
+    the patches:
 
         embedding = C attention(Q (x_0 + p_0), K (x + p), V (x + p))        dense = C V x_n
 
@@ -411,22 +383,23 @@ class ClipResNet(MapTower):
 
     def __init__(self, visual: Any, stride: int | None = None):
         self.visual = visual
-        self.image_size, self.token_dim, self.embed_dim = (
-            image_size_of(visual),
-            visual.attnpool.v_proj.in_features,
-            visual.output_dim,
-        )
+        self.image_size = image_size_of(visual)
+        self.token_dim = visual.attnpool.v_proj.in_features
+        self.embed_dim = visual.output_dim
         self.stride = self.step(stride)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    @override
+    def features(self, images: Tensor) -> Tensor:
         visual = self.visual
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(images)))))
 
-    def pool(self, features: torch.Tensor) -> torch.Tensor:
-        pool, grid = self.visual.attnpool, (features.shape[2], features.shape[3])
-        trained = self.image_size // self.patch_size
+    @override
+    def pool(self, features: Tensor) -> Tensor:
+        pool = self.visual.attnpool
+        side = self.image_size // self.patch_size
+        grid = (features.shape[2], features.shape[3])
         positions = resize_positions(
-            pool.positional_embedding, (trained, trained), grid, antialias=self.antialias
+            pool.positional_embedding, (side, side), grid, antialias=self.antialias
         )
         x = features.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + positions.to(x.dtype)
@@ -436,6 +409,7 @@ class ClipResNet(MapTower):
         )
         return pool.c_proj(attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
 
-    def dense(self, tokens: torch.Tensor) -> torch.Tensor:
+    @override
+    def dense(self, tokens: Tensor) -> Tensor:
         pool = self.visual.attnpool
         return pool.c_proj(pool.v_proj(tokens))

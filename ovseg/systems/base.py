@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,15 +18,17 @@ from ..data.images import read_image, to_tensor
 from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
 from ..errors import ConfigError, InputError
-from ..nn.backbone import ClipBackbone, Tokenizer, build_backbone
+from ..nn.backbone import ClipBackbone, Tokenizer
+from ..nn.features import GroupFeatures as GroupFeatures
+from ..nn.features import PatchFeatures
 from ..progress import bar
 from ..weights.published import Published
+from .backbones import build_backbone
 from .checks import check_compared, check_ids, check_pixels, check_reading
 
 _TEXTS_AT_ONCE = 256
 _BACKBONE = "backbone."  # of the names of its tensors
 MAX_SCALE = 100.0  # CLIP clips its logit scale there
-_F = TypeVar("_F", bound="PatchFeatures")
 
 
 @dataclass(frozen=True)
@@ -47,51 +49,6 @@ class ModelSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     stride: int | None = None
-
-
-@dataclass
-class PatchFeatures:
-    """What ``encode_image`` returns.
-
-    Attributes:
-        embedding: [B, E], one vector an image.
-        tokens: [B, L, E], one vector a patch, row-major over ``grid``, in the space of the texts,
-            not normalised.
-        grid: (h, w).
-    """
-
-    embedding: torch.Tensor
-    tokens: torch.Tensor
-    grid: tuple[int, int]
-
-    @classmethod
-    def concatenate(cls: type[_F], parts: Sequence[_F]) -> _F:
-        """The images of all parts, which have one grid."""
-        names = [f.name for f in fields(parts[0]) if f.name != "grid"]
-        return type(parts[0])(
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
-            grid=parts[0].grid,
-        )
-
-    def select(self: _F, rows: slice) -> _F:
-        """Some of the images."""
-        names = [f.name for f in fields(self) if f.name != "grid"]
-        return type(self)(**{name: getattr(self, name)[rows] for name in names}, grid=self.grid)
-
-
-@dataclass
-class GroupFeatures(PatchFeatures):
-    """Of systems that gather patches in groups; a patch's token is that of its group.
-
-    Attributes:
-        groups: [B, G, E].
-        index: [B, L], the group of each patch.
-        soft: [B, G, L], its shares.
-    """
-
-    groups: torch.Tensor
-    index: torch.Tensor
-    soft: torch.Tensor
 
 
 @dataclass

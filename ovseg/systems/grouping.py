@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from ..data.batches import PairBatch
-from ..nn.grouping import GroupingViT
-from ..nn.grouping_towers import GroupingBackbone, Projector
+from ..nn.grouping_towers import GroupingBackbone, GroupingViT, Projector
 from ..nn.text import PackedText
 from ..weights.published import State
 from .base import GroupFeatures, OVSegModel, SystemOptions

@@ -22,10 +22,10 @@ import yaml
 from torch import nn
 
 from ..errors import ConfigError, first_line
-from ..nn.backbone import BACKBONES
 from ..nn.clip_architectures import architectures, import_open_clip, supported
 from ..options import options_of, unknown_key
 from ..registration import Registry, folders
+from .backbones import BACKBONES
 from .base import OVSegModel
 
 MOST = 1_000_000  # of any number: words of a vocabulary

@@ -10,8 +10,8 @@ from PIL import Image
 from processor_time import processor_seconds
 from safetensors.torch import save_file
 
+from ovseg.cli.built_in import built_in
 from ovseg.cli.main import VERBS, main
-from ovseg.cli.options import built_in
 from ovseg.data.scenes import Scenes
 from ovseg.inference.segmentation import colour
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ovseg.data.batches import Batch, PairBatch
 from ovseg.data.sources import ModelInputs
-from ovseg.nn.tiny import WordTokenizer
+from ovseg.data.words import WordTokenizer
 
 INPUTS = ModelInputs(48, 4, WordTokenizer(), (0.5, 0.25, 0.0))
 

@@ -31,8 +31,8 @@ from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.data.superpixels import patch_labels, write_superpixels
 from ovseg.data.transforms import PairAugment
+from ovseg.data.words import END, UNKNOWN, WordTokenizer
 from ovseg.errors import ConfigError, DataError
-from ovseg.nn.tiny import END, UNKNOWN, WordTokenizer
 
 
 def batch_of(source, indices, seed=0):
@@ -404,7 +404,7 @@ def test_inputs_of_a_model():
 def test_torchvision_is_not_needed_for_scenes():
     code = ("import sys; sys.modules['torchvision'] = None\n"
             "import ovseg.data.loader, ovseg.data.sources as s\n"
-            "from ovseg.nn.tiny import WordTokenizer\n"
+            "from ovseg.data.words import WordTokenizer\n"
             "inputs = s.ModelInputs(48, 4, WordTokenizer())\n"
             "tree = {'kind': 'scenes', 'style': 'shapes', 'train_size': 4, 'superpixels': True}\n"
             "source = s.create_source(s.load_options(tree), inputs)\n"

@@ -21,8 +21,8 @@ from ovseg.data.loader import Loader
 from ovseg.data.sampling import generator
 from ovseg.data.sources import ModelInputs, create_source, load_options
 from ovseg.data.sources.base import countable_pairs
+from ovseg.data.words import WordTokenizer
 from ovseg.errors import ConfigError, DataError, InputError
-from ovseg.nn.tiny import WordTokenizer
 from ovseg.systems.objective import Progress, create_objective
 
 EVERYDAY = load_entities("everyday")

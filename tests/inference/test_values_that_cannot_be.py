@@ -12,12 +12,12 @@ from PIL import Image
 
 import ovseg
 from ovseg.cli.main import main
+from ovseg.data.words import WordTokenizer
 from ovseg.errors import InputError
 from ovseg.inference import GroupTables, PatchArgmax, Queries, View
 from ovseg.inference.rules import rule, rule_names
-from ovseg.nn.open_clip import ClipTokenizer
-from ovseg.nn.tiny import WordTokenizer
 from ovseg.systems.checks import check_reading
+from ovseg.weights.tokenizers import ClipTokenizer
 
 VALUES = (View, *(rule(name) for name in rule_names()))
 BESIDE = {"stride": {"crop": 64}, "background_entropy": {"scale": 40.0}}  # what an option needs

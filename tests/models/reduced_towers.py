@@ -124,11 +124,11 @@ def lively(module):
 
 def twins(name, **beside):
     """(our backbone, open_clip's own module with the same weights), both at the reduced size."""
-    from ovseg.nn.open_clip import OpenClipBackbone
+    from ovseg.systems.backbones import build_backbone
 
     with reduced(name, **beside):
         theirs = lively(open_clip.create_model(name, pretrained_text=False)).eval()
-        ours = OpenClipBackbone(name).eval()
+        ours = build_backbone("open_clip", architecture=name).eval()
     state = {key: copy.copy(value) for key, value in theirs.state_dict().items() if not key.startswith("text_decoder.")}
     ours.clip.load_state_dict(state)
     return ours, theirs

@@ -83,8 +83,7 @@ def test_a_folder_cannot_ask_for_its_code_to_be_run(tmp_path, monkeypatch):
     """transformers asks on the terminal unless it is told; a configuration must not tell it
     either."""
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from ovseg.nn.open_clip import ClipTokenizer
-    from ovseg.weights.tokenizers import clip_tokenizer
+    from ovseg.weights.tokenizers import ClipTokenizer, clip_tokenizer
 
     ran = tmp_path / "ran"
     (tmp_path / "words.py").write_text(f"open({str(ran)!r}, 'w')\nclass Words: pass\n")

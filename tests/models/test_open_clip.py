@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import ovseg
 from ovseg.data.batches import PairBatch
 from ovseg.data.templates import templates
-from ovseg.nn.open_clip import OpenClipBackbone
+from ovseg.systems.backbones import build_backbone
 from ovseg.systems.objective import create_objective
 
 
@@ -48,7 +48,7 @@ def test_tokens_are_open_clips_and_the_tap_is_ours(model, theirs):
         visual.output_tokens = False
     distance = [float((tokens - x.tokens).abs().max()) for x in (before, after)]
     assert min(distance) < 1e-4
-    assert after.grid == (14, 14) and after.cls.shape == (1, 768)
+    assert after.grid == (14, 14) and after.embedding.shape == (1, 768)
 
 
 @torch.no_grad()
@@ -86,11 +86,11 @@ def test_labels_are_averaged_over_templates(model):
 
 def test_unsupported_architectures_say_so():
     with pytest.raises(ValueError, match="architecture is 'ViT-X'"):
-        OpenClipBackbone("ViT-X")
+        build_backbone("open_clip", architecture="ViT-X")
     with pytest.raises(ValueError, match="VisionTransformerRelPos, whose tables of relative positions are those of one picture size"):
-        OpenClipBackbone("vit_relpos_medium_patch16_cls_224")
+        build_backbone("open_clip", architecture="vit_relpos_medium_patch16_cls_224")
     with pytest.raises(ValueError, match="stride is 32; expected 1 to 16"):
-        OpenClipBackbone("ViT-B-16", stride=32)
+        build_backbone("open_clip", architecture="ViT-B-16", stride=32)
 
 
 @pytest.mark.parametrize("value,message", [

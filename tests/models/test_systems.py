@@ -169,7 +169,7 @@ THROW_AWAY = '''
 
         def encode_image(self, images):
             patches, project = self.backbone.encode_patches(images), self.backbone.project
-            return PatchFeatures(project(patches.cls), project(patches.tokens) + self.options.shift, patches.grid)
+            return PatchFeatures(project(patches.embedding), project(patches.tokens) + self.options.shift, patches.grid)
 '''
 
 

@@ -12,9 +12,10 @@ import ovseg
 from ovseg.data.batches import PairBatch
 from ovseg.errors import InputError
 from ovseg.nn import clip_architectures
-from ovseg.nn.open_clip import ClipTokenizer, OpenClipBackbone
 from ovseg.nn.readout import READOUTS
+from ovseg.systems.backbones import build_backbone
 from ovseg.systems.objective import create_objective
+from ovseg.weights.tokenizers import ClipTokenizer
 
 FIRST = list({key(name): name for name in reversed(open_clip.list_models())}.values())  # one of each that differ at the reduced size
 NOT = ("swin_base_patch4_window7_224", "vit_relpos_medium_patch16_cls_224")
@@ -77,9 +78,9 @@ def test_overlapping_patches(name):
     with reduced(name):
         if not plain.tower.overlaps:
             with pytest.raises(ValueError, match=rf"stride is {step} and the image tower is .*; expected None: a smaller step needs"):
-                OpenClipBackbone(name, stride=step)
+                build_backbone("open_clip", architecture=name, stride=step)
             return
-        fine = OpenClipBackbone(name, stride=step).eval()
+        fine = build_backbone("open_clip", architecture=name, stride=step).eval()
     fine.load_state_dict(plain.state_dict())
     images = torch.randn(1, 3, plain.image_size, plain.image_size + plain.patch_size)
     side = 2 * plain.image_size // plain.patch_size - 1
@@ -110,7 +111,7 @@ def all_alike(backbone, image):
 @torch.no_grad()
 def test_a_picture_of_one_colour_is_its_patches(head):
     with reduced(HEADS[head]):
-        backbone = lively(OpenClipBackbone(HEADS[head])).eval()
+        backbone = lively(build_backbone("open_clip", architecture=HEADS[head])).eval()
     image = torch.tensor([0.3, -1.0, 0.7])[:, None, None].expand(1, 3, backbone.image_size, backbone.image_size)
     all_alike(backbone, image)
     found = backbone.encode_dense(image)
@@ -175,7 +176,7 @@ def test_what_the_model_says_of_itself():
         assert build("PE-Core-B-16").tokenizer(["a cat"]).shape == (1, 32)
     small = {"embed_dim": 32, "vision_cfg": {"image_size": 48, "layers": 1, "width": 64, "patch_size": 16},
              "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}}
-    assert OpenClipBackbone(small).tokenizer(["a cat"]).shape == (1, 12)
+    assert build_backbone("open_clip", architecture=small).tokenizer(["a cat"]).shape == (1, 12)
 
 
 def test_what_must_be_downloaded_says_so(monkeypatch):
@@ -183,7 +184,7 @@ def test_what_must_be_downloaded_says_so(monkeypatch):
     with pytest.raises(InputError, match=r"the tokenizer of 'ViT-B-16-SigLIP' cannot be loaded .* expected a connection"):
         ClipTokenizer("ViT-B-16-SigLIP")(["a cat"])
     with pytest.raises(InputError, match=r"the text tower's configuration of 'roberta-ViT-B-32' cannot be loaded .* expected a connection"):
-        OpenClipBackbone("roberta-ViT-B-32")
+        build_backbone("open_clip", architecture="roberta-ViT-B-32")
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "PE-Core-B-16", "coca_ViT-B-32", "ViT-L-14-CLIPA", "convnext_base", "RN50"])

@@ -9,8 +9,8 @@ import open_clip
 sys.path.insert(0, str(Path(__file__).parent))
 from reduced_towers import key, reduced
 
-from ovseg.nn.open_clip import OpenClipBackbone
 from ovseg.nn.readout import READOUTS, Readout
+from ovseg.systems.backbones import build_backbone
 
 PAGE = Path(__file__).parents[2] / "docs" / "towers.md"
 BEGIN, END = "<!-- the table, written by tests/models/towers_table.py -->\n", "<!-- end of the table -->"
@@ -23,7 +23,7 @@ def build(name):
     if same not in _built:
         try:
             with reduced(name):
-                _built[same] = OpenClipBackbone(name).eval()
+                _built[same] = build_backbone("open_clip", architecture=name).eval()
         except ValueError as error:
             _built[same] = error
     return _built[same]

@@ -110,8 +110,7 @@ class ClipDense(OVSegModel):
 
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
         check_images(images, self)
-        found = self.backbone.encode_dense(images, self.readout, self._seen_by_proxy(images))
-        return PatchFeatures(found.embedding, found.tokens, found.grid)
+        return self.backbone.encode_dense(images, self.readout, self._seen_by_proxy(images))
 
     def _seen_by_proxy(self, images: torch.Tensor) -> ProxyFeatures | None:
         if not self.readout.proxy or self.proxy is None:

@@ -137,6 +137,7 @@ class MGCA(FrozenClipModel):
                 "the image tower has no blocks; expected at least one, whose form the readout "
                 "changes"
             )
+        self.readout = READOUTS[options.readout]
         self.decoder = LightDecoder(
             self.backbone.embed_dim, options.hidden, options.layers, options.doublings
         )
@@ -173,7 +174,7 @@ class MGCA(FrozenClipModel):
         """
         check_images(images, self)
         with torch.no_grad():
-            found = self.backbone.encode_dense(images, READOUTS[self.options.readout])
+            found = self.backbone.encode_dense(images, self.readout)
         tokens, grid = self.decoder(found.tokens, found.grid)
         return PatchFeatures(found.embedding, tokens, grid)
 

@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ...nn.grouping import CrossBlock, GroupingViT, Projections
-from ...nn.grouping_towers import Projector
+from ...nn.grouping import CrossBlock, Projections
+from ...nn.grouping_towers import GroupingViT, Projector
 from ...nn.vit_blocks import VitBlock
 from ...weights.hub import PREFIX, fetch
 from ...weights.pickles import read_published

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 
 from ...errors import CheckpointError
-from ...nn.grouping import GroupingViT
+from ...nn.grouping_towers import GroupingViT
 from ...weights.files import check_numbers
 from ...weights.published import Published, State
 from ..grouping import convolutions, linear
