@@ -26,7 +26,7 @@ from .backbone import ClipBackbone
 from .blocks import AttentionBlock
 from .grouping import GroupingViT, VisionGroups
 from .tensors import at_least_float32
-from .text import build_text
+from .text import build_text, complete_text
 from .vit_blocks import resize_positions
 
 
@@ -137,6 +137,10 @@ class GroupingOptions:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     text: dict[str, Any] = field(default_factory=lambda: {"kind": "clip"})
+
+    def complete(self) -> None:
+        """Give the text tower the options that it lacks."""
+        self.text = complete_text(**self.text)
 
 
 class GroupingBackbone(ClipBackbone):

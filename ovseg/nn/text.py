@@ -238,6 +238,11 @@ TEXTS: Registry[Any] = Registry(
 )
 
 
+def complete_text(kind: str = "clip", **options: Any) -> dict[str, Any]:
+    """Return kind and options of a text tower, those that are not given too."""
+    return {"kind": kind, **asdict(options_of(TEXTS[kind].Options, options, "text"))}
+
+
 def build_text(kind: str = "clip", **options: Any) -> PackedText:
     """Build a text tower of random weights, or with those that its options name."""
     text = TEXTS[kind]
