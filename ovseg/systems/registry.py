@@ -28,8 +28,6 @@ from .sizes import MOST_PARAMETERS, check_sizes
 
 CLIP_SYSTEM = "clip_dense"  # what segments with a CLIP as it is
 SYSTEMS: Registry[Any] = Registry("system", lambda: folders(__package__))
-# Presets, as mappings with a "system"; and functions, which callers have registered.
-MODELS: Registry[Any] = Registry("model", lambda: table(presets()))
 _WEIGHTS = ("clip", "dino", "weights")  # options that name some
 
 
@@ -57,6 +55,10 @@ def presets() -> dict[str, dict[str, Any]]:
                 raise ConfigError(f"{path} has {name}, a preset of {found[name]['system']} already")
             found[name] = {"system": system, **preset}
     return found
+
+
+# Presets, as mappings with a "system"; and functions, which callers have registered.
+MODELS: Registry[Any] = Registry("model", lambda: table(presets()))
 
 
 def system_type(system: str) -> type[OVSegModel]:
