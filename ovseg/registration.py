@@ -1,5 +1,4 @@
-"""Extension points, all found one way: by the name of a file or a folder, or registered by a
-caller.
+"""Extension points, all found one way: by the name of a file or folder, or as a caller registers.
 
 A ``Registry`` maps names to what they stand for. What the package itself holds is found where it
 lies: a module or a folder of a package, a YAML file of a folder. A caller adds to it with
@@ -10,7 +9,7 @@ same sentence, with the closest name that exists.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -19,39 +18,40 @@ from typing import Any, Generic, TypeVar
 from .errors import ConfigError
 
 T = TypeVar("T")
-Found = Mapping[str, Callable[[], Any]]  # name -> what loads it
+Found = Mapping[str, Callable[[], Any]]  # name -> what loads the entry
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """What stands behind the names of one extension point.
+    """A mapping of the names of one extension point to what stands behind them.
 
     Args:
         what: the argument or key that names an entry, for messages: "data.kind".
-        find: lists what the package holds.
+        find: lists what the package holds; it is called whenever that is asked for.
         error: the class of the error for an unknown name.
     """
 
     def __init__(self, what: str, find: Callable[[], Found], error: type[Exception] = ConfigError):
-        self.what, self.error = what, error
+        self.what = what
+        self.error = error
         self._find = find
         self._added: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> T:
         if name in self._added:
             return self._added[name]
-        load = self._own().get(name) if isinstance(name, str) else None
-        if load is not None:
-            return load()
-        raise self.error(self.unknown(name))
+        load = self._find().get(name) if isinstance(name, str) else None
+        if load is None:
+            raise self.error(self.unknown(name))
+        return load()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({*self._own(), *self._added}))
+        return iter(sorted({*self._find(), *self._added}))
 
     def __len__(self) -> int:
-        return len({*self._own(), *self._added})
+        return len({*self._find(), *self._added})
 
     def __contains__(self, name: object) -> bool:
-        return name in self._added or name in self._own()
+        return isinstance(name, str) and (name in self._added or name in self._find())
 
     def unknown(self, name: Any) -> str:
         """Return the sentence for a name that does not exist."""
@@ -61,7 +61,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"{self.what} is {name!r}; expected one of {known}{hint}"
 
     def register(self, name: str, value: T, *, override: bool = False) -> T:
-        """Add ``value`` under ``name``, for this process.
+        """Add ``value`` under ``name``, for this process, and return it.
 
         Raises:
             ValueError: if the name stands for something already, unless ``override``.
@@ -74,22 +74,17 @@ class Registry(Mapping[str, T], Generic[T]):
         return value
 
     def unregister(self, name: str) -> None:
-        """Take back what ``register`` added."""
+        """Take back what ``register`` added; what the package holds under the name is back."""
         del self._added[name]
 
-    def _own(self) -> Found:
-        return self._find()
 
-
-def modules(
-    package: str, attribute: str | None = None, *, leave_out: Iterable[str] = ("base",)
-) -> Found:
-    """Find the modules of a package; each stands for its ``attribute``, or for itself."""
-    return _inside(package, attribute, lambda info: not info.ispkg and info.name not in leave_out)
+def modules(package: str, attribute: str | None = None) -> Found:
+    """Find the modules of a package but ``base``; each stands for its ``attribute``, or itself."""
+    return _inside(package, attribute, lambda info: not info.ispkg and info.name != "base")
 
 
 def folders(package: str, attribute: str | None = None) -> Found:
-    """Find the folders of a package that are packages themselves, likewise."""
+    """Find the packages inside a package; each stands for its ``attribute``, or itself."""
     return _inside(package, attribute, lambda info: info.ispkg)
 
 
@@ -104,8 +99,8 @@ def table(entries: Mapping[str, Any]) -> Found:
 
 
 def yaml_files(*places: Path) -> Found:
-    """Find the ``.yaml`` files of folders, some of which need not exist; each stands for its path."""
-    return {path.stem: _constant(path) for place in places for path in place.glob("*.yaml")}
+    """Find the ``.yaml`` files of folders, which need not exist; each stands for its path."""
+    return table({path.stem: path for place in places for path in place.glob("*.yaml")})
 
 
 def _inside(package: str, attribute: str | None, wanted: Callable[[Any], bool]) -> Found:

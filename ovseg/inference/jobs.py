@@ -14,6 +14,7 @@ import torch
 from ..data.file_types import JOURNAL
 from ..paths import no_file
 from ..text_files import records_of
+from ..weights.files import bytes_of
 from .sources import Source
 
 
@@ -85,8 +86,5 @@ def fingerprint(model: torch.nn.Module) -> str:
     value = 0
     for name, tensor in sorted(model.state_dict().items()):
         value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
-            value,
-        )
+        value = zlib.crc32(bytes_of(tensor), value)
     return f"{value:08x}"

@@ -37,7 +37,7 @@ from ..nn.tensors import Version, autocast_type, upload
 from ..paths import cache_folder
 from ..systems import OVSegModel
 from ..systems.checks import check_reading
-from ..weights.files import load_tensors, save_tensors
+from ..weights.files import hash_tensors, load_tensors, save_tensors
 from .fields import one_of, option
 
 _FEW = 1_000_000  # parameters of a text tower that is not worth a file
@@ -102,13 +102,9 @@ def _weights_hash(model: OVSegModel) -> str:
     parameters = model.text_parameters()
     version, value = _HASHES.get(model, (None, ""))
     if version is None or not version.holds(parameters):
-        version, digest = Version(parameters), hashlib.blake2b(digest_size=20)
-        for parameter in parameters:
-            digest.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(
-                parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            )
-        value = digest.hexdigest()
+        version = Version(parameters)
+        heads = (f"{p.dtype} {tuple(p.shape)}" for p in parameters)
+        value = hash_tensors(zip(heads, parameters, strict=True), size=20)
         _HASHES[model] = (version, value)
     return value
 

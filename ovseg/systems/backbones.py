@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ..bounds import bounded
@@ -102,6 +102,16 @@ def build_backbone(kind: str, **options: Any) -> ClipBackbone:
     return found.build(options_of(found.Options, options, "backbone"))
 
 
+def complete_backbone(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return kind and options of a backbone, those that are not given too, its text tower's as well."""
+    options = dict(given)
+    kind = options.pop("kind", None)
+    found = asdict(options_of(BACKBONES[kind].Options, options, "backbone"))
+    if "text" in found:
+        found["text"] = complete_text(**found["text"])
+    return {"kind": kind, **found}
+
+
 def _bert(o: BertOptions) -> Bert:
     tower = Bert(o, BertTokenizer(o.tokenizer, o.context_length))
     if o.weights is not None:
@@ -137,3 +147,8 @@ def build_text(kind: str = "clip", **options: Any) -> PackedText:
     """Build a text tower of random weights, or with those that its options name."""
     found = TEXTS[kind]
     return found.build(options_of(found.Options, options, "text"))
+
+
+def complete_text(kind: str = "clip", **options: Any) -> dict[str, Any]:
+    """Return kind and options of a text tower, those that are not given too."""
+    return {"kind": kind, **asdict(options_of(TEXTS[kind].Options, options, "text"))}

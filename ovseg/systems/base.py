@@ -1,6 +1,4 @@
-"""The contract of a system: encode pictures, encode texts, compare them, and say how it is seen,
-labelled and trained.
-"""
+"""The contract of a system: encode pictures and texts, compare them, and say what is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from ..nn.features import GroupFeatures as GroupFeatures
 from ..nn.features import PatchFeatures
 from ..progress import bar
 from ..weights.published import Published
-from .backbones import build_backbone
+from .backbones import build_backbone, complete_backbone
 from .checks import check_compared, check_ids, check_pixels, check_reading
 
 _TEXTS_AT_ONCE = 256
@@ -53,14 +51,14 @@ class ModelSpec:
 
 @dataclass
 class SystemOptions:
-    """Base of the systems' options; presets and ``create_model`` set them.
+    """Options that all systems have; presets and ``create_model`` set them.
 
     Attributes:
+        moved: names of earlier versions -> what stands for them now, for the message where one is
+            given.
         backbone: its kind and options.
         templates: prompt templates that ``encode_labels`` uses by default.
         trained: the parts that are trained, of those that the system's ``parts`` names.
-        moved: names of earlier versions -> what stands for them now, for the message where one is
-            given.
     """
 
     moved: ClassVar[dict[str, str]] = {}
@@ -71,33 +69,42 @@ class SystemOptions:
 
     @classmethod
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Options of a saved folder, under names of earlier versions, to the present ones.
+        """Bring options of a saved folder from the names of earlier versions to those of today.
 
         What is asked for today is never renamed.
         """
         return options
 
+    def complete(self) -> None:
+        """Give the options of parts, which are mappings, those that they lack.
+
+        A saved folder is then independent of defaults that change later.
+        """
+        self.backbone = complete_backbone(self.backbone)
+
 
 class OVSegModel(nn.Module):
     """Base of the systems.
 
-    A system defines ``encode_image``, ``similarity``, ``parts`` and, if it differs,
-    ``segment_logits``.
+    A system defines ``encode_image`` and ``parts``, and what differs of ``similarity``,
+    ``segment_logits`` and ``parameter_groups``.
 
     Attributes:
-        name: registry name, set by ``create_model``.
-        config: the options that built it, saved beside the weights.
         Options: dataclass of the system's options.
-        decision: name of its rule of labelling, a file of ``inference/decisions``.
-        objective: name of what trains it, a file of ``objectives``.
+        decision: name of its rule of labelling, a file of ``inference/rules``.
+        objective: name of what trains it, a system.
         published: the layout of published checkpoints, or None.
         published_marks: beginnings of names that only such checkpoints hold, told without a model.
         model_types: what transformers calls the model, where it has it -> the preset that a folder
             of it is built on.
         starting_options: options that only say what to begin with: a saved folder, which holds all
-            weights, leaves them out.
+            weights, does not.
         training_only: beginnings of the names of tensors that a saved folder may hold beside those
             of a model built without them.
+        name: registry name, set by ``create_model``.
+        system: the folder of its system, set likewise; None where a registered function built it.
+        config: all options that it was built with, those of its backbone included; for a function,
+            its arguments. A saved folder holds them beside the weights.
         source: where its weights come from, as ``from_pretrained`` or a tag names it; None for
             random weights.
     """
@@ -112,55 +119,28 @@ class OVSegModel(nn.Module):
     training_only: ClassVar[tuple[str, ...]] = ()
     backbone: ClipBackbone
     name: str = ""
+    system: str | None = None
     source: str | None = None
     config: dict[str, Any]
     templates: str
 
     def __init__(self, options: SystemOptions):
         super().__init__()
-        self.options, self.templates, self.config = options, options.templates, {}
+        self.options = options
+        self.templates = options.templates
+        self.config = {}
         self.backbone = build_backbone(**options.backbone)
 
     @classmethod
     def folder_options(cls, folder: Path) -> dict[str, Any]:
-        """The options of a folder of transformers that holds one of ``model_types``."""
+        """Read the options of a folder of transformers that holds one of ``model_types``."""
         raise NotImplementedError
 
-    def forward(self, images: torch.Tensor) -> PatchFeatures:
-        """``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""
-        return self.encode_image(images)
-
-    def encode_image(self, images: torch.Tensor) -> PatchFeatures:
-        """Features of ``images`` [B, 3, H, W], normalised by ``normalize``."""
-        raise NotImplementedError
-
-    def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
-        """Image-level similarity [B, T] with text embeddings [T, E]; classifies without training."""
-        check_compared(images, texts, PatchFeatures)
-        features = self(images) if isinstance(images, torch.Tensor) else images
-        return (
-            F.normalize(features.embedding, dim=-1)
-            @ F.normalize(texts.to(features.embedding.dtype), dim=-1).T
-        )
-
-    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Text embeddings [T, E], not normalised; ``token_ids`` on the CPU, which is cheaper, or on
-        the model's device.
-        """
-        check_ids(token_ids, self)
-        return self.backbone.encode_text(token_ids)
-
-    def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
-        """Cosine of every patch with every text: [B, C, h, w] at the resolution of the tokens."""
-        check_compared(features, texts, PatchFeatures, encoded=True)
-        s = (
-            F.normalize(features.tokens, dim=-1)
-            @ F.normalize(texts.to(features.tokens.dtype), dim=-1).T
-        )
-        return s.transpose(1, 2).unflatten(2, features.grid)
+    # Pictures.
 
     @property
     def spec(self) -> ModelSpec:
+        """What a picture must look like."""
         b = self.backbone
         return ModelSpec(
             b.image_size,
@@ -171,51 +151,70 @@ class OVSegModel(nn.Module):
             getattr(b, "stride", None),
         )
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Texts to token ids [T, L]; ``unknown(text)``, where there is one, lists the words it does
-        not know.
-        """
-        return self.backbone.tokenizer
-
-    @property
-    def logit_scale(self) -> torch.Tensor:
-        """What cosines are multiplied by before a softmax, at most 100; a 0-dim tensor with its
-        gradient.
-        """
-        return self.backbone.logit_scale.exp().clamp(max=MAX_SCALE)
-
-    @torch.no_grad()
-    def limit_logit_scale(self) -> None:
-        """Hold the parameter itself below log 100, as published training does after every step."""
-        self.backbone.logit_scale.clamp_(max=math.log(MAX_SCALE))
-
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """RGB [B, 3, H, W], uint8 or floats in 0..1, to what ``encode_image`` takes, in the model's
-        dtype.
-        """
-        check_pixels(pixels)
-        pixels, spec = pixels / 255 if pixels.dtype == torch.uint8 else pixels, self.spec
-        mean, std = (
-            [torch.full((), x, device=pixels.device, dtype=pixels.dtype) for x in row]
-            for row in (spec.mean, spec.std)
-        )
-        normal = (pixels - torch.stack(mean)[:, None, None]) / torch.stack(std)[:, None, None]
-        return normal.to(next(self.parameters()).dtype)
-
     def preprocess(self, picture: Any) -> torch.Tensor:
-        """One picture (path, bytes, PIL image, array, tensor) to [3, S, S] for ``encode_image``, as
-        open_clip does it: the short side resized to S = ``spec.image_size``, the middle cut out,
-        normalised. ``Predictor`` keeps whole pictures instead.
+        """Turn one picture into [3, S, S] for ``encode_image``, as open_clip does it.
+
+        The short side is resized to S = ``spec.image_size``, the middle cut out and normalised.
+        ``Predictor`` keeps whole pictures instead.
+
+        Args:
+            picture: a path, bytes, a PIL image, an array or a tensor.
         """
-        image, side = read_image(picture), self.spec.image_size
+        image = read_image(picture)
+        side = self.spec.image_size
         factor = side / min(image.size)
         image = image.resize([max(side, round(n * factor)) for n in image.size], 3)  # bicubic
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left = (image.width - side) // 2
+        top = (image.height - side) // 2
         pixels = to_tensor(image.crop((left, top, left + side, top + side)))
         return self.normalize(pixels[None].to(next(self.parameters()).device))[0]
 
-    @torch.no_grad()
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn RGB [B, 3, H, W], uint8 or floats in 0..1, into what ``encode_image`` takes."""
+        check_pixels(pixels)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels / 255
+        # Made on the device: a tensor from a list would be copied to it, which waits.
+        mean, std = (
+            torch.stack([pixels.new_full((), x) for x in row])[:, None, None]
+            for row in (self.spec.mean, self.spec.std)
+        )
+        return ((pixels - mean) / std).to(next(self.parameters()).dtype)
+
+    def forward(self, images: torch.Tensor) -> PatchFeatures:
+        """Call ``encode_image``: what hooks, ``torch.compile`` and wrappers of modules see."""
+        return self.encode_image(images)
+
+    def encode_image(self, images: torch.Tensor) -> PatchFeatures:
+        """Return the features of ``images`` [B, 3, H, W], normalised by ``normalize``."""
+        raise NotImplementedError
+
+    def image_state(self) -> tuple[list[torch.Tensor], Any]:
+        """Return what ``encode_image`` depends on: tensors, and whatever else.
+
+        Features are stale once one of them has changed.
+        """
+        return [*self.parameters(), *self.buffers()], None
+
+    # Texts.
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids [T, L].
+
+        ``unknown(text)``, where it has one, lists the words that it does not know.
+        """
+        return self.backbone.tokenizer
+
+    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return text embeddings [T, E], not normalised.
+
+        Args:
+            token_ids: on the CPU, which is cheaper, or on the model's device.
+        """
+        check_ids(token_ids, self)
+        return self.backbone.encode_text(token_ids)
+
     def encode_labels(
         self,
         labels: Sequence[str],
@@ -223,8 +222,9 @@ class OVSegModel(nn.Module):
         *,
         unit: bool = True,
     ) -> torch.Tensor:
-        """One unit vector a label [C, E]: the mean over templates of the text embeddings,
-        normalised.
+        """Return one unit vector a label, [C, E].
+
+        It is the mean over templates of the text embeddings, normalised.
 
         Args:
             labels: texts.
@@ -238,9 +238,9 @@ class OVSegModel(nn.Module):
         if isinstance(labels, torch.Tensor):
             raise InputError("labels is a tensor; expected texts")
         labels = check_labels(labels)
-        templates = self.templates if templates is None else templates
-        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates))
-        return self.encode_checked(labels, templates, unit=unit)
+        chosen = resolve_templates(self.templates if templates is None else templates)
+        check_reading(self.tokenizer, labels, range(len(labels)), chosen)
+        return self.encode_checked(labels, chosen, unit=unit)
 
     @torch.no_grad()
     def encode_checked(
@@ -250,78 +250,65 @@ class OVSegModel(nn.Module):
         *,
         unit: bool = True,
     ) -> torch.Tensor:
-        """``encode_labels`` of labels that have been looked at: synonyms may read the same."""
+        """Encode labels that have been looked at, as ``encode_labels`` does it.
+
+        Synonyms may read the same.
+        """
         chosen = resolve_templates(self.templates if templates is None else templates)
         texts = [template.replace("{}", label) for label in labels for template in chosen]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
-        rows = []
-        for start in bar(
-            starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False
-        ):
-            rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
+        shown = bar(starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False)
+        rows = [
+            self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE]))
+            for start in shown
+        ]
         embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
-        return F.normalize(
-            (F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1
-        )
-
-    def image_state(self) -> tuple[list[torch.Tensor], Any]:
-        """The tensors that ``encode_image`` depends on, and whatever else it does: features are
-        stale once one of them has changed.
-        """
-        return [*self.parameters(), *self.buffers()], None
+        if unit:
+            embeddings = F.normalize(embeddings, dim=-1)
+        return F.normalize(embeddings.mean(1), dim=-1)
 
     def text_parameters(self) -> list[nn.Parameter]:
-        """The parameters that ``encode_text`` depends on."""
+        """Return the parameters that ``encode_text`` depends on."""
         return self.backbone.text_parameters()
 
     def text_facts(self) -> Any:
-        """What ``encode_text`` depends on beside them, for JSON."""
+        """Return what ``encode_text`` depends on beside them, for JSON."""
         return self.backbone.text_facts()
 
-    def save_pretrained(self, folder: str | Path, **facts: Any) -> Path:
-        """A folder for ``from_pretrained``; see ``saving.save_pretrained``."""
-        from ..weights.saving import save_pretrained
+    # Comparison.
 
-        return save_pretrained(self, folder, **facts)
+    def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """Compare whole images with text embeddings [T, E]: [B, T], which classifies."""
+        check_compared(images, texts, PatchFeatures)
+        features = self(images) if isinstance(images, torch.Tensor) else images
+        return cosines(features.embedding, texts)
 
-    def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``state``, under the model's names, with tables of positions of another resolution or
-        context resized to the model's."""
-        own = {
-            name.removeprefix(_BACKBONE): x
-            for name, x in state.items()
-            if name.startswith(_BACKBONE)
-        }
-        return {
-            **state,
-            **{_BACKBONE + name: x for name, x in self.backbone.resize_positions(own).items()},
-        }
+    def segment_logits(self, features: PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
+        """Compare every patch with every text: [B, C, h, w] at the resolution of the tokens."""
+        check_compared(features, texts, PatchFeatures, encoded=True)
+        return cosines(features.tokens, texts).transpose(1, 2).unflatten(2, features.grid)
 
     @property
-    def named_clip(self) -> str | None:
-        """The frozen CLIP that its files name in place of holding it, or None: they hold all."""
-        return None
+    def logit_scale(self) -> torch.Tensor:
+        """What cosines are multiplied by before a softmax, at most 100; 0-dim, with gradient."""
+        return self.backbone.logit_scale.exp().clamp(max=MAX_SCALE)
 
-    def clip_hash(self, dtype: str | None = None) -> str:
-        """Of the weights of that CLIP."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Hold the parameter itself below log 100, as published training does after every step."""
+        self.backbone.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def push_to_hub(self, repo: str, *, licence: str, **options: Any) -> str:
-        """A repository of the Hub for ``from_pretrained("hf-hub:...")``; see
-        ``saving.push_to_hub``.
-        """
-        from ..weights.saving import push_to_hub
-
-        return push_to_hub(self, repo, licence=licence, **options)
+    # Training.
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The parts that can be trained or kept, by name; parameters in none of them are never
-        trained.
+        """Return the parts that can be trained or kept, by name.
+
+        Parameters in none of them are never trained.
         """
         raise NotImplementedError
 
     def train_parts(self, names: Sequence[str]) -> None:
-        """Only the parameters of these parts get gradients.
+        """Let only the parameters of these parts have gradients.
 
         Raises:
             ConfigError: for a part that the system does not have.
@@ -337,27 +324,75 @@ class OVSegModel(nn.Module):
         self.options.trained = list(names)
 
     @property
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that get gradients, by name."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, one by one: what FSDP2 shards and activation checkpointing wraps."""
+        """The transformer blocks, which FSDP2 shards and activation checkpointing wraps."""
         return [*self.backbone.vision_blocks, *self.backbone.text_blocks]
 
     def parameter_groups(
         self, lr: float, weight_decay: float, lower_lr: float | None = None
     ) -> list[dict[str, Any]]:
-        """Groups for the optimizer, their ``lr_scale`` times the recipe's learning rate.
+        """Return groups for the optimizer; their ``lr_scale`` multiplies the learning rate.
 
         Here: one rate; gains, biases and the logit scale without weight decay, as CLIP does it.
+
+        Args:
+            lr: the recipe's learning rate.
+            weight_decay: the recipe's.
+            lower_lr: the rate of parts that a system trains gently.
         """
-        named = self.trainable
-        return [
-            {
-                "params": [p for _, p in named if p.ndim >= 2],
-                "lr_scale": 1.0,
-                "weight_decay": weight_decay,
-            },
-            {"params": [p for _, p in named if p.ndim < 2], "lr_scale": 1.0, "weight_decay": 0.0},
-        ]
+        matrices = [p for _, p in self.trainable if p.ndim >= 2]
+        others = [p for _, p in self.trainable if p.ndim < 2]
+        return [parameter_group(matrices, weight_decay), parameter_group(others, 0.0)]
+
+    # Files.
 
     @property
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+    def named_clip(self) -> str | None:
+        """The frozen CLIP that its files name in place of holding it, or None: they hold all."""
+        return None
+
+    def clip_hash(self, dtype: str | None = None) -> str:
+        """Return a hash of the weights of that CLIP, as numbers of ``dtype``."""
+        raise NotImplementedError
+
+    def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Resize tables of positions of another resolution or context to the model's.
+
+        Args:
+            state: tensors under the model's names, which are returned with the others.
+        """
+        own = {
+            name.removeprefix(_BACKBONE): x
+            for name, x in state.items()
+            if name.startswith(_BACKBONE)
+        }
+        resized = self.backbone.resize_positions(own)
+        return {**state, **{_BACKBONE + name: x for name, x in resized.items()}}
+
+    def save_pretrained(self, folder: str | Path, **facts: Any) -> Path:
+        """Write a folder for ``from_pretrained``; see ``saving.save_pretrained``."""
+        from ..weights.saving import save_pretrained
+
+        return save_pretrained(self, folder, **facts)
+
+    def push_to_hub(self, repo: str, *, licence: str, **options: Any) -> str:
+        """Upload the model for ``from_pretrained("hf-hub:...")``; see ``saving.push_to_hub``."""
+        from ..weights.saving import push_to_hub
+
+        return push_to_hub(self, repo, licence=licence, **options)
+
+
+def cosines(features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Return the cosine of every row [..., N, E] with every text [T, E]: [..., N, T]."""
+    texts = texts.to(features.dtype)
+    return F.normalize(features, dim=-1) @ F.normalize(texts, dim=-1).T
+
+
+def parameter_group(parameters: list[nn.Parameter], weight_decay: float) -> dict[str, Any]:
+    """Return a group for the optimizer at the recipe's learning rate."""
+    return {"params": parameters, "lr_scale": 1.0, "weight_decay": weight_decay}

@@ -5,7 +5,6 @@ Where it was named, files hold those parts alone, its name and a hash of its wei
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..weights.files import hash_tensors
 from .base import OVSegModel, SystemOptions
 
 _CLIP = "backbone."  # of the names of its tensors
@@ -20,11 +20,13 @@ _CLIP = "backbone."  # of the names of its tensors
 
 @dataclass
 class FrozenClipOptions(SystemOptions):
-    """Attributes:
-    clip: where the frozen CLIP comes from: for open_clip's towers a tag, file or folder as
-        everywhere, for the tiny one a model (``clip_dense_tiny:digits``, the folder of a run).
-        Files of the model then leave it out and name it. None: random weights, or those that are
-        loaded later; files hold them.
+    """Options of systems upon a frozen CLIP.
+
+    Attributes:
+        clip: where the frozen CLIP comes from: for open_clip's towers a tag, file or folder as
+            everywhere, for the tiny one a model (``clip_dense_tiny:digits``, the folder of a run).
+            Files of the model then leave it out and name it. None: random weights, or those that
+            are loaded later; files hold them.
     """
 
     clip: str | None = None
@@ -46,14 +48,13 @@ class FrozenClipModel(OVSegModel):
         self.register_load_state_dict_post_hook(_without_clip)
 
     def _take_clip(self, source: str) -> None:
-        """The weights of another of our models, whose backbone is like ours."""
+        """Load the weights of another model of the package, whose backbone is like this one."""
         from .loading import from_pretrained
 
         with torch.random.fork_rng([]):  # what is trained is drawn alike, whatever the CLIP
-            given, own = from_pretrained(source).backbone.state_dict(), self.backbone.state_dict()
-        if {name: x.shape for name, x in given.items()} != {
-            name: x.shape for name, x in own.items()
-        }:
+            given = from_pretrained(source).backbone.state_dict()
+        own = {name: x.shape for name, x in self.backbone.state_dict().items()}
+        if own != {name: x.shape for name, x in given.items()}:
             raise ConfigError(
                 f"clip is {source!r}, whose towers differ from those of this model; expected a "
                 "CLIP of the same sizes"
@@ -62,29 +63,25 @@ class FrozenClipModel(OVSegModel):
 
     @property
     def named_clip(self) -> str | None:
+        """The CLIP that its files name in place of holding it, or None."""
         return self.options.clip
 
     def clip_hash(self, dtype: str | None = None) -> str:
-        """Of the CLIP's weights, as numbers of ``dtype``; the positions, which may be resized, are
-        left out. It begins with the dtype.
+        """Hash the CLIP's weights as numbers of ``dtype``, with which the hash begins.
+
+        The positions, which may be resized, are left out.
         """
         dtype = dtype or str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.backbone.state_dict().items()):
-            if not name.endswith("visual.positional_embedding"):
-                digest.update(name.encode())
-                digest.update(
-                    tensor.detach()
-                    .to("cpu", getattr(torch, dtype))
-                    .contiguous()
-                    .reshape(-1)
-                    .view(torch.uint8)
-                    .numpy()
-                )
-        return f"{dtype}:{digest.hexdigest()}"
+        kind = getattr(torch, dtype)
+        tensors = (
+            (name, x.to(kind))
+            for name, x in sorted(self.backbone.state_dict().items())
+            if not name.endswith("visual.positional_embedding")
+        )
+        return f"{dtype}:{hash_tensors(tensors)}"
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Without the CLIP where it was named."""
+        """Return the tensors by name, without the CLIP where it was named."""
         found = super().state_dict(*args, **kwargs)
         if self.named_clip is not None:
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + _CLIP
@@ -94,9 +91,11 @@ class FrozenClipModel(OVSegModel):
 
 
 def _without_clip(model: nn.Module, keys: Any) -> None:
-    """A state dict without the CLIP is whole where the CLIP was named."""
+    """Take a state dict without the CLIP for whole where the CLIP was named."""
     assert isinstance(model, FrozenClipModel)
     if model.named_clip is not None:
-        at = [name for name in keys.missing_keys if name.startswith(_CLIP) or f".{_CLIP}" in name]
-        for name in at:
-            keys.missing_keys.remove(name)
+        keys.missing_keys[:] = [
+            name
+            for name in keys.missing_keys
+            if not name.startswith(_CLIP) and f".{_CLIP}" not in name
+        ]

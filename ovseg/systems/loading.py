@@ -1,11 +1,8 @@
-"""Models with weights: by tag, from the Hub, a folder or a file.
-
-All are read without running code.
-"""
+"""Models with weights: what was found is read, without running code, and the model built for it."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,48 +10,39 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, InputError
-from ..nn.clip_architectures import configuration, tags_of
-from ..paths import exists, no_file, no_folder
-from ..weights.clip import (
-    ClipSource,
-    clip_names,
-    fetch_folder,
-    find_clip,
-    is_clip_file,
-    is_clip_folder,
-    load_clip,
-    model_type_of,
-    settled,
-)
+from ..nn.clip_architectures import configuration
+from ..paths import exists
+from ..weights.clip import ClipSource, clip_names, load_clip, model_type_of, settled
 from ..weights.files import check_fit
-from ..weights.hub import CLIP_FILES, PREFIX, fetch
+from ..weights.hub import CLIP_FILES, fetch
 from ..weights.pickles import read_published
 from ..weights.published import Published, marked
-from ..weights.saving import is_saved, read_config
-from ..weights.state_dicts import plain_names, plain_state, unwrapped
+from ..weights.saving import read_config
+from ..weights.state_dicts import State, plain_names, plain_state, unwrapped
 from ..weights.transformers_layout import folder_weights
+from . import weight_sources
 from .base import OVSegModel
 from .checks import check_device, check_name
-from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown, unknown_tag
+from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown
 from .registry import (
     CLIP_SYSTEM,
-    MOST_PARAMETERS,
+    MODELS,
     SYSTEMS,
-    SizeError,
     architecture_of,
     build,
-    bundled,
     is_name,
     list_models,
-    preset_of,
+    system_of,
     system_of_folder,
     system_type,
-    upgraded,
 )
+from .sizes import MOST_PARAMETERS, SizeError
+from .weight_sources import WeightSource, check_takes_clip, find
 
 _SIZES = {"image_size", "context_length"}  # options by which positions are resized
 _ROOM = 500_000_000  # numbers that a model may have beside those of its file
 _DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
+Options = dict[str, Any]
 
 
 def create_model(
@@ -87,16 +75,17 @@ def create_model(
             f"model is {name!r}; expected one of {list_models()}, or one of open_clip's: "
             f"{unknown(name)}"
         )
-    model = build(name, options) if pretrained is None else _load(name, str(pretrained), options)
-    if model.source is None and pretrained is not None:
-        model.source = str(pretrained)
+    if pretrained is None:
+        return build(name, options).to(device).eval()
+    model = _load(find(name, str(pretrained)), options)
+    model.source = model.source or str(pretrained)
     return model.to(device).eval()
 
 
 def from_pretrained(
     source: str | Path, *, device: str | torch.device = "cpu", **options: Any
 ) -> OVSegModel:
-    """A model with weights, in eval mode.
+    """Load a model with weights, in eval mode.
 
     Args:
         source: a name, a name and a tag, ``hf-hub:owner/name`` or a path: the forms of
@@ -107,17 +96,20 @@ def from_pretrained(
     check_name("source", source)
     device = check_device(device)
     text = str(source)
-    if isinstance(source, Path) and not exists(source):
-        raise CheckpointError(f"{source} is not a folder; expected one written by save_pretrained")
-    name, weights = (None, text) if isinstance(source, Path) else parse(text)
-    model = _load(name, weights, options)
-    if model.source is None:
-        model.source = text
+    if isinstance(source, Path):
+        if not exists(source):
+            raise CheckpointError(
+                f"{source} is not a folder; expected one written by save_pretrained"
+            )
+        model = _load(find(None, text), options)
+    else:
+        model = _load(find(*parse(text)), options)
+    model.source = model.source or text
     return model.to(device).eval()
 
 
 def default_model(**options: Any) -> OVSegModel:
-    """The model of those who name none: ``names.DEFAULT_MODEL``.
+    """Load ``names.DEFAULT_MODEL``, the model of those who name none.
 
     Fetched first, so that a machine without it is told at once.
     """
@@ -126,8 +118,9 @@ def default_model(**options: Any) -> OVSegModel:
 
 
 def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) -> list[str]:
-    """Load the tensors of a published checkpoint, strictly; returns the names of those that only
-    training needs and that it lacks.
+    """Load the tensors of a published checkpoint, strictly.
+
+    Return the names of those that only training needs and that it lacks.
 
     Raises:
         ValueError: for a system without a published layout; CheckpointError: for tensors that are
@@ -138,7 +131,7 @@ def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) 
 
 
 def official_state_dict(model: OVSegModel) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names of the published checkpoint."""
+    """Return the model's tensors under the names of the published checkpoint."""
     inner = unwrapped(model)
     return _published(inner).state(inner, plain_state(model))
 
@@ -152,110 +145,155 @@ def _published(model: OVSegModel) -> Published:
     return model.published
 
 
-def _load(name: str | None, weights: str, options: dict[str, Any]) -> OVSegModel:
-    if (folder := bundled(name, weights)) is not None:
-        return _saved(name, folder, options)
-    architecture = architecture_of(name) if name else None
-    if architecture is not None and weights in tags_of(architecture):
-        return _clip(name, weights, options)
-    if weights.startswith(PREFIX):
-        path = fetch_folder(weights.removeprefix(PREFIX))
-    else:
-        path = Path(weights)
-        if no_file(path / "model" / "config.json") is None:
-            path = path / "model"  # of a run
-    if (
-        no_file(path) is None
-        and name is None
-        and path.name == "model.safetensors"
-        and is_saved(path.parent)
-    ):
-        path = path.parent
-    if no_folder(path) is None:
-        if system_of_folder(model_type_of(path)) is not None:
-            return _transformers_folder(name, path, options)
-        if is_clip_folder(path):
-            return _clip(name, weights, options, path)
-        return _saved(name, path, options)
-    if (what := no_file(path)) is not None:
-        if os.path.lexists(path):
-            raise CheckpointError(
-                f"model {str(path)!r} {what}; expected a folder or a file of weights"
-            )
-        raise unknown_tag(name, weights)
-    return _file(name, path, options)
+def asks_size(options: Options) -> bool:
+    """Return whether the caller asks for pictures or texts of another size."""
+    return bool(_SIZES & ({*options} | {*(options.get("backbone") or {})}))
 
 
-def _saved(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegModel:
-    saved = read_config(folder)
-    if name is not None and saved["model"] != name:
-        raise CheckpointError(f"{folder} holds a {saved['model']}; expected a {name}")
-    weights = read_published(folder / "model.safetensors")
-    own_options = upgraded(saved["model"], saved["options"])
-    model = _built(
-        saved["model"], {**own_options, **options}, folder / "config.json", weights, options
-    )
+def _load(source: WeightSource, options: Options) -> OVSegModel:
+    """Build the model that the weights belong to, and load them."""
+    loaders: dict[str, Callable[[WeightSource, Options], OVSegModel]] = {
+        weight_sources.SAVED: _load_saved,
+        weight_sources.THEIRS: _load_theirs,
+        weight_sources.CLIP: _load_clip,
+        weight_sources.FILE: _load_file,
+    }
+    return loaders[source.kind](source, options)
+
+
+def _load_saved(source: WeightSource, options: Options) -> OVSegModel:
+    """Load a folder of ``save_pretrained``."""
+    folder = source.path
+    assert folder is not None
+    config = read_config(folder)
+    if source.name not in (None, config["model"]):
+        raise CheckpointError(f"{folder} holds a {config['model']}; expected a {source.name}")
+    path = folder / "model.safetensors"
+    weights = read_published(path)
+    model = _build_saved(folder / "config.json", config, options, weights)
     if asks_size(options):
         weights = model.resize_positions(weights)
     own = model.state_dict()
-    weights = {
-        name: x
-        for name, x in weights.items()
-        if name in own or not name.startswith(model.training_only or "\0")
-    }
-    check_fit(folder / "model.safetensors", weights, own)
+    if model.training_only:
+        weights = {
+            name: x
+            for name, x in weights.items()
+            if name in own or not name.startswith(model.training_only)
+        }
+    check_fit(path, weights, own)
     model.load_state_dict(weights)
-    known = saved.get("clip_hash")
+    known = config.get("clip_hash")
     if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
         raise CheckpointError(
             f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected "
-            "that one as it was, or "
-            "clip=SOURCE with it"
+            "that one as it was, or clip=SOURCE with it"
         )
     return model
 
 
-def _transformers_folder(name: str | None, folder: Path, options: dict[str, Any]) -> OVSegModel:
-    """A system that transformers has too, in sizes of the folder's own."""
+def _build_saved(path: Path, config: Options, options: Options, weights: State) -> OVSegModel:
+    """Build the model of a saved folder; ``path``: its config, for messages."""
+    name, system = config["model"], config["system"]
+    saved = config["options"]
+    if system is not None:
+        if system not in SYSTEMS:
+            raise CheckpointError(f"{path}: {SYSTEMS.unknown(system)}")
+        preset = {"system": system, **system_type(system).Options.upgrade(saved)}
+        return _bounded(name, options, path, weights, asked=bool(options), preset=preset)
+    if config["format"] > 1 and (name not in MODELS or not callable(MODELS[name])):
+        raise CheckpointError(
+            f"{path} is of {name!r}, which a function built; expected that function under "
+            "register_model"
+        )
+    if (system := system_of(name)) is not None:  # format 1: above the preset
+        saved = system_type(system).Options.upgrade(saved)
+    return _bounded(name, {**saved, **options}, path, weights, asked=bool(options))
+
+
+def _bounded(
+    name: str,
+    options: Options,
+    path: Path,
+    weights: State,
+    *,
+    asked: bool,
+    preset: Options | None = None,
+) -> OVSegModel:
+    """Build the model of a folder, if its configuration makes one of about the size of its weights.
+
+    Args:
+        name, options, preset: as of ``build``.
+        path: where the sizes come from, for messages.
+        weights: the tensors of the folder.
+        asked: whether the caller has put options over those of the folder.
+    """
+    given = {**(preset or {}), **options}
+    # A CLIP that the folder names is not among its weights.
+    named = given.get("clip") or (given.get("backbone") or {}).get("clip")
+    try:
+        return build(
+            name, options, preset=preset, most=MOST_PARAMETERS if named else _most(weights)
+        )
+    except SizeError as error:
+        if asked:
+            raise
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _most(weights: State) -> int:
+    """Return how many numbers a model may have that these are the weights of."""
+    return min(_ROOM + 4 * sum(tensor.numel() for tensor in weights.values()), MOST_PARAMETERS)
+
+
+def _load_theirs(source: WeightSource, options: Options) -> OVSegModel:
+    """Load a folder of transformers, of a system that transformers has too, in its own sizes."""
+    folder = source.path
+    assert folder is not None
     kind = str(model_type_of(folder))
     system = system_of_folder(kind)
     assert system is not None
-    name = name or system.model_types[kind]
-    if name not in list_models() or system_type(preset_of(name)["system"]) is not system:
+    preset = system.model_types[kind]
+    name = source.name or preset
+    of_name = system_of(name) if name in list_models() else None
+    if of_name is None or system_type(of_name) is not system:
         raise InputError(
             f"pretrained is {str(folder)!r}, which holds transformers' {kind}, and the model is "
-            f"{name}; expected "
-            f"{system.model_types[kind]}, or weights of {name}"
+            f"{name}; expected {preset}, or weights of {name}"
         )
     own = system.folder_options(folder)
     backbone = {**own.get("backbone", {}), **options.get("backbone", {})}
+    together = {**own, **options, "backbone": backbone}
     weights = folder_weights(folder)
-    model = _built(
-        name, {**own, **options, "backbone": backbone}, folder / "config.json", weights, options
-    )
+    model = _bounded(name, together, folder / "config.json", weights, asked=bool(options))
     if model.published is None:
         raise InputError(
             f"{name} with {options} is no model of transformers' {kind}; expected other options"
         )
     try:
-        model.published.load(model, weights, model.resize_positions if asks_size(options) else None)
+        model.published.load(model, weights, _resize(model, options))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return model
 
 
-def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
-    if is_clip_file(path):
-        if system_of_folder(model_type_of(path.parent)) is not None:
-            return _transformers_folder(name, path.parent, options)
-        return _clip(name, str(path), options)
+def _resize(model: OVSegModel, options: Options) -> Callable[[State], State] | None:
+    """Return what resizes positions, if the caller asks for another size."""
+    return model.resize_positions if asks_size(options) else None
+
+
+def _load_file(source: WeightSource, options: Options) -> OVSegModel:
+    """Load a file of weights: of a CLIP, a published checkpoint or tensors of the model itself."""
+    path = source.path
+    assert path is not None
     state = read_published(path)
     if _is_clip(state):
-        return _clip(name, str(path), options, state=clip_names(state))
-    if name is None:
-        return _published_file(path, state, options)
-    model = build(name, options)
-    resize = model.resize_positions if asks_size(options) else None
+        check_takes_clip(source.name, source.text)
+        clip = ClipSource(lambda: clip_names(state), str(path))
+        return _load_clip(replace(source, clip=clip), options)
+    if source.name is None:
+        return _load_published(path, state, options)
+    model = build(source.name, options)
+    resize = _resize(model, options)
     if model.published is not None and model.published.recognises(state):
         model.published.load(model, state, resize)
     else:
@@ -265,65 +303,28 @@ def _file(name: str | None, path: Path, options: dict[str, Any]) -> OVSegModel:
     return model
 
 
-def _is_clip(state: dict[str, torch.Tensor]) -> bool:
-    """Return whether it is a CLIP that stands alone, or all of it in a part called ``clip`` and
-    nothing of a system's.
-    """
+def _is_clip(state: State) -> bool:
+    """Return whether tensors are a CLIP alone, or all in a part called ``clip`` of no system's."""
     plain = clip_names(state)
-    if "logit_scale" not in plain or not any(
-        name.startswith(("visual.", "image_encoder.")) for name in plain
-    ):
+    pictures = any(name.startswith(("visual.", "image_encoder.")) for name in plain)
+    if "logit_scale" not in plain or not pictures:
         return False
     return "logit_scale" in state or not any(
         marked(state, system_type(system).published_marks) for system in SYSTEMS
     )
 
 
-def asks_size(options: dict[str, Any]) -> bool:
-    """Return whether the caller asks for pictures or texts of another size."""
-    return bool(_SIZES & ({*options} | {*(options.get("backbone") or {})}))
+def _load_published(path: Path, state: State, options: Options) -> OVSegModel:
+    """Load a published checkpoint without the name of its model.
 
-
-def _built(
-    name: str,
-    options: dict[str, Any],
-    config: Path,
-    weights: dict[str, torch.Tensor],
-    asked: dict[str, Any],
-) -> OVSegModel:
-    """The model of a folder, if its configuration makes one of about the size of its weights.
-
-    Args:
-        config: where the options come from, for messages; ``asked``: those that the caller has put
-            over them.
-    """
-    named = any(
-        part.get("clip") for part in (options, options.get("backbone") or {})
-    )  # a CLIP that is elsewhere
-    try:
-        return build(name, options, most=MOST_PARAMETERS if named else _most(weights))
-    except SizeError as error:
-        if asked:
-            raise
-        raise CheckpointError(f"{config} is damaged: {error}") from error
-
-
-def _most(weights: dict[str, torch.Tensor]) -> int:
-    """How many numbers a model may have that these are the weights of."""
-    return min(_ROOM + 4 * sum(tensor.numel() for tensor in weights.values()), MOST_PARAMETERS)
-
-
-def _published_file(
-    path: Path, state: dict[str, torch.Tensor], options: dict[str, Any]
-) -> OVSegModel:
-    """A published checkpoint without the name of its model: of the systems that recognise it, the
-    preset that it fits.
+    Of the systems that recognise it, the preset that it fits is taken.
     """
     refusal = None
     for name in list_models():
-        if name.endswith("_tiny") or not marked(
-            state, system_type(preset_of(name)["system"]).published_marks
-        ):
+        system = system_of(name)
+        if system is None or name.endswith("_tiny"):
+            continue
+        if not marked(state, system_type(system).published_marks):
             continue
         model = build(name, options)
         if model.published is None or not model.published.recognises(state):
@@ -333,41 +334,20 @@ def _published_file(
             return model
         except CheckpointError as error:
             refusal = refusal or error
-    if refusal is not None:
-        raise refusal
-    raise CheckpointError(
+    raise refusal or CheckpointError(
         f"{path} holds no CLIP and no published checkpoint that is known (tensors such as "
-        f"{next(iter(state))}); expected "
-        "NAME:PATH with the name of its model, or the folder with its config.json"
+        f"{next(iter(state))}); expected NAME:PATH with the name of its model, or the folder with "
+        "its config.json"
     )
 
 
-def _clip(
-    name: str | None,
-    weights: str,
-    options: dict[str, Any],
-    folder: Path | None = None,
-    state: dict[str, torch.Tensor] | None = None,
-) -> OVSegModel:
-    """A CLIP as it is, below the system that needs no more."""
+def _load_clip(source: WeightSource, options: Options) -> OVSegModel:
+    """Load a CLIP as it is, below the system that needs no more."""
+    clip, name = source.clip, source.name
+    assert clip is not None
     architecture = architecture_of(name) if name else None
-    if (
-        name is not None
-        and name != CLIP_SYSTEM
-        and (architecture is None or preset_of(name)["system"] != CLIP_SYSTEM)
-    ):
-        raise InputError(
-            f"pretrained is {weights!r}, a CLIP, and {name} is trained upon one; expected weights "
-            f"of {name} itself. "
-            f"create_model({name!r}, clip={weights!r}) trains from that CLIP"
-        )
-    source = (
-        ClipSource(lambda: state, str(weights))
-        if state is not None
-        else find_clip(str(folder or weights), architecture)
-    )
     asked = options.get("architecture") or (options.get("backbone") or {}).get("architecture")
-    chosen = settled(source, asked or architecture)
+    chosen = settled(clip, asked or architecture)
     if name is None or name not in list_models():
         name = chosen if isinstance(chosen, str) else CLIP_SYSTEM
     options = dict(options)
@@ -377,25 +357,25 @@ def _clip(
         options.setdefault("readout", DEFAULT_READOUT)
     most = MOST_PARAMETERS
     if isinstance(chosen, dict):
-        found = source.read()  # once: the model may be no larger than they are
-        source, most = replace(source, read=lambda: found), _most(found)
+        found = clip.read()  # once: the model may be no larger than they are
+        clip = replace(clip, read=lambda: found)
+        most = _most(found)
     try:
         model = build(name, options, most=most)
     except SizeError as error:
         if not isinstance(chosen, dict) or asked is not None:
             raise
-        raise CheckpointError(f"{source.where}: its configuration is damaged: {error}") from error
-    load_clip(model.backbone.clip, source, resize=asks_size(options))
-    model.source = weights if architecture is None or folder or state else source.where
+        raise CheckpointError(f"{clip.where}: its configuration is damaged: {error}") from error
+    load_clip(model.backbone.clip, clip, resize=asks_size(options))
+    model.source = source.text
     return model
 
 
 def _is_clips_own(architecture: str | dict[str, Any]) -> bool:
-    """Whether the image tower is open_clip's own transformer, for which the default readout was
-    published; timm's are read out as they are.
+    """Return whether the image tower is open_clip's own transformer.
+
+    The default readout was published for that one; timm's are read out as they are.
     """
     vision = configuration(architecture)["vision_cfg"]
-    return (
-        isinstance(vision.get("layers", 12), int)
-        and not {"timm_model_name", "timm_kwargs"} & vision.keys()
-    )
+    plain = isinstance(vision.get("layers", 12), int)
+    return plain and not {"timm_model_name", "timm_kwargs"} & vision.keys()

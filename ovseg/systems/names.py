@@ -1,23 +1,36 @@
-"""Names as the field writes them, for ``-m`` and ``from_pretrained``:
+"""Names as the field writes them, for ``-m`` and ``from_pretrained``.
 
-    NAME                a preset of ovseg (pacl_tiny) or an architecture of open_clip's (ViT-B-16-SigLIP) with one set of weights
-    NAME:TAG            clip_dense_vit_b16:openai, ViT-B-16:laion2b_s34b_b88k; TAG may be a path or hf-hub:OWNER/NAME
+    NAME                a preset of ovseg (pacl_tiny) or an architecture of open_clip's
+                        (ViT-B-16-SigLIP), with one set of weights
+    NAME:TAG            clip_dense_vit_b16:openai, ViT-B-16:laion2b_s34b_b88k; TAG may be a path or
+                        hf-hub:OWNER/NAME
     hf-hub:OWNER/NAME   a repository that open_clip, transformers or save_pretrained wrote
-    PATH                a folder of theirs or of a run, a checkpoint of open_clip's, a published checkpoint of a system
+    PATH                a folder of theirs or of a run, a checkpoint of open_clip's, a published
+                        checkpoint of a system
 
-What fits two of them, or none, is refused with the forms to choose from."""
+What fits two of them, or none, is refused with the forms to choose from.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..libraries import installed, remedy
 from ..nn.clip_architectures import architectures, tags_of
 from ..paths import address, exists
 from ..weights.hub import PREFIX
-from .registry import CLIP_SYSTEM, architecture_of, is_name, list_bundled, list_models, preset_of
+from .registry import (
+    CLIP_SYSTEM,
+    architecture_of,
+    bundled_weights,
+    is_name,
+    list_bundled,
+    list_models,
+    system_of,
+)
 
 # The best published readout without training at ViT-B/16, and the view it was published with:
 # docs/weights.md.
@@ -29,20 +42,22 @@ DEFAULT_VIEW = {"short_side": 336, "crop": 224, "stride": 112}
 
 
 class Named(NamedTuple):
-    """``name`` of a model, None where the weights say it; ``weights``: a tag, a path or
-    ``hf-hub:OWNER/NAME``.
+    """What a text names.
+
+    Attributes:
+        name: of a model; None where the weights say it.
+        weights: a tag, a path or ``hf-hub:OWNER/NAME``; None: the only ones there are.
     """
 
     name: str | None
-    weights: str
+    weights: str | None
 
 
 def parse(text: str) -> Named:
-    """What ``text`` names.
+    """Tell the forms of names apart.
 
     Raises:
-        InputError: for what is ambiguous, unknown, or a name without one set of weights; with the
-            forms to choose from.
+        InputError: for what is ambiguous or unknown, with the forms to choose from.
     """
     if not text:  # as a path, the present folder
         raise InputError("model is ''; expected a name or a path (ovseg models lists names)")
@@ -52,43 +67,57 @@ def parse(text: str) -> Named:
     named = is_name(text) or (bool(tag) and is_name(name))
     if exists(text):
         if named:
-            raise InputError(
-                f"model is {text!r}, which is a path here and a name; expected ./{text} for the "
-                "path or "
-                + (
-                    f"{text}:TAG ({', '.join(tags(text))})"
-                    if is_name(text)
-                    else "another folder to work in"
-                )
-                + " for the name"
-            )
+            raise _ambiguous(text)
         return Named(None, text)
     if not named:
         raise unknown(text)
-    return Named(name, tag or only_tag(name))
+    return Named(name, tag or None)
 
 
-def tags(name: str) -> list[str]:
-    """The tags that go behind a name: bundled ones, else open_clip's for systems that need no
-    training of their own.
+def _ambiguous(text: str) -> InputError:
+    """Return the error for a name that is a path here too."""
+    other = "another folder to work in"
+    if is_name(text):
+        other = f"{text}:TAG ({', '.join(own_tags(text, tags(text)))})"
+    return InputError(
+        f"model is {text!r}, which is a path here and a name; expected ./{text} for the path or "
+        f"{other} for the name"
+    )
+
+
+def tags(name: str) -> dict[str, Any]:
+    """Look up the tags that may stand behind a name.
+
+    Return the folder of each one that is inside the package, else what open_clip knows of each one
+    of the architecture below the name.
     """
-    bundled = [tag for known, tag in list_bundled() if known == name]
+    inside = {tag: path for (known, tag), path in bundled_weights().items() if known == name}
     architecture = architecture_of(name)
-    if bundled or architecture is None or preset_of(name)["system"] != CLIP_SYSTEM:
-        return bundled
-    return sorted(tags_of(architecture))
+    return inside or ({} if architecture is None else dict(sorted(tags_of(architecture).items())))
 
 
-def only_tag(name: str) -> str:
-    found = tags(name)
+def own_tags(name: str, found: Iterable[str]) -> list[str]:
+    """List the tags, of those that ``tags`` found, that are weights of the model itself.
+
+    For a system that is trained upon a CLIP, open_clip's are none.
+    """
+    trained = architecture_of(name) is not None and system_of(name) != CLIP_SYSTEM
+    return [] if trained else list(found)
+
+
+def only_tag(name: str, found: list[str]) -> str:
+    """Return the one tag that a name without a tag stands for.
+
+    Raises:
+        InputError: if there is none, or several.
+    """
     if len(found) == 1:
         return found[0]
     if not found:
         raise InputError(
             f"model is {name!r}, of which no weights are published; expected {name}:PATH, the "
-            "folder of a run or of "
-            f"save_pretrained, or {PREFIX}OWNER/NAME. With weights: "
-            f"{', '.join(sorted({n for n, _ in list_bundled()}))}, "
+            f"folder of a run or of save_pretrained, or {PREFIX}OWNER/NAME. With weights: "
+            f"{', '.join(dict.fromkeys(n for n, _ in list_bundled()))}, "
             f"{DEFAULT_MODEL}, ViT-B-16:laion2b_s34b_b88k (ovseg models)"
         )
     raise InputError(
@@ -98,7 +127,7 @@ def only_tag(name: str) -> str:
 
 
 def check_name(text: str) -> str:
-    """``text`` itself, which names an architecture without weights.
+    """Return ``text`` itself, the name of a model without weights.
 
     Raises:
         InputError: if there is none of this name.
@@ -109,50 +138,49 @@ def check_name(text: str) -> str:
 
 
 def unknown(text: str, what: str = "model") -> InputError:
-    """The error for a name, or a ``pattern`` of names, that does not exist, with the closest that
-    do.
+    """Return the error for a name that does not exist, with the closest that do.
+
+    Args:
+        text: the name, or a pattern of names.
+        what: ``model``, or ``pattern``.
     """
-    if (what_it_is := address(text)) is not None:
+    if (problem := address(text)) is not None:
         return InputError(
-            f"{what} is {text!r}, which {what_it_is}; expected NAME, NAME:TAG, {PREFIX}OWNER/NAME "
+            f"{what} is {text!r}, which {problem}; expected NAME, NAME:TAG, {PREFIX}OWNER/NAME "
             "or PATH"
         )
-    known = [*list_models(), *architectures()]
     name, colon, tag = text.partition(":")
-    plain = {one.lower(): one for one in known}
-    cleaned = name.replace("/", "-").lower()
-    close = (
-        [plain[cleaned]]
-        if cleaned in plain
-        else [plain[one] for one in get_close_matches(cleaned, plain, 3, 0.7)]
-    )
-    ways = [f"{one}{colon}{tag}" for one in close]
-    without = (
-        ""
-        if installed("open_clip")
-        else f". Names of open_clip's are known where it is installed: {remedy('open_clip')}"
-    )
-    if what == "pattern":
-        return InputError(
-            f"pattern is {text!r} and no name matches it; "
-            + (f"did you mean {' or '.join(ways)}? " if ways else "")
-            + f"expected a name or a pattern such as '*ViT-B*' (ovseg models lists all){without}"
-        )
-    if name.count("/") == 1 and not colon and not name.startswith("."):
+    ways = [f"{one}{colon}{tag}" for one in _closest(name)]
+    without = ""
+    if not installed("open_clip"):
+        without = f". Names of open_clip's are known where it is installed: {remedy('open_clip')}"
+    if what == "model" and name.count("/") == 1 and not colon and not name.startswith("."):
         ways.append(f"{PREFIX}{text}")
     hint = f"did you mean {' or '.join(ways)}? " if ways else ""
+    if what == "pattern":
+        return InputError(
+            f"pattern is {text!r} and no name matches it; {hint}expected a name or a pattern such "
+            f"as '*ViT-B*' (ovseg models lists all){without}"
+        )
     return InputError(
         f"model is {text!r}, no path that exists and no known name; {hint}expected NAME, "
-        f"NAME:TAG, {PREFIX}OWNER/NAME or "
-        f"PATH (ovseg models lists names){without}"
+        f"NAME:TAG, {PREFIX}OWNER/NAME or PATH (ovseg models lists names){without}"
     )
 
 
-def unknown_tag(name: str | None, weights: str) -> InputError:
-    """The error for weights that are no tag and no path."""
+def _closest(name: str) -> list[str]:
+    """List the names that are meant, or up to three that are close."""
+    known = {one.lower(): one for one in (*list_models(), *architectures())}
+    cleaned = name.replace("/", "-").lower()
+    if cleaned in known:
+        return [known[cleaned]]
+    return [known[one] for one in get_close_matches(cleaned, known, 3, 0.7)]
+
+
+def unknown_tag(name: str | None, weights: str, found: list[str]) -> InputError:
+    """Return the error for weights that are no tag, of those that were found, and no path."""
     if (what := address(weights)) is not None:
         return InputError(f"pretrained is {weights!r}, which {what}; expected a tag or a path")
-    found = tags(name) if name else []
     close = get_close_matches(weights, found, 1, 0.6)
     hint = f"; did you mean {name}:{close[0]}?" if close else ""
     return InputError(

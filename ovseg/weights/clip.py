@@ -70,32 +70,33 @@ def find_clip(weights: str, architecture: Architecture | None = None) -> ClipSou
         InputError: for a name that is none of these; WeightsError: for weights that cannot be had.
     """
     if weights.startswith(PREFIX):
-        return _of_folder(fetch_folder(weights.removeprefix(PREFIX)), weights)
-    if isinstance(architecture, str) and weights in (tags := tags_of(architecture)):
-        facts = tags[weights]
-        path = _fetch_tag(facts, f" and -m {architecture}:FILE" if "/" not in architecture else "")
-        return ClipSource(
-            lambda: read_clip(path),
-            f"{architecture}:{weights}",
-            of_activation(architecture, facts),
-            {key: tuple(facts[key]) for key in ("mean", "std")},
-        )
+        return clip_of_folder(fetch_folder(weights.removeprefix(PREFIX)), weights)
+    tags = tags_of(architecture) if isinstance(architecture, str) else {}
+    if isinstance(architecture, str) and weights in tags:
+        return clip_of_tag(architecture, weights, tags[weights])
     path = Path(weights)
     if is_clip_file(path):
         path = path.parent
     if no_folder(path) is None:
-        return _of_folder(path, str(path))
-    if no_file(path) is None:
+        return clip_of_folder(path, str(path))
+    if (what := no_file(path)) is None:
         return ClipSource(lambda: read_clip(path), str(path))
-    known = (
-        f" or one of the tags {sorted(tags_of(architecture))}"
-        if isinstance(architecture, str)
-        else ""
-    )
-    there = f", which {no_file(path)}" if os.path.lexists(path) or address(weights) else ""
+    known = f" or one of the tags {sorted(tags)}" if isinstance(architecture, str) else ""
+    there = f", which {what}" if os.path.lexists(path) or address(weights) else ""
     raise InputError(
         f"clip is {weights!r}{there}; expected a file or folder that exists, "
         f"{PREFIX}owner/name{known}"
+    )
+
+
+def clip_of_tag(architecture: str, tag: str, facts: dict[str, Any]) -> ClipSource:
+    """Fetch the weights of a tag, of which ``tags_of`` gives the facts."""
+    path = _fetch_tag(facts, f" and -m {architecture}:FILE" if "/" not in architecture else "")
+    return ClipSource(
+        lambda: read_clip(path),
+        f"{architecture}:{tag}",
+        of_activation(architecture, facts),
+        {key: tuple(facts[key]) for key in ("mean", "std")},
     )
 
 
@@ -135,6 +136,70 @@ def fetch_folder(repo: str) -> Path:
     return path.parent
 
 
+def clip_of_folder(folder: Path, where: str) -> ClipSource:
+    """Find the CLIP of a folder of open_clip's or transformers'.
+
+    Args:
+        folder: the folder.
+        where: its name for messages.
+
+    Raises:
+        CheckpointError: for a folder of something else, a damaged one, and one without weights.
+    """
+    if (folder / "open_clip_config.json").is_file():
+        config = _open_clip_config(folder)
+        files = [folder / name for name in CLIP_FILES if (folder / name).is_file()]
+        if not files:
+            raise CheckpointError(f"{folder} has no weights; expected {' or '.join(CLIP_FILES)}")
+        return ClipSource(lambda: read_clip(files[0]), where, config)
+    if model_type_of(folder) is None:
+        raise CheckpointError(
+            f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of "
+            f"transformers' {MODEL_TYPES}"
+        )
+    return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
+
+
+def _open_clip_config(folder: Path) -> dict[str, Any]:
+    """Read the architecture of a folder of open_clip's."""
+    path = folder / "open_clip_config.json"
+    try:
+        tree = load_json(path)
+        model, seen = tree["model_cfg"], tree["preprocess_cfg"]
+        config = {
+            **model,
+            "vision_cfg": {**model["vision_cfg"]},
+            "text_cfg": {**model["text_cfg"]},
+            "preprocess_cfg": {key: tuple(seen[key]) for key in ("mean", "std")},
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg"
+        ) from error
+    text = config["text_cfg"]
+    _check_text(text, str(path))
+    if (folder / "tokenizer.json").is_file() and text.get("hf_tokenizer_name"):
+        text["hf_tokenizer_name"] = str(folder.resolve())
+    return config
+
+
+def _check_text(text: dict[str, Any], where: str) -> None:
+    """Refuse a text tower of transformers that no model of open_clip's has.
+
+    Its repository may hold code.
+    """
+    name = text.get("hf_model_name")
+    if name is None:
+        return
+    open_clip = import_open_clip()
+    texts = [open_clip.get_model_config(one)["text_cfg"] for one in open_clip.list_models()]
+    known = {one.get("hf_model_name") for one in texts} - {None}
+    if name not in known:
+        raise CheckpointError(
+            f"{where} has transformers' {name!r} as text tower; expected one of {sorted(known)}"
+        )
+
+
 def is_clip_folder(folder: Path) -> bool:
     """Whether open_clip or transformers wrote it."""
     return (folder / "open_clip_config.json").is_file() or model_type_of(folder) is not None
@@ -158,6 +223,32 @@ def read_clip(path: Path) -> State:
 def clip_names(state: State) -> State:
     """``state`` under the names of a CLIP that stands alone."""
     return plain_names(without_prefix(state, "clip."))
+
+
+def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | None:
+    try:
+        tree = load_json(config)
+        found = next((tree[key] for key in keys if key in tree), None)
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def model_type_of(folder: Path) -> str | None:
+    """What transformers calls the model of a folder; None if the folder is none of theirs."""
+    return _kind(folder / "config.json", ("model_type",))
+
+
+def _fetch_tag(facts: dict[str, Any], ways: str) -> Path:
+    if "file" in facts:
+        return Path(facts["file"])
+    repo, _, file = facts.get("hf_hub", "").rpartition("/")
+    if not repo:
+        raise WeightsError(
+            f"open_clip has these weights at {facts.get('url')} only; fetch the file and give its "
+            f"path{ways}"
+        )
+    return fetch(repo, (file,) if file else CLIP_FILES, ways=ways)
 
 
 def create_clip(
@@ -268,23 +359,6 @@ def fitting(state: dict[str, torch.Tensor]) -> list[str]:
     return found
 
 
-def _check_text(config: dict[str, Any], where: str) -> None:
-    """Raises CheckpointError for a text tower of transformers that none of open_clip's own models
-    has: its repository may hold code."""
-    name = config["text_cfg"].get("hf_model_name")
-    if name is None:
-        return
-    open_clip = import_open_clip()
-    known = {
-        open_clip.get_model_config(one)["text_cfg"].get("hf_model_name")
-        for one in open_clip.list_models()
-    } - {None}
-    if name not in known:
-        raise CheckpointError(
-            f"{where} has transformers' {name!r} as text tower; expected one of {sorted(known)}"
-        )
-
-
 def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None) -> nn.Module:
     open_clip, config = import_open_clip(), configuration(architecture)
     known = config.pop("preprocess_cfg", None)
@@ -340,61 +414,3 @@ def _state_for(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, to
         if name in own and name in state:
             state[name] = state[name].reshape(own[name].shape)
     return state
-
-
-def _of_folder(folder: Path, where: str) -> ClipSource:
-    if (folder / "open_clip_config.json").is_file():
-        path = folder / "open_clip_config.json"
-        try:
-            tree = load_json(path)
-            config = {
-                **tree["model_cfg"],
-                "vision_cfg": {**tree["model_cfg"]["vision_cfg"]},
-                "text_cfg": {**tree["model_cfg"]["text_cfg"]},
-                "preprocess_cfg": {
-                    key: tuple(tree["preprocess_cfg"][key]) for key in ("mean", "std")
-                },
-            }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); expected JSON with model_cfg and preprocess_cfg"
-            ) from error
-        _check_text(config, str(path))
-        if (folder / "tokenizer.json").is_file() and config["text_cfg"].get("hf_tokenizer_name"):
-            config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
-        files = [folder / name for name in CLIP_FILES if (folder / name).is_file()]
-        if not files:
-            raise CheckpointError(f"{folder} has no weights; expected {' or '.join(CLIP_FILES)}")
-        return ClipSource(lambda: read_clip(files[0]), where, config)
-    if model_type_of(folder) is None:
-        raise CheckpointError(
-            f"{folder} holds no CLIP; expected open_clip_config.json, or config.json of "
-            f"transformers' {MODEL_TYPES}"
-        )
-    return ClipSource(lambda: transformers_state(folder), where, transformers_config(folder))
-
-
-def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | None:
-    try:
-        tree = load_json(config)
-        found = next((tree[key] for key in keys if key in tree), None)
-        return found if isinstance(found, str) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def model_type_of(folder: Path) -> str | None:
-    """What transformers calls the model of a folder; None if the folder is none of theirs."""
-    return _kind(folder / "config.json", ("model_type",))
-
-
-def _fetch_tag(facts: dict[str, Any], ways: str) -> Path:
-    if "file" in facts:
-        return Path(facts["file"])
-    repo, _, file = facts.get("hf_hub", "").rpartition("/")
-    if not repo:
-        raise WeightsError(
-            f"open_clip has these weights at {facts.get('url')} only; fetch the file and give its "
-            f"path{ways}"
-        )
-    return fetch(repo, (file,) if file else CLIP_FILES, ways=ways)

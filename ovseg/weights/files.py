@@ -1,8 +1,7 @@
-"""Files of JSON beside weights: configurations, indices, states.
+"""Files beside and of weights: JSON of bounded length; safetensors, read without running code.
 
-Plain files of bounded length, whatever a folder from elsewhere holds.
-
-Weights on disk: safetensors only, read without running code, written by rename.
+What is written is written by rename, so that a reader sees the old file or the new one. Tensors are
+compared with those of a model before they are loaded: names, shapes, kinds of numbers, finiteness.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +23,14 @@ from ..paths import no_file, read_bounded
 from ..replacing import replacing
 from .state_dicts import State, plain_state, whole_tensor
 
-MOST = 64 << 20  # bytes; the largest that are known, indices of tensors, have a few million
+MOST = 64 << 20  # bytes of JSON; the largest known, indices of tensors, have a few million
+_SEAL = "blake2b"  # in the metadata
+# Floats of 8 bits mean nothing without the scales that go with them.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Tables of positions that can be resized.
+_POSITIONS = re.compile(
+    r"(?!backbone\.text\.)(?!.*\btrunk\.).*(positional_embedding|pos_embed|\.position_embeddings)"
+)
 
 
 def load_json(path: Path) -> Any:
@@ -41,7 +47,7 @@ def load_json(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON.
+    """Return what a file of JSON holds, names and values.
 
     Raises:
         CheckpointError: for anything else.
@@ -55,24 +61,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-_SEAL = "blake2b"  # in the metadata
-# Floats of 8 bits mean nothing without the scales that go with them.
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_POSITIONS = re.compile(
-    r"(?!backbone\.text\.)(?!.*\btrunk\.).*(positional_embedding|pos_embed|\.position_embeddings)"
-)  # can be resized
-
-
 def save_tensors(
-    tensors: dict[str, torch.Tensor],
+    tensors: State,
     path: Path,
     metadata: dict[str, str] | None = None,
     *,
     sealed: bool = True,
 ) -> None:
-    """Write, flush, then rename: a reader sees the old file or the new one.
+    """Write a safetensors file.
 
     Args:
+        tensors: by name; sharded ones are put together.
+        path: of the file.
+        metadata: texts that the file holds beside them.
         sealed: a hash of the tensors goes along, by which ``load_tensors`` finds a flipped bit.
     """
     found = {name: whole_tensor(t).contiguous().clone() for name, t in tensors.items()}
@@ -100,22 +101,39 @@ def _order(file: BinaryIO) -> None:
         file.write(text.ljust(length))
 
 
-def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """Of names, kinds, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]], size: int = 16) -> str:
+    """Hash tensors, each behind a text.
+
+    Args:
+        tensors: the text, which says what is to count beside the bytes, and the tensor.
+        size: bytes of the hash, which is written in hexadecimal.
+    """
+    digest = hashlib.blake2b(digest_size=size)
+    for head, x in tensors:
+        digest.update(head.encode())
+        digest.update(bytes_of(x))
     return digest.hexdigest()
 
 
+def bytes_of(tensor: torch.Tensor) -> Any:
+    """Return the bytes of a tensor as an array on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def tensors_hash(tensors: State) -> str:
+    """Hash names, kinds of numbers, shapes and bytes."""
+    named = sorted(tensors.items())
+    return hash_tensors((f"{name} {x.dtype} {list(x.shape)}", x) for name, x in named)
+
+
 def file_hash(path: Path) -> str:
+    """Hash the bytes of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
+def load_tensors(path: str | Path) -> State:
+    """Read all tensors of a safetensors file.
 
     Raises:
         CheckpointError: if the file is missing, truncated, no safetensors file, or its tensors are
@@ -144,7 +162,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """The tensors of a model, which may be wrapped, under its own names."""
+    """Write the tensors of a model, which may be wrapped, under its own names."""
     save_tensors(plain_state(model), path, {"format": "pt"})
 
 
@@ -155,8 +173,7 @@ def check_fit(
     what: str = "the model",
     named: Callable[[str], str] = str,
 ) -> None:
-    """Check that ``weights`` can be loaded: names, shapes, kinds of numbers, and that they are
-    finite.
+    """Check that weights can be loaded: names, shapes, kinds of numbers, and that they are finite.
 
     Args:
         path: where they come from, for messages.
@@ -192,7 +209,14 @@ def misfit(
     unexpected: Sequence[str],
     reshaped: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> CheckpointError:
-    """The error for weights that do not fit; ``reshaped``: name -> (given, expected)."""
+    """Return the error for weights that do not fit.
+
+    Args:
+        path: where they come from.
+        what: the model.
+        missing, unexpected: names.
+        reshaped: name -> the tensor that is given, and the one that is expected.
+    """
     shapes = [
         f"{name} {list(given.shape)} instead of {list(own.shape)}"
         for name, (given, own) in reshaped.items()
@@ -211,8 +235,7 @@ def misfit(
         return CheckpointError(
             f"{start}: positions of another resolution or context; the option image_size=PIXELS "
             "(for texts: context_length=TOKENS) of create_model, from_pretrained or model.options "
-            "of "
-            "a recipe resizes them"
+            "of a recipe resizes them"
         )
     return CheckpointError(start)
 
@@ -220,8 +243,14 @@ def misfit(
 def check_numbers(
     path: str | Path, weights: State, own: State, named: Callable[[str], str] = str
 ) -> None:
-    """Check that tensors hold the kind of numbers that the model's have, and finite ones where the
-    model's are: a mask may hold -infinity.
+    """Check that tensors hold the kind of numbers that the model's have, and finite ones.
+
+    Where the model's own are not finite, nothing is asked for: a mask may hold -infinity.
+
+    Args:
+        path: where they come from, for messages.
+        weights, own: of the file and of the model, under the model's names.
+        named: a tensor's name there to its name in the file.
 
     Raises:
         CheckpointError: naming the first that does not.
@@ -237,9 +266,8 @@ def check_numbers(
             raise CheckpointError(
                 f"{path}: {named(name)} is of {tensor.dtype}; expected whole numbers, {expected}"
             )
-    broken = {
-        name: count for name, tensor in weights.items() if (count := _broken(tensor, own[name]))
-    }
+    counts = {name: _broken(tensor, own[name]) for name, tensor in weights.items()}
+    broken = {name: count for name, count in counts.items() if count}
     if broken:
         name, count = next(iter(broken.items()))
         raise CheckpointError(
@@ -250,31 +278,26 @@ def check_numbers(
 
 
 def _are_integers(tensor: torch.Tensor) -> bool:
-    """Return whether a counter or table of numbers can be read: integers, or whole ones in a file
-    whose tensors were all made halves.
+    """Return whether a counter or a table of numbers can be read.
+
+    They are integers, or whole numbers in a file whose tensors were all made halves.
     """
     if tensor.is_meta:
         return True
     if tensor.dtype in _FLOATS:
         return bool((tensor == tensor.round()).all()) and not _broken(tensor, tensor.new_zeros(()))
-    return (
-        not tensor.dtype.is_complex
-        and not tensor.dtype.is_floating_point
-        and tensor.dtype != torch.bool
-    )
+    others = tensor.dtype.is_complex or tensor.dtype.is_floating_point
+    return not others and tensor.dtype != torch.bool
 
 
 def _broken(tensor: torch.Tensor, own: torch.Tensor) -> int:
-    """How many numbers are not finite in the model's dtype, where its own are.
+    """Count the numbers that are not finite in the model's dtype, where its own are.
 
-    One pass that allocates nothing where all is well.
+    One pass, which allocates nothing where all is well.
     """
-    if (
-        not tensor.is_floating_point()
-        or not own.is_floating_point()
-        or tensor.numel() == 0
-        or tensor.is_meta
-    ):
+    if not tensor.is_floating_point() or not own.is_floating_point():
+        return 0
+    if tensor.numel() == 0 or tensor.is_meta:
         return 0
     low, high = tensor.aminmax()
     most = torch.finfo(own.dtype).max

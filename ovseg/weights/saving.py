@@ -1,5 +1,15 @@
-"""Models as folders, here and on the Hub: ``config.json`` and ``model.safetensors``, with a card
-for those who find them.
+"""Models as folders, here and on the Hub: ``config.json``, ``model.safetensors``, a card.
+
+``config.json`` of format 2 holds
+
+    format   2
+    model    the name that the model was made by; it stays a name
+    system   the folder of its system; null where a function of ``register_model`` made the model
+    options  all options: the system's, and in ``backbone`` its kind and options
+    ...      whatever else ``save_pretrained`` was given: metrics, seed, ...
+
+so that a preset or a default that changes later does not change the model. In format 1 ``options``
+held what the caller had asked for, above the preset of ``model``.
 """
 
 from __future__ import annotations
@@ -8,6 +18,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +30,7 @@ from .files import load_json, save_weights
 from .hub import PREFIX, check_repo, upload
 from .state_dicts import unwrapped
 
+FORMAT = 2
 _TOKENIZER = "tokenizer"  # a folder in the folder, where the words are not open_clip's own
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,8 +40,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "config.json",
-)  # the last where the others do not say what kind of tokenizer it is
+    "config.json",  # where the others do not say what kind of tokenizer it is
+)
 
 
 def check_model(model: Any) -> None:
@@ -44,42 +56,61 @@ def check_model(model: Any) -> None:
 def save_pretrained(model: Any, folder: str | Path, **facts: Any) -> Path:
     """Write ``config.json`` and ``model.safetensors``.
 
-    ``facts`` (metrics, seed, ...) go into the config as they are.
-
     A model that is wrapped (``torch.compile``, DDP, DataParallel, ``AveragedModel``) is written as
     the bare one is; one that is sharded has to be saved by all processes together. A CLIP that a
     model keeps by its name is not among the tensors; its hash is written, so that another one is
     noticed.
+
+    Args:
+        model: a system.
+        folder: made if there is none.
+        facts: metrics, seed, ...; they go into the config as they are.
     """
     whole, model = model, unwrapped(model)
     check_model(model)
     folder = folder_for(folder, "folder")
-    # The weights are all in the file.
-    options = {
-        key: value for key, value in model.config.items() if key not in model.starting_options
-    }
-    if isinstance(options.get("backbone"), dict):
-        options["backbone"] = {
-            key: value
-            for key, value in options["backbone"].items()
-            if key not in model.starting_options
-        }
-    source = model.named_clip
-    if source is not None:
-        options["clip"] = str(Path(source).resolve()) if Path(source).exists() else source
+    options = _options_to_save(model)
+    if model.named_clip is not None:
         facts = {"clip_hash": model.clip_hash(), **facts}
-    options |= model.backbone.lasting_options()
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(options.get("architecture"), dict):
-        options["architecture"] = _with_tokenizer(options["architecture"], folder)
-    text = json.dumps({"format": 1, "model": model.name, "options": options, **facts}, indent=2)
+    towers = options["backbone"] if model.system else options
+    if isinstance(towers.get("architecture"), dict):
+        towers["architecture"] = _with_tokenizer(towers["architecture"], folder)
+    config = {"format": FORMAT, "model": model.name, "system": model.system, "options": options}
+    text = json.dumps({**config, **facts}, indent=2)
     save_weights(whole, folder / "model.safetensors")
     write_text(folder / "config.json", text + "\n")  # last: a folder that was begun is none yet
     return folder
 
 
+def _options_to_save(model: Any) -> dict[str, Any]:
+    """Return what builds the model anew, without the weights that it began with.
+
+    Those are all in the file, unless it is a CLIP that the folder names.
+    """
+    options = deepcopy(model.config)
+    towers = options.get("backbone", {})
+    if model.system:
+        begun = dict.fromkeys(model.starting_options)
+        options |= {key: None for key in begun if key in options}
+        towers |= {key: None for key in begun if key in towers}
+        towers |= model.backbone.lasting_options()
+    else:  # a function may not know the others
+        for part in (options, towers):
+            for key in model.starting_options:
+                part.pop(key, None)
+        options |= model.backbone.lasting_options()
+    clip = model.named_clip
+    if clip is not None:
+        options["clip"] = str(Path(clip).resolve()) if Path(clip).exists() else clip
+    return options
+
+
 def is_saved(folder: Path) -> bool:
-    """Whether ``save_pretrained`` wrote it; a damaged config counts, so that it is named."""
+    """Return whether ``save_pretrained`` wrote a folder.
+
+    One with a damaged config counts, so that it is named.
+    """
     try:
         found = load_json(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -90,11 +121,16 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a saved folder, of any format up to today's.
+
+    Raises:
+        NoCheckpoint: where there is none; CheckpointError: for one that is damaged, or of a format
+            that a later version writes.
+    """
     path = folder / "config.json"
     try:
         config = load_json(path)
-        if not isinstance(config["model"], str) or not isinstance(config["options"], dict):
-            raise KeyError("model, options")
+        _check_config(config)
     except FileNotFoundError as error:
         raise NoCheckpoint(
             f"{folder} has no config.json; expected a folder written by save_pretrained"
@@ -103,11 +139,37 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged ({error}); expected JSON with 'model' and 'options'"
         ) from error
-    architecture = config["options"].get("architecture")
+    if config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {config['format']}, of a later version of ovseg; expected 1 or "
+            f"{FORMAT}: pip install -U ovseg-kernels"
+        )
+    towers = config["options"]["backbone"] if config["system"] else config["options"]
+    architecture = towers.get("architecture")
     text = architecture.get("text_cfg") if isinstance(architecture, dict) else None
     if isinstance(text, dict) and text.get("hf_tokenizer_name") == _TOKENIZER:
         text["hf_tokenizer_name"] = str((folder / _TOKENIZER).resolve())
     return config
+
+
+def _check_config(config: Any) -> None:
+    """Refuse a config that lacks what its format has, and fill in what format 1 has not.
+
+    Raises:
+        KeyError, TypeError, ValueError: saying what is wrong.
+    """
+    if not isinstance(config["model"], str) or not isinstance(config["options"], dict):
+        raise KeyError("model, options")
+    number = config.setdefault("format", 1)  # the first folders have none
+    if type(number) is not int or number < 1:
+        raise ValueError(f"format is {number!r}")
+    system = config.setdefault("system", None) if number == FORMAT else None
+    config["system"] = system
+    if system is None or number > FORMAT:
+        return
+    towers = config["options"].get("backbone")
+    if not isinstance(system, str) or not isinstance(towers, dict) or "kind" not in towers:
+        raise ValueError("options: backbone.kind is missing")
 
 
 def push_to_hub(
@@ -120,9 +182,10 @@ def push_to_hub(
     token: str | None = None,
     **facts: Any,
 ) -> str:
-    """Upload a model to the Hub, where ``-m hf-hub:OWNER/NAME`` finds it; returns its address.
+    """Upload a model to the Hub, where ``-m hf-hub:OWNER/NAME`` finds it; return its address.
 
     Args:
+        model: a system.
         repo: owner/name; made if there is none.
         licence: of the weights, as the Hub writes it: ``mit``, ``apache-2.0``, ``cc-by-4.0``,
             ``other``. What they were trained from and on decides it, so there is no default.
@@ -139,8 +202,7 @@ def push_to_hub(
     if model.named_clip is not None and Path(model.named_clip).exists():
         raise InputError(
             f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; "
-            "expected one that others can "
-            "name, a tag or hf-hub:OWNER/NAME, in the option clip"
+            "expected one that others can name, a tag or hf-hub:OWNER/NAME, in the option clip"
         )
     with tempfile.TemporaryDirectory() as parent:
         folder = save_pretrained(whole, Path(parent) / "model", **facts)
@@ -151,7 +213,7 @@ def push_to_hub(
 def card(
     model: Any, repo: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]
 ) -> str:
-    """The page of the repository: what it is, what it knows, how it is used."""
+    """Write the page of the repository: what it is, what it knows, how it is used."""
     words = getattr(model.tokenizer, "words", None)
     known = list(labels) if labels is not None else words
     about = (
@@ -177,19 +239,17 @@ def card(
 
 
 def _with_tokenizer(architecture: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration with the tokenizer's files copied beside the weights, if they are a folder
-    of this machine.
+    """Copy the files of the tokenizer beside the weights, if they are a folder of this machine.
+
+    Return the configuration with its name there.
     """
-    source = Path(architecture["text_cfg"].get("hf_tokenizer_name") or "")
+    text = architecture["text_cfg"]
+    source = Path(text.get("hf_tokenizer_name") or "")
     if not source.is_absolute():
         return architecture
-    (folder / _TOKENIZER).mkdir(exist_ok=True)
+    target = folder / _TOKENIZER
+    target.mkdir(exist_ok=True)
     for name in _TOKENIZER_FILES:
-        if (source / name).is_file() and (source / name).resolve() != (
-            folder / _TOKENIZER / name
-        ).resolve():
-            shutil.copyfile(source / name, folder / _TOKENIZER / name)
-    return {
-        **architecture,
-        "text_cfg": {**architecture["text_cfg"], "hf_tokenizer_name": _TOKENIZER},
-    }
+        if (source / name).is_file() and (source / name).resolve() != (target / name).resolve():
+            shutil.copyfile(source / name, target / name)
+    return {**architecture, "text_cfg": {**text, "hf_tokenizer_name": _TOKENIZER}}

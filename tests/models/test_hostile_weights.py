@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, ConfigError, InputError, first_line
-from ovseg.systems.registry import SizeError
+from ovseg.systems.sizes import SizeError
 from ovseg.weights.transformers_layout import folder_weights
 
 
@@ -158,8 +158,9 @@ def test_absurd_sizes_are_refused_before_anything_is_made(system, tmp_path, monk
             if key == layers and value in (0, [1], {"a": 1}, "wide"):  # none is a depth too
                 continue
             value = [value] * 3 if key == "depths" else value
-            config["options"] = {"backbone": {key: value}}
-            (folder / "config.json").write_text(json.dumps(config))
+            options = config["options"]
+            changed = {**options, "backbone": {**options["backbone"], key: value}}
+            (folder / "config.json").write_text(json.dumps({**config, "options": changed}))
             made.clear()
             with pytest.raises((CheckpointError, ConfigError, ValueError)) as found:
                 ovseg.from_pretrained(folder)
@@ -174,7 +175,7 @@ def test_absurd_sizes_are_refused_before_anything_is_made(system, tmp_path, monk
 def test_a_configuration_larger_than_its_weights_is_refused(tmp_path, capsys):
     folder = ovseg.save_pretrained(ovseg.create_model("pacl_tiny"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
-    for options, message in (
+    for sizes, message in (
         (
             {"width": 16384},
             r"config\.json is damaged: options of pacl_tiny make a model of .* numbers; expected "
@@ -182,11 +183,12 @@ def test_a_configuration_larger_than_its_weights_is_refused(tmp_path, capsys):
         ),
         (
             {"heads": 10**9},
-            r"config\.json is damaged: options of pacl_tiny: heads is 1000000000; expected at most "
-            r"1000000",
+            r"config\.json is damaged: options of pacl_tiny: backbone\.heads is 1000000000; expected "
+            r"at most 1000000",
         ),
         ({"depth": 5000}, "depth is 5000; expected at most 1000"),
     ):
+        options = {**config["options"], "backbone": {**config["options"]["backbone"], **sizes}}
         (folder / "config.json").write_text(json.dumps({**config, "options": options}))
         with pytest.raises(CheckpointError, match=message):
             ovseg.from_pretrained(folder)

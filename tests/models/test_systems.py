@@ -233,7 +233,7 @@ def test_options_of_earlier_versions_in_saved_folders(tmp_path, name, options, p
     model = ovseg.create_model(name)
     folder = ovseg.save_pretrained(model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "options": options}))
+    (folder / "config.json").write_text(json.dumps({**config, "format": 1, "options": options}))
     expected = list(model.parts()) if parts is None else type(model.options)().trained if parts == "published" else parts
     assert ovseg.from_pretrained(folder).options.trained == expected
 

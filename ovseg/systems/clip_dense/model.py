@@ -10,7 +10,7 @@ about where things are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ class ClipDenseOptions(SystemOptions):
     trained: list[str] = field(default_factory=lambda: ["vision", "text", "scale"])
     readout: Any = "clip"
     proxy: Any = None
+
+    def complete(self) -> None:
+        """Give the second encoder the options that it lacks."""
+        super().complete()
+        if self.proxy is not None:
+            self.proxy = asdict(options_of(ProxyOptions, self.proxy, "proxy"))
 
 
 class ClipDense(OVSegModel):

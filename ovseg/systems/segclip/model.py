@@ -22,6 +22,7 @@ from .layers import Groups, MaeDecoder, SemanticGroups, sincos_positions
 from .published import MARK, layout
 
 _PARTS = ["embeddings", "vision", "text", "scale", "groups", "reconstruction"]
+_DECODER = {"width": 384, "depth": 3, "heads": 8}
 _OF_TRAINING = ("tau", "weights", "kept")  # options of the model once
 
 
@@ -64,6 +65,11 @@ class SegCLIPOptions(SystemOptions):
         options = {key: value for key, value in options.items() if key not in _OF_TRAINING}
         return {"trained": _PARTS, **options} if options.pop("frozen", True) is False else options
 
+    def complete(self) -> None:
+        """Give the decoder the sizes that it lacks."""
+        super().complete()
+        self.decoder = {**_DECODER, **self.decoder}
+
 
 class SegCLIP(OVSegModel):
     Options = SegCLIPOptions
@@ -89,7 +95,9 @@ class SegCLIP(OVSegModel):
         )
         self.mae_blocks = self.backbone.new_blocks(options.second_stage)
         self.reconstruct = nn.Linear(options.centers, options.centers)
-        self.decoder = MaeDecoder(width, self.backbone.patch_size, **options.decoder)
+        self.decoder = MaeDecoder(
+            width, self.backbone.patch_size, **{**_DECODER, **options.decoder}
+        )
         for module in (self.groups, self.mae_blocks, self.reconstruct, self.decoder):
             module.apply(_initialize)
         self.train_parts(options.trained)
