@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -61,14 +61,14 @@ class Bound:
         if self.one_of is not None:
             return f"one of {list(self.one_of)}"
         kind = "an integer, " if self.integer else ""
-        least = f"above {self.low:g}" if self.above else f"{self.low:g}"
+        least = f"above {_digits(self.low)}" if self.above else _digits(self.low)
         if math.isinf(self.high):
             return (
                 "a finite number"
                 if math.isinf(self.low)
                 else f"{kind}{least}{'' if self.above else ' or more'}"
             )
-        most = f"below {self.high:g}" if self.below else f"{self.high:g}"
+        most = f"below {_digits(self.high)}" if self.below else _digits(self.high)
         return f"{kind}{least} {'and' if self.above else 'to'} {most}"
 
     def check(self, name: str, value: Any, error: type[Exception] = ConfigError) -> None:
@@ -113,7 +113,7 @@ def bounded(
 
 
 def check_bounds(options: Any, where: str = "", error: type[Exception] = ConfigError) -> None:
-    """Check every field of a dataclass that declares a bound.
+    """Check every field of a dataclass that declares a bound, and those of dataclasses inside it.
 
     Args:
         options: the instance.
@@ -122,8 +122,16 @@ def check_bounds(options: Any, where: str = "", error: type[Exception] = ConfigE
     """
     for one in fields(options):
         bound = one.metadata.get("bound")
+        value = getattr(options, one.name)
         if bound is not None:
-            bound.check(f"{where}{one.name}", getattr(options, one.name), error)
+            bound.check(f"{where}{one.name}", value, error)
+        elif is_dataclass(value):
+            check_bounds(value, f"{where}{one.name}.", error)
+
+
+def _digits(number: float) -> str:
+    """Return all digits of an integer, and of another number those that count."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def shown(value: Any) -> str:

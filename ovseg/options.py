@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .bounds import check_bounds
 from .errors import ConfigError, first_line
 
 _T = TypeVar("_T")
@@ -40,13 +41,12 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
 
     Args:
         schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists,
-            dictionaries, Any. A class variable ``ends`` may say of names of numbers, or of lists
-            and mappings of them, the least and the largest that mean something.
+            dictionaries, Any. What each may be is declared by ``bounds.bounded`` beside it.
         given: by name of the field.
         where: before the name in messages.
 
     Raises:
-        ConfigError: for an unknown key, a value of another type or beyond its ends, NaN or an
+        ConfigError: for an unknown key, a value of another type or out of its bounds, NaN or an
             infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
@@ -58,10 +58,12 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         plain: Any = OmegaConf.to_container(found)
         check_finite(plain, where)
         _check_ends(plain, getattr(schema, "ends", {}), where)
-        return OmegaConf.to_object(found)
+        built: Any = OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
+    check_bounds(built, f"{where}.")
+    return built
 
 
 def _check_ends(
