@@ -111,13 +111,14 @@ def validation(recipe: Any) -> Any:
     part = recipe.validation
     if part.every_steps is None:
         return None
-    name = part.data or recipe.data.get("style")
+    name = part.data or getattr(recipe.data, "style", None)
     if name is None:
         raise ConfigError(
             "validation.data is null and the recipe trains on no scenes; expected a benchmark of "
             "`ovseg data list`"
         )
-    limit = {"max_pixels": recipe.data["max_pixels"]} if recipe.data.get("max_pixels") else {}
+    most = getattr(recipe.data, "max_pixels", None)
+    limit = {"max_pixels": most} if most else {}
     if name in SCENE_SETS:
         data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
     elif not part.root:

@@ -20,7 +20,7 @@ from ovseg.data.entity_index import EntityIndex
 from ovseg.data.loader import Loader
 from ovseg.data.sampling import generator
 from ovseg.data.sources import ModelInputs, create_source, load_options
-from ovseg.data.sources.base import countable_pairs
+from ovseg.data.pair_samples import countable_pairs
 from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.nn.tiny import WordTokenizer
 from ovseg.systems.objective import Progress, create_objective
