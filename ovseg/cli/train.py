@@ -44,13 +44,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
     from .. import distributed, stop_signals
     from ..errors import ConfigError, ProcessError
     from ..output_lock import locked_folder
     from ..replacing import folder_for
-    from ..training.recipe import list_recipes, load_recipe
+    from ..training.recipe import list_recipes, load_recipe, to_yaml
     from ..training.stages import finished
     from ..training.trainer import Interrupted, train
 
@@ -63,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     folders = [o.split("=", 1)[1] for o in options.overrides if o.startswith("run=")]
     recipe = load_recipe(options.recipe, [o for o in options.overrides if not o.startswith("run=")])
     if options.show:
-        print(OmegaConf.to_yaml(OmegaConf.structured(recipe)), end="")
+        print(to_yaml(recipe), end="")
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")

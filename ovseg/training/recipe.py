@@ -334,9 +334,14 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
 
 
+def to_yaml(recipe: Recipe) -> str:
+    """Return a recipe as a file holds it."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe))))
+    write_text(path, to_yaml(recipe))
 
 
 def hash_of(recipe: dict[str, Any]) -> str:
