@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
@@ -29,7 +30,10 @@ class Bound:
         above: whether ``low`` itself means nothing.
         below: whether ``high`` itself means nothing.
         one_of: the values to choose from, in place of numbers.
+        pattern: what a text must match from end to end, in place of numbers.
         integer: whether only integers count.
+        pair: whether the value is two numbers, which messages show together.
+        ordered: whether it is a pair of which the second is no smaller.
         expected: what was expected in words, for the message; made from the rest if empty.
     """
 
@@ -38,38 +42,49 @@ class Bound:
     above: bool = False
     below: bool = False
     one_of: Sequence[Any] | None = None
+    pattern: str = ""
     integer: bool = False
+    pair: bool = False
+    ordered: bool = False
     expected: str = ""
 
     def holds(self, value: Any) -> bool:
         """Return whether a single value lies within."""
         if self.one_of is not None:
-            return any(
-                value is one or (value == one and type(value) is type(one)) for one in self.one_of
-            )
+            return any(value == one and type(value) is type(one) for one in self.one_of)
+        if self.pattern:
+            return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
         if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
             return False
-        number = float(value)
-        if not math.isfinite(number) or not self.low <= number <= self.high:
+        # An integer is compared as it is: the nearest float of a large one may lie beyond.
+        number: Any = value if isinstance(value, Integral) else float(value)
+        if not self.low <= number <= self.high or number in (math.inf, -math.inf):
             return False
         return not (self.above and number == self.low) and not (self.below and number == self.high)
 
-    def words(self) -> str:
-        """Return what was expected, as messages end."""
+    def words(self, value: Any = None) -> str:
+        """Return what was expected in place of ``value``, as messages end."""
         if self.expected:
             return self.expected
         if self.one_of is not None:
             return f"one of {list(self.one_of)}"
-        kind = "an integer, " if self.integer else ""
-        least = f"above {_digits(self.low)}" if self.above else _digits(self.low)
+        kind = "an integer, " if self.integer and not isinstance(value, int) else ""
+        if self.pair or self.ordered:
+            kind = f"two {'integers' if self.integer else 'numbers'}{' in order' * self.ordered}, "
         if math.isinf(self.high):
+            if math.isinf(self.low):
+                return "a finite number"
+            if self.above and self.low == 0 and not kind:
+                return "a positive number"
             return (
-                "a finite number"
-                if math.isinf(self.low)
-                else f"{kind}{least}{'' if self.above else ' or more'}"
+                f"{kind}above {_digits(self.low)}"
+                if self.above
+                else f"{kind}{_digits(self.low)} or more"
             )
         most = f"below {_digits(self.high)}" if self.below else _digits(self.high)
-        return f"{kind}{least} {'and' if self.above else 'to'} {most}"
+        if self.above:
+            return f"{kind}above {_digits(self.low)} and {'' if self.below else 'up to '}{most}"
+        return f"{kind}{_digits(self.low)} to {most}"
 
     def check(self, name: str, value: Any, error: type[Exception] = ConfigError) -> None:
         """Refuse a value, or one inside a list or a mapping, that does not lie within.
@@ -79,6 +94,11 @@ class Bound:
         """
         if value is None:
             return
+        if self.pair or self.ordered:
+            numbers = list(value) if isinstance(value, (list, tuple)) else []
+            if len(numbers) != 2 or not all(map(self.holds, numbers)) or self._reversed(numbers):
+                raise error(f"{name} is {numbers or shown(value)}; expected {self.words(value)}")
+            return
         inside: Any = [("", value)]
         if isinstance(value, Mapping):
             inside = value.items()
@@ -87,7 +107,10 @@ class Bound:
         for part, one in inside:
             if one is not None and not self.holds(one):
                 where = name if part == "" else f"{name}.{part}"
-                raise error(f"{where} is {shown(one)}; expected {self.words()}")
+                raise error(f"{where} is {shown(one)}; expected {self.words(one)}")
+
+    def _reversed(self, pair: list[Any]) -> bool:
+        return self.ordered and pair[0] > pair[1]
 
 
 def bounded(
@@ -100,13 +123,14 @@ def bounded(
     """Declare a field of a dataclass with the ``Bound`` of the keywords.
 
     Args:
-        default, default_factory: as of ``dataclasses.field``.
+        default: as of ``dataclasses.field``.
+        default_factory: likewise.
         help: what ``--help`` says about it, where the command line makes an option of it.
-        bound: attributes of ``Bound``; without any the field is not checked.
+        **bound: attributes of ``Bound``; without any the field is not checked.
     """
-    metadata = {"bound": Bound(**bound)} if bound else {}
+    metadata: dict[str, Any] = {"bound": Bound(**bound)} if bound else {}
     if help:
-        metadata["help"] = help  # type: ignore[assignment]
+        metadata["help"] = help
     if default_factory is not MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -1,7 +1,8 @@
 """Plots and pictures beside the work: whether they can be drawn or not, the results are kept.
 
 They are drawn by matplotlib's ``Figure`` alone, without pyplot: no window, and no account of the
-backend that a notebook or a terminal asks for."""
+backend that a notebook or a terminal asks for.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from . import distributed
 from .data.file_types import SOFTWARE
 from .errors import first_line
-from .libraries import remedy
+from .libraries import installed, remedy
+from .progress import note
 from .replacing import replacing
 
 if TYPE_CHECKING:
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
+_said_missing = False  # whether the user knows already that matplotlib is not installed
+
+
+def say_if_missing(what: str) -> None:
+    """Say before the work that matplotlib is missing, and ``what`` follows; it is not said again.
+
+    Of several processes the first speaks.
+    """
+    global _said_missing
+    if not installed("matplotlib"):
+        _said_missing = True
+        if distributed.is_main():
+            note(f"matplotlib is not installed: {what} ({remedy('matplotlib')})")
 
 
 def beside_the_work(what: str) -> Callable[[Callable[_P, Path | None]], Callable[_P, Path | None]]:
@@ -39,14 +55,12 @@ def beside_the_work(what: str) -> Callable[[Callable[_P, Path | None]], Callable
             try:
                 return draw(*arguments, **options)
             except Exception as error:
-                missing = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith(
-                    "matplotlib"
-                )
-                why = (
-                    f"matplotlib is not installed ({remedy('matplotlib')})"
-                    if missing
-                    else f"{type(error).__name__}: {first_line(error)}"
-                )
+                why = f"{type(error).__name__}: {first_line(error)}"
+                missing = error.name if isinstance(error, ModuleNotFoundError) else None
+                if (missing or "").startswith("matplotlib"):
+                    if _said_missing:
+                        return None
+                    why = f"matplotlib is not installed ({remedy('matplotlib')})"
                 logger.warning("no %s is drawn: %s", what, why)
                 return None
 
@@ -65,18 +79,16 @@ def new_figure(**options: Any) -> Figure:
 
 
 def _import_matplotlib() -> None:
-    """Import it without MPLBACKEND: with one that is not installed, such as a notebook's, it fails."""
+    """Import it without MPLBACKEND, with which it fails if that is not installed, as a notebook's."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-    if backend:
+    if backend:  # for the rest of the program, as if it had imported matplotlib
         with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = (
-                backend  # for the rest of the program, as if it had imported it
-            )
+            matplotlib.rcParams["backend"] = backend
 
 
 def save_figure(figure: Figure, out: Path, dpi: int) -> Path:

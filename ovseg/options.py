@@ -36,18 +36,33 @@ def unknown_key(
 
 
 def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
-    """An instance of the dataclass ``schema`` with the values ``given``; what is not given keeps
-    its default.
+    """Build an instance of the dataclass ``schema`` and hold it to the bounds of its fields.
 
     Args:
-        schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists,
-            dictionaries, Any. What each may be is declared by ``bounds.bounded`` beside it.
+        schema: as of ``typed``; what each field may be is declared by ``bounds.bounded``.
         given: by name of the field.
         where: before the name in messages.
 
     Raises:
-        ConfigError: for an unknown key, a value of another type or out of its bounds, NaN or an
-            infinity.
+        ConfigError: as ``typed``, and for a value out of its bounds.
+    """
+    built = typed(schema, given, where)
+    check_bounds(built, f"{where}.")
+    _check_ends(vars(built), getattr(schema, "ends", {}), where)
+    return built
+
+
+def typed(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
+    """Build an instance of the dataclass ``schema``; what is not given keeps its default.
+
+    Args:
+        schema: with annotations that OmegaConf knows: numbers, strings, booleans, None, lists,
+            dictionaries, Any.
+        given: by name of the field.
+        where: before the name in messages.
+
+    Raises:
+        ConfigError: for an unknown key, a value of another type, NaN or an infinity.
     """
     known = [field.name for field in fields(schema)]  # type: ignore[arg-type]
     for key in given:
@@ -55,14 +70,11 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
             raise unknown_key(str(key), known, f"{where}.")
     try:
         found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
-        plain: Any = OmegaConf.to_container(found)
-        check_finite(plain, where)
-        _check_ends(plain, getattr(schema, "ends", {}), where)
+        check_finite(OmegaConf.to_container(found), where)
         built: Any = OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
-    check_bounds(built, f"{where}.")
     return built
 
 

@@ -213,7 +213,7 @@ def _superpixels(options: argparse.Namespace) -> int:
     import sys
 
     from ..data.folders import look
-    from ..data.superpixels import write_superpixels
+    from ..data.superpixels import SuperpixelOptions, write_superpixels
     from ..errors import InputError
     from ..output_lock import locked_file
     from ..progress import note
@@ -232,12 +232,10 @@ def _superpixels(options: argparse.Namespace) -> int:
     count, bad = write_superpixels(
         [(name, seen.root / name) for name in seen.pictures],
         out,
-        workers=options.workers,
+        SuperpixelOptions(
+            options.scale, options.sigma, options.min_size, options.workers, options.max_pixels
+        ),
         progress=True,
-        scale=options.scale,
-        sigma=options.sigma,
-        min_size=options.min_size,
-        max_pixels=options.max_pixels,
     )
     bad = seen.bad + bad
     print(

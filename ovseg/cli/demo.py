@@ -261,7 +261,7 @@ def _recipe(stage: Stage, options: argparse.Namespace, out: Path, number: int) -
     if options.steps:
         _shorten(recipe, options.steps[number])
     if options.train_scenes:
-        recipe.data["train_size"] = options.train_scenes
+        recipe.data.train_size = options.train_scenes
     folder = folder_for(out / stage.folder, "--out needs a folder, and")
     check_names(folder)
     saved = folder / "config.yaml"
@@ -279,7 +279,7 @@ def _settings(stage: Stage, data: str, out: Path) -> list[str]:
     """What the recipe of a stage is changed to: the data, and the CLIP it starts from."""
     from ..training.recipe import load_recipe
 
-    masks = load_recipe(stage.recipe).data["kind"] == "masks"
+    masks = load_recipe(stage.recipe).data.kind == "masks"
     found = (
         [f"data.set={data}", f"objective.options.classes={data}"]
         if masks

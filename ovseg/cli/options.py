@@ -23,7 +23,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ..errors import ConfigError, InputError
-from ..libraries import installed, remedy
 
 MODEL_HELP = (
     "NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of "
@@ -240,9 +239,7 @@ def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
 
 
 def no_plots(what: str) -> None:
-    """Say once, in the first of several processes, that ``what`` follows from a missing matplotlib."""
-    from .. import distributed
-    from ..progress import note
+    """Say once, before the work, that ``what`` follows from a missing matplotlib."""
+    from ..figures import say_if_missing
 
-    if distributed.is_main() and not installed("matplotlib"):
-        note(f"matplotlib is not installed: {what} ({remedy('matplotlib')})")
+    say_if_missing(what)

@@ -44,13 +44,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from omegaconf import OmegaConf
-
     from .. import distributed, stop_signals
     from ..errors import ConfigError, ProcessError
     from ..output_lock import locked_folder
     from ..replacing import folder_for
-    from ..training.recipe import list_recipes, load_recipe
+    from ..training.recipe import list_recipes, load_recipe, to_yaml
     from ..training.stages import finished
     from ..training.trainer import Interrupted, train
 
@@ -63,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     folders = [o.split("=", 1)[1] for o in options.overrides if o.startswith("run=")]
     recipe = load_recipe(options.recipe, [o for o in options.overrides if not o.startswith("run=")])
     if options.show:
-        print(OmegaConf.to_yaml(OmegaConf.structured(recipe)), end="")
+        print(to_yaml(recipe), end="")
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
@@ -111,13 +109,14 @@ def validation(recipe: Any) -> Any:
     part = recipe.validation
     if part.every_steps is None:
         return None
-    name = part.data or recipe.data.get("style")
+    name = part.data or getattr(recipe.data, "style", None)
     if name is None:
         raise ConfigError(
             "validation.data is null and the recipe trains on no scenes; expected a benchmark of "
             "`ovseg data list`"
         )
-    limit = {"max_pixels": recipe.data["max_pixels"]} if recipe.data.get("max_pixels") else {}
+    most = getattr(recipe.data, "max_pixels", None)
+    limit = {"max_pixels": most} if most else {}
     if name in SCENE_SETS:
         data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
     elif not part.root:

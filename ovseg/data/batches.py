@@ -1,6 +1,7 @@
-"""What a batch holds, one dataclass a kind of supervision. An objective says which kind it takes.
+"""Batches, one dataclass a kind of supervision; an objective says which kind it takes.
 
-Images are uint8 until they are on the device, where the objective normalises them."""
+Images are uint8 until they are on the device, where the objective normalises them.
+"""
 
 from __future__ import annotations
 
@@ -29,30 +30,30 @@ class Batch:
         return len(self.images)
 
     def _mapped(self: _B, function: Any, but: Collection[str] = ()) -> _B:
+        """Apply a function to all tensors, ``but`` those of these fields."""
+
         def over(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return function(value)
-            return (
-                {key: over(one) for key, one in value.items()} if isinstance(value, dict) else value
-            )
+            if isinstance(value, dict):
+                return {key: over(one) for key, one in value.items()}
+            return value
 
-        return replace(
-            self, **{f.name: over(getattr(self, f.name)) for f in fields(self) if f.name not in but}
-        )
+        names = [one.name for one in fields(self) if one.name not in but]
+        return replace(self, **{name: over(getattr(self, name)) for name in names})
 
     def split(self: _B, parts: int) -> list[_B]:
-        """So many neighbouring parts, as equal as can be; texts and other rows are shared out in
-        the same way, in order.
-        """
+        """Split into neighbouring parts, as equal as can be; texts and other rows likewise."""
         return [
             self._mapped(lambda x, part=part: x.tensor_split(parts)[part]) for part in range(parts)
         ]
 
     def to(self: _B, device: torch.device | str, but: Collection[str] = ()) -> _B:
-        """All tensors on the device, ``but`` those of these fields."""
+        """Copy all tensors to the device, ``but`` those of these fields."""
         return self._mapped(lambda x: x.to(device, non_blocking=True), but)
 
     def pin_memory(self: _B) -> _B:
+        """Copy all tensors to pinned memory."""
         return self._mapped(lambda x: x.pin_memory())
 
 
@@ -96,11 +97,10 @@ class MaskBatch(Batch):
 
 @dataclass
 class CrossImageBatch(PairBatch):
-    """Pairs whose pictures come two by two: ``partner`` [B, 3, H, W] shows the entity that picture
-    and partner share.
+    """Pairs whose pictures come two by two.
 
     Attributes:
-        partner: uint8 pictures.
+        partner: uint8 [B, 3, H, W], pictures that show the entity which both share.
         entity_ids: [B] int64, the shared entity.
     """
 
@@ -122,8 +122,9 @@ class NounBatch(PairBatch):
 
 @dataclass
 class EntityBatch(PairBatch):
-    """Pairs for OVSegmentor's masked entities: one question and answer a picture, of one of its
-    captions. Texts are padded with 0; how far does not matter.
+    """Pairs for OVSegmentor's masked entities: a question and an answer of one caption a picture.
+
+    Texts are padded with 0; how far does not matter.
 
     Attributes:
         question_ids: [B, L] int64, each caption with ``[MASK]`` in place of every word that names

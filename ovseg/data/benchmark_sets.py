@@ -1,20 +1,16 @@
-"""Lists of a split: a line is the key of a picture, whatever it holds; forms in which lists are
-published are understood.
+"""Segmentation benchmarks in the folder layouts users have.
 
-Segmentation benchmarks in the folder layouts users have: pictures, masks, classes, and what a
-mask's values mean.
-
-Each set is described by a file in ``data/sets``; ``describe`` takes the path of such a file of
-yours as well. Layouts are those of mmsegmentation and of the data sets' own archives; masks are
-mapped while they are read, so nothing needs converting.
+Each set is described by a file in ``data/sets``: pictures, masks, classes, and what a mask's values
+mean; ``describe`` takes the path of such a file of yours as well. Layouts are those of
+mmsegmentation and of the data sets' own archives; masks are mapped while they are read, so nothing
+needs converting.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,107 +21,13 @@ from ..errors import DataError, InputError, NoData
 from ..paths import address, as_given, exists, no_file
 from ..progress import waiting
 from ..registration import Registry, yaml_files
-from ..text_files import lines_of, text_of, tree_of
+from ..text_files import text_of, tree_of
 from .folders import Folder
-from .images import MAX_PIXELS, SUFFIXES, orientation, read_image, upright
+from .images import MAX_PIXELS, orientation, read_image, upright
 from .labels import LabelSet
-from .masks import IGNORE, INVALID, MaskLayout, read_mask, table_of
+from .mask_files import INVALID, MaskLayout, read_mask, table_of
+from .split_lists import KeyList, read_list
 
-_ENDING = "(?:" + "|".join(map(re.escape, SUFFIXES)) + ")"
-
-
-@dataclass
-class KeyList:
-    """Keys in their order, each once.
-
-    Attributes:
-        repeated: keys that stand several times, and how often.
-        unmatched: lines whose two names belong to different keys.
-    """
-
-    keys: list[str]
-    repeated: dict[str, int] = field(default_factory=dict)
-    unmatched: list[str] = field(default_factory=list)
-
-
-def read_list(path: Path, root: Path, images: str) -> KeyList:
-    """The keys that a list names.
-
-    A line is a key, spaces and all, if the picture of that key is there, or if it has no other
-    form: with the picture's suffix (``x.jpg``), with its folder too (``/JPEGImages/x.jpg``),
-    followed by its mask (``/JPEGImages/x.jpg /SegmentationClassAug/x.png``) or by itself, or by -1,
-    0 or 1, as VOC's lists of one class are.
-
-    Args:
-        root, images: of the set; ``images`` holds ``{}`` for the key.
-
-    Raises:
-        DataError: for a list that is missing, empty or no UTF-8 text.
-    """
-    counts: dict[str, int] = {}
-    unmatched = []
-    for line in lines_of(
-        path, "list", "a text file with the key of a picture on each line", DataError
-    ):
-        key, mask = _key(line, images, root)
-        if mask is not None and not re.match(
-            rf"{re.escape(_last(key))}(?![0-9A-Za-z])", _last(mask)
-        ):
-            unmatched.append(f"{path}: {line!r} names a picture and a mask of different keys")
-        counts[key] = counts.get(key, 0) + 1
-    return KeyList(
-        list(counts), {key: number for key, number in counts.items() if number > 1}, unmatched
-    )
-
-
-def _key(line: str, images: str, root: Path) -> tuple[str, str | None]:
-    """(key of a line, the mask's name if the line has one)."""
-    columns = line.split()
-    suffix = Path(line).suffix.lower() in SUFFIXES
-    if (len(columns) == 1 and not suffix and "/" not in line) or _is_there(line, images, root):
-        return line, None  # as most lists are, or a key that looks like another form
-    if (pair := re.match(rf"(.+?{_ENDING})\s+(\S.*)$", line, re.IGNORECASE)) is not None:
-        return _bare(pair[1], images, root), pair[2]
-    if len(columns) == 2 and columns[0] == columns[1]:
-        return columns[0], None
-    if (flag := re.search(r"\s+(-1|0|1)$", line)) is not None and _is_there(
-        line[: flag.start()], images, root
-    ):
-        return line[: flag.start()], None
-    return _bare(line, images, root), None
-
-
-def _bare(name: str, images: str, root: Path) -> str:
-    """A key from the name of its picture: without the folder of ``images`` and what leads there,
-    without the suffix.
-    """
-    before, after = images.split("{}")
-    if before and f"/{before}" in f"/{name}":
-        name = f"/{name}".rpartition(f"/{before}")[2]
-    if after and name.endswith(after):
-        return name.removesuffix(after)
-    stem = re.sub(f"{_ENDING}$", "", name, flags=re.IGNORECASE)
-    return stem if _is_there(stem, images, root) else name
-
-
-def _is_there(key: str, images: str, root: Path) -> bool:
-    return no_file(root / images.format(key)) is None
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
-__all__ = [
-    "IGNORE",
-    "Item",
-    "MaskLayout",
-    "SegmentationSet",
-    "SetDescription",
-    "describe",
-    "list_sets",
-    "read_mask",
-]
 logger = logging.getLogger(__name__)
 SETS: Registry[Path] = Registry(
     "data set", lambda: yaml_files(Path(__file__).parent / "sets"), InputError
@@ -171,32 +73,40 @@ class SetDescription:
 
     @property
     def number(self) -> int:
+        """How many classes there are, named or not."""
         return self.tree.get("number", len(self.classes))
 
     @property
     def masks_made_on(self) -> str | None:
-        """The pixels that masks lie on where a picture has an EXIF orientation: ``upright``, as
-        people see it; ``stored``, as the file has them. None: the description does not say, and
-        upright is taken.
+        """The pixels that masks lie on where a picture has an EXIF orientation.
+
+        ``upright``, as people see it; ``stored``, as the file has them. None: the description does
+        not say, and upright is taken.
         """
         return self.tree.get("masks_made_on")
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
         return tuple(self.tree["splits"])
 
     def layouts(self, split: str) -> list[MaskLayout]:
-        """The ways masks of this split may be stored, the preferred one first."""
-        masks = self._of(split).get("masks", self.tree["masks"])
+        """Return the ways masks of this split may be stored, the preferred one first."""
+        masks = self.part(split).get("masks", self.tree["masks"])
         return [
             MaskLayout(entry["path"], table_of(entry["values"], self.number)) for entry in masks
         ]
 
     def images(self, split: str) -> str:
-        """Where pictures lie below the set's folder, ``{}`` for the key."""
-        return self._of(split).get("images", self.tree["images"])
+        """Return where pictures lie below the set's folder, ``{}`` for the key."""
+        return self.part(split).get("images", self.tree["images"])
 
-    def _of(self, split: str) -> dict[str, Any]:
+    def part(self, split: str) -> dict[str, Any]:
+        """Return what the description says about one split alone.
+
+        Raises:
+            InputError: if it has none of that name.
+        """
         if split not in self.splits:
             raise InputError(f"split is {split!r}; {self.name} has {', '.join(self.splits)}")
         return self.tree["splits"][split]
@@ -208,8 +118,10 @@ def list_sets() -> list[str]:
 
 
 def describe(name: str) -> SetDescription:
-    """The description of a benchmark by its name, or from a file of the form of those in
-    ``data/sets``.
+    """Read the description of a benchmark.
+
+    Args:
+        name: of ``list_sets``, or a file of the form of those in ``data/sets``.
 
     Raises:
         InputError: for an unknown name, or a file that lacks something.
@@ -223,13 +135,6 @@ def describe(name: str) -> SetDescription:
     path = Path(name) if is_file else SETS[name]
     try:
         tree = _read(path)
-        if (
-            other := next((name for name in tree["classes"] if not isinstance(name, str)), None)
-        ) is not None:
-            raise ValueError(
-                f"the class {other!r} is a {type(other).__name__}; expected a text, in YAML in "
-                "quotation marks"
-            )
         found = SetDescription(
             path.stem,
             tree["title"],
@@ -240,17 +145,7 @@ def describe(name: str) -> SetDescription:
             dict(tree.get("shares", {})),
             tree,
         )
-        if found.masks_made_on not in (None, *MADE_ON):
-            raise ValueError(
-                f"masks_made_on is {found.masks_made_on!r}; expected one of {list(MADE_ON)}"
-            )
-        for split in found.splits:
-            for pattern in (found.images(split), *(layout.path for layout in found.layouts(split))):
-                if pattern.count("{}") != 1 or pattern.count("{") != 1 or pattern.count("}") != 1:
-                    raise ValueError(
-                        f"path {pattern!r} holds {pattern.count('{}')} '{{}}'; expected one, for "
-                        "the key, and no other braces"
-                    )
+        _check_form(found)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -266,19 +161,37 @@ def describe(name: str) -> SetDescription:
     return found
 
 
-def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tree of a description with what it takes over from those that it is ``like``; ``below``:
-    those that led here.
-    """
-    try:
-        tree = tree_of(
-            text_of(
-                path,
-                "data set",
-                "one of ovseg data list, or a .yaml file that describes one",
-                InputError,
+def _check_form(found: SetDescription) -> None:
+    """Raise ValueError for classes that are no texts, and for paths without a place for the key."""
+    for name in found.classes:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"the class {name!r} is a {type(name).__name__}; expected a text, in YAML in "
+                "quotation marks"
             )
+    if found.masks_made_on not in (None, *MADE_ON):
+        raise ValueError(
+            f"masks_made_on is {found.masks_made_on!r}; expected one of {list(MADE_ON)}"
         )
+    for split in found.splits:
+        for pattern in (found.images(split), *(layout.path for layout in found.layouts(split))):
+            if not pattern.count("{}") == pattern.count("{") == pattern.count("}") == 1:
+                raise ValueError(
+                    f"path {pattern!r} holds {pattern.count('{}')} '{{}}'; expected one, for the "
+                    "key, and no other braces"
+                )
+
+
+def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a description with what it takes over from those that it is ``like``.
+
+    Args:
+        path: of the file.
+        below: names of those that led here.
+    """
+    expected = "one of ovseg data list, or a .yaml file that describes one"
+    try:
+        tree = tree_of(text_of(path, "data set", expected, InputError))
     except ValueError as error:
         if isinstance(error, InputError):
             raise
@@ -291,10 +204,8 @@ def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
         return tree
     like = tree["like"]
     if like not in SETS or like in below:
-        raise InputError(
-            f"{path}: like is {like!r}; expected one of "
-            f"{[name for name in list_sets() if name not in below]}"
-        )
+        others = [name for name in list_sets() if name not in below]
+        raise InputError(f"{path}: like is {like!r}; expected one of {others}")
     base = _read(SETS[like], (*below, like))
     return {**base, **tree, "splits": {**base["splits"], **tree.get("splits", {})}}
 
@@ -339,85 +250,95 @@ class SegmentationSet:
     ):
         self.max_pixels = max_pixels
         self.description = description or describe(name)
-        self.split, tree = split, self.description.tree
-        part = self.description._of(split)
-        images = self.description.images(split)
-        layouts = self.description.layouts(split)
-        if (what := address(root)) is not None:
-            raise NoData(f"{self.description.name}: root {as_given(root)!r} {what}")
-        looked = [Path(root) / folder for folder in (*tree.get("folders", ()), ".")]
-        before, _, after = images.partition("{}")
-        folder_of, _, start = before.rpartition("/")
-        beginning = Path(part.get("list") or folder_of)
-        self.root = next((folder for folder in looked if exists(folder / beginning)), None)
-        if self.root is None:
-            raise DataError(
-                f"{self.description.name}: {beginning} is in none of "
-                f"{', '.join(str(folder) for folder in looked)}; expected "
-                f"{self.description.title} in its usual layout"
-            )
+        self.split = split
         self.others: Folder | None = None
+        images = self.description.images(split)
+        self.root = self._find_root(root, images)
+        self.listed = self._find_keys(images)
+        self.layout = self._find_layout()
+        self.items = [
+            Item(key, self.root / images.format(key), self.root / self.layout.path.format(key))
+            for key in self.listed.keys
+        ]
+
+    def _find_root(self, root: str | Path, images: str) -> Path:
+        """Return the set's folder: a usual one below the data root, or the root itself."""
+        about = self.description
+        if (what := address(root)) is not None:
+            raise NoData(f"{about.name}: root {as_given(root)!r} {what}")
+        beginning = Path(about.part(self.split).get("list") or _folder_of(images))
+        looked = [Path(root) / folder for folder in (*about.tree.get("folders", ()), ".")]
+        found = next((folder for folder in looked if exists(folder / beginning)), None)
+        if found is None:
+            raise DataError(
+                f"{about.name}: {beginning} is in none of "
+                f"{', '.join(str(folder) for folder in looked)}; expected {about.title} in its "
+                "usual layout"
+            )
+        return found
+
+    def _find_keys(self, images: str) -> KeyList:
+        """Return the keys of the split's list, or those of the pictures where it has none."""
+        part = self.description.part(self.split)
         if "list" in part:
-            self.listed = read_list(self.root / part["list"], self.root, images)
+            listed = read_list(self.root / part["list"], self.root, images)
         else:
-            self.others = Folder(self.root / folder_of)
-            self.listed = KeyList(_keys(self.others, start, after))
-        keys = self.listed.keys
-        if not keys:
+            self.others = Folder(self.root / _folder_of(images))
+            before, _, after = images.partition("{}")
+            listed = KeyList(_keys(self.others, before.rpartition("/")[2], after))
+            if self.others.results and listed.keys:
+                logger.warning("%s", self.others.left_out()[0])
+        if not listed.keys:
             found = self.others.found() if self.others else "nothing"
             raise DataError(
                 f"{self.description.name}: no picture {images} in {self.root}, but {found}"
             )
-        if self.others is not None and self.others.results:
-            logger.warning("%s", self.others.left_out()[0])
-        if self.listed.repeated:
+        if listed.repeated:
             logger.warning(
                 "%s: %d keys stand several times in the list and count once, the first: %r",
                 self.root / part["list"],
-                len(self.listed.repeated),
-                next(iter(self.listed.repeated)),
+                len(listed.repeated),
+                next(iter(listed.repeated)),
             )
-        there = [layout for layout in layouts if any(self._masks(layout, keys))]
-        # Of a conversion that was killed there are some masks, and all of those it reads.
-        self.layout = max(
-            there,
-            key=lambda layout: sum(self._masks(layout, keys)) if len(there) > 1 else 0,
-            default=None,
-        )
-        if self.layout is None:
+        return listed
+
+    def _find_layout(self) -> MaskLayout:
+        """Return the layout of which there are most masks: a conversion may have been killed."""
+        keys = self.listed.keys
+        layouts = self.description.layouts(self.split)
+        there = [layout for layout in layouts if any(self._masks(layout))]
+        if not there:
             tried = " and ".join(str(self.root / layout.path.format(keys[0])) for layout in layouts)
             raise DataError(
                 f"{self.description.name}: no mask of {len(keys)} pictures is in {self.root}; for "
-                f"the first, {keys[0]!r}, "
-                f"{tried} was looked for"
+                f"the first, {keys[0]!r}, {tried} was looked for"
             )
-        self.items = [
-            Item(key, self.root / images.format(key), self.root / self.layout.path.format(key))
-            for key in keys
-        ]
+        return there[0] if len(there) == 1 else max(there, key=lambda one: sum(self._masks(one)))
 
-    def _masks(self, layout: MaskLayout, keys: Sequence[str]) -> Iterator[bool]:
-        assert self.root is not None
-        return (no_file(self.root / layout.path.format(key)) is None for key in keys)
+    def _masks(self, layout: MaskLayout) -> Iterator[bool]:
+        """Tell of each key whether its mask is there."""
+        return (no_file(self.root / layout.path.format(key)) is None for key in self.listed.keys)
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names in the order of the labels."""
         return self.description.classes
 
     @property
     def unseen(self) -> tuple[str, ...]:
+        """Names of the classes that zero-shot training holds out."""
         return self.description.unseen
 
     @property
     def expected(self) -> int | None:
         """How many pictures the split has as published."""
-        return self.description._of(self.split).get("count")
+        return self.description.part(self.split).get("count")
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """(picture, truth int16 [H, W]); -1 is not counted.
+        """Read (picture, truth int16 [H, W]); -1 is not counted.
 
         Raises:
             DataError: for a picture or mask that is missing, damaged, of another size, or with
@@ -432,27 +353,28 @@ class SegmentationSet:
         if truth.shape != (image.height, image.width):
             raise DataError(
                 f"{item.mask} is {truth.shape[1]}x{truth.shape[0]} and {item.image} is "
-                f"{image.width}x{image.height}; "
-                "expected one size"
+                f"{image.width}x{image.height}; expected one size"
             )
         return image, truth
 
     def truth(self, values: np.ndarray, path: Path) -> np.ndarray:
-        """Labels of a mask's values."""
-        assert self.layout is not None
+        """Return the labels of a mask's values.
+
+        Raises:
+            DataError: for a value that is no class.
+        """
         truth = self.layout.table[values]
         bad = truth == INVALID
         if bad.any():
             value = int(values[bad][0])
             raise DataError(
                 f"{path} holds the value {value} on {int(bad.sum())} pixels, which is no class of "
-                f"{self.description.name}; "
-                "see ovseg data check"
+                f"{self.description.name}; see ovseg data check"
             )
         return truth
 
     def read_mask(self, item: Item) -> np.ndarray:
-        """The values of a mask on the pixels of the upright picture.
+        """Read the values of a mask on the pixels of the upright picture.
 
         Raises:
             DataError: for a missing, damaged or coloured mask, or a picture whose orientation
@@ -467,15 +389,21 @@ class SegmentationSet:
             raise DataError(str(error)) from error
 
 
+def _folder_of(pattern: str) -> str:
+    """Return the folder in which the keys of a path with ``{}`` begin."""
+    return pattern.partition("{}")[0].rpartition("/")[0]
+
+
 def _keys(folder: Folder, start: str, after: str) -> list[str]:
-    """Of the pictures whose path begins and ends so; the others stay in ``folder.pictures``."""
+    """Return the keys of pictures whose path begins and ends so; others stay in the folder's."""
     with waiting(f"looking through {folder.root}"):
         for _ in folder.walk():
             pass
+    shortest = len(start) + len(after) + 1
     taken = {
         name
         for name in folder.pictures
-        if name.startswith(start) and name.endswith(after) and len(name) > len(start) + len(after)
+        if name.startswith(start) and name.endswith(after) and len(name) >= shortest
     }
     folder.pictures = sorted(set(folder.pictures) - taken)
     return sorted(name[len(start) : len(name) - len(after)] for name in taken)

@@ -1,5 +1,6 @@
-"""What is wrong with a benchmark on disk: missing and damaged files, unequal sizes, values that
-mean nothing, labels off by one.
+"""Checks of a benchmark on disk.
+
+They find missing and damaged files, unequal sizes, values that mean nothing, labels off by one.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from ..replacing import replacing
 from .benchmark_sets import SegmentationSet
 from .folders import look
 from .images import orientation, read_image
-from .masks import IGNORE, read_mask
+from .mask_files import IGNORE, read_mask
 
-_CLEARLY = (
-    0.6  # shifted labels must fit the known shares so much better than the labels as they are
-)
+_CLEARLY = 0.6  # the share of the misfit that must be left where labels are said to be shifted
+_VALUES = 65536  # that a mask can hold
 
 
 @dataclass

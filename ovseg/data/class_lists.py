@@ -1,6 +1,4 @@
-"""The classes that masks are labelled with, in their order, each with its text, and which of them
-zero-shot training holds out.
-"""
+"""The classes that masks are labelled with: names, texts, and which of them training holds out."""
 
 from __future__ import annotations
 
@@ -20,8 +18,12 @@ from .scenes import VOCABULARIES
 
 @dataclass(frozen=True)
 class ClassList:
-    """``names`` in the order of the labels, a text for each of them, and the names of the
-    ``unseen`` ones.
+    """Classes in the order of the labels.
+
+    Attributes:
+        names: of the classes.
+        texts: one for each of them.
+        unseen: names of those that zero-shot training holds out.
     """
 
     names: tuple[str, ...]
@@ -30,19 +32,21 @@ class ClassList:
 
     @property
     def unseen_ids(self) -> list[int]:
+        """Labels of the classes that are held out."""
         return [i for i, name in enumerate(self.names) if name in self.unseen]
 
     @property
     def seen_ids(self) -> list[int]:
+        """Labels of the classes that are trained on."""
         return [i for i, name in enumerate(self.names) if name not in self.unseen]
 
 
 def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) -> ClassList:
-    """The classes of a benchmark (``data/sets``), of the scenes (``digits``, ``shapes``), or the
-    given names.
+    """Return the classes of a benchmark, of the scenes, or the given names.
 
     Args:
-        which: a name or a description's path, or the classes themselves, which are their own texts.
+        which: a name of ``data/sets``, ``digits`` or ``shapes``, a description's path, or the
+            classes themselves, which are their own texts.
         unseen: in place of those that the set names.
 
     Raises:
@@ -55,12 +59,7 @@ def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) 
             found = ClassList(names, names, ())
         elif which in VOCABULARIES:
             words = VOCABULARIES[which]
-            held_out = tuple(
-                n
-                for n, split in zip(words.classes, words.split_of_class, strict=True)
-                if split == "unseen"
-            )
-            found = ClassList(words.classes, words.prompts, held_out)
+            found = ClassList(words.classes, words.prompts, words.unseen_classes)
         else:
             about = describe(which)
             if not about.classes:
@@ -89,8 +88,14 @@ def class_list(which: str | Sequence[str], unseen: Sequence[str] | None = None) 
 
 
 def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Tensor:
-    """[count, width] float32, one row a text in their order, from a ``.npy`` file of any float
-    type. Rows are taken as they are.
+    """Read embeddings [count, width], a row for each text in their order, as float32.
+
+    Rows are taken as they are.
+
+    Args:
+        path: a ``.npy`` file of any float type.
+        count: texts.
+        width: numbers of an embedding.
 
     Raises:
         InputError: for a file that is missing, damaged, of another shape or not of finite floats.
@@ -102,9 +107,8 @@ def read_class_embeddings(path: str | Path, count: int, width: int) -> torch.Ten
         )
     path = Path(path)
     try:
-        rows = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )  # nothing is read before its shape is known
+        # Nothing is read before its shape is known.
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, TypeError, OverflowError) as error:
         raise InputError(
             f"class embeddings {path} cannot be read: {first_line(error)}; {expected}"

@@ -1,12 +1,9 @@
-"""Files that people give as pictures and that are none which are read.
+"""Files that are given as pictures and are none for this package to read.
 
-What they are, by name or first bytes, and what to do.
-
-Pictures that this package wrote: marked inside, so that a search for pictures knows results of
-earlier runs from a user's own.
-
-What counts is the mark, or the journal of ``ovseg segment``; the name only says where to look for a
-mark: few files are opened.
+Some are of kinds that are not read: what they are, by name or first bytes, and what to do. Others
+are pictures that this package wrote: they are marked inside, so that a search for pictures knows
+results of earlier runs from a user's own. What counts is the mark, or the journal of ``ovseg
+segment``; the name only says where to look for a mark: few files are opened.
 """
 
 from __future__ import annotations
@@ -21,50 +18,24 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..text_files import records_of
 
+
+def suffixes(text: str) -> tuple[str, ...]:
+    """Return the suffixes that a text names, with blanks between them."""
+    return tuple(text.split())
+
+
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".avi",
-    ".mkv",
-    ".webm",
-    ".mpg",
-    ".mpeg",
-    ".wmv",
-    ".flv",
-    ".3gp",
-    ".mts",
-    ".m2ts",
-    ".ogv",
-    ".mxf",
+VIDEO_SUFFIXES = suffixes(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .mts .m2ts .ogv .mxf"
 )
-_RAW_SUFFIXES = (
-    ".raw",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".crw",
-    ".nef",
-    ".nrw",
-    ".arw",
-    ".srf",
-    ".sr2",
-    ".orf",
-    ".rw2",
-    ".raf",
-    ".pef",
-    ".srw",
-    ".x3f",
-    ".3fr",
-    ".erf",
-    ".kdc",
-    ".mrw",
-    ".iiq",
+RAW_SUFFIXES = suffixes(
+    ".raw .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw .x3f .3fr .erf "
+    ".kdc .mrw .iiq"
 )
+JOURNAL = "ovseg_segment.jsonl"
+SOFTWARE = "ovseg"
 _HEIF = (
-    "a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, "
-    "or "
+    "a HEIC picture, which is read where pillow-heif is installed; pip install pillow-heif, or "
     "convert it: heif-convert in.heic out.jpg"
 )
 _VIDEO = (
@@ -82,7 +53,7 @@ _AVIF = "an AVIF picture, and this Pillow is built without AVIF; expected Pillow
 _BY_SUFFIX = {
     **dict.fromkeys(HEIF_SUFFIXES, _HEIF),
     **dict.fromkeys(VIDEO_SUFFIXES, _VIDEO),
-    **dict.fromkeys(_RAW_SUFFIXES, _RAW),
+    **dict.fromkeys(RAW_SUFFIXES, _RAW),
     **dict.fromkeys((".svg", ".svgz"), _SVG),
     **dict.fromkeys((".pdf", ".ps", ".eps"), _PDF),
     **dict.fromkeys((".html", ".htm"), _PAGE),
@@ -106,6 +77,15 @@ _BEGINNINGS = {
     b"version https://git-lfs": _POINTER,
     b"FUJIFILMCCD-RAW": _RAW,
 }
+# Names of pictures that are written: by segment; by eval, demo and train; by validation; by data
+# check.
+_NAMED = re.compile(
+    r"\.(overlay|mask|strip)\.png$"
+    r"|(^|_)(gallery|sweep|confusion|classes|loss|train|val|test)\.png$"
+    r"|^step_\d{8}\.png$"
+)
+# What tells a folder of results.
+_IN_FOLDERS = (".ovseg.lock", JOURNAL, "results.json", "log.jsonl")
 
 
 def by_suffix(suffix: str) -> str | None:
@@ -117,11 +97,10 @@ def by_suffix(suffix: str) -> str | None:
 
 
 def not_read(suffix: str, formats: str) -> str:
-    """Why pictures that end so are left out of a folder or shard."""
+    """Say why pictures that end so are left out of a folder or shard."""
     what = by_suffix(suffix)
-    return f"pictures that end in {suffix} are not read; " + (
-        f"it is {what}" if what else f"expected {formats}"
-    )
+    advice = f"it is {what}" if what else f"expected {formats}"
+    return f"pictures that end in {suffix} are not read; {advice}"
 
 
 def by_content(head: bytes) -> str | None:
@@ -157,20 +136,6 @@ def register_heif() -> None:
     register_heif_opener()
 
 
-JOURNAL = "ovseg_segment.jsonl"
-SOFTWARE = "ovseg"
-# Of segment; of eval, demo and train; of validation; of data check.
-_NAMED = re.compile(
-    r"\.(overlay|mask|strip)\.png$|(^|_)(gallery|sweep|confusion|classes|loss|train|val|test)\.png$|^step_\d{8}\.png$"
-)
-_IN_FOLDERS = (
-    ".ovseg.lock",
-    JOURNAL,
-    "results.json",
-    "log.jsonl",
-)  # what tells a folder of results
-
-
 def png_mark(path: str | os.PathLike) -> dict[str, Any]:
     """Return options for Pillow's ``save``: a mark in a PNG, nothing in other files."""
     if Path(path).suffix.lower() != ".png":
@@ -187,8 +152,10 @@ class OwnResults:
         self._journals: dict[Path, dict[str, int]] = {}
 
     def holds(self, path: Path) -> bool:
-        """Return whether the file is a result: named like one, and marked as one or, unchanged
-        since, in the journal of a folder above.
+        """Return whether the file is a result.
+
+        It is named like one, and marked as one or, unchanged since, in the journal of a folder
+        above.
         """
         if _NAMED.search(path.name) is None:
             return False
@@ -207,7 +174,7 @@ class OwnResults:
         )
 
     def _written(self, folder: Path) -> dict[str, int]:
-        """Sizes of the files that a folder's journal names, by their paths below it."""
+        """Return the sizes of the files that a folder's journal names, by their paths below it."""
         if folder not in self._journals:
             found: dict[str, int] = {}
             try:
@@ -215,11 +182,11 @@ class OwnResults:
             except OSError:
                 entries = []
             for entry in entries:
-                name, files = entry.get("name"), entry.get("files")
+                name = entry.get("name")
+                files = entry.get("files")
                 if isinstance(name, str) and isinstance(files, dict):
-                    found |= {
-                        (Path(name).parent / file).as_posix(): size for file, size in files.items()
-                    }
+                    above = Path(name).parent
+                    found |= {(above / file).as_posix(): size for file, size in files.items()}
             self._journals[folder] = found
         return self._journals[folder]
 

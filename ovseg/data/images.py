@@ -1,7 +1,8 @@
-"""Pictures from anywhere to RGB, with hostile input in mind: size known before decoding, listed
-formats, no half pictures.
+"""Pictures from anywhere to RGB, with hostile input in mind.
 
-Where a picture can be seen through, white lies behind it; read, trained on and evaluated alike."""
+Their size is known before they are decoded, formats are listed, there are no half pictures. Where a
+picture can be seen through, white lies behind it; read, trained on and evaluated alike.
+"""
 
 from __future__ import annotations
 
@@ -20,39 +21,15 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from ..dense import FLOATS, check_dense
 from ..errors import InputError
 from ..paths import no_file
-from .file_types import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register_heif
+from .file_types import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register_heif, suffixes
 
 # What photographs come in, each known by its first bytes; security fixes of Pillow are mostly in
 # the rarer ones. GIF, TIFF, WebP and AVIF may hold several pictures: the first is read.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI")
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".mpo",
-    ".png",
-    ".apng",
-    ".webp",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".jp2",
-    ".j2k",
-    ".j2c",
-    ".jpc",
-    ".jpx",
-    ".avif",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".pnm",
-    ".pfm",
-    ".qoi",
-    *(HEIF_SUFFIXES if reads_heif() else ()),
-)
+SUFFIXES = suffixes(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .jp2 .j2k .j2c .jpc .jpx "
+    ".avif .ppm .pgm .pbm .pnm .pfm .qoi"
+) + (HEIF_SUFFIXES if reads_heif() else ())
 ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 64_000_000
 TOO_LARGE = "Resize it, or set max_pixels (--max-pixels of a command, data.max_pixels in a recipe)"
@@ -75,7 +52,7 @@ _Used = TypeVar("_Used")
 
 
 def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An RGB picture, upright by its EXIF orientation, on white where it is transparent.
+    """Read an RGB picture, upright by its EXIF orientation, on white where it is transparent.
 
     Of several in one file it is the first.
 
@@ -105,7 +82,7 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def orientation(source: str | Path | bytes) -> int:
-    """The EXIF orientation of a picture file, 1 (upright as it is stored) to 8, from its header.
+    """Return the EXIF orientation of a picture file, 1 (as it is stored) to 8, from its header.
 
     Raises:
         InputError: as ``read_image``, as far as the header goes.
@@ -116,9 +93,9 @@ def orientation(source: str | Path | bytes) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an open picture.
+    """Return the EXIF orientation of an open picture.
 
-    1 where it has none, or EXIF that cannot be read: the pixels are not to suffer for it.
+    It is 1 where it has none, or EXIF that cannot be read: the pixels are not to suffer for it.
     """
     try:
         found = image.getexif().get(ORIENTATION, 1)
@@ -128,9 +105,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Stored pixels [H, W, ...] turned as an EXIF orientation says, as ``read_image`` turns
-    pictures.
-    """
+    """Turn stored pixels [H, W, ...] as an EXIF orientation says and ``read_image`` does."""
     if orientation >= 5:  # stored lying on its side
         pixels = pixels.swapaxes(0, 1)
     rows = slice(None, None, -1 if orientation in (3, 4, 7, 8) else 1)
@@ -139,7 +114,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _file_of(source: Any) -> tuple[Any, str]:
-    """(what Pillow opens, its name in messages)."""
+    """Return what Pillow opens, and its name in messages."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source), f"image of {len(source)} bytes"
     if isinstance(source, (str, Path)):
@@ -155,11 +130,10 @@ def _file_of(source: Any) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def opened(file: Any, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
-    """``Image.open`` of some formats without Pillow's own limit of pixels: the caller's is the one
-    that holds.
-    """
+    """Open a picture of some formats without Pillow's limit of pixels: the caller's holds."""
     with _OPENING:  # the limit is a global; only a header is read meanwhile
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
         try:
             image = Image.open(file, formats=formats)
         finally:
@@ -195,7 +169,7 @@ def use_picture(
 
 
 def _head(file: Any) -> bytes:
-    """The first bytes of a path or an open file."""
+    """Return the first bytes of a path or an open file."""
     if isinstance(file, io.BytesIO):
         return file.getvalue()[:_HEAD]
     try:
@@ -206,7 +180,7 @@ def _head(file: Any) -> bytes:
 
 
 def _without_large_metadata(file: Any) -> io.BytesIO:
-    """A PNG without those texts and profiles that Pillow refuses for their size.
+    """Return a PNG without those texts and profiles that Pillow refuses for their size.
 
     Its bound, which is there for the sake of memory, stays: each is unpacked up to it and no
     further. What else is wrong with the file stays wrong.
@@ -234,7 +208,7 @@ def _without_large_metadata(file: Any) -> io.BytesIO:
 
 
 def picture_size(header: bytes) -> int:
-    """Pixels of a picture by its first bytes; 0 where they do not tell."""
+    """Return the pixels of a picture by its first bytes; 0 where they do not tell."""
     # Of PNG Pillow would read metadata first, which may be longer than these bytes.
     if header[:8] == _PNG and len(header) >= 24:
         width, height = struct.unpack(">II", header[16:24])
@@ -246,7 +220,7 @@ def picture_size(header: bytes) -> int:
 
 @contextlib.contextmanager
 def _named(name: str, file: Any = None) -> Iterator[None]:
-    """Whatever Pillow raises over a damaged picture, as an error that names it."""
+    """Turn whatever Pillow raises over a damaged picture into an error that names it."""
     try:
         yield
     except (InputError, MemoryError):
@@ -277,13 +251,12 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
             f"{name} is {width}x{height} = {width * height} pixels; the limit is {max_pixels}: it "
             f"is too large. {TOO_LARGE}"
         )
-    kind, packing = image.format, _packing(image)
+    kind = image.format
+    packing = _packing(image)
     _load(image)  # before its orientation is asked for: Pillow turns TIFF by itself
     if (turn := _TURNS.get(orientation_of(image))) is not None:
         image = image.transpose(turn)
-    if (
-        image.mode.startswith("I") or image.mode == "F"
-    ):  # Pillow's own conversion would clip at 0 and 255
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip at 0 and 255
         values = np.asarray(image)
         grey = Image.fromarray(_to_bytes(values, image.mode, kind, name))
         return _on_white(grey, _is_key(values, image.info.get("transparency"), packing))
@@ -309,17 +282,18 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except ValueError:
-        if image.format != "PNG" or getattr(
-            image, "tile", None
-        ):  # which is emptied by the last row
+        tiles = getattr(image, "tile", None)  # which is emptied by the last row
+        if image.format != "PNG" or tiles:
             raise
 
 
 def _packing(image: Image.Image) -> str:
-    """How a picture that is not loaded yet lies in its file, in Pillow's words: "RGB;16B"."""
+    """Say how a picture that is not loaded yet lies in its file, in Pillow's words: "RGB;16B"."""
     tiles = getattr(image, "tile", None)
     found = tiles[0][3] if tiles else ""
-    return found if isinstance(found, str) else str(found[0]) if found else ""
+    if not isinstance(found, str):
+        found = str(found[0]) if found else ""
+    return found
 
 
 def _is_key(values: np.ndarray, key: Any, packing: str) -> np.ndarray | None:
@@ -337,7 +311,7 @@ def _is_key(values: np.ndarray, key: Any, packing: str) -> np.ndarray | None:
 
 
 def _on_white(image: Image.Image, clear: np.ndarray | None) -> Image.Image:
-    """The picture in RGB, white where ``clear``."""
+    """Return the picture in RGB, white where ``clear``."""
     rgb = image.convert("RGB")
     if clear is not None:
         rgb.paste("white", mask=Image.fromarray(clear))
@@ -345,8 +319,9 @@ def _on_white(image: Image.Image, clear: np.ndarray | None) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray, mode: str, kind: str | None, name: str) -> np.ndarray:
-    """Values of a grey picture of more than 8 bits in 0..255."""
-    low, high = float(values.min()), float(values.max())
+    """Scale the values of a grey picture of more than 8 bits to 0..255."""
+    low = float(values.min())
+    high = float(values.max())
     if mode == "F":
         if not 0 <= low <= high <= 1:  # NaN is neither
             raise InputError(
@@ -357,8 +332,7 @@ def _to_bytes(values: np.ndarray, mode: str, kind: str | None, name: str) -> np.
     if mode == "I" and kind != "PPM":  # Pillow scales those to 16 bits
         raise InputError(
             f"{name} holds 32-bit integers (mode I) from {low:g} to {high:g}, whose white is not "
-            "known; expected 8 or 16 "
-            "bits, scaled to 0..255 or 0..65535"
+            "known; expected 8 or 16 bits, scaled to 0..255 or 0..65535"
         )
     return (values.astype(np.float32) / 257.0).clip(0, 255).astype(np.uint8)
 
@@ -370,7 +344,8 @@ def _tensor_to_array(x: torch.Tensor) -> np.ndarray:
     if x.dtype in FLOATS:
         if not bool(x.isfinite().all()):
             raise InputError("image holds NaN or infinity; expected values in 0..1")
-        low, high = float(x.min()), float(x.max())
+        low = float(x.min())
+        high = float(x.max())
         if low < 0 or high > 1:
             raise InputError(
                 f"image holds values from {low:g} to {high:g}; expected 0..1 (not normalised)"
@@ -393,5 +368,5 @@ def _from_array(x: np.ndarray, max_pixels: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB picture to float [3, H, W] in 0..1."""
+    """Convert an RGB picture to float [3, H, W] in 0..1."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

@@ -1,27 +1,19 @@
-"""From a source to the batches of one rank: which pictures, read ahead by workers, with a position
-that can be kept and gone back to.
-"""
+"""From a source to the batches of one rank, read ahead by workers, with a position that is kept."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .. import stop_signals
 from ..errors import ConfigError, DataError, InputError
 from .batches import Batch
+from .loader_workers import Failed, Workers, starter
 from .sampling import EpochOrder, mix, rank_slice
 from .sources.base import Source
 
@@ -35,16 +27,18 @@ class Waiting:
 
     Attributes:
         seconds: spent waiting.
-        share: of the time since the first batch (or ``restart``).
     """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        self.seconds, self._since = 0.0, None
+        """Begin to count anew."""
+        self.seconds = 0.0
+        self._since: float | None = None
 
     def add(self, began: float, ended: float) -> None:
+        """Count the wait for one batch."""
         if self._since is None:
             self._since = ended
         else:
@@ -52,13 +46,10 @@ class Waiting:
 
     @property
     def share(self) -> float:
-        return (
-            0.0
-            if self._since is None
-            else self.seconds / max(time.perf_counter() - self._since, 1e-9)
-        )
-
-    _since: float | None
+        """Share of the time since the first batch."""
+        if self._since is None:
+            return 0.0
+        return self.seconds / max(time.perf_counter() - self._since, 1e-9)
 
 
 def batches_of(pictures: int, batch_size: int, *, ranks: int = 1, drop_last: bool = True) -> int:
@@ -70,15 +61,13 @@ def batches_of(pictures: int, batch_size: int, *, ranks: int = 1, drop_last: boo
     if not ranks <= batch_size <= pictures:
         raise ConfigError(
             f"batch_size is {batch_size}; expected at least one picture for each of {ranks} "
-            "processes and at most "
-            f"{pictures}, the number of pictures"
+            f"processes and at most {pictures}, the number of pictures"
         )
     rest = 0 if drop_last else pictures % batch_size
     if 0 < rest < ranks:
         raise ConfigError(
             f"the last batch of an epoch holds {rest} of {pictures} pictures, too few for {ranks} "
-            "processes; "
-            "expected drop_last, or another batch_size"
+            "processes; expected drop_last, or another batch_size"
         )
     return pictures // batch_size + (rest > 0)
 
@@ -133,30 +122,25 @@ class Loader:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank is {rank}; expected 0 to {ranks - 1}")
         self.steps_per_epoch = batches_of(len(source), batch_size, ranks=ranks, drop_last=drop_last)
-        self.source, self.seed, self.batch_size, self.epochs, self.drop_last = (
-            source,
-            seed,
-            batch_size,
-            epochs,
-            drop_last,
-        )
-        self.epoch = self.step = 0
+        self.source = source
+        self.seed = seed
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.step = 0
         self.waiting = Waiting()
-        self._steps = _Steps(
-            source,
-            EpochOrder(len(source), seed, shuffle=shuffle),
-            batch_size,
-            self.steps_per_epoch,
-            rank,
-            ranks,
-        )
+        order = EpochOrder(len(source), seed, shuffle=shuffle)
+        self._steps = _Steps(source, order, batch_size, self.steps_per_epoch, rank, ranks)
         self._how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
-        self._timeout, self._of_rank = timeout, f" of process {rank}" if ranks > 1 else ""
         if workers:
-            telling = partial(_start_telling_worker, parent=os.getpid())
-            begin = telling if tell_signals else _start_worker
-            self._how |= {"prefetch_factor": prefetch, "worker_init_fn": begin}
-            self._how |= {"timeout": min(_LOOK, timeout or _LOOK)}
+            self._how |= {
+                "prefetch_factor": prefetch,
+                "worker_init_fn": starter(tell_signals=tell_signals),
+                "timeout": min(_LOOK, timeout or _LOOK),
+            }
+        self._timeout = timeout
+        self._of_rank = f" of process {rank}" if ranks > 1 else ""
         self._running: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -182,28 +166,27 @@ class Loader:
             generator=torch.Generator().manual_seed(self.seed),
             **self._how,
         )
-        with _signals_held():
-            iterator, loud = _quietly(loader)
+        workers = Workers(loader, self._timeout, self._of_rank)
         self.waiting.restart()
-        atexit.register(
-            self.close
-        )  # Python's own end would send one SIGTERM to the workers and wait
+        # Python's own end would send one SIGTERM to the workers and wait.
+        atexit.register(self.close)
         try:
             while True:
                 began = time.perf_counter()
-                batch = _next(iterator, self._timeout, self._of_rank)
+                batch = workers.next_batch()
                 self.waiting.add(began, time.perf_counter())
                 if batch is None:
                     return
-                self.epoch, self.step = divmod(
-                    self.epoch * self.steps_per_epoch + self.step + 1, self.steps_per_epoch
-                )
+                self._go_to(self.epoch, self.step + 1)
                 yield batch
         finally:
             atexit.unregister(self.close)
-            _stop(iterator)
-            if loud is not None:
-                _on_child(loud)
+            workers.stop()
+
+    def _go_to(self, epoch: int, step: int) -> None:
+        """Set the position; a step beyond the epoch's end lies in a later one."""
+        whole = epoch * self.steps_per_epoch + step
+        self.epoch, self.step = divmod(whole, self.steps_per_epoch)
 
     def close(self) -> None:
         """End the workers. The position stays; iterating starts new ones."""
@@ -218,8 +201,10 @@ class Loader:
         self.close()
 
     def state_dict(self) -> dict[str, int]:
-        """The position: of the batch after the last one that was handed out, whatever the workers
-        have read already.
+        """Return the position, and what else must be the same for it to mean anything.
+
+        It is that of the batch after the last one that was handed out, whatever the workers have
+        read already.
         """
         return {"epoch": self.epoch, "step": self.step, **self._same()}
 
@@ -235,19 +220,19 @@ class Loader:
             ConfigError: if it belongs to other data; the message names what differs.
         """
         self.close()
-        different = [name for name, value in self._same().items() if state[name] != value]
+        now = self._same()
+        different = [name for name, value in now.items() if state[name] != value]
         if different and strict:
             name = different[0]
             raise ConfigError(
-                f"the position was saved with {name} {state[name]}, and {name} is "
-                f"{self._same()[name]} now: "
+                f"the position was saved with {name} {state[name]}, and {name} is {now[name]} now: "
                 "the pictures of a step would not be the same"
             )
-        share = state["step"] * state["batch_size"] / state["pictures"]
-        step = int(share * len(self.source) / self.batch_size) if different else state["step"]
-        self.epoch, self.step = divmod(
-            state["epoch"] * self.steps_per_epoch + step, self.steps_per_epoch
-        )
+        step = state["step"]
+        if different:
+            share = step * state["batch_size"] / state["pictures"]
+            step = int(share * len(self.source) / self.batch_size)
+        self._go_to(state["epoch"], step)
 
     def _same(self) -> dict[str, int]:
         return {
@@ -256,15 +241,6 @@ class Loader:
             "seed": self.seed,
             "drop_last": int(self.drop_last),
         }
-
-
-@dataclass
-class _Failed:
-    """Why there is no batch: errors of data cross from a worker as they are, not as a traceback in
-    a string.
-    """
-
-    message: str
 
 
 class _Steps(Dataset):
@@ -279,196 +255,24 @@ class _Steps(Dataset):
         rank: int,
         ranks: int,
     ):
-        self.source, self.order, self.batch_size, self.steps_per_epoch = (
-            source,
-            order,
-            batch_size,
-            steps_per_epoch,
-        )
-        self.rank, self.ranks = rank, ranks
+        self.source = source
+        self.order = order
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.rank = rank
+        self.ranks = ranks
 
     def chosen(self, k: int) -> tuple[int, list[int]]:
-        """(epoch, pictures)."""
+        """Return (epoch, pictures)."""
         epoch, step = divmod(k, self.steps_per_epoch)
         pictures = self.order(epoch, step * self.batch_size, (step + 1) * self.batch_size)
         return epoch, pictures[rank_slice(len(pictures), self.rank, self.ranks)].tolist()
 
-    def __getitem__(self, k: int) -> Batch | _Failed:
+    def __getitem__(self, k: int) -> Batch | Failed:
         epoch, pictures = self.chosen(k)
+        seed = self.order.seed
         try:
-            return self.source.collate(
-                [self.source.sample(i, mix(self.order.seed, epoch, i)) for i in pictures]
-            )
+            samples = [self.source.sample(i, mix(seed, epoch, i)) for i in pictures]
+            return self.source.collate(samples)
         except (DataError, InputError) as error:
-            return _Failed(str(error))
-
-
-def _next(iterator: Any, timeout: float, of_rank: str) -> Batch | None:
-    """Return the next batch, None at the end.
-
-    Raises:
-        DataError: that names the workers, if one of them has ended or none has given a batch for
-            ``timeout`` seconds.
-    """
-    with _given_up(getattr(iterator, "_workers", ()), timeout) as given_up:
-        while True:
-            try:
-                batch = next(iterator, None)
-                break
-            except (RuntimeError, OSError, EOFError) as error:
-                ended = _ended(iterator, of_rank, wait=not isinstance(error, RuntimeError))
-                if given_up.is_set():
-                    names = ", ".join(
-                        f"{i} (pid {one.pid})" for i, one in enumerate(iterator._workers)
-                    )
-                    raise DataError(
-                        f"DataLoader timed out after {timeout:g} s without a batch: workers {names}"
-                        f"{of_rank} read too slowly, stood still or waited for the disk. "
-                        "OVSEG_DATA_TIMEOUT is how long training waits"
-                    ) from error
-                if ended:
-                    raise DataError(
-                        f"DataLoader {ended}. Often memory or shared memory (/dev/shm) ran out: "
-                        "lower "
-                        "data.workers or data.prefetch"
-                    ) from error
-                # A bug of the source says "Caught".
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-    if isinstance(batch, _Failed):
-        raise DataError(batch.message)
-    return batch
-
-
-@contextlib.contextmanager
-def _given_up(workers: Sequence[Any], timeout: float) -> Iterator[threading.Event]:
-    """Kill the workers after ``timeout`` seconds, and note it.
-
-    What waits for a tensor of one that stands still, deep in torch, has no limit of its own.
-    """
-    noted = threading.Event()
-
-    def give_up() -> None:
-        noted.set()
-        for worker in workers:
-            worker.kill()
-
-    timer = threading.Timer(timeout, give_up)
-    timer.daemon = True
-    if workers and timeout:
-        timer.start()
-    try:
-        yield noted
-    finally:
-        timer.cancel()
-
-
-def _ended(iterator: Any, of_rank: str, *, wait: bool) -> str:
-    """Say which workers have ended and how; nothing if all run.
-
-    Args:
-        wait: one that has just been killed may not be known to be dead.
-    """
-    found = []
-    for number, worker in enumerate(getattr(iterator, "_workers", ())):
-        if wait:
-            worker.join(0.1)
-        if not worker.is_alive():
-            how = stop_signals.end_of(worker.exitcode)
-            found.append(f"worker {number}{of_rank} (pid {worker.pid}) {how}")
-    return ", ".join(found)
-
-
-def _quietly(loader: DataLoader) -> tuple[Any, Any]:
-    """Start to iterate; returns the iterator, and torch's handler of SIGCHLD, to be put back.
-
-    That handler raises a worker's death out of whatever line runs, in the middle of a step or of a
-    collective. ``_next`` finds out as well.
-    """
-    iterator = iter(loader)
-    loud = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if not loader.num_workers or not callable(loud):
-        return iterator, None
-
-    def quiet(number: int, frame: Any) -> None:
-        with contextlib.suppress(RuntimeError):
-            loud(number, frame)
-
-    return iterator, loud if _on_child(quiet) else None
-
-
-def _on_child(handler: Any) -> bool:
-    """Set the handler of SIGCHLD, where this is the thread that may."""
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    signal.signal(signal.SIGCHLD, handler)
-    return True
-
-
-def _stop(iterator: Any) -> None:
-    """End the workers now, not when the iterator happens to be collected; one that hangs has been
-    asked before and is killed.
-    """
-    if hasattr(iterator, "_shutdown_workers"):
-        for worker in iterator._workers:
-            worker.terminate = worker.kill  # SIGTERM has another meaning in a worker
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-
-
-def _start_worker(number: int) -> None:
-    """Signals that end a run go to all its processes; the training process must get the batch it
-    waits for and save first.
-
-    Ctrl-C is for the training process alone. The first SIGTERM leaves the worker a minute, the
-    second ends it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _last_minute)
-    _release()
-
-
-def _start_telling_worker(number: int, parent: int) -> None:
-    """Pass the first signal on to the training process, as it may have come to this worker alone.
-
-    The others are ignored.
-    """
-    for known in stop_signals.SIGNALS:
-        signal.signal(known, partial(_tell, parent))
-    _release()
-
-
-def _release() -> None:
-    """Let the signals come that were held while this worker started."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals.SIGNALS)
-
-
-def _tell(parent: int, number: int, _: Any) -> None:
-    stop_signals.ignore()
-    if os.getppid() == parent:  # otherwise the worker is about to find out that it is alone
-        os.kill(parent, number)
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """A signal that comes while workers start waits, here until all of them run, in a worker until
-    it knows what to do with it.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _last_minute(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "alarm"):
-        signal.alarm(60)
+            return Failed(str(error))

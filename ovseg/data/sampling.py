@@ -1,12 +1,9 @@
-"""Random draws that depend on nothing but the numbers given: no global state, the same in any
-process.
+"""Random draws that depend on nothing but the numbers given, and which pictures a step takes.
 
-Which pictures a step takes. Epoch e visits every picture once, in an order that (seed, e) fixes;
-any part of it costs only that part.
-
-A batch of step s is a run of places of the epoch's order, and ranks take neighbouring slices of
-that one batch: the pictures of a step do not depend on the number of ranks, nor on how often
-training was interrupted.
+There is no global state: draws are the same in any process. Epoch e visits every picture once, in
+an order that (seed, e) fixes; any part of it costs only that part. A batch of step s is a run of
+places of the epoch's order, and ranks take neighbouring slices of that one batch: the pictures of a
+step do not depend on the number of ranks, nor on how often training was interrupted.
 """
 
 from __future__ import annotations
@@ -21,11 +18,13 @@ import numpy as np
 import torch
 
 _MASK = 2**64 - 1
+_ROUNDS = 8  # of the network that shuffles an epoch
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers (splitmix64, one round a number): neighbours give
-    unrelated seeds.
+    """Make a 63-bit seed of several numbers; neighbours give unrelated seeds.
+
+    Source: splitmix64, one round a number.
     """
     x = 0
     for number in numbers:
@@ -37,7 +36,7 @@ def mix(*numbers: int) -> int:
 
 
 def mix_array(x: np.ndarray, key: int) -> np.ndarray:
-    """``mix`` of every element of a uint64 array with one key, uint64."""
+    """Mix every element of a uint64 array with one key, as ``mix`` does; uint64."""
     x = x + np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -45,43 +44,44 @@ def mix_array(x: np.ndarray, key: int) -> np.ndarray:
 
 
 def generator(seed: int) -> torch.Generator:
+    """Return a generator on the CPU."""
     return torch.Generator().manual_seed(seed)
 
 
 def uniform(rng: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
-    """A number of [low, high)."""
+    """Draw a number of [low, high)."""
     return low + (high - low) * float(torch.rand((), generator=rng, dtype=torch.float64))
 
 
 def integer(rng: torch.Generator, low: int, high: int) -> int:
-    """An integer of low .. high - 1."""
+    """Draw an integer of low .. high - 1."""
     return int(torch.randint(low, high, (), generator=rng))
 
 
 @contextlib.contextmanager
 def drawing_from(rng: torch.Generator) -> Iterator[None]:
-    """Inside, libraries that draw from the global generators of ``random`` and NumPy depend on
-    ``rng`` alone; afterwards those go on as if nothing had been drawn.
+    """Make libraries that draw from the global generators of ``random`` and NumPy depend on ``rng``.
+
+    Afterwards those go on as if nothing had been drawn.
     """
-    before = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    numpy = np.random.get_state()
     random.seed(integer(rng, 0, 2**31))
     np.random.seed(integer(rng, 0, 2**31))
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def some(rng: torch.Generator, number: int, of: int) -> list[int]:
-    """``number`` different integers below ``of``; where there are not so many, all of them again
-    and again.
+    """Draw ``number`` different integers below ``of``.
+
+    Where there are not so many, all of them come again and again.
     """
     order = torch.randperm(of, generator=rng).tolist()
     return [order[i % of] for i in range(number)]
-
-
-_ROUNDS = 8
 
 
 class EpochOrder:
@@ -100,10 +100,12 @@ class EpochOrder:
     def __init__(self, length: int, seed: int = 0, *, shuffle: bool = True):
         if length < 1:
             raise ValueError(f"length is {length}; expected at least one picture")
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.length = length
+        self.seed = seed
+        self.shuffle = shuffle
 
     def __call__(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """The pictures at places start .. stop - 1 of an epoch, int64."""
+        """Return the pictures at places start .. stop - 1 of an epoch, int64."""
         x = np.arange(start, min(stop, self.length), dtype=np.uint64)
         if not self.shuffle:
             return x.astype(np.int64)
@@ -118,14 +120,16 @@ class EpochOrder:
 
 
 def _permuted(x: Any, side: np.uint64, keys: list[int]) -> Any:
-    left, right = x // side, x % side
+    left = x // side
+    right = x % side
     for key in keys:
         left, right = right, (left + mix_array(right, key) % side) % side
     return left * side + right
 
 
 def rank_slice(size: int, rank: int, ranks: int) -> slice:
-    """The places of a rank in a batch: neighbours, as equal as can be, the slices of all ranks in
-    order are the batch.
+    """Return the places of a rank in a batch: neighbours, as equal as can be.
+
+    The slices of all ranks in order are the batch.
     """
     return slice(rank * size // ranks, (rank + 1) * size // ranks)

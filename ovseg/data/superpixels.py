@@ -1,9 +1,8 @@
-"""Superpixels (Felzenszwalb and Huttenlocher, IJCV 2004, by scikit-image), made once and kept in a
-compact side file.
+"""Superpixels of pictures, made once and kept in a compact side file.
 
-The file is safetensors: for each picture its segment ids, deflated, with height and width before
-them; ids are at most 16 bits. It is read without running code, and a picture's map is decoded when
-it is asked for.
+Source: Felzenszwalb and Huttenlocher, IJCV 2004, by scikit-image. The file is safetensors: for each
+picture its segment ids, deflated, with height and width before them; ids are at most 16 bits. It is
+read without running code, and a picture's map is decoded when it is asked for.
 """
 
 from __future__ import annotations
@@ -17,26 +16,44 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..bounds import bounded, check_bounds
 from ..errors import DataError, InputError
 from ..libraries import require
-from ..options import within
 from ..paths import no_file
 from ..progress import bar
 from ..replacing import file_for, replacing
 from .images import MAX_PIXELS, read_image
 
-MOST_WORKERS = 1024
 SHORT_SIDE = 224  # pictures are made smaller before they are cut up
+PATCH_RULES = ("majority", "mean")
+
+
+@dataclass
+class SuperpixelOptions:
+    """How pictures are cut up.
+
+    Attributes:
+        scale, sigma, min_size: of Felzenszwalb's method.
+        workers: processes that cut.
+        max_pixels: larger pictures are refused.
+    """
+
+    scale: float = bounded(224.0, low=0, above=True)
+    sigma: float = bounded(0.9, low=0)
+    min_size: int = bounded(224, low=1)
+    workers: int = bounded(1, low=1, high=1024, integer=True)
+    max_pixels: int = MAX_PIXELS
 
 
 def superpixels(
     image: np.ndarray, *, scale: float = 224.0, sigma: float = 0.9, min_size: int = 224
 ) -> np.ndarray:
-    """Segment ids uint16 [H, W] of an RGB picture [H, W, 3]."""
+    """Return the segment ids uint16 [H, W] of an RGB picture [H, W, 3]."""
     from skimage.segmentation import felzenszwalb
 
     found = felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
@@ -49,7 +66,7 @@ def superpixels(
 
 
 def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.ndarray:
-    """One id for each patch [H / patch, W / patch].
+    """Return one id for each patch [H / patch, W / patch].
 
     Args:
         segments: [H, W]; rows and columns beyond whole patches are left out.
@@ -58,7 +75,7 @@ def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.
             ``mean``: the integer part of the mean of the ids, as published; it often is an id that
             occurs nowhere in the patch.
     """
-    if how not in ("majority", "mean"):
+    if how not in PATCH_RULES:
         raise ValueError(f"how is {how!r}; expected 'majority' or 'mean'")
     h, w = segments.shape[0] // patch, segments.shape[1] // patch
     cells = (
@@ -82,26 +99,23 @@ def crop_patch_labels(
     patch: int,
     how: str = "majority",
 ) -> np.ndarray:
-    """``patch_labels`` of a crop, resized to ``size`` by nearest pixels.
+    """Return ``patch_labels`` of a crop, resized to ``size`` by nearest pixels.
 
     Args:
         segments: [H, W] of the whole picture, at any resolution.
         box: left, top, right, bottom as shares of the picture; rows and columns that it touches
             belong to the crop, and where fewer than two would be left, the whole map does.
-        size, patch: of the crop in pixels.
+        size: of the crop in pixels.
+        patch: side of a patch in pixels.
         how: see ``patch_labels``.
     """
     H, W = segments.shape
-    left, top, right, bottom = (
-        int(box[0] * W),
-        int(box[1] * H),
-        math.ceil(box[2] * W),
-        math.ceil(box[3] * H),
-    )
-    crop = segments[top:bottom, left:right]
+    rows = slice(int(box[1] * H), math.ceil(box[3] * H))
+    columns = slice(int(box[0] * W), math.ceil(box[2] * W))
+    crop = segments[rows, columns]
     crop = segments if min(crop.shape, default=0) < 2 else crop
-    rows, columns = (np.arange(size) * side // size for side in crop.shape)
-    return patch_labels(crop[rows][:, columns], patch, how)
+    chosen_rows, chosen_columns = (np.arange(size) * side // size for side in crop.shape)
+    return patch_labels(crop[chosen_rows][:, chosen_columns], patch, how)
 
 
 def stored_key(key: str) -> str:
@@ -141,7 +155,7 @@ class SuperpixelFile:
         return len(self._keys)
 
     def __getitem__(self, key: str) -> np.ndarray:
-        """The segment ids uint16 [H, W] of one picture.
+        """Decode the segment ids uint16 [H, W] of one picture.
 
         Raises:
             DataError: if it is not there or damaged.
@@ -158,30 +172,18 @@ class SuperpixelFile:
                 f"{self.path}: the superpixels of {key!r} are damaged: {error}"
             ) from error
 
-    def patches(
-        self,
-        key: str,
-        box: tuple[float, float, float, float],
-        size: int,
-        patch: int,
-        how: str = "majority",
-    ) -> np.ndarray:
-        return crop_patch_labels(self[key], box, size, patch, how)
-
 
 def write_superpixels(
     pictures: Iterable[tuple[str, Path]],
     path: Path,
+    options: SuperpixelOptions | None = None,
     *,
-    workers: int = 1,
     progress: bool = False,
-    scale: float = 224.0,
-    sigma: float = 0.9,
-    min_size: int = 224,
-    max_pixels: int = MAX_PIXELS,
 ) -> tuple[int, list[str]]:
-    """Cut up pictures (key, file) into a side file; returns how many, and what could not be, a line
-    each. The file appears by rename.
+    """Cut up pictures (key, file) into a side file, which appears by rename.
+
+    Returns:
+        How many were cut up, and what could not be, a line each.
 
     Raises:
         InputError: for options that mean nothing, and a file that cannot be written, before
@@ -191,58 +193,46 @@ def write_superpixels(
     """
     from safetensors.numpy import save_file
 
+    options = options or SuperpixelOptions()
     require("skimage", "cutting up pictures")
-    if not (0 < scale < math.inf and 0 <= sigma < math.inf and min_size >= 1):
-        raise InputError(
-            f"scale is {scale}, sigma {sigma} and min_size {min_size}; expected a positive "
-            "number, one from 0, and at least 1"
-        )
-    within("workers", workers, 1, MOST_WORKERS, InputError)
+    check_bounds(options, "", InputError)
     file_for(path, "superpixel file")
-    jobs = [(key, file, scale, sigma, min_size, max_pixels) for key, file in pictures]
+    jobs = [(key, file, options) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
-    with (
-        ProcessPoolExecutor(workers, initializer=_end_with_parent)
-        if workers > 1
-        else nullcontext() as pool
-    ):
+    many = options.workers > 1
+    processes = (
+        ProcessPoolExecutor(options.workers, initializer=_end_with_parent)
+        if many
+        else nullcontext()
+    )
+    with processes as pool:
         results = map(_cut, jobs) if pool is None else pool.map(_cut, jobs, chunksize=16)
         try:
             for key, data, error in bar(
                 results, total=len(jobs), show=progress, unit="picture", desc="superpixels"
             ):
+                stored = stored_key(key)
                 if data is None:
                     bad.append(error)
-                elif stored_key(key) in found:
+                elif stored in found:
                     bad.append(
-                        f"{key!r} and another picture would both be kept as {stored_key(key)!r}; "
-                        "expected names in UTF-8"
+                        f"{key!r} and another picture would both be kept as {stored!r}; expected "
+                        "names in UTF-8"
                     )
                 else:
-                    found[stored_key(key)] = np.frombuffer(data, np.uint8)
+                    found[stored] = np.frombuffer(data, np.uint8)
         except BrokenProcessPool as error:
             raise DataError(
                 f"a process that cuts up pictures was killed after {len(found)} of {len(jobs)}, "
-                "often for want of memory; "
-                "expected fewer workers, or smaller pictures"
+                "often for want of memory; expected fewer workers, or smaller pictures"
             ) from error
     if not found:
-        raise DataError(
-            f"none of {len(jobs)} pictures could be cut up"
-            + (f"; the first: {bad[0]}" if bad else "")
-        )
+        first = f"; the first: {bad[0]}" if bad else ""
+        raise DataError(f"none of {len(jobs)} pictures could be cut up{first}")
+    facts = {name: str(getattr(options, name)) for name in ("scale", "sigma", "min_size")}
     with replacing(path) as part:
-        save_file(
-            found,
-            part,
-            {
-                "method": "felzenszwalb",
-                "scale": str(scale),
-                "sigma": str(sigma),
-                "min_size": str(min_size),
-            },
-        )
+        save_file(found, part, {"method": "felzenszwalb", **facts})
     return len(found), bad
 
 
@@ -261,15 +251,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _cut(job: tuple[str, Path, float, float, int, int]) -> tuple[str, bytes | None, str]:
-    key, file, scale, sigma, min_size, max_pixels = job
+def _cut(job: tuple[str, Path, SuperpixelOptions]) -> tuple[str, bytes | None, str]:
+    """Return the key, what is kept of a picture, and why there is nothing to keep."""
+    key, file, options = job
     try:
-        image = read_image(file, max_pixels=max_pixels)
+        image = read_image(file, max_pixels=options.max_pixels)
         factor = min(1.0, SHORT_SIDE / min(image.size))
-        small = image.resize(
-            (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        ids = superpixels(
+            np.asarray(image.resize((width, height))),
+            scale=options.scale,
+            sigma=options.sigma,
+            min_size=options.min_size,
         )
-        ids = superpixels(np.asarray(small), scale=scale, sigma=sigma, min_size=min_size)
     except (InputError, ValueError, MemoryError) as error:
         told = str(error) or type(error).__name__
         return key, None, told if str(file) in told else f"{file}: {told}"

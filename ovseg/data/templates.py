@@ -1,7 +1,7 @@
-"""Characters in a name that nobody sees: line breaks, control characters, signs without width.
+"""Prompt templates: sets of format strings with one ``{}`` for the label.
 
-Prompt templates: sets of format strings with one ``{}`` for the label. Text features are averaged
-over a set.
+Text features are averaged over a set. A template, and a label, must hold no character that nobody
+sees.
 """
 
 from __future__ import annotations
@@ -13,44 +13,16 @@ from typing import Any
 
 from ..errors import InputError, first_line
 
-_JOINERS = re.compile(
-    "(?<=[^\\x00-\\xff])[\u200c\u200d](?=[^\\x00-\\xff])"
-)  # inside of Persian and Indian words, and of emoji
+# Inside of Persian and Indian words, and of emoji.
+_JOINERS = re.compile("(?<=[^\\x00-\\xff])[\u200c\u200d](?=[^\\x00-\\xff])")
 _LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-
-
-def invisible_in(text: str) -> str | None:
-    """The first invisible character inside a text, in words: "a line break (U+000A)".
-
-    None if there is none.
-
-    Space around the text is not looked at, nor are the spaces of any language.
-    """
-    for character in _JOINERS.sub("", text.strip()):
-        category = unicodedata.category(character)
-        code = f"(U+{ord(character):04X})"
-        if character in _LINE_BREAKS:
-            return f"a line break {code}"
-        if character == "\t":
-            return f"a tab {code}"
-        if category == "Cc":
-            return f"a control character {code}"
-        if category == "Cf":
-            return f"an invisible character {code}"
-        if category == "Cs":
-            return f"a byte that is no UTF-8 {code}"
-    return None
-
-
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "label": ("{}",),
     "simple": ("a photo of a {}.",),
-    "scenes": (
-        "{}",
-        "a photo of {}",
-        "there is {}",
-    ),  # labels bring their article: 'a red seven', 'gravel'
-    "pacl7": (  # the seven that PACL takes from CLIP's notebook on prompts
+    # Labels of the scenes bring their article: 'a red seven', 'gravel'.
+    "scenes": ("{}", "a photo of {}", "there is {}"),
+    # The seven that PACL takes from CLIP's notebook on prompts.
+    "pacl7": (
         "itap of a {}.",
         "a bad photo of the {}.",
         "a origami {}.",
@@ -79,8 +51,9 @@ NAMES = (*TEMPLATES, "clip80")
 
 
 def templates(which: str | Sequence[str]) -> tuple[str, ...]:
-    """A named set (``clip80`` is CLIP's 80 for ImageNet, read from open_clip) or the given format
-    strings, checked.
+    """Return a named set or the given format strings, checked.
+
+    ``clip80`` is CLIP's 80 for ImageNet, read from open_clip.
 
     Raises:
         InputError: as ``check_templates``.
@@ -92,7 +65,7 @@ def templates(which: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_templates(which: Any) -> None:
-    """Whether that is a named set or a list of format strings.
+    """Check that this is a named set or a list of format strings.
 
     Raises:
         InputError: for an unknown name, an empty list, what is no text, or a template without
@@ -140,3 +113,25 @@ def _clip80() -> tuple[str, ...]:
             "pip install 'ovseg-kernels[models]', with torch and torchvision of one release"
         ) from error
     return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+
+
+def invisible_in(text: str) -> str | None:
+    """Return the first invisible character inside a text, in words; None if there is none.
+
+    Such are line breaks, "a line break (U+000A)", control characters, signs without width. Space
+    around the text is not looked at, nor are the spaces of any language.
+    """
+    for character in _JOINERS.sub("", text.strip()):
+        category = unicodedata.category(character)
+        code = f"(U+{ord(character):04X})"
+        if character in _LINE_BREAKS:
+            return f"a line break {code}"
+        if character == "\t":
+            return f"a tab {code}"
+        if category == "Cc":
+            return f"a control character {code}"
+        if category == "Cf":
+            return f"an invisible character {code}"
+        if category == "Cs":
+            return f"a byte that is no UTF-8 {code}"
+    return None

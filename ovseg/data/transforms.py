@@ -1,15 +1,13 @@
-"""Augmentation on torchvision.transforms.v2: pictures and what lies over them as
-``tv_tensors.Mask`` change together.
+"""Augmentation on torchvision.transforms.v2: pictures change together with what lies over them.
 
 v2's own classes draw from torch's global generator; ours draw from one that is given and call v2's
 functions, so that a picture looks the same in any process. Superpixels and class masks are both a
-``Mask``: resized by nearest pixels, moved as the picture is. torchvision is imported when the first
-transform is made.
+``tv_tensors.Mask``: resized by nearest pixels, moved as the picture is. torchvision is imported
+when the first transform is made.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,20 +17,28 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..bounds import bounded, check_bounds
 from ..errors import first_line
 from .sampling import drawing_from, integer, uniform
 
-MOST_RATIO = 1000.0  # of a crop's sides
-_INTERPOLATIONS = ("bicubic", "bilinear")
-# timm leaves out in silence what it does not know.
-_POLICY = re.compile(
+_MOST_RATIO = 1000.0  # of a crop's sides
+# The words that timm knows; what it does not know it leaves out in silence.
+_POLICY = (
     r"rand(-(m\d{1,2}|mstd\d{1,3}(\.\d+)?|mmax\d{1,2}|n\d{1,2}|p[01](\.\d+)?|inc[01]|tweights))*"
+)
+_POLICY_IN_WORDS = (
+    "a policy such as 'rand-m9-mstd0.5-inc1': magnitude m up to 99, its deviation mstd, its bound "
+    "mmax, n changes up to 99, each with probability p, inc1, tweights"
 )
 Items = tuple[Any, ...]  # a tv_tensors.Image uint8 [3, H, W], then Masks [1, H, W]
 
 
 def functional() -> ModuleType:
-    """``torchvision.transforms.v2.functional``."""
+    """Import ``torchvision.transforms.v2.functional``.
+
+    Raises:
+        ImportError: in one sentence, if it does not import.
+    """
     try:
         from torchvision.transforms.v2 import functional as F
     except (ImportError, RuntimeError) as error:  # RuntimeError: of a release for another torch
@@ -45,32 +51,26 @@ def functional() -> ModuleType:
 
 
 def as_items(image: Image.Image | torch.Tensor, *masks: np.ndarray | torch.Tensor) -> Items:
-    """The picture and its maps [H, W] as v2 knows them.
+    """Return the picture and its maps [H, W] as v2 knows them.
 
     A map of another size than the picture is resized to it by nearest pixels.
     """
     F = functional()
     from torchvision import tv_tensors
 
-    pixels = (
-        image
-        if isinstance(image, torch.Tensor)
-        else torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    )
-    items: list[Any] = [tv_tensors.Image(pixels)]
+    if not isinstance(image, torch.Tensor):
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    size = list(image.shape[-2:])
+    items: list[Any] = [tv_tensors.Image(image)]
     for mask in masks:
         ids = torch.as_tensor(mask.astype(np.int32) if isinstance(mask, np.ndarray) else mask)
         item = tv_tensors.Mask(ids[None])
-        items.append(
-            item
-            if item.shape[-2:] == pixels.shape[-2:]
-            else F.resize(item, list(pixels.shape[-2:]))
-        )
+        items.append(item if list(item.shape[-2:]) == size else F.resize(item, size))
     return tuple(items)
 
 
 def plain(item: torch.Tensor) -> torch.Tensor:
-    """The pixels without their subclass, in memory of their own."""
+    """Return the pixels without their subclass, in memory of their own."""
     return item.as_subclass(torch.Tensor).contiguous()
 
 
@@ -88,32 +88,14 @@ class PairAugment:
         erase: how often a rectangle of it becomes noise.
     """
 
-    scale: tuple[float, float] = (0.5, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    interpolation: str = "bicubic"
-    flip: float = 0.0
-    rand_augment: str | None = None
-    erase: float = 0.0
-
-    def check(self) -> None:
-        """ValueError for what means nothing; the option is named under ``augment``."""
-        checked_range("augment.scale", self.scale, 0, 1)
-        checked_range("augment.ratio", self.ratio, 0, MOST_RATIO)
-        for name, share in (("flip", self.flip), ("erase", self.erase)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"augment.{name} is {share}; expected a share, 0 to 1")
-        if self.interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"augment.interpolation is {self.interpolation!r}; expected one of "
-                f"{list(_INTERPOLATIONS)}"
-            )
-        if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
-            raise ValueError(
-                f"augment.rand_augment is {self.rand_augment!r}; expected a policy such as "
-                "'rand-m9-mstd0.5-inc1': magnitude "
-                "m up to 99, its deviation mstd, its bound mmax, n changes up to 99, each with "
-                "probability p, inc1, tweights"
-            )
+    scale: tuple[float, float] = bounded((0.5, 1.0), low=0, above=True, high=1, ordered=True)
+    ratio: tuple[float, float] = bounded(
+        (0.75, 4 / 3), low=0, above=True, high=_MOST_RATIO, ordered=True
+    )
+    interpolation: str = bounded("bicubic", one_of=("bicubic", "bilinear"))
+    flip: float = bounded(0.0, low=0, high=1, expected="a share, 0 to 1")
+    rand_augment: str | None = bounded(None, pattern=_POLICY, expected=_POLICY_IN_WORDS)
+    erase: float = bounded(0.0, low=0, high=1, expected="a share, 0 to 1")
 
 
 class RandomResizedCrop:
@@ -130,24 +112,33 @@ class RandomResizedCrop:
         ratio: tuple[float, float],
         interpolation: str = "bicubic",
     ):
-        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
+        self.size = size
+        self.scale = scale
+        self.ratio = ratio
+        self.interpolation = interpolation
 
     def box(self, rng: torch.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-        """(top, left, height, width)."""
+        """Draw (top, left, height, width)."""
         low, high = np.log(self.ratio)
         for _ in range(10):
             area = height * width * uniform(rng, *self.scale)
             shape = float(np.exp(uniform(rng, low, high)))
-            w, h = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+            w = round((area * shape) ** 0.5)
+            h = round((area / shape) ** 0.5)
             if 0 < w <= width and 0 < h <= height:
                 return integer(rng, 0, height - h + 1), integer(rng, 0, width - w + 1), h, w
         shape = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
+        w = min(width, max(1, round(height * shape)))
+        h = min(height, max(1, round(width / shape)))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        """Crop and resize."""
         F = functional()
-        box, how = self.box(rng, *items[0].shape[-2:]), _interpolation(self.interpolation)
+        from torchvision.transforms import InterpolationMode
+
+        box = self.box(rng, *items[0].shape[-2:])
+        how = InterpolationMode(self.interpolation)
         return tuple(
             F.resized_crop(item, *box, [self.size, self.size], interpolation=how, antialias=True)
             for item in items
@@ -161,14 +152,16 @@ class RandomFlip:
         self.share = share
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        """Mirror, or do not."""
         if uniform(rng) >= self.share:
             return items
         return tuple(functional().horizontal_flip(item) for item in items)
 
 
 class RandAugment:
-    """timm's RandAugment (Cubuk et al., arXiv:1909.13719): changes of colours and of geometry, by a
-    policy in its words.
+    """Changes of colours and of geometry, by a policy in timm's words.
+
+    Source: RandAugment (Cubuk et al., arXiv:1909.13719), by timm.
 
     Args:
         policy: see ``PairAugment.rand_augment``.
@@ -185,7 +178,7 @@ class RandAugment:
         except (
             ImportError,
             RuntimeError,
-        ) as error:  # RuntimeError: of a torchvision for another torch
+        ) as error:  # RuntimeError: a torchvision for another torch
             raise ImportError(
                 f"augment.rand_augment is timm's, which does not import ({first_line(error)}): "
                 "pip install 'ovseg-kernels[models]', or leave it null"
@@ -197,11 +190,11 @@ class RandAugment:
         )
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        """Change the picture; there must be nothing over it."""
         if len(items) != 1:
             raise ValueError(
                 f"augment.rand_augment moves the picture and {len(items) - 1} maps lie over it, "
-                "which would not follow; "
-                "expected none, or rand_augment null"
+                "which would not follow; expected none, or rand_augment null"
             )
         F = functional()
         from torchvision import tv_tensors
@@ -211,39 +204,43 @@ class RandAugment:
 
 
 class RandomErasing:
-    """With probability ``share`` a rectangle becomes noise (Zhong et al., arXiv:1708.04896), as
-    timm's mode ``pixel`` does: 1/50 to 1/3 of the area, 0.3 to 1 / 0.3 wide by high, ten tries;
-    every value of it N(0, 1) once normalised, cut off where 8 bits end.
+    """A rectangle becomes noise with probability ``share``, as timm's mode ``pixel`` does.
+
+    It has 1/50 to 1/3 of the area and is 0.3 to 1 / 0.3 wide by high, with ten tries; every value
+    of it is N(0, 1) once normalised, cut off where 8 bits end.
+
+    Source: Zhong et al., arXiv:1708.04896.
     """
 
     def __init__(self, share: float, mean: Sequence[float], std: Sequence[float]):
-        self.share, self.mean, self.std = share, mean, std
+        self.share = share
+        self.mean = mean
+        self.std = std
 
     def box(
         self, rng: torch.Generator, height: int, width: int
     ) -> tuple[int, int, int, int] | None:
-        """(top, left, height, width), or None."""
+        """Draw (top, left, height, width), or None."""
         if uniform(rng) >= self.share:
             return None
         for _ in range(10):
-            area, shape = (
-                height * width * uniform(rng, 0.02, 1 / 3),
-                float(np.exp(uniform(rng, np.log(0.3), -np.log(0.3)))),
-            )
-            h, w = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+            area = height * width * uniform(rng, 0.02, 1 / 3)
+            shape = float(np.exp(uniform(rng, np.log(0.3), -np.log(0.3))))
+            h = round((area * shape) ** 0.5)
+            w = round((area / shape) ** 0.5)
             if 0 < h < height and 0 < w < width:
                 return integer(rng, 0, height - h + 1), integer(rng, 0, width - w + 1), h, w
         return None
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        """Erase, or do not."""
         box = self.box(rng, *items[0].shape[-2:])
         if box is None:
             return items
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.mean, self.std))
-        noise = torch.randn(3, *box[2:], generator=rng) * std + mean
-        return functional().erase(
-            items[0], *box, (255 * noise).round().clamp(0, 255).to(torch.uint8)
-        ), *items[1:]
+        noise = 255 * (torch.randn(3, *box[2:], generator=rng) * std + mean)
+        pixels = noise.round().clamp(0, 255).to(torch.uint8)
+        return (functional().erase(items[0], *box, pixels), *items[1:])
 
 
 class Compose:
@@ -253,6 +250,7 @@ class Compose:
         self.steps = steps
 
     def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        """Apply all transforms."""
         for step in self.steps:
             items = step(rng, *items)
         return items
@@ -261,11 +259,16 @@ class Compose:
 def pair_transform(
     options: PairAugment, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Compose:
-    """What ``PairAugment`` says, to pictures of ``size`` pixels, for a model that normalises by
-    ``mean`` and ``std``.
+    """Make the transform that ``PairAugment`` describes.
+
+    Args:
+        options: see there.
+        size: side of the pictures that come out, in pixels.
+        mean: by which the model normalises, RGB in 0..1.
+        std: likewise.
     """
     functional()
-    options.check()
+    check_bounds(options, "augment.", ValueError)
     steps: list[Any] = [
         RandomResizedCrop(size, options.scale, options.ratio, options.interpolation),
         RandomFlip(options.flip),
@@ -275,18 +278,3 @@ def pair_transform(
     if options.erase:
         steps.append(RandomErasing(options.erase, mean, std))
     return Compose(*steps)
-
-
-def _interpolation(name: str) -> Any:
-    from torchvision.transforms import InterpolationMode
-
-    return InterpolationMode(name)
-
-
-def checked_range(name: str, values: Sequence[float], low: float, high: float) -> None:
-    """A pair of numbers in order, within bounds; the error is a ``ValueError`` that names it."""
-    if len(values) != 2 or not low < values[0] <= values[1] <= high:
-        raise ValueError(
-            f"{name} is {list(values)}; expected two numbers in order, above {low:g} and up to "
-            f"{high:g}"
-        )

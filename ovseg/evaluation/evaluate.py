@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from .. import distributed
-from ..data.benchmark_sets import IGNORE, SetDescription
+from ..data.benchmark_sets import SetDescription
+from ..data.mask_files import IGNORE
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
 from ..inference.fields import positive_integer

@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from .. import distributed
 from ..data.file_types import OwnResults, by_suffix, not_read
-from ..data.folders import UNREAD, Folder, expand_braces, hidden, look, read_shard
+from ..data.folders import UNREAD, Folder, hidden, look
 from ..data.images import FORMATS, SUFFIXES
+from ..data.shards import expand_braces, read_shard
 from ..errors import InputError
 from ..paths import address, no_file, no_folder
 from ..progress import note

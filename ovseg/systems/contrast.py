@@ -12,7 +12,7 @@ import ovseg_kernels as ok
 from ovseg_kernels.distributed import gather_rows
 
 from ..data.batches import PairBatch
-from ..data.sources.base import countable_pairs
+from ..data.pair_samples import countable_pairs
 from ..nn.tensors import at_least_float32
 
 Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ..bounds import bounded, check_bounds
 from ..data.sources import load_options
 from ..errors import ConfigError, first_line
 from ..options import check_finite, unknown_key
@@ -22,13 +23,11 @@ from ..paths import address, no_file, read_bounded
 from ..registration import Registry, yaml_files
 from ..replacing import write_text
 from ..systems.registry import files_of_systems
-from .schedule import Schedule, check_schedule
+from .schedule import Schedule
 
 RECIPES: Registry[Path] = Registry("recipe", lambda: yaml_files(*files_of_systems("recipes")))
 _LONGEST = 16 << 20  # bytes of a recipe
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-PARALLEL = ("ddp", "fsdp")
-OPTIMIZERS = ("adamw", "sgd")
+# What is of the whole run, and would be passed over in a stage: parts, and which keys of them.
 _OF_THE_RUN: dict[str, tuple[str, ...] | None] = {
     "validation": None,
     "checkpoint": None,
@@ -37,8 +36,15 @@ _OF_THE_RUN: dict[str, tuple[str, ...] | None] = {
 }
 
 
+def _positive(default: Any) -> Any:
+    """Declare a field of numbers above 0; None stands for none."""
+    return bounded(default, low=0, above=True)
+
+
 @dataclass
 class ModelPart:
+    """Which model is trained: a name of ``list_models``, and options in place of its own."""
+
     name: str = "pacl_tiny"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -53,70 +59,92 @@ class ObjectivePart:
 
 @dataclass
 class OptimPart:
-    """``lower_lr``: of the parts that a system trains gently; SegCLIP's CLIP trunk.
+    """How weights are changed.
 
-    ``momentum``: of sgd.
+    Attributes:
+        betas: of adamw.
+        eps: of adamw.
+        momentum: of sgd.
+        lower_lr: of the parts that a system trains gently; SegCLIP's CLIP trunk.
+        clip_grad: the largest norm of the gradient.
     """
 
-    name: str = "adamw"
-    lr: float = 5e-4
-    weight_decay: float = 0.2
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    momentum: float = 0.9
-    lower_lr: float | None = None
-    clip_grad: float | None = 1.0
+    name: str = bounded("adamw", one_of=("adamw", "sgd"))
+    lr: float = _positive(5e-4)
+    weight_decay: float = bounded(0.2, low=0)
+    betas: tuple[float, float] = bounded(
+        (0.9, 0.98), low=0, high=1, below=True, pair=True, expected="two decays of 0 to below 1"
+    )
+    eps: float = _positive(1e-6)
+    momentum: float = bounded(0.9, low=0, high=1, below=True)
+    lower_lr: float | None = _positive(None)
+    clip_grad: float | None = _positive(1.0)
 
 
 @dataclass
 class TrainPart:
-    """Attributes:
-    steps: of the stage.
-    epochs: in place of ``steps``: so often over the data.
-    batch_size: pictures of a step, over all processes and chunks.
-    chunk: pictures of a process that are encoded at a time; every text still meets every picture.
-        None: all.
-    drop_last: whether the rest of an epoch that fills no batch is left out.
-    ema: decay of an average of the weights, which is then what is saved as the model; None: no
-        average.
-    precision: auto: bf16 on GPUs that have it, fp32 elsewhere.
-    parallel: how several processes share the work: ddp, fsdp.
+    """How long is trained, on how many pictures at a time, and where.
+
+    Attributes:
+        steps: of the stage.
+        epochs: in place of ``steps``: so often over the data.
+        batch_size: pictures of a step, over all processes and chunks.
+        chunk: pictures of a process that are encoded at a time; every text still meets every
+            picture. None: all.
+        drop_last: whether the rest of an epoch that fills no batch is left out.
+        ema: decay of an average of the weights, which is then what is saved as the model; None: no
+            average.
+        precision: auto: bf16 on GPUs that have it, fp32 elsewhere.
+        parallel: how several processes share the work.
+        seed: of weights, data and noise.
+        device: auto: a GPU where there is one.
     """
 
-    steps: int = 1000
-    epochs: int | None = None
-    batch_size: int = 64
-    chunk: int | None = None
+    steps: int = _positive(1000)
+    epochs: int | None = _positive(None)
+    batch_size: int = _positive(64)
+    chunk: int | None = _positive(None)
     drop_last: bool = True
-    ema: float | None = None
-    precision: str = "auto"
-    parallel: str = "ddp"
-    seed: int = 0
+    ema: float | None = bounded(
+        None, low=0, above=True, high=1, below=True, expected="a decay between 0 and 1"
+    )
+    precision: str = bounded("auto", one_of=("auto", "fp32", "bf16", "fp16"))
+    parallel: str = bounded("ddp", one_of=("ddp", "fsdp"))
+    seed: int = bounded(0, low=0, high=2**63 - 1)
     device: str = "auto"
 
 
 @dataclass
 class ValidationPart:
-    """``data`` and ``root`` as ``ovseg eval`` takes them; None: the scenes that the recipe trains
-    on.
+    """How the model is measured meanwhile.
+
+    Attributes:
+        every_steps: None: not at all.
+        data, root: as ``ovseg eval`` takes them; None: the scenes that the recipe trains on.
+        protocol: of the evaluation.
+        limit: pictures; None: all.
     """
 
-    every_steps: int | None = None
+    every_steps: int | None = _positive(None)
     data: str | None = None
     root: str | None = None
     protocol: str = "plain"
-    limit: int | None = 100
+    limit: int | None = _positive(100)
 
 
 @dataclass
 class CheckpointPart:
-    every_steps: int = 500
-    keep: int = 2
+    """How often the state is saved, and how many checkpoints are kept."""
+
+    every_steps: int = _positive(500)
+    keep: int = _positive(2)
 
 
 @dataclass
 class LogPart:
-    every_steps: int = 25
+    """How often a line is logged."""
+
+    every_steps: int = _positive(25)
 
 
 @dataclass
@@ -128,7 +156,8 @@ class Recipe:
     Attributes:
         init: part of the model -> where its weights come from; ``model`` is the whole. See
             ``stages.start``.
-        data: ``kind`` and the options of ``ovseg.data.sources.<kind>``.
+        data: in a file a mapping, ``kind`` and what ``ovseg.data.sources.<kind>.Options`` has; in a
+            recipe that was built the options themselves.
         stages: one recipe after another in one run: of each what differs from the rest of this
             file, and a ``name``.
     """
@@ -137,7 +166,7 @@ class Recipe:
     model: ModelPart = field(default_factory=ModelPart)
     init: dict[str, Any] = field(default_factory=dict)
     objective: ObjectivePart = field(default_factory=ObjectivePart)
-    data: dict[str, Any] = field(default_factory=lambda: {"kind": "scenes"})
+    data: Any = field(default_factory=lambda: {"kind": "scenes"})
     optim: OptimPart = field(default_factory=OptimPart)
     schedule: Schedule = field(default_factory=Schedule)
     train: TrainPart = field(default_factory=TrainPart)
@@ -153,16 +182,19 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name or file, with overrides such as ``optim.lr=1e-3`` or
-    ``stages[0].train.steps=100``.
+    """Load a recipe by name or file.
+
+    Args:
+        source: a name of ``list_recipes`` or the path of a YAML file.
+        overrides: such as ``optim.lr=1e-3`` or ``stages[0].train.steps=100``.
 
     Raises:
         ConfigError: for a recipe that does not exist, YAML that cannot be read, unknown keys,
             values of the wrong kind.
     """
     path = RECIPES[str(source)] if str(source) in RECIPES else Path(source)
-    if no_file(path) is not None:
-        there = f", which {no_file(path)}" if os.path.lexists(path) or address(str(source)) else ""
+    if (found := no_file(path)) is not None:
+        there = f", which {found}" if os.path.lexists(path) or address(str(source)) else ""
         raise ConfigError(
             f"recipe is {str(source)!r}{there}; expected a YAML file or one of {list_recipes()}"
         )
@@ -174,22 +206,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 f"override {override!r} has no value; expected key=value, or {override}null for "
                 "none"
             )
+    expected = f"expected a mapping with {{}}{[one.name for one in fields(Recipe)]}"
     try:
         loaded = load_yaml(path)
         if not OmegaConf.is_dict(loaded):
-            raise ConfigError(
-                f"recipe {path} holds a list; expected a mapping with "
-                f"{[f.name for f in fields(Recipe)]}"
-            )
+            raise ConfigError(f"recipe {path} holds a list; {expected.format('')}")
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {first_line(error)}") from error
     except YAMLError as error:
         raise ConfigError(f"recipe {path} is no YAML: {first_line(error)}") from error
     if not loaded:
-        raise ConfigError(
-            f"recipe {path} is empty; expected a mapping with some of "
-            f"{[f.name for f in fields(Recipe)]}"
-        )
+        raise ConfigError(f"recipe {path} is empty; {expected.format('some of ')}")
     for override in overrides:
         _override(loaded, override, path)
     plain: Any = OmegaConf.to_container(loaded)
@@ -211,10 +238,13 @@ def _override(loaded: Any, override: str, path: Path) -> None:
     key, _, text = override.partition("=")
     shown = override if len(override) <= 100 else f"{override[:100]}..."
     try:
-        plain: Any = OmegaConf.to_container(
-            OmegaConf.from_dotlist([f"value={text}"])
-        )  # with ${...} as they are
+        given = OmegaConf.from_dotlist([f"value={text}"])
+        plain: Any = OmegaConf.to_container(given)  # with ${...} as they are
         OmegaConf.update(loaded, key, plain["value"], merge=True, force_add=True)
+    except YAMLError as error:
+        raise ConfigError(
+            f"recipe {path}: override {shown!r} is no YAML: {first_line(error)}"
+        ) from error
     except (
         OmegaConfBaseException,
         IndexError,
@@ -225,54 +255,64 @@ def _override(loaded: Any, override: str, path: Path) -> None:
     ) as error:
         raise ConfigError(
             f"recipe {path}: override {shown!r} does not fit the recipe: {first_line(error)}; "
-            "expected a key as in the file, "
-            "and of its stages one that is there: stages[0]"
-        ) from error
-    except YAMLError as error:
-        raise ConfigError(
-            f"recipe {path}: override {shown!r} is no YAML: {first_line(error)}"
+            "expected a key as in the file, and of its stages one that is there: stages[0]"
         ) from error
 
 
 def build_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
-    """A checked recipe from a mapping; ``where`` it came from, for messages."""
+    """Build a recipe of a mapping, and check all of it.
+
+    This is the one place where options are checked: what a recipe holds afterwards is passed on as
+    it is.
+
+    Args:
+        values: as in a file.
+        where: they came from, for messages.
+
+    Raises:
+        ConfigError: for unknown keys, values of the wrong kind or out of their bounds.
+    """
     _check_keys(values, Recipe, "")
     try:
-        recipe: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), values))
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), values)
+        check_finite(OmegaConf.to_container(merged))
+        recipe: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"recipe {where}: {key}: {first_line(error)}") from error
-    recipe.data = _plain(load_options(recipe.data))
-    _check_values(recipe)
+    check_bounds(recipe)
+    recipe.schedule.check_against(recipe.optim.lr)
+    recipe.data = load_options(recipe.data)
     stages_of(recipe)
     return recipe
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
-    """What is trained one after another, each a recipe without stages: the file with the stage's
-    own values over it.
+    """Return what is trained one after another, each a recipe without stages.
+
+    A stage is the file with its own values over it.
     """
     if not recipe.stages:
         return [recipe]
-    common = {key: value for key, value in to_dict(recipe).items() if key not in ("stages", "init")}
+    common = to_dict(recipe)
+    del common["stages"], common["init"]
     found = []
     for number, changes in enumerate(recipe.stages):
         if "stages" in changes:
             raise ConfigError(f"stages[{number}].stages: a stage has no stages of its own")
         _check_of_the_run(changes, number)
-        init = recipe.init if number == 0 else {"model": "previous"}
-        data = changes.get("data", {})
-        fresh = (
-            {"data": data}
-            if data.get("kind", common["data"]["kind"]) != common["data"]["kind"]
-            else {}
-        )  # options of another kind
-        merged = {**common, "init": init, "name": f"stage {number + 1}", **fresh}
+        under = {
+            **common,
+            "init": recipe.init if number == 0 else {"model": "previous"},
+            "name": f"stage {number + 1}",
+        }
+        kind = common["data"]["kind"]
+        if changes.get("data", {}).get("kind", kind) != kind:
+            under["data"] = changes["data"]  # options of one kind mean nothing to another
         try:
-            stage = build_recipe(_merge(merged, changes), "of the stage")
+            found.append(build_recipe(_merge(under, changes), "of the stage"))
         except ConfigError as error:
             raise ConfigError(f"stages[{number}].{error}") from error
-        found.append(stage)
     return found
 
 
@@ -280,9 +320,8 @@ def _check_of_the_run(changes: dict[str, Any], number: int) -> None:
     """Refuse in a stage what is of the whole run, and would be passed over."""
     for part, keys in _OF_THE_RUN.items():
         given = changes.get(part)
-        named = (
-            [key for key in given if keys is None or key in keys] if isinstance(given, dict) else []
-        )
+        keys_given = given if isinstance(given, dict) else {}
+        named = [key for key in keys_given if keys is None or key in keys]
         if named:
             raise ConfigError(
                 f"stages[{number}].{part}.{named[0]}: it is of the whole run; expected "
@@ -291,28 +330,36 @@ def _check_of_the_run(changes: dict[str, Any], number: int) -> None:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values, as YAML and JSON hold them."""
+    """Return plain values, as YAML and JSON hold them."""
     return json.loads(json.dumps(asdict(recipe)))
 
 
+def to_yaml(recipe: Recipe) -> str:
+    """Return a recipe as a file holds it."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    """Write a recipe as YAML."""
+    write_text(path, to_yaml(recipe))
 
 
 def hash_of(recipe: dict[str, Any]) -> str:
-    """Sixteen digits that change with any value of ``to_dict(recipe)``."""
+    """Return sixteen digits that change with any value of ``to_dict(recipe)``."""
     return hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of what two recipes disagree about; None where one has no such
-    key.
+    """Return (key, old value, new value) of what two recipes disagree about.
+
+    A value is None where a recipe has no such key.
     """
     found: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys((*old, *new)):
-        a, b = old.get(key), new.get(key)
+        a = old.get(key)
+        b = new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
@@ -321,7 +368,7 @@ def differences(
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``under``, mapping by mapping; ``init`` is taken as a whole."""
+    """Lay ``over`` over ``under``, mapping by mapping; ``init`` is taken as a whole."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "init"
@@ -329,73 +376,24 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _plain(options: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(options)))
-
-
 def _check_keys(values: Any, schema: type, prefix: str) -> None:
+    """Refuse keys that a recipe does not have, and lists where it has mappings, or the reverse."""
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix.rstrip('.') or 'recipe'} is {values!r}; expected a mapping")
-    known = {f.name: f for f in fields(schema)}
+    usual = schema()
+    known = {one.name: one for one in fields(schema)}
     for key, value in values.items():
         if key not in known:
             raise unknown_key(str(key), known, prefix)
-        part, usual = known[key].default_factory, getattr(schema(), key)
+        part = known[key].default_factory
         if is_dataclass(part):
             _check_keys(value, part, f"{prefix}{key}.")
-        elif (isinstance(value, dict) and isinstance(usual, list | tuple)) or (
-            isinstance(value, list) and isinstance(usual, dict)
-        ):
-            expected = (
-                "mapping" if isinstance(usual, dict) else "list"
-            )  # OmegaConf does not say which key it is
-            raise ConfigError(f"{prefix}{key} is {value!r}; expected a {expected}")
+        # OmegaConf does not say which key it is.
+        elif isinstance(value, dict) and isinstance(getattr(usual, key), list | tuple):
+            raise ConfigError(f"{prefix}{key} is {value!r}; expected a list")
+        elif isinstance(value, list) and isinstance(getattr(usual, key), dict):
+            raise ConfigError(f"{prefix}{key} is {value!r}; expected a mapping")
     stages = values.get("stages") if schema is Recipe else None
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         if not isinstance(stage, dict):
             raise ConfigError(f"stages[{number}] is {stage!r}; expected a mapping")
-
-
-def _check_values(recipe: Recipe) -> None:
-    check_finite(to_dict(recipe))
-    train, optim = recipe.train, recipe.optim
-    positive = {
-        "train.steps": recipe.train.steps,
-        "train.epochs": recipe.train.epochs,
-        "train.batch_size": recipe.train.batch_size,
-        "train.chunk": recipe.train.chunk,
-        "optim.lr": recipe.optim.lr,
-        "optim.lower_lr": recipe.optim.lower_lr,
-        "optim.clip_grad": recipe.optim.clip_grad,
-        "schedule.steps": recipe.schedule.steps,
-        "schedule.power": recipe.schedule.power,
-        "checkpoint.every_steps": recipe.checkpoint.every_steps,
-        "checkpoint.keep": recipe.checkpoint.keep,
-        "log.every_steps": recipe.log.every_steps,
-        "validation.every_steps": recipe.validation.every_steps,
-        "validation.limit": recipe.validation.limit,
-        "optim.eps": optim.eps,
-    }
-    for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{key} is {value}; expected a positive number")
-    if not 0 <= train.seed < 2**63:
-        raise ConfigError(f"train.seed is {train.seed}; expected 0 to {2**63 - 1}")
-    if train.ema is not None and not 0 < train.ema < 1:
-        raise ConfigError(f"train.ema is {train.ema}; expected a decay between 0 and 1")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(
-            f"optim.betas is {list(optim.betas)}; expected two decays of 0 to below 1"
-        )
-    if not 0 <= optim.momentum < 1:
-        raise ConfigError(f"optim.momentum is {optim.momentum}; expected 0 to below 1")
-    if optim.weight_decay < 0:
-        raise ConfigError(f"optim.weight_decay is {optim.weight_decay}; expected 0 or more")
-    for key, name, known in (
-        ("train.precision", recipe.train.precision, PRECISIONS),
-        ("train.parallel", recipe.train.parallel, PARALLEL),
-        ("optim.name", recipe.optim.name, OPTIMIZERS),
-    ):
-        if name not in known:
-            raise ConfigError(f"{key} is {name!r}; expected one of {list(known)}")
-    check_schedule(recipe.schedule, recipe.optim.lr)

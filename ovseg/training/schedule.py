@@ -1,5 +1,4 @@
-"""Learning rates over the steps of a stage: a curve, and a warm-up before, under or over its
-beginning.
+"""Learning rates over the steps of a stage: a curve, and a warm-up before, under or over its start.
 
 With s the step from 0 of S, w the warm-up's steps, t = s / S, and min the lowest rate as a share of
 the highest:
@@ -9,8 +8,8 @@ the highest:
     constant  1                                                                                (3)
     warm-up   (s + 1) / w, or from ``warmup_start``: start + (1 - start) s / w                 (4)
 
-``multiply``: warm-up times curve, both from the first step. ``replace``: the warm-up alone, then
-    the curve where it stands by then (timm's
+Three modes put them together. ``multiply``: warm-up times curve, both from the first step.
+``replace``: the warm-up alone, then the curve where it stands by then (timm's
 ``warmup_prefix=False``). ``before``: the warm-up alone, then the whole curve over the steps that
 are left, t counted from s + 1 (CLIP's BertAdam, and so SegCLIP).
 """
@@ -20,45 +19,56 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..bounds import bounded
 from ..errors import ConfigError
-
-KINDS = ("cosine", "poly", "constant")
-MODES = ("multiply", "replace", "before")
 
 
 @dataclass
 class Schedule:
-    """Attributes:
-    kind: of the curve: cosine, poly, constant.
-    warmup_steps: w; 0: none.
-    warmup_share: w as a share of all steps, in place of ``warmup_steps``.
-    warmup_mode: multiply, replace, before.
-    warmup_start: rate of the first step as a share of the highest; None: 1 / w.
-    min_lr: the lowest rate.
-    power: of poly.
-    steps: of the curve, where it is longer than the stage: a stage that stops half-way.
+    """How the learning rate goes.
+
+    Attributes:
+        kind: of the curve.
+        warmup_steps: w; 0: none.
+        warmup_share: w as a share of all steps, in place of ``warmup_steps``.
+        warmup_mode: how warm-up and curve go together.
+        warmup_start: rate of the first step as a share of the highest; None: 1 / w.
+        min_lr: the lowest rate, no more than ``optim.lr``.
+        power: of poly.
+        steps: of the curve, where it is longer than the stage: a stage that stops half-way.
     """
 
-    kind: str = "cosine"
-    warmup_steps: int = 60
-    warmup_share: float | None = None
-    warmup_mode: str = "multiply"
-    warmup_start: float | None = None
+    kind: str = bounded("cosine", one_of=("cosine", "poly", "constant"))
+    warmup_steps: int = bounded(60, low=0)
+    warmup_share: float | None = bounded(
+        None, low=0, above=True, high=1, below=True, expected="a share between 0 and 1"
+    )
+    warmup_mode: str = bounded("multiply", one_of=("multiply", "replace", "before"))
+    warmup_start: float | None = bounded(None, low=0, high=1, expected="a share of 0 to 1")
     min_lr: float = 0.0
-    power: float = 0.9
-    steps: int | None = None
+    power: float = bounded(0.9, low=0, above=True)
+    steps: int | None = bounded(None, low=0, above=True)
+
+    def check_against(self, lr: float) -> None:
+        """Raise ConfigError if the lowest rate is above ``lr``, the highest."""
+        if not 0 <= self.min_lr <= lr:
+            raise ConfigError(f"schedule.min_lr is {self.min_lr}; expected 0 to optim.lr, {lr}")
+
+    def warmup(self, steps: int) -> float:
+        """Return w for a curve of so many steps."""
+        return self.warmup_steps if self.warmup_share is None else self.warmup_share * steps
 
 
 def learning_rate(schedule: Schedule, lr: float, step: int, steps: int) -> float:
-    """The rate of a step of ``steps``; ``lr`` is the highest."""
+    """Return the rate of a step of ``steps``; ``lr`` is the highest."""
     steps = schedule.steps or steps
-    warm = schedule.warmup_steps if schedule.warmup_share is None else schedule.warmup_share * steps
+    warm = schedule.warmup(steps)
     if schedule.warmup_mode == "before":
         done = step + 1
         if done < warm:
-            return lr * _warmup(schedule, step, warm)
+            return lr * _rise(schedule, step, warm)
         return lr * _curve(schedule, lr, (done - warm) / max(1e-9, steps - warm))
-    rising = _warmup(schedule, step, warm) if step < warm else 1.0
+    rising = _rise(schedule, step, warm) if step < warm else 1.0
     if schedule.warmup_mode == "replace" and step < warm:
         return lr * rising
     return lr * rising * _curve(schedule, lr, step / steps)
@@ -68,8 +78,8 @@ def misfits(schedule: Schedule, lr: float, steps: int) -> list[str]:
     """Return what does not go together in a schedule and the steps of its stage, in sentences."""
     found = []
     whole = schedule.steps or steps
+    warm = schedule.warmup(whole)
     key = "warmup_steps" if schedule.warmup_share is None else "warmup_share"
-    warm = schedule.warmup_steps if schedule.warmup_share is None else schedule.warmup_share * whole
     highest = max(learning_rate(schedule, lr, step, steps) for step in _some(steps))
     value = getattr(schedule, key)
     reached = f"the rate gets up to {highest:.2g} of optim.lr {lr:.2g}"
@@ -86,47 +96,29 @@ def misfits(schedule: Schedule, lr: float, steps: int) -> list[str]:
     if schedule.kind != "constant" and whole < steps:
         found.append(
             f"schedule.steps is {whole} and the stage has {steps}: the last {steps - whole} of "
-            "them "
-            f"are at schedule.min_lr, {schedule.min_lr:g}; expected {steps} or more, or null"
+            f"them are at schedule.min_lr, {schedule.min_lr:g}; expected {steps} or more, or null"
         )
     return found
 
 
 def _some(steps: int) -> list[int]:
-    """All steps of a short stage, a thousand of a long one."""
+    """Return all steps of a short stage, a thousand of a long one."""
     return list(range(0, steps, max(1, steps // 1000)))
 
 
-def check_schedule(schedule: Schedule, lr: float, prefix: str = "schedule.") -> None:
-    """Raises ConfigError for values that make no schedule."""
-    if schedule.kind not in KINDS:
-        raise ConfigError(f"{prefix}kind is {schedule.kind!r}; expected one of {list(KINDS)}")
-    if schedule.warmup_mode not in MODES:
-        raise ConfigError(
-            f"{prefix}warmup_mode is {schedule.warmup_mode!r}; expected one of {list(MODES)}"
-        )
-    if schedule.warmup_share is not None and not 0 < schedule.warmup_share < 1:
-        raise ConfigError(
-            f"{prefix}warmup_share is {schedule.warmup_share}; expected a share between 0 and 1"
-        )
-    if schedule.warmup_steps < 0:
-        raise ConfigError(f"{prefix}warmup_steps is {schedule.warmup_steps}; expected 0 or more")
-    if schedule.warmup_start is not None and not 0 <= schedule.warmup_start <= 1:
-        raise ConfigError(
-            f"{prefix}warmup_start is {schedule.warmup_start}; expected a share of 0 to 1"
-        )
-    if not 0 <= schedule.min_lr <= lr:
-        raise ConfigError(f"{prefix}min_lr is {schedule.min_lr}; expected 0 to optim.lr, {lr}")
-
-
-def _warmup(schedule: Schedule, step: int, warm: float) -> float:
+def _rise(schedule: Schedule, step: int, warm: float) -> float:
+    """Return the share of the highest rate that a step of the warm-up has, equation (4)."""
     if schedule.warmup_start is None:
         return (step + 1) / warm
     return schedule.warmup_start + (1 - schedule.warmup_start) * step / warm
 
 
 def _curve(schedule: Schedule, lr: float, t: float) -> float:
-    t, lowest = min(t, 1.0), schedule.min_lr / lr
+    """Return the share of the highest rate that the curve has at t, equations (1) to (3)."""
+    t = min(t, 1.0)
+    lowest = schedule.min_lr / lr
     if schedule.kind == "cosine":
         return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * t))
-    return lowest + (1 - lowest) * (1 - t) ** schedule.power if schedule.kind == "poly" else 1.0
+    if schedule.kind == "poly":
+        return lowest + (1 - lowest) * (1 - t) ** schedule.power
+    return 1.0

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from .. import distributed
 from ..data.loader import Loader, batches_of
-from ..data.sources import ModelInputs, Source, create_source, load_options
+from ..data.sources import ModelInputs, Source, create_source
 from ..environment import environment
 from ..errors import CheckpointError, ConfigError, InputError, first_line
 from ..paths import no_file
@@ -128,7 +128,8 @@ def build_loader(
     Raises:
         ConfigError: if the objective takes another kind of batch than the data make.
     """
-    options, train = load_options(recipe.data), recipe.train
+    options = recipe.data
+    train = recipe.train
     source = create_source(
         options, ModelInputs.of(objective.model), seed=train.seed, progress=progress
     )

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..data.sources import ModelInputs, Source, SourceOptions, create_source, load_options
+from ..data.sources import ModelInputs, Source, create_source
 from ..data.sources.scenes import Options as SceneOptions
 from ..errors import CheckpointError, ConfigError, DataError, InputError
 from ..systems import OVSegModel
 from ..systems.objective import Objective
 from . import state as checkpoints
-from .recipe import Recipe
+from .recipe import Recipe, to_dict
 from .schedule import misfits
 from .stages import (
     BEST,
@@ -135,31 +135,22 @@ def check_room(state: State, run: Run, keep: int) -> None:
 
 def _check_data(stage: Recipe, objective: Objective, sources: dict[str, Source]) -> int:
     """Look at the data of a later stage and return its steps; ``sources`` are there already."""
-    options = load_options(stage.data)
+    options = stage.data
     drawn = isinstance(options, SceneOptions)
     source = sources.get(_key(stage))
     if source is None:
-        source = create_source(
-            _few(options), ModelInputs.of(objective.model), seed=stage.train.seed
-        )
-        sources |= {} if drawn else {_key(stage): source}
-    check_source(source, objective, options.kind)
-    return check_batches(
-        options.train_size if isinstance(options, SceneOptions) else len(source), stage
-    )
-
-
-def _few(options: SourceOptions) -> SourceOptions:
-    """Options of the same kind with two scenes, where they are drawn at once."""
-    return (
-        replace(options, train_size=min(2, options.train_size))
-        if isinstance(options, SceneOptions)
-        else options
-    )
+        if drawn:  # all scenes at once: two tell as much
+            options = replace(options, train_size=min(2, options.train_size))
+        inputs = ModelInputs.of(objective.model)
+        source = create_source(options, inputs, seed=stage.train.seed)
+        if not drawn:
+            sources[_key(stage)] = source
+    check_source(source, objective, stage.data.kind)
+    return check_batches(stage.data.train_size if drawn else len(source), stage)
 
 
 def _key(stage: Recipe) -> str:
-    return json.dumps([stage.data, stage.train.seed], sort_keys=True)
+    return json.dumps([to_dict(stage)["data"], stage.train.seed], sort_keys=True)
 
 
 def _as_if_validated(stage: Recipe, *, validated: bool) -> Recipe:

@@ -37,7 +37,7 @@ from ..systems.objective import Progress
 from . import state as checkpoints
 from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
 from .hooks import Begin, Checkpoints, Evaluate, Hook, Log, Step, Validation, plot_loss
-from .recipe import Recipe, stages_of
+from .recipe import Recipe, stages_of, to_dict
 from .schedule import learning_rate
 from .stages import (
     Run,
@@ -154,8 +154,9 @@ def _train(
     if distributed.is_main():
         plot_loss(folder.log, folder.folder / "loss.png", title=recipe.model.name)
         # Last: it says that nothing is left to do.
+        data = to_dict(stages[-1])["data"]
         save_pretrained(
-            model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=stages[-1].data
+            model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=data
         )
     if distributed.any_flag(_asked(request))[0]:
         raise Interrupted(f"{request} after the last step; the run is complete")

@@ -113,6 +113,8 @@ def test_a_torch_that_does_not_import(monkeypatch, capsys, error):
 @pytest.fixture
 def hide(monkeypatch):
     """Let libraries.installed say that a module is missing."""
+    monkeypatch.setattr("ovseg.figures._said_missing", False)
+
     def hide(*names):
         known = libraries.find_spec
         monkeypatch.setattr(libraries, "find_spec", lambda name: None if name in names else known(name))
@@ -152,6 +154,20 @@ def test_a_plot_that_will_not_be_drawn_is_said_first(tmp_path, monkeypatch, caps
         assert main(line.split()) == 2
         told = capsys.readouterr().err.splitlines()
         assert told[0] == f"matplotlib is not installed: {words} (pip install 'ovseg-kernels[plot]')"
+
+
+def test_a_plot_that_will_not_be_drawn_is_said_once(tmp_path, monkeypatch, capsys, caplog, hide):
+    from ovseg.figures import say_if_missing
+    from ovseg.training.hooks import plot_loss
+
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    hide("matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png") is None and "no loss curve is drawn" in caplog.text
+    caplog.clear()
+    say_if_missing("no loss curve is drawn")
+    assert plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png") is None and not caplog.text
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_names_of_open_clips_without_it(capsys, hide):

@@ -16,20 +16,15 @@ from PIL import Image
 from ovseg.cli.main import main
 from ovseg.data.batches import CrossImageBatch, PairBatch
 from ovseg.data.loader import Loader
+from ovseg.data.pair_samples import PairSample, caption_id, collate_pairs, countable_pairs
 from ovseg.data.sampling import generator, integer
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_options
-from ovseg.data.sources.base import (
-    PairSample,
-    SkipLimit,
-    caption_id,
-    collate_pairs,
-    countable_pairs,
-)
+from ovseg.data.sources.base import SkipLimit
 from ovseg.data.sources.folder import FolderPairs, Names
 from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.scenes import ScenePairs
-from ovseg.data.superpixels import patch_labels, write_superpixels
+from ovseg.data.superpixels import SuperpixelOptions, patch_labels, write_superpixels
 from ovseg.data.transforms import PairAugment
 from ovseg.data.words import END, UNKNOWN, WordTokenizer
 from ovseg.errors import ConfigError, DataError
@@ -83,7 +78,7 @@ def bad(what, *values):
     bad("data.augment.scale of 999999 pixels", {"kind": "masks", "augment": {"scale": [999999, 512]}}, "sides of 1 to 16384 pixels"),
     ({"kind": "masks", "set": "voc20"}, "data.root is null; expected the folder that holds 'voc20'"),
     ({"kind": "masks", "set": "voc2"}, "data.root is null|data set is 'voc2'"),
-    ({"kind": "masks", "augment": {"class_cap": 0}}, "class_cap 0"),
+    ({"kind": "masks", "augment": {"class_cap": 0}}, "data.augment.class_cap is 0.0; expected a share above 0"),
     ({"kind": "masks", "ignore_index": 3}, "data.ignore_index is 3, the label of a class; expected at least 23"),
 ])  # fmt: skip
 def test_bad_options(tree, message):
@@ -140,7 +135,7 @@ import torch
 
 from ovseg.cli.main import main
 from ovseg.data.batches import PairBatch
-from ovseg.data.sources.base import PairSample, collate_pairs
+from ovseg.data.pair_samples import PairSample, collate_pairs
 from ovseg.data.sources.base import Source, SourceOptions
 
 
@@ -338,7 +333,7 @@ def test_segments_are_those_of_the_crop(tmp_path):
         (tmp_path / f"{i}.txt").write_text("gravel\n")
     names = [f"{i}.png" for i in range(8)]
     pictures = [(name, tmp_path / name) for name in names]
-    assert write_superpixels(pictures, tmp_path / "s.safetensors", scale=1.0, sigma=0.1, min_size=1) == (8, [])
+    assert write_superpixels(pictures, tmp_path / "s.safetensors", SuperpixelOptions(scale=1.0, sigma=0.1, min_size=1)) == (8, [])
     source = FolderPairs(tmp_path, INPUTS, image_size=48, superpixels=tmp_path / "s.safetensors", augment=PairAugment((0.2, 1.0), flip=0.5))
     both = 0
     for index, seed in itertools.product(range(8), range(5)):
@@ -360,7 +355,7 @@ def test_segments_with_workers_are_those_without(tmp_path):
     for i, scene in enumerate(Scenes("digits", "val", 6)):
         Image.fromarray(scene.image).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a red seven\n")
-    write_superpixels([(f"{i}.png", tmp_path / f"{i}.png") for i in range(6)], tmp_path / "s.safetensors", scale=100.0, min_size=30)
+    write_superpixels([(f"{i}.png", tmp_path / f"{i}.png") for i in range(6)], tmp_path / "s.safetensors", SuperpixelOptions(scale=100.0, min_size=30))
     for how in ("majority", "mean"):
         source = FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors", superpixel_labels=how)
         found = []

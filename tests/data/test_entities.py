@@ -18,9 +18,9 @@ from ovseg.data.batches import CrossEntityBatch, EntityBatch, NounBatch
 from ovseg.data.entities import Entities, load_entities, singulars
 from ovseg.data.entity_index import EntityIndex
 from ovseg.data.loader import Loader
+from ovseg.data.pair_samples import countable_pairs
 from ovseg.data.sampling import generator
 from ovseg.data.sources import ModelInputs, create_source, load_options
-from ovseg.data.sources.base import countable_pairs
 from ovseg.data.words import WordTokenizer
 from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.systems.objective import Progress, create_objective

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
 from ovseg.data.images import FORMATS, orientation, picture_size, read_image
-from ovseg.data.masks import read_mask
+from ovseg.data.mask_files import read_mask
 from ovseg.errors import DataError, InputError
 from ovseg.inference.segmentation import overlay, strip
 

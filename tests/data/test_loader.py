@@ -17,7 +17,7 @@ from loading import INPUTS, joined, pairs, same
 from PIL import Image
 
 import ovseg
-import ovseg.data.loader as loader_module
+import ovseg.data.loader_workers as loader_module
 from ovseg.data.loader import Loader
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, load_options

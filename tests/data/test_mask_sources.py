@@ -12,7 +12,7 @@ from PIL import Image
 
 from ovseg.data.batches import MaskBatch
 from ovseg.data.loader import Loader
-from ovseg.data.masks import MaskAugment
+from ovseg.data.mask_transforms import MaskAugment
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import create_source, load_options
 from ovseg.data.sources.masks import LabelledScenes, Masks

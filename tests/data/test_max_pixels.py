@@ -58,7 +58,7 @@ def test_validation_takes_it_from_the_recipe_too(folder):
         "clip_scenes",
         ["validation.every_steps=1", "validation.data=voc20", f"validation.root={folder}"],
     )
-    recipe.data["max_pixels"] = 2399
+    recipe.data.max_pixels = 2399
     measure = validation(recipe)
     import ovseg
 

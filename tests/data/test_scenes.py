@@ -40,7 +40,7 @@ def test_masks_agree_with_what_was_drawn(form):
 
 def test_mask_is_exact_to_the_pixel():
     """A drawn red circle on dark night: red pixels are the circle's, and no others."""
-    from ovseg.data import scenes as drawing
+    from ovseg.data import scene_drawing as drawing
 
     rng = np.random.default_rng(0)
     image = np.zeros((48, 48, 3), np.uint8)
@@ -58,7 +58,7 @@ def test_captions_name_only_what_is_there(form):
 
 
 def test_handwriting_and_photographs_of_the_splits_are_disjoint():
-    from ovseg.data import scenes as drawing
+    from ovseg.data import scene_drawing as drawing
 
     images, _ = drawing._handwriting()
     assert len(images) == 1797

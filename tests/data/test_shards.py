@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ovseg.cli.main import main
-from ovseg.data.folders import expand_braces, read_shard
+from ovseg.data.shards import expand_braces, read_shard
 from ovseg.errors import InputError
 from ovseg.inference.sources import find_pictures
 

@@ -13,6 +13,7 @@ from ovseg.cli.main import main
 from ovseg.data.scenes import Scenes
 from ovseg.data.superpixels import (
     SuperpixelFile,
+    SuperpixelOptions,
     crop_patch_labels,
     patch_labels,
     superpixels,
@@ -113,10 +114,10 @@ def test_a_picture_of_too_many_superpixels_is_named_and_the_others_written(tmp_p
     pytest.param(["--workers", "-1"], "workers is -1; expected 1 to 1024", marks=pytest.mark.bad_input("data", "superpixels --workers -1")),
     pytest.param(["--workers", "0"], "workers is 0", marks=pytest.mark.bad_input("data", "superpixels --workers 0")),
     pytest.param(["--workers", "999999"], "workers is 999999", marks=pytest.mark.bad_input("data", "superpixels --workers 999999")),
-    pytest.param(["--scale", "nan"], "scale is nan", marks=pytest.mark.bad_input("data", "superpixels --scale nan")),
+    pytest.param(["--scale", "nan"], "scale is nan; expected a positive number", marks=pytest.mark.bad_input("data", "superpixels --scale nan")),
     pytest.param(["--scale", "-1"], "scale is -1", marks=pytest.mark.bad_input("data", "superpixels --scale -1")),
-    pytest.param(["--sigma", "inf"], "sigma inf", marks=pytest.mark.bad_input("data", "superpixels --sigma inf")),
-    pytest.param(["--min-size", "0"], "min_size 0", marks=pytest.mark.bad_input("data", "superpixels --min-size 0")),
+    pytest.param(["--sigma", "inf"], "sigma is inf; expected 0 or more", marks=pytest.mark.bad_input("data", "superpixels --sigma inf")),
+    pytest.param(["--min-size", "0"], "min_size is 0; expected 1 or more", marks=pytest.mark.bad_input("data", "superpixels --min-size 0")),
     pytest.param(["--out", "."], "superpixel file '.' is a folder", marks=pytest.mark.bad_input("data", "superpixels --out FOLDER")),
     pytest.param(["--out", "/dev/null/s.safetensors"], "is a device", marks=pytest.mark.bad_input("data", "--out below a file")),
 ])
@@ -130,7 +131,7 @@ def test_options_are_looked_at_before_a_picture_is(pairs, tmp_path, options, mes
 def test_a_worker_that_is_killed(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr("ovseg.data.superpixels._cut", _die)
     with pytest.raises(DataError, match=r"was killed after 0 of 1, .*expected fewer workers"):
-        write_superpixels([("a", pairs / "0.png")], tmp_path / "s.safetensors", workers=2)
+        write_superpixels([("a", pairs / "0.png")], tmp_path / "s.safetensors", SuperpixelOptions(workers=2))
 
 
 def _die(job):

@@ -266,7 +266,7 @@ def the_parent_of_a_pool_dies(folder):
     child = os.fork()
     if child == 0:
         superpixels.write_superpixels(
-            [(str(i), Path("none")) for i in range(64)], Path(folder) / "s.safetensors", workers=2
+            [(str(i), Path("none")) for i in range(64)], Path(folder) / "s.safetensors", superpixels.SuperpixelOptions(workers=2)
         )
     deadline = time.time() + 30
     while len(workers := readers(child)) < 2 and time.time() < deadline:

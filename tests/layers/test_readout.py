@@ -156,6 +156,30 @@ def test_readouts_survive_saving(tmp_path):
     assert custom.readout == Readout(("kk", "vv"), mean=True, window_std=2.0)
 
 
+@pytest.fixture
+def throw_away():
+    """The example of CONTRIBUTING.md: patches attend by their values, and nothing is added to the result."""
+    readout = READOUTS.register("throw_away", Readout(("vv",), residual=False, mlp=False))
+    yield readout
+    READOUTS.unregister("throw_away")
+
+
+@torch.no_grad()
+def test_a_new_readout_is_one_entry(throw_away, tmp_path, vit, visual):
+    model = ovseg.create_model("clip_dense_tiny", "digits", readout="throw_away")
+    assert model.readout == throw_away
+    features = model.encode_image(IMAGES)
+    plain = ovseg.create_model("clip_dense_tiny", "digits", readout="clip").encode_image(IMAGES)
+    assert features.tokens.shape == plain.tokens.shape and not torch.allclose(features.tokens, plain.tokens)
+    ovseg.save_pretrained(model, tmp_path / "m")
+    torch.testing.assert_close(ovseg.from_pretrained(tmp_path / "m").encode_image(IMAGES).tokens, features.tokens)
+    *before, last = visual.transformer.resblocks
+    _, (_, _, v) = parts(last, last_input(visual, before))
+    by_hand = applied(last, (scores(v, v) / 8).softmax(-1), v)[:, 1:]
+    vit.readout = throw_away
+    torch.testing.assert_close(vit.encode_image(IMAGES).tokens, visual.ln_post(by_hand) @ visual.proj, rtol=1e-4, atol=2e-5)
+
+
 def test_gaussian_window():
     near = gaussian_window((2, 3), 1.0, torch.zeros(()))
     assert near.shape == (7, 7) and float(near[0].sum()) == 0 == float(near[:, 0].sum())

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ConfigError
-from ...options import options_of
+from ...options import typed
 from ...registration import Registry, modules
 from .base import ModelInputs, Sample, Source, SourceOptions
 
@@ -32,19 +32,17 @@ def list_kinds() -> list[str]:
     return list(SOURCES)
 
 
-def load_options(tree: Mapping[str, Any], key: str = "data") -> SourceOptions:
-    """The options of a kind from a recipe's mapping.
+def load_options(tree: Mapping[str, Any]) -> SourceOptions:
+    """Make the options of a kind from the ``data`` of a recipe.
 
     Raises:
         ConfigError: for an unknown kind, unknown keys, values of the wrong kind or out of their
-            limits; the message names the key.
+            bounds; the message names the key.
     """
     kind = tree.get("kind")
     if kind not in list_kinds():
-        raise ConfigError(f"{key}.kind is {kind!r}; expected one of {list_kinds()}")
-    options = options_of(SOURCES[str(kind)].Options, tree, key)
-    options.check(key)
-    return options
+        raise ConfigError(f"data.kind is {kind!r}; expected one of {list_kinds()}")
+    return typed(SOURCES[str(kind)].Options, tree, "data")
 
 
 def create_source(
@@ -55,11 +53,14 @@ def create_source(
     seed: int = 0,
     progress: bool = False,
 ) -> Source:
-    """The pictures that the options describe, as ``inputs`` wants them.
+    """Open the pictures that the options describe, as ``inputs`` wants them.
 
     Args:
+        options: of ``load_options``, or made in Python.
+        inputs: of the model.
         split: ``train``, or ``val``: no augmentation, where a kind has it.
         seed: of data that is made, as the scenes are.
+        progress: whether a bar is shown.
 
     Raises:
         ConfigError: for options that do not go together.
@@ -67,6 +68,5 @@ def create_source(
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {list(SPLITS)}")
-    options.check()
-    source = SOURCES[options.kind]
-    return source.create(options, inputs, split=split, seed=seed, progress=progress)
+    create = SOURCES[options.kind].create
+    return create(options, inputs, split=split, seed=seed, progress=progress)

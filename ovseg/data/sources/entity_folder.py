@@ -1,8 +1,7 @@
-"""A folder of pairs with what their captions name, by a list of entities: nouns, questions and
-answers, or a second picture of the entity.
+"""A folder of pairs with what their captions name, by a list of entities.
 
-Pictures two by two need the side file of ``ovseg data cross-pairs``, and are those that have an
-entity.
+Batches hold nouns, questions and answers, or a second picture of the entity. Pictures two by two
+need the side file of ``ovseg data cross-pairs``, and are those that have an entity.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from ..batches import PairBatch
 from ..entities import load_entities
 from ..entity_index import EntityIndex, read_index
 from ..entity_pairs import GIVES, EntitySample, EntityText, EntityTexts
+from ..pair_samples import PairSample
 from . import folder
-from .base import ModelInputs, PairSample
+from .base import ModelInputs
 
 
 @dataclass
 class Options(EntityText, folder.Options):
-    """Those of both, and:
+    """Options of a folder, of ``EntityText``, and of the list of entities.
 
     Attributes:
         entities: a list by name, ``everyday``, or a YAML file; see ``data/entities.py``.
@@ -45,17 +45,16 @@ def create(
     seed: int = 0,
     progress: bool = False,
 ) -> EntityFolder:
-    options.check_text()
-    if options.index is None and options.gives == "cross":
+    """Open the folder, the list of entities and, for pictures two by two, the index."""
+    cross = options.gives == "cross"
+    if options.index is None and cross:
         raise ConfigError(
             "data.index is null; with data.gives=cross expected a file of ovseg data cross-pairs"
         )
     pairs = folder.create(options, inputs, split=split, seed=seed, progress=progress)
     texts = EntityTexts(load_entities(options.entities), inputs, options)
     index = (
-        None
-        if options.index is None or options.gives != "cross"
-        else read_index(options.index, pairs.names, texts.entities)
+        read_index(options.index, pairs.names, texts.entities) if options.index and cross else None
     )
     return EntityFolder(pairs, texts, index)
 
@@ -70,7 +69,8 @@ class EntityFolder(folder.FolderPairs):
         self, pairs: folder.FolderPairs, texts: EntityTexts, index: EntityIndex | None = None
     ):
         self.__dict__.update(vars(pairs))
-        self.entity_texts, self.index = texts, index
+        self.entity_texts = texts
+        self.index = index
         self.batch_type = GIVES[texts.gives]  # type: ignore[misc]
         self.chosen = None if index is None else index.pictures()
 
@@ -78,9 +78,11 @@ class EntityFolder(folder.FolderPairs):
         return super().__len__() if self.chosen is None else len(self.chosen)
 
     def read(self, index: int, rng: torch.Generator) -> EntitySample:
+        """Read a pair, what its first caption names, and the partner where there is an index."""
         number = index if self.chosen is None else int(self.chosen[index])
         pair, every, chosen = self.pair(number, rng)
-        texts, caption = self.entity_texts, every[chosen[0]]
+        texts = self.entity_texts
+        caption = every[chosen[0]]
         sample = EntitySample(**vars(pair), rows=texts.rows(caption, rng))
         if "answer_entities" in sample.rows:
             sample.image_entities = texts.named(every)
@@ -89,18 +91,18 @@ class EntityFolder(folder.FolderPairs):
             if entity is None:
                 raise DataError(
                     f"captions of {self.names[number]} name no entity, and did when they were "
-                    "indexed; expected ovseg data "
-                    "cross-pairs to be run again"
+                    "indexed; expected ovseg data cross-pairs to be run again"
                 )
-            sample.rows |= texts.partner_rows(
-                entity, self.picture(self.index.partner(number, entity, rng), rng)[0]
-            )
+            partner = self.picture(self.index.partner(number, entity, rng), rng)[0]
+            sample.rows |= texts.partner_rows(entity, partner)
         return sample
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
+        """Put samples together with what entities add."""
         return self.entity_texts.collate(samples)  # type: ignore[arg-type]
 
     def describe(self) -> dict[str, Any]:
+        """Return where the pairs lie and what is made of their captions."""
         texts = self.entity_texts
         return {
             **super().describe(),

@@ -1,6 +1,4 @@
-"""Image-text pairs from a plain folder: ``name.jpg`` with ``name.txt`` beside it, one caption a
-line.
-"""
+"""Image-text pairs of a folder: ``name.jpg`` with ``name.txt`` beside it, one caption a line."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...bounds import bounded
 from ...distributed import is_main
 from ...errors import ConfigError, DataError, NoData
 from ...paths import no_folder
@@ -22,35 +21,49 @@ from ...text_files import lines_of
 from ..batches import PairBatch
 from ..folders import Folder
 from ..images import MAX_PIXELS, read_image
+from ..pair_samples import PairSample, caption_id, collate_pairs
 from ..sampling import some
-from ..superpixels import SuperpixelFile, patch_labels
+from ..superpixels import PATCH_RULES, SuperpixelFile, patch_labels
 from ..transforms import PairAugment, as_items, pair_transform, plain
-from .base import ModelInputs, PairSample, Source, SourceOptions, caption_id, collate_pairs
+from .base import MOST_PIXELS, MOST_SIDE, ModelInputs, Source, SourceOptions
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Options(SourceOptions):
-    """Attributes:
-    root: searched with all folders below it.
-    image_size: None: the model's.
-    captions: of each picture in a batch, all positives of it; repeated where a picture has fewer.
-    superpixels: side file of ``ovseg data superpixels``; batches then carry ``segments``, cropped
-        with the picture.
-    superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
-    augment: see ``PairAugment``.
-    max_pixels: pictures with more are bad ones.
+    """Options of a folder of pairs.
+
+    Attributes:
+        root: searched with all folders below it.
+        image_size: side of the crop; None: the model's.
+        captions: of each picture in a batch, all positives of it; repeated where a picture has
+            fewer.
+        superpixels: side file of ``ovseg data superpixels``; batches then carry ``segments``,
+            cropped with the picture.
+        superpixel_labels: how a patch gets its superpixel, see ``superpixels.patch_labels``.
+        augment: see ``PairAugment``.
+        max_pixels: pictures with more are bad ones.
     """
 
     kind: str = "folder"
     root: str | None = None
-    image_size: int | None = None
-    captions: int = 1
+    image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
+    captions: int = bounded(1, low=1, high=1000, integer=True)
     superpixels: str | None = None
-    superpixel_labels: str = "majority"
+    superpixel_labels: str = bounded("majority", one_of=PATCH_RULES)
     augment: PairAugment = field(default_factory=PairAugment)
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = bounded(MAX_PIXELS, low=1, high=MOST_PIXELS, integer=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        policy = self.augment.rand_augment
+        if policy is not None and self.superpixels is not None:
+            raise ConfigError(
+                f"data.augment.rand_augment is {policy!r} and data.superpixels "
+                f"{self.superpixels!r}; expected one of them: superpixels would not move with the "
+                "picture"
+            )
 
 
 def create(
@@ -61,25 +74,11 @@ def create(
     seed: int = 0,
     progress: bool = False,
 ) -> FolderPairs:
+    """Open the folder; a validation split is not augmented."""
     if options.root is None:
         raise ConfigError(
             "data.root is null; with data.kind=folder expected a folder of pictures with .txt "
             "captions"
-        )
-    if options.superpixel_labels not in ("majority", "mean"):
-        raise ConfigError(
-            f"data.superpixel_labels is {options.superpixel_labels!r}; expected 'majority' or "
-            "'mean'"
-        )
-    try:
-        options.augment.check()
-    except ValueError as error:
-        raise ConfigError(f"data.{error}") from error
-    if options.augment.rand_augment is not None and options.superpixels is not None:
-        raise ConfigError(
-            f"data.augment.rand_augment is {options.augment.rand_augment!r} and data.superpixels "
-            f"{options.superpixels!r}; "
-            "expected one of them: superpixels would not move with the picture"
         )
     augment = options.augment if split == "train" else PairAugment((1.0, 1.0), (1.0, 1.0))
     return FolderPairs(
@@ -118,65 +117,23 @@ class FolderPairs(Source[PairSample]):
         augment: PairAugment | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
-        self.root, self.inputs, self.captions, self.superpixel_labels = (
-            Path(root),
-            inputs,
-            captions,
-            superpixel_labels,
-        )
+        self.root = Path(root)
+        self.inputs = inputs
+        self.captions = captions
+        self.superpixel_labels = superpixel_labels
         self.max_pixels = max_pixels
-        if (what := no_folder(root)) is not None:
-            raise NoData(
-                f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt "
-                "captions beside them"
-            )
-        seen = Folder(self.root)
-        with waiting(f"looking through {root}", show=is_main()):
-            pairs = _pairs(seen)
-        if not pairs:
-            shards = (
-                "; shards are not read in training: unpack them (tar -xf), the captions lie in "
-                "them as .txt"
-                if ".tar" in seen.others
-                else ""
-            )
-            raise DataError(
-                f"data.root {str(root)!r} holds {len(seen.pictures)} pictures, 0 of them with a "
-                ".txt; found there: "
-                f"{seen.found()}; expected name.jpg with its captions in name.txt beside it{shards}"
-            )
-        if len(pairs) < len(seen.pictures):
-            logger.warning(
-                "%d of %d pictures below %s have no .txt of captions and are left out",
-                len(seen.pictures) - len(pairs),
-                len(seen.pictures),
-                root,
-            )
-        if seen.bad:
-            logger.warning(
-                "%d files below %s cannot be used and are left out; the first: %s",
-                len(seen.bad),
-                root,
-                seen.bad[0],
-            )
-        for line in seen.left_out()[
-            : bool(seen.results) + bool(seen.hidden)
-        ]:  # without the captions
-            logger.warning("%s", line)
+        self.image_size = image_size or inputs.image_size
+        pairs = _find_pairs(root)
         self.names = Names(pairs)
         self.superpixels = None if superpixels is None else SuperpixelFile(superpixels)
-        missing = (
-            []
-            if self.superpixels is None
-            else [name for name in pairs if name not in self.superpixels]
-        )
-        if missing:
-            raise DataError(
-                f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} "
-                "pictures, the first "
-                f"{missing[0]}; expected ovseg data superpixels to be run again"
-            )
-        self.image_size = image_size or inputs.image_size
+        if self.superpixels is not None:
+            missing = [name for name in pairs if name not in self.superpixels]
+            if missing:
+                raise DataError(
+                    f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} "
+                    f"pictures, the first {missing[0]}; expected ovseg data superpixels to be run "
+                    "again"
+                )
         self.transform = pair_transform(
             augment or PairAugment(), self.image_size, inputs.mean, inputs.std
         )
@@ -185,41 +142,39 @@ class FolderPairs(Source[PairSample]):
         return len(self.names)
 
     def read(self, index: int, rng: torch.Generator) -> PairSample:
+        """Read a picture with some of its captions."""
         return self.pair(index, rng)[0]
 
     def pair(self, index: int, rng: torch.Generator) -> tuple[PairSample, list[str], list[int]]:
-        """A sample, all captions of the picture, and which of them its texts are."""
+        """Return a sample, all captions of the picture, and which of them its texts are."""
         name = self.names[index]
         lines = captions_of(self.root / name)
         chosen = some(rng, self.captions, len(lines))
         texts = [lines[i] for i in chosen]
-        image, *crops = self.picture(
-            index, rng, *([] if self.superpixels is None else [self.superpixels[name]])
-        )
+        maps = [] if self.superpixels is None else [self.superpixels[name]]
+        image, *crops = self.picture(index, rng, *maps)
         segments = None
         if crops:
-            labels = patch_labels(
-                crops[0][0].numpy(), self.inputs.patch_size, self.superpixel_labels
-            )
+            pixels = crops[0][0].numpy()
+            labels = patch_labels(pixels, self.inputs.patch_size, self.superpixel_labels)
             segments = torch.from_numpy(labels).flatten()
         # Equal captions are one id. With several a picture has its own: one id could not say which
         # of its texts is shared.
         number = caption_id(texts[0]) if self.captions == 1 else index
-        return (
-            PairSample(image, self.inputs.tokenize(texts), number, segments=segments),
-            lines,
-            chosen,
-        )
+        sample = PairSample(image, self.inputs.tokenize(texts), number, segments=segments)
+        return sample, lines, chosen
 
     def picture(self, index: int, rng: torch.Generator, *maps: np.ndarray) -> list[torch.Tensor]:
-        """A picture [3, H, W] and its maps, augmented together."""
+        """Return a picture [3, H, W] and its maps, augmented together."""
         image = read_image(self.root / self.names[index], max_pixels=self.max_pixels)
         return [plain(part) for part in self.transform(rng, *as_items(image, *maps))]
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
+        """Put samples together."""
         return collate_pairs(samples)
 
     def describe(self) -> dict[str, Any]:
+        """Return where the pairs lie and how many there are."""
         return {
             "kind": "folder",
             "root": str(self.root),
@@ -230,7 +185,7 @@ class FolderPairs(Source[PairSample]):
 
 
 class Names(Sequence[str]):
-    """Strings in one block of memory: millions of them cost their letters, and workers share them."""
+    """Strings in one block of memory, which workers share: millions cost no more than letters."""
 
     def __init__(self, names: Iterable[str]):
         parts = [os.fsencode(name) for name in names]
@@ -247,24 +202,60 @@ class Names(Sequence[str]):
         return os.fsdecode(self._letters[start : self._ends[index]].tobytes())
 
     def block(self) -> tuple[np.ndarray, np.ndarray]:
-        """All letters, uint8, and where each name ends, int64."""
+        """Return all letters, uint8, and where each name ends, int64."""
         return self._letters, np.asarray(self._ends, np.int64)
 
 
-def _pairs(folder: Folder) -> list[str]:
-    """The pictures with a caption file, as sorted paths below the root.
+def _find_pairs(root: str | Path) -> list[str]:
+    """Return the pictures with a caption file, as sorted paths below the root.
 
-    One look at each folder, none at a file.
+    What is left out is told. One look is taken at each folder, none at a file.
+
+    Raises:
+        DataError: if there is none.
     """
-    found = []
-    for below, pictures, others in folder.walk():
-        texts = {name[:-4] for name in others if name.endswith(".txt")}
-        found += [f"{below}{name}" for name in pictures if os.path.splitext(name)[0] in texts]
-    return sorted(found)
+    if (what := no_folder(root)) is not None:
+        raise NoData(
+            f"data.root {str(root)!r} {what}; expected a folder of pictures with .txt captions "
+            "beside them"
+        )
+    folder = Folder(Path(root))
+    pairs: list[str] = []
+    with waiting(f"looking through {root}", show=is_main()):
+        for below, pictures, others in folder.walk():
+            texts = {name[:-4] for name in others if name.endswith(".txt")}
+            pairs += [f"{below}{name}" for name in pictures if os.path.splitext(name)[0] in texts]
+    if not pairs:
+        shards = (
+            "; shards are not read in training: unpack them (tar -xf), the captions lie in them as "
+            ".txt"
+        )
+        raise DataError(
+            f"data.root {str(root)!r} holds {len(folder.pictures)} pictures, 0 of them with a "
+            f".txt; found there: {folder.found()}; expected name.jpg with its captions in name.txt "
+            f"beside it{shards if '.tar' in folder.others else ''}"
+        )
+    if (bare := len(folder.pictures) - len(pairs)) > 0:
+        logger.warning(
+            "%d of %d pictures below %s have no .txt of captions and are left out",
+            bare,
+            len(folder.pictures),
+            root,
+        )
+    if folder.bad:
+        logger.warning(
+            "%d files below %s cannot be used and are left out; the first: %s",
+            len(folder.bad),
+            root,
+            folder.bad[0],
+        )
+    for line in folder.left_out(others=False):  # the captions are no news
+        logger.warning("%s", line)
+    return sorted(pairs)
 
 
 def captions_of(picture: Path) -> list[str]:
-    """Those beside a picture.
+    """Return the captions beside a picture.
 
     Raises:
         DataError: if there are none.

@@ -1,6 +1,4 @@
-"""Pictures with class masks: a benchmark's folder layout (``data/sets``), or the scenes with their
-exact masks.
-"""
+"""Pictures with class masks: a benchmark of ``data/sets``, or the scenes with their exact masks."""
 
 from __future__ import annotations
 
@@ -12,28 +10,32 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...bounds import bounded
 from ...errors import ConfigError, InputError
 from ..batches import MaskBatch
-from ..benchmark_sets import IGNORE, SegmentationSet
+from ..benchmark_sets import SegmentationSet
 from ..images import MAX_PIXELS
-from ..masks import MaskAugment, mask_transform
+from ..mask_files import IGNORE
+from ..mask_transforms import MaskAugment, mask_transform
 from ..scenes import VOCABULARIES, Scenes
-from ..transforms import as_items, checked_range, plain
-from .base import ModelInputs, Sample, Source, SourceOptions
+from ..transforms import as_items, plain
+from .base import MOST_PIXELS, MOST_SCENES, MOST_SIDE, ModelInputs, Sample, Source, SourceOptions
 
 
 @dataclass
 class Options(SourceOptions):
-    """Attributes:
-    set: a name of ``ovseg data list``, the path of a description, or ``digits`` or ``shapes`` for
-        the scenes.
-    root: the data root; the scenes need none.
-    train_split, val_split: of the set; VOC is usually trained on its ``trainaug``.
-    train_size, val_size, with_unseen: of the scenes; see ``Scenes``.
-    image_size: side of the crop; None: the model's.
-    ignore_index: of pixels that have no label.
-    augment: see ``MaskAugment``; for training only.
-    max_pixels: pictures and masks of a set with more are bad ones.
+    """Options of pictures with class masks.
+
+    Attributes:
+        set: a name of ``ovseg data list``, the path of a description, or ``digits`` or ``shapes``
+            for the scenes.
+        root: the data root; the scenes need none.
+        train_split, val_split: of the set; VOC is usually trained on its ``trainaug``.
+        train_size, val_size, with_unseen: of the scenes; see ``Scenes``.
+        image_size: side of the crop; None: the model's.
+        ignore_index: of pixels that have no label.
+        augment: see ``MaskAugment``; for training only.
+        max_pixels: pictures and masks of a set with more are bad ones.
     """
 
     kind: str = "masks"
@@ -41,13 +43,13 @@ class Options(SourceOptions):
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
-    train_size: int = 6000
-    val_size: int = 300
+    train_size: int = bounded(6000, low=0, high=MOST_SCENES, integer=True)
+    val_size: int = bounded(300, low=0, high=MOST_SCENES, integer=True)
     with_unseen: bool = False
-    image_size: int | None = None
-    ignore_index: int = 255
+    image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
+    ignore_index: int = bounded(255, low=0, high=65535, integer=True)
     augment: MaskAugment = field(default_factory=MaskAugment)
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = bounded(MAX_PIXELS, low=1, high=MOST_PIXELS, integer=True)
 
 
 def create(
@@ -58,17 +60,9 @@ def create(
     seed: int = 0,
     progress: bool = False,
 ) -> Masks:
-    train, augment = split == "train", options.augment
+    """Open a split of the set, or draw one of the scenes."""
+    train = split == "train"
     try:
-        checked_range("data.augment.ratio", augment.ratio, 0, 16)
-        most = options.LIMITS["image_size"][1]
-        sides = min(augment.scale) >= 1 and max(augment.scale) <= most
-        if not sides or not 0 < augment.class_cap <= 1 or not 0 <= augment.flip <= 1:
-            raise ValueError(
-                f"data.augment is scale {list(augment.scale)}, class_cap {augment.class_cap}, "
-                f"flip {augment.flip}; expected "
-                f"sides of 1 to {most} pixels, a share above 0 and a share"
-            )
         data: LabelledPictures
         if options.set in VOCABULARIES:
             data = LabelledScenes(
@@ -97,7 +91,7 @@ def create(
         inputs,
         image_size=options.image_size,
         ignore_index=options.ignore_index,
-        augment=augment,
+        augment=options.augment,
         train=train,
     )
 
@@ -106,10 +100,12 @@ class LabelledPictures(Protocol):
     """What ``Masks`` reads: ``SegmentationSet``, or anything like it."""
 
     @property
-    def classes(self) -> tuple[str, ...]: ...
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of the labels."""
 
     @property
-    def unseen(self) -> tuple[str, ...]: ...
+    def unseen(self) -> tuple[str, ...]:
+        """Names of the classes that zero-shot training holds out."""
 
     def __len__(self) -> int: ...
 
@@ -120,13 +116,9 @@ class LabelledScenes:
     """Scenes as labelled pictures."""
 
     def __init__(self, scenes: Scenes):
-        self.scenes, words = scenes, scenes.vocabulary
-        self.classes = words.classes
-        self.unseen = tuple(
-            name
-            for name, split in zip(words.classes, words.split_of_class, strict=True)
-            if split == "unseen"
-        )
+        self.scenes = scenes
+        self.classes = scenes.vocabulary.classes
+        self.unseen = scenes.vocabulary.unseen_classes
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -170,13 +162,15 @@ class Masks(Source[MaskSample]):
         augment: MaskAugment | None = None,
         train: bool = True,
     ):
-        if not len(data.classes) <= ignore_index:
+        if ignore_index < len(data.classes):
             raise ConfigError(
                 f"data.ignore_index is {ignore_index}, the label of a class; expected at least "
                 f"{len(data.classes)}"
             )
-        self.data, self.ignore_index = data, ignore_index
-        self.classes, self.unseen = data.classes, data.unseen
+        self.data = data
+        self.ignore_index = ignore_index
+        self.classes = data.classes
+        self.unseen = data.unseen
         self.image_size = image_size or inputs.image_size
         self.transform = mask_transform(
             augment or MaskAugment(), self.image_size, inputs.mean, ignore_index, train=train
@@ -186,13 +180,14 @@ class Masks(Source[MaskSample]):
         return len(self.data)
 
     def read(self, index: int, rng: torch.Generator) -> MaskSample:
+        """Read a picture and its mask, changed together."""
         picture, truth = self.data[index]
-        image, mask = self.transform(
-            rng, *as_items(picture, np.where(truth == IGNORE, self.ignore_index, truth))
-        )
+        labels = np.where(truth == IGNORE, self.ignore_index, truth)
+        image, mask = self.transform(rng, *as_items(picture, labels))
         return MaskSample(plain(image), plain(mask)[0].long())
 
     def collate(self, samples: Sequence[MaskSample]) -> MaskBatch:
+        """Put samples together."""
         return MaskBatch(
             images=torch.stack([sample.image for sample in samples]),
             masks=torch.stack([sample.mask for sample in samples]),
@@ -201,11 +196,11 @@ class Masks(Source[MaskSample]):
         )
 
     def describe(self) -> dict[str, Any]:
-        name = (
-            self.data.description.name
-            if isinstance(self.data, SegmentationSet)
-            else type(self.data).__name__
-        )
+        """Return the name of the set and how many pictures and classes it has."""
+        data = self.data
+        name = type(data).__name__
+        if isinstance(data, SegmentationSet):
+            name = data.description.name
         return {
             "kind": "masks",
             "set": name,

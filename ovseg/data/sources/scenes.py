@@ -9,37 +9,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...bounds import bounded
 from ...errors import ConfigError
 from ...progress import bar
 from ..batches import PairBatch
+from ..pair_samples import PairSample, collate_pairs
 from ..sampling import some
 from ..scenes import CAPTIONS_PER_SCENE, Scenes
-from ..superpixels import patch_labels, superpixels
-from .base import ModelInputs, PairSample, Source, SourceOptions, collate_pairs
+from ..superpixels import PATCH_RULES, patch_labels, superpixels
+from .base import MOST_SCENES, MOST_SIDE, ModelInputs, Source, SourceOptions
 
 
 @dataclass
 class Options(SourceOptions):
-    """Attributes:
-    style: ``digits`` or ``shapes``.
-    train_size, val_size: scenes of each split.
-    image_size: None: the model's.
-    captions: of each picture in a batch, up to five, all positives of it.
-    superpixels: whether batches carry ``segments``, the superpixel of each patch.
-    superpixel_labels: ``majority`` or ``mean``, see ``superpixels.patch_labels``.
-    with_unseen: whether the combinations that are held out are drawn too: for a CLIP that knows all
-        words, as those of the web do.
+    """Options of scenes with captions.
+
+    Attributes:
+        style: ``digits`` or ``shapes``.
+        train_size, val_size: scenes of each split.
+        image_size: None: the model's.
+        captions: of each picture in a batch, all positives of it.
+        superpixels: whether batches carry ``segments``, the superpixel of each patch.
+        superpixel_labels: how a patch gets its superpixel, see ``superpixels.patch_labels``.
+        with_unseen: whether the combinations that are held out are drawn too: for a CLIP that knows
+            all words, as those of the web do.
     """
 
     kind: str = "scenes"
-    workers: int = 0  # they are in memory: nothing to wait for
+    workers: int = bounded(0, low=0, high=1024, integer=True)  # in memory: nothing to wait for
     style: str = "digits"
-    train_size: int = 6000
-    val_size: int = 300
-    image_size: int | None = None
-    captions: int = 1
+    train_size: int = bounded(6000, low=0, high=MOST_SCENES, integer=True)
+    val_size: int = bounded(300, low=0, high=MOST_SCENES, integer=True)
+    image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
+    captions: int = bounded(1, low=1, high=CAPTIONS_PER_SCENE, integer=True)
     superpixels: bool = False
-    superpixel_labels: str = "majority"
+    superpixel_labels: str = bounded("majority", one_of=PATCH_RULES)
     with_unseen: bool = False
 
 
@@ -51,28 +55,23 @@ def create(
     seed: int = 0,
     progress: bool = False,
 ) -> ScenePairs:
-    if not 1 <= options.captions <= CAPTIONS_PER_SCENE:
-        raise ConfigError(
-            f"data.captions is {options.captions}; expected 1 to {CAPTIONS_PER_SCENE}"
-        )
-    size = options.train_size if split == "train" else options.val_size
+    """Draw the scenes of a split."""
     try:
         scenes = Scenes(
             options.style,
             split,
-            size,
+            options.train_size if split == "train" else options.val_size,
             seed,
             options.image_size or inputs.image_size,
             with_unseen=options.with_unseen,
         )
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-    patch = inputs.patch_size if options.superpixels else None
     return ScenePairs(
         scenes,
         inputs,
         captions=options.captions,
-        superpixel_patch=patch,
+        superpixel_patch=inputs.patch_size if options.superpixels else None,
         superpixel_labels=options.superpixel_labels,
         progress=progress,
     )
@@ -84,8 +83,15 @@ class ScenePairs(Source[PairSample]):
     Args:
         scenes: drawn here, all of them.
         inputs: of which the tokenizer is used.
-        captions, superpixel_labels: see ``Options``.
+        captions: see ``Options``.
         superpixel_patch: side of a patch in pixels; None: no segments.
+        superpixel_labels: see ``Options``.
+        progress: whether a bar is shown.
+
+    Attributes:
+        images: [N, 3, H, W] uint8.
+        texts, token_ids: the captions of all scenes, ``CAPTIONS_PER_SCENE`` of each.
+        entities: [N, captions, classes] uint8, what each caption names.
     """
 
     batch_type = PairBatch
@@ -100,38 +106,39 @@ class ScenePairs(Source[PairSample]):
         superpixel_labels: str = "majority",
         progress: bool = False,
     ):
-        self.scenes, self.captions = scenes, captions
-        count, size = len(scenes), scenes.image_size
-        names = {name: i for i, name in enumerate(scenes.vocabulary.classes)}
-        self.images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-        self.entities = torch.zeros(count, CAPTIONS_PER_SCENE, len(names), dtype=torch.uint8)
+        self.scenes = scenes
+        self.captions = captions
+        count = len(scenes)
+        classes = scenes.vocabulary.classes
+        self.images = torch.empty(count, 3, scenes.image_size, scenes.image_size, dtype=torch.uint8)
+        self.entities = torch.zeros(count, CAPTIONS_PER_SCENE, len(classes), dtype=torch.uint8)
+        self.texts: list[str] = []
         segments: list[np.ndarray] = []
-        texts: list[str] = []
         for i in bar(
             range(count), show=progress, desc=f"drawing {scenes.form}", unit="scene", leave=False
         ):
             scene = scenes[i]
             self.images[i] = torch.from_numpy(scene.image).permute(2, 0, 1)
             if superpixel_patch is not None:
-                regions = superpixels(
-                    scene.image, scale=200.0, sigma=0.8, min_size=60
-                )  # for pictures of 48 pixels
+                # For pictures of 48 pixels.
+                regions = superpixels(scene.image, scale=200.0, sigma=0.8, min_size=60)
                 segments.append(patch_labels(regions, superpixel_patch, superpixel_labels).ravel())
-            texts += [caption.text for caption in scene.captions]
             for k, caption in enumerate(scene.captions):
-                self.entities[i, k, [names[entity] for entity in caption.entities]] = 1
+                self.texts.append(caption.text)
+                named = [classes.index(entity) for entity in caption.entities]
+                self.entities[i, k, named] = 1
         self.segments = torch.from_numpy(np.stack(segments)) if segments else None
-        self.texts = texts
-        self.token_ids = inputs.tokenize(texts).view(count, CAPTIONS_PER_SCENE, -1)
+        self.token_ids = inputs.tokenize(self.texts).view(count, CAPTIONS_PER_SCENE, -1)
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def read(self, index: int, rng: torch.Generator) -> PairSample:
+        """Return a scene with some of its captions."""
         return self.pair(index, rng)[0]
 
     def pair(self, index: int, rng: torch.Generator) -> tuple[PairSample, list[int]]:
-        """A sample, and which of the scene's captions its texts are."""
+        """Return a sample, and which of the scene's captions its texts are."""
         texts = some(rng, self.captions, CAPTIONS_PER_SCENE)
         sample = PairSample(
             self.images[index],
@@ -144,9 +151,11 @@ class ScenePairs(Source[PairSample]):
         return sample, texts
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
+        """Put samples together."""
         return collate_pairs(samples)
 
     def describe(self) -> dict[str, Any]:
+        """Return what was drawn."""
         scenes = self.scenes
         return {
             "kind": "scenes",
