@@ -60,13 +60,13 @@ class Gpu:
         self._flush: torch.Tensor | None = None
 
     def clock(self) -> float:
-        """Return the seconds of the host."""
+        """Return the seconds of the host's clock."""
         return time.monotonic()
 
     def milliseconds(self, function: Callable[[], Any], seconds: float) -> dict[str, float]:
         """Return p20, median and p80 of many runs, each after a flush of the L2."""
         if self._flush is None:
-            # 256 MiB: more than any L2
+            # 256 MiB: more than any L2.
             self._flush = torch.empty(2**26, dtype=torch.int32, device="cuda")
         began = time.perf_counter()
         function()

@@ -128,7 +128,7 @@ class Bench:
 
     def __init__(self, device: Device, seconds: float, rates: dict[str, float]):
         self.device, self.seconds, self.rates = device, seconds, rates
-        # inputs to a backend of ours that has been measured on them, by whatever process
+        # Inputs to a backend of ours that has been measured on them, by whatever process.
         self.measured: dict[str, str] = {}
         self.samples: dict[str, tuple[str, list[torch.Tensor]]] = {}
         self._functions: dict[str, dict] = {}

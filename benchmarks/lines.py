@@ -30,7 +30,7 @@ class Lines:
     def write(self, row: Row) -> Row:
         """Append a row, and return it with the facts that all rows share."""
         row = {**row, **self.common}
-        # one write: lines of several processes do not mix
+        # One write: lines of several processes do not mix.
         os.write(self._file, (json.dumps(row) + "\n").encode())
         os.fsync(self._file)
         return row

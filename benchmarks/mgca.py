@@ -25,7 +25,7 @@ from .run import environment, save
 from .steps import memory_of_both, step_memory, step_times, step_values
 
 B, GRID, WIDTH = 16, 28, 512  # 224 px, patches of 16, doubled once: the defaults of mgca_vit_b16
-# the towers take no part
+# The towers take no part.
 _SMALL = {
     "embed_dim": WIDTH,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},

@@ -54,7 +54,7 @@ CASES = (
         {"B": 8, "T": 20, "N": 196, "D": 512},
         {"pool": "vector", "temperature": 0.1},
     ),
-    # eager would need tens of GiB
+    # Eager would need tens of GiB.
     Case(
         "patch_text_similarity",
         "large",

@@ -191,7 +191,7 @@ def memory(request: dict[str, Any]) -> float:
     small = Case(
         case.op, "warm-up", {key: min(value, 8) for key, value in case.shape.items()}, case.options
     )
-    # libraries, thread pools, compiler
+    # Once before: libraries, thread pools, compiler.
     step(registry.implementations(small)[request["implementation"]], registry.inputs(small))
     if "compile" in request["implementation"]:
         step(function, registry.inputs(case))  # compiled for this shape before it is watched

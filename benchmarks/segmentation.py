@@ -104,7 +104,7 @@ def measure(model: Any, repeats: int, title: str) -> list[dict[str, Any]]:
             "label map, noise": [],
         }
         noise = None
-        # the first one warms up
+        # The first one warms up.
         for turn in bar(range(repeats + 1), unit="turn", desc=f"bench {title} {name}", leave=False):
             start = time.perf_counter()
             with torch.no_grad():

@@ -27,7 +27,7 @@ def step_values(parts: Parts) -> dict[str, float]:
     """Return the losses, and how far the gradients are apart."""
     losses = {way: parts[way]() for way in WAYS}
     ours, eager = (torch.autograd.grad(loss, parts["leaves"]) for loss in losses.values())
-    # a smaller gradient is 0 in theory
+    # A smaller gradient is 0 in theory.
     worst = max(
         float((a - b).norm() / b.norm())
         for a, b in zip(ours, eager, strict=True)

@@ -37,7 +37,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     resume: bool = False
     stall: float = float("inf")
-    # exit statuses of a command that came to its end, with or without failures
+    # Exit statuses of a command that came to its end, with or without failures.
     ended: tuple[int, ...] = (0, 1)
 
 
@@ -168,7 +168,7 @@ def run(
             for r in list(running):
                 status = r.process.poll()
                 if status is None and r.asked and now - r.asked > 2 * GRACE:
-                    # it sits in the driver
+                    # It sits in the driver.
                     status, r.reason = (-signal.SIGKILL, f"{r.reason}, and cannot be killed")
                 elif status is None:
                     if now >= r.until:

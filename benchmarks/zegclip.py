@@ -204,7 +204,7 @@ def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
     patches = F.normalize(
         torch.randn(B, grid * grid, 512, generator=generator), dim=-1
     ).requires_grad_()
-    # a dozen classes a picture, in squares, some of them without a label
+    # A dozen classes a picture, in squares, some of them without a label.
     few = torch.randint(0, classes, (B, 12), generator=generator)
     index = (
         torch.randint(0, 14, (B, side // 32, side // 32), generator=generator)

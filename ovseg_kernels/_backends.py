@@ -84,7 +84,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _registering = threading.Lock()
 _asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
 _asking_at: set[str] = set()  # dispatch keys
-# no CUDA library, or none for this GPU
+# No CUDA library is loaded, or none for this GPU.
 _no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
 
 

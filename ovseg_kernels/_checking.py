@@ -94,7 +94,7 @@ class _Flags:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # it outlives the mode of the call that happens to be the first
+        # The memory outlives the mode of the call that happens to be the first.
         with torch.inference_mode(False):
             self.found = torch.zeros(1 + len(DEFERRED), dtype=torch.int32, device=device)
             self.copy = torch.zeros(
@@ -103,7 +103,10 @@ class _Flags:
         self.landed: torch.cuda.Event | None = None  # of a copy on its way to the host
 
     def raise_arrived(self) -> None:
-        """Raise what the last copy holds, if it has landed. Waits for nothing."""
+        """Raise what the last copy holds, if it has landed.
+
+        Waits for nothing.
+        """
         landed = self.landed
         if landed is not None and landed.query():
             self.landed = None

@@ -41,7 +41,7 @@ class Setting:
             yield
         finally:
             self._set.reset(token)
-            # not what it was before: tasks of one thread may end in any order
+            # Not what it was before: tasks of one thread may end in any order.
             self._traced.value = self._set.get()
 
 

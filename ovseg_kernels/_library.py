@@ -22,7 +22,7 @@ LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
-# a handful of torch calls, the same on every device: no kernel is wanted
+# A handful of torch calls, the same on every device: no kernel is wanted.
 COMPOSITES: set[str] = set()
 
 

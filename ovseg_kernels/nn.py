@@ -72,7 +72,7 @@ class ClipLoss(nn.Module):
         if self.world_size == 1:
             return compute(image, text, scale, None, None, None, False, "softmax", 0.0)
         group = _group(self.rank, self.world_size)
-        # only this rank's rows of the gathered features get a gradient
+        # Only this rank's rows of the gathered features get a gradient.
         if not self.local_loss and not self.gather_with_grad:
             image, text = (_scale_gradient(x, 1 / self.world_size) for x in (image, text))
         if self.gather_with_grad or not self.local_loss:

@@ -41,6 +41,6 @@ class SelectedPixels(NamedTuple):
     negative: torch.Tensor  #: [T, k_neg] int64
 
 
-# so that torch.export can save a program that returns one
+# So that torch.export can save a program that returns one.
 for _result in (CenterAssignment, MaskLosses, LabelMaps, SelectedPixels):
     _pytree._register_namedtuple(_result, serialized_type_name=f"{__name__}.{_result.__name__}")

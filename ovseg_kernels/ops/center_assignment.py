@@ -293,6 +293,6 @@ _transforms.vmap(
     images=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13),
     unless=lambda args: args[10] is not None,
 )
-# nothing is lowered, not even inside the closed form
+# Nothing is lowered, not even inside the closed form.
 lib.autocast("center_assignment", features=())
 lib.autocast("center_assignment_backward", features=())

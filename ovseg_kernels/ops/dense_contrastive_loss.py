@@ -332,7 +332,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_similarity, grad_unit):
     pixels, texts, index = ctx.saved_tensors
     needs = ctx.needs_input_grad[:2]
-    # what falls on one pixel lies together: it has one owner and one order
+    # What falls on one pixel lies together: it has one owner and one order.
     order = index.flatten().argsort(stable=True)
     grads = (grad_similarity, grad_unit if ctx.rows else None)
     found = torch.ops.ovseg.dense_contrastive_gather_backward(

@@ -162,7 +162,7 @@ def _mean(patches, texts, mask):
         ).clamp(min=1)
     with torch.autocast(lib.autocast_type(patches.device), enabled=False):
         found = pooled @ unit(texts).T
-    # 0 where no patch is kept, be a text NaN
+    # 0 where no patch is kept, be a text NaN.
     return found if mask is None else found.masked_fill(~mask.any(1, keepdim=True), 0)
 
 
@@ -225,6 +225,6 @@ def _backward(ctx, grad, *_):
 _transforms.autograd("patch_text_similarity", _backward, _setup)
 _transforms.no_second_derivative("patch_text_similarity_backward")
 _transforms.vmap("patch_text_similarity", images=(0, 2))
-# gradients of texts and scale are sums over the images
+# Gradients of texts and scale are sums over the images.
 _transforms.vmap("patch_text_similarity_backward")
 lib.autocast("patch_text_similarity", features=(0, 1))

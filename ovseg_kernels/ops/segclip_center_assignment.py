@@ -52,7 +52,7 @@ lib.define(
     "grouped_inverse_std_backward(Tensor grad, Tensor tokens, Tensor weight, Tensor found) "
     "-> (Tensor, Tensor)",
 )
-# elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache
+# Elements of W_k x' at a time on a GPU; one image on the CPU, which then stays in its cache.
 _CHUNK = 4 << 20
 
 
@@ -146,7 +146,7 @@ def segclip_center_assignment(
         acc, dtype = accumulation_dtype(tokens), tokens.dtype
         key_weight, value_weight = key_weight.to(dtype), value_weight.to(dtype)
         if mask is not None:
-            # what a masked token holds must not reach its norm
+            # What a masked token holds must not reach its norm.
             tokens = tokens.masked_fill(~mask[..., None], 0)
         normed = F.layer_norm(tokens, (D,), norm_weight.to(dtype), norm_bias.to(dtype), eps)
         q = queries.to(acc)

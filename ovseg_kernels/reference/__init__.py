@@ -1,1 +1,1 @@
-"""Plain torch. Each file holds the definition of one operator, which every backend is held to."""
+"""Definitions in plain torch, one operator a file, which every backend is held to."""

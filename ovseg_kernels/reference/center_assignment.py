@@ -118,7 +118,7 @@ def forward(
     y = (z if g is None else z + g) / tau
     index = y.argmax(1)
     one_hot = torch.zeros_like(z).scatter_(1, index[:, None], 1.0)
-    # NaN stays NaN, as straight through
+    # NaN stays NaN, as straight through.
     a = one_hot + _nan_or_zero(y.amax(1, keepdim=True)) if hard else y.softmax(1)
     a = a.masked_fill(~keep, 0)
     count = a.sum(-1)

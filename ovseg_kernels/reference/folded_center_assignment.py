@@ -1,4 +1,4 @@
-"""folded_center_assignment in plain torch: project every token, then assign. The definition."""
+"""folded_center_assignment in plain torch: the definition, on projected tokens."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def backward(
             total = g * F.one_hot(s.masked_fill(~keep, float("-inf")).argmax(-1), s.shape[-1]).to(
                 acc
             )
-            # where no patch is kept, the first is not the largest
+            # Where no patch is kept, the first is not the largest.
             total = total.masked_fill(~keep, 0)
             m, along, value = total / r, (total * s).sum(0), 0
         else:

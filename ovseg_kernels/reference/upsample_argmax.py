@@ -1,4 +1,4 @@
-"""upsample_argmax in plain torch: upsample every class, then argmax. The definition."""
+"""upsample_argmax in plain torch: the definition, argmax of upsampled classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def between(samples, outputs, dtype, device):
     """Return (lower sample, upper sample, weight of the upper) of every output, (1)."""
     scale = torch.tensor(samples, dtype=dtype) / torch.tensor(outputs, dtype=dtype)
     source = ((torch.arange(outputs, dtype=dtype, device=device) + 0.5) * scale - 0.5).clamp(min=0)
-    # source, times 2 outputs
+    # The source, times 2 outputs.
     twice = (2 * torch.arange(outputs, device=device) + 1) * samples - outputs
     # Rounding must not give a sample a weight that has none: it may be infinite.
     source = torch.where(

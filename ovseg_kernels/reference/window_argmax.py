@@ -1,4 +1,4 @@
-"""window_argmax in plain torch: whole maps, step by step. The definition."""
+"""window_argmax in plain torch: the definition, by whole maps, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels. Nothing here imports Triton before an operator is called."""
+"""Triton kernels, none of which is imported, nor Triton, before an operator is called."""
 
 from __future__ import annotations
 

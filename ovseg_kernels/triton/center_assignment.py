@@ -190,7 +190,7 @@ def center_assignment_fwd_scores_kernel(
     y = (z + _noise(noise, rng, b, g, l, G, L, NOISE, ACC)) / tau
     y = tl.where((g < G)[None, :], y, float("-inf"))
     top = tl.max(y, 1)
-    # NaN, which is larger than all; a maximum may pass it by
+    # NaN, which is larger than all; a maximum may pass it by.
     some = tl.max((y != y).to(tl.int32), 1) > 0
     best = tl.min(
         tl.where(tl.where(some[:, None], y != y, y == top[:, None]), g[None, :], G - 1), 1

@@ -81,7 +81,7 @@ def dense_contrastive_loss_select_keys_kernel(
         mine = j[:, None] == i[None, :]
     eligible = inside & (mine if POSITIVES else ~mine)
     key = tl.full((BT, BT), float("-inf"), ACC)
-    # most tiles hold no pair of a text with its own image
+    # Most tiles hold no pair of a text with its own image.
     if tl.max(tl.max(eligible.to(tl.int32), 1), 0) > 0:
         s = tl.zeros((BT, BT), ACC)
         for d0 in range(0, D, BD):

@@ -387,7 +387,7 @@ def patch_text_similarity_pooled_norms_kernel(
     eps = tl.full((), 1e-12, ACC)
     rq = tl.load(text_norms + t, mask=t < T, other=1.0)
     tl.store(norm + image * T + t, length, mask=t < T)
-    # whether there is a patch that is kept
+    # Whether there is a patch that is kept.
     some = tl.load(lse + image * T + t, mask=t < T, other=0.0) != float("-inf")
     phi = dot / _larger(rq, eps) * (unit / _larger(length, eps))
     tl.store(similarity + image * T + t, tl.where(some, phi, 0.0), mask=t < T)
@@ -569,7 +569,7 @@ def patch_text_similarity_bwd_coefficients_kernel(
     tl.store(along + (i * text_tiles + text_tile) * N + n, tl.sum(parallel, 0), mask=n < N)
     block = (i * patch_tiles + patch_tile) * text_tiles + text_tile
     c = tl.where(inside, c, 0.0)
-    # "max" has no c, be s NaN
+    # "max" has no c, be s NaN.
     tl.store(
         scalars + 2 * block, tl.sum(tl.sum(tl.where(c == 0.0, 0.0, c * s), 1).to(tl.float64), 0)
     )

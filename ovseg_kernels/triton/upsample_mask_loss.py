@@ -245,7 +245,7 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     ).contiguous()
     grad = torch.empty_like(logits)
     down, across = _starts(h, H, logits), _starts(w, W, logits)
-    # at least the outputs of two neighbouring cells; the first is half as wide again
+    # At least the outputs of two neighbouring cells; the first is half as wide again.
     taps = 5 * W // (2 * w) + 4
     size = chunk_size(B, C * h * W * logits.element_size(), LIMIT)
     same = {"ACC": ACC[logits.dtype], "BW": COLUMNS, "num_warps": WARPS}
