@@ -30,6 +30,8 @@ class Bound:
         below: whether ``high`` itself means nothing.
         one_of: the values to choose from, in place of numbers.
         integer: whether only integers count.
+        form: ``any``: a value, or a list or a mapping of values, where something else checks which;
+            ``one``: a value alone; ``mapping``: values by name, none of them None.
         expected: what was expected in words, for the message; made from the rest if empty.
     """
 
@@ -39,13 +41,14 @@ class Bound:
     below: bool = False
     one_of: Sequence[Any] | None = None
     integer: bool = False
+    form: str = "any"
     expected: str = ""
 
     def holds(self, value: Any) -> bool:
         """Return whether a single value lies within."""
         if self.one_of is not None:
             return any(
-                value is one or (value == one and type(value) is type(one)) for one in self.one_of
+                value is one or (type(value) is type(one) and value == one) for one in self.one_of
             )
         if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
             return False
@@ -77,17 +80,24 @@ class Bound:
         Raises:
             error: naming it, what came and what was expected.
         """
-        if value is None:
+        if value is None and not (self.form == "one" and self.one_of is not None):
             return
         inside: Any = [("", value)]
-        if isinstance(value, Mapping):
+        if self.form == "mapping" and not isinstance(value, Mapping):
+            raise error(f"{name} is a {type(value).__name__}; expected numbers by name")
+        if isinstance(value, Mapping) and self.form != "one":
             inside = value.items()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple)) and self.form != "one":
             inside = enumerate(value)
         for part, one in inside:
-            if one is not None and not self.holds(one):
-                where = name if part == "" else f"{name}.{part}"
-                raise error(f"{where} is {shown(one)}; expected {self.words()}")
+            if (one is None and self.form == "any") or self.holds(one):
+                continue
+            where = name if part == "" else f"{name}.{part}"
+            where = f"{name} of {part!r}" if self.form == "mapping" else where
+            raise error(f"{where} is {shown(one)}; expected {self.words()}")
+
+
+POSITIVE = Bound(low=1, integer=True, form="one", expected="a positive integer")
 
 
 def bounded(
@@ -95,6 +105,7 @@ def bounded(
     *,
     default_factory: Callable[[], Any] | Any = MISSING,
     help: str = "",
+    within: Bound | None = None,
     **bound: Any,
 ) -> Any:
     """Declare a field of a dataclass with the ``Bound`` of the keywords.
@@ -102,11 +113,12 @@ def bounded(
     Args:
         default, default_factory: as of ``dataclasses.field``.
         help: what ``--help`` says about it, where the command line makes an option of it.
-        bound: attributes of ``Bound``; without any the field is not checked.
+        within: the bound, where it has a name of its own.
+        bound: attributes of ``Bound`` otherwise; without any the field is not checked.
     """
-    metadata = {"bound": Bound(**bound)} if bound else {}
+    metadata: dict[str, Any] = {"bound": Bound(**bound) if bound else within}
     if help:
-        metadata["help"] = help  # type: ignore[assignment]
+        metadata["help"] = help
     if default_factory is not MISSING:
         return field(default_factory=default_factory, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from .. import distributed
+from ..bounds import POSITIVE
 from ..data.benchmark_sets import IGNORE, SetDescription
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
-from ..inference.fields import positive_integer
 from ..inference.predictor import Seen
 from ..inference.reading import Prepared, read_ahead
 from ..progress import bar
@@ -135,9 +135,8 @@ def evaluate(
         InputError: for a sweep where it means nothing, and a ``batch`` or ``limit`` that is no
             positive integer.
     """
-    positive_integer("batch", batch)
-    if limit is not None:
-        positive_integer("limit", limit)
+    POSITIVE.check("batch", batch, InputError)
+    POSITIVE.check("limit", limit, InputError)
     about, decision = data.description, protocol.decision
     classes = about.classes or protocol.labels.names
     sweeping, own_threshold = None, getattr(decision, "background_threshold", None)

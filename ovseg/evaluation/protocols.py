@@ -17,7 +17,7 @@ from ..data.labels import LabelSet
 from ..data.templates import templates
 from ..errors import ConfigError, InputError
 from ..inference import Decision, Predictor, Queries, View
-from ..inference.predictor import option_names, route
+from ..inference.flat_options import option_names, route
 from ..inference.rules import rule
 from ..registration import Registry, yaml_files
 from ..systems import OVSegModel

@@ -281,28 +281,29 @@ class OVSegModel(nn.Module):
         if isinstance(labels, torch.Tensor):
             raise InputError("labels is a tensor; expected texts")
         labels = check_labels(labels)
-        templates = self.templates if templates is None else templates
-        check_reading(self.tokenizer, labels, range(len(labels)), resolve_templates(templates))
-        return self.encode_checked(labels, templates, unit=unit)
+        chosen = resolve_templates(self.templates if templates is None else templates)
+        check_reading(self.tokenizer, labels, range(len(labels)), chosen)
+        return self.encode_checked(labels, chosen, unit=unit)
 
     @torch.no_grad()
     def encode_checked(
         self,
         labels: Sequence[str],
-        templates: str | Sequence[str] | None = None,
+        templates: Sequence[str],
         *,
         unit: bool = True,
     ) -> torch.Tensor:
-        """``encode_labels`` of labels that have been looked at: synonyms may read the same."""
-        chosen = resolve_templates(self.templates if templates is None else templates)
-        texts = [template.replace("{}", label) for label in labels for template in chosen]
+        """``encode_labels`` of labels and format strings that have been looked at: synonyms may
+        read the same.
+        """
+        texts = [template.replace("{}", label) for label in labels for template in templates]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         rows = []
         for start in bar(
             starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False
         ):
             rows.append(self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE])))
-        embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
+        embeddings = torch.cat(rows).unflatten(0, (len(labels), len(templates)))
         return F.normalize(
             (F.normalize(embeddings, dim=-1) if unit else embeddings).mean(1), dim=-1
         )
