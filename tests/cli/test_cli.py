@@ -11,7 +11,7 @@ from processor_time import processor_seconds
 from safetensors.torch import save_file
 
 from ovseg.cli.main import VERBS, main
-from ovseg.cli.options import built_in
+from ovseg.inference.built_in import built_in
 from ovseg.data.scenes import Scenes
 from ovseg.inference.segmentation import colour
 
