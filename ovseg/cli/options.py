@@ -52,8 +52,16 @@ class Within(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-COUNT = {"type": int, "action": Within, "bound": Bound(low=1, expected="at least 1")}
-INDEX = {"type": int, "action": Within, "bound": Bound(low=0, expected="at least 0")}
+COUNT: dict[str, Any] = {
+    "type": int,
+    "action": Within,
+    "bound": Bound(low=1, expected="at least 1"),
+}
+INDEX: dict[str, Any] = {
+    "type": int,
+    "action": Within,
+    "bound": Bound(low=0, expected="at least 0"),
+}
 
 
 def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:

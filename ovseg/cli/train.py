@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from .ending import STOPPED, say
 from .options import no_plots
@@ -48,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
     from .. import distributed, stop_signals
     from ..errors import ConfigError, ProcessError
+    from ..evaluation.validation import validation
     from ..output_lock import locked_folder
     from ..replacing import folder_for
     from ..training.recipe import list_recipes, load_recipe
@@ -95,54 +95,3 @@ def run(options: argparse.Namespace) -> int:
             + (f"; loss curve: {curve}" if curve.exists() else "")
         )
     return 0
-
-
-def validation(recipe: Any) -> Any:
-    """What ``validation`` of a recipe describes, as training calls it: (model, step, folder) ->
-    figures. None if it asks for none.
-    """
-    from .. import distributed
-    from ..data.benchmark_sets import SegmentationSet
-    from ..errors import ConfigError
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.protocols import protocol, read_protocol
-    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
-
-    part = recipe.validation
-    if part.every_steps is None:
-        return None
-    name = part.data or recipe.data.get("style")
-    if name is None:
-        raise ConfigError(
-            "validation.data is null and the recipe trains on no scenes; expected a benchmark of "
-            "`ovseg data list`"
-        )
-    limit = {"max_pixels": recipe.data["max_pixels"]} if recipe.data.get("max_pixels") else {}
-    if name in SCENE_SETS:
-        data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
-    elif not part.root:
-        raise ConfigError(
-            f"validation.root is {'null' if part.root is None else repr(part.root)}; expected the "
-            f"folder that holds {name}"
-        )
-    else:
-        data = SegmentationSet(name, part.root, "val", **limit)
-
-    read_protocol(part.protocol)
-
-    def call(model: Any, step: int, folder: Path) -> dict[str, float]:
-        chosen = protocol(part.protocol, data.description, model, **limit)
-        asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
-        report = (
-            evaluate_scene_set(model, data, chosen=chosen, **asked)
-            if name in SCENE_SETS
-            else evaluate(model, data, chosen, **asked)
-        )
-        if distributed.is_main() and report.examples:
-            save_gallery({recipe.model.name: report}, folder / f"step_{step:08d}.png")
-        return {
-            key: value for key, value in report.summary.items() if isinstance(value, (int, float))
-        }
-
-    call.check = lambda model: protocol(part.protocol, data.description, model)  # type: ignore[attr-defined]
-    return call

@@ -141,8 +141,8 @@ _BUILDERS: dict[str, Callable[..., OVSegModel]] = {}
 
 
 def files_of_systems(kind: str) -> list[Path]:
-    """Return the folders called ``kind``, such as ``recipes``, inside the systems that have one."""
-    return [_FOLDER / system / kind for system in SYSTEMS if (_FOLDER / system / kind).is_dir()]
+    """Return what is called ``kind``, ``recipes`` or ``demo.yaml``, in the systems that have it."""
+    return [_FOLDER / system / kind for system in SYSTEMS if (_FOLDER / system / kind).exists()]
 
 
 def register_model(name: str, *, override: bool = False) -> Callable:
