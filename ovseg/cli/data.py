@@ -78,6 +78,17 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--max-pixels", **COUNT, help="pictures of more pixels are refused (64 million)"
         )
+    _add_entities(actions)
+    browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
+    browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
+    browse.add_argument("--split", default="train", choices=("train", "val"))
+    browse.add_argument("--count", **_SCENES, default=36)
+    browse.add_argument("--seed", **INDEX, default=0)
+    browse.add_argument("--out", default="scenes.png")
+
+
+def _add_entities(actions: Any) -> None:
+    """Declare the arguments of what looks for entities in captions."""
     named = actions.add_parser(
         "entities", help="keep the lines of a list of captions that name an entity"
     )
@@ -108,12 +119,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
             default="everyday",
             help="a list by name or a YAML file (default: everyday)",
         )
-    browse = actions.add_parser("browse", help="a contact sheet of embedded scenes")
-    browse.add_argument("--form", default="digits", choices=("digits", "shapes"))
-    browse.add_argument("--split", default="train", choices=("train", "val"))
-    browse.add_argument("--count", **_SCENES, default=36)
-    browse.add_argument("--seed", **INDEX, default=0)
-    browse.add_argument("--out", default="scenes.png")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -282,7 +287,7 @@ def _cross_pairs(options: argparse.Namespace) -> int:
     )
     pairs = FolderPairs(options.root, ModelInputs(224))
 
-    def captions() -> Iterator[str]:
+    def captions() -> Iterator[list[str] | str]:
         for name in pairs.names:
             try:
                 yield captions_of(pairs.root / name)

@@ -1,4 +1,4 @@
-"""Segment pictures with free-text labels.
+r"""Segment pictures with free-text labels.
 
   ovseg segment street.png --labels "a red car,road,sky"      OpenAI's CLIP, from the cache or
                                                               downloaded
@@ -6,7 +6,7 @@
                                                               or other weights: ovseg models
   ovseg segment --demo                                        a built-in scene, nothing downloaded
   ovseg segment photos/ --labels "person|man|woman,road" --background "wall,sky" -o out/
-  ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt \\
+  ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt \
       --format overlay,mask,json,rle
   torchrun --nproc-per-node 2 -m ovseg segment photos/ --labels-file names.txt
                                                               each process takes its share

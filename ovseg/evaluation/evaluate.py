@@ -1,5 +1,6 @@
-"""Evaluate a model on a data set by a protocol: one pass, integer histograms, one process or
-several.
+"""Evaluate a model on a data set by a protocol.
+
+It takes one pass, counts in integer histograms, and runs in one process or several.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def evaluate(
         skip_bad: pictures and masks that cannot be read are left out and named; otherwise they end
             the evaluation.
         keep: examples to keep.
+        progress: whether a bar is shown.
         batch: pictures that are encoded together. Faster on a GPU; with 1, several processes give
             the figures of one to the last pixel.
         observe: called for each picture of this process.

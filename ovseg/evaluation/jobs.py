@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EvaluationJob:
-    """What is measured, by which protocol, and where the results go.
+    """Data sets to measure models on, by which protocol, and where the results go.
 
     Attributes:
         data: names separated by commas: embedded scenes, benchmarks, ``.yaml`` descriptions; or

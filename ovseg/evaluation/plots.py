@@ -27,7 +27,8 @@ def plot_confusion(report: Report, out: Path) -> Path | None:
     matrix = report.scores.matrix.astype(float)
     names = [*report.scores.classes, "no label"][: matrix.shape[1]]
     if matrix.shape[1] > len(report.scores.classes) and not matrix[:, -1].any():
-        matrix, names = matrix[:, :-1], names[:-1]
+        matrix = matrix[:, :-1]
+        names = names[:-1]
     rows = matrix.sum(1) > 0
     share = 100 * matrix[rows] / matrix[rows].sum(1, keepdims=True)
     size = min(16.0, 3.5 + 0.26 * len(names))

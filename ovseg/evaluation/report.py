@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables and files."""
+"""Results of evaluations, as tables and files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _COLUMNS = {
 
 @dataclass
 class Report:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         model, data: names.

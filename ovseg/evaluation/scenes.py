@@ -246,9 +246,7 @@ class UnitCounts:
         self.lost += table.shape[1] - len(np.unique(table.argmax(1)))
 
     def summary(self) -> dict[str, float]:
-        """Return ``units`` a picture, ``units_per_region`` (1), and in percent ``impure_pixels`` (2)
-        and ``lost_regions`` (3).
-        """
+        """Return the figures: ``units`` are those of a picture, (2) and (3) are in percent."""
         return {
             "units": round(self.units / max(1, self.pictures), 2),
             "units_per_region": round(self.units / max(1, self.regions), 2),

@@ -94,7 +94,7 @@ class SegmentJob:
 
 @dataclass
 class Outcome:
-    """How a job ended in this process.
+    """The end of a job in this process.
 
     Attributes:
         written: pictures that were labelled.
@@ -306,7 +306,7 @@ def _write(result: Segmentation, kind: str, path: Path, image: str) -> None:
 
 
 class Journal:
-    """What has been done in a folder under the present settings.
+    """The record of what has been done in a folder under the present settings.
 
     It has a line for each picture, so that a killed run can go on.
 

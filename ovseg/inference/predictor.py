@@ -54,7 +54,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call goes by from beginning to end, whatever is set meanwhile."""
+    """The values that a call goes by from beginning to end, whatever is set meanwhile."""
 
     view: View
     queries: Queries
@@ -163,7 +163,8 @@ class Predictor:
             images: pictures of any sizes in any form that ``set_image`` takes; or [B, 3, H, W],
                 uint8 or floats in 0..1, which stay on their device where they need no bicubic
                 resizing.
-            labels, allowed: as in ``predict``.
+            labels: as in ``predict``.
+            allowed: as in ``predict``.
         """
         call = self._call(labels)
         if not isinstance(images, torch.Tensor):

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Queries:
-    """What is asked.
+    """The question: what is asked of a picture.
 
     Attributes:
         labels: the classes with their texts; None until a label set is given.
@@ -298,8 +298,9 @@ def _made_of(model: OVSegModel) -> tuple[list[Any], Any]:
 
 
 def _file_state(path: str | None) -> Any:
-    """Return what changes when a file is written again; its reader says what is wrong with one that
-    is not there.
+    """Return what changes when a file is written again.
+
+    The file's reader says what is wrong with one that is not there.
     """
     try:
         status = Path(path).stat() if path is not None else None

@@ -166,7 +166,9 @@ def place(
     Args:
         size: of the picture.
         view: how it is seen; one that ``View.check`` has let pass.
-        patch, trained, stride: of the model, as ``View.check`` takes them.
+        patch: side of the model's patch in pixels.
+        trained: the size that the model was trained at.
+        stride: pixels from patch to patch; the patch if None.
 
     Raises:
         InputError: if the resized picture would exceed ``max_pixels`` or ``max_tokens``, or

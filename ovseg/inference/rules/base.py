@@ -1,5 +1,6 @@
-"""The contract of a rule of labelling: a frozen dataclass of its choices with one method,
-``label_map``; and what rules share.
+"""The contract of a rule of labelling, and what rules share.
+
+A rule is a frozen dataclass of its choices with one method, ``label_map``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BIAS = Bound(form="mapping", expected="a finite number. allowed= leaves a class 
 
 @dataclass(frozen=True)
 class Decision:
-    """How it is decided: from the features of a picture's windows to its label map.
+    """The way from the features of a picture's windows to its label map.
 
     Base of the rules. A rule is a file in this folder that defines a subclass, a frozen dataclass,
     and names it ``Rule``. Its fields that ``bounds.bounded`` declares with a help text are options
@@ -46,8 +47,9 @@ class Decision:
 
     @property
     def score_range(self) -> tuple[float, float] | None:
-        """The least and the largest score that a background threshold can be compared with; None
-        where a threshold is not on that scale.
+        """The least and the largest score that a background threshold can be compared with.
+
+        None where a threshold is not on that scale.
         """
         return None
 

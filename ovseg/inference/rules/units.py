@@ -1,5 +1,6 @@
-"""The rule of semantic units: patches that look alike answer together, in as many units as the
-picture has.
+"""The rule of semantic units: patches that look alike answer together.
+
+There are as many units as the picture has.
 
     s = (1 - w) cos(p, q) + w cos(m, q)                                                          (1)
 
