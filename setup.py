@@ -288,6 +288,7 @@ setup(
     packages=[
         *find_packages(include=["ovseg", "ovseg.*", "ovseg_kernels", "ovseg_kernels.*"]),
         "ovseg_benchmarks",
+        "ovseg_benchmarks.whole",
     ],
     # Before 77 setuptools knows no expression and takes a text.
     **{

@@ -34,6 +34,8 @@ class Bound:
         integer: whether only integers count.
         pair: whether the value is two numbers, which messages show together.
         ordered: whether it is a pair of which the second is no smaller.
+        form: ``any``: a value, or a list or a mapping of values, where something else checks which;
+            ``one``: a value alone; ``mapping``: values by name, none of them None.
         expected: what was expected in words, for the message; made from the rest if empty.
     """
 
@@ -46,12 +48,13 @@ class Bound:
     integer: bool = False
     pair: bool = False
     ordered: bool = False
+    form: str = "any"
     expected: str = ""
 
     def holds(self, value: Any) -> bool:
         """Return whether a single value lies within."""
         if self.one_of is not None:
-            return any(value == one and type(value) is type(one) for one in self.one_of)
+            return any(type(value) is type(one) and value == one for one in self.one_of)
         if self.pattern:
             return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
         if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
@@ -92,25 +95,32 @@ class Bound:
         Raises:
             error: naming it, what came and what was expected.
         """
-        if value is None:
+        if value is None and not (self.form == "one" and self.one_of is not None):
             return
         if self.pair or self.ordered:
             numbers = list(value) if isinstance(value, (list, tuple)) else []
             if len(numbers) != 2 or not all(map(self.holds, numbers)) or self._reversed(numbers):
                 raise error(f"{name} is {numbers or shown(value)}; expected {self.words(value)}")
             return
+        if self.form == "mapping" and not isinstance(value, Mapping):
+            raise error(f"{name} is a {type(value).__name__}; expected numbers by name")
         inside: Any = [("", value)]
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and self.form != "one":
             inside = value.items()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple)) and self.form != "one":
             inside = enumerate(value)
         for part, one in inside:
-            if one is not None and not self.holds(one):
-                where = name if part == "" else f"{name}.{part}"
-                raise error(f"{where} is {shown(one)}; expected {self.words(one)}")
+            if (one is None and self.form == "any") or self.holds(one):
+                continue
+            where = name if part == "" else f"{name}.{part}"
+            where = f"{name} of {part!r}" if self.form == "mapping" else where
+            raise error(f"{where} is {shown(one)}; expected {self.words(one)}")
 
     def _reversed(self, pair: list[Any]) -> bool:
         return self.ordered and pair[0] > pair[1]
+
+
+POSITIVE = Bound(low=1, integer=True, form="one", expected="a positive integer")
 
 
 def bounded(
@@ -118,6 +128,7 @@ def bounded(
     *,
     default_factory: Callable[[], Any] | Any = MISSING,
     help: str = "",
+    within: Bound | None = None,
     **bound: Any,
 ) -> Any:
     """Declare a field of a dataclass with the ``Bound`` of the keywords.
@@ -126,9 +137,10 @@ def bounded(
         default: as of ``dataclasses.field``.
         default_factory: likewise.
         help: what ``--help`` says about it, where the command line makes an option of it.
-        **bound: attributes of ``Bound``; without any the field is not checked.
+        within: the bound, where it has a name of its own.
+        **bound: attributes of ``Bound`` otherwise; without any the field is not checked.
     """
-    metadata: dict[str, Any] = {"bound": Bound(**bound)} if bound else {}
+    metadata: dict[str, Any] = {"bound": Bound(**bound) if bound else within}
     if help:
         metadata["help"] = help
     if default_factory is not MISSING:

@@ -2,39 +2,54 @@
 
 ovseg bench
 ovseg bench patch_text_similarity --case pacl --json out.json
-ovseg bench --whole pictures                           a picture from pixels to labels, ViT-B/16
-ovseg bench --whole segclip                            SegCLIP: inference, and memory of a training step
-ovseg bench --whole ovsegmentor                        OVSegmentor: inference, texts of a training step, the mask loss
-ovseg bench --whole zegclip                            ZegCLIP: head and loss of a training step, and inference
-ovseg bench --whole mgca                               MGCA-style: the losses of a training step
-ovseg bench show results/*.jsonl                       tables of result files, of a run that was killed too"""
+ovseg bench --whole pictures                          a whole procedure in place of operators
+ovseg bench show results/*.jsonl                      tables of result files, of a run that was
+                                                      killed too
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
-from .options import at_least
+from ..registration import Registry, modules
+from .options import COUNT
+
+_WHOLE = "ovseg_benchmarks.whole"
+WHOLE: Registry[ModuleType] = Registry("--whole", lambda: modules(_WHOLE))
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     sub.add_argument(
         "ops", nargs="*", help="operators, all if none is given; or show and result files"
     )
     sub.add_argument("--case", action="append", default=[], help="name of a case; may be repeated")
     sub.add_argument(
         "--whole",
-        choices=("mgca", "ovsegmentor", "pictures", "segclip", "zegclip"),
-        help="a whole procedure in place of operators",
+        choices=list(WHOLE),
+        help="; ".join(f"{name}: {_about(name)}" for name in WHOLE),
     )
-    sub.add_argument("--repeats", type=int, default=7)
+    sub.add_argument("--repeats", **COUNT, default=7)
     sub.add_argument("--json", dest="out", help="file for the rows")
 
 
+def _about(name: str) -> str:
+    """Return the first line of a benchmark's file, which is not imported for that."""
+    spec = find_spec(f"{_WHOLE}.{name}")
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or name
+    return text.splitlines()[0].rstrip(".")
+
+
 def run(options: argparse.Namespace) -> int:
+    """Measure, or show what was measured; returns the exit code."""
     from ..output_lock import locked_file
     from ..replacing import file_for
 
-    at_least(1, options, "repeats")
     if options.ops[:1] == ["show"]:
         if options.case or options.whole or options.out:
             raise ValueError(
@@ -47,17 +62,12 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         options.held.enter_context(locked_file(file_for(options.out, "--json"), "--json", "bench"))
     if options.whole:
-        from importlib import import_module
-
         if options.ops or options.case:
             raise ValueError(
                 f"--whole is given with {[*options.ops, *options.case]}; expected no operator or "
                 "case beside it"
             )
-        module = import_module(
-            "ovseg_benchmarks." + {"pictures": "segmentation"}.get(options.whole, options.whole)
-        )
-        module.run(repeats=options.repeats, out=options.out)
+        WHOLE[options.whole].run(repeats=options.repeats, out=options.out)
         return 0
     from ovseg_benchmarks.run import run as measure
 

@@ -1,11 +1,9 @@
-"""How many threads a command uses and how they wait, decided before torch is imported.
+"""The process of a command: its threads, decided before torch is imported, and how it ends.
 
 OpenMP's threads wait for their next piece of work by spinning. Where another process wants the same
 cores, the one that works waits for the one that spins, and two threads are several times slower
 than one. Sleeping threads cost next to nothing on a quiet machine. The figures are in
 docs/benchmarks.md.
-
-How the process of a command ends.
 
 Signals, and a reader of stdout that has left, change the exit code and leave no traceback.
 """
@@ -21,6 +19,9 @@ from typing import NoReturn
 
 from .. import stop_signals
 
+INTERRUPTED = 130  # Ctrl-C
+STOPPED = 143  # a signal, once the state is saved
+NO_READER = 141  # as a program that SIGPIPE ends
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -28,11 +29,10 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 
 def set_up() -> None:
-    """Set OMP_WAIT_POLICY and OMP_NUM_THREADS for this process and its children, each unless the
-    user has.
+    """Set how threads wait and how many there are, for this process and its children.
 
-    Nothing is done once torch is imported: it has read them, and the process is not the command
-    line's own.
+    That is OMP_WAIT_POLICY and OMP_NUM_THREADS, each unless the user has set it. Nothing is done
+    once torch is imported: it has read them, and the process is not the command line's own.
     """
     if "torch" in sys.modules:
         return
@@ -56,7 +56,7 @@ def granted_cores() -> int:
 
 
 def _siblings(cpu: int) -> str:
-    """Return the hyperthreads of the core of ``cpu``, itself alone where the system does not say."""
+    """Return the hyperthreads of a core, its ``cpu`` alone where the system does not say."""
     try:
         return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
     except OSError:
@@ -71,8 +71,9 @@ def _own_groups() -> str:
 
 
 def cpu_quota(groups: str, root: Path) -> float | None:
-    """Return how many processors' time the control groups grant, the smallest of all levels; None
-    for no limit.
+    """Return how many processors' time the control groups grant; None for no limit.
+
+    It is the smallest of all levels.
 
     Args:
         groups: the text of /proc/self/cgroup: "0::/path" of version 2, "4:cpu,cpuacct:/path" of
@@ -95,8 +96,9 @@ def cpu_quota(groups: str, root: Path) -> float | None:
 
 
 def _quota(group: Path) -> float | None:
-    """Return the quota of one group: cpu.max holds "150000 100000" or "max 100000", version 1 has a
-    file for each.
+    """Return the quota of one group.
+
+    cpu.max holds "150000 100000" or "max 100000"; version 1 has a file for each.
     """
     try:
         if (group / "cpu.max").exists():
@@ -108,11 +110,6 @@ def _quota(group: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
         return None
     return share if share > 0 else None  # -1 is no limit
-
-
-INTERRUPTED = 130  # Ctrl-C
-STOPPED = 143  # a signal, once the state is saved
-NO_READER = 141  # as a program that SIGPIPE ends
 
 
 def program() -> NoReturn:

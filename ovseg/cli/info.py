@@ -1,5 +1,6 @@
-"""Say what is installed, what was built and which backend answers: the thing to paste into an
-issue.
+"""Say what is installed, what was built and which backend answers.
+
+The thing to paste into an issue.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ _LIBRARIES = (
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    pass
+    """Declare no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print it; returns the exit code."""
     from ovseg_kernels.info import report
 
     print(report())

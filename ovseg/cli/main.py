@@ -35,8 +35,9 @@ VERBS = ("segment", "train", "eval", "demo", "data", "convert", "bench", "models
 
 
 def parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the command line, with the arguments of ``verb`` alone: those of others
-    may need libraries.
+    """Return the parser of the command line, with the arguments of ``verb`` alone.
+
+    Those of other verbs may need libraries.
     """
     top = argparse.ArgumentParser(
         prog="ovseg", description="Open-vocabulary semantic segmentation from text supervision."
@@ -68,14 +69,15 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         spec = find_spec("ovseg_kernels")
         assert spec is not None and spec.origin is not None
-        print(
-            f"ovseg {runpy.run_path(str(Path(spec.origin).with_name('_version.py')))['__version__']}"
-        )
+        found = runpy.run_path(str(Path(spec.origin).with_name("_version.py")))
+        print(f"ovseg {found['__version__']}")
         parser.exit()
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume
+    """Parse the command line.
+
+    Positional arguments may stand on both sides of an option, `ovseg train RECIPE --resume
     run=FOLDER`; argparse takes those before.
     """
     top = parser(_verb(argv))
@@ -88,14 +90,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _verb(argv: Sequence[str] | None) -> str | None:
-    """Return the first word, unless an option stands before it: those of ``ovseg`` itself end the
-    program.
+    """Return the first word, unless an option stands before it.
+
+    Options of ``ovseg`` itself end the program.
     """
     words = sys.argv[1:] if argv is None else argv
     return words[0] if words and words[0] in VERBS else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
     threads.set_up()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -146,8 +150,7 @@ def _import_torch() -> None:
     except (ImportError, OSError) as error:
         raise ImportError(
             f"needs torch, which is installed and does not import: {first_line(error)}; expected "
-            "a release "
-            "that fits this machine, pip install --force-reinstall torch"
+            "a release that fits this machine, pip install --force-reinstall torch"
         ) from error
 
 
@@ -172,8 +175,8 @@ _changing = Lock()
 def told(*, quiet: bool = False) -> Iterator[None]:
     """Send what this package logs to stderr, a plain line each.
 
-    Of ranks beyond the first it is errors only, of other libraries nothing. Commands may run at the
-    same time, in threads: the last that ends puts back the level that was there before them all.
+    Ranks beyond the first tell errors only, other libraries nothing. Commands may run at the same
+    time, in threads: the last that ends puts back the level that was there before them all.
     """
     from .. import distributed
 
@@ -211,8 +214,9 @@ _FAILED = (
 
 
 def _message(error: Exception, code: int) -> str:
-    """Return the one line that is printed of an error that ends a command; of a name without end
-    only the ends.
+    """Return the one line that is printed of an error that ends a command.
+
+    A name without end is cut in its middle.
     """
     if isinstance(error, ImportError):
         return reason(error)
@@ -226,8 +230,9 @@ def _message(error: Exception, code: int) -> str:
 
 
 def exit_code(error: Exception) -> int | None:
-    """Of a command that ends so; None for what only a fault of this package raises, which is shown
-    whole.
+    """Return the code of a command that ends so.
+
+    None for what only a fault of this package raises, which is shown whole.
     """
     refused = (InputError, ConfigError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
     if isinstance(error, (refused, _class("ovseg_kernels", "BackendError"))):
@@ -242,8 +247,9 @@ def exit_code(error: Exception) -> int | None:
 
 
 def _class(module: str, name: str) -> Any:
-    """Return a class for isinstance, of which there is no object where its module was never
-    imported.
+    """Return a class for isinstance.
+
+    Where its module was never imported there is no object of it.
     """
     return getattr(sys.modules.get(module), name, ())
 

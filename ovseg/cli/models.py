@@ -14,29 +14,32 @@ from fnmatch import fnmatch
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     sub.add_argument("pattern", nargs="?", default="*")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the names; returns the exit code."""
     from ..nn.clip_architectures import import_open_clip
     from ..progress import note
     from ..systems import DEFAULT_MODEL, list_bundled, list_models, list_pretrained
     from ..systems.names import unknown
 
-    bundled = list_bundled()
+    bundled: dict[str, list[str]] = {}
+    for model, tag in list_bundled():
+        bundled.setdefault(model, []).append(tag)
     tags: dict[str, list[str]] = {}
     for model, tag in list_pretrained():
         tags.setdefault(model, []).append(tag)
-    own_names = list_models(options.pattern)
+    own = list_models(options.pattern)
     others = [name for name in tags if name not in list_models() and fnmatch(name, options.pattern)]
-    if not own_names and not others:
+    if not own and not others:
         raise unknown(options.pattern, "pattern")
-    for name in own_names:
-        own = [tag for model, tag in bundled if model == name]
-        print(
-            f"{name:24} "
-            f"{'bundled: ' + ', '.join(own) if own else 'weights by tag, Hub or path' if 'clip_dense' in name else 'by path'}"
-        )
+    for name in own:
+        how = "weights by tag, Hub or path" if "clip_dense" in name else "by path"
+        if name in bundled:
+            how = f"bundled: {', '.join(bundled[name])}"
+        print(f"{name:24} {how}")
     for name in others:
         print(f"{name:24} {', '.join(tags[name])}")
     try:

@@ -1,15 +1,11 @@
-"""``--offline``, ``--no-cache``, ``--readout`` and ``--proxy`` of every command that names a model,
-and the model that a name means.
+"""Options that several commands share, and what they stand for.
 
-``--device``, ``--dtype`` and ``--compile`` of every command that runs a model: where it runs, in
-which numbers, and how.
-
-Options of commands that label pictures: one for each field of ``View``, ``Queries`` and the rules
-of labelling that has a help text.
-
-Numbers on the command line.
-
-Notes of a command, before its work, about what will not come of it.
+* numbers within bounds, ``Within``;
+* the model that a name means: ``--offline``, ``--no-cache``, ``--readout``, ``--proxy``;
+* where it runs, in which numbers, and how: ``--device``, ``--dtype``, ``--compile``;
+* how pictures are labelled: one option for each field of ``View``, ``Queries`` and the rules of
+  labelling that has a help text;
+* a note of a command, before its work, about plots that will not be drawn.
 """
 
 from __future__ import annotations
@@ -22,17 +18,54 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from ..bounds import Bound
 from ..errors import ConfigError, InputError
 
+if TYPE_CHECKING:
+    import torch
+
+DEMO_MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/results.md
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODEL_HELP = (
     "NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of "
-    "weights (pacl_tiny), "
-    "hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of open_clip, "
-    "transformers or a system"
+    "weights (pacl_tiny), hf-hub:OWNER/NAME, or the PATH of a run, of a folder or a checkpoint of "
+    "open_clip, transformers or a system"
 )
 
 
+class Within(argparse.Action):
+    """A number, or several, that lie within a bound: ``action=Within, bound=COUNT``."""
+
+    def __init__(self, *names: Any, bound: Bound, **declared: Any):
+        super().__init__(*names, **declared)
+        self.bound = bound
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Check the numbers and keep them.
+
+        Raises:
+            InputError: naming the option, the number and what was expected.
+        """
+        for number in values if isinstance(values, list) else [values]:
+            self.bound.check(self.option_strings[0], number, InputError)
+        setattr(namespace, self.dest, values)
+
+
+COUNT: dict[str, Any] = {
+    "type": int,
+    "action": Within,
+    "bound": Bound(low=1, expected="at least 1"),
+}
+INDEX: dict[str, Any] = {
+    "type": int,
+    "action": Within,
+    "bound": Bound(low=0, expected="at least 0"),
+}
+
+
 def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add where weights come from and how a CLIP is read out."""
+    which = "comma-separated, of clip_dense models" if several else "of a clip_dense model"
     sub.add_argument(
         "--offline",
         action="store_true",
@@ -45,10 +78,7 @@ def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
     )
     sub.add_argument(
         "--readout",
-        help=("comma-separated, of" if several else "of a")
-        + " clip_dense model"
-        + ("s" if several else "")
-        + ": clip, maskclip, sclip, clearclip, naclip, gem, proxyclip",
+        help=f"{which}: clip, maskclip, sclip, clearclip, naclip, gem, proxyclip",
     )
     sub.add_argument(
         "--proxy",
@@ -58,19 +88,14 @@ def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
     )
 
 
-def proxy_option(options: argparse.Namespace) -> dict[str, Any]:
-    """What ``--proxy`` says, as an option of clip_dense."""
-    if options.proxy is None:
-        return {}
-    name, _, file = options.proxy.partition(":")
-    return {"proxy": {"name": name, "weights": file or "timm"}}
-
-
 @contextmanager
 def in_force(options: argparse.Namespace) -> Iterator[None]:
-    """What the switches say, for the libraries that ask the environment."""
-    asked = {"HF_HUB_OFFLINE": "1"} if getattr(options, "offline", False) else {}
-    asked |= {"OVSEG_CACHE": "off"} if getattr(options, "no_cache", False) else {}
+    """Tell the libraries that ask the environment what the switches say."""
+    asked = {}
+    if getattr(options, "offline", False):
+        asked["HF_HUB_OFFLINE"] = "1"
+    if getattr(options, "no_cache", False):
+        asked["OVSEG_CACHE"] = "off"
     before = {name: os.environ.get(name) for name in asked}
     os.environ.update(asked)
     try:
@@ -84,28 +109,24 @@ def in_force(options: argparse.Namespace) -> Iterator[None]:
 
 
 def no_readouts(what: str, name: str) -> InputError:
-    """The error for ``--readout`` or ``--proxy`` with a model that they do nothing for."""
+    """Return the error for ``--readout`` or ``--proxy`` with a model that they do nothing for."""
     return InputError(
         f"{what} is given and {name} is no clip_dense model; its attention is part of its "
-        "training. Expected a model that "
-        "needs none, such as clip_dense_vit_b16:openai, or the command without it"
+        "training. Expected a model that needs none, such as clip_dense_vit_b16:openai, or the "
+        "command without it"
     )
 
 
 def load_model(name: str | None, **options: Any) -> Any:
-    """The model that ``-m`` names, on the CPU; the default one without it.
-
-    ``options`` change how it was built.
-    """
+    """Load the model that ``-m`` names, the default one without it; ``options`` change it."""
     from ..distributed import is_main
     from ..progress import note, waiting
     from ..systems import default_model, from_pretrained
 
     asked = {"readout": "--readout", "proxy": "--proxy"}
+    what = "loading the default model" if name is None else f"loading {name}"
     try:
-        with waiting(
-            "loading the default model" if name is None else f"loading {name}", show=is_main()
-        ):
+        with waiting(what, show=is_main()):
             model = default_model(**options) if name is None else from_pretrained(name, **options)
     except (ConfigError, TypeError) as error:  # TypeError: of a registered function
         bare = None if name is None or not asked.keys() & options else from_pretrained(name)
@@ -117,13 +138,36 @@ def load_model(name: str | None, **options: Any) -> Any:
     return model
 
 
-if TYPE_CHECKING:
+def model_to_run(name: str | None, options: argparse.Namespace, readout: str | None = None) -> Any:
+    """Load a model as the options of ``add_weights`` and ``add_device`` say.
+
+    It is printed where it runs, unless that is in float32 on the CPU.
+    """
     import torch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+    from ..distributed import is_main
+
+    changes: dict[str, Any] = {} if readout is None else {"readout": readout}
+    if options.proxy is not None:
+        proxy, _, file = options.proxy.partition(":")
+        changes["proxy"] = {"name": proxy, "weights": file or "timm"}
+    model = load_model(name, **changes)
+    device = device_of(options)
+    dtype = dtype_of(options, device)
+    if is_main() and (device.type, dtype) != ("cpu", torch.float32):
+        print(
+            f"{model.name} runs on {device} in {str(dtype).removeprefix('torch.')}; --device and "
+            "--dtype change that",
+            file=sys.stderr,
+        )
+    model = model.to(device, dtype)
+    if options.compile:
+        model.compile()  # in place: it keeps its name, options and methods
+    return model
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:
+    """Add where a model runs, in which numbers, and how."""
     sub.add_argument(
         "--device",
         default="auto",
@@ -144,14 +188,16 @@ def add_device(sub: argparse.ArgumentParser) -> None:
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
+    """Return the device that ``--device`` means."""
     from .. import distributed
 
     return distributed.device(options.device)
 
 
 def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """What ``--dtype`` says; ``auto`` is bfloat16 on a GPU that has it, float16 on others, float32
-    on the CPU.
+    """Return the dtype that ``--dtype`` means.
+
+    ``auto`` is bfloat16 on a GPU that has it, float16 on others, float32 on the CPU.
     """
     import torch
 
@@ -163,47 +209,38 @@ def dtype_of(options: argparse.Namespace, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def to_device(model: Any, options: argparse.Namespace, *, quiet: bool = False) -> Any:
-    """The model on its device in its dtype, which is printed unless that is float32 on the CPU."""
-    import torch
-
-    device = device_of(options)
-    dtype = dtype_of(options, device)
-    if not quiet and (device.type, dtype) != ("cpu", torch.float32):
-        print(
-            f"{model.name} runs on {device} in {str(dtype).removeprefix('torch.')}; --device and "
-            "--dtype change that",
-            file=sys.stderr,
-        )
-    model = model.to(device, dtype)
-    if options.compile:
-        model.compile()  # in place: it keeps its name, options and methods
-    return model
-
-
 def add_inference_options(sub: argparse.ArgumentParser) -> None:
+    """Add an option for each field of the three values that has a help text."""
     group = sub.add_argument_group("how pictures are seen, what is asked and how it is decided")
     for name, found in _fields().items():
         texts = dict.fromkeys(text for _, text in found)
         group.add_argument(
             f"--{name.replace('_', '-')}",
+            action=_Given,
             type=found[0][0],
             help="; or ".join(texts).replace("%", "%%"),
         )
 
 
+class _Given(argparse.Action):
+    """Note an option among those that ``given_inference_options`` returns."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = getattr(namespace, "inference", {})
+        namespace.inference = {**given, self.dest: values}
+        setattr(namespace, self.dest, values)
+
+
 def given_inference_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Those that the command line names, as ``Predictor`` takes them."""
-    given = {
-        name: getattr(options, name) for name in _fields() if getattr(options, name) is not None
-    }
+    """Return those that the command line names, as ``Predictor`` takes them."""
+    given = dict(getattr(options, "inference", {}))
     if "background" in given:
         given["background"] = tuple(text.strip() for text in given["background"].split(","))
     return given
 
 
 def _fields() -> dict[str, list[tuple[type, str]]]:
-    """Name -> (kind, help) of the fields of that name, which rules may share."""
+    """Return the (kind, help) of the fields of each name, which rules may share."""
     from ..inference import Queries, View
     from ..inference.rules import rule, rule_names
 
@@ -212,30 +249,15 @@ def _fields() -> dict[str, list[tuple[type, str]]]:
         hints = get_type_hints(value)
         for field in fields(value):
             if "help" in field.metadata:
-                found.setdefault(field.name, []).append(
-                    (_kind(hints[field.name]), field.metadata["help"])
-                )
+                entry = (_kind(hints[field.name]), field.metadata["help"])
+                found.setdefault(field.name, []).append(entry)
     return found
 
 
 def _kind(hint: Any) -> type:
-    """int of ``int | None``; what is neither that nor a float is read as text."""
+    """Return int for ``int | None``; what is neither that nor a float is read as text."""
     kinds = get_args(hint) or (hint,)
     return next((kind for kind in (int, float) if kind in kinds), str)
-
-
-def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
-    """Raises InputError for an option, or one of several numbers of an option, below ``least``.
-
-    One that is not given is none.
-    """
-    for name in names:
-        given = getattr(options, name)
-        for number in given if isinstance(given, list) else [given]:
-            if number is not None and number < least:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {number}; expected at least {least}"
-                )
 
 
 def no_plots(what: str) -> None:

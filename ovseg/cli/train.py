@@ -3,7 +3,9 @@
 ovseg train clip_scenes run=runs/clip
 ovseg train pacl_scenes run=runs/pacl init.backbone=runs/clip optim.lr=1e-3
 ovseg train my_recipe.yaml run=runs/mine --resume
-torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl          one batch shared by two processes"""
+torchrun --nproc-per-node 2 -m ovseg train pacl_scenes run=runs/pacl
+                                                one batch shared by two processes
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from .options import no_plots
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     sub.add_argument(
         "recipe", help="a recipe's name or a YAML file; `ovseg train list` prints the names"
     )
@@ -44,13 +47,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from .. import distributed, stop_signals
-    from ..errors import ConfigError, ProcessError
-    from ..output_lock import locked_folder
-    from ..replacing import folder_for
+    """Train; returns the exit code."""
+
+    from .. import distributed
+    from ..errors import ConfigError
     from ..training.recipe import list_recipes, load_recipe, to_yaml
-    from ..training.stages import finished
-    from ..training.trainer import Interrupted, train
 
     distributed.place()  # variables that do not fit are refused before any work
     if options.recipe == "list":
@@ -58,14 +59,27 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.allow and not (options.resume or options.auto_resume):
         raise ConfigError("--allow is given without --resume; expected both, or neither")
-    folders = [o.split("=", 1)[1] for o in options.overrides if o.startswith("run=")]
+    folders = [o.removeprefix("run=") for o in options.overrides if o.startswith("run=")]
     recipe = load_recipe(options.recipe, [o for o in options.overrides if not o.startswith("run=")])
     if options.show:
         print(to_yaml(recipe), end="")
         return 0
     if not folders:
         raise ConfigError("run is missing: add run=FOLDER, where the checkpoints and the log go")
-    folder = folder_for(folders[-1], "run")
+    return _train(options, recipe, folders[-1])
+
+
+def _train(options: argparse.Namespace, recipe: Any, run: str) -> int:
+    """Train into the folder ``run``, or go on there."""
+    from .. import distributed, stop_signals
+    from ..errors import ProcessError
+    from ..evaluation.validation import validation
+    from ..output_lock import locked_folder
+    from ..replacing import folder_for
+    from ..training.stages import finished
+    from ..training.trainer import Interrupted, train
+
+    folder = folder_for(run, "run")
     if (options.resume or options.auto_resume) and (steps := finished(folder, recipe)) is not None:
         if distributed.is_main():
             print(f"{folder} is done already, {steps} steps: ovseg segment --model {folder} ...")
@@ -82,66 +96,12 @@ def run(options: argparse.Namespace) -> int:
     options.held.enter_context(locked_folder(folder, "run", "train"))
     try:
         resume = "auto" if options.auto_resume else options.resume
-        train(recipe, folders[-1], resume=resume, allow=options.allow, evaluate=validation(recipe))
+        train(recipe, run, resume=resume, allow=options.allow, evaluate=validation(recipe))
     except Interrupted as error:
         say(f"ovseg train: {error}")
         return STOPPED
     if distributed.is_main():
-        curve = Path(folders[-1], "loss.png")
-        print(
-            f"{folders[-1]}/model: ovseg segment --model {folders[-1]} ..."
-            + (f"; loss curve: {curve}" if curve.exists() else "")
-        )
+        curve = Path(run, "loss.png")
+        drawn = f"; loss curve: {curve}" if curve.exists() else ""
+        print(f"{run}/model: ovseg segment --model {run} ...{drawn}")
     return 0
-
-
-def validation(recipe: Any) -> Any:
-    """What ``validation`` of a recipe describes, as training calls it: (model, step, folder) ->
-    figures. None if it asks for none.
-    """
-    from .. import distributed
-    from ..data.benchmark_sets import SegmentationSet
-    from ..errors import ConfigError
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.protocols import protocol, read_protocol
-    from ..evaluation.scenes import SCENE_SETS, SceneSet, evaluate_scene_set, save_gallery
-
-    part = recipe.validation
-    if part.every_steps is None:
-        return None
-    name = part.data or getattr(recipe.data, "style", None)
-    if name is None:
-        raise ConfigError(
-            "validation.data is null and the recipe trains on no scenes; expected a benchmark of "
-            "`ovseg data list`"
-        )
-    most = getattr(recipe.data, "max_pixels", None)
-    limit = {"max_pixels": most} if most else {}
-    if name in SCENE_SETS:
-        data: Any = SceneSet(name, part.limit or 300, recipe.train.seed)
-    elif not part.root:
-        raise ConfigError(
-            f"validation.root is {'null' if part.root is None else repr(part.root)}; expected the "
-            f"folder that holds {name}"
-        )
-    else:
-        data = SegmentationSet(name, part.root, "val", **limit)
-
-    read_protocol(part.protocol)
-
-    def call(model: Any, step: int, folder: Path) -> dict[str, float]:
-        chosen = protocol(part.protocol, data.description, model, **limit)
-        asked = {"limit": part.limit, "keep": 8, "skip_bad": True}
-        report = (
-            evaluate_scene_set(model, data, chosen=chosen, **asked)
-            if name in SCENE_SETS
-            else evaluate(model, data, chosen, **asked)
-        )
-        if distributed.is_main() and report.examples:
-            save_gallery({recipe.model.name: report}, folder / f"step_{step:08d}.png")
-        return {
-            key: value for key, value in report.summary.items() if isinstance(value, (int, float))
-        }
-
-    call.check = lambda model: protocol(part.protocol, data.description, model)  # type: ignore[attr-defined]
-    return call

@@ -1,0 +1,1 @@
+"""Measuring models: data sets, protocols, metrics, reports."""

@@ -1,5 +1,6 @@
-"""Zero-shot image classification through the same texts: pictures in one folder for each class, as
-torchvision's ImageFolder has them.
+"""Zero-shot image classification through the same texts.
+
+Pictures lie in one folder for each class, as torchvision's ImageFolder has them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..inference import Predictor
 from ..paths import no_folder
 from ..progress import bar
 from ..systems import OVSegModel
+from .evaluate import SKIPPING
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +41,47 @@ class ClassFolders:
         bad: what looks like a picture and cannot be read, or is in no class, a line each.
 
     Raises:
-        DataError: without folders or pictures. InputError: for labels of another number.
+        DataError: without folders or pictures.
+        InputError: for labels of another number.
     """
 
     def __init__(self, root: str | Path, labels: LabelSet | None = None):
         self.root = Path(root)
         if (what := no_folder(self.root)) is not None:
             raise NoData(f"{self.root} {what}; expected a folder with a sub-folder for each class")
+        inside = sorted(path for path in self.root.iterdir() if not hidden(path.name))
+        seen = self._classes([look(path) for path in inside if path.is_dir()])
+        self.items = [
+            (folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures
+        ]
         own = OwnResults()
-        folders = sorted(
-            path for path in self.root.iterdir() if path.is_dir() and not hidden(path.name)
-        )
-        seen = [look(folder) for folder in folders]
+        self.bad = [line for folder in seen for line in folder.bad] + [
+            f"{path}: a picture in no class's folder"
+            for path in inside
+            if not path.is_dir()
+            and path.suffix.lower() in (*SUFFIXES, *UNREAD)
+            and not own.holds(path)
+        ]
+        if not self.items:
+            found = f"; in the first: {seen[0].found()}" if seen else ""
+            raise DataError(
+                f"{self.root} holds {len(seen)} sub-folders and no picture in them{found}; "
+                "expected one for each class"
+            )
+        self._tell(seen)
+        names = [folder.root.name.replace("_", " ") for folder in seen]
+        self.labels = labels or LabelSet.of(names)
+        if len(self.labels) != len(seen):
+            raise InputError(
+                f"labels holds {len(self.labels)} classes and {self.root} {len(seen)} folders; "
+                "expected one for each"
+            )
+
+    def _classes(self, folders: list[Folder]) -> list[Folder]:
+        """Leave out the folders that a run of this package wrote."""
         runs = [
-            folder.root
-            for folder in seen
+            folder
+            for folder in folders
             if not folder.pictures and is_folder_of_results(folder.root)
         ]
         if runs:
@@ -61,31 +89,13 @@ class ClassFolders:
                 "%s: %d folders hold results of ovseg and no picture, and are no classes: %s",
                 self.root,
                 len(runs),
-                ", ".join(path.name for path in runs),
+                ", ".join(folder.root.name for folder in runs),
             )
-        folders = [folder for folder in folders if folder not in runs]
-        seen = [folder for folder in seen if folder.root not in runs]
-        self.items = [
-            (folder.root / name, i) for i, folder in enumerate(seen) for name in folder.pictures
-        ]
-        beside = [
-            path
-            for path in sorted(self.root.iterdir())
-            if not path.is_dir()
-            and not hidden(path.name)
-            and path.suffix.lower() in (*SUFFIXES, *UNREAD)
-            and not own.holds(path)
-        ]
-        self.bad = [line for folder in seen for line in folder.bad] + [
-            f"{path}: a picture in no class's folder" for path in beside
-        ]
-        if not self.items:
-            found = f"; in the first: {seen[0].found()}" if seen else ""
-            raise DataError(
-                f"{self.root} holds {len(folders)} sub-folders and no picture in them{found}; "
-                "expected one for each class"
-            )
-        empty = [folder.root.name for folder in seen if not folder.pictures]
+        return [folder for folder in folders if folder not in runs]
+
+    def _tell(self, folders: list[Folder]) -> None:
+        """Tell which classes have no picture, and what is left out on purpose."""
+        empty = [folder.root.name for folder in folders if not folder.pictures]
         if empty:
             logger.warning(
                 "%s: %d of %d class folders hold no picture, the first: %s",
@@ -97,23 +107,22 @@ class ClassFolders:
         left_out = Folder(
             self.root,
             hidden=[path.name for path in self.root.iterdir() if hidden(path.name)]
-            + [name for folder in seen for name in folder.hidden],
-            results=[f"{folder.root.name}/{name}" for folder in seen for name in folder.results],
+            + [name for folder in folders for name in folder.hidden],
+            results=[f"{folder.root.name}/{name}" for folder in folders for name in folder.results],
         )
         for line in left_out.left_out():
             logger.warning("%s", line)
-        self.labels = labels or LabelSet.of([folder.name.replace("_", " ") for folder in folders])
-        if len(self.labels) != len(folders):
-            raise InputError(
-                f"labels holds {len(self.labels)} classes and {self.root} {len(folders)} folders; "
-                "expected one for each"
-            )
 
 
 @dataclass
 class Classification:
-    """``summary`` with top-1, top-5 and the mean over classes of top-1 in percent; ``matrix``
-    [truth, prediction] counts.
+    """How pictures were classified.
+
+    Attributes:
+        summary: top-1, top-5 and the mean over classes of top-1, in percent.
+        labels: the classes.
+        matrix: counts [truth, prediction].
+        skipped: what was left out.
     """
 
     summary: dict[str, Any]
@@ -122,14 +131,13 @@ class Classification:
     skipped: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        of_class = self.matrix.sum(1)
-        rows = {
-            name: {
-                "pictures": int(of_class[i]),
-                "top1": round(100 * float(self.matrix[i, i]) / max(1, int(of_class[i])), 2),
-            }
-            for i, name in enumerate(self.labels.names)
-        }
+        """Return all of it for ``results.json``."""
+        rows = {}
+        for i, (name, count) in enumerate(
+            zip(self.labels.names, self.matrix.sum(1).tolist(), strict=True)
+        ):
+            right = 100 * float(self.matrix[i, i]) / max(1, count)
+            rows[name] = {"pictures": count, "top1": round(right, 2)}
         return {
             "summary": self.summary,
             "classes": rows,
@@ -148,16 +156,25 @@ def evaluate_classification(
     progress: bool = False,
     **options: Any,
 ) -> Classification:
-    """The class whose best text is the most similar to the picture, by ``model.similarity``;
-    ``options`` as of ``Predictor``.
+    """Give each picture the class whose best text is the most similar, by ``model.similarity``.
+
+    Args:
+        model: on its device.
+        data: the pictures.
+        skip_bad: what cannot be read is left out and named; otherwise it ends the evaluation.
+        limit: only the first pictures.
+        progress: whether a bar is shown.
+        options: of ``Predictor``.
+
+    Raises:
+        DataError: for a picture that cannot be read, unless ``skip_bad``; if nothing is left.
     """
     if data.bad and not skip_bad:
-        raise DataError(
-            f"{data.bad[0]}; --skip-bad leaves such pictures out, and says so in the results"
-        )
+        raise DataError(f"{data.bad[0]}; {SKIPPING}")
     predictor = Predictor(model, data.labels, **options)
     count = len(data.labels)
-    matrix, in_five = np.zeros((count, count), np.int64), np.zeros(1, np.int64)
+    matrix = np.zeros((count, count), np.int64)
+    in_five = np.zeros(1, np.int64)
     rank, world = distributed.rank(), distributed.world_size()
     total = len(data.items) if limit is None else min(limit, len(data.items))
     skipped: list[str] = list(data.bad) if skip_bad and rank == 0 else []
@@ -180,11 +197,8 @@ def evaluate_classification(
             break
         matrix[truth, order[0]] += 1
         in_five += truth in order[:5]
-    failures = distributed.gather_strings(failures)
-    if failures:
-        raise DataError(
-            f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results"
-        )
+    if failures := distributed.gather_strings(failures):
+        raise DataError(f"{failures[0]}; {SKIPPING}")
     skipped = distributed.gather_strings(skipped)
     distributed.all_reduce_sum(matrix)
     distributed.all_reduce_sum(in_five)
@@ -194,16 +208,24 @@ def evaluate_classification(
             f"{data.root}: none of {total} pictures could be used; the first: "
             f"{skipped[0] if skipped else 'there is none'}"
         )
-    of_class = matrix.sum(1)
-    each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
     summary = {
         "model": model.name,
         "data": str(data.root),
         "pictures": pictures,
         "classes": count,
         "templates": predictor.queries.templates_for(model),
-        "top1": round(100 * float(np.trace(matrix)) / pictures, 2),
-        "top5": round(100 * float(in_five[0]) / pictures, 2),
-        "mean_top1": round(float(each.mean()), 2),
+        **_figures(matrix, int(in_five[0])),
     }
     return Classification(summary, data.labels, matrix, skipped)
+
+
+def _figures(matrix: np.ndarray, in_five: int) -> dict[str, float]:
+    """Return top-1, top-5 and the mean over the classes that occur, in percent."""
+    of_class = matrix.sum(1)
+    pictures = int(of_class.sum())
+    each = 100 * np.diag(matrix)[of_class > 0] / of_class[of_class > 0]
+    return {
+        "top1": round(100 * float(np.trace(matrix)) / pictures, 2),
+        "top5": round(100 * float(in_five) / pictures, 2),
+        "mean_top1": round(float(each.mean()), 2),
+    }

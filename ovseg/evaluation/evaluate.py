@@ -1,14 +1,13 @@
-"""Evaluate a model on a data set by a protocol: one pass, integer histograms, one process or
-several.
+"""Evaluate a model on a data set by a protocol.
+
+It takes one pass, counts in integer histograms, and runs in one process or several.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 from typing import Protocol as Interface
 
@@ -17,20 +16,21 @@ import torch
 from PIL import Image
 
 from .. import distributed
+from ..bounds import POSITIVE
 from ..data.benchmark_sets import SetDescription
 from ..data.mask_files import IGNORE
 from ..errors import DataError, InputError
 from ..inference import Predictor, Segmentation
-from ..inference.fields import positive_integer
 from ..inference.predictor import Seen
 from ..inference.reading import Prepared, read_ahead
 from ..progress import bar
-from ..replacing import write_text
 from ..systems import OVSegModel
 from ..weights.state_dicts import unwrapped
 from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
 from .protocols import Protocol
+from .report import Report, rounded
 
+SKIPPING = "--skip-bad leaves such pictures out, and says so in the results"
 logger = logging.getLogger(__name__)
 
 
@@ -39,60 +39,11 @@ class EvaluationSet(Interface):
 
     description: SetDescription
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of pictures."""
 
     def __getitem__(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """(picture, truth [H, W]); -1 is not counted."""
-
-
-@dataclass
-class Report:
-    """What an evaluation found.
-
-    Attributes:
-        model, data: names.
-        choices: the whole protocol.
-        scores: of all classes, the background included.
-        summary: the figures of tables.
-        pictures, skipped: how many were counted, and which could not be.
-        boundary: Boundary IoU of each class, if asked for.
-        sweep: thresholds and mIoU at each, if asked for.
-        examples: (picture, truth, prediction) of the first pictures, as class indices.
-    """
-
-    model: str
-    data: SetDescription
-    choices: dict[str, Any]
-    scores: Scores
-    summary: dict[str, Any]
-    pictures: int
-    skipped: list[str]
-    boundary: np.ndarray | None = None
-    sweep: tuple[np.ndarray, np.ndarray] | None = None
-    examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``results.json``: summary, classes, what was left out and the whole protocol."""
-        rows = {}
-        for i, name in enumerate(self.scores.classes):
-            rows[name] = {
-                "iou": rounded(self.scores.iou[i]),
-                "accuracy": rounded(self.scores.accuracy[i]),
-            }
-            if self.boundary is not None:
-                rows[name]["boundary_iou"] = rounded(self.boundary[i])
-        found: dict[str, Any] = {
-            "summary": self.summary,
-            "pictures": self.pictures,
-            "skipped": self.skipped,
-            "classes": rows,
-        }
-        if self.sweep is not None:
-            found["sweep"] = {
-                "threshold": [round(float(t), 6) for t in self.sweep[0]],
-                "miou": [rounded(v) for v in self.sweep[1]],
-            }
-        return {**found, "protocol": self.choices, "confusion": self.scores.matrix.tolist()}
+        """Return (picture, truth [H, W]); -1 is not counted."""
 
 
 @torch.no_grad()
@@ -110,7 +61,7 @@ def evaluate(
     batch: int = 1,
     observe: Callable[[int, Predictor, Segmentation], None] | None = None,
 ) -> Report:
-    """Label every picture and compare.
+    """Label every picture and compare it with its truth.
 
     In several processes (``torchrun``) each takes its share of the pictures and the counts are
     added; every process returns the same report, with the examples of its own share.
@@ -126,6 +77,7 @@ def evaluate(
         skip_bad: pictures and masks that cannot be read are left out and named; otherwise they end
             the evaluation.
         keep: examples to keep.
+        progress: whether a bar is shown.
         batch: pictures that are encoded together. Faster on a GPU; with 1, several processes give
             the figures of one to the last pixel.
         observe: called for each picture of this process.
@@ -136,13 +88,12 @@ def evaluate(
         InputError: for a sweep where it means nothing, and a ``batch`` or ``limit`` that is no
             positive integer.
     """
-    positive_integer("batch", batch)
-    if limit is not None:
-        positive_integer("limit", limit)
-    about, decision = data.description, protocol.decision
-    classes = about.classes or protocol.labels.names
-    sweeping, own_threshold = None, getattr(decision, "background_threshold", None)
-    if not about.background and (rules := background_rules(protocol)) and distributed.rank() == 0:
+    POSITIVE.check("batch", batch, InputError)
+    POSITIVE.check("limit", limit, InputError)
+    about = data.description
+    rank, world = distributed.rank(), distributed.world_size()
+    rules = [] if about.background else background_rules(protocol)
+    if rules and rank == 0:
         logger.warning(
             "%s has no background class, and pixels get no label where %s: they all count as wrong",
             about.name,
@@ -150,105 +101,143 @@ def evaluate(
         )
     model = unwrapped(model)
     predictor = protocol.predictor(model)
-    if thresholds is not None:
-        if not about.background or decision.score_range is None:
-            why = (
-                f"is labelled by the {decision.name} of {model.name}, whose threshold is relative"
-                if about.background
-                else ("has no background class")
-            )
-            raise InputError(
-                f"a sweep of background thresholds was asked for and {about.name} {why}"
-            )
-        sweeping = ThresholdSweep(classes, thresholds, IGNORE)
-        predictor.decision = replace(decision, background_threshold=None)  # type: ignore[call-arg]
-    matrix = ConfusionMatrix(classes, IGNORE, none=not about.background)
-    bands = BoundaryCounts(classes, IGNORE) if boundary else None
-    rank, world = distributed.rank(), distributed.world_size()
+    counts = _Counts.of(protocol, about, model, boundary, thresholds)
+    if counts.sweep is not None:  # which decides by the scores
+        predictor.decision = replace(protocol.decision, background_threshold=None)  # type: ignore[call-arg]
     total = len(data) if limit is None else min(limit, len(data))
+    mine = range(rank, total, world)
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     skipped: list[str] = []
-    failure: Exception | None = None
+    failures: list[str] = []
     shown = bar(
-        total=len(range(rank, total, world)),
+        total=len(mine),
         show=progress and rank == 0,
         unit="picture",
         desc=f"evaluate {model.name} on {about.name}",
         leave=False,
     )
-    for i, image, truth, seen in _seen(data, range(rank, total, world), predictor, batch):
+    for i, image, truth, seen in _seen(data, mine, predictor, batch):
         shown.update()
         if isinstance(seen, Exception):
+            (skipped if skip_bad else failures).append(str(seen))
             if skip_bad:
-                skipped.append(str(seen))
                 continue
-            failure = seen
             break
-        found = predictor.set_image(seen).predict(
-            allowed=_present(truth, about, protocol) if protocol.present_only else None
-        )
-        labels = found.labels.astype(np.int64) + int(
-            about.background
-        )  # -1 becomes class 0 where that is the background
-        if sweeping is not None:
-            sweeping.update(labels, found.scores, truth)
-            if own_threshold is not None:
-                labels = np.where(found.scores < own_threshold, 0, labels)
-        matrix.update(labels, truth)
-        if bands is not None:
-            bands.update(labels, truth)
+        allowed = _present(truth, about, protocol) if protocol.present_only else None
+        found = predictor.set_image(seen).predict(allowed=allowed)
+        labels = counts.update(found, truth)
         if len(examples) < keep:
             examples.append((np.asarray(image), truth, labels))
         if observe is not None:
             observe(i, predictor, found)
     shown.close()
-    failures = distributed.gather_strings([str(failure)] if failure else [])
-    if failures:
-        raise DataError(
-            f"{failures[0]}; --skip-bad leaves such pictures out, and says so in the results"
-        )
+    if failures := distributed.gather_strings(failures):
+        raise DataError(f"{failures[0]}; {SKIPPING}")
     skipped = distributed.gather_strings(skipped)
     if len(skipped) >= total:
         raise DataError(
             f"{about.name}: none of {total} pictures could be used; the first: "
             f"{skipped[0] if skipped else 'there is none'}"
         )
-    for counted in (matrix, bands, sweeping):
-        if counted is not None:
-            distributed.all_reduce_sum(counted.counts)
-    scores = matrix.scores()
-    band_iou = None if bands is None else bands.iou()
-    curve = None if sweeping is None else (sweeping.thresholds, sweeping.curve())
-    counted_pictures = total - len(skipped)
-    summary = _summary(model, about, protocol, scores, band_iou, curve, counted_pictures)
-    choices = protocol.choices(model, about)
-    return Report(
-        model.name,
-        about,
-        choices,
-        scores,
-        summary,
-        counted_pictures,
-        skipped,
-        band_iou,
-        curve,
-        examples,
+    counts.add_up()
+    report = Report(
+        model=model.name,
+        data=about,
+        choices=protocol.choices(model, about),
+        scores=counts.matrix.scores(),
+        summary={},
+        pictures=total - len(skipped),
+        skipped=skipped,
+        boundary=None if counts.bands is None else counts.bands.iou(),
+        sweep=None if counts.sweep is None else (counts.sweep.thresholds, counts.sweep.curve()),
+        examples=examples,
     )
+    report.summary = _summary(report, protocol.label)
+    return report
+
+
+@dataclass
+class _Counts:
+    """The histograms of one pass.
+
+    Attributes:
+        matrix: of all pixels.
+        bands: of the pixels near contours, if asked for.
+        sweep: by the winner's score, if thresholds are to be tried.
+        threshold: of the protocol, which does not act on ``sweep``.
+        background: whether the data set has a class for what is no other; it is class 0.
+    """
+
+    matrix: ConfusionMatrix
+    bands: BoundaryCounts | None
+    sweep: ThresholdSweep | None
+    threshold: float | None
+    background: bool
+
+    @classmethod
+    def of(
+        cls,
+        protocol: Protocol,
+        about: SetDescription,
+        model: OVSegModel,
+        boundary: bool,
+        thresholds: np.ndarray | None,
+    ) -> _Counts:
+        """Return empty histograms.
+
+        Raises:
+            InputError: for thresholds where they mean nothing.
+        """
+        decision = protocol.decision
+        classes = about.classes or protocol.labels.names
+        why = "has no background class"
+        if about.background:
+            why = f"is labelled by the {decision.name} of {model.name}, whose threshold is relative"
+        if thresholds is not None and (not about.background or decision.score_range is None):
+            raise InputError(
+                f"a sweep of background thresholds was asked for and {about.name} {why}"
+            )
+        return cls(
+            ConfusionMatrix(classes, IGNORE, none=not about.background),
+            BoundaryCounts(classes, IGNORE) if boundary else None,
+            None if thresholds is None else ThresholdSweep(classes, thresholds, IGNORE),
+            getattr(decision, "background_threshold", None),
+            about.background,
+        )
+
+    def update(self, found: Segmentation, truth: np.ndarray) -> np.ndarray:
+        """Count a picture; returns its labels as class indices."""
+        # -1 becomes class 0 where that is the background.
+        labels = found.labels.astype(np.int64) + int(self.background)
+        if self.sweep is not None:
+            self.sweep.update(labels, found.scores, truth)
+            if self.threshold is not None:
+                labels = np.where(found.scores < self.threshold, 0, labels)
+        self.matrix.update(labels, truth)
+        if self.bands is not None:
+            self.bands.update(labels, truth)
+        return labels
+
+    def add_up(self) -> None:
+        """Add the counts of all processes."""
+        for one in (self.matrix, self.bands, self.sweep):
+            if one is not None:
+                distributed.all_reduce_sum(one.counts)
 
 
 def background_rules(protocol: Protocol) -> list[str]:
-    """In words, when a pixel gets no label by a protocol."""
+    """Say in words when a pixel gets no label by a protocol."""
     texts = protocol.queries.rivals
-    return (
-        [f"one of {len(texts)} background texts wins"] if texts else []
-    ) + protocol.decision.background_rules()
+    of_texts = [f"one of {len(texts)} background texts wins"] if texts else []
+    return of_texts + protocol.decision.background_rules()
 
 
 def _seen(
     data: EvaluationSet, indices: range, predictor: Predictor, batch: int
 ) -> Iterator[tuple[int, Any, Any, Seen | Exception]]:
-    """(index, picture, truth, what the model saw), the error in place of the last for those that
-    cannot be read. Read ahead in a thread.
+    """Yield (index, picture, truth, what the model saw), read ahead in a thread.
+
+    The error stands in place of the last for what cannot be read.
     """
 
     def read(i: int):
@@ -265,135 +254,37 @@ def _seen(
 
 
 def _present(truth: np.ndarray, about: SetDescription, protocol: Protocol) -> list[str]:
+    """Return the names of the classes of a truth, without the background."""
     present = set(np.unique(truth[truth != IGNORE]).tolist())
     return [name for i, name in enumerate(protocol.labels.names) if i + about.background in present]
 
 
-def _summary(model, about, protocol, scores, band_iou, curve, pictures) -> dict[str, Any]:
+def _summary(report: Report, protocol: str) -> dict[str, Any]:
+    """Return the figures of tables."""
+    scores: Scores = report.scores
+    about = report.data
     found: dict[str, Any] = {
-        "model": model.name,
+        "model": report.model,
         "data": about.name,
-        "protocol": protocol.label,
-        "pictures": pictures,
+        "protocol": protocol,
+        "pictures": report.pictures,
         "miou": scores.miou,
         "mean_accuracy": scores.mean_accuracy,
         "pixel_accuracy": scores.pixel_accuracy,
     }
     if about.unseen:
-        seen = [
-            name for name in scores.classes[int(about.background) :] if name not in about.unseen
-        ]
+        named = scores.classes[int(about.background) :]
+        seen = [name for name in named if name not in about.unseen]
         found |= {"seen_miou": scores.miou_of(seen), "unseen_miou": scores.miou_of(about.unseen)}
         found["hiou"] = harmonic_mean(found["seen_miou"], found["unseen_miou"])
-    if band_iou is not None:
-        found["boundary_miou"] = (
-            float(np.nanmean(band_iou)) if np.isfinite(band_iou).any() else float("nan")
-        )
-    if curve is not None:
-        best = int(np.nanargmax(curve[1]))
-        found |= {"best_threshold": float(curve[0][best]), "best_miou": float(curve[1][best])}
+    if report.boundary is not None:
+        some = np.isfinite(report.boundary).any()
+        found["boundary_miou"] = float(np.nanmean(report.boundary)) if some else float("nan")
+    if report.sweep is not None:
+        thresholds, curve = report.sweep
+        best = int(np.nanargmax(curve))
+        found |= {"best_threshold": float(thresholds[best]), "best_miou": float(curve[best])}
     return {
         key: rounded(value) if isinstance(value, float) and key != "best_threshold" else value
         for key, value in found.items()
     }
-
-
-def rounded(value: float) -> float | None:
-    """Two digits; None for a mean over classes that do not occur."""
-    return None if np.isnan(value) else round(float(value), 2)
-
-
-_COLUMNS = {
-    "model": "model",
-    "data": "data",
-    "protocol": "protocol",
-    "pictures": "pictures",
-    "miou": "mIoU",
-    "mean_accuracy": "mAcc",
-    "pixel_accuracy": "aAcc",
-    "seen_miou": "seen mIoU",
-    "unseen_miou": "unseen mIoU",
-    "hiou": "hIoU",
-    "stuff_miou": "stuff mIoU",
-    "boundary_miou": "boundary IoU",
-    "best_threshold": "best threshold",
-    "best_miou": "mIoU there",
-    "things_called_stuff": "things called stuff %",
-    "classification": "top-1 %",
-    "train_seconds": "training s",
-}
-
-
-def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
-    """Summaries as a Markdown table; columns that no row has are left out."""
-    names = columns or _COLUMNS
-    shown = [key for key in names if any(row.get(key) is not None for row in rows)]
-    lines = ["| " + " | ".join(names[key] for key in shown) + " |", "|" + "---|" * len(shown)]
-    lines += [
-        "| "
-        + " | ".join(
-            ""
-            if row.get(key) is None
-            else f"{row[key]:.4g}"
-            if isinstance(row[key], float)
-            else str(row[key])
-            for key in shown
-        )
-        + " |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def class_table(report: Report) -> str:
-    """IoU and accuracy of each class."""
-    rows = [
-        {
-            "class": name,
-            "iou": rounded(report.scores.iou[i]),
-            "acc": rounded(report.scores.accuracy[i]),
-            "band": None if report.boundary is None else rounded(report.boundary[i]),
-            "split": "unseen"
-            if name in report.data.unseen
-            else "seen"
-            if report.data.unseen
-            else None,
-        }
-        for i, name in enumerate(report.scores.classes)
-    ]
-    return table(
-        rows,
-        {
-            "class": "class",
-            "split": "split",
-            "iou": "IoU",
-            "acc": "accuracy",
-            "band": "boundary IoU",
-        },
-    )
-
-
-def write_results(reports: list[Report], out: Path, **facts: Any) -> list[Path]:
-    """``results.json`` (everything), ``table.md`` and ``classes.csv`` (IoU of every class in every
-    row).
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(
-        out / "results.json",
-        json.dumps({**facts, "results": [report.to_dict() for report in reports]}, indent=1) + "\n",
-    )
-    write_text(out / "table.md", table([report.summary for report in reports]) + "\n")
-    lines = ["model,data,protocol,class,iou,accuracy"]
-    for report in reports:
-        for i, name in enumerate(report.scores.classes):
-            row = [
-                report.summary["model"],
-                report.data.name,
-                report.summary["protocol"],
-                f'"{name}"',
-                rounded(report.scores.iou[i]),
-                rounded(report.scores.accuracy[i]),
-            ]
-            lines.append(",".join("" if value is None else str(value) for value in row))
-    write_text(out / "classes.csv", "\n".join(lines) + "\n")
-    return [out / name for name in ("results.json", "table.md", "classes.csv")]

@@ -20,7 +20,9 @@ from ..errors import InputError
 
 @dataclass
 class Scores:
-    """IoU per class and their means, in percent. NaN: the class neither occurs nor is predicted.
+    """IoU per class and their means, in percent.
+
+    NaN: the class neither occurs nor is predicted.
 
     Attributes:
         classes: names.
@@ -36,26 +38,28 @@ class Scores:
 
     @property
     def miou(self) -> float:
+        """The mean IoU over the classes that occur or are predicted."""
         return _mean(self.iou)
 
     @property
     def mean_accuracy(self) -> float:
-        """mAcc: mean over the classes that occur."""
+        """The mean accuracy over the classes that occur, mAcc."""
         return _mean(self.accuracy)
 
     @property
     def pixel_accuracy(self) -> float:
-        """aAcc: share of all pixels that are right."""
+        """The share of all pixels that are right, aAcc."""
         return 100 * float(np.trace(self.matrix)) / max(1, int(self.matrix.sum()))
 
     def miou_of(self, names: Sequence[str]) -> float:
-        """Mean IoU over some classes, such as the seen ones."""
+        """Return the mean IoU over some classes, such as the seen ones."""
         return _mean(self.iou[[self.classes.index(name) for name in names]])
 
 
 class ConfusionMatrix:
-    """Integer counts [truth, prediction], summed over pictures; sums of several processes may be
-    added.
+    """Integer counts [truth, prediction], summed over pictures.
+
+    Sums of several processes may be added.
 
     Args:
         classes: names in the order of the label integers.
@@ -65,7 +69,9 @@ class ConfusionMatrix:
     """
 
     def __init__(self, classes: Sequence[str], ignore_index: int = 255, *, none: bool = False):
-        self.classes, self.ignore_index, self.none = tuple(classes), ignore_index, none
+        self.classes = tuple(classes)
+        self.ignore_index = ignore_index
+        self.none = none
         self.counts = np.zeros((len(self.classes), len(self.classes) + none), np.int64)
 
     def update(
@@ -83,15 +89,16 @@ class ConfusionMatrix:
         if not len(truth):
             return
         rows, columns = self.counts.shape
-        cells = truth * columns + torch.where(
-            prediction < 0, rows, prediction
-        )  # no label at all is the last column
+        prediction = torch.where(prediction < 0, rows, prediction)  # no label: the last column
+        cells = truth * columns + prediction
         self.counts += torch.bincount(cells, minlength=rows * columns).view(rows, columns).numpy()
 
     def scores(self) -> Scores:
+        """Return IoU and accuracy of the pixels so far."""
         square = self.counts[:, : len(self.classes)]
-        hit, of_truth, of_prediction = np.diag(square), self.counts.sum(1), square.sum(0)
-        union = of_truth + of_prediction - hit
+        hit = np.diag(square)
+        of_truth = self.counts.sum(1)
+        union = of_truth + square.sum(0) - hit
         with np.errstate(divide="ignore", invalid="ignore"):
             iou = np.where(union > 0, 100 * hit / union, np.nan)
             accuracy = np.where(of_truth > 0, 100 * hit / of_truth, np.nan)
@@ -99,14 +106,13 @@ class ConfusionMatrix:
 
 
 class BoundaryCounts:
-    """Boundary IoU (Cheng et al., arXiv:2103.16562): IoU over the pixels that lie near a contour,
-    in truth and in prediction.
+    """Boundary IoU: IoU over the pixels that lie near a contour, in truth and in prediction.
 
-        G_c = pixels of class c within d of another label (or of the border of the picture), P_c
-        likewise;  |G_c & P_c| / |G_c | P_c|
+        |G_c & P_c| / |G_c | P_c|
 
-    d is 2 % of the diagonal, in the chessboard distance of d erosions by 3 x 3. Pixels that are not
-    counted bound their neighbours.
+    G_c and P_c are the pixels of class c in truth and prediction within d of another label, or of
+    the border of the picture (Cheng et al., arXiv:2103.16562). d is 2 % of the diagonal, in the
+    chessboard distance of d erosions by 3 x 3. Pixels that are not counted bound their neighbours.
 
     Args:
         classes: names.
@@ -115,27 +121,25 @@ class BoundaryCounts:
     """
 
     def __init__(self, classes: Sequence[str], ignore_index: int = 255, *, share: float = 0.02):
-        self.classes, self.ignore_index, self.share = tuple(classes), ignore_index, share
-        self.counts = np.zeros(
-            (3, len(self.classes)), np.int64
-        )  # in both, in the truth, in the prediction
+        self.classes = tuple(classes)
+        self.ignore_index = ignore_index
+        self.share = share
+        # In both, in the truth, in the prediction.
+        self.counts = np.zeros((3, len(self.classes)), np.int64)
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Add label maps of one shape; predictions of -1 are no label."""
         kept_pixels(prediction, truth, len(self.classes), self.ignore_index, none=True)
         distance = max(1, round(self.share * float(np.hypot(*truth.shape))))
-        counted, near = (
-            truth != self.ignore_index,
-            contour_band(truth, distance) & (truth != self.ignore_index),
-        )
+        counted = truth != self.ignore_index
+        near = contour_band(truth, distance) & counted
         guessed = contour_band(prediction, distance) & counted & (prediction >= 0)
-        for row, labels in enumerate(
-            (truth[near & guessed & (truth == prediction)], truth[near], prediction[guessed])
-        ):
+        both = near & guessed & (truth == prediction)
+        for row, labels in enumerate((truth[both], truth[near], prediction[guessed])):
             self.counts[row] += np.bincount(labels, minlength=len(self.classes))
 
     def iou(self) -> np.ndarray:
-        """Boundary IoU of each class in percent, NaN where it has no contour."""
+        """Return Boundary IoU of each class in percent, NaN where it has no contour."""
         both, of_truth, of_prediction = self.counts
         union = of_truth + of_prediction - both
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -143,22 +147,22 @@ class BoundaryCounts:
 
 
 def contour_band(labels: np.ndarray, distance: int) -> np.ndarray:
-    """Pixels with another label, or the end of the picture, within ``distance`` in rows and
-    columns.
+    """Find the pixels with another label within ``distance`` in rows and columns.
+
+    Outside of the picture is another label.
     """
     from scipy.ndimage import maximum_filter, minimum_filter
 
-    labels, size = labels.astype(np.int32), 2 * distance + 1
-    outside = {"mode": "constant", "cval": -2}
-    return minimum_filter(labels, size, **outside) != maximum_filter(labels, size, **outside)
+    labels = labels.astype(np.int32)
+    around = {"size": 2 * distance + 1, "mode": "constant", "cval": -2}
+    return minimum_filter(labels, **around) != maximum_filter(labels, **around)
 
 
 class ThresholdSweep:
-    """mIoU at every background threshold, from one pass: counts of [threshold bin of the winner's
-    score, truth, prediction].
+    """mIoU at every background threshold, from one pass.
 
-    Exact at the thresholds: a pixel is background at t if its score is below t, as in the rule's
-    ``background_threshold``.
+    It counts [threshold bin of the winner's score, truth, prediction]. Exact at the thresholds: a
+    pixel is background at t if its score is below t, as in the rule's ``background_threshold``.
 
     Args:
         classes: names; class 0 is background.
@@ -167,7 +171,8 @@ class ThresholdSweep:
     """
 
     def __init__(self, classes: Sequence[str], thresholds: np.ndarray, ignore_index: int = 255):
-        self.classes, self.ignore_index = tuple(classes), ignore_index
+        self.classes = tuple(classes)
+        self.ignore_index = ignore_index
         self.thresholds = np.asarray(thresholds, np.float64)
         if len(self.thresholds) < 1 or not (np.diff(self.thresholds) > 0).all():
             raise InputError(f"thresholds are {thresholds}; expected increasing numbers")
@@ -180,14 +185,13 @@ class ThresholdSweep:
         C = len(self.classes)
         kept_pixels(prediction, truth, C, self.ignore_index)
         kept = truth != self.ignore_index
-        bins = np.searchsorted(
-            self.thresholds, scores[kept].astype(np.float64), side="right"
-        )  # thresholds that the score reaches
+        # How many thresholds the score reaches.
+        bins = np.searchsorted(self.thresholds, scores[kept].astype(np.float64), side="right")
         flat = (bins * C + truth[kept]) * C + prediction[kept]
         self.counts += np.bincount(flat, minlength=self.counts.size).reshape(self.counts.shape)
 
     def curve(self) -> np.ndarray:
-        """mIoU in percent at each threshold."""
+        """Return mIoU in percent at each threshold."""
         found = []
         for i in range(len(self.thresholds)):
             matrix = ConfusionMatrix(self.classes)
@@ -200,15 +204,17 @@ class ThresholdSweep:
 def kept_pixels(
     prediction, truth, classes: int, ignore_index: int, *, none: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prediction, truth) [n] at the pixels that count, checked."""
-    prediction, truth = torch.as_tensor(prediction).long(), torch.as_tensor(truth).long()
+    """Return prediction and truth, [n], at the pixels that count, checked."""
+    prediction = torch.as_tensor(prediction).long()
+    truth = torch.as_tensor(truth).long()
     if prediction.shape != truth.shape:
         raise InputError(
             f"prediction has shape {list(prediction.shape)} and truth {list(truth.shape)}; "
             "expected one shape"
         )
     kept = truth != ignore_index
-    prediction, truth = prediction[kept], truth[kept]
+    prediction = prediction[kept]
+    truth = truth[kept]
     for name, x, least in (("prediction", prediction, -1 if none else 0), ("truth", truth, 0)):
         if x.numel() and (int(x.min()) < least or int(x.max()) >= classes):
             bad = x[(x < least) | (x >= classes)]
@@ -220,7 +226,7 @@ def kept_pixels(
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
-    """hIoU = 2 s u / (s + u); 0 if both are 0, NaN if one is."""
+    """Return 2 s u / (s + u), hIoU; 0 if both are 0, NaN if one is."""
     return 2 * seen * unseen / (seen + unseen) if seen + unseen != 0 else 0.0
 
 

@@ -1,27 +1,34 @@
 """Plots of evaluations: confusion matrix, IoU of each class, background-threshold curves.
 
-What cannot be drawn is None, with a warning.
+And of a look at a data set, the shares of its classes. What cannot be drawn is None, with a
+warning.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from ..data.benchmark_sets import SegmentationSet
+from ..data.check import CheckReport
 from ..figures import beside_the_work, new_figure, save_figure
-from .evaluate import Report
+from ..replacing import write_text
+from .report import Report
 
 _MOST_NAMED = 60  # rows of a confusion matrix that are still labelled
 
 
 @beside_the_work("confusion matrix")
 def plot_confusion(report: Report, out: Path) -> Path | None:
-    """Rows: truth, each row in percent of its pixels; columns: prediction."""
+    """Draw a row for each truth, in percent of its pixels, and a column for each prediction."""
     matrix = report.scores.matrix.astype(float)
     names = [*report.scores.classes, "no label"][: matrix.shape[1]]
     if matrix.shape[1] > len(report.scores.classes) and not matrix[:, -1].any():
-        matrix, names = matrix[:, :-1], names[:-1]
+        matrix = matrix[:, :-1]
+        names = names[:-1]
     rows = matrix.sum(1) > 0
     share = 100 * matrix[rows] / matrix[rows].sum(1, keepdims=True)
     size = min(16.0, 3.5 + 0.26 * len(names))
@@ -40,7 +47,7 @@ def plot_confusion(report: Report, out: Path) -> Path | None:
 
 @beside_the_work("plot of the classes")
 def plot_classes(report: Report, out: Path) -> Path | None:
-    """IoU of each class, sorted; unseen classes in another colour."""
+    """Draw the IoU of each class, sorted; unseen classes in another colour."""
     values = {
         name: float(iou)
         for name, iou in zip(report.scores.classes, report.scores.iou, strict=True)
@@ -68,7 +75,7 @@ def plot_bars(
     log: bool = False,
     note: str = "",
 ) -> Path | None:
-    """A bar for each name, the largest first."""
+    """Draw a bar for each name, the largest first."""
     order = sorted(values, key=lambda name: -values[name])
     if not order:
         return None
@@ -91,7 +98,7 @@ def plot_bars(
 
 @beside_the_work("sweep of the threshold")
 def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
-    """mIoU against the background threshold, a curve for each report, its best point marked."""
+    """Draw mIoU against the background threshold, a curve a report, its best point marked."""
     curves = {name: report.sweep for name, report in reports.items() if report.sweep is not None}
     if not curves:
         return None
@@ -112,6 +119,21 @@ def plot_sweeps(reports: dict[str, Report], out: Path) -> Path | None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return save_figure(figure, out, dpi=110)
+
+
+def write_check(report: CheckReport, data: SegmentationSet, split: str, out: Path) -> list[Path]:
+    """Write what a check of a data set found, and draw its classes; returns the files."""
+    about = data.description
+    stem = f"{about.name}_{split}"
+    file = out / f"{stem}.json"
+    write_text(file, json.dumps({**asdict(report), "wrong": report.wrong}, indent=2))
+    drawn = plot_bars(
+        {name: 100 * share for name, share in report.shares.items()},
+        out / f"{stem}.png",
+        f"{about.title}, {split}: % of the counted pixels",
+        log=True,
+    )
+    return [path for path in (file, drawn) if path]
 
 
 def _title(report: Report) -> str:

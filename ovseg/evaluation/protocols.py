@@ -2,8 +2,8 @@
 
 A protocol says how pictures are resized and cut (``View``), which texts stand for the classes and
 the background, through which templates (``Queries``), and how labels are decided (the model's
-rule). It is a file in ``evaluation/protocols``, whose ``settings`` go to the one of the three that
-has them; where it is silent their defaults hold.
+rule). It is a file in ``evaluation/protocols`` or in a system's folder ``protocols``; its
+``settings`` go to the one of the three that has them, and where it is silent their defaults hold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..data.labels import LabelSet
 from ..data.templates import templates
 from ..errors import ConfigError, InputError
 from ..inference import Decision, Predictor, Queries, View
-from ..inference.predictor import option_names, route
+from ..inference.flat_options import option_names, route
 from ..inference.rules import rule
 from ..registration import Registry, yaml_files
 from ..systems import OVSegModel
@@ -30,8 +30,8 @@ PROTOCOLS: Registry[Path] = Registry(
 )
 METRIC = (
     "IoU per class over all counted pixels of the set, mean over the classes that occur or are "
-    "predicted; "
-    "accuracy per class over the classes that occur; pixels without a truth are not counted"
+    "predicted; accuracy per class over the classes that occur; pixels without a truth are not "
+    "counted"
 )
 
 
@@ -60,7 +60,7 @@ class Protocol:
 
     @property
     def label(self) -> str:
-        """``sclip v1``, with a star if something was changed."""
+        """The name with its version, ``sclip v1``, with a star if something was changed."""
         return f"{self.name} v{self.version}" + ("*" if self.changed or self.present_only else "")
 
     @property
@@ -70,27 +70,25 @@ class Protocol:
         return self.queries.labels
 
     def predictor(self, model: OVSegModel) -> Predictor:
+        """Return what labels pictures by the protocol."""
         return Predictor(model, self.queries, view=self.view, decision=self.decision)
 
     def choices(self, model: OVSegModel, data: SetDescription) -> dict[str, Any]:
-        """Every choice, for result files and for people."""
-        view, queries, decision, spec = self.view, self.queries, self.decision, model.spec
+        """Return every choice, for result files and for people."""
+        view = self.view
+        queries = self.queries
+        decision = self.decision
+        spec = model.spec
         used = () if queries.embeddings else templates(queries.templates_for(model))
-        seen = (
-            "whole, upsampled once to the picture's size"
-            if view.crop is None
-            else (f"windows of {view.crop}, stride {view.step}, merged by the mean, then resized")
-        )
-        if not data.background:
-            background = "none: its pixels are not counted"
-        else:
+        seen = "whole, upsampled once to the picture's size"
+        if view.crop is not None:
+            seen = f"windows of {view.crop}, stride {view.step}, merged by the mean, then resized"
+        background = "none: its pixels are not counted"
+        if data.background:
             rules = [f"one of {len(queries.rivals)} texts wins"] if queries.rivals else []
             background = " or ".join(rules + decision.background_rules()) or "never predicted"
-        settings = {
-            name: getattr(value, name)
-            for value in (view, queries, decision)
-            for name in option_names(value)
-        }
+        values = (view, queries, decision)
+        settings = {name: getattr(value, name) for value in values for name in option_names(value)}
         return {
             "model": model.name,
             "model_options": dict(model.config),
@@ -104,10 +102,7 @@ class Protocol:
             "classes": data.number,
             "background": background,
             "background_texts": list(queries.rivals),
-            "class_texts": {
-                name: list(texts)
-                for name, texts in zip(self.labels.names, self.labels.texts, strict=True)
-            },
+            "class_texts": dict(zip(self.labels.names, map(list, self.labels.texts), strict=True)),
             "templates": len(used),
             "template_texts": list(used),
             "text_mean": queries.text_mean,
@@ -140,7 +135,7 @@ def protocol(
     present_only: bool = False,
     **changes: Any,
 ) -> Protocol:
-    """The protocol for a data set.
+    """Return the protocol for a data set.
 
     Args:
         name: of ``list_protocols``, or a ``.yaml`` file of the same form.
@@ -157,63 +152,79 @@ def protocol(
             made for.
     """
     tree = read_protocol(name)
+    own = _of_set(name, tree, data, model)
+    given = own.pop("texts", None)
+    if given != {}:  # an empty one takes back what the protocol says for all sets
+        of_all = {c: texts for c, texts in tree.get("texts", {}).items() if c in data.classes}
+        given = {**of_all, **(given or {})}
+    label_set = labels or _with_texts(data.label_set, given)
+    if len(label_set) != data.number - data.background:
+        beside = " besides the background" if data.background else ""
+        raise InputError(
+            f"labels holds {len(label_set)} classes; {data.name} has "
+            f"{data.number - data.background}{beside}"
+        )
+    background = own.pop("background", tree.get("background", [])) if data.background else []
+    wanted = Queries(label_set, background=tuple(background))
+    notes = tuple(tree.get("notes", ()))
+    dropped = [text for text in wanted.background if text not in wanted.rivals]
+    if dropped:
+        notes += (f"left out of the background, being classes: {', '.join(dropped)}",)
+    settings = {**tree.get("settings", {}), **own, "background": wanted.rivals}
+    if "seen_bias" in tree and data.unseen:
+        settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
+    base = route(settings, View(), Queries(label_set), rule(model.decision)())
+    own_values = {key: getattr(value, key) for value in base for key in option_names(value)}
+    changed = [
+        f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value
+    ]
+    if labels is not None:
+        changed.append("class texts")
+    view, queries, decision = route(changes, *base)
+    return Protocol(
+        name=Path(name).stem,
+        version=int(tree["version"]),
+        title=tree["title"],
+        source=tree["source"],
+        notes=notes,
+        view=view,
+        queries=queries,
+        decision=decision,
+        changed=tuple(changed),
+        present_only=present_only,
+    )
+
+
+def _of_set(
+    name: str, tree: dict[str, Any], data: SetDescription, model: OVSegModel
+) -> dict[str, Any]:
+    """Return what a protocol says about a data set.
+
+    Raises:
+        ConfigError: if it is not made for the model or says nothing about the set.
+    """
     made_for = tree.get("model")
     if made_for not in (None, model.decision):
+        fitting = [
+            other
+            for other in list_protocols()
+            if read_protocol(other).get("model") in (None, model.decision)
+        ]
         raise ConfigError(
             f"protocol {name!r} is made for models that label {made_for} and {model.name} labels "
-            f"{model.decision}; expected "
-            f"one of {[other for other in list_protocols() if read_protocol(other).get('model') in (None, model.decision)]}"
+            f"{model.decision}; expected one of {fitting}"
         )
     known = tree.get("data", {})
     if known and data.name not in known:
         raise ConfigError(
             f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. "
-            "Expected one of them, or the "
-            "protocol plain"
+            "Expected one of them, or the protocol plain"
         )
-    own = dict(known.get(data.name) or {})
-    given = own.pop("texts", None)
-    if given != {}:  # an empty one takes back what the protocol says for all sets
-        given = {
-            **{k: v for k, v in tree.get("texts", {}).items() if k in data.classes},
-            **(given or {}),
-        }
-    label_set = labels or _with_texts(data.label_set, given)
-    if len(label_set) != data.number - data.background:
-        raise InputError(
-            f"labels holds {len(label_set)} classes; {data.name} has "
-            f"{data.number - data.background}"
-            + (" besides the background" if data.background else "")
-        )
-    background = own.pop("background", tree.get("background", [])) if data.background else []
-    wanted = Queries(label_set, background=tuple(background))
-    dropped = [text for text in wanted.background if text not in wanted.rivals]
-    notes = (
-        *tree.get("notes", ()),
-        *([f"left out of the background, being classes: {', '.join(dropped)}"] if dropped else []),
-    )
-    settings = {**tree.get("settings", {}), **own, "background": wanted.rivals}
-    if "seen_bias" in tree and data.unseen:
-        settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
-    base = route(settings, View(), Queries(label_set), rule(model.decision)())
-    own_values = {name: getattr(value, name) for value in base for name in option_names(value)}
-    changed = tuple(
-        f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value
-    )
-    changed += ("class texts",) if labels is not None else ()
-    return Protocol(
-        Path(name).stem,
-        int(tree["version"]),
-        tree["title"],
-        tree["source"],
-        notes,
-        *route(changes, *base),
-        changed,
-        present_only,
-    )
+    return dict(known.get(data.name) or {})
 
 
 def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet:
+    """Return a label set with other texts for some classes."""
     unknown = sorted(set(texts) - set(labels.names))
     if unknown:
         raise ConfigError(f"texts are given for {unknown[0]!r}, which is none of the classes")
@@ -225,8 +236,14 @@ def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet
 
 
 def read_protocol(name: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The file of a protocol, with what it takes over from another one; ``below``: those that led
-    here.
+    """Read the file of a protocol, with what it takes over from another one.
+
+    Args:
+        name: of ``list_protocols``, or a file.
+        below: the protocols that led here.
+
+    Raises:
+        ConfigError: for an unknown name, one that is like itself, and a file that describes none.
     """
     is_file = Path(name).suffix in (".yaml", ".yml")
     if not (is_file or name in PROTOCOLS) or name in below:

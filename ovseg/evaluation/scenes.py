@@ -1,10 +1,11 @@
-"""The embedded scenes as a data set to evaluate on: all classes, or the things with the stuff as
-background.
+"""The embedded scenes as a data set to evaluate on, and what only scenes can tell.
 
-How units of patches cover what is there: too many units a region, and units that hold more than one
+``SceneSet`` counts all classes, or the things with the stuff as background. ``UnitCounts`` says how
+units of patches cover what is there: too many units a region, and units that hold more than one
 region.
 
-    over-segmentation    units a region, each unit counted for the region that is the most frequent in it                    (1)
+    over-segmentation    units a region, each unit counted for the region that is the most
+                         frequent in it                                                          (1)
     under-segmentation   share of pixels that are not of their unit's most frequent region       (2)
                          share of regions that are the most frequent of no unit                  (3)
 
@@ -14,6 +15,7 @@ regions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,20 +34,25 @@ from ..inference import Predictor, Segmentation
 from ..inference.rules.units import SemanticUnits
 from ..inference.segmentation import colour, contact_sheet, palette, save_result
 from ..systems import OVSegModel
-from .evaluate import Report, evaluate, rounded, table
+from .evaluate import evaluate
 from .metrics import harmonic_mean
 from .protocols import protocol
+from .report import Report, rounded, table
 
 SCENE_SETS = tuple(form + ending for form in VOCABULARIES for ending in ("", "_things"))
+_IN_A_ROW = 12  # scenes of a contact sheet
+_SIDE = 320  # pixels of an example in a gallery, at most
 
 
 class SceneSet:
-    """Validation scenes: ``digits``, ``shapes``; ``digits_things``, ``shapes_things`` count all
-    stuff as background.
+    """Validation scenes: ``digits``, ``shapes``, ``digits_things``, ``shapes_things``.
+
+    The last two count all stuff as background.
     """
 
     def __init__(self, name: str, count: int = 300, seed: int = 0):
-        form, self.things_only = name.removesuffix("_things"), name.endswith("_things")
+        form = name.removesuffix("_things")
+        self.things_only = name.endswith("_things")
         self.scenes = Scenes(form, "val", count, seed)
         words = self.scenes.vocabulary
         names = ("background", *words.things) if self.things_only else words.classes
@@ -55,11 +62,8 @@ class SceneSet:
             for name, split in zip(words.classes, words.split_of_class, strict=True)
             if split == "unseen"
         )
-        title = (
-            f"embedded scenes, {form}"
-            + (", stuff as background" if self.things_only else "")
-            + f", {count} of seed {seed}"
-        )
+        counted = ", stuff as background" if self.things_only else ""
+        title = f"embedded scenes, {form}{counted}, {count} of seed {seed}"
         self.description = SetDescription(
             name,
             title,
@@ -85,21 +89,20 @@ class SceneSet:
 def evaluate_scenes(
     model: OVSegModel, scenes: Scenes, *, keep: int = 0, progress: bool = False
 ) -> Report:
-    """Zero-shot segmentation with all class names by the protocol ``plain``, and image
-    classification by the same texts.
+    """Evaluate with all class names by the protocol ``plain``, and classify by the same texts.
 
-    Classification: is the most similar class one that is in the picture, among the things (chance:
-        about 1 in their number)?
+    A picture is classified rightly if the most similar of the things is one that is in it (chance:
+    about 1 in their number).
     """
-    return evaluate_scene_set(
-        model, SceneSet(scenes.form, len(scenes), scenes.seed), keep=keep, progress=progress
-    )
+    data = SceneSet(scenes.form, len(scenes), scenes.seed)
+    return evaluate_scene_set(model, data, keep=keep, progress=progress)
 
 
 def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **options: Any) -> Report:
     """``evaluate``, by ``chosen`` or the protocol ``plain``, and what only scenes can tell."""
-    words, hits = data.scenes.vocabulary, np.zeros(2, np.int64)
+    words = data.scenes.vocabulary
     things = set(words.things)
+    hits = np.zeros(2, np.int64)  # right, of all pictures with things
 
     def observe(i: int, predictor: Predictor, found: Segmentation) -> None:
         present = data.scenes[i].things
@@ -118,15 +121,10 @@ def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **opti
     split = np.array(["stuff" if name not in things else "thing" for name in report.scores.classes])
     matrix = report.scores.matrix[:, : len(split)]
     confused = matrix[split == "thing"]
-    seen = [
-        name
-        for name, split_ in zip(words.classes, words.split_of_class, strict=True)
-        if split_ == "seen"
-    ]  # without the stuff
-    seen_miou, unseen_miou = (
-        report.scores.miou_of(seen),
-        report.scores.miou_of(data.description.unseen),
-    )
+    splits = zip(words.classes, words.split_of_class, strict=True)
+    seen = [name for name, of_class in splits if of_class == "seen"]  # without the stuff
+    seen_miou = report.scores.miou_of(seen)
+    unseen_miou = report.scores.miou_of(data.description.unseen)
     report.summary |= {
         "seen_miou": rounded(seen_miou),
         "hiou": rounded(harmonic_mean(seen_miou, unseen_miou)),
@@ -140,8 +138,29 @@ def evaluate_scene_set(model: OVSegModel, data: SceneSet, *, chosen=None, **opti
     return report
 
 
+def scene_sheet(scenes: Scenes) -> Image.Image:
+    """Return a contact sheet of scenes with their masks and a legend."""
+    names = scenes.vocabulary.classes
+    rows: list[list[np.ndarray]] = []
+    titles: list[str] = []
+    present: set[int] = set()
+    for start in range(0, len(scenes), _IN_A_ROW):
+        part = scenes[start : start + _IN_A_ROW]
+        rows.append([scene.image for scene in part])
+        rows.append([colour(scene.mask, len(names)) for scene in part])
+        titles += [f"{part[0].index}-{part[-1].index}", "mask"]
+        present.update(int(i) for scene in part for i in np.unique(scene.mask))
+    return contact_sheet(rows, titles, _legend(present, names))
+
+
+def _legend(present: Iterable[int], names: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
+    """Return the colours and names of the classes that are present."""
+    colours = palette(len(names))
+    return [(tuple(int(v) for v in colours[i]), names[i]) for i in sorted(present)]
+
+
 def scene_table(rows: list[dict[str, Any]]) -> str:
-    """The summaries that the demo shows, as a Markdown table."""
+    """Return the summaries that the demo shows as a Markdown table."""
     columns = {
         "model": "model",
         "seen_miou": "seen mIoU",
@@ -156,38 +175,28 @@ def scene_table(rows: list[dict[str, Any]]) -> str:
 
 
 def gallery(reports: dict[str, Report], count: int = 10, scale: int | None = None) -> Image.Image:
-    """Picture, truth and each prediction of the examples that the reports share, with a legend of
-    the classes seen there.
+    """Show picture, truth and each prediction of the examples that the reports share.
+
+    A legend names the classes seen there.
     """
     first = next(iter(reports.values()))
-    examples, classes = first.examples[:count], first.data.classes
+    examples = first.examples[:count]
+    classes = first.data.classes
     side = max(max(picture.shape[:2]) for picture, _, _ in examples)
-    smaller = max(1, side // 320)
+    smaller = max(1, side // _SIDE)
     rows = [
         [picture[::smaller, ::smaller] for picture, _, _ in examples],
         [colour(truth[::smaller, ::smaller], len(classes)) for _, truth, _ in examples],
     ]
     for report in reports.values():
-        rows.append(
-            [
-                colour(labels[::smaller, ::smaller], len(classes))
-                for _, _, labels in report.examples[:count]
-            ]
-        )
-    present = sorted(
-        {
-            int(i)
-            for _, truth, labels in examples
-            for x in (truth, labels)
-            for i in np.unique(x)
-            if i >= 0
-        }
-    )
-    legend = [(tuple(int(v) for v in palette(len(classes))[i]), classes[i]) for i in present]
+        predicted = [labels[::smaller, ::smaller] for _, _, labels in report.examples[:count]]
+        rows.append([colour(labels, len(classes)) for labels in predicted])
+    maps = [labels for _, *both in examples for labels in both]
+    present = {int(i) for labels in maps for i in np.unique(labels) if i >= 0}
     return contact_sheet(
         rows,
         ["image", "truth", *reports],
-        legend,
+        _legend(present, classes),
         scale=scale or max(1, 96 // max(1, side // smaller)),
     )
 
@@ -200,8 +209,13 @@ def save_gallery(reports: dict[str, Report], out: Path) -> Path | None:
 
 @dataclass
 class UnitCounts:
-    """Sums over pictures: of ``units`` and ``regions`` for (1), ``wrong`` of all ``pixels`` for
-    (2), ``lost`` regions for (3).
+    """Sums over pictures.
+
+    Attributes:
+        pictures: how many.
+        units, regions: for (1).
+        wrong, pixels: for (2), pixels of another region, of all.
+        lost: for (3), regions.
     """
 
     pictures: int = 0
@@ -212,7 +226,7 @@ class UnitCounts:
     lost: int = 0
 
     def update(self, units: np.ndarray, truth: np.ndarray) -> None:
-        """One picture: ``units`` and ``truth`` [H, W] integers; truth below 0 is not counted."""
+        """Add a picture: ``units`` and ``truth`` [H, W] integers; truth below 0 is not counted."""
         if units.shape != truth.shape or units.ndim != 2:
             raise InputError(
                 f"units has shape {list(units.shape)} and truth {list(truth.shape)}; expected one "
@@ -232,9 +246,7 @@ class UnitCounts:
         self.lost += table.shape[1] - len(np.unique(table.argmax(1)))
 
     def summary(self) -> dict[str, float]:
-        """``units`` a picture, ``units_per_region`` (1), ``impure_pixels`` (2) and ``lost_regions``
-        (3) in percent.
-        """
+        """Return the figures: ``units`` are those of a picture, (2) and (3) are in percent."""
         return {
             "units": round(self.units / max(1, self.pictures), 2),
             "units_per_region": round(self.units / max(1, self.regions), 2),
@@ -247,8 +259,9 @@ class UnitCounts:
 def count_units(
     model: OVSegModel, scenes: Scenes, decision: SemanticUnits | None = None
 ) -> UnitCounts:
-    """Of the rule's units on scenes seen whole; those of patches are as large as a patch."""
-    decision, found = decision or SemanticUnits(), UnitCounts()
+    """Count the rule's units on scenes seen whole; units of patches are as large as a patch."""
+    decision = decision or SemanticUnits()
+    found = UnitCounts()
     predictor = Predictor(model, decision=decision)
     for i in range(len(scenes)):
         scene = scenes[i]

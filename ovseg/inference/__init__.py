@@ -1,5 +1,7 @@
-"""Pictures in, label maps out: how a picture is seen (``View``), what is asked (``Queries``), how
-it is decided (``decisions``).
+"""Pictures in, label maps out.
+
+How a picture is seen is a ``View``, what is asked are ``Queries``, how it is decided is a
+``Decision``, one of ``rules``.
 """
 
 from .predictor import Predictor, segment

@@ -1,4 +1,4 @@
-"""From a picture in any form to pixels on the canvas of its windows: read, resized, uploaded."""
+"""Pictures in any form become pixels on the canvas of their windows: read, resized, uploaded."""
 
 from __future__ import annotations
 
@@ -46,33 +46,29 @@ class Prepared:
     view: View
 
     def image(self) -> Image.Image:
-        """The picture; reads a tensor's device."""
+        """Return the picture; reads a tensor's device."""
         return self.source if isinstance(self.source, Image.Image) else _to_image(self.source)
 
     def unit(self, device: torch.device) -> torch.Tensor:
-        """[3, H, W] in 0..1, of the picture's own size."""
-        return (
-            upload(to_tensor(self.source), device)
-            if isinstance(self.source, Image.Image)
-            else self.source.to(device) / 255
-        )
+        """Return the picture's values in 0..1, [3, H, W] of its own size."""
+        if isinstance(self.source, Image.Image):
+            return upload(to_tensor(self.source), device)
+        return self.source.to(device) / 255
 
 
 def prepare(picture: Any, view: View, spec: ModelSpec) -> Prepared:
-    """One picture in any form that ``read_image`` takes."""
+    """Read and resize one picture in any form that ``read_image`` takes."""
     image = read_image(picture, max_pixels=view.max_pixels)
-    placement = place(
-        (image.height, image.width),
-        view,
-        patch=spec.patch_size,
-        trained=spec.image_size,
-        stride=spec.stride,
-    )
+    placement = _placed((image.height, image.width), view, spec)
     return Prepared(image, resized(image, placement.canvas, view.resize), placement, view)
 
 
+def _placed(size: tuple[int, int], view: View, spec: ModelSpec) -> Placement:
+    return place(size, view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride)
+
+
 def pictures_of(images: Any, name: str) -> Iterable[Any]:
-    """Several pictures, which are to be walked over.
+    """Return several pictures, which are to be walked over.
 
     Raises:
         InputError: for one picture, which would be walked over row by row or letter by letter, and
@@ -80,14 +76,10 @@ def pictures_of(images: Any, name: str) -> Iterable[Any]:
     """
     if isinstance(images, torch.Tensor):
         check_dense(name, images, "a list of pictures or a tensor [B, 3, H, W]")
-    several = (
-        images.dim() == 4
-        if isinstance(images, torch.Tensor)
-        else (
-            isinstance(images, Iterable)
-            and not isinstance(images, str | bytes | bytearray | np.ndarray | Mapping | Image.Image)
-        )
-    )
+        several = images.dim() == 4
+    else:
+        one = str | bytes | bytearray | np.ndarray | Mapping | Image.Image
+        several = isinstance(images, Iterable) and not isinstance(images, one)
     if several:
         return images
     what = f"a {type(images).__name__}"
@@ -97,17 +89,16 @@ def pictures_of(images: Any, name: str) -> Iterable[Any]:
         what = repr(str(images))
     raise InputError(
         f"{name} is {what}; expected a list of pictures or a tensor [B, 3, H, W]. One picture: "
-        "[picture]; an array "
-        "[B, H, W, 3]: list(array)"
+        "[picture]; an array [B, H, W, 3]: list(array)"
     )
 
 
 def prepare_tensors(
     images: torch.Tensor, view: View, spec: ModelSpec
 ) -> tuple[list[Prepared], torch.Tensor | None]:
-    """The pictures of [B, 3, H, W], and whether a value lies outside of 0..1 as a 0-dim tensor,
-    which is not read here.
+    """Resize the pictures of [B, 3, H, W].
 
+    Returns them, and whether a value lies outside of 0..1, as a 0-dim tensor that is not read here.
     They stay on their device, unless bicubic resizing, which is Pillow's, takes them to the CPU.
     Floats are rounded to 1/255, as for pictures in any other form.
     """
@@ -128,23 +119,18 @@ def prepare_tensors(
             f"images is {width}x{height} = {height * width} pixels; the limit is "
             f"{view.max_pixels}: it is too large. " + TOO_LARGE
         )
-    placement = place(
-        (height, width), view, patch=spec.patch_size, trained=spec.image_size, stride=spec.stride
-    )
-    if placement.canvas == (height, width):
+    placement = _placed((height, width), view, spec)
+    size = placement.canvas
+    if size == (height, width):
         canvas = list(images)
     elif view.resize == "bilinear":
         canvas = list(
-            F.interpolate(
-                images.float() / 255, placement.canvas, mode="bilinear", align_corners=False
-            )
+            F.interpolate(images.float() / 255, size, mode="bilinear", align_corners=False)
         )
     else:
-        canvas = [resized(_to_image(image), placement.canvas, "bicubic") for image in images]
-    return [
-        Prepared(image, pixels, placement, view)
-        for image, pixels in zip(images, canvas, strict=True)
-    ], wrong
+        canvas = [resized(_to_image(image), size, "bicubic") for image in images]
+    pairs = zip(images, canvas, strict=True)
+    return [Prepared(image, pixels, placement, view) for image, pixels in pairs], wrong
 
 
 def read_ahead(
@@ -155,11 +141,15 @@ def read_ahead(
     *,
     weigh: Callable[[_Item], int] | None = None,
 ) -> Iterator[list[tuple[_Item, _Read]]]:
-    """Lists of up to ``batch`` (item, what ``read`` made of it) in their order.
+    """Yield lists of (item, what ``read`` made of it) in their order.
 
     As many again, no more, are read in threads meanwhile.
 
     Args:
+        items: in any number.
+        read: called with each, in a thread.
+        batch: the length of a list, at most.
+        readers: threads.
         weigh: pixels of an item. Large ones come in shorter lists, and alone where one has half of
             ``PIXELS_AHEAD``.
     """
@@ -192,7 +182,10 @@ def read_ahead(
 
 
 def pixels_of(item: Any) -> int:
-    """Of a picture in any form, by its header; 0 for what has none, which its reader will say."""
+    """Count the pixels of a picture in any form by its header.
+
+    Returns 0 for what has none, which its reader will say.
+    """
     try:
         if isinstance(item, np.ndarray | torch.Tensor):
             return int(np.prod(item.shape)) // 3
@@ -211,7 +204,7 @@ def pixels_of(item: Any) -> int:
 
 
 def resized(picture: Image.Image, canvas: tuple[int, int], how: str) -> torch.Tensor:
-    """RGB picture to [3, Hc, Wc]: uint8, or floats in 0..1 where ``how`` gives values between."""
+    """Resize a picture to [3, Hc, Wc]: uint8, or floats in 0..1 where ``how`` gives them."""
     if picture.size == canvas[::-1]:
         return _to_bytes(picture)
     if how == "bicubic":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -43,7 +43,7 @@ class Source:
         return f"{self.path}:{self.member}" if self.member else str(self.path)
 
     def read(self) -> Path | bytes:
-        """What ``read_image`` takes.
+        """Return what ``read_image`` takes.
 
         Raises:
             InputError: if the shard has become shorter since it was listed.
@@ -61,9 +61,14 @@ class Source:
         return data
 
 
+Found = tuple[PurePosixPath, Source]  # the path of the results, with the picture's suffix
+
+
 def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
-    """The pictures that ``names`` stand for, and what is wrong among them: files that look like
-    pictures and are none, damaged shards.
+    """Find the pictures that ``names`` stand for.
+
+    Returns them, and what is wrong among them, a line each: files that look like pictures and are
+    none, damaged shards.
 
     A name is a picture; a folder (all pictures below); a pattern such as ``photos/*.jpg`` or
     ``shards/*.tar``; a range of names, ``shard-{000..002}.tar``; a list of any of these, ``.txt``
@@ -97,9 +102,11 @@ def find_pictures(names: Sequence[str]) -> tuple[list[Source], list[str]]:
     return list(results.values()), search.problems
 
 
-def _result_names(found: Iterable[tuple[PurePosixPath, Source]]) -> dict[PurePosixPath, str]:
-    """Paths without their suffix; those that would be one name keep it, and those that are then in
-    the way of such a name.
+def _result_names(found: Iterable[Found]) -> dict[PurePosixPath, str]:
+    """Return the result name of each path: the path without its suffix.
+
+    Paths that would have one name keep their suffix, and so do those that are then in the way of
+    such a name.
     """
     relatives = [relative for relative, _ in set(found)]
     names = {relative: str(relative.with_suffix("")) for relative in relatives}
@@ -115,13 +122,12 @@ def _result_names(found: Iterable[tuple[PurePosixPath, Source]]) -> dict[PurePos
 
 
 def _place(source: Source) -> tuple[str, int | None]:
-    return os.path.realpath(
-        source.path
-    ), source.offset  # Path.resolve fails on links that lead to each other
+    # Path.resolve fails on links that lead to each other.
+    return os.path.realpath(source.path), source.offset
 
 
 class _Search:
-    """What names stand for: (path of the results with the picture's suffix, picture) of each.
+    """A search for what names stand for.
 
     Attributes:
         problems: what cannot be done, a line each.
@@ -132,7 +138,8 @@ class _Search:
         self.problems: list[str] = []
         self.notes: list[str] = []
 
-    def expand(self, name: str, *, listed: bool = False) -> list[tuple[PurePosixPath, Source]]:
+    def expand(self, name: str, *, listed: bool = False) -> list[Found]:
+        """Find the pictures of a name; ``listed``: it stands in a list, which names no list."""
         path = Path(name)
         if not name.strip():
             raise InputError(
@@ -144,7 +151,7 @@ class _Search:
             return self._folder(path)
         if not os.path.lexists(path):  # a long pattern too
             if (names := expand_braces(name)) != [name]:
-                return self._each(names, listed)
+                return self._each(names, lambda one: self.expand(one, listed=listed))
             if glob.has_magic(name):
                 return self._pattern(name)
         suffix = path.suffix.lower()
@@ -170,14 +177,16 @@ class _Search:
             raise InputError(f"{name!r} is {what}")
         return [(PurePosixPath(path.name), Source("", path))]
 
-    def _each(self, names: Sequence[str], listed: bool) -> list[tuple[PurePosixPath, Source]]:
-        """Of several names that one stands for: one that cannot be used is named and the others
-        are, unless there is no other.
+    def _each(self, names: Iterable[str], find: Callable[[str], list[Found]]) -> list[Found]:
+        """Find the pictures of several names that one stands for.
+
+        A name that cannot be used is told and the others are used, unless there is no other.
         """
-        found, failed = [], []
+        found: list[Found] = []
+        failed: list[str] = []
         for name in names:
             try:
-                found += self.expand(name, listed=listed)
+                found += find(name)
             except InputError as error:
                 failed.append(str(error))
         if failed and not found:
@@ -185,7 +194,7 @@ class _Search:
         self.problems += failed
         return found
 
-    def _folder(self, path: Path) -> list[tuple[PurePosixPath, Source]]:
+    def _folder(self, path: Path) -> list[Found]:
         seen = look(path)
         self.problems += seen.bad
         if not seen.pictures:
@@ -197,21 +206,21 @@ class _Search:
         self.notes += seen.left_out()
         return [(PurePosixPath(name), Source("", path / name)) for name in seen.pictures]
 
-    def _pattern(self, name: str) -> list[tuple[PurePosixPath, Source]]:
-        matched, seen, own = [], Folder(Path(name)), OwnResults()
+    def _pattern(self, name: str) -> list[Found]:
+        matched: list[str] = []
+        seen = Folder(Path(name))
+        own = OwnResults()
         for match in sorted(glob.glob(name, recursive=True)):
             path = Path(match)
-            suffix, why = path.suffix.lower(), no_file(match)
+            suffix = path.suffix.lower()
+            why = no_file(match)
             if any(hidden(part) and part not in Path(name).parts for part in path.parts):
                 seen.hidden.append(match)
             elif why is None and own.holds(path):
                 seen.results.append(match)
             elif suffix in UNREAD and why is None:
                 self.problems.append(f"{match}: {not_read(suffix, ', '.join(FORMATS))}")
-            elif suffix not in (
-                *SUFFIXES,
-                ".tar",
-            ):  # captions and whatever else lies beside them are no pictures
+            elif suffix not in (*SUFFIXES, ".tar"):  # captions and whatever else lies beside them
                 seen.others["folders" if why == "is a folder" else suffix or "no suffix"] += 1
             elif why is not None:
                 self.problems.append(f"{match} {why}; expected a picture or a shard")
@@ -220,34 +229,22 @@ class _Search:
         if not matched:
             raise InputError(f"no picture or shard matches {name!r}, but {seen.found()}")
         self.notes += seen.left_out()
-        return self._each(matched, listed=True)
+        return self._each(matched, lambda match: self.expand(match, listed=True))
 
-    def _list(self, path: Path) -> list[tuple[PurePosixPath, Source]]:
-        lines = lines_of(path, "list", "a text file with a picture on each line", InputError)
-        found, failed = [], []
-        for line in lines:
-            try:
-                entries = self.expand(
-                    line if address(line) else str(path.parent / line), listed=True
-                )
-            except InputError as error:
-                failed.append(str(error))
-                continue
+    def _list(self, path: Path) -> list[Found]:
+        def find(line: str) -> list[Found]:
+            name = line if address(line) else str(path.parent / line)
+            entries = self.expand(name, listed=True)
             relative = PurePosixPath(line)
-            if (
-                len(entries) == 1
-                and not relative.is_absolute()
-                and ".." not in relative.parts
-                and relative.suffix.lower() in SUFFIXES
-            ):
-                entries = [(relative, entries[0][1])]  # the list's folders are mirrored
-            found += entries
-        if failed and not found:
-            raise InputError(failed[0])
-        self.problems += failed
-        return found
+            inside = not relative.is_absolute() and ".." not in relative.parts
+            if len(entries) == 1 and inside and relative.suffix.lower() in SUFFIXES:
+                return [(relative, entries[0][1])]  # the list's folders are mirrored
+            return entries
 
-    def _shard(self, path: Path) -> list[tuple[PurePosixPath, Source]]:
+        lines = lines_of(path, "list", "a text file with a picture on each line", InputError)
+        return self._each(lines, find)
+
+    def _shard(self, path: Path) -> list[Found]:
         shard = read_shard(path)
         self.problems += shard.bad
         if not shard.members and shard.whole:

@@ -1,6 +1,7 @@
 """How pictures are seen: the first of the three values that make a label map.
 
-Sliding windows: where they lie on a picture, and what a model sees in those of many pictures.
+``View`` says it, ``place`` finds where the windows of a picture lie, ``encode`` shows those of many
+pictures to a model.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from itertools import groupby
 
 import torch
 
+from ..bounds import POSITIVE, bounded, check_bounds
 from ..data.images import MAX_PIXELS
 from ..errors import InputError
 from ..systems import OVSegModel, PatchFeatures
-from .fields import one_of, option, positive
 
 WINDOWS = 32  # times max_tokens: patches of all windows of a picture
 
 
 def patches(size: tuple[int, int], patch: int, stride: int | None = None) -> int:
-    """How many a window of ``size`` has."""
+    """Count the patches of a window of ``size``."""
     return math.prod(max(0, side - patch) // (stride or patch) + 1 for side in size)
 
 
@@ -45,31 +46,44 @@ class View:
             their square. All windows of a picture may have ``WINDOWS`` times as many.
     """
 
-    short_side: int | None = option(None, "resize pictures to this short side before encoding")
-    long_side: int | None = option(
-        None, "and make them smaller where the long side would exceed this"
+    short_side: int | None = bounded(
+        None, within=POSITIVE, help="resize pictures to this short side before encoding"
     )
-    resize: str = option("bicubic", "bicubic (antialiased) or bilinear (not, as OpenCV does it)")
-    crop: int | None = option(None, "see the resized picture through square windows of this side")
-    stride: int | None = option(
-        None, "pixels from one window to the next (default: half of --crop)"
+    long_side: int | None = bounded(
+        None, within=POSITIVE, help="and make them smaller where the long side would exceed this"
     )
-    window_batch: int = option(8, "windows in one encoder call, of several pictures")
-    max_pixels: int = option(MAX_PIXELS, f"pictures of more pixels are refused ({MAX_PIXELS})")
-    max_tokens: int = option(32768, "pictures of more patches in one view are refused (32768)")
+    resize: str = bounded(
+        "bicubic",
+        one_of=("bicubic", "bilinear"),
+        form="one",
+        help="bicubic (antialiased) or bilinear (not, as OpenCV does it)",
+    )
+    crop: int | None = bounded(
+        None,
+        within=POSITIVE,
+        help="see the resized picture through square windows of this side",
+    )
+    stride: int | None = bounded(
+        None,
+        within=POSITIVE,
+        help="pixels from one window to the next (default: half of --crop)",
+    )
+    window_batch: int = bounded(
+        8, within=POSITIVE, help="windows in one encoder call, of several pictures"
+    )
+    max_pixels: int = bounded(
+        MAX_PIXELS,
+        within=POSITIVE,
+        help=f"pictures of more pixels are refused ({MAX_PIXELS})",
+    )
+    max_tokens: int = bounded(
+        32768,
+        within=POSITIVE,
+        help="pictures of more patches in one view are refused (32768)",
+    )
 
-    def __post_init__(self):
-        one_of(self, "resize", ("bicubic", "bilinear"))
-        positive(
-            self,
-            "short_side",
-            "long_side",
-            "crop",
-            "stride",
-            "window_batch",
-            "max_pixels",
-            "max_tokens",
-        )
+    def __post_init__(self) -> None:
+        check_bounds(self, "", InputError)
         if self.stride is not None and self.crop is None:
             raise InputError(
                 f"stride is {self.stride} and crop is missing; expected both, or neither"
@@ -79,12 +93,16 @@ class View:
 
     @property
     def step(self) -> int | None:
-        """Pixels from one window to the next; None without windows."""
+        """The pixels from one window to the next; None without windows."""
         return None if self.crop is None else self.stride or max(1, self.crop // 2)
 
     def check(self, *, patch: int, trained: int, stride: int | None = None) -> None:
-        """Whether a model of this patch, training size and step between patches (the patch if None)
-        can see pictures so.
+        """Refuse to show pictures so to a model of this patch, training size and step of patches.
+
+        Args:
+            patch: side of a patch in pixels.
+            trained: the size that the model was trained at.
+            stride: pixels from patch to patch; the patch if None.
 
         Raises:
             InputError: for a short side below a patch, and windows that are no whole patches,
@@ -93,15 +111,15 @@ class View:
         short = self.short_side or trained
         if short < patch:
             raise InputError(f"short_side is {short}; expected at least a patch, {patch} pixels")
-        if self.crop is not None and not (patch <= self.crop <= short and self.crop % patch == 0):
+        if self.crop is None:
+            return
+        if not (patch <= self.crop <= short and self.crop % patch == 0):
             raise InputError(
                 f"crop is {self.crop}; expected a multiple of the patch, {patch} pixels, up to "
                 f"the short side, {short}"
             )
-        if (
-            self.crop is not None
-            and (count := patches((self.crop, self.crop), patch, stride)) > self.max_tokens
-        ):
+        count = patches((self.crop, self.crop), patch, stride)
+        if count > self.max_tokens:
             raise InputError(
                 f"crop is {self.crop}, {count} patches of {patch}; expected at most "
                 f"{self.max_tokens} (max_tokens)"
@@ -127,7 +145,7 @@ class Placement:
 
     @property
     def windows(self) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """origins, crop, canvas, size as ``window_argmax`` takes them.
+        """The origins, crop, canvas and size, as ``window_argmax`` takes them.
 
         A whole picture is one window at the size of the labels.
         """
@@ -139,46 +157,47 @@ class Placement:
 def place(
     size: tuple[int, int], view: View, *, patch: int, trained: int, stride: int | None = None
 ) -> Placement:
-    """The windows of a picture of ``size`` (H, W) for a model with this patch size, trained at
-    ``trained`` pixels, ``stride`` from patch to patch where that is less.
+    """Find the windows of a picture of ``size`` (H, W).
 
     The canvas has the picture's shape: of both sides, one that a window does not fit into is
     rounded to whole patches, and the windows are as long as it is; so is a picture that is seen
     whole.
 
+    Args:
+        size: of the picture.
+        view: how it is seen; one that ``View.check`` has let pass.
+        patch: side of the model's patch in pixels.
+        trained: the size that the model was trained at.
+        stride: pixels from patch to patch; the patch if None.
+
     Raises:
         InputError: if the resized picture would exceed ``max_pixels`` or ``max_tokens``, or
-            ``long_side`` leave less than half a patch of its short side; as ``View.check`` does.
+            ``long_side`` leave less than half a patch of its short side.
     """
-    view.check(patch=patch, trained=trained, stride=stride)
     short = view.short_side or trained
     factor = short / min(size)
+    about = f"image is {size[1]}x{size[0]}; resized to short side {short}"
     if view.long_side is not None:
         factor = min(factor, view.long_side / max(size))
-    about = f"image is {size[1]}x{size[0]}; resized to short side {short}" + (
-        f" and long side {view.long_side}" if view.long_side else ""
-    )
+        about += f" and long side {view.long_side}"
     if min(size) * factor < patch / 2:
         raise InputError(
             f"{about} its short side would be {min(size) * factor:.1f} pixels, less than half a "
-            f"patch of {patch}; expected a "
-            "larger long_side, or crop and no long_side"
+            f"patch of {patch}; expected a larger long_side, or crop and no long_side"
         )
     height, width = (_side(side * factor, patch, view.crop) for side in size)
-    crop = (height, width) if view.crop is None else (min(view.crop, height), min(view.crop, width))
     if height * width > view.max_pixels:
         raise InputError(
             f"{about} it would have {height * width} pixels and the limit is {view.max_pixels}; "
-            "set long_side to make it "
-            "smaller, or max_pixels (--long-side, --max-pixels)"
+            "set long_side to make it smaller, or max_pixels (--long-side, --max-pixels)"
         )
+    crop = (height, width) if view.crop is None else (min(view.crop, height), min(view.crop, width))
     tokens = patches(crop, patch, stride)
     if tokens > view.max_tokens:
         raise InputError(
             f"{about} it would be {width}x{height}, {tokens} patches in one view, and the limit "
-            f"is {view.max_tokens}; set "
-            "long_side to make it smaller, crop to see it through windows, or max_tokens "
-            "(--long-side, --crop, --max-tokens)"
+            f"is {view.max_tokens}; set long_side to make it smaller, crop to see it through "
+            "windows, or max_tokens (--long-side, --crop, --max-tokens)"
         )
     if view.step is None:
         return Placement(size, (height, width), (height, width), None)
@@ -187,16 +206,15 @@ def place(
     if count * tokens > WINDOWS * view.max_tokens:
         raise InputError(
             f"{about} it would be {width}x{height}, {count} windows of {tokens} patches, and the "
-            f"limit is {WINDOWS} times "
-            f"{view.max_tokens} patches; set long_side to make it smaller, crop and stride for "
-            "fewer windows, or max_tokens "
-            "(--long-side, --crop, --stride, --max-tokens)"
+            f"limit is {WINDOWS} times {view.max_tokens} patches; set long_side to make it "
+            "smaller, crop and stride for fewer windows, or max_tokens (--long-side, --crop, "
+            "--stride, --max-tokens)"
         )
     return Placement(size, (height, width), crop, window_origins((height, width), crop, step))
 
 
 def _side(exact: float, patch: int, crop: int | None) -> int:
-    """A side of the canvas.
+    """Return a side of the canvas.
 
     Windows cut it at any pixel; what is seen in one piece is whole patches.
     """
@@ -211,7 +229,7 @@ def _count(size: int, side: int, step: int) -> int:
 def window_origins(
     canvas: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]
 ) -> torch.Tensor:
-    """[n, 2] int64, row and column of each window, row by row.
+    """Return row and column of each window, row by row, [n, 2] int64.
 
     As mmsegmentation cuts them: ``max(size - crop + stride - 1, 0) // stride + 1`` along an axis,
     the last ones shifted back to the border, so that every window is whole.
@@ -238,7 +256,7 @@ def window_origins(
 def encode(
     model: OVSegModel, pictures: Sequence[tuple[torch.Tensor, Placement]], batch: int
 ) -> list[PatchFeatures]:
-    """Features of the windows of each picture.
+    """Encode the windows of each picture.
 
     Windows of one size and dtype, of whichever picture, share encoder calls.
 

@@ -246,23 +246,22 @@ class OVSegModel(nn.Module):
     def encode_checked(
         self,
         labels: Sequence[str],
-        templates: str | Sequence[str] | None = None,
+        templates: Sequence[str],
         *,
         unit: bool = True,
     ) -> torch.Tensor:
-        """Encode labels that have been looked at, as ``encode_labels`` does it.
+        """Encode labels and format strings that have been looked at, as ``encode_labels`` does it.
 
         Synonyms may read the same.
         """
-        chosen = resolve_templates(self.templates if templates is None else templates)
-        texts = [template.replace("{}", label) for label in labels for template in chosen]
+        texts = [template.replace("{}", label) for label in labels for template in templates]
         starts = range(0, len(texts), _TEXTS_AT_ONCE)
         shown = bar(starts, show=len(starts) > 4, unit="batch", desc="encoding labels", leave=False)
         rows = [
             self.encode_text(self.tokenizer(texts[start : start + _TEXTS_AT_ONCE]))
             for start in shown
         ]
-        embeddings = torch.cat(rows).unflatten(0, (len(labels), len(chosen)))
+        embeddings = torch.cat(rows).unflatten(0, (len(labels), len(templates)))
         if unit:
             embeddings = F.normalize(embeddings, dim=-1)
         return F.normalize(embeddings.mean(1), dim=-1)

@@ -32,9 +32,9 @@ _WEIGHTS = ("clip", "dino", "weights")  # options that name some
 
 
 def files_of_systems(kind: str) -> list[Path]:
-    """Return the folders called ``kind``, such as ``recipes``, inside the systems that have one."""
+    """Return what is called ``kind``, ``recipes`` or ``demo.yaml``, in the systems that have it."""
     places = (_folder(system) / kind for system in SYSTEMS)
-    return [place for place in places if place.is_dir()]
+    return [place for place in places if place.exists()]
 
 
 def _folder(system: str) -> Path:

@@ -10,9 +10,9 @@ from PIL import Image
 from processor_time import processor_seconds
 from safetensors.torch import save_file
 
-from ovseg.cli.built_in import built_in
 from ovseg.cli.main import VERBS, main
 from ovseg.data.scenes import Scenes
+from ovseg.inference.built_in import built_in
 from ovseg.inference.segmentation import colour
 
 SMALL = ["data.style=shapes", "data.train_size=30", "train.batch_size=8", "train.steps=2",
@@ -199,9 +199,9 @@ def test_bench_memory_sees_a_large_allocation():
 
 def test_bench_of_a_whole_picture(tmp_path):
     """The same labels as the procedure of published code, with a model cut to one block."""
-    from ovseg_benchmarks import segmentation
+    from ovseg_benchmarks.whole import pictures
 
-    rows = segmentation.run(repeats=1, out=str(tmp_path / "out.json"), layers=1)
+    rows = pictures.run(repeats=1, out=str(tmp_path / "out.json"), layers=1)
     assert [row["case"] for row in rows] == ["683x512", "640x480"] and json.loads((tmp_path / "out.json").read_text())["rows"] == rows
     assert all(row["differing labels"] <= 1e-4 * row["pixels"] and row["labels that occur"] > 1 for row in rows)
     assert main(["bench", "contrastive_loss", "--whole", "pictures"]) == 2

@@ -49,7 +49,7 @@ def test_demo_of_all_systems(tmp_path, capsys, monkeypatch):
 
 
 def test_the_benchmarks_plain_version_is_the_same_loss():
-    from ovseg_benchmarks import mgca as plain
+    from ovseg_benchmarks.whole import mgca as plain
 
     parts = plain.training_parts(3, 7)
     losses = {which: parts[which]() for which in ("ours", "eager")}

@@ -112,7 +112,7 @@ def test_demo_trains_the_clip_that_is_not_bundled(tmp_path, capsys, monkeypatch)
 
 def test_the_benchmarks_plain_version_is_the_same_model():
     """What the benchmark compares with computes the same loss, gradients and labels."""
-    from ovseg_benchmarks import zegclip as plain
+    from ovseg_benchmarks.whole import zegclip as plain
 
     parts = plain.training_parts(9, 96, 0.0)
     found = []

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from ovseg.cli.main import main
-from ovseg.cli.train import validation
 from ovseg.data.sources import ModelInputs, create_source, load_options
 from ovseg.errors import ConfigError, DataError, InputError
+from ovseg.evaluation.validation import validation
 from ovseg.training.recipe import load_recipe
 
 pytestmark = pytest.mark.third_trial(10)

@@ -11,7 +11,7 @@ from ovseg.data.labels import LabelSet
 from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
 from ovseg.inference import View
-from ovseg.inference.predictor import route
+from ovseg.inference.flat_options import route
 from ovseg.inference.queries import EncodedQueries, Queries
 from ovseg.inference.rules.groups import GroupTables, group_tables
 from ovseg.inference.rules.patches import PatchArgmax, pamr

@@ -12,7 +12,7 @@ from ovseg.data.scenes import Scenes
 from ovseg.errors import InputError
 from ovseg.inference import Queries, View
 from ovseg.inference import rules as decisions
-from ovseg.inference.predictor import option_names, route
+from ovseg.inference.flat_options import option_names, route
 from ovseg.inference.queries import EncodedQueries
 from ovseg.inference.rules import rule, rule_names
 from ovseg.inference.rules.groups import GroupTables
@@ -161,12 +161,12 @@ from dataclasses import dataclass
 import torch
 import ovseg_kernels as ok
 from ovseg.inference.rules import Decision
-from ovseg.inference.fields import option
+from ovseg.bounds import bounded
 
 @dataclass(frozen=True)
 class Lowered(Decision):
     """Mask logits of each class, [n, C, h, w]: sigmoid in the windows, seen classes lowered at the end."""
-    lowered: float = option(0.0, "taken off the masks of seen classes")
+    lowered: float = bounded(0.0, help="taken off the masks of seen classes")
     seen: tuple[str, ...] = ()
 
     def label_map(self, model, features, queries, placement, *, allowed=None, picture=None):

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from ovseg_benchmarks import ovsegmentor as plain
+from ovseg_benchmarks.whole import ovsegmentor as plain
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -366,7 +366,7 @@ def test_checkpoints_run_no_code(tmp_path, capsys):
 
 def test_the_benchmarks_plain_version_is_the_same_model(vit):
     """What the benchmark compares with computes the same loss and labels."""
-    from ovseg_benchmarks import segclip as plain
+    from ovseg_benchmarks.whole import segclip as plain
 
     batch = plain.training_batch(vit, 2, 64)
     ours, theirs = create_objective(vit)(batch)["total"], plain.published_loss(vit, batch)

@@ -17,15 +17,15 @@ from test_damaged_runs import flip
 from test_trainer import SMALL, STAGES, recipe, weights
 
 import ovseg
-from ovseg.cli.demo import _shorten
 from ovseg.cli.main import main
-from ovseg.cli.train import validation
 from ovseg.data.loader import Loader
 from ovseg.errors import CheckpointError, ConfigError, DataError, InputError
 from ovseg.evaluation.scenes import save_gallery
+from ovseg.evaluation.validation import validation
 from ovseg.replacing import replacing
 from ovseg.systems.clip_dense.objective import ClipDenseObjective
 from ovseg.training import start_checks, state, trainer
+from ovseg.training.demo import shorten
 from ovseg.training.hooks import Log, plot_loss
 from ovseg.training.recipe import list_recipes, load_recipe, stages_of, to_dict
 from ovseg.training.schedule import Schedule, misfits
@@ -339,17 +339,17 @@ def test_numbers_that_do_not_fit_are_said_at_the_start(tmp_path, caplog):
 @pytest.mark.third_trial(9)
 def test_a_shortened_demo_has_a_shorter_warm_up():
     clip = load_recipe("clip_scenes")
-    _shorten(clip, 16)
+    shorten(clip, 16)
     assert (
         clip.train.steps == 16
         and clip.schedule.warmup_steps == 0
         and misfits(clip.schedule, clip.optim.lr, 16) == []
     )
     longer = load_recipe("clip_scenes")
-    _shorten(longer, 3200)
+    shorten(longer, 3200)
     assert longer.schedule.warmup_steps == 60
     half = load_recipe("zegclip_transductive_scenes")
-    _shorten(half, 800)
+    shorten(half, 800)
     assert half.schedule.warmup_steps == 30 and [
         stage["train"]["steps"] for stage in half.stages
     ] == [400, 400]

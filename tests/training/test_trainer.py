@@ -17,11 +17,11 @@ from PIL import Image
 import ovseg
 import ovseg_kernels
 from ovseg.cli.main import main
-from ovseg.cli.train import validation
 from ovseg.data.batches import Batch, PairBatch
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import CheckpointError, ConfigError, DataError
+from ovseg.evaluation.validation import validation
 from ovseg.systems.clip_dense.objective import ClipDenseObjective
 from ovseg.training import state, trainer
 from ovseg.training.hooks import Hook

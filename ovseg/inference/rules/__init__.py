@@ -15,7 +15,7 @@ RULES: Registry[type[Decision]] = Registry(
 
 
 def rule_names() -> list[str]:
-    """Return the names of the files beside this one."""
+    """Return the names of the rules: those of the files beside this one."""
     return list(RULES)
 
 

@@ -1,11 +1,13 @@
 """The rule of grouping systems: a pixel takes the class of the group that owns it.
 
-    P_gt = softmax_T(s e_g . t) * softmax_K(s e_g . t),    K the ``top_classes`` texts most similar to the window's embedding   (1)
+    P_gt = softmax_T(s e_g . t) * softmax_K(s e_g . t)                                           (1)
     background: 1 where max_T P_g < min(background_threshold, max_gT P), else 0                  (2)
-    z(pixel) = row of the group that owns the pixel in each window, their mean on the canvas, resized to the picture           (3)
+    z(pixel) = row of its group in each window, their mean on the canvas, resized to the picture (3)
     label = class of argmax (z + bias), -1 where the background is the largest                   (4)
 
-GroupViT (arXiv:2202.11094), SegCLIP (arXiv:2211.14813) and OVSegmentor (arXiv:2301.09121)."""
+K in (1) are the ``top_classes`` texts that are the most similar to the embedding of the window.
+Sources: GroupViT (arXiv:2202.11094), SegCLIP (arXiv:2211.14813), OVSegmentor (arXiv:2301.09121).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,11 @@ from torch.nn import functional as F
 
 import ovseg_kernels as ok
 
+from ...bounds import POSITIVE, bounded
 from ...errors import InputError
 from ...nn.tensors import at_least_float32
 from ...systems import GroupFeatures
-from ..fields import SCALES, biases, number, option, positive
-from ..queries import EncodedQueries
-from ..view import Placement
-from .base import Decision
+from .base import BIAS, SCALE, Decision, take_back
 
 
 @dataclass(frozen=True)
@@ -38,51 +38,47 @@ class GroupTables(Decision):
         bias: added to the scores of classes by name, last.
     """
 
-    scale: float | None = option(
-        None, "multiplies the cosines (groups: the model's own logit scale)"
+    scale: float | None = bounded(
+        None, within=SCALE, help="multiplies the cosines (groups: the model's own logit scale)"
     )
-    top_classes: int = option(
-        5, "only so many labels, the most similar to the whole window, may label a group"
+    top_classes: int = bounded(
+        5,
+        within=POSITIVE,
+        help="only so many labels, the most similar to the whole window, may label a group",
     )
-    background_threshold: float | None = option(
+    background_threshold: float | None = bounded(
         None,
-        "groups whose best label scores less get none: relative to the window's best group, 0 to 1",
+        low=0,
+        high=1,
+        form="one",
+        expected="what group tables hold, 0 .. 1",
+        help="groups whose best label scores less get none: relative to the window's best group, "
+        "0 to 1",
     )
-    bias: dict[str, float] | None = None
+    bias: dict[str, float] | None = bounded(None, within=BIAS)
 
-    def __post_init__(self):
-        positive(self, "top_classes")
-        number(self, "scale", *SCALES, "a positive number, {:g} .. {:g}".format(*SCALES))
-        number(self, "background_threshold", 0, 1, "what group tables hold, 0 .. 1")
-        biases(self, "bias")
-
-    def label_map(
-        self,
-        model,
-        features,
-        queries: EncodedQueries,
-        placement: Placement,
-        *,
-        allowed=None,
-        picture=None,
-    ):
+    def label_map(self, model, features, queries, placement, *, allowed=None, picture=None):
+        """Label by (1) to (4); see ``Decision``."""
         if not isinstance(features, GroupFeatures):
             raise InputError(
                 f"the features of {model.name} hold no groups; expected a model that gathers "
                 "patches in groups"
             )
-        scale = model.logit_scale if self.scale is None else self.scale
         tables = group_tables(
-            features, queries.texts, scale, self.top_classes, self.background_threshold
+            features,
+            queries.texts,
+            model.logit_scale if self.scale is None else self.scale,
+            self.top_classes,
+            self.background_threshold,
         )
-        owners, offsets = queries.owners, queries.offsets(self.bias, allowed, tables.dtype)
+        owners = queries.owners
+        offsets = queries.offsets(self.bias, allowed, tables.dtype)
         if self.background_threshold is not None:
             owners = F.pad(owners, (1, 0), value=-1)
             offsets = None if offsets is None else F.pad(offsets, (1, 0))
         origins, *sizes = placement.windows
-        maps = features.soft.unflatten(2, features.grid)
         labels, value = ok.window_argmax(
-            maps,
+            features.soft.unflatten(2, features.grid),
             origins,
             *sizes,
             tables=tables,
@@ -91,23 +87,20 @@ class GroupTables(Decision):
             label_type=queries.label_type,
             return_value=True,
         )
-        if allowed is not None:
-            labels.masked_fill_(value == -torch.inf, -1)
+        take_back(labels, value, allowed=allowed)
         return labels, value
 
     def background_rules(self) -> list[str]:
-        return (
-            []
-            if self.background_threshold is None
-            else [f"the winner scores below {self.background_threshold}"]
-        )
+        """Name the threshold of (2)."""
+        limit = self.background_threshold
+        return [] if limit is None else [f"the winner scores below {limit}"]
 
     def describe(self) -> dict[str, Any]:
-        scores = "group tables, cosines times " + (
-            "the model's logit scale" if self.scale is None else f"{self.scale:g}"
-        )
+        """Describe every choice."""
+        scale = "the model's logit scale" if self.scale is None else f"{self.scale:g}"
         return {
-            "scores": f"{scores}, the {self.top_classes} best texts of the window",
+            "scores": f"group tables, cosines times {scale}, the {self.top_classes} best texts of "
+            "the window",
             "bias": self.bias or {},
         }
 
@@ -119,8 +112,9 @@ def group_tables(
     top: int,
     background_threshold: float | None,
 ) -> torch.Tensor:
-    """What each class scores in each group of each window, (1): [n, G, T], or [n, G, 1 + T] with
-    the background, (2), first.
+    """Return what each class scores in each group of each window, (1): [n, G, T].
+
+    With a threshold it is [n, G, 1 + T], the background of (2) first.
     """
     groups, embedding, texts = (
         F.normalize(at_least_float32(x), dim=-1)

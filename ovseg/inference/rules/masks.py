@@ -1,7 +1,9 @@
 """The rule of class masks: every pixel takes the class whose mask is the most probable there.
 
-    p = sigmoid(mask logits of each window, upsampled), their mean on the canvas, resized to the picture               (1)
-    label = class of argmax (p + bias), -1 where the background is the largest or max (p + bias) < threshold              (2)
+    p = sigmoid(mask logits of each window, upsampled), their mean on the canvas, resized to the
+        picture                                                                                  (1)
+    label = class of argmax (p + bias), -1 where the background is the largest or
+        max (p + bias) < threshold                                                               (2)
 
 Masks do not exclude each other: where no class is there, all are improbable. ZegCLIP
 (arXiv:2212.03588) lowers classes that it was trained on by 0.1 where others were never seen.
@@ -12,15 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 import ovseg_kernels as ok
 
+from ...bounds import bounded
 from ...nn.tensors import at_least_float32
-from ..fields import biases, number, option
-from ..queries import EncodedQueries
-from ..view import Placement
-from .base import Decision
+from .base import BIAS, Decision, take_back
 
 
 @dataclass(frozen=True)
@@ -32,29 +30,23 @@ class ClassMasks(Decision):
         bias: added to the probabilities of classes by name, last.
     """
 
-    background_threshold: float | None = option(
-        None, "pixels whose best mask is less probable get no label (masks: 0 to 1)"
+    background_threshold: float | None = bounded(
+        None,
+        low=0,
+        high=1,
+        form="one",
+        expected="a probability, 0 .. 1",
+        help="pixels whose best mask is less probable get no label (masks: 0 to 1)",
     )
-    bias: dict[str, float] | None = None
-
-    def __post_init__(self):
-        number(self, "background_threshold", 0, 1, "a probability, 0 .. 1")
-        biases(self, "bias")
+    bias: dict[str, float] | None = bounded(None, within=BIAS)
 
     @property
     def score_range(self) -> tuple[float, float]:
+        """The range of probabilities."""
         return 0.0, 1.0
 
-    def label_map(
-        self,
-        model,
-        features,
-        queries: EncodedQueries,
-        placement: Placement,
-        *,
-        allowed=None,
-        picture=None,
-    ):
+    def label_map(self, model, features, queries, placement, *, allowed=None, picture=None):
+        """Label by (1) and (2); see ``Decision``."""
         masks = at_least_float32(model.segment_logits(features, queries.texts))
         origins, *sizes = placement.windows
         labels, value = ok.window_argmax(
@@ -68,20 +60,16 @@ class ClassMasks(Decision):
             label_type=queries.label_type,
             return_value=True,
         )
-        if allowed is not None:  # where none of them may win there is no label
-            labels.masked_fill_(value == -torch.inf, -1)
-        if self.background_threshold is not None:
-            labels.masked_fill_(value < self.background_threshold, -1)
+        take_back(labels, value, allowed=allowed, threshold=self.background_threshold)
         return labels, value
 
     def background_rules(self) -> list[str]:
-        return (
-            []
-            if self.background_threshold is None
-            else [f"the best mask is less probable than {self.background_threshold}"]
-        )
+        """Name the threshold of (2)."""
+        limit = self.background_threshold
+        return [] if limit is None else [f"the best mask is less probable than {limit}"]
 
     def describe(self) -> dict[str, Any]:
+        """Describe every choice."""
         return {
             "scores": "probabilities of class masks, sigmoid at the window stage",
             "bias": self.bias or {},

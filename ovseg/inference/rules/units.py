@@ -1,13 +1,15 @@
-"""The rule of semantic units: patches that look alike answer together, in as many units as the
-picture has.
+"""The rule of semantic units: patches that look alike answer together.
 
-    s = (1 - w) cos(p, q) + w cos(m, q)        m the mean of the unit vectors of the patch's unit                (1)
+There are as many units as the picture has.
 
-then as the rule of patches goes on. ``adaptive``: neighbouring units become one while their average
-link is ``merge_at`` at least (``layers/units.py``), in each window by itself; ``fixed``: ``units``
-groups by k-means; ``pixel``: each patch alone, the rule of patches. One label a pixel breaks things
-in pieces, a fixed number of groups puts two things in one or one in two: MGCA (arXiv:2403.03707)
-names both and asks for units between them. How is not public to us; this is ours.
+    s = (1 - w) cos(p, q) + w cos(m, q)                                                          (1)
+
+m is the mean of the unit vectors of the patch's unit; then it goes on as the rule of patches does.
+``adaptive``: neighbouring units become one while their average link is ``merge_at`` at least
+(``nn/units.py``), in each window by itself; ``fixed``: ``units`` groups by k-means; ``pixel``: each
+patch alone, the rule of patches. One label a pixel breaks things in pieces, a fixed number of
+groups puts two things in one or one in two: MGCA (arXiv:2403.03707) names both and asks for units
+between them. How is not public to us; this is ours.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ from typing import Any
 
 import torch
 
+from ...bounds import POSITIVE, bounded
 from ...errors import InputError
 from ...nn.units import cluster, merge, unit_tokens
 from ...systems import OVSegModel, PatchFeatures
-from ..fields import number, one_of, option, positive
+from .base import SHARE
 from .patches import PatchArgmax
-
-UNITS = ("adaptive", "fixed", "pixel")
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,40 @@ class SemanticUnits(PatchArgmax):
         unit_weight: w of (1).
     """
 
-    unit: str = option("adaptive", "adaptive, fixed or pixel: which patches answer together")
-    merge_at: float | None = option(
+    unit: str = bounded(
+        "adaptive",
+        one_of=("adaptive", "fixed", "pixel"),
+        form="one",
+        help="adaptive, fixed or pixel: which patches answer together",
+    )
+    merge_at: float | None = bounded(
         None,
-        "adaptive units become one while their average cosine is this (default: by "
+        low=-1,
+        high=1,
+        form="one",
+        expected="a cosine, -1 .. 1",
+        help="adaptive units become one while their average cosine is this (default: by "
         "--merge-quantile)",
     )
-    merge_quantile: float = option(
-        0.05, "... or this quantile of the cosines of neighbouring patches, picture by picture"
+    merge_quantile: float = bounded(
+        0.05,
+        within=SHARE,
+        help="... or this quantile of the cosines of neighbouring patches, picture by picture",
     )
-    units: int = option(8, "groups of a window where the unit is fixed")
-    unit_weight: float = option(0.5, "weight of a unit's score in that of its patches, 0 to 1")
+    units: int = bounded(8, within=POSITIVE, help="groups of a window where the unit is fixed")
+    unit_weight: float = bounded(
+        0.5, within=SHARE, help="weight of a unit's score in that of its patches, 0 to 1"
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, "unit", UNITS)
-        number(self, "merge_at", -1, 1, "a cosine, -1 .. 1")
-        number(self, "merge_quantile", 0, 1, "a share, 0 .. 1")
-        number(self, "unit_weight", 0, 1, "a share, 0 .. 1")
-        positive(self, "units")
         if self.unit == "fixed" and self.units is None:
             raise InputError("unit is 'fixed' and units is missing; expected a positive integer")
 
     def cosines(
         self, model: OVSegModel, features: PatchFeatures, texts: torch.Tensor
     ) -> torch.Tensor:
+        """Return (1), [n, T, h, w]."""
         of_patches = super().cosines(model, features, texts)
         if self.unit == "pixel" or self.unit_weight == 0:
             return of_patches
@@ -75,7 +85,7 @@ class SemanticUnits(PatchArgmax):
         return torch.lerp(of_patches, of_units, self.unit_weight)
 
     def labels(self, features: PatchFeatures) -> torch.Tensor:
-        """[n, L] int64 below L, the unit of each patch of each window."""
+        """Return the unit of each patch of each window, [n, L] int64 below L."""
         tokens = features.tokens
         if self.unit == "adaptive":
             return merge(tokens, features.grid, self.merge_at, quantile=self.merge_quantile)
@@ -84,12 +94,14 @@ class SemanticUnits(PatchArgmax):
         return torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
     def describe(self) -> dict[str, Any]:
-        how = {
-            "adaptive": f"adaptive, merged at "
-            f"{self.merge_at if self.merge_at is not None else f'quantile {self.merge_quantile:g}'}",
-            "fixed": f"{self.units} fixed",
-            "pixel": "pixel",
-        }[self.unit]
+        """Describe every choice."""
+        how = self.unit
+        if self.unit == "fixed":
+            how = f"{self.units} fixed"
+        elif self.unit == "adaptive" and self.merge_at is not None:
+            how = f"adaptive, merged at {self.merge_at}"
+        elif self.unit == "adaptive":
+            how = f"adaptive, merged at quantile {self.merge_quantile:g}"
         return {**super().describe(), "units": f"{how}, weight {self.unit_weight:g}"}
 
 

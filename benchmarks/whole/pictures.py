@@ -1,4 +1,6 @@
-"""A picture from pixels to labels: ``Predictor`` against the procedure as published code runs it.
+"""A picture from pixels to labels, ViT-B/16.
+
+``Predictor`` against the procedure as published code runs it.
 
 One 4:3 picture, random weights, 171 random unit vectors for texts, two windows of 512 with stride
 426 on a canvas of 683 x 512. ``windows one by one`` encodes each window alone, upsamples all
@@ -28,7 +30,7 @@ from ovseg.inference.view import encode, place
 from ovseg.progress import bar
 from ovseg.systems import PatchFeatures
 
-from .run import environment, save
+from ..run import environment, save
 
 CLASSES, CANVAS, CROP, STRIDE = 171, (512, 683), 512, 426
 TOWERS = {  # architecture and readout

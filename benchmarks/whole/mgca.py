@@ -1,4 +1,6 @@
-"""The losses of a training step of MGCA-style, all three levels, against the eager composition.
+"""MGCA-style: the losses of a training step.
+
+All three levels, from pixels and texts to their gradients, against the eager composition.
 
 From pixels and texts to their gradients. ``eager`` has the definitions of
 ``ovseg/systems/mgca/reference.py``, whole: all similarities [T, B N], weights [B, T, N], unit
@@ -21,8 +23,8 @@ from ovseg.systems.mgca import reference as mgca_reference
 from ovseg.systems.mgca.objective import MGCAObjective
 from ovseg.systems.objective import Progress, create_objective
 
-from .run import environment, save
-from .steps import memory_of_both, step_memory, step_times, step_values
+from ..run import environment, save
+from ..steps import memory_of_both, step_memory, step_times, step_values
 
 B, GRID, WIDTH = 16, 28, 512  # 224 px, patches of 16, doubled once: the defaults of mgca_vit_b16
 # The towers take no part.

@@ -1,4 +1,6 @@
-"""SegCLIP as a whole, against the published procedure.
+"""SegCLIP: inference, and memory of a training step.
+
+Windows of pictures go from pixels to labels, against the published procedure.
 
 Windows of pictures from pixels to labels, and the memory of a training step. ``published``: every
 crop alone, encoded twice (once for the group map, once for the features), class maps at full size
@@ -33,7 +35,7 @@ from ovseg.systems.objective import create_objective
 from ovseg.systems.segclip.layers import patchify
 from ovseg.systems.segclip.model import SegCLIP
 
-from .run import _status, environment, save
+from ..run import _status, environment, save
 
 CLASSES, SIZE = 80, (375, 500)
 TAU, KEPT = 0.9, 0.25  # of the published training

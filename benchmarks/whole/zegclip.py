@@ -1,4 +1,6 @@
-"""ZegCLIP as a whole, against the eager composition.
+"""ZegCLIP: head and loss of a training step, and inference.
+
+A picture goes from pixels to labels, against the eager composition.
 
 Head and loss of a training step, and a picture from pixels to labels. ``eager`` is the published
 procedure written plainly. Prompts are tokens of every block; the descriptor is concatenated; all
@@ -32,9 +34,9 @@ from ovseg.systems.objective import Progress, create_objective
 from ovseg.systems.zegclip.model import ZegCLIP
 from ovseg.systems.zegclip.published import dead
 
-from .run import environment, save
-from .segmentation import photograph
-from .steps import memory_of_both, step_memory, step_times, step_values
+from ..run import environment, save
+from ..steps import memory_of_both, step_memory, step_times, step_values
+from .pictures import photograph
 
 CLASSES, SEEN, PROMPTS = 171, 156, 100  # COCO-Stuff
 CROP, STRIDE, CANVAS, PENALTY = 512, 426, (512, 683), 0.1

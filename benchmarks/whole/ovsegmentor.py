@@ -1,4 +1,6 @@
-"""OVSegmentor as a whole, against the published procedures written plainly.
+"""OVSegmentor: inference, texts of a training step, the mask loss.
+
+Windows of a picture go from pixels to labels, against the published procedures written plainly.
 
 Windows of a picture from pixels to labels, the texts of a training step, the mask loss.
 ``published`` inference: every window alone, encoded twice (for the maps, for the features), class
@@ -32,7 +34,7 @@ from ovseg.systems import GroupFeatures
 from ovseg.systems.ovsegmentor.mask_consistency import mask_consistency
 from ovseg.systems.ovsegmentor.model import OVSegmentor
 
-from .run import _status, environment, save
+from ..run import _status, environment, save
 
 CLASSES, SIZE, THRESHOLD = 59, (375, 500), 0.35
 CONTEXT, RATIO = 77, 0.6

@@ -1,0 +1,252 @@
+"""Several models on several data sets: measured, shown, and written into a folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import distributed
+from ..data.benchmark_sets import SegmentationSet, describe
+from ..data.labels import LabelSet
+from ..errors import InputError
+from ..libraries import require
+from ..output_lock import locked_folder
+from ..paths import no_folder
+from ..replacing import file_for, folder_for, write_text
+from ..systems import OVSegModel
+from . import scenes
+from .classification import ClassFolders, Classification, evaluate_classification
+from .evaluate import evaluate
+from .plots import plot_classes, plot_confusion, plot_sweeps
+from .protocols import Protocol, protocol
+from .report import Report, class_table, table, write_results
+
+Models = Callable[[], Iterable[tuple[str, OVSegModel]]]  # (title, model) of each, loaded in turn
+
+CLASSIFICATION = "imagefolder"  # as a name of data
+THRESHOLDS = 101  # of a sweep
+_KEPT = 10  # examples of each report
+_WIDEST = 160  # letters that are shown of a choice
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluationJob:
+    """Data sets to measure models on, by which protocol, and where the results go.
+
+    Attributes:
+        data: names separated by commas: embedded scenes, benchmarks, ``.yaml`` descriptions; or
+            ``imagefolder``, for classification.
+        root: the folder that holds the benchmarks, or one of them.
+        split: of the benchmarks.
+        protocol: a name or a ``.yaml`` file.
+        labels: texts of the classes in place of the protocol's.
+        options: fields of ``View``, ``Queries`` and of the rule, in place of the protocol's.
+        present_only: whether only the classes of a picture's truth compete in it.
+        boundary: whether Boundary IoU is measured too.
+        sweep: whether background thresholds are tried.
+        limit: of pictures.
+        skip_bad: whether what cannot be read is left out.
+        batch: pictures that are encoded together.
+        scenes, seed: of embedded data.
+        out: folder of the results, if they are written.
+        plots: whether confusion matrices and classes are drawn too.
+        command, environment: for the results.
+        tell: takes the lines of tables, one by one.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    split: str = "val"
+    protocol: str = "plain"
+    labels: LabelSet | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    present_only: bool = False
+    boundary: bool = False
+    sweep: bool = False
+    limit: int | None = None
+    skip_bad: bool = False
+    batch: int = 1
+    scenes: int = 300
+    seed: int = 0
+    out: str | Path | None = None
+    plots: bool = False
+    command: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[str], None] = logger.info
+
+    def __post_init__(self) -> None:
+        if self.plots and self.out is None:
+            raise InputError(
+                "--plots is given and --out is missing; expected a folder for the plots"
+            )
+        if self.out is not None:
+            self.out = folder_for(self.out, "--out")
+            for name in ("results.json", "table.md", "classes.csv", "gallery.png"):
+                file_for(self.out / name, "--out needs a file, and")
+        if self.root is not None and (what := no_folder(self.root)) is not None:
+            raise InputError(
+                f"--root {self.root!r} {what}; expected the folder that holds the data"
+            )
+        if self.plots:
+            require("matplotlib", "--plots")
+        if self.boundary:
+            require("scipy", "--boundary")
+
+    def sets(self) -> list[Any]:
+        """Return the data sets.
+
+        Raises:
+            InputError: for an unknown name, and for a benchmark without ``root``.
+        """
+        found: list[Any] = []
+        for name in self.data.split(","):
+            if name in scenes.SCENE_SETS:
+                found.append(scenes.SceneSet(name, self.scenes, self.seed))
+                continue
+            about = describe(name)
+            if self.root is None:
+                raise InputError(f"--root is missing; expected the folder that holds {about.title}")
+            found.append(SegmentationSet(name, self.root, self.split, description=about))
+        return found
+
+
+def measure(job: EvaluationJob, models: Models) -> list[str]:
+    """Do the job, and show and write what it found; returns what was left out.
+
+    Args:
+        job: what is measured.
+        models: gives (title, model) of each, on its device.
+    """
+    distributed.group()  # whoever does not come is known before anything is loaded
+    held = nullcontext() if job.out is None else locked_folder(Path(job.out), "--out", "eval")
+    with held:
+        return _classify(job, models) if job.data == CLASSIFICATION else _segment(job, models)
+
+
+def _segment(job: EvaluationJob, models: Models) -> list[str]:
+    sets = job.sets()
+    reports: dict[str, Report] = {}
+    shown: dict[str, Any] = {}
+    for data in sets:
+        for title, model in models():
+            chosen = protocol(
+                job.protocol,
+                data.description,
+                model,
+                labels=job.labels,
+                present_only=job.present_only,
+                **job.options,
+            )
+            choices = chosen.choices(model, data.description)
+            if distributed.is_main() and choices != shown:
+                _tell_choices(job, title, choices)
+                shown = choices
+            report = _report(job, data, model, chosen)
+            report.summary["model"] = title
+            name = data.description.name
+            reports[title if len(sets) == 1 else f"{title} {name}"] = report
+            if distributed.is_main():
+                logger.info("%s on %s: mIoU %s", title, name, report.summary["miou"])
+                if job.out is not None:  # what is done outlives a run that is stopped
+                    _write(job, reports)
+    rows = list(reports.values())
+    skipped = [line for report in rows for line in report.skipped]
+    if distributed.is_main():
+        job.tell(table([report.summary for report in rows]))
+        if len(rows) == 1:
+            job.tell("\n" + class_table(rows[0]))
+        for line in dict.fromkeys(skipped):  # models share data
+            job.tell(f"left out: {line}")
+        if job.out is not None:
+            for path in (*_write(job, reports), *_draw(job, sets, reports)):
+                job.tell(str(path))
+    return skipped
+
+
+def _report(job: EvaluationJob, data: Any, model: OVSegModel, chosen: Protocol) -> Report:
+    """Evaluate a model on a data set by a protocol."""
+    # Without a range of scores the sweep is refused.
+    _, top = chosen.decision.score_range or (0.0, 1.0)
+    scored: dict[str, Any] = {
+        "boundary": job.boundary,
+        "thresholds": np.linspace(0, top, THRESHOLDS) if job.sweep else None,
+        "limit": job.limit,
+        "skip_bad": job.skip_bad,
+        "keep": _KEPT,
+        "progress": True,
+        "batch": job.batch,
+    }
+    if isinstance(data, scenes.SceneSet):
+        return scenes.evaluate_scene_set(model, data, chosen=chosen, **scored)
+    data.max_pixels = chosen.view.max_pixels  # one limit: of what is read and of what is seen
+    return evaluate(model, data, chosen, **scored)
+
+
+def _tell_choices(job: EvaluationJob, title: str, choices: dict[str, Any]) -> None:
+    """Tell the protocol line by line; long lists are cut, results.json has them whole."""
+    job.tell(f"{title}:")
+    for key, value in choices.items():
+        if key in ("settings", "class_texts") or value in (None, [], {}, 0.0, False):
+            continue
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        cut = text if len(text) < _WIDEST else text[: _WIDEST - 3] + "..."
+        job.tell(f"  {key:18} {cut}")
+
+
+def _write(job: EvaluationJob, reports: dict[str, Report]) -> list[Path]:
+    facts = {"command": job.command, "environment": job.environment}
+    return write_results(list(reports.values()), Path(str(job.out)), **facts)
+
+
+def _draw(job: EvaluationJob, sets: list[Any], reports: dict[str, Report]) -> list[Path]:
+    """Draw the pictures of all reports; returns the files of those that could be drawn."""
+    out = Path(str(job.out))
+    drawn: list[Path | None] = []
+    for data in sets:
+        some = {title: one for title, one in reports.items() if one.data is data.description}
+        stem = "" if len(sets) == 1 else f"{data.description.name}_"
+        drawn.append(scenes.save_gallery(some, out / f"{stem}gallery.png"))
+        if job.sweep:
+            drawn.append(plot_sweeps(some, out / f"{stem}sweep.png"))
+        for title, report in some.items() if job.plots else ():
+            name = title.replace("/", "_").replace(" ", "_")
+            drawn.append(plot_confusion(report, out / f"{name}_confusion.png"))
+            drawn.append(plot_classes(report, out / f"{name}_classes.png"))
+    return [path for path in drawn if path]
+
+
+def _classify(job: EvaluationJob, models: Models) -> list[str]:
+    if job.root is None:
+        raise InputError(
+            "--root is missing; expected a folder with a sub-folder of pictures for each class"
+        )
+    data = ClassFolders(job.root, job.labels)
+    found: list[Classification] = []
+    file = None if job.out is None else Path(job.out) / "results.json"
+    for title, model in models():
+        result = evaluate_classification(
+            model, data, skip_bad=job.skip_bad, limit=job.limit, progress=True, **job.options
+        )
+        result.summary["model"] = title
+        found.append(result)
+        if distributed.is_main() and file is not None:
+            rows = {"command": job.command, "results": [one.to_dict() for one in found]}
+            write_text(file, json.dumps(rows, indent=1))
+    if distributed.is_main():
+        columns = {name: name for name in ("model", "data", "pictures", "classes")}
+        columns |= {"top1": "top-1", "top5": "top-5", "mean_top1": "mean over classes"}
+        columns["templates"] = "templates"
+        job.tell(table([result.summary for result in found], columns))
+        for line in found[0].skipped:
+            job.tell(f"left out: {line}")
+        if file is not None:
+            job.tell(str(file))
+    return found[0].skipped
