@@ -42,7 +42,7 @@ def same(found, expected):
 
 
 def test_eight_threads_and_four_generators_on_one_predictor(trained):
-    """640 answers, each compared with what one thread alone gets."""
+    """2 000 answers, each compared with what one thread alone gets."""
     predictor = ovseg.Predictor(trained, LABELS, short_side=8)
     pictures = [picture(seed) for seed in range(6)]
     expected = {(i, j): ovseg.Predictor(trained, labels, short_side=8).predict_batch([one])[0]
@@ -51,14 +51,14 @@ def test_eight_threads_and_four_generators_on_one_predictor(trained):
 
     def calls(number):
         start.wait()
-        for k in range(60):
+        for k in range(200):
             i, j = (k + number) % len(pictures), (k * 5 + number) % len(SETS)
             one = predictor.predict_batch([pictures[i]], SETS[j])[0]
             wrong.extend([] if same(one, expected[i, j]) else [(number, i, j)])
 
     def generator(number):
         start.wait()
-        for k in range(4):
+        for k in range(10):
             j = (k + number) % len(SETS)
             answers = predictor.stream(pictures + pictures[:4], SETS[j], batch=1)
             wrong.extend((number, i, j) for i, (_, one) in enumerate(answers) if not same(one, expected[i % 6, j]))

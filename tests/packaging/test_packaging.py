@@ -51,6 +51,7 @@ done
 def tracked(*folders):
     """The files of the repository below ``folders`` that are here."""
     names = subprocess.run(["git", "ls-files", *folders], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    assert names  # without git there is nothing to compare with
     return {name for name in names if (ROOT / name).exists()}
 
 
