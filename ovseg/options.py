@@ -57,34 +57,12 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
         plain: Any = OmegaConf.to_container(found)
         check_finite(plain, where)
-        _check_ends(plain, getattr(schema, "ends", {}), where)
         built: Any = OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
     check_bounds(built, f"{where}.")
     return built
-
-
-def _check_ends(
-    values: Mapping[str, Any], ends: Mapping[str, tuple[float, float]], where: str
-) -> None:
-    for name, (low, high) in ends.items():
-        inside = values[name]
-        parts = (
-            inside.items()
-            if isinstance(inside, dict)
-            else enumerate(inside)
-            if isinstance(inside, list)
-            else [("", inside)]
-        )
-        for part, number in parts:
-            if number is not None and not low <= number <= high:
-                most = "or more" if high == math.inf else f"to {high:g}"
-                raise ConfigError(
-                    f"{where}.{name}{'' if part == '' else f'.{part}'} is {number}; expected "
-                    f"{low:g} {most}"
-                )
 
 
 def check_finite(values: Any, key: str = "") -> None:
