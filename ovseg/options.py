@@ -48,7 +48,6 @@ def options_of(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
     """
     built = typed(schema, given, where)
     check_bounds(built, f"{where}.")
-    _check_ends(vars(built), getattr(schema, "ends", {}), where)
     return built
 
 
@@ -76,27 +75,6 @@ def typed(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
     return built
-
-
-def _check_ends(
-    values: Mapping[str, Any], ends: Mapping[str, tuple[float, float]], where: str
-) -> None:
-    for name, (low, high) in ends.items():
-        inside = values[name]
-        parts = (
-            inside.items()
-            if isinstance(inside, dict)
-            else enumerate(inside)
-            if isinstance(inside, list)
-            else [("", inside)]
-        )
-        for part, number in parts:
-            if number is not None and not low <= number <= high:
-                most = "or more" if high == math.inf else f"to {high:g}"
-                raise ConfigError(
-                    f"{where}.{name}{'' if part == '' else f'.{part}'} is {number}; expected "
-                    f"{low:g} {most}"
-                )
 
 
 def check_finite(values: Any, key: str = "") -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -175,6 +175,17 @@ class Objective(nn.Module):
         return (
             batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
         )
+
+
+def loss_weights(given: Mapping[str, float], usual: Mapping[str, float]) -> dict[str, float]:
+    """Return the weight of each loss: the one that is given, else the usual one.
+
+    Raises:
+        ConfigError: for a name that is no loss.
+    """
+    if unknown := set(given) - set(usual):
+        raise ConfigError(f"weights names {sorted(unknown)}; expected some of {list(usual)}")
+    return {**usual, **given}
 
 
 def list_objectives() -> list[str]:

@@ -289,7 +289,7 @@ def test_options_that_mean_nothing(name, options, message):
     ("ovsegmentor_tiny", {"mask_ratio": 2.0}, "mask_ratio is"), ("ovsegmentor_tiny", {"spared": -1.0}, "spared is"),
     ("ovsegmentor_tiny", {"mask_scale": 0}, "mask_scale is"), ("ovsegmentor_tiny", {"mask_batch": 0}, "mask_batch is"),
     *(("segclip_tiny", *row) for row in (
-    ({"weights": {"superpixel": -1.0}}, r"weights is \{'superpixel': -1\.0\}; expected numbers of 0 or more"),
+    ({"weights": {"superpixel": -1.0}}, r"weights\.superpixel is -1\.0; expected 0 or more"),
     ({"weights": {"superpixel": float("nan")}}, r"weights\.superpixel is nan; expected finite numbers"),
     ({"weights": {"contrast": 1.0}}, "weights names"), ({"tau": 0.0}, r"tau is 0\.0; expected a positive"),
     ({"tau": float("inf")}, "tau is inf"), ({"kept": 2.0}, r"kept is 2\.0; expected a share"),

@@ -21,6 +21,7 @@ from ovseg.nn.readout import (
     resolve_readout,
     run_blocks,
 )
+from ovseg.options import options_of
 from ovseg.systems.clip_dense.proxy import ProxyEncoder, ProxyOptions
 
 TOWERS = {
@@ -262,7 +263,7 @@ def test_second_encoders_that_are_none():
                              ({"name": "resnet18"}, "proxy.name is 'resnet18', a ResNet; expected a ViT"),
                              ({"grid": "both"}, r"proxy.grid is 'both'; expected one of \['clip', 'finer'\]")):
         with pytest.raises(ConfigError, match=message):
-            ProxyEncoder(ProxyOptions(**options))
+            ProxyEncoder(options_of(ProxyOptions, options, "proxy"))
     with pytest.raises(ConfigError, match="readout is 'proxyclip' and proxy is None; expected a second encoder"):
         ovseg.create_model("clip_dense_tiny", readout="proxyclip")
     with pytest.raises(ConfigError, match=r"proxy.nam: unknown key"):

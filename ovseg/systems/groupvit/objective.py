@@ -2,24 +2,25 @@
 
 Xu et al., arXiv:2202.11094.
 
-    total = contrastive + w multi_label
+    total = contrastive + w multi_label                                                          (1)
 
 Multi-label contrast: K prompted nouns of a caption are texts of its picture, all of them positives,
 
-    1/2 (mean_i of -1/K sum_k log p(noun_ik | i) + mean_ik of -log p(i | noun_ik))               (1)
+    1/2 (mean_i of -1/K sum_k log p(noun_ik | i) + mean_ik of -log p(i | noun_ik))               (2)
 
-over all nouns and pictures of the batch, with a temperature of its own."""
+over all nouns and pictures of the batch, with a temperature of its own.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.distributed as dist
+from typing_extensions import override
 
 import ovseg_kernels as ok
 
+from ...bounds import bounded
 from ...data.batches import NounBatch, PairBatch
 from ...errors import ConfigError
 from ...nn.tensors import at_least_float32
@@ -31,18 +32,18 @@ from .model import GroupViT
 
 @dataclass
 class GroupViTTraining:
-    """Attributes: multi_label: weight of (1); 0 switches it off.
+    """Options of the objective.
 
-    It needs ``noun_ids`` in the batch and a model with ``multi_label``.
+    Attributes:
+        multi_label: w of (1); 0 switches it off. It needs ``noun_ids`` in the batch and a model
+            with ``multi_label``.
     """
 
-    ends: ClassVar[dict[str, tuple[float, float]]] = {"multi_label": (0, math.inf)}
-
-    multi_label: float = 0.0
+    multi_label: float = bounded(0.0, low=0)
 
 
 class GroupViTObjective(Objective):
-    """The losses of this file.
+    """The losses of (1).
 
     ``batch.noise`` may hold ``groups_0`` and ``groups_1``, Gumbel noise of the grouping blocks [B,
     G, L]; what it does not hold is drawn. Projectors run in ``loss``, over the whole batch: their
@@ -58,47 +59,43 @@ class GroupViTObjective(Objective):
         if options.multi_label and model.noun_scale is None:
             raise ConfigError(
                 f"multi_label is {options.multi_label} and {model.name} has no temperature for "
-                "nouns; expected a model with "
-                "multi_label=true (model.options in a recipe)"
+                "nouns; expected a model with multi_label=true (model.options in a recipe)"
             )
         self.multi_label = options.multi_label
         self.batch_type = NounBatch if options.multi_label else PairBatch  # type: ignore[misc]
 
+    @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
         texts = [batch.token_ids]
         if self.multi_label:
             texts.append(batch.noun_ids.flatten(0, 1))  # type: ignore[attr-defined]
         found = self.model.text.encode_together(texts)
-        rows = {
-            "image": self.model.image(
-                self.images(batch), group_noises(self.model, batch, progress)
-            ).pooled,
-            "text": found[0].sentence,
-        }
+        noises = group_noises(self.model, batch, progress)
+        image = self.model.image(self.images(batch), noises).pooled
+        rows = {"image": image, "text": found[0].sentence}
         if self.multi_label:
             rows["nouns"] = found[1].sentence.unflatten(0, (len(batch), -1))
         return rows
 
+    @override
     def loss(
         self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
     ) -> Losses:
         model = self.model
-        image, text = (
-            model.image_projector(rows["image"], group),
-            model.text_projector(rows["text"], group),
-        )
+        image = model.image_projector(rows["image"], group)
+        text = model.text_projector(rows["text"], group)
         losses = {"contrastive": image_text_contrast(image, text, model.logit_scale, batch, group)}
         total = at_least_float32(losses["contrastive"])
         if self.multi_label:
             nouns = model.text_projector(rows["nouns"], group)
-            K, scale = nouns.shape[1], model.noun_scale
+            scale = model.noun_scale
             assert scale is not None
             losses["multi_label"] = ok.contrastive_loss(
                 at_least_float32(image),
                 at_least_float32(nouns).flatten(0, 1),
                 scale,
                 image_ids=batch.image_ids,
-                text_ids=batch.image_ids.repeat_interleave(K),
+                text_ids=batch.image_ids.repeat_interleave(nouns.shape[1]),
                 group=group,
             )
             total = total + self.multi_label * at_least_float32(losses["multi_label"])

@@ -1,4 +1,4 @@
-"""GroupViT in transformers' layout and in NVIDIA's: names and tensors, and the options of a folder.
+"""GroupViT in transformers' layout and in NVIDIA's: names, tensors, the options of a folder.
 
 transformers keeps q, k and v of its blocks apart; here they are packed. Its dead tensors: none. A
 file may hold beside the model's own tensors the tables of positions' numbers that older versions
@@ -26,7 +26,8 @@ _BYTE_PAIRS = 49408  # words of CLIP's own tokenizer
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SEPARATE = re.compile(r"(.+\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 _PACKED = re.compile(r"(.+\.layers\.\d+\.self_attn)\.qkv\.(weight|bias)")
-_NVIDIA = (  # as below
+# Theirs, ours; the first that fits, {} is a number. The rest of a name is _INSIDE's.
+_NVIDIA = (
     ("img_encoder.layers.{}.group_projector.0.", "backbone.image.layers.{}.group_projector.norm."),
     ("img_encoder.layers.{}.group_projector.1.", "backbone.image.layers.{}.group_projector.mlp."),
     ("img_encoder.", "backbone.image."),
@@ -41,7 +42,7 @@ _NVIDIA = (  # as below
     ("text_projector.", "backbone.text_projector."),
     ("logit_scale", "backbone.logit_scale"),
 )
-_RULES = (  # theirs, ours; the first that fits, {} is a number
+_RULES = (
     ("vision_model.embeddings.position_embeddings", "backbone.image.pos_embed"),
     ("vision_model.embeddings.patch_embeddings.projection.", "backbone.image.patch_embed.proj."),
     ("vision_model.embeddings.layernorm.", "backbone.image.patch_embed.norm."),
@@ -76,19 +77,19 @@ _INSIDE = (
 
 
 def to_ours(name: str) -> str:
-    """From transformers'."""
+    """Return our name of transformers' tensor."""
     start, rest = _split(_RULES, name, 0, 1)
     return start + _swapped(rest, 0, 1)
 
 
 def to_theirs(name: str) -> str:
-    """The inverse of ``to_ours``."""
+    """Invert ``to_ours``."""
     start, rest = _split(_RULES, name, 1, 0)
     return start + _swapped(rest, 1, 0)
 
 
 def _split(rules: tuple[tuple[str, str], ...], name: str, old: int, new: int) -> tuple[str, str]:
-    """(the beginning that the first fitting rule gives, the rest of the name as it is)."""
+    """Return (the beginning that the first fitting rule gives, the rest of the name as it is)."""
     for rule in rules:
         found = re.match(re.escape(rule[old]).replace(r"\{\}", r"(\d+)"), name)
         if found:
@@ -98,24 +99,19 @@ def _split(rules: tuple[tuple[str, str], ...], name: str, old: int, new: int) ->
 
 def _swapped(rest: str, old: int, new: int) -> str:
     for pair in _INSIDE:
-        if rest.startswith(pair[old]):
-            return pair[new] + rest[len(pair[old]) :]
-        inner = f"downsample.{pair[old]}"
-        if rest.startswith(inner):
-            return f"downsample.{pair[new]}" + rest[len(inner) :]
+        for outer in ("", "downsample."):
+            if rest.startswith(outer + pair[old]):
+                return outer + pair[new] + rest[len(outer + pair[old]) :]
     return rest
 
 
 def packed(state: State) -> State:
-    """q, k and v of the blocks in one tensor."""
+    """Put q, k and v of the blocks in one tensor."""
     found: State = {}
     for name, tensor in state.items():
         one = _SEPARATE.fullmatch(name)
-        if one is None:
-            found[name] = tensor
-            continue
-        names = [f"{one[1]}.{letter}_proj.{one[3]}" for letter in "qkv"]
-        if all(other in state for other in names):
+        names = [f"{one[1]}.{letter}_proj.{one[3]}" for letter in "qkv"] if one else []
+        if one is not None and all(other in state for other in names):
             found[f"{one[1]}.qkv.{one[3]}"] = torch.cat([state[other] for other in names])
         else:
             found[name] = tensor
@@ -123,17 +119,15 @@ def packed(state: State) -> State:
 
 
 def unpacked(state: State) -> State:
-    """The inverse of ``packed``."""
+    """Invert ``packed``."""
     found: State = {}
     for name, tensor in state.items():
         one = _PACKED.fullmatch(name)
         if one is None:
             found[name] = tensor
-        else:
-            found |= {
-                f"{one[1]}.{letter}_proj.{one[2]}": part
-                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
-            }
+            continue
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            found[f"{one[1]}.{letter}_proj.{one[2]}"] = part
     return found
 
 
@@ -159,24 +153,66 @@ LAYOUT = Published(
 
 
 def folder_options(folder: Path) -> dict[str, Any]:
-    """The backbone's options of a folder of transformers.
+    """Return the backbone's options of a folder of transformers.
 
     Raises:
         CheckpointError: for a model that ours does not compute.
     """
     config = read_json(folder / "config.json")
-    vision, text = tower_config(config, "vision_config"), tower_config(config, "text_config")
-    width, hidden, act = (
-        vision.get("hidden_size", 384),
-        vision.get("intermediate_size", 1536),
-        text.get("hidden_act", "quick_gelu"),
-    )
+    vision = tower_config(config, "vision_config")
+    text = tower_config(config, "text_config")
+    width = vision.get("hidden_size", 384)
+    hidden = vision.get("intermediate_size", 1536)
+    _check_computed(folder, vision, text, hidden / width)
+    tokens = vision.get("num_group_tokens", [64, 8, 0])
+    made = vision.get("num_output_groups", [64, 8, 8])
+    seen = preprocess_of(folder, *_IMAGENET)
+    return {
+        "width": width,
+        "heads": vision.get("num_attention_heads", 6),
+        "hidden": hidden,
+        "depths": vision.get("depths", [6, 3, 3]),
+        "group_tokens": tokens,
+        "groups": [groups for groups, count in zip(made, tokens, strict=False) if count],
+        "patch_norm": True,
+        "image_size": vision.get("image_size", 224),
+        "patch_size": vision.get("patch_size", 16),
+        "embed_dim": config.get("projection_dim", 256),
+        "projector": config.get("projection_intermediate_dim", 4096),
+        "mean": list(seen["mean"]),
+        "std": list(seen["std"]),
+        "text": _text_options(folder, text),
+    }
+
+
+def _text_options(folder: Path, text: dict[str, Any]) -> dict[str, Any]:
+    vocabulary = text.get("vocab_size", _BYTE_PAIRS)
+    eos = text.get("eos_token_id", _BYTE_PAIRS - 1)
+    return {
+        "kind": "clip",
+        "width": text.get("hidden_size", 256),
+        "heads": text.get("num_attention_heads", 4),
+        "act": text.get("hidden_act", "quick_gelu"),
+        "depth": text.get("num_hidden_layers", 12),
+        "hidden": text.get("intermediate_size", 1024),
+        "vocab_size": vocabulary,
+        "context_length": text.get("max_position_embeddings", 77),
+        # With 2, as the first folders say, transformers takes the largest id.
+        "eos_id": None if eos == 2 else eos,
+        "tokenizer": str(folder.resolve()) if vocabulary != _BYTE_PAIRS else None,
+    }
+
+
+def _check_computed(
+    folder: Path, vision: dict[str, Any], text: dict[str, Any], ratio: float
+) -> None:
+    """Raise CheckpointError for a GroupViT that ours does not compute."""
     expected = {
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-5,
         "assign_eps": 1.0,
         "num_channels": 3,
-        "assign_mlp_ratio": [0.5, hidden / width],
+        "assign_mlp_ratio": [0.5, ratio],
     }
     wrong = [
         f"vision_config.{key} is {vision[key]!r}, expected {value!r}"
@@ -185,46 +221,10 @@ def folder_options(folder: Path) -> dict[str, Any]:
     ]
     if text.get("layer_norm_eps", 1e-5) != 1e-5:
         wrong.append(f"text_config.layer_norm_eps is {text['layer_norm_eps']}, expected 1e-05")
+    act = text.get("hidden_act", "quick_gelu")
     if act not in ACTIVATIONS:
         wrong.append(f"text_config.hidden_act is {act!r}, expected one of {list(ACTIVATIONS)}")
     if wrong:
         raise CheckpointError(
             f"{folder} holds a GroupViT that is not computed here: {'; '.join(wrong)}"
         )
-    vocabulary, eos = text.get("vocab_size", _BYTE_PAIRS), text.get("eos_token_id", _BYTE_PAIRS - 1)
-    words = {
-        "kind": "clip",
-        "width": text.get("hidden_size", 256),
-        "heads": text.get("num_attention_heads", 4),
-        "act": act,
-        "depth": text.get("num_hidden_layers", 12),
-        "hidden": text.get("intermediate_size", 1024),
-        "vocab_size": vocabulary,
-        "context_length": text.get("max_position_embeddings", 77),
-        "eos_id": None
-        if eos == 2
-        else eos,  # with 2, as the first folders say, transformers takes the largest id
-        "tokenizer": str(folder.resolve()) if vocabulary != _BYTE_PAIRS else None,
-    }
-    tokens, seen = vision.get("num_group_tokens", [64, 8, 0]), preprocess_of(folder, *_IMAGENET)
-    groups = [
-        made
-        for made, count in zip(vision.get("num_output_groups", [64, 8, 8]), tokens, strict=False)
-        if count
-    ]
-    return {
-        "width": width,
-        "heads": vision.get("num_attention_heads", 6),
-        "hidden": hidden,
-        "depths": vision.get("depths", [6, 3, 3]),
-        "group_tokens": tokens,
-        "groups": groups,
-        "patch_norm": True,
-        "image_size": vision.get("image_size", 224),
-        "patch_size": vision.get("patch_size", 16),
-        "embed_dim": config.get("projection_dim", 256),
-        "projector": config.get("projection_intermediate_dim", 4096),
-        "mean": list(seen["mean"]),
-        "std": list(seen["std"]),
-        "text": words,
-    }

@@ -1,53 +1,51 @@
-"""The losses of ``mgca.py`` in plain torch: the definitions, one screen each, that the objective is
-held to. They store [T, B N] and more.
+"""The losses of MGCA's objective in plain torch: the definitions that it is held to.
 
-``tokens`` [B, N, D], ``texts`` [T, D]; ``own`` [T, B] bool, the pictures of each text."""
+They are a screen each and store [T, B N] and more. ``tokens`` are [B, N, D], ``texts`` [T, D];
+``own`` [T, B] bool says which pictures are each text's.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ovseg_kernels import philox
 
 
 def object_loss(
-    tokens: torch.Tensor,
-    texts: torch.Tensor,
-    own: torch.Tensor,
-    scale: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """Symmetric InfoNCE over all pairs; each text pools each picture's raw pixels by a softmax of
-    its cosines with them.
+    tokens: Tensor, texts: Tensor, own: Tensor, scale: Tensor, temperature: float
+) -> Tensor:
+    """Return symmetric InfoNCE over all pairs.
+
+    Each text pools each picture's raw pixels by a softmax of its cosines with them.
     """
-    p, q = F.normalize(tokens, dim=-1), F.normalize(texts, dim=-1)
+    p = F.normalize(tokens, dim=-1)
+    q = F.normalize(texts, dim=-1)
     weights = (torch.einsum("bnd,td->btn", p, q) / temperature).softmax(-1)
     pooled = F.normalize(torch.einsum("btn,bnd->btd", weights, tokens), dim=-1)
     return info_nce(scale * torch.einsum("btd,td->bt", pooled, q), own)
 
 
-def region_loss(
-    tokens: torch.Tensor, texts: torch.Tensor, own: torch.Tensor, scale: torch.Tensor, count: int
-) -> torch.Tensor:
-    """The same over each text's best group of each picture."""
+def region_loss(tokens: Tensor, texts: Tensor, own: Tensor, scale: Tensor, count: int) -> Tensor:
+    """Return symmetric InfoNCE over each text's best of ``count`` groups of each picture."""
     units = F.normalize(region_units(tokens, clusters(tokens, count), count), dim=-1)
-    return info_nce(
-        scale * torch.einsum("bnd,td->btn", units, F.normalize(texts, dim=-1)).amax(-1), own
-    )
+    cosines = torch.einsum("bnd,td->btn", units, F.normalize(texts, dim=-1))
+    return info_nce(scale * cosines.amax(-1), own)
 
 
-def info_nce(logits: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Symmetric, of logits [B, T] with several positives."""
+def info_nce(logits: Tensor, own: Tensor) -> Tensor:
+    """Return symmetric InfoNCE of logits [B, T] with several positives."""
     positive = own.T.to(logits.dtype)  # [B, T]
     of_image = -(positive * logits.log_softmax(1)).sum(1) / positive.sum(1).clamp(min=1)
     of_text = -(positive * logits.log_softmax(0)).sum(0) / positive.sum(0).clamp(min=1)
-    some = positive.sum(1) > 0, positive.sum(0) > 0
-    return (of_image[some[0]].mean() + of_text[some[1]].mean()) / 2
+    of_image = of_image[positive.sum(1) > 0]
+    of_text = of_text[positive.sum(0) > 0]
+    return (of_image.mean() + of_text.mean()) / 2
 
 
-def clusters(tokens: torch.Tensor, count: int, rounds: int = 3) -> torch.Tensor:
-    """[B, N]: spherical k-means of each picture's pixels.
+def clusters(tokens: Tensor, count: int, rounds: int = 3) -> Tensor:
+    """Return the group of each pixel, [B, N], by spherical k-means of each picture's pixels.
 
     The first seed is the pixel most like the mean, each other the one least like the seeds before
     it.
@@ -66,8 +64,8 @@ def clusters(tokens: torch.Tensor, count: int, rounds: int = 3) -> torch.Tensor:
     return torch.stack(found)
 
 
-def region_units(tokens: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
-    """[B, count, D]: the mean of each group; of an empty one that of all pixels."""
+def region_units(tokens: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the mean of each group, [B, count, D]; of an empty one that of all pixels."""
     rows = [
         [x[own == r].mean(0) if bool((own == r).any()) else x.mean(0) for r in range(count)]
         for x, own in zip(tokens, labels, strict=True)
@@ -76,18 +74,28 @@ def region_units(tokens: torch.Tensor, labels: torch.Tensor, count: int) -> torc
 
 
 def hard_negatives(
-    s: torch.Tensor,
-    s_positive: torch.Tensor,
-    mine: torch.Tensor,
+    s: Tensor,
+    s_positive: Tensor,
+    mine: Tensor,
     count: int,
     sampling: str,
     skip: int,
     margin: float,
     tau: float,
-    rng: torch.Tensor | None,
-) -> torch.Tensor:
-    """[T, count] indices into [T, B N] similarities, -1 where there are fewer; ``mine``: the pixels
-    of a text's own pictures.
+    rng: Tensor | None,
+) -> Tensor:
+    """Return indices [T, count] into [T, B N] similarities, -1 where there are fewer.
+
+    Args:
+        s: [T, B N] cosines.
+        s_positive: [T, positives] of them, those of the positives.
+        mine: [T, B N] bool, the pixels of a text's own pictures.
+        count: how many.
+        sampling: ``topk``, ``semi``, ``gumbel`` or ``random``.
+        skip: so many of the hardest are left out.
+        margin: of ``semi``.
+        tau: of ``gumbel``.
+        rng: [seed, offset] of the noise.
     """
     keys = s
     if sampling == "semi":
@@ -103,10 +111,10 @@ def hard_negatives(
 
 
 def dense_loss(
-    pixels: torch.Tensor,
-    texts: torch.Tensor,
-    own: torch.Tensor,
-    scale: torch.Tensor,
+    pixels: Tensor,
+    texts: Tensor,
+    own: Tensor,
+    scale: Tensor,
     positives: int,
     negatives: int,
     *,
@@ -114,40 +122,29 @@ def dense_loss(
     skip: int = 0,
     margin: float = 0.1,
     tau: float = 0.07,
-    rng: torch.Tensor | None = None,
+    rng: Tensor | None = None,
     reduction: str = "mean_of_log",
     terms: str = "both",
-) -> torch.Tensor:
-    """Texts against their best pixels and hard negatives, and those pixels against all texts.
+) -> Tensor:
+    """Return texts against their best pixels and hard negatives, and those against all texts.
 
-    Every text has a picture.
+    Every text has a picture. Arguments are those of ``MGCATraining``.
     """
-    (B, N, D), q = pixels.shape, F.normalize(texts, dim=-1)
+    B, N, D = pixels.shape
+    q = F.normalize(texts, dim=-1)
     x = F.normalize(pixels, dim=-1).reshape(B * N, D)
     s = q @ x.T
     mine = own.repeat_interleave(N, 1)
     with torch.no_grad():
-        at = s.masked_fill(~mine, -torch.inf).argsort(dim=1, descending=True, stable=True)[
-            :, :positives
-        ]
+        found = s.masked_fill(~mine, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        at = found[:, :positives]
         there = mine.gather(1, at)  # a text may have fewer
-        against = hard_negatives(
-            s,
-            s.gather(1, at).masked_fill(~there, torch.inf),
-            mine,
-            negatives,
-            sampling,
-            skip,
-            margin,
-            tau,
-            rng,
-        )
-    z, count = scale * s.gather(1, at), there.sum(1)
-    z_n = (
-        (scale * s.gather(1, against.clamp(min=0)))
-        .masked_fill(against < 0, -torch.inf)
-        .logsumexp(1, keepdim=True)
-    )
+        s_positive = s.gather(1, at).masked_fill(~there, torch.inf)
+        against = hard_negatives(s, s_positive, mine, negatives, sampling, skip, margin, tau, rng)
+    z = scale * s.gather(1, at)
+    count = there.sum(1)
+    z_n = (scale * s.gather(1, against.clamp(min=0))).masked_fill(against < 0, -torch.inf)
+    z_n = z_n.logsumexp(1, keepdim=True)
     total = s.new_zeros(())
     if terms != "pixel_to_text":
         if reduction == "mean_of_log":

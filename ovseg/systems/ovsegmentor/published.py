@@ -36,6 +36,8 @@ _TRAINING = (
     "bridge_projector.",
 )
 _POSITIONS = ("img_encoder.pos_embed", "img_encoder_momentum.pos_embed")
+_DINO_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_DINO_LEFT_OUT = ("cls_token", "head.", "fc_norm.")
 
 
 def _renamed(name: str, old: int, new: int) -> str:
@@ -46,7 +48,7 @@ def _renamed(name: str, old: int, new: int) -> str:
 
 
 def _reshape(state: State) -> State:
-    """Convolutions of one pixel to linear layers, tables of positions to three dimensions."""
+    """Make linear layers of convolutions of one pixel, and tables of positions of rank three."""
     return {
         name: tensor[None] if name in _POSITIONS and tensor.dim() == 2 else tensor
         for name, tensor in linear(state).items()
@@ -63,30 +65,17 @@ LAYOUT = Published(
     restore=convolutions,
 )
 
-_DINO_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_DINO_LEFT_OUT = ("cls_token", "head.", "fc_norm.")
-
 
 def load_dino(image: GroupingViT, state: State, where: str) -> None:
-    """Blocks, patches, positions and last norm of DINO's ViT into the image tower; group tokens and
-    grouping blocks stay as they are.
+    """Load blocks, patches, positions and last norm of DINO's ViT into the image tower.
+
+    Group tokens and grouping blocks stay as they are.
 
     Raises:
         CheckpointError: for a ViT of another size.
     """
-    own, depth = image.state_dict(), len(image.layers[0].blocks)
-    taken: State = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^(module\.|backbone\.)+", "", name)
-        if name.startswith(_DINO_LEFT_OUT):
-            continue
-        block = _DINO_BLOCK.fullmatch(name)
-        if block:
-            number = int(block[1])
-            name = f"layers.{int(number >= depth)}.blocks.{number - depth * (number >= depth)}.{block[2]}"
-        if name == "pos_embed":  # the first is the class token's
-            tensor = tensor.reshape(1, -1, tensor.shape[-1])[:, 1:]
-        taken[name] = tensor
+    own = image.state_dict()
+    taken = _of_dino(state, len(image.layers[0].blocks))
     expected = [name for name in own if "downsample" not in name and "group_" not in name]
     wrong = sorted(
         name
@@ -100,10 +89,26 @@ def load_dino(image: GroupingViT, state: State, where: str) -> None:
         ]
         raise CheckpointError(
             f"{where} does not fit the image tower ({len(wrong)} tensors: {', '.join(shapes)}); "
-            "expected DINO's ViT of "
-            f"width {own['norm.weight'].shape[0]} with as many blocks and patches"
+            f"expected DINO's ViT of width {own['norm.weight'].shape[0]} with as many blocks and "
+            "patches"
         )
     check_numbers(where, taken, own)
-    image.load_state_dict(
-        {**own, **{name: tensor.to(own[name].dtype) for name, tensor in taken.items()}}
-    )
+    same = {name: tensor.to(own[name].dtype) for name, tensor in taken.items()}
+    image.load_state_dict({**own, **same})
+
+
+def _of_dino(state: State, depth: int) -> State:
+    """Return DINO's tensors under the image tower's names; ``depth`` blocks are its first stage."""
+    taken: State = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^(module\.|backbone\.)+", "", name)
+        if name.startswith(_DINO_LEFT_OUT):
+            continue
+        block = _DINO_BLOCK.fullmatch(name)
+        if block:
+            stage = int(int(block[1]) >= depth)
+            name = f"layers.{stage}.blocks.{int(block[1]) - depth * stage}.{block[2]}"
+        if name == "pos_embed":  # the first is the class token's
+            tensor = tensor.reshape(1, -1, tensor.shape[-1])[:, 1:]
+        taken[name] = tensor
+    return taken

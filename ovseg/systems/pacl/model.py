@@ -1,6 +1,4 @@
-"""PACL's vision embedder: the only trained module of the system.
-
-PACL: patch-aligned contrastive learning (Mukhoti et al., CVPR 2023).
+"""PACL: patch-aligned contrastive learning (Mukhoti et al., CVPR 2023).
 
 A residual embedder maps the patch tokens of a CLIP, frozen in the paper, to the space of its texts.
 Image and text are compared by the text's own weighted mean over the patches, for every pair of the
@@ -9,25 +7,26 @@ batch (``ovseg_kernels.patch_text_similarity``).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 import ovseg_kernels as ok
 
-from ...errors import ConfigError
-from ..base import MAX_SCALE, OVSegModel, PatchFeatures, SystemOptions
+from ...bounds import bounded
+from ...nn.features import PatchFeatures
+from ..base import MAX_SCALE, OVSegModel, SystemOptions
 from ..checks import check_compared, check_images
 
 
 class VisionEmbedder(nn.Module):
-    """Residual block from token width to text width: ``skip(x) + out(relu(hidden(x)))``, the
-    paper's appendix A.1.
+    """Residual block from token width to text width, the paper's appendix A.1.
 
-    Shapes: [..., D_v] to [..., D]. For ViT-B/16 (768, 512) it has 1 050 112 parameters.
+    It is the only module that is always trained. For ViT-B/16 (768, 512) it has 1 050 112
+    parameters.
     """
 
     def __init__(self, token_dim: int, embed_dim: int, hidden_dim: int | None = None):
@@ -37,13 +36,14 @@ class VisionEmbedder(nn.Module):
         self.out = nn.Linear(hidden_dim, embed_dim)
         self.skip = nn.Linear(token_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D_v] to [..., D]."""
         return self.skip(x) + self.out(torch.relu(self.hidden(x)))
 
 
 @dataclass
 class PACLOptions(SystemOptions):
-    """What the paper leaves open is here.
+    """Options of PACL; what the paper leaves open is here.
 
     Attributes:
         trained: ``embedder`` and ``scale`` are the paper's, the CLIP frozen. ``vision`` trains the
@@ -52,8 +52,9 @@ class PACLOptions(SystemOptions):
         hidden_dim: of the embedder; the text width if None.
         tap: patch tokens ``pre_norm`` or ``post_norm`` of the ViT's final norm. The paper does not
             say which. TinyClip also has ``local``, before its global part.
-        temperature: of the softmax over patches. The paper shows none, which is 1; then pooling is
-            close to a mean.
+        temperature: of the softmax over patches. 1 is the paper's, which shows none; pooling is
+            then close to a mean. The toy models state their own: of the 144 patches of a scene an
+            object covers a few, which a mean does not show.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
     """
 
@@ -62,27 +63,29 @@ class PACLOptions(SystemOptions):
         "it is trained now, a list of parts: embedder, scale, vision, text",
     )
 
-    ends: ClassVar[dict[str, tuple[float, float]]] = {"hidden_dim": (1, math.inf)}
-
     templates: str = "pacl7"
     trained: list[str] = field(default_factory=lambda: ["embedder", "scale"])
-    hidden_dim: int | None = None
+    hidden_dim: int | None = bounded(None, low=1)
     tap: str = "pre_norm"
-    temperature: float = 1.0
-    logit_scale: float = 14.3
+    temperature: float = bounded(1.0, low=0, above=True, expected="a positive finite number")
+    logit_scale: float = bounded(14.3, low=0, above=True, expected="a positive finite number")
 
     @classmethod
+    @override
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """``train_clip`` and ``learn_logit_scale`` became ``trained``."""
+        # ``train_clip`` and ``learn_logit_scale`` became ``trained``.
         if not {"train_clip", "learn_logit_scale"} & set(options):
             return options
         options = dict(options)
-        clip, scale = options.pop("train_clip", "none"), options.pop("learn_logit_scale", True)
+        clip = options.pop("train_clip", "none")
+        scale = options.pop("learn_logit_scale", True)
         parts = {"none": [], "vision": ["vision"], "all": ["vision", "text"]}[clip]
         return {"trained": ["embedder", *(["scale"] if scale else []), *parts], **options}
 
 
 class PACL(OVSegModel):
+    """A CLIP, an embedder of its patches, and a scale of its own."""
+
     Options = PACLOptions
     objective = "pacl"
     options: PACLOptions
@@ -92,23 +95,21 @@ class PACL(OVSegModel):
         self.backbone.check_class_token("pacl")
         if options.tap not in self.backbone.taps:
             raise ValueError(f"tap is {options.tap!r}; expected one of {list(self.backbone.taps)}")
-        for name in ("temperature", "logit_scale"):
-            if not 0 < getattr(options, name) < float("inf"):
-                raise ConfigError(
-                    f"{name} is {getattr(options, name)}; expected a positive finite number"
-                )
         self.embedder = VisionEmbedder(
             self.backbone.token_dim, self.backbone.embed_dim, options.hidden_dim
         )
-        self.tap, self.temperature = options.tap, options.temperature
+        self.tap = options.tap
+        self.temperature = options.temperature
         self.log_scale = nn.Parameter(torch.tensor(float(options.logit_scale)).log())
         self.train_parts(options.trained)
 
+    @override
     def train(self, mode: bool = True) -> PACL:
         super().train(mode)
         self.backbone.eval()  # no dropout in it
         return self
 
+    @override
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {
             "embedder": list(self.embedder.parameters()),
@@ -118,26 +119,41 @@ class PACL(OVSegModel):
         }
 
     @property
-    def logit_scale(self) -> torch.Tensor:
+    @override
+    def logit_scale(self) -> Tensor:
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
-    def encode_image(self, images: torch.Tensor) -> PatchFeatures:
-        """``embedding`` is the mean patch: PACL's image vector depends on the text, see
-        ``similarity``.
-        """
+    @override
+    def encode_image(self, images: Tensor) -> PatchFeatures:
+        # ``embedding`` is the mean patch: the vector that a text is compared with depends on the
+        # text, see ``compatibility``.
         check_images(images, self)
         with torch.set_grad_enabled("vision" in self.options.trained and torch.is_grad_enabled()):
             patches = self.backbone.encode_patches(images, tap=self.tap)
         tokens = self.embedder(patches.tokens)
         return PatchFeatures(tokens.mean(1), tokens, patches.grid)
 
-    def encode_text(self, token_ids: torch.Tensor) -> torch.Tensor:
+    @override
+    def encode_text(self, token_ids: Tensor) -> Tensor:
         with torch.set_grad_enabled("text" in self.options.trained and torch.is_grad_enabled()):
             return super().encode_text(token_ids)
 
-    def similarity(self, images: torch.Tensor | PatchFeatures, texts: torch.Tensor) -> torch.Tensor:
-        check_compared(images, texts, PatchFeatures)
-        features = self(images) if isinstance(images, torch.Tensor) else images
+    def compatibility(self, tokens: Tensor, texts: Tensor) -> Tensor:
+        """Compare each text with its own weighted mean of each picture's patches.
+
+        Args:
+            tokens: [B, N, E].
+            texts: [T, E].
+
+        Returns:
+            [B, T].
+        """
         return ok.patch_text_similarity(
-            features.tokens, texts.to(features.tokens.dtype), temperature=self.temperature
+            tokens, texts.to(tokens.dtype), temperature=self.temperature
         )
+
+    @override
+    def similarity(self, images: Tensor | PatchFeatures, texts: Tensor) -> Tensor:
+        check_compared(images, texts, PatchFeatures)
+        features = self(images) if isinstance(images, Tensor) else images
+        return self.compatibility(features.tokens, texts)

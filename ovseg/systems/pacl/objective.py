@@ -1,36 +1,35 @@
-"""PACL's objective: the contrast by the compatibility of every text with the patches of every
-picture.
+"""PACL's objective: the contrast by the compatibility of every text with every picture's patches.
+
+Mukhoti et al., arXiv:2212.04994.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
-
-import ovseg_kernels as ok
+from typing_extensions import override
 
 from ...data.batches import PairBatch
 from ..contrast import image_text_contrast
 from ..objective import Losses, Objective, Progress, Rows
+from .model import PACL
 
 
 class PACLObjective(Objective):
-    """Mukhoti et al., arXiv:2212.04994. Patches stay on their rank: only texts travel."""
+    """The contrast of all pairs. Patches stay on their rank: only texts travel."""
 
+    model: PACL
+
+    @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        return {
-            "tokens": self.model(self.images(batch)).tokens,
-            "text": self.model.encode_text(batch.token_ids),
-        }
+        tokens = self.model(self.images(batch)).tokens
+        return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
 
+    @override
     def loss(
         self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
     ) -> Losses:
-        def compatibility(tokens: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-            return ok.patch_text_similarity(tokens, text, temperature=self.model.temperature)
-
-        return {
-            "total": image_text_contrast(
-                rows["tokens"], rows["text"], self.model.logit_scale, batch, group, compatibility
-            )
-        }
+        model = self.model
+        total = image_text_contrast(
+            rows["tokens"], rows["text"], model.logit_scale, batch, group, model.compatibility
+        )
+        return {"total": total}

@@ -1,23 +1,21 @@
-"""The decoder of masked autoencoders (He et al., arXiv:2111.06377), as SegCLIP reconstructs pixels
-from its groups.
+"""SegCLIP's group module, and the decoder that reconstructs pixels from its groups.
 
-Parameter names are those of the published checkpoint.
+Learnable centers look at the patches, then every patch goes to one center (Luo et al.,
+arXiv:2211.14813).
 
-SegCLIP's group module: learnable centers look at the patches, then every patch goes to one center.
-Luo et al., arXiv:2211.14813.
-
-    c <- c + MHA(LN_x(c), LN_k([c; x]), LN_k([c; x]));  c <- c + MLP(LN_2(c))            twice, c_0 learned     (1)
+    c <- c + MHA(LN_x(c), LN_k([c; x]), LN_k([c; x]));  c <- c + MLP(LN_2(c))                    (1)
     q = LN(c);  pooled, index = segclip_center_assignment(q, x)                                  (2)
-    z = quick_gelu(fc2(gelu(fc1(LN(q + pooled)))))                                       no residual            (3)
+    z = quick_gelu(fc2(gelu(fc1(LN(q + pooled)))))                            no residual        (3)
 
-The attention of (1) has G queries and L + G keys, so its projections move to the queries' side,
-exactly: with q_h the query of a head,
+(1) runs twice, c_0 is learned. Its attention has G queries and L + G keys, so its projections move
+to the queries' side, exactly: with q_h the query of a head,
 
     q_h . (W_K,h k) = (W_K,h^T q_h) . k          sum_l a_l W_V,h k_l = W_V,h sum_l a_l k_l       (4)
 
 no key and no value exists; the key's bias cancels in the softmax, the value's is a constant.
 
-Parameter names are those of the published checkpoint.
+The decoder is that of masked autoencoders (He et al., arXiv:2111.06377). Parameter names are those
+of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -25,142 +23,35 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
 
 from ...nn.blocks import attention, quick_gelu, quick_gelu_linear
 
-
-def sincos_positions(
-    grid: tuple[int, int], width: int, device: torch.device | None = None
-) -> torch.Tensor:
-    """[1 + h w, width]: row 0 is zero; the first half encodes the column, the second the row, each
-    sin then cos, base 10000.
-    """
-    frequencies = 10000.0 ** -(
-        torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4)
-    )
-    halves = []
-    rows, columns = torch.meshgrid(
-        *(torch.arange(side, dtype=torch.float64, device=device) for side in grid), indexing="ij"
-    )
-    for place in (columns, rows):
-        angle = place.flatten()[:, None] * frequencies
-        halves += [angle.sin(), angle.cos()]
-    return F.pad(torch.cat(halves, 1), (0, 0, 1, 0)).float()
-
-
-def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
-    """[B, 3, H, W] to [B, N, patch * patch * 3]: row in the patch, column in the patch, channel."""
-    return (
-        images.unfold(2, patch, patch)
-        .unfold(3, patch, patch)
-        .permute(0, 2, 3, 4, 5, 1)
-        .flatten(3)
-        .flatten(1, 2)
-    )
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads, self.qkv, self.proj = (
-            heads,
-            nn.Linear(width, 3 * width),
-            nn.Linear(width, width),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width, heads)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class MaeDecoder(nn.Module):
-    """Pixels of the removed patches from what is known of the kept ones.
-
-    Args:
-        token_dim: width of what comes in.
-        patch: side of a patch in pixels.
-        width, depth, heads: of the decoder.
-    """
-
-    def __init__(
-        self, token_dim: int, patch: int, width: int = 384, depth: int = 3, heads: int = 8
-    ):
-        super().__init__()
-        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.decoder_embed = nn.Linear(token_dim, width)
-        self.decoder_blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
-        self.decoder_norm, self.decoder_pred = (
-            nn.LayerNorm(width, eps=1e-6),
-            nn.Linear(width, patch * patch * 3),
-        )
-
-    def forward(
-        self,
-        kept: torch.Tensor,
-        restore: torch.Tensor,
-        grid: tuple[int, int],
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Predicted pixels [B, N, patch * patch * 3], or [B, M, ...] of the ``wanted`` patches [B,
-        M] only.
-
-        Args:
-            kept: [B, K, token_dim] in shuffled order; their mean stands for the class token.
-            restore: [B, N], where each patch lies in the shuffled order, the kept ones first.
-            grid: (h, w).
-            wanted: indices of patches.
-        """
-        x = self.decoder_embed(torch.cat([kept.mean(1, keepdim=True), kept], 1))
-        B, N, width = restore.shape[0], restore.shape[1], x.shape[2]
-        patches = torch.cat(
-            [x[:, 1:], self.mask_token.to(x.dtype).expand(B, N - kept.shape[1], -1)], 1
-        )
-        patches = patches.gather(1, restore[..., None].expand(-1, -1, width))
-        x = torch.cat([x[:, :1], patches], 1) + sincos_positions(grid, width, x.device).to(x.dtype)
-        for block in self.decoder_blocks:
-            x = block(x)
-        x = (
-            x[:, 1:]
-            if wanted is None
-            else x[:, 1:].gather(1, wanted[..., None].expand(-1, -1, width))
-        )
-        return self.decoder_pred(self.decoder_norm(x))
-
-
 _TINY = 1e-30  # below it log(soft) is cut: such a center has no share in any sum
 
 
 class Groups(NamedTuple):
-    """``tokens`` [B, G, D] of (3), ``index`` [B, L], ``soft`` [B, G, L] without noise, ``centers``
-    [B, G, D], q of (2).
+    """What the group module gives.
+
+    Attributes:
+        tokens: [B, G, D] of (3).
+        index: [B, L], the center of each patch.
+        soft: [B, G, L], its shares without noise.
+        centers: [B, G, D], q of (2).
     """
 
-    tokens: torch.Tensor
-    index: torch.Tensor
-    soft: torch.Tensor
-    centers: torch.Tensor
+    tokens: Tensor
+    index: Tensor
+    soft: Tensor
+    centers: Tensor
 
-    def assignment(self, noise: torch.Tensor | None, tau: float) -> torch.Tensor:
-        """[B, G, L]: 1 at each patch's center and 0 elsewhere, with the gradient of softmax((z +
-        noise) / tau): straight-through.
+    def assignment(self, noise: Tensor | None, tau: float) -> Tensor:
+        """Return 1 at each patch's center and 0 elsewhere, [B, G, L], straight-through.
+
+        Its gradient is that of softmax((z + noise) / tau), z = log(soft).
         """
         z = self.soft.clamp(min=_TINY).log()
         y = ((z if noise is None else z + noise) / tau).softmax(1)
@@ -170,40 +61,41 @@ class Groups(NamedTuple):
 class _Mlp(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return quick_gelu_linear(self.c_fc(x), self.c_proj.weight, self.c_proj.bias)
 
 
 class CrossBlock(nn.Module):
-    """(1).
-
-    ``mix_batch`` reads the normed keys as [S, B, D] where they are [B, S, D], as the published
-    training did: an image's centers then see a few patches of every image of the batch. For one
-    image both are the same.
-    """
+    """One round of (1)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)  # its parameters; (4) is computed here
-        self.ln_x, self.ln_k, self.ln_2, self.mlp = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            _Mlp(width),
-        )
+        self.ln_x = nn.LayerNorm(width)
+        self.ln_k = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = _Mlp(width)
 
-    def forward(
-        self, centers: torch.Tensor, tokens: torch.Tensor, mix_batch: bool = False
-    ) -> torch.Tensor:
-        heads, (B, G, D) = self.attn.num_heads, centers.shape
+    def forward(self, centers: Tensor, tokens: Tensor, mix_batch: bool = False) -> Tensor:
+        """Let centers look at themselves and the patches.
+
+        Args:
+            centers: [B, G, D].
+            tokens: [B, L, D].
+            mix_batch: read the normed keys as [S, B, D] where they are [B, S, D], as the published
+                training did: an image's centers then see a few patches of every image of the batch.
+                For one image both are the same.
+        """
+        heads = self.attn.num_heads
+        B, G, D = centers.shape
         keys = self.ln_k(torch.cat([centers, tokens], 1))
         if mix_batch:
             keys = keys.reshape(keys.shape[1], B, D).transpose(0, 1)
-        of_query, of_key, of_value = self.attn.in_proj_weight.unflatten(
-            0, (3, heads, D // heads)
-        ).unbind(0)
+        weight = self.attn.in_proj_weight.unflatten(0, (3, heads, D // heads))
+        of_query, of_key, of_value = weight.unbind(0)
         bias = self.attn.in_proj_bias.unflatten(0, (3, heads, D // heads))
         q = torch.einsum("bgi,hdi->bhgd", self.ln_x(centers), of_query) + bias[0][:, None]
         folded = torch.einsum("bhgd,hdi->bhgi", q * (D // heads) ** -0.5, of_key)
@@ -214,20 +106,22 @@ class CrossBlock(nn.Module):
         return centers + self.mlp(self.ln_2(centers))
 
 
+def _fc1_fc2(width: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+
 class _Output(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)}
-        )
+        self.mlp = _fc1_fc2(width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return quick_gelu(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.ln(x)))))
 
 
 class SemanticGroups(nn.Module):
-    """The module of this file.
+    """The group module, (1) to (3).
 
     Args:
         width: D of the patches.
@@ -251,21 +145,22 @@ class SemanticGroups(nn.Module):
         self.semantic_center = nn.Parameter(
             nn.init.trunc_normal_(torch.empty(centers, width), std=0.02)
         )
-        self.norm, self.cross_ln, self.k_ln = (
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-            nn.LayerNorm(width),
-        )
+        self.norm = nn.LayerNorm(width)
+        self.cross_ln = nn.LayerNorm(width)
+        self.k_ln = nn.LayerNorm(width)
         self.cross_att = nn.ModuleList(CrossBlock(width, heads) for _ in range(cross_layers))
-        self.k_conv, self.v_conv = (
-            nn.Conv1d(width, width, 1, groups=heads, bias=False) for _ in range(2)
-        )
+        self.k_conv = nn.Conv1d(width, width, 1, groups=heads, bias=False)
+        self.v_conv = nn.Conv1d(width, width, 1, groups=heads, bias=False)
         self.proj_o = _Output(width)
 
-    def forward(
-        self, tokens: torch.Tensor, noise: torch.Tensor | None = None, tau: float = 1.0
-    ) -> Groups:
-        """``tokens`` [B, L, D]; ``noise`` [B, G, L] and ``tau`` of the assignment, in training."""
+    def forward(self, tokens: Tensor, noise: Tensor | None = None, tau: float = 1.0) -> Groups:
+        """Gather patches.
+
+        Args:
+            tokens: [B, L, D].
+            noise: of the assignment [B, G, L], in training.
+            tau: of the assignment.
+        """
         centers = self.semantic_center.expand(len(tokens), -1, -1)
         for block in self.cross_att:
             centers = block(centers, tokens, self.mix_batch)
@@ -287,3 +182,104 @@ class SemanticGroups(nn.Module):
         )
         assert soft is not None
         return Groups(self.proj_o(q + pooled), index, soft, q)
+
+
+def sincos_positions(
+    grid: tuple[int, int], width: int, device: torch.device | None = None
+) -> Tensor:
+    """Return positions [1 + h w, width], of which row 0 is zero.
+
+    The first half encodes the column, the second the row, each sin then cos, base 10000.
+    """
+    exact = {"dtype": torch.float64, "device": device}
+    frequencies = 10000.0 ** -(torch.arange(width // 4, **exact) / (width // 4))
+    halves = []
+    sides = (torch.arange(side, **exact) for side in grid)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    for place in (columns, rows):
+        angle = place.flatten()[:, None] * frequencies
+        halves += [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(halves, 1), (0, 0, 1, 0)).float()
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cut [B, 3, H, W] into [B, N, patch * patch * 3].
+
+    A patch's numbers are ordered by row in it, column in it, channel.
+    """
+    cut = images.unfold(2, patch, patch).unfold(3, patch, patch)
+    return cut.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = _Attention(width, heads)
+        self.mlp = _fc1_fc2(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class MaeDecoder(nn.Module):
+    """The decoder of masked autoencoders: pixels of removed patches from the kept ones.
+
+    Args:
+        token_dim: width of what comes in.
+        patch: side of a patch in pixels.
+        width, depth, heads: of the decoder.
+    """
+
+    def __init__(
+        self, token_dim: int, patch: int, width: int = 384, depth: int = 3, heads: int = 8
+    ):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.decoder_embed = nn.Linear(token_dim, width)
+        self.decoder_blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, patch * patch * 3)
+
+    def forward(
+        self,
+        kept: Tensor,
+        restore: Tensor,
+        grid: tuple[int, int],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Predict pixels [B, N, patch * patch * 3], or [B, M, ...] of the wanted patches only.
+
+        Args:
+            kept: [B, K, token_dim] in shuffled order; their mean stands for the class token.
+            restore: [B, N], where each patch lies in the shuffled order, the kept ones first.
+            grid: (h, w).
+            wanted: indices of patches [B, M].
+        """
+        x = self.decoder_embed(torch.cat([kept.mean(1, keepdim=True), kept], 1))
+        B, N = restore.shape
+        width = x.shape[2]
+        hidden = self.mask_token.to(x.dtype).expand(B, N - kept.shape[1], -1)
+        patches = torch.cat([x[:, 1:], hidden], 1)
+        patches = patches.gather(1, restore[..., None].expand(-1, -1, width))
+        x = torch.cat([x[:, :1], patches], 1) + sincos_positions(grid, width, x.device).to(x.dtype)
+        for block in self.decoder_blocks:
+            x = block(x)
+        x = x[:, 1:]
+        if wanted is not None:
+            x = x.gather(1, wanted[..., None].expand(-1, -1, width))
+        return self.decoder_pred(self.decoder_norm(x))

@@ -2,21 +2,23 @@
 
 A CLIP trunk is split: its first blocks see the patches, without the class token; a group module
 gathers them into centers; the last blocks see the centers, and the image is the elementwise maximum
-over them. ``objectives/segclip.py`` trains it.
+over them.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
+from ...bounds import bounded
 from ...nn.blocks import quick_gelu
+from ...nn.features import GroupFeatures
 from ...weights.published import Published
-from ..base import GroupFeatures, OVSegModel, SystemOptions
+from ..base import OVSegModel, SystemOptions
 from ..checks import check_images
 from .layers import Groups, MaeDecoder, SemanticGroups, sincos_positions
 from .published import MARK, layout
@@ -28,15 +30,17 @@ _OF_TRAINING = ("tau", "weights", "kept")  # options of the model once
 
 @dataclass
 class SegCLIPOptions(SystemOptions):
-    """Attributes:
-    trained: all but ``embeddings`` as published: patch and position embeddings, the norm after them
-        and token embeddings stay CLIP's.
-    second_stage: how many of the CLIP's last blocks see the centers; with 0 the group module's
-        output is the groups.
-    centers, cross_layers, heads: of the group module; heads is the width / 64 if None.
-    decoder: width, depth and heads of the decoder of pixels.
-    mix_batch: the published training's mixing of images in the cross-attention, see
-        ``layers/semantic_groups.py``.
+    """Options of SegCLIP.
+
+    Attributes:
+        trained: all but ``embeddings`` as published: patch and position embeddings, the norm after
+            them and token embeddings stay CLIP's.
+        second_stage: how many of the CLIP's last blocks see the centers; with 0 the group module's
+            output is the groups.
+        centers, cross_layers, heads: of the group module; heads is the width / 64 if None.
+        decoder: width, depth and heads of the decoder of pixels.
+        mix_batch: the published training's mixing of images in the cross-attention, see
+            ``layers.CrossBlock``.
     """
 
     moved: ClassVar[dict[str, str]] = {
@@ -44,24 +48,18 @@ class SegCLIPOptions(SystemOptions):
         **{name: f"it is objective.options.{name} now" for name in _OF_TRAINING},
     }
 
-    ends: ClassVar[dict[str, tuple[float, float]]] = {
-        "centers": (1, math.inf),
-        "cross_layers": (0, math.inf),
-        "heads": (1, math.inf),
-        "decoder": (1, math.inf),
-    }
-
     trained: list[str] = field(default_factory=lambda: _PARTS[1:])
     second_stage: int = 2
-    centers: int = 8
-    cross_layers: int = 2
-    heads: int | None = None
-    decoder: dict[str, int] = field(default_factory=dict)
+    centers: int = bounded(8, low=1)
+    cross_layers: int = bounded(2, low=0)
+    heads: int | None = bounded(None, low=1)
+    decoder: dict[str, int] = bounded(default_factory=dict, low=1)
     mix_batch: bool = False
 
     @classmethod
+    @override
     def upgrade(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """``frozen`` became ``trained``; what only training needs went to the objective."""
+        # ``frozen`` became ``trained``; what only training needs went to the objective.
         options = {key: value for key, value in options.items() if key not in _OF_TRAINING}
         return {"trained": _PARTS, **options} if options.pop("frozen", True) is False else options
 
@@ -72,6 +70,8 @@ class SegCLIPOptions(SystemOptions):
 
 
 class SegCLIP(OVSegModel):
+    """A CLIP in two stages, the group module between them, and what reconstructs pixels."""
+
     Options = SegCLIPOptions
     decision = "groups"
     objective = "segclip"
@@ -104,17 +104,16 @@ class SegCLIP(OVSegModel):
 
     @property
     def published(self) -> Published | None:  # type: ignore[override]
-        """Of models on open_clip's CLIP."""
+        """The layout of models on open_clip's CLIP."""
         if self.options.backbone["kind"] != "open_clip":
             return None
         side = self.spec.image_size // self.spec.patch_size
-        return layout(
-            self.first_stage,
-            sincos_positions((side, side), self.decoder.mask_token.shape[-1])[None],
-        )
+        width = self.decoder.mask_token.shape[-1]
+        return layout(self.first_stage, sincos_positions((side, side), width)[None])
 
+    @override
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """The class token is in none: nothing looks at it."""
+        # The class token is in none: nothing looks at it.
         backbone = self.backbone
         found = {"embeddings": backbone.embedding_parameters(), "scale": [backbone.logit_scale]}
         taken = {id(p) for part in found.values() for p in part}
@@ -122,40 +121,42 @@ class SegCLIP(OVSegModel):
         taken |= {id(p) for p in (*found["text"], backbone.class_token)}
         found["vision"] = [p for p in backbone.parameters() if id(p) not in taken]
         found["groups"] = list(self.groups.parameters())
-        found["reconstruction"] = [
-            p for m in (self.mae_blocks, self.reconstruct, self.decoder) for p in m.parameters()
-        ]
+        modules = (self.mae_blocks, self.reconstruct, self.decoder)
+        found["reconstruction"] = [p for module in modules for p in module.parameters()]
         return {name: found[name] for name in _PARTS}
 
     @property
+    @override
     def blocks(self) -> list[nn.Module]:
         return [*super().blocks, *self.mae_blocks]
 
-    def encode_image(self, images: torch.Tensor) -> GroupFeatures:
-        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its
-        group.
-        """
+    @override
+    def encode_image(self, images: Tensor) -> GroupFeatures:
         x, grid = self.embed(images)
         groups, image, of_group = self.gather(x)
         tokens = of_group.gather(1, groups.index[..., None].expand(-1, -1, of_group.shape[2]))
         return GroupFeatures(image, tokens, grid, of_group, groups.index, groups.soft)
 
-    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(patch tokens [B, N, D] before the first block, grid)."""
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return (patch tokens [B, N, D] before the first block, grid)."""
         check_images(images, self)
         return self.backbone.embed(images)
 
-    def first_blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """Patch tokens as the group module takes them."""
+    def first_blocks(self, x: Tensor) -> Tensor:
+        """Bring patch tokens to where the group module takes them."""
         for block in self.backbone.vision_blocks[: self.first_stage]:
             x = block(x)
         return x
 
     def gather(
-        self, x: torch.Tensor, noise: torch.Tensor | None = None, tau: float = 1.0
-    ) -> tuple[Groups, torch.Tensor, torch.Tensor]:
-        """(groups, image [B, E], embeddings of the groups [B, G, E]) of embedded patches; Gumbel
-        ``noise`` [B, G, N] in training.
+        self, x: Tensor, noise: Tensor | None = None, tau: float = 1.0
+    ) -> tuple[Groups, Tensor, Tensor]:
+        """Return (groups, image [B, E], embeddings of the groups [B, G, E]).
+
+        Args:
+            x: embedded patches [B, N, D].
+            noise: Gumbel noise [B, G, N], in training.
+            tau: of the assignment.
         """
         groups = self.groups(self.first_blocks(x), noise, tau)
         tokens = groups.tokens
@@ -165,41 +166,41 @@ class SegCLIP(OVSegModel):
         both = self.backbone.project(self.backbone.final_norm(both))
         return groups, both[:, 0], both[:, 1:]
 
-    def scatter(self, kept: torch.Tensor, noise: torch.Tensor, tau: float) -> torch.Tensor:
-        """[B, K, D]: kept patches [B, K, D], embedded, gathered into groups and back through the
-        assignment.
+    def scatter(self, kept: Tensor, noise: Tensor, tau: float) -> Tensor:
+        """Gather kept patches into groups, and bring them back through the assignment.
+
+        Args:
+            kept: embedded patches [B, K, D].
+            noise: Gumbel noise [B, G, K].
+            tau: of the assignment.
+
+        Returns:
+            [B, K, D].
         """
         groups = self.groups(self.first_blocks(kept), noise, tau)
-        x = quick_gelu(
-            self.reconstruct(groups.assignment(noise, tau).transpose(1, 2).to(kept.dtype))
-            @ groups.tokens
-        )
+        assignment = groups.assignment(noise, tau).transpose(1, 2).to(kept.dtype)
+        x = quick_gelu(self.reconstruct(assignment) @ groups.tokens)
         for block in self.mae_blocks:
             x = block(x)
         return x
 
+    @override
     def parameter_groups(
         self, lr: float, weight_decay: float, lower_lr: float | None = None
     ) -> list[dict[str, Any]]:
-        """The published recipe: the first blocks, the text tower and the scale at ``lower_lr``;
-        decay on all but biases.
-        """
-        first = [
-            p
-            for block in self.backbone.vision_blocks[: self.first_stage]
-            for p in block.parameters()
-        ]
-        slow = {
-            id(p) for p in (*first, *self.backbone.text_parameters(), self.backbone.logit_scale)
-        }
+        # The published recipe: the first blocks, the text tower and the scale at ``lower_lr``;
+        # decay on all but biases.
+        first = self.backbone.vision_blocks[: self.first_stage]
+        slow = {id(p) for block in first for p in block.parameters()}
+        slow |= {id(p) for p in (*self.backbone.text_parameters(), self.backbone.logit_scale)}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.trainable:
             groups.setdefault((id(parameter) in slow, "bias" not in name), []).append(parameter)
-        low = lr if lower_lr is None else lower_lr
+        low = 1.0 if lower_lr is None else lower_lr / lr
         return [
             {
                 "params": found,
-                "lr_scale": (low / lr if is_slow else 1.0),
+                "lr_scale": low if is_slow else 1.0,
                 "weight_decay": weight_decay if decayed else 0.0,
             }
             for (is_slow, decayed), found in groups.items()
@@ -207,8 +208,9 @@ class SegCLIP(OVSegModel):
 
 
 def _initialize(module: nn.Module) -> None:
-    """As published: every linear layer N(0, 0.02) without bias; the packed projections of attention
-    and the convolutions as torch does.
+    """Draw every linear layer from N(0, 0.02) without bias, as published.
+
+    The packed projections of attention and the convolutions are drawn as torch does.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)

@@ -27,7 +27,7 @@ POSITIONS = "vis_mae_decoder.decoder_pos_embed"  # a fixed table
 
 
 def to_ours(name: str, first_stage: int) -> str:
-    """Our name of a published tensor; ``first_stage`` blocks lie before the groups."""
+    """Return our name of a published tensor; ``first_stage`` blocks lie before the groups."""
     found = _BLOCK.fullmatch(name)
     if found:
         index = int(found[2]) + (first_stage if found[1] == "2" else 0)
@@ -39,7 +39,7 @@ def to_ours(name: str, first_stage: int) -> str:
 
 
 def to_theirs(name: str, first_stage: int) -> str:
-    """The inverse of ``to_ours``."""
+    """Invert ``to_ours``."""
     found = _OURS.fullmatch(name)
     if found:
         index = int(found[1])
@@ -52,8 +52,11 @@ def to_theirs(name: str, first_stage: int) -> str:
 
 
 def layout(first_stage: int, positions: torch.Tensor) -> Published:
-    """Of a model whose first stage has so many blocks; ``positions`` is the decoder's table at the
-    training size.
+    """Return the layout of a model.
+
+    Args:
+        first_stage: how many blocks lie before the groups.
+        positions: the decoder's table at the training size.
     """
     return Published(
         lambda name: to_ours(name, first_stage),

@@ -1,25 +1,28 @@
-"""Deep prompts: learned tokens in front of every block of a frozen ViT (VPT, Jia et al.,
-arXiv:2203.12119), as ZegCLIP tunes CLIP.
+"""ZegCLIP's deep prompts, and its decoder: masks of classes from patches.
+
+Learned tokens stand in front of every block of the frozen ViT (VPT, Jia et al., arXiv:2203.12119):
 
     P_i = dropout(W e_i + b)                 e_i [T, D] of block i, one W for all                (1)
     x   = block_i([x_0; P_i; x_1 .. x_N])    and its T outputs are replaced by P_{i+1}           (2)
 
-Nobody reads the outputs of (2) at the prompts, so there a block has to give keys and values only:
+Nobody reads the outputs of (2) at the prompts, so there a block has to give keys and values only,
+for the class token and patches alone:
 
-    x = x + attention(Q(x), [K(P_i); K(x)], [V(P_i); V(x)]), then x + mlp(x), for the class token and patches alone      (3)
+    x = x + attention(Q(x), [K(P_i); K(x)], [V(P_i); V(x)]), then x + mlp(x)                     (3)
 
 the same numbers without the prompts' queries, output projections and MLP. K(P_i) and V(P_i) depend
 on parameters only: in evaluation they are computed once.
 
-Masks of classes from patches: queries made of texts look at the patches, and the last attention's
-scores are the masks.
+In the decoder queries made of texts look at the patches, and the last attention's scores are the
+masks. With the relationship descriptor of picture g and text t_c [E], (5) in all layers but the
+last, and (6) in the last:
 
-    q_c = W1 (g * t_c) + W2 t_c + b              relationship descriptor of picture g and text t_c [E]             (1)
-    q   = LN2(q + drop(O attend(q, F)));  q = LN3(q + drop(W'' drop(relu(W' q))))      in all layers but the last  (2)
-    mask_c(n) = mean over heads of Q_h(q_c) . K_h(F_n) / sqrt(d) = Q(q_c) . K(F_n) / (heads sqrt(d))     the last  (3)
-              = (Q(q_c) W_K) . F_n / (heads sqrt(d)) + Q(q_c) . b_K / (heads sqrt(d))            (4)
+    q_c = W1 (g * t_c) + W2 t_c + b                                                              (4)
+    q   = LN2(q + drop(O attend(q, F)));  q = LN3(q + drop(W'' drop(relu(W' q))))                (5)
+    mask_c(n) = mean over heads of Q_h(q_c) . K_h(F_n) / sqrt(d)                                 (6)
+              = (Q(q_c) W_K) . F_n / (heads sqrt(d)) + Q(q_c) . b_K / (heads sqrt(d))            (7)
 
-(4) is one product with the patches for all heads. W2 t_c + b depends on the vocabulary only. The
+(7) is one product with the patches for all heads. W2 t_c + b depends on the vocabulary only. The
 decoder is that of ZegCLIP (arXiv:2212.03588), after SegViT (arXiv:2210.05844), without the parts
 that it holds and never uses. Parameter names are those of the published checkpoint.
 """
@@ -30,7 +33,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...nn.blocks import AttentionBlock, attention
@@ -61,33 +64,29 @@ class DeepPrompts(nn.Module):
         self._kept = Kept()
 
     def resize(self, count: int) -> None:
-        """Fresh prompts, so many tokens of each."""
-        depth, _, width = self.embeddings.shape
-        fresh = (
-            self.embeddings.detach()
-            .new_empty(depth, count, width)
-            .uniform_(-self.bound, self.bound)
-        )
-        self.embeddings = nn.Parameter(fresh, requires_grad=self.embeddings.requires_grad)
+        """Draw fresh prompts, so many tokens of each."""
+        old = self.embeddings
+        fresh = old.detach().new_empty(len(old), count, old.shape[2])
+        fresh.uniform_(-self.bound, self.bound)
+        self.embeddings = nn.Parameter(fresh, requires_grad=old.requires_grad)
 
     def _apply(self, fn, recurse=True):
         self._kept.clear()
         return super()._apply(fn, recurse)
 
-    def forward(self, batch: int) -> torch.Tensor:
-        """(1): [depth, 1, T, D], or [depth, batch, T, D] where dropout is on."""
+    def forward(self, batch: int) -> Tensor:
+        """Return (1), [depth, 1, T, D], or [depth, batch, T, D] where dropout is on."""
         x = self.proj(self.embeddings)[:, None]
         if not self.training or self.dropout == 0:
             return x
         return F.dropout(x.expand(-1, batch, -1, -1), self.dropout)
 
-    def run(self, blocks: Sequence[AttentionBlock], x: torch.Tensor) -> torch.Tensor:
-        """(3) over all blocks: [B, 1 + N, D] to the same, before the norm."""
-        prefixes: Sequence[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
+    def run(self, blocks: Sequence[AttentionBlock], x: Tensor) -> Tensor:
+        """Run (3) over all blocks: [B, 1 + N, D] to the same, before the norm."""
+        prefixes: Sequence[Tensor | tuple[Tensor, Tensor]]
         if self.training or torch.is_grad_enabled():
-            prefixes = self(len(x)).unbind(
-                0
-            )  # blocks project them: sharded parameters are whole inside of a block alone
+            # Blocks project them: sharded parameters are whole inside of a block alone.
+            prefixes = self(len(x)).unbind(0)
         else:
             made_of = [*self.parameters(), *(p for block in blocks for p in block.parameters())]
             prefixes = self._kept(made_of, lambda: self._keys_values(blocks))
@@ -95,9 +94,7 @@ class DeepPrompts(nn.Module):
             x = block(x, prefix=prefix)
         return x
 
-    def _keys_values(
-        self, blocks: Sequence[AttentionBlock]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _keys_values(self, blocks: Sequence[AttentionBlock]) -> list[tuple[Tensor, Tensor]]:
         return [
             block.keys_values(block.norm_1(prompts))
             for block, prompts in zip(blocks, self(1), strict=True)
@@ -105,7 +102,7 @@ class DeepPrompts(nn.Module):
 
 
 class Descriptor(nn.Module):
-    """(1), without the concatenation."""
+    """The relationship descriptor (4), without the published concatenation."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -116,9 +113,10 @@ class Descriptor(nn.Module):
         self._kept.clear()
         return super()._apply(fn, recurse)
 
-    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """[B, C, E] of pictures [B, E] and texts [C, E]."""
-        weight, bias = self.proj.weight, self.proj.bias
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Return the queries [B, C, E] of pictures [B, E] and texts [C, E]."""
+        weight = self.proj.weight
+        bias = self.proj.bias
         of_both, of_text = weight.chunk(2, 1)
         half = self._kept((texts, weight, bias), lambda: F.linear(texts, of_text, bias))
         return F.linear(images[:, None] * texts, of_both) + half
@@ -129,23 +127,30 @@ class _Attention(nn.Module):
 
     def __init__(self, width: int, last: bool):
         super().__init__()
-        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
         if not last:
-            self.v, self.proj = nn.Linear(width, width), nn.Linear(width, width)
+            self.v = nn.Linear(width, width)
+            self.proj = nn.Linear(width, width)
 
 
 class DecoderLayer(nn.Module):
-    """(2)."""
+    """A layer of (5)."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.multihead_attn = _Attention(width, last=False)
-        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        attn, rate = self.multihead_attn, self.dropout if self.training else 0.0
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """Let queries [B, C, E] look at patches [B, N, E]."""
+        attn = self.multihead_attn
+        rate = self.dropout if self.training else 0.0
         q, k, v = (
             x.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for x in (attn.q(queries), attn.k(patches), attn.v(patches))
@@ -157,29 +162,30 @@ class DecoderLayer(nn.Module):
 
 
 class MaskLayer(nn.Module):
-    """(4)."""
+    """The last layer, (7)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.scale = 1 / (heads * (width // heads) ** 0.5)
         self.multihead_attn = _Attention(width, last=True)
 
-    def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """Return mask logits [B, C, N] of queries [B, C, E] over patches [B, N, E]."""
         attn = self.multihead_attn
         q = attn.q(queries) * self.scale
-        return torch.baddbmm(
-            (q @ attn.k.bias)[..., None], q @ attn.k.weight, patches.transpose(1, 2)
-        )
+        constant = (q @ attn.k.bias)[..., None]
+        return torch.baddbmm(constant, q @ attn.k.weight, patches.transpose(1, 2))
 
 
 class ClassDecoder(nn.Module):
-    """Layers of (2), one of (4).
+    """Layers of (5), one of (7).
 
     Args:
         width: E.
         heads: of each attention.
         layers: of both kinds; they begin alike, as published.
-        hidden: of the MLPs.
+        hidden: of the MLPs; four times the width if None.
+        dropout: of (5).
     """
 
     def __init__(
@@ -193,8 +199,6 @@ class ClassDecoder(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"heads is {heads}; expected a divisor of {width}, the width of texts")
-        if layers < 1:
-            raise ValueError(f"decoder_layers is {layers}; expected at least 1")
         self.layers = nn.ModuleList(
             DecoderLayer(width, heads, hidden or 4 * width, dropout) for _ in range(layers - 1)
         )
@@ -203,8 +207,8 @@ class ClassDecoder(nn.Module):
         for layer in self.layers:
             layer.load_state_dict({name: first[name] for name in layer.state_dict()})
 
-    def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Mask logits [B, C, N] of queries [B, C, E] over patches [B, N, E]."""
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """Return mask logits [B, C, N] of queries [B, C, E] over patches [B, N, E]."""
         for layer in self.layers[:-1]:
             queries = layer(queries, patches)
         return self.layers[-1](queries, patches)
