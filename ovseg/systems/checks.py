@@ -1,9 +1,8 @@
-"""Arguments of the methods of a model, looked at before anything is computed.
+"""What is looked at before and after a model computes.
 
-Whether a model reads labels as they were meant: a tokenizer drops signs that it does not know and
-what is beyond its context.
-
-Which tensor of a model is no number, asked once its results are none.
+Before: the arguments of its methods, and whether it reads labels as they were meant, for a
+tokenizer drops signs that it does not know and what is beyond its context. After: which tensor of
+the model is no number, once its results are none.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ from ..nn.backbone import Tokenizer
 if TYPE_CHECKING:
     from .base import OVSegModel
 
+_SHOWN = 3  # labels in a message
+
 
 def check_name(argument: str, value: Any) -> None:
-    """A name or a path of a model or of weights."""
+    """Check that ``value`` may be a name or a path of a model or of weights."""
     if not isinstance(value, str | Path):
         raise InputError(f"{argument} is a {type(value).__name__}; expected a name or a path")
 
@@ -56,7 +57,7 @@ def check_images(images: Any, model: OVSegModel) -> None:
 
 
 def check_pixels(pixels: Any) -> None:
-    """RGB [B, 3, H, W], or without B; uint8 or floats."""
+    """Check that ``pixels`` are RGB [B, 3, H, W], or without B; uint8 or floats."""
     check_dense("pixels", pixels, "[B, 3, H, W]", meta=True)
     if pixels.dim() < 3 or pixels.shape[-3] != 3:
         raise InputError(f"pixels has shape {list(pixels.shape)}; expected [B, 3, H, W]")
@@ -65,23 +66,24 @@ def check_pixels(pixels: Any) -> None:
 
 
 def check_ids(token_ids: Any, model: OVSegModel) -> None:
-    """Ids of a tokenizer, [T, L], on the CPU or where the model is."""
-    check_dense(
-        "token_ids",
-        token_ids,
-        "[T, L], from model.tokenizer",
-        meta=next(model.parameters()).device.type == "meta",
-    )
+    """Check that ``token_ids`` are of a tokenizer, [T, L]."""
+    meta = next(model.parameters()).device.type == "meta"
+    check_dense("token_ids", token_ids, "[T, L], from model.tokenizer", meta=meta)
     if token_ids.dim() != 2 or token_ids.dtype not in (torch.int64, torch.int32):
         raise InputError(
-            f"token_ids is {token_ids.dtype} of shape {list(token_ids.shape)}; expected int64 [T, "
-            "L], from model.tokenizer"
+            f"token_ids is {token_ids.dtype} of shape {list(token_ids.shape)}; expected int64 "
+            "[T, L], from model.tokenizer"
         )
 
 
 def check_compared(images: Any, texts: Any, features: Any, *, encoded: bool = False) -> None:
-    """Images, or only what was ``encoded`` of them, the type ``features``; and the texts [T, E]
-    that they are compared with.
+    """Check images and the texts [T, E] that they are compared with.
+
+    Args:
+        images: a tensor, or what a model has made of it.
+        texts: of ``encode_labels``.
+        features: the type of what a model makes of images.
+        encoded: whether only that is taken, no tensor.
     """
     if encoded and not isinstance(images, features):
         raise InputError(
@@ -109,17 +111,12 @@ def _one_device(name: str, x: torch.Tensor, other: torch.Tensor) -> None:
         )
 
 
-_SHOWN = 3
-
-
-def _short(label: str) -> str:
-    return repr(label if len(label) < 80 else f"{label[:40]} ... {label[-30:]}")
-
-
 def check_reading(
     tokenizer: Tokenizer, labels: Sequence[str], owners: Sequence[int], templates: Sequence[str]
 ) -> None:
-    """Warn of labels that are cut in some template, and of those that are all alike to a model
+    """Look for labels that a model reads otherwise than they were meant.
+
+    It warns of those that are cut in some template, and of those that are all alike to a model
     because it knows few words.
 
     Args:
@@ -139,8 +136,7 @@ def check_reading(
         if torch.equal(row, ids[-1]):
             raise InputError(
                 f"label {_short(label)} reads as nothing: the model's tokenizer knows none of its "
-                "signs; expected others, "
-                "or another model"
+                "signs; expected others, or another model"
             )
     context = ids.shape[1]
     cut = _cut(tokenizer, labels, templates, context)
@@ -148,76 +144,77 @@ def check_reading(
     read: dict[bytes, int] = {}
     alike: list[str] = []
     for i, label in enumerate(labels):
-        # Only a label that is cut everywhere can end up as another one that differs from it when
-        # alone.
-        rows = (
-            tokenizer([t.replace("{}", label) for t in templates])
-            if cut[i] == len(templates)
-            else ids[i]
-        )
+        everywhere = cut[i] == len(templates)
+        rows = ids[i]
+        # Only a label that is cut everywhere can end up as another one that differs alone.
+        if everywhere:
+            rows = tokenizer([template.replace("{}", label) for template in templates])
         first = read.setdefault(rows.numpy().tobytes(), i)
-        if (
-            owners[first] != owners[i]
-            and cut[i] < len(templates)
-            and unknown(label)
-            and unknown(labels[first])
-        ):
-            alike += [label] if alike else [labels[first], label]
-        elif owners[first] != owners[i]:
+        if owners[first] == owners[i]:
+            continue
+        if everywhere or not unknown(label) or not unknown(labels[first]):
             raise InputError(
                 f"labels {_short(labels[first])} and {_short(label)} read the same: its tokenizer "
-                "makes the same tokens "
-                f"of both and reads {context} of them; expected labels that differ to it, or "
-                "another model"
+                f"makes the same tokens of both and reads {context} of them; expected labels that "
+                "differ to it, or another model"
             )
+        alike += [label] if alike else [labels[first], label]
+    _warn(labels, cut, alike, len(templates), context)
+
+
+def _warn(
+    labels: Sequence[str], cut: Sequence[int], alike: Sequence[str], templates: int, context: int
+) -> None:
+    """Warn of labels that are cut, in so many templates each, and of those that are alike."""
     named = [
-        f"{_short(label)} (in {n} of {len(templates)} templates)"
+        f"{_short(label)} (in {n} of {templates} templates)"
         for label, n in zip(labels, cut, strict=True)
         if n
     ]
     if named:
         warnings.warn(
-            f"labels are cut, as the model reads {context} tokens: {_listed(named)}", stacklevel=2
+            f"labels are cut, as the model reads {context} tokens: {_listed(named)}", stacklevel=3
         )
     if alike:
         warnings.warn(
             "labels read the same, as the model knows none of their words: "
             f"{_listed([_short(label) for label in alike])}",
-            stacklevel=2,
+            stacklevel=3,
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    )
 
 
 def _cut(
     tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str], context: int
 ) -> list[int]:
-    """In how many templates each label is cut.
+    """Count in how many templates each label is cut.
 
     A token is a byte at least: short texts need not be looked at.
     """
     found = [0] * len(labels)
     ask = getattr(tokenizer, "cut", None)
-    if ask is None:
-        return found
-    texts = [
-        (i, template.replace("{}", label))
-        for i, label in enumerate(labels)
-        for template in templates
-    ]
+    texts = [(i, one.replace("{}", label)) for i, label in enumerate(labels) for one in templates]
     long = [(i, text) for i, text in texts if len(text.encode()) > context - 2]
-    for (i, _), is_cut in zip(long, ask([text for _, text in long]) if long else (), strict=True):
+    if ask is None or not long:
+        return found
+    for (i, _), is_cut in zip(long, ask([text for _, text in long]), strict=True):
         found[i] += is_cut
     return found
 
 
+def _short(label: str) -> str:
+    return repr(label if len(label) < 80 else f"{label[:40]} ... {label[-30:]}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
 def not_finite(model: nn.Module) -> NotFinite | FloatingPointError:
-    """The error for scores that hold NaN: it names the first tensor of the model that holds NaN or
-    an infinity; where none does, the numbers grew too large for its dtype.
+    """Return the error for scores that hold NaN.
+
+    It names the first tensor of the model that holds NaN or an infinity; where none does, the
+    numbers grew too large for its dtype.
     """
     about = getattr(model, "name", "") or type(model).__name__
     for name, x in _weights(model):
@@ -225,20 +222,19 @@ def not_finite(model: nn.Module) -> NotFinite | FloatingPointError:
         if bad:
             return NotFinite(
                 f"the scores of {about} hold NaN: its tensor {name} holds NaN or an infinity in "
-                f"{bad} of {x.numel()} places; "
-                "expected finite weights, as of a whole checkpoint"
+                f"{bad} of {x.numel()} places; expected finite weights, as of a whole checkpoint"
             )
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "its dtype")
     return FloatingPointError(
         f"the scores of {about} hold NaN, and its weights are finite: numbers on the way exceed "
-        f"{dtype}; expected a "
-        "model in float32, or in bfloat16 in place of float16"
+        f"{dtype}; expected a model in float32, or in bfloat16 in place of float16"
     )
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and lasting buffers by name; masks, which hold infinities, are made again and not
-    saved.
+    """Yield parameters and lasting buffers by name.
+
+    Masks, which hold infinities, are made again and not saved.
     """
     for part in (model, getattr(model, "proxy", None)):
         for name, x in part.state_dict().items() if part is not None else ():

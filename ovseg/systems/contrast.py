@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 import ovseg_kernels as ok
 from ovseg_kernels.distributed import gather_rows
@@ -14,13 +13,9 @@ from ovseg_kernels.distributed import gather_rows
 from ..data.batches import PairBatch
 from ..data.pair_samples import countable_pairs
 from ..nn.tensors import at_least_float32
+from .base import cosines
 
 Similarity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def cosine(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """[B, T] of [B, E] and [T, E]."""
-    return F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
 
 
 def image_text_contrast(
@@ -29,13 +24,12 @@ def image_text_contrast(
     logit_scale: torch.Tensor,
     batch: PairBatch,
     group: dist.ProcessGroup | None,
-    similarity: Similarity = cosine,
+    similarity: Similarity = cosines,
 ) -> torch.Tensor:
-    """Symmetric InfoNCE of this rank's pictures and texts among those of all ranks; equal ids are
-    positives.
+    """Return symmetric InfoNCE of this rank's pictures and texts among those of all ranks.
 
-    Pictures stay where they are: texts and, where a similarity matrix is needed, their entities are
-    gathered.
+    Equal ids are positives. Pictures stay where they are: texts and, where a similarity matrix is
+    needed, their entities are gathered.
 
     Args:
         image: [B, ...], what ``similarity`` takes.
@@ -46,7 +40,7 @@ def image_text_contrast(
         similarity: of all pictures with all texts, [B, T].
     """
     image, text = at_least_float32(image), at_least_float32(text)
-    if similarity is cosine and batch.text_entities is None:
+    if similarity is cosines and batch.text_entities is None:
         return ok.contrastive_loss(
             image,
             text,
@@ -75,8 +69,9 @@ def image_text_contrast(
 
 
 def mean_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Mean of one number a picture [B] over the pictures of all ranks, with the ranks' convention
-    of gradients.
+    """Return the mean of one number a picture, [B], over the pictures of all ranks.
+
+    Gradients are for the mean over ranks that follows.
     """
     if group is None:
         return values.mean()
@@ -86,7 +81,7 @@ def mean_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch
 
 
 def sum_of_rows(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Their sum, likewise."""
+    """Return the sum of one number a picture, [B], as ``mean_of_rows`` does it."""
     if group is None:
         return values.sum()
     whole = values.detach().sum()

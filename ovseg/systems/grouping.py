@@ -1,9 +1,7 @@
-"""What GroupViT and OVSegmentor share: pictures to groups, texts, what is trained.
+"""What GroupViT and OVSegmentor share.
 
-A system is a folder beside this file.
-
-What the objectives of the grouping systems share: the noise of their grouping blocks, and texts
-that are packed by the host.
+The model: pictures to groups, texts, what is trained; the layout of published projectors; and for
+their objectives the noise of the grouping blocks, and texts that the host packs.
 """
 
 from __future__ import annotations
@@ -20,18 +18,27 @@ from ..data.batches import PairBatch
 from ..nn.grouping_towers import GroupingBackbone, GroupingViT, Projector
 from ..nn.text import PackedText
 from ..weights.published import State
-from .base import GroupFeatures, OVSegModel, SystemOptions
+from .base import GroupFeatures, OVSegModel, SystemOptions, parameter_group
 from .checks import check_images
 from .objective import Progress
 
 PARTS = ["image", "text", "projectors", "scale"]
+TEXTS = (  # of a batch; their lengths are sizes of tensors
+    "token_ids",
+    "noun_ids",
+    "question_ids",
+    "answer_ids",
+    "entity_token_ids",
+)
 _CONVOLUTION = re.compile(r"\w+_projector\.linear_(hidden\.0|out)\.weight")
 
 
 @dataclass
 class GroupingSystemOptions(SystemOptions):
-    """Attributes:
-    trained: all parts as published; OVSegmentor's second stage leaves ``text`` out.
+    """Options of both systems.
+
+    Attributes:
+        trained: all parts as published; OVSegmentor's second stage leaves ``text`` out.
     """
 
     backbone: dict[str, Any] = field(default_factory=lambda: {"kind": "grouping"})
@@ -39,7 +46,7 @@ class GroupingSystemOptions(SystemOptions):
 
 
 class GroupingSystem(OVSegModel):
-    """Base of both.
+    """Base of both systems.
 
     Its backbone is a ``GroupingBackbone``, whose towers and projectors objectives call by
     themselves.
@@ -58,23 +65,28 @@ class GroupingSystem(OVSegModel):
 
     @property
     def image(self) -> GroupingViT:
+        """The image tower."""
         return self.backbone.image
 
     @property
     def text(self) -> PackedText:
+        """The text tower."""
         return self.backbone.text
 
     @property
     def image_projector(self) -> Projector:
+        """What brings groups to the space where they meet texts."""
         return self.backbone.image_projector
 
     @property
     def text_projector(self) -> Projector:
+        """What brings texts there."""
         return self.backbone.text_projector
 
     def encode_image(self, images: torch.Tensor) -> GroupFeatures:
-        """``groups`` [B, G, E] with the soft map of patches to them; a patch's token is that of its
-        group.
+        """Return ``groups`` [B, G, E] with the soft map of patches to them.
+
+        A patch's token is that of its group.
         """
         check_images(images, self)
         found, image, groups = self.backbone.groups(images)
@@ -83,6 +95,7 @@ class GroupingSystem(OVSegModel):
         return GroupFeatures(image, tokens, found.grid, groups, index, found.soft)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return image and text tower, both projectors, and the scale."""
         projectors = [*self.image_projector.parameters(), *self.text_projector.parameters()]
         return {
             "image": list(self.image.parameters()),
@@ -94,27 +107,20 @@ class GroupingSystem(OVSegModel):
     def parameter_groups(
         self, lr: float, weight_decay: float, lower_lr: float | None = None
     ) -> list[dict[str, Any]]:
-        """The published recipes: one rate; what has one dimension and biases without weight decay,
-        so scalars with it.
+        """Return groups as the published recipes have them: one rate.
+
+        What has one dimension, and biases, is without weight decay; so scalars are with it.
         """
         named = self.trainable
         spared = {name for name, p in named if p.ndim == 1 or name.endswith(".bias")}
         return [
-            {
-                "params": [p for name, p in named if name not in spared],
-                "lr_scale": 1.0,
-                "weight_decay": weight_decay,
-            },
-            {
-                "params": [p for name, p in named if name in spared],
-                "lr_scale": 1.0,
-                "weight_decay": 0.0,
-            },
+            parameter_group([p for name, p in named if name not in spared], weight_decay),
+            parameter_group([p for name, p in named if name in spared], 0.0),
         ]
 
 
 def linear(state: State) -> State:
-    """Published projectors are convolutions of one pixel; these, as linear layers."""
+    """Turn the projectors of a published file, convolutions of one pixel, into linear layers."""
     return {
         name: x[..., 0] if _CONVOLUTION.fullmatch(name) and x.dim() == 3 and x.shape[2] == 1 else x
         for name, x in state.items()
@@ -122,31 +128,28 @@ def linear(state: State) -> State:
 
 
 def convolutions(state: State) -> State:
-    """The inverse of ``linear``."""
+    """Turn linear layers of projectors into convolutions of one pixel."""
     return {name: x[..., None] if _CONVOLUTION.fullmatch(name) else x for name, x in state.items()}
-
-
-TEXTS = (
-    "token_ids",
-    "noun_ids",
-    "question_ids",
-    "answer_ids",
-    "entity_token_ids",
-)  # their lengths are sizes of tensors
 
 
 def group_noises(
     model: GroupingSystem, batch: PairBatch, progress: Progress, name: str = "groups"
 ) -> list[torch.Tensor]:
-    """For each grouping block Gumbel noise that the batch holds, ``name_0`` and on, or what the
-    operator draws it from.
+    """Return Gumbel noise for each grouping block, or what the operator draws it from.
+
+    Args:
+        model: with the blocks.
+        batch: may hold the noise, as ``name_0`` and on.
+        progress: what it is drawn by otherwise.
+        name: the use of the noise.
     """
-    images, found = batch.images, []
+    images = batch.images
+    found = []
     tokens = math.prod(model.image.grid(images.shape[2:]))
     for i, block in enumerate(model.image.groupings):
-        use, shape = f"{name}_{i}", (len(images), block.groups, tokens)
-        found.append(
-            batch.noise[use] if use in batch.noise else progress.noise(images.device, use, shape)
-        )
+        use = f"{name}_{i}"
+        shape = (len(images), block.groups, tokens)
+        given = batch.noise.get(use)
+        found.append(progress.noise(images.device, use, shape) if given is None else given)
         tokens = block.groups  # which the next one gathers
     return found

@@ -222,10 +222,12 @@ def _bounded(
     """Build the model of a folder, if its configuration makes one of about the size of its weights.
 
     Args:
-        name, options, preset: as of ``build``.
+        name: as of ``build``.
+        options: as of ``build``.
         path: where the sizes come from, for messages.
         weights: the tensors of the folder.
         asked: whether the caller has put options over those of the folder.
+        preset: as of ``build``.
     """
     given = {**(preset or {}), **options}
     # A CLIP that the folder names is not among its weights.

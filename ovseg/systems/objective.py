@@ -1,5 +1,4 @@
-"""What is trained: a module of its own around a model, ``forward(batch, progress, group) ->
-losses``.
+"""Objectives: a module around a model, ``forward(batch, progress, group) -> losses``.
 
 It is what DDP, FSDP2 and ``torch.compile`` wrap. ``forward`` is ``loss(encode(batch))``: rows of
 pictures and texts first, then everything that compares rows with each other. Gradient accumulation
@@ -27,9 +26,10 @@ from ovseg_kernels import philox
 from ..data.batches import Batch, PairBatch
 from ..errors import ConfigError
 from ..options import options_of
+from ..registration import Registry, folders
 from .base import OVSegModel
-from .registry import SYSTEMS
 
+OBJECTIVES: Registry[Any] = Registry("objective", lambda: folders(__package__, "Objective"))
 Losses = dict[str, torch.Tensor]
 Rows = dict[str, torch.Tensor]
 
@@ -39,9 +39,11 @@ class Progress:
     """Where training stands: what a loss may depend on beside its batch.
 
     Attributes:
-        step, steps: of the stage, from 0.
+        step: of the stage, from 0.
+        steps: of the whole stage.
         seed: of the run.
-        rank, chunk: of the process, and of the part of its batch that is being encoded.
+        rank: of the process.
+        chunk: number of the part of its batch that is being encoded.
         first: row of the whole batch at which that part begins.
     """
 
@@ -54,55 +56,55 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Of the stage that is done, 0 to 1."""
+        """The share of the stage that is done, 0 to 1."""
         return self.step / max(1, self.steps)
 
     @torch.compiler.disable
     def rng(self, device: torch.device | str, use: str) -> torch.Tensor:
-        """[seed, offset] for the operators: other numbers for every step, rank, chunk and ``use``;
-        the same when a step is done again.
+        """Return [seed, offset] for the operators, the same when a step is done again.
+
+        The numbers differ for every step, rank, chunk and ``use``.
         """
         return philox.make_rng(self._number(use, self.rank, self.chunk), device=device)
 
     @torch.compiler.disable
     def uniform(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Uniform numbers for the rows of this part of the batch.
+        """Return uniform numbers for the rows of this part of the batch.
 
         A row's are its own, whichever process or chunk it falls to.
         """
         blocks, before = self._place(shape)
-        drawn = philox.uniform(
-            philox.make_rng(self._number(use), blocks, device), (before + math.prod(shape),)
-        )
-        return drawn[before:].view(shape)
+        rng = philox.make_rng(self._number(use), blocks, device)
+        return philox.uniform(rng, (before + math.prod(shape),))[before:].view(shape)
 
     @torch.compiler.disable
     def gumbel(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Gumbel noise, likewise."""
+        """Return Gumbel noise for the rows of this part of the batch, as ``uniform`` does it."""
         return -torch.log(-torch.log(self.uniform(device, use, shape)))
 
     @torch.compiler.disable
     def noise(self, device: torch.device | str, use: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return what an operator draws ``gumbel`` of this shape from: [seed, offset], or the
-        numbers themselves where a row begins amid a block of four.
+        """Return what an operator draws ``gumbel`` of this shape from.
+
+        That is [seed, offset], or the numbers themselves where a row begins amid a block of four.
         """
         blocks, before = self._place(shape)
-        return (
-            self.gumbel(device, use, shape)
-            if before
-            else philox.make_rng(self._number(use), blocks, device)
-        )
+        if before:
+            return self.gumbel(device, use, shape)
+        return philox.make_rng(self._number(use), blocks, device)
 
     def _place(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return where the rows of a tensor of this shape begin in that of the whole batch: blocks
-        of four numbers, and numbers beyond them.
+        """Return where the rows of a tensor of this shape begin in that of the whole batch.
+
+        In blocks of four numbers, and numbers beyond them.
         """
         return divmod(self.first * math.prod(shape[1:]), 4)
 
     @contextlib.contextmanager
     def seeded(self, device: torch.device, use: str, on: bool = True) -> Iterator[None]:
-        """Seed what torch itself draws inside, such as dropout, by the same and by rank and chunk;
-        its generators are as before afterwards.
+        """Seed what torch itself draws inside, such as dropout, as ``rng`` does it.
+
+        Its generators are as before afterwards.
         """
         if not on:
             yield
@@ -118,7 +120,7 @@ class Progress:
 
 
 class Objective(nn.Module):
-    """Base class. An objective defines ``encode`` and ``loss``.
+    """Base of the objectives, each of which defines ``encode`` and ``loss``.
 
     Args:
         model: the system that is trained.
@@ -139,7 +141,7 @@ class Objective(nn.Module):
     def forward(
         self, batch: Any, progress: Progress = Progress(), group: dist.ProcessGroup | None = None
     ) -> Losses:
-        """Named scalars with ``total``.
+        """Return named scalars with ``total``.
 
         Args:
             batch: of ``batch_type``, on the model's device but for ``on_host``.
@@ -149,32 +151,35 @@ class Objective(nn.Module):
         return self.loss(self.encode(batch, progress), batch, progress, group)
 
     def encode(self, batch: Any, progress: Progress) -> Rows:
-        """What each row of the batch, or of a chunk of it, gives by itself: named tensors, their
-        first dimension the rows.
+        """Return what each row of the batch, or of a chunk of it, gives by itself.
+
+        Named tensors, their first dimension the rows.
         """
         raise NotImplementedError
 
     def loss(
         self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None
     ) -> Losses:
-        """From the rows of the whole batch to the losses."""
+        """Compare the rows of the whole batch."""
         raise NotImplementedError
 
     def check_source(self, source: Any) -> None:
-        """Raises ConfigError for a source of data (``data/sources``) whose batches would mean
-        something else than what is trained.
+        """Refuse a source of data whose batches would mean something else than what is trained.
+
+        Raises:
+            ConfigError: for such a source.
         """
 
     def after_step(self, progress: Progress) -> None:
-        """Called after every step of the optimizer."""
+        """Do what follows every step of the optimizer."""
 
     def images(self, batch: Batch) -> torch.Tensor:
-        """The batch's pictures as the model takes them: uint8 is normalised here, floats are so
-        already.
+        """Return the batch's pictures as the model takes them.
+
+        uint8 is normalised here, floats are so already.
         """
-        return (
-            batch.images if batch.images.is_floating_point() else self.model.normalize(batch.images)
-        )
+        images = batch.images
+        return images if images.is_floating_point() else self.model.normalize(images)
 
 
 def loss_weights(given: Mapping[str, float], usual: Mapping[str, float]) -> dict[str, float]:
@@ -190,7 +195,7 @@ def loss_weights(given: Mapping[str, float], usual: Mapping[str, float]) -> dict
 
 def list_objectives() -> list[str]:
     """Return the systems, each of which has an objective of its own name."""
-    return list(SYSTEMS)
+    return list(OBJECTIVES)
 
 
 def create_objective(model: OVSegModel, name: str | None = None, **options: Any) -> Objective:
@@ -205,14 +210,12 @@ def create_objective(model: OVSegModel, name: str | None = None, **options: Any)
         ConfigError: for an unknown objective or option.
     """
     name = name or model.objective
-    if name not in SYSTEMS:
-        raise ConfigError(f"objective is {name!r}; expected one of {list_objectives()}")
-    kind = SYSTEMS[name].Objective
+    kind = OBJECTIVES[name]
     schema = getattr(kind, "Options", None)
-    if schema is None:
-        if options:
-            raise ConfigError(
-                f"objective {name!r} has no options and {sorted(options)} are given; expected none"
-            )
-        return kind(model)
-    return kind(model, options_of(schema, options, f"objective {name}"))
+    if schema is not None:
+        return kind(model, options_of(schema, options, f"objective {name}"))
+    if options:
+        raise ConfigError(
+            f"objective {name!r} has no options and {sorted(options)} are given; expected none"
+        )
+    return kind(model)

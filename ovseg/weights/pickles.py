@@ -1,16 +1,13 @@
-"""The kind of a file of weights, by its first bytes: the name may say something else.
+"""Files of published checkpoints, read without running code.
 
-Checkpoints that hold a training's settings beside its tensors, read without running code: every
-class that is not a tensor's becomes an empty stub.
+``read_published`` takes ``.safetensors``, or torch's own format with ``weights_only=True`` and no
+fallback, as the first bytes of the file say, whatever it is called. What the names mean is
+``systems/<system>/published.py``.
 
 GroupViT's family saves ``{"model": tensors, "config": an omegaconf object, "metrics": a
 defaultdict, ...}``. torch's own reader, which runs nothing but what builds tensors, refuses such a
-file by the names of its classes; here those names, if all of them are of a known kind, stand for
-stubs that take whatever they are given and keep nothing. No module of theirs is imported.
-
-Files of published checkpoints, read without running code: ``.safetensors``, or torch's own
-format with ``weights_only=True``, without a fallback; settings that lie beside the tensors are left
-out, ``stubs.py``. What their names mean is ``models/<system>/published.py``.
+file by the names of its classes; here those names, if all of them are settings' and metrics',
+stand for stubs that take whatever they are given and keep nothing. No module of theirs is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from ..errors import CheckpointError, NoCheckpoint, first_line
 from ..paths import as_given, no_file
 from ..replacing import replacing
 from .files import load_tensors, save_tensors
-from .state_dicts import plain_names, state_of, whole_tensor
+from .state_dicts import State, plain_names, state_of, whole_tensor
 
 SAFETENSORS, TORCH = "safetensors", "torch"
 _FIRST = 512  # bytes that are looked at
@@ -53,11 +50,21 @@ _OTHERS = (
     (b"\xff\xd8\xff", "is a picture"),
 )
 _EXPECTED = "expected a state dict as safetensors or as torch.save writes it"
+# Modules and names of settings and metrics: all else is refused.
+_MODULES = ("omegaconf", "typing", "numpy", "enum")
+_PLAIN = ("bool", "bytes", "complex", "dict", "float", "int", "list", "set", "str", "tuple")
+_NAMES = (
+    "collections.defaultdict",
+    "operator.getitem",
+    "_codecs.encode",
+    *(f"builtins.{name}" for name in _PLAIN),
+)
 
 
 def weights_format(path: Path) -> str:
-    """Return ``safetensors`` or ``torch``, whatever the file is called; of bytes that say nothing,
-    what the name says.
+    """Return ``safetensors`` or ``torch``, whatever the file is called.
+
+    Where its bytes say nothing, the name decides.
 
     Raises:
         NoCheckpoint: if there is no file; CheckpointError: if it is something else, saying what.
@@ -93,9 +100,10 @@ def weights_format(path: Path) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises CheckpointError for a zip archive that ``torch.save`` did not write.
+    """Refuse a zip archive that ``torch.save`` did not write; one that is cut is torch's to name.
 
-    One that is cut is torch's to name.
+    Raises:
+        CheckpointError: saying what it is.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -106,19 +114,17 @@ def _check_archive(path: Path) -> None:
     if any(name.endswith("/constants.pkl") for name in names):
         raise CheckpointError(
             f"{path} is a TorchScript archive, as OpenAI published its models: it holds code, and "
-            "weights are read "
-            "without running any. The same weights as safetensors: -m ViT-B-16:openai "
-            "(ViT-L-14:openai, ...), or "
-            "open_clip_model.safetensors of "
+            "weights are read without running any. The same weights as safetensors: "
+            "-m ViT-B-16:openai (ViT-L-14:openai, ...), or open_clip_model.safetensors of "
             "https://huggingface.co/timm/vit_base_patch16_clip_224.openai"
         )
     if not any(name.endswith("/data.pkl") for name in names):
         raise CheckpointError(
             f"{path} is a zip archive that torch.save did not write ({len(names)} files: "
-            f"{', '.join(names[:3])}); "
-            f"{_EXPECTED}"
+            f"{', '.join(names[:3])}); {_EXPECTED}"
         )
-    size, unpacked = path.stat().st_size, sum(entry.file_size for entry in entries)
+    size = path.stat().st_size
+    unpacked = sum(entry.file_size for entry in entries)
     if unpacked > _UNPACKED * size:
         raise CheckpointError(
             f"{path} ({size} bytes) says that it unpacks to {unpacked}; {_EXPECTED}, which packs "
@@ -126,28 +132,72 @@ def _check_archive(path: Path) -> None:
         )
 
 
-# Settings and metrics: all else is refused.
-_MODULES = ("omegaconf", "typing", "numpy", "enum")
-_NAMES = (
-    "collections.defaultdict",
-    "operator.getitem",
-    "_codecs.encode",
-    *(
-        f"builtins.{name}"
-        for name in (
-            "bool",
-            "bytes",
-            "complex",
-            "dict",
-            "float",
-            "int",
-            "list",
-            "set",
-            "str",
-            "tuple",
+def read_published(path: str | Path) -> State:
+    """Read the tensors of anybody's checkpoint, under plain names.
+
+    They are a state dict, alone or in what a training wraps around it (``state_dicts.py``).
+
+    Raises:
+        CheckpointError: if it is missing, damaged, holds more than tensors, or would run code.
+    """
+    path = Path(path)
+    if weights_format(path) == SAFETENSORS:
+        return state_of(load_tensors(path), path)
+    try:
+        tree = _load(path)
+    except UnpicklingError as error:
+        tree = _without_settings(path, error)
+    except Exception as error:  # a damaged or hostile file fails in any way it likes
+        raise _unreadable(path, error) from error
+    return state_of(tree, path)
+
+
+def write_published(state: State, path: Path) -> None:
+    """Write a bare state dict under plain names, by rename.
+
+    As safetensors, or in torch's format under any other suffix.
+    """
+    state = plain_names(state)
+    if path.suffix == ".safetensors":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(state, path)
+        return
+    with replacing(path) as part:
+        torch.save({name: whole_tensor(x).contiguous().clone() for name, x in state.items()}, part)
+
+
+def _load(path: Path) -> Any:
+    with open(path, "rb") as file:  # of a path torch would look at the suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _without_settings(path: Path, error: UnpicklingError) -> Any:
+    """Read a file that torch's reader refuses, if it refuses the classes of settings alone."""
+    names = known_names(path)
+    if names is None:
+        raise _unreadable(path, error) from error
+    try:
+        return load_with_stubs(path, names)
+    except Exception as again:  # as in ``read_published``
+        raise _unreadable(path, again) from again
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Say why a file is not read: torch's own words advise to run the code that is in it."""
+    start = f"{path} cannot be read without running code, or is damaged"
+    names = _unknown(path) if isinstance(error, UnpicklingError) else None
+    if names:
+        what = f"it names {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        return CheckpointError(
+            f"{start}: {what}; expected names and tensors alone, as torch.save(model.state_dict(), "
+            "PATH) writes them"
         )
-    ),
-)
+    if isinstance(error, UnpicklingError) or "weights_only" in str(error):
+        return CheckpointError(
+            f"{start}: it holds more than tensors, or is no checkpoint of torch's; expected names "
+            "and tensors alone"
+        )
+    return CheckpointError(f"{start}: {first_line(error)}")
 
 
 class Stub:
@@ -164,115 +214,41 @@ class Stub:
 
 
 class _Mapping:
-    """In place of a class that is filled item by item, which torch's reader does to plain ones
-    alone.
-    """
+    """In place of a class that is filled item by item, as torch's reader fills plain ones alone."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return OrderedDict()
 
 
 def known_names(path: Path) -> list[str] | None:
-    """The names in a checkpoint that torch's reader does not know; None unless all of them are
-    settings' and metrics'.
+    """List the names in a checkpoint that torch's reader does not know.
+
+    Return None unless all of them are settings' and metrics'.
     """
-    try:
-        names = _unknown(path)
-    except (
-        Exception
-    ):  # a damaged or hostile file, or torch's first format, which does not list them
+    names = _unknown(path)
+    if not names:
         return None
     known = all(name in _NAMES or name.partition(".")[0] in _MODULES for name in names)
-    return sorted(names) if known and names else None
-
-
-def refused_names(path: Path) -> list[str]:
-    """The names in a checkpoint that torch's reader does not know; none where they cannot be
-    listed."""
-    try:
-        return sorted(_unknown(path))
-    except Exception:  # as above
-        return []
+    return names if known else None
 
 
 def load_with_stubs(path: Path, names: list[str]) -> Any:
-    """The checkpoint, with stubs for these names."""
+    """Read a checkpoint with stubs for these names."""
     stubs = [
         (type("Stub", (_Mapping if name == "collections.defaultdict" else Stub,), {}), name)
         for name in names
     ]
-    with torch.serialization.safe_globals(stubs), open(path, "rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(stubs):
+        return _load(path)
 
 
-def _unknown(path: Path) -> list[str]:
-    with open(path, "rb") as file:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+def _unknown(path: Path) -> list[str] | None:
+    """List the names that torch's reader does not know; None where they cannot be listed.
 
-
-def write_published(state: dict[str, torch.Tensor], path: Path) -> None:
-    """A bare state dict under plain names, by rename: ``.safetensors``, or torch's format under any
-    other suffix."""
-    state = plain_names(state)
-    if path.suffix == ".safetensors":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(state, path)
-        return
-    with replacing(path) as part:
-        torch.save(
-            {name: whole_tensor(tensor).contiguous().clone() for name, tensor in state.items()},
-            part,
-        )
-
-
-def read_published(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of anybody's under plain names: a state dict, alone or in what a
-    training wraps around it (``state_dicts.py``), in either format whatever the suffix says.
-
-    Raises:
-        CheckpointError: if it is missing, damaged, holds more than tensors, or would run code.
+    That is a damaged or hostile file, or torch's first format.
     """
-    path = Path(path)
-    if weights_format(path) == SAFETENSORS:
-        return state_of(load_tensors(path), path)
     try:
-        with open(path, "rb") as file:  # of a path torch would look at the suffix
-            tree = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        tree = _without_settings(path, error)
-    except (
-        Exception
-    ) as error:  # a damaged or hostile file fails in torch's unpickler in any way it likes
-        raise _unreadable(path, error) from error
-    return state_of(tree, path)
-
-
-def _without_settings(path: Path, error: UnpicklingError) -> Any:
-    """Return what lies in a file that torch's reader refuses, if the classes that it refuses are
-    those of settings.
-    """
-    names = known_names(path)
-    if names is None:
-        raise _unreadable(path, error) from error
-    try:
-        return load_with_stubs(path, names)
-    except Exception as again:  # as above
-        raise _unreadable(path, again) from again
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Why a file is not read, in words of our own: torch's advise to run the code that is in it."""
-    start = f"{path} cannot be read without running code, or is damaged"
-    names = refused_names(path) if isinstance(error, UnpicklingError) else []
-    if names:
-        what = f"it names {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        return CheckpointError(
-            f"{start}: {what}; expected names and tensors alone, as torch.save(model.state_dict(), "
-            "PATH) writes them"
-        )
-    if isinstance(error, UnpicklingError) or "weights_only" in str(error):
-        return CheckpointError(
-            f"{start}: it holds more than tensors, or is no checkpoint of torch's; expected names "
-            "and tensors alone"
-        )
-    return CheckpointError(f"{start}: {first_line(error)}")
+        with open(path, "rb") as file:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:
+        return None

@@ -9,13 +9,11 @@ import torch
 from torch import nn
 
 from .files import check_fit
-from .state_dicts import plain_state
-
-State = dict[str, torch.Tensor]
+from .state_dicts import State, plain_state
 
 
 def marked(state: State, marks: str | tuple[str, ...]) -> bool:
-    """Whether a name begins with one of ``marks``."""
+    """Return whether a name begins with one of ``marks``."""
     return any(name.startswith(marks) for name in state)
 
 
@@ -24,14 +22,16 @@ class Published:
     """How one system's published files differ from its own.
 
     Attributes:
-        to_ours, to_theirs: a tensor's name there to its name here, and back.
+        to_ours: a tensor's name there to its name here.
+        to_theirs: its name here to its name there.
         mark: the beginning of a name that only this system's files hold.
         optional: beginnings of their names that a file may lack: parts that only training needs.
         tables: of their names, fixed tensors that are computed here: left out on reading, made
             again on writing.
         surplus: beginnings of their names that a file may hold beside what the model has: left out.
-        reshape, restore: their tensors to those that our names stand for one by one, and back:
-            packed, transposed, of another rank.
+        reshape: their tensors to those that our names stand for one by one: packed, transposed, of
+            another rank.
+        restore: back again.
         others: layouts that the same weights were published in too: read, not written.
     """
 
@@ -46,6 +46,7 @@ class Published:
     others: tuple[Published, ...] = ()
 
     def recognises(self, state: State) -> bool:
+        """Return whether tensors are in this layout or one of the others."""
         return self._of(state) is not None
 
     def _of(self, state: State) -> Published | None:
@@ -54,10 +55,14 @@ class Published:
     def load(
         self, model: nn.Module, state: State, resize: Callable[[State], State] | None = None
     ) -> list[str]:
-        """Load a published state dict; returns the tensors that only training needs and that it
-        lacks: they stay as they are.
+        """Load a published state dict.
+
+        Return the names of tensors that only training needs and that it lacks: they stay as they
+        are.
 
         Args:
+            model: of the system.
+            state: tensors under their names.
             resize: what is done with the tensors under our names before they are compared:
                 positions of another size.
 
@@ -69,38 +74,35 @@ class Published:
         if layout is not None and layout is not self:
             return layout.load(model, state, resize)
         own = model.state_dict()
-        given: State = {
+        given = {
             self.to_ours(name): tensor
             for name, tensor in self.reshape(state).items()
             if name not in self.tables
         }
-        given = {
-            name: tensor
-            for name, tensor in given.items()
-            if name in own or not self.surplus or not self.to_theirs(name).startswith(self.surplus)
-        }
+        if self.surplus:
+            given = {
+                name: tensor
+                for name, tensor in given.items()
+                if name in own or not self.to_theirs(name).startswith(self.surplus)
+            }
         if resize is not None:
             given = resize(given)
         lacking = [name for name in own if name not in given]
         allowed = [name for name in lacking if self.to_theirs(name).startswith(self.optional)]
         present = {name: tensor for name, tensor in own.items() if name not in allowed}
-        check_fit(
-            "the checkpoint",
-            given,
-            present,
-            getattr(model, "name", "") or type(model).__name__,
-            self.to_theirs,
-        )
-        model.load_state_dict(
-            {**own, **{name: tensor.to(own[name].dtype) for name, tensor in given.items()}}
-        )
+        title = getattr(model, "name", "") or type(model).__name__
+        check_fit("the checkpoint", given, present, title, self.to_theirs)
+        cast = {name: tensor.to(own[name].dtype) for name, tensor in given.items()}
+        model.load_state_dict({**own, **cast})
         return [self.to_theirs(name) for name in allowed]
 
     def state(self, model: nn.Module, own: State | None = None) -> State:
-        """The model's tensors under their names; ``own``: under ours, where they are taken from
-        elsewhere."""
-        found = {
-            self.to_theirs(name): tensor
-            for name, tensor in (plain_state(model) if own is None else own).items()
-        }
-        return {**self.restore(found), **{name: make() for name, make in self.tables.items()}}
+        """Return the model's tensors under their names.
+
+        Args:
+            model: of the system.
+            own: its tensors under ours, where they are taken from elsewhere.
+        """
+        own = plain_state(model) if own is None else own
+        found = self.restore({self.to_theirs(name): tensor for name, tensor in own.items()})
+        return {**found, **{name: make() for name, make in self.tables.items()}}

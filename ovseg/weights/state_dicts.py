@@ -1,14 +1,14 @@
-"""Names and tensors, out of what other software wraps around them: the mapping that holds them, and
-the prefixes of their names.
+"""Names and tensors, out of what other software wraps around them.
 
 A training's file keeps its weights under a key, beside an optimizer and counters; a module that was
 wrapped (``torch.compile``, ``DistributedDataParallel``, ``DataParallel``, FSDP, ``AveragedModel``)
 has names that begin with the wrapper's. Here both are taken off what is read, and what is written
-never has them."""
+never has them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,55 +31,39 @@ CONTAINERS = (
     "ema",
 )
 _DEPTH = 4  # containers in containers
-_WRAPPERS = (
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-)  # nobody calls a module so
+# Nobody calls a module so.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _OUTER = ("module.", "model.")  # off only if all names begin so
 _COUNTER = "n_averaged"  # of AveragedModel, beside what it averages
 _NAMED = 4  # keys in a message
 
 
 def state_of(tree: Any, path: str | Path) -> State:
-    """The tensors of what a file holds, under plain names.
+    """Return the tensors of what a file holds, under plain names.
+
+    Args:
+        tree: what it holds.
+        path: of the file, for messages.
 
     Raises:
         CheckpointError: if it is no mapping of names to tensors, alone or in one of ``CONTAINERS``;
             naming what is there.
     """
     for _ in range(_DEPTH):
-        inner = (
-            next(
-                (
-                    tree[key]
-                    for key in CONTAINERS
-                    if isinstance(tree.get(key), Mapping) and tree[key]
-                ),
-                None,
-            )
-            if isinstance(tree, Mapping)
-            else None
-        )
-        if inner is None:
-            break
-        tree = inner
-    if (
-        not isinstance(tree, Mapping)
-        or not tree
-        or not any(isinstance(value, torch.Tensor) for value in tree.values())
-    ):
+        inner = [tree.get(key) for key in CONTAINERS] if isinstance(tree, Mapping) else []
+        tree = next((one for one in inner if isinstance(one, Mapping) and one), tree)
+    values = tree.values() if isinstance(tree, Mapping) else ()
+    if not any(isinstance(value, torch.Tensor) for value in values):
         raise CheckpointError(
             f"{path} holds no state dict but {_described(tree)}; expected names and tensors, alone "
-            "or under "
-            f"{', '.join(CONTAINERS)}"
+            f"or under {', '.join(CONTAINERS)}"
         )
     for name, value in tree.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 f"{path} holds no state dict: beside tensors, {name!r} is a {type(value).__name__} "
-                f"(of {len(tree)} "
-                f"keys); expected names and tensors, alone or under {', '.join(CONTAINERS)}"
+                f"(of {len(tree)} keys); expected names and tensors, alone or under "
+                f"{', '.join(CONTAINERS)}"
             )
         if (problem := _no_numbers(value)) is not None:
             raise CheckpointError(f"{path}: {name} is {problem}; expected a plain tensor")
@@ -87,7 +71,7 @@ def state_of(tree: Any, path: str | Path) -> State:
 
 
 def plain_names(state: Mapping[str, torch.Tensor]) -> State:
-    """``state`` without the prefixes of wrappers."""
+    """Take the prefixes of wrappers off the names."""
     found = {
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): x
         for name, x in state.items()
@@ -95,30 +79,28 @@ def plain_names(state: Mapping[str, torch.Tensor]) -> State:
     if len(found) != len(state):
         return dict(state)  # two would share a name
     while True:
-        named = [name for name in found if name != _COUNTER]
-        outer = next(
-            (
-                outer
-                for outer in _OUTER
-                if named
-                and all(len(name) > len(outer) and name.startswith(outer) for name in named)
-            ),
-            None,
-        )
+        named = {name: x for name, x in found.items() if name != _COUNTER}
+        outer = next((outer for outer in _OUTER if _all_begin(named, outer)), None)
         if outer is None:
             return found
-        found = without_prefix({name: found[name] for name in named}, outer)
+        found = without_prefix(named, outer)
 
 
 def without_prefix(state: State, prefix: str) -> State:
-    """``state`` with the prefix off its names if all of them have it, else as it is."""
-    if not state or not all(name.startswith(prefix) and len(name) > len(prefix) for name in state):
+    """Take a prefix off the names if all of them have it."""
+    if not _all_begin(state, prefix):
         return state
     return {name.removeprefix(prefix): x for name, x in state.items()}
 
 
+def _all_begin(names: Iterable[str], prefix: str) -> bool:
+    """Return whether there are names and all begin with the prefix, with something behind it."""
+    found = [len(name) > len(prefix) and name.startswith(prefix) for name in names]
+    return bool(found) and all(found)
+
+
 def unwrapped(module: Any) -> Any:
-    """The module inside of DDP, DataParallel, FSDP and ``AveragedModel``.
+    """Return the module inside of DDP, DataParallel, FSDP and ``AveragedModel``.
 
     What ``torch.compile`` gives of a bare one stays as it is: it passes attributes on by itself,
     and is meant to be called.
@@ -132,8 +114,10 @@ def unwrapped(module: Any) -> Any:
 
 
 def plain_state(module: nn.Module) -> State:
-    """The state dict of a module that may be wrapped, or have wrapped parts, under the names of the
-    bare one."""
+    """Return the state dict of a module under the names of the bare one.
+
+    It may be wrapped, or have wrapped parts.
+    """
     state = module.state_dict()
     starts = []
     for name, part in module.named_modules():
@@ -154,15 +138,17 @@ def plain_state(module: nn.Module) -> State:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, put together where it is sharded; all processes have to ask then."""
-    full = (
-        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    )  # a DTensor, without importing what it comes from
-    return full.detach().cpu()
+    """Return a tensor on the CPU, put together where it is sharded.
+
+    All processes have to ask then.
+    """
+    if hasattr(tensor, "full_tensor"):  # a DTensor, without importing what it comes from
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
 
 
 def _place(module: nn.Module) -> str | None:
-    """The name of what ``module`` wraps, or None."""
+    """Return the name of what ``module`` wraps, or None."""
     children = module._modules
     for name in _WRAPPERS:
         if name in children:
@@ -188,9 +174,8 @@ def _no_numbers(value: torch.Tensor) -> str | None:
 def _described(tree: Any) -> str:
     if not isinstance(tree, Mapping):
         return f"a {type(tree).__name__}"
+    if not tree:
+        return "an empty mapping"
     keys = [str(key)[:60] for key in list(tree)[:_NAMED]]
-    return (
-        f"a mapping of {len(tree)} keys ({', '.join(keys)}{', ...' if len(tree) > _NAMED else ''})"
-        if tree
-        else "an empty mapping"
-    )
+    more = ", ..." if len(tree) > _NAMED else ""
+    return f"a mapping of {len(tree)} keys ({', '.join(keys)}{more})"
