@@ -1,0 +1,1 @@
+"""Data: pictures, label sets, benchmarks, pairs and scenes; sources, loader and transforms."""

@@ -5,6 +5,7 @@ They find missing and damaged files, unequal sizes, values that mean nothing, la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from ..errors import DataError, InputError
 from ..progress import bar
 from ..replacing import replacing
-from .benchmark_sets import SegmentationSet
+from .benchmark_sets import Item, SegmentationSet
 from .folders import look
 from .images import orientation, read_image
 from .mask_files import IGNORE, read_mask
@@ -25,7 +26,7 @@ _VALUES = 65536  # that a mask can hold
 
 @dataclass
 class CheckReport:
-    """What was found.
+    """What a check of a benchmark found.
 
     Attributes:
         name, split, folder, masks: what was looked at.
@@ -66,28 +67,24 @@ class CheckReport:
     @property
     def wrong(self) -> list[str]:
         """What must be mended before figures mean anything; empty if nothing."""
-        found = (
-            [f"{len(self.problems)} files are missing, damaged or of unequal size"]
-            if self.problems
-            else []
-        )
+        found = []
+        if self.problems:
+            found.append(f"{len(self.problems)} files are missing, damaged or of unequal size")
         if self.turned and self.made_on is None:
             found.append(
                 f"{len(self.turned)} pictures have an EXIF orientation (first "
-                f"{next(iter(self.turned))}) and the set does not say "
-                "whether masks were made on upright or on stored pixels: expected masks_made_on "
-                "in a .yaml that is `like` it"
+                f"{next(iter(self.turned))}) and the set does not say whether masks were made on "
+                "upright or on stored pixels: expected masks_made_on in a .yaml that is `like` it"
             )
         present = [name for name, share in self.shares.items() if share > 0]
         if self.values and not present:
             found.append("no pixel of any mask counts")
         elif len(present) == 1 < len(self.shares):
-            binary = (
-                ": masks of 0 and 255 are black and white pictures, not labels"
-                if set(self.values) <= {0, 255}
-                else ""
+            binary = ": masks of 0 and 255 are black and white pictures, not labels"
+            found.append(
+                f"{present[0]!r} is the class of every pixel that counts"
+                f"{binary if set(self.values) <= {0, 255} else ''}"
             )
-            found.append(f"{present[0]!r} is the class of every pixel that counts{binary}")
         found += [
             f"value {value} on {pixels} pixels is no class (first in {file})"
             for value, (pixels, file) in self.invalid.items()
@@ -102,31 +99,21 @@ class CheckReport:
         return found
 
     def __str__(self) -> str:
-        known = (
-            "not known"
-            if self.shift is None
-            else "as they are"
-            if self.shift == 0
-            else f"shifted by {self.shift:+d}"
-        )
+        fit = "not known"
+        if self.shift is not None:
+            fit = f"shifted by {self.shift:+d}" if self.shift else "as they are"
+        top = sorted(self.shares.items(), key=lambda item: -item[1])[:8]
+        largest = ", ".join(f"{name} {100 * share:.1f} %" for name, share in top if share > 0)
+        uncounted = ""
+        if self.uncounted:
+            uncounted = f"; all of them in {len(self.uncounted)} masks, first {self.uncounted[0]}"
         lines = [
             f"{self.name}, {self.split}: {self.pictures} pictures in {self.folder}, masks "
             f"{self.masks}, {self.looked_at} looked at",
-            f"labels fit the known class histogram: {known}",
+            f"labels fit the known class histogram: {fit}",
+            f"largest classes: {largest}",
+            f"ignored: {100 * self.ignored:.1f} % of the pixels{uncounted}",
         ]
-        top = sorted(self.shares.items(), key=lambda item: -item[1])[:8]
-        lines.append(
-            "largest classes: "
-            + ", ".join(f"{name} {100 * share:.1f} %" for name, share in top if share > 0)
-        )
-        lines.append(
-            f"ignored: {100 * self.ignored:.1f} % of the pixels"
-            + (
-                f"; all of them in {len(self.uncounted)} masks, first {self.uncounted[0]}"
-                if self.uncounted
-                else ""
-            )
-        )
         if self.turned:
             shown = ", ".join(f"{file} ({value})" for file, value in list(self.turned.items())[:8])
             lines.append(
@@ -150,73 +137,74 @@ def check_set(
     data: SegmentationSet, *, sample: int | None = None, progress: bool = False
 ) -> CheckReport:
     """Read every picture and mask (or ``sample`` of them, evenly spread) and count every value."""
-    assert data.layout is not None
-    chosen = (
-        range(len(data))
-        if sample is None
-        else np.unique(np.linspace(0, len(data) - 1, sample).astype(int)).tolist()
-    )
+    chosen: Sequence[int] = range(len(data))
+    if sample is not None:
+        chosen = np.unique(np.linspace(0, len(data) - 1, sample).astype(int)).tolist()
+    about = data.description
     report = CheckReport(
-        data.description.name,
+        about.name,
         data.split,
         str(data.root),
         data.layout.path,
         len(data),
         data.expected,
         len(chosen),
+        problems=_of_names(data),
+        made_on=about.masks_made_on,
     )
-    report.made_on, report.problems = data.description.masks_made_on, _of_names(data)
-    values, table = np.zeros(65536, np.int64), data.layout.table
+    values = np.zeros(_VALUES, np.int64)
     for i in bar(chosen, show=progress, unit="picture", desc="checking"):
-        item = data.items[i]
-        try:
-            image, turned = (
-                read_image(item.image, max_pixels=data.max_pixels),
-                orientation(item.image),
-            )
-            if turned != 1:
-                report.turned[str(item.image)] = turned
-        except InputError as error:
-            report.problems.append(str(error))
-            image = None
-        try:
-            mask = data.read_mask(item)
-        except DataError as error:
-            if str(error) not in report.problems:
-                report.problems.append(str(error))
-            continue
-        if image is not None and mask.shape != (image.height, image.width):
-            report.problems.append(
-                f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} and its picture "
-                f"{image.width}x{image.height}"
-                + (f", turned by its EXIF orientation {turned}" if turned != 1 else "")
-            )
-        counts = np.bincount(mask.ravel(), minlength=65536)
-        values += counts
-        if not counts[table > IGNORE].any():
-            report.uncounted.append(str(item.mask))
-        for value in np.flatnonzero((counts > 0) & (table < IGNORE)):
-            pixels, file = report.invalid.get(int(value), (0, str(item.mask)))
-            report.invalid[int(value)] = (pixels + int(counts[value]), file)
-    report.values = {int(v): int(values[v]) for v in np.flatnonzero(values)}
+        values += _check_item(data, data.items[i], report)
+    report.values = {int(value): int(values[value]) for value in np.flatnonzero(values)}
+    table = data.layout.table
     kept = table > IGNORE
     report.ignored = float(values[table == IGNORE].sum() / max(1, values.sum()))
-    pixels = np.bincount(
-        table[kept], weights=values[kept], minlength=data.description.number
-    ).tolist()
-    names = data.classes or tuple(map(str, range(data.description.number)))
-    report.shares = {
-        name: share / max(1.0, sum(pixels)) for name, share in zip(names, pixels, strict=True)
-    }
-    report.absent = [name for name, count in zip(names, pixels, strict=True) if count == 0]
-    report.shift = (
-        _shift(values, table, data.description.shares, data.classes) if values.any() else None
-    )
+    pixels = np.bincount(table[kept], weights=values[kept], minlength=about.number).tolist()
+    names = data.classes or tuple(map(str, range(about.number)))
+    counts = dict(zip(names, pixels, strict=True))
+    report.shares = {name: count / max(1.0, sum(pixels)) for name, count in counts.items()}
+    report.absent = [name for name, count in counts.items() if count == 0]
+    if values.any():
+        report.shift = _shift(values, table, about.shares, data.classes)
     return report
 
 
+def _check_item(data: SegmentationSet, item: Item, report: CheckReport) -> np.ndarray:
+    """Look at one picture and its mask; return how many pixels have each value."""
+    counts = np.zeros(_VALUES, np.int64)
+    image = None
+    turned = 1
+    try:
+        image = read_image(item.image, max_pixels=data.max_pixels)
+        turned = orientation(item.image)
+        if turned != 1:
+            report.turned[str(item.image)] = turned
+    except InputError as error:
+        report.problems.append(str(error))
+    try:
+        mask = data.read_mask(item)
+    except DataError as error:
+        if str(error) not in report.problems:
+            report.problems.append(str(error))
+        return counts
+    if image is not None and mask.shape != (image.height, image.width):
+        report.problems.append(
+            f"{item.mask} is {mask.shape[1]}x{mask.shape[0]} and its picture "
+            f"{image.width}x{image.height}"
+            f"{f', turned by its EXIF orientation {turned}' if turned != 1 else ''}"
+        )
+    counts = np.bincount(mask.ravel(), minlength=_VALUES)
+    table = data.layout.table
+    if not counts[table > IGNORE].any():
+        report.uncounted.append(str(item.mask))
+    for value in np.flatnonzero((counts > 0) & (table < IGNORE)).tolist():
+        pixels, file = report.invalid.get(value, (0, str(item.mask)))
+        report.invalid[value] = (pixels + int(counts[value]), file)
+    return counts
+
+
 def _of_names(data: SegmentationSet) -> list[str]:
-    """What is wrong before a file is read: with the list, or with the folders where there is none."""
+    """Say what is wrong with the list, or with the folders where there is none, without reading."""
     found = [
         f"the key {key!r} stands {number} times in the list"
         for key, number in data.listed.repeated.items()
@@ -224,26 +212,22 @@ def _of_names(data: SegmentationSet) -> list[str]:
     if data.others is None:
         return found
     found += data.others.bad
+    images = data.description.images(data.split)
     found += [
-        f"{data.others.root / name} is left out: pictures of the set are "
-        f"{data.description.images(data.split)}"
+        f"{data.others.root / name} is left out: pictures of the set are {images}"
         for name in data.others.pictures
     ]
-    assert data.root is not None and data.layout is not None
     before, _, after = data.layout.path.partition("{}")
     folder, _, start = before.rpartition("/")
-    keys, end = set(data.listed.keys), len(after)
+    keys = set(data.listed.keys)
     masks = look(data.root / folder)
-    for name in sorted(
-        masks.pictures + masks.results
-    ):  # `ovseg segment --format mask` may have made the masks
-        parts = name[len(start) : len(name) - end].split("_")
+    # `ovseg segment --format mask` may have made the masks.
+    for name in sorted(masks.pictures + masks.results):
+        if not (name.startswith(start) and name.endswith(after)):
+            continue
         # x_labelTrainIds.png beside x.png is another layout's mask of x.
-        if (
-            name.startswith(start)
-            and name.endswith(after)
-            and not any("_".join(parts[: i + 1]) in keys for i in range(len(parts)))
-        ):
+        parts = name[len(start) : len(name) - len(after)].split("_")
+        if not any("_".join(parts[: i + 1]) in keys for i in range(len(parts))):
             found.append(f"{data.root / folder / name} is a mask without a picture")
     return found
 
@@ -251,8 +235,9 @@ def _of_names(data: SegmentationSet) -> list[str]:
 def _shift(
     values: np.ndarray, table: np.ndarray, shares: dict[str, float], classes: tuple[str, ...]
 ) -> int | None:
-    """Which of -1, 0, 1 added to the values fits the known shares best: the least sum_c |share_c -
-    p_c|, if far below that of 0.
+    """Return which of -1, 0, 1 added to the values fits the known shares best.
+
+    It has the least sum_c |share_c - p_c|, far below that of 0; None if no shares are known.
     """
     if not shares:
         return None
@@ -270,24 +255,27 @@ def _shift(
 
 
 def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int, int, list[str]]:
-    """Write the masks of the set with its labels as values, under the name of its first layout, for
-    tools that want them so.
+    """Write the masks of the set with its labels as values, under the name of its first layout.
 
-    Masks that are there already are left. Returns (written, left, what could not be converted, a
-    line each).
+    Some tools want them so. Masks that are there already are left.
+
+    Returns:
+        How many were written and left, and what could not be converted, a line each.
     """
     layouts = data.description.layouts(data.split)
-    assert data.root is not None and data.layout is not None
     if data.layout.path == layouts[0].path:
         raise InputError(
             f"{data.description.name} lies there as {layouts[0].path} already; expected one of "
             f"{[layout.path for layout in layouts[1:]]} to convert"
         )
-    back: Any = np.full(65536, 255, np.uint8)  # label to value of the first layout; ignored is 255
+    # Label to value of the first layout; ignored is 255.
+    back: Any = np.full(_VALUES, 255, np.uint8)
     for value in range(255, -1, -1):
         if layouts[0].table[value] > IGNORE:
             back[layouts[0].table[value]] = value
-    written, left, bad = 0, 0, []
+    written = 0
+    left = 0
+    bad: list[str] = []
     for item in bar(data.items, show=progress, unit="mask", desc="converting"):
         target = data.root / layouts[0].path.format(item.key)
         if target.exists():

@@ -1,9 +1,8 @@
 """Entities: what captions name, from a list of words.
 
-A caption becomes a question, its entities masked, and an answer that names them.
-
-No part-of-speech tagger and no dictionary of lemmas is needed: a word is what the list says, or a
-plural of it by the rules of ``singulars``.
+A caption becomes a question, its entities masked, and an answer that names them. No part-of-speech
+tagger and no dictionary of lemmas is needed: a word is what the list says, or a plural of it by the
+rules of ``singulars``.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ ENTITY_LISTS: Registry[Path] = Registry(
 )
 MASK = "[MASK]"
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")  # a possessive's ending is no part of it
-# published training takes any of these letters off both ends of a word: "sheep" becomes "heep"
+# Published training takes any of these letters off both ends of a word: "sheep" becomes "heep".
 _STRIPPED = "'s"
+# Endings of plurals, and what stands in their place in the singular.
+_PLURALS = (("ies", ("y", "ie")), ("ves", ("f", "fe", "ve")), ("es", ("", "e")), ("s", ("",)))
 _IRREGULAR = {
     "men": "man",
     "women": "woman",
@@ -39,18 +40,14 @@ _IRREGULAR = {
 
 
 def singulars(word: str) -> list[str]:
-    """What a word in lower case may be the plural of, the word itself first; most of them are no
-    words.
+    """Return what a word in lower case may be the plural of, the word itself first.
+
+    Most of them are no words.
     """
     found = [word]
     if word in _IRREGULAR:
         found.append(_IRREGULAR[word])
-    for ending, others in (
-        ("ies", ("y", "ie")),
-        ("ves", ("f", "fe", "ve")),
-        ("es", ("", "e")),
-        ("s", ("",)),
-    ):
+    for ending, others in _PLURALS:
         if word.endswith(ending) and len(word) > len(ending) + 1:
             found += [word[: -len(ending)] + other for other in others]
     return found
@@ -98,8 +95,7 @@ class Entities:
                 if self.surface.setdefault(key, index) != index:
                     raise ConfigError(
                         f"the word {word!r} stands for {self.names[self.surface[key]]!r} and "
-                        f"{name!r}; expected one entity "
-                        "a word"
+                        f"{name!r}; expected one entity a word"
                     )
         if not self.names:
             raise ConfigError("the list of entities is empty; expected at least one name")
@@ -109,9 +105,7 @@ class Entities:
         return len(self.names)
 
     def index_of(self, words: Sequence[str]) -> int | None:
-        """The entity that so many words in lower case name, the last of them in the singular or the
-        plural.
-        """
+        """Return the entity that words in lower case name, the last in the singular or plural."""
         before = " ".join(words[:-1])
         for last in singulars(words[-1]):
             if (found := self.surface.get(f"{before} {last}".lstrip())) is not None:
@@ -119,11 +113,12 @@ class Entities:
         return None
 
     def find(self, text: str) -> list[Mention]:
-        """Where entities are named, the longest name first, in the order of the text."""
+        """Find where entities are named, the longest name first, in the order of the text."""
         words = [
             (match.start(), match.end(), match.group().lower()) for match in _WORD.finditer(text)
         ]
-        found, at = [], 0
+        found = []
+        at = 0
         while at < len(words):
             for count in range(min(self._longest, len(words) - at), 0, -1):
                 part = words[at : at + count]
@@ -136,12 +131,16 @@ class Entities:
         return found
 
     def question(self, text: str, *, published: bool = False) -> tuple[str, list[int]]:
-        """The text with ``[MASK]`` in place of what names an entity, and the entities, each once.
+        """Mask what names an entity.
 
-        ``published``: as OVSegmentor was trained. Words are what stands between spaces, in lower
-            case, without any "'" and "s" at both
-        ends, so that those that begin or end with one are damaged and, where they name an entity,
-        not found.
+        Args:
+            text: a caption.
+            published: as OVSegmentor was trained. Words are what stands between spaces, in lower
+                case, without any "'" and "s" at both ends, so that those that begin or end with one
+                are damaged and, where they name an entity, not found.
+
+        Returns:
+            The text with ``[MASK]`` in their place, and the entities, each once.
         """
         if published:
             words = [word.strip(_STRIPPED) for word in text.lower().split()]
@@ -150,25 +149,25 @@ class Entities:
                 word if index is None else MASK for word, index in zip(words, indices, strict=True)
             )
             return asked, list(dict.fromkeys(index for index in indices if index is not None))
+        asked = ""
+        at = 0
         found = self.find(text)
-        parts, at = [], 0
         for mention in found:
-            parts += [text[at : mention.start], MASK]
+            asked += text[at : mention.start] + MASK
             at = mention.end
-        return "".join([*parts, text[at:]]), list(dict.fromkeys(mention.index for mention in found))
+        return asked + text[at:], list(dict.fromkeys(mention.index for mention in found))
 
     def answer(self, indices: Sequence[int], template: str, *, published: bool = False) -> str:
-        """The template about these entities, joined by "and"; what stands before its place if there
-        is none.
+        """Name these entities, joined by "and".
 
-        ``published``: what comes after the place is lost.
+        Args:
+            indices: of the entities; of none what stands before the place of the template is left.
+            template: with one ``{}``.
+            published: whether what comes after the place is lost.
         """
         before, _, after = template.partition("{}")
-        return (
-            before
-            + " and ".join(self.phrases[index] for index in indices)
-            + ("" if published or not indices else after)
-        )
+        named = " and ".join(self.phrases[index] for index in indices)
+        return f"{before}{named}{'' if published or not indices else after}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.names, self.phrases, self.surface)
@@ -187,14 +186,18 @@ def list_entities() -> list[str]:
 
 
 def load_entities(which: str) -> Entities:
-    """A list by name, or a YAML file: a mapping of each entity to a list of what else it is called,
-    or to nothing.
+    """Load a list by name, or from a YAML file.
+
+    A file maps each entity to a list of what else it is called, or to nothing.
 
     Raises:
         ConfigError: for a list that is not there or says nothing of the kind.
     """
     path = ENTITY_LISTS[which] if which in ENTITY_LISTS else Path(which)
-    expected = f"one of {list_entities()} or a YAML file of entities, each with a list of what else it is called"
+    expected = (
+        f"one of {list_entities()} or a YAML file of entities, each with a list of what else it is "
+        "called"
+    )
     try:
         tree = tree_of(text_of(path, "list of entities", expected, ConfigError))
     except ValueError as error:
@@ -206,13 +209,10 @@ def load_entities(which: str) -> Entities:
             f"list of entities {which!r} holds {type(tree).__name__}; expected {expected}"
         )
     for name, others in tree.items():
-        if not isinstance(name, str) or not (
-            others is None
-            or (isinstance(others, list) and all(isinstance(one, str) for one in others))
-        ):
+        words = [] if others is None else others
+        if not isinstance(words, list) or not all(isinstance(one, str) for one in (name, *words)):
             raise ConfigError(
                 f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a "
-                "list what else they are "
-                "called"
+                "list what else they are called"
             )
     return Entities({name: others or () for name, others in tree.items()})

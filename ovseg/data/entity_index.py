@@ -1,8 +1,7 @@
-"""Which pictures share an entity: the side file of ``ovseg data cross-pairs``, and captions that
-name one, of a large list.
+"""Pictures that share an entity, and captions that name one, of a large list.
 
-The index is a list of pictures for each entity, four bytes a mention: 4 million pictures with two
-entities each take 32 MB and their names.
+The index, the side file of ``ovseg data cross-pairs``, is a list of pictures for each entity, four
+bytes a mention: 4 million pictures with two entities each take 32 MB and their names.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from .sampling import integer
 from .sources.folder import Names
 
 SUFFIXES = (".tsv", ".jsonl")
+_MOST_LINE = 1 << 20  # bytes of a line of captions
+_AGAIN = "ovseg data cross-pairs to be run again"
 
 
 class EntityIndex:
@@ -42,28 +43,25 @@ class EntityIndex:
 
     @classmethod
     def of(cls, named: torch.Tensor) -> EntityIndex:
-        """Of a 0/1 matrix [pictures, K]."""
+        """Make the index of a 0/1 matrix [pictures, K]."""
         entity, picture = named.T.nonzero(as_tuple=True)
         starts = np.searchsorted(entity.numpy(), np.arange(named.shape[1] + 1))
         return cls(starts, picture.numpy().astype(np.int32))
 
     def pictures(self) -> np.ndarray:
-        """Those that have an entity, ascending."""
+        """Return the pictures that have an entity, ascending."""
         return np.unique(self.members)
 
     def partner(self, picture: int, entity: int, rng: torch.Generator) -> int:
-        """Another picture of that entity, each as likely; the picture itself if it is the only one."""
-        start, end = int(self.starts[entity]), int(self.starts[entity + 1])
-        here = self.members[start:end]
+        """Draw another picture of that entity; the picture itself if there is none."""
+        here = self.members[int(self.starts[entity]) : int(self.starts[entity + 1])]
         own = int(np.searchsorted(here, picture))
-        if own < len(here) and here[own] == picture:
-            if len(here) == 1:
-                return picture
-            chosen = integer(rng, 0, len(here) - 1)
-            return int(here[chosen + (chosen >= own)])
-        if not len(here):
+        among_them = own < len(here) and here[own] == picture
+        others = len(here) - among_them
+        if not others:
             return picture
-        return int(here[integer(rng, 0, len(here))])
+        chosen = integer(rng, 0, others)
+        return int(here[chosen + (among_them and chosen >= own)])
 
 
 def write_index(
@@ -80,6 +78,9 @@ def write_index(
         pictures: their names, as the source will know them.
         captions: of each, in the same order; a string in place of them says why they cannot be
             used.
+        entities: by which pictures are indexed.
+        path: of the index.
+        progress: whether a bar is shown.
 
     Returns:
         Pictures of each entity, and what could not be read.
@@ -102,11 +103,10 @@ def write_index(
         for index in {mention.index for line in lines for mention in entities.find(line)}:
             found[index].append(number)
     if max(map(len, found)) < 2:
+        first = f"; the first that cannot be read: {bad[0]}" if bad else ""
         raise DataError(
             f"no two of {len(pictures)} pictures share one of {len(entities)} entities; expected "
-            "captions that name them, or "
-            "another list of entities"
-            + (f"; the first that cannot be read: {bad[0]}" if bad else "")
+            f"captions that name them, or another list of entities{first}"
         )
     letters, ends = _block(pictures)
     with replacing(path) as part:
@@ -124,18 +124,16 @@ def write_index(
 
 
 def read_index(path: str | Path, pictures: Sequence[str], entities: Entities) -> EntityIndex:
-    """The index of exactly these pictures and entities.
+    """Read the index of exactly these pictures and entities.
 
     Raises:
         DataError: if there is none, it is damaged, or of others.
     """
     from safetensors import SafetensorError, safe_open
 
-    again = "ovseg data cross-pairs to be run again"
+    name = f"data.index {str(path)!r}"
     if (what := no_file(path)) is not None:
-        raise DataError(
-            f"data.index {str(path)!r} {what}; expected a file of ovseg data cross-pairs"
-        )
+        raise DataError(f"{name} {what}; expected a file of ovseg data cross-pairs")
     try:
         with safe_open(path, framework="np") as file:
             names = json.loads(file.metadata()["entities"])
@@ -144,21 +142,18 @@ def read_index(path: str | Path, pictures: Sequence[str], entities: Entities) ->
             )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"data.index {str(path)!r} is damaged or no index of entities: {error}; expected "
-            f"{again}"
+            f"{name} is damaged or no index of entities: {error}; expected {_AGAIN}"
         ) from error
     if tuple(names) != entities.names:
         raise DataError(
-            f"data.index {str(path)!r} is of {len(names)} other entities than the {len(entities)} "
-            "of data.entities; expected "
-            f"{again}"
+            f"{name} is of {len(names)} other entities than the {len(entities)} of data.entities; "
+            f"expected {_AGAIN}"
         )
     own_letters, own_ends = _block(pictures)
     if not (np.array_equal(letters, own_letters) and np.array_equal(ends, own_ends)):
         raise DataError(
-            f"data.index {str(path)!r} is of {len(ends)} pictures, and the folder holds "
-            f"{len(pictures)}, of other names; "
-            f"expected {again}"
+            f"{name} is of {len(ends)} pictures, and the folder holds {len(pictures)}, of other "
+            f"names; expected {_AGAIN}"
         )
     whole = (
         len(starts) == len(names) + 1
@@ -168,8 +163,7 @@ def read_index(path: str | Path, pictures: Sequence[str], entities: Entities) ->
     )
     if not whole or (len(members) and not 0 <= members.min() <= members.max() < len(pictures)):
         raise DataError(
-            f"data.index {str(path)!r} is damaged: it names pictures that are not there; expected "
-            f"{again}"
+            f"{name} is damaged: it names pictures that are not there; expected {_AGAIN}"
         )
     return EntityIndex(starts, members)
 
@@ -180,8 +174,12 @@ def _block(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Filtered:
-    """What a list of captions held: lines read and kept, captions of each entity, lines that are
-    none.
+    """What a list of captions held.
+
+    Attributes:
+        read, kept: lines.
+        counts: captions of each entity.
+        bad: what is wrong with lines that are none, a line each.
     """
 
     read: int = 0
@@ -206,9 +204,13 @@ def filter_captions(
 
     Args:
         source: .tsv, as CC12M is published (address, caption), or .jsonl.
-        column, key: where the caption is, from 0.
+        out: of the same kind.
+        entities: of which a caption must name one.
+        column: where the caption is in a .tsv, from 0.
+        key: where it is in a .jsonl.
         exact: words of the list as they stand, in lower case and the singular, as the published
             CC4M was made.
+        progress: whether a bar is shown.
 
     Raises:
         InputError: for files that cannot be read or written.
@@ -250,25 +252,18 @@ def filter_captions(
                     found.counts.update(entities.names[index] for index in named)
                     kept.write(line if line.endswith(b"\n") else line + b"\n")
         if not found.kept:
+            first = (
+                f"; the first of {len(found.bad)} bad lines: {found.bad[0]}" if found.bad else ""
+            )
             raise DataError(
                 f"none of {found.read} captions of {str(source)!r} names one of {len(entities)} "
-                "entities"
-                + (
-                    f"; the first of {len(found.bad)} bad lines: {found.bad[0]}"
-                    if found.bad
-                    else ""
-                )
+                f"entities{first}"
             )
     return found
 
 
-_MOST_LINE = 1 << 20  # bytes
-
-
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Lines, without ever holding more than one; what is longer than ``_MOST_LINE`` comes cut off,
-    its end left out.
-    """
+    """Read lines, one at a time; what is longer than ``_MOST_LINE`` loses its end."""
     while line := file.readline(_MOST_LINE):
         yield line
         while not line.endswith(b"\n") and len(line) == _MOST_LINE:
@@ -276,6 +271,7 @@ def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _caption(line: bytes, column: int, key: str, is_json: bool) -> str:
+    """Return the caption of a line; ValueError if there is none."""
     if len(line) == _MOST_LINE and not line.endswith(b"\n"):
         raise ValueError(f"a line of {_MOST_LINE} bytes or more; expected shorter ones")
     text = line.decode("utf-8-sig")  # UnicodeDecodeError is a ValueError

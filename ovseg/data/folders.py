@@ -30,8 +30,8 @@ _READ = frozenset(SUFFIXES)
 # Pictures to people, but not to read_image: what needs a library of its own, runs a program, or
 # cannot be told from noise.
 _OTHERS = suffixes(
-    ".jxl .jxr .wdp .psd .psb .xcf .kra .svg .svgz .eps .ps .ai .wmf .emf .ico .icns .cur .tga .dds "
-    ".exr .hdr .pcx .ras .sgi .rgb .xbm .xpm .fits .dcm .djvu .flif .bpg .pam"
+    ".jxl .jxr .wdp .psd .psb .xcf .kra .svg .svgz .eps .ps .ai .wmf .emf .ico .icns .cur .tga "
+    ".dds .exr .hdr .pcx .ras .sgi .rgb .xbm .xpm .fits .dcm .djvu .flif .bpg .pam"
 )
 UNREAD = tuple(
     suffix for suffix in (*HEIF_SUFFIXES, *RAW_SUFFIXES, *_OTHERS) if suffix not in _READ

@@ -27,8 +27,8 @@ from .file_types import HEIF_SUFFIXES, by_content, is_heif, reads_heif, register
 # the rarer ones. GIF, TIFF, WebP and AVIF may hold several pictures: the first is read.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI")
 SUFFIXES = suffixes(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .jp2 .j2k .j2c .jpc .jpx "
-    ".avif .ppm .pgm .pbm .pnm .pfm .qoi"
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .jp2 .j2k .j2c .jpc "
+    ".jpx .avif .ppm .pgm .pbm .pnm .pfm .qoi"
 ) + (HEIF_SUFFIXES if reads_heif() else ())
 ORIENTATION = 0x0112  # the EXIF tag
 MAX_PIXELS = 64_000_000

@@ -1,5 +1,6 @@
-"""Label files of every kind that people have: what they hold, as names or ``{name: texts}``;
-``LabelSet.read`` makes a set of it.
+"""Label files of every kind that people have, read as names or ``{name: texts}``.
+
+``LabelSet.read`` makes a label set of them.
 """
 
 from __future__ import annotations
@@ -16,41 +17,22 @@ from ..errors import InputError
 from ..text_files import text_of, tree_of
 
 logger = logging.getLogger(__name__)
-_TEXT, _TABLE, _TREE = (
-    (".txt", ".names", ".lst", ".list", ""),
-    (".csv", ".tsv"),
-    (".yaml", ".yml", ".json"),
-)
+_TEXT = (".txt", ".names", ".lst", ".list", "")
+_TABLE = (".csv", ".tsv")
+_TREE = (".yaml", ".yml", ".json")
 EXPECTED = (
     ".txt (a class on each line), .csv or .tsv (with a header that names a column name), .yaml or "
-    ".json (a list of names, "
-    "{name: texts}, {id: name} or {name: id})"
+    ".json (a list of names, {name: texts}, {id: name} or {name: id})"
 )
-_NAMES = (
-    "name",
-    "names",
-    "label",
-    "labels",
-    "class",
-    "classes",
-    "class_name",
-    "classname",
-    "category",
-    "display_name",
-)
-_NUMBERS = (
-    "idx",
-    "index",
-    "id",
-    "class_id",
-    "classid",
-    "label_id",
-    "category_id",
-    "number",
-    "no",
-    "train_id",
-    "trainid",
-)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Columns of tables.
+_NAMES = _words("name names label labels class classes class_name classname category display_name")
+_NUMBERS = _words("idx index id class_id classid label_id category_id number no train_id trainid")
 _SYNONYMS = ("synonyms", "texts", "aliases")
 _QUOTES = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019")
 _LITERALLY = "a .json or .yaml list takes any name as it is"
@@ -58,8 +40,9 @@ Labels = list[Any] | dict[Any, Any]
 
 
 def read_labels(path: Path) -> tuple[Labels, Any]:
-    """(names or ``{name: texts}``, templates) of a label file; what they are worth is for
-    ``LabelSet`` to say.
+    """Read (names or ``{name: texts}``, templates) of a label file.
+
+    What they are worth is for ``LabelSet`` to say.
 
     Raises:
         InputError: for a file that is missing, of another kind, or cannot be read as its kind.
@@ -77,25 +60,24 @@ def read_labels(path: Path) -> tuple[Labels, Any]:
 
 
 def by_number(tree: Mapping[Any, Any]) -> list[str] | None:
-    """The names of ``{id: name}`` or ``{name: id}`` in the order of their ids; None if it is
-    neither.
+    """Return the names of ``{id: name}`` or ``{name: id}`` in the order of their ids.
+
+    None if it is neither.
 
     Raises:
         ValueError: if the ids are not 0, 1, 2, ... or 1, 2, 3, ...
     """
-    if (
-        tree
-        and all(_is_number(key) for key in tree)
-        and all(isinstance(name, str) for name in tree.values())
-    ):
+    if not tree:
+        return None
+    if all(map(_is_number, tree)) and all(isinstance(name, str) for name in tree.values()):
         return in_order([(int(key), name) for key, name in tree.items()])
-    if tree and all(_is_number(number) for number in tree.values()):
+    if all(map(_is_number, tree.values())):
         return in_order([(int(number), name) for name, number in tree.items()])
     return None
 
 
 def in_order(numbered: Iterable[tuple[int, Any]]) -> list[Any]:
-    """What numbers belong to, in their order.
+    """Return what numbers belong to, in their order.
 
     Raises:
         ValueError: if the numbers are not 0, 1, 2, ... or 1, 2, 3, ...
@@ -106,14 +88,13 @@ def in_order(numbered: Iterable[tuple[int, Any]]) -> list[Any]:
         if number != expected:
             raise ValueError(
                 f"{what!r} has the number {number} where {expected} is expected; a label map's "
-                "numbers are 0, 1, 2, ... or "
-                "1, 2, 3, ..., each once"
+                "numbers are 0, 1, 2, ... or 1, 2, 3, ..., each once"
             )
     return [what for _, what in found]
 
 
 def split_texts(line: str) -> list[str]:
-    """The texts of one class in a file: after commas, semicolons or bars; blank ones left out.
+    """Split the texts of one class in a file at commas, semicolons and bars; blank ones go.
 
     Raises:
         ValueError: for one in quotation marks, which would be a part of its name.
@@ -132,7 +113,7 @@ def _no_quotes(text: str) -> None:
 
 
 def split_line(line: str) -> list[list[str]]:
-    """The classes of a command line and their texts: ``person|man|woman,road``.
+    """Split a command line into classes and their texts: ``person|man|woman,road``.
 
     Raises:
         InputError: for a blank synonym, and a name in quotation marks.
@@ -155,7 +136,7 @@ def split_line(line: str) -> list[list[str]]:
 
 
 def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
-    """``{name: texts}``, the name being the first text of each group."""
+    """Return ``{name: texts}``, the name being the first text of each group."""
     found: dict[str, list[str]] = {}
     for i, texts in enumerate(groups):
         if not texts:
@@ -172,7 +153,7 @@ def grouped(groups: Iterable[list[str]]) -> dict[str, list[str]]:
 
 
 def _from_lines(text: str) -> dict[str, list[str]]:
-    """A class on each line; ``#`` at its beginning or after a blank begins a comment.
+    """Read a class on each line; ``#`` at its beginning or after a blank begins a comment.
 
     Lines such as ``0: wall`` are put in the order of their numbers.
     """
@@ -201,7 +182,7 @@ def _from_lines(text: str) -> dict[str, list[str]]:
 
 
 def _without_numbers(lines: list[str]) -> list[str]:
-    """Names as lines have them, in the order of their numbers if all have one.
+    """Return names as lines have them, in the order of their numbers if all have one.
 
     Raises:
         ValueError: where some lines have a number, a number may be a part of the name, or the lines
@@ -241,25 +222,18 @@ def _without_numbers(lines: list[str]) -> list[str]:
 
 
 def _is_table(text: str) -> bool:
-    """Whether the first line of a text file is the header of a table: a number and a name, not two
-    classes.
-    """
+    """Return whether the first line of a text is a table's header, not two classes."""
     header = [cell.strip().lower() for cell in re.split(r"[,;\t]", text.split("\n", 1)[0])]
     return any(cell in _NUMBERS for cell in header) and any(cell in _NAMES for cell in header)
 
 
 def _from_table(text: str) -> dict[str, list[str]]:
-    """A column of names, and of numbers and synonyms if it has one."""
+    """Read a column of names, and of numbers and synonyms if there is one."""
     first = text.split("\n", 1)[0]
     delimiter = next((mark for mark in "\t,;" if mark in first), ",")
-    lines = io.StringIO(
-        text, newline=""
-    )  # with their line breaks, of which some may be inside of quotation marks
-    rows = [
-        row
-        for row in csv.reader(lines, delimiter=delimiter, strict=True)
-        if any(cell.strip() for cell in row)
-    ]
+    lines = io.StringIO(text, newline="")  # some line breaks may be inside of quotation marks
+    table = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = [row for row in table if any(cell.strip() for cell in row)]
     header = [cell.strip().lower().replace(" ", "_") for cell in rows[0]] if rows else []
     name, number, synonyms = (
         next((header.index(word) for word in words if word in header), None)
@@ -282,23 +256,26 @@ def _from_table(text: str) -> dict[str, list[str]]:
                 f"row {i} has {row[number]!r} in the column {rows[0][number]!r}; expected a whole "
                 "number"
             )
-        texts = split_texts(row[name]) + (
-            split_texts(row[synonyms]) if synonyms is not None else []
-        )
+        texts = split_texts(row[name])
+        if synonyms is not None:
+            texts += split_texts(row[synonyms])
         found.append((i if number is None else int(row[number]), texts))
-    return grouped(
-        [texts for _, texts in found] if number is None or not found else in_order(found)
-    )
+    if number is None or not found:
+        return grouped(texts for _, texts in found)
+    return grouped(in_order(found))
 
 
 def _from_tree(text: str, is_json: bool) -> tuple[Labels, Any]:
-    tree, templates = tree_of(text, is_json=is_json), None
+    """Read what YAML or JSON holds: names or ``{name: texts}``, and templates."""
+    tree = tree_of(text, is_json=is_json)
+    templates = None
     if isinstance(tree, dict) and "labels" in tree and set(tree) <= {"labels", "templates"}:
-        templates, tree = tree.get("templates"), tree["labels"]
+        templates = tree.get("templates")
+        tree = tree["labels"]
     if not isinstance(tree, (list, dict)):
         raise ValueError(
             f"a {type(tree).__name__} stands where a list of names, {{name: texts}}, {{id: name}} "
-            f"or {{name: id}} is expected"
+            "or {name: id} is expected"
         )
     ordered = by_number(tree) if isinstance(tree, dict) else None
     names = ordered if ordered is not None else tree
@@ -310,7 +287,7 @@ def _from_tree(text: str, is_json: bool) -> tuple[Labels, Any]:
 
 
 def _parted(given: Any) -> Any:
-    """Texts with a semicolon between them as several; commas may belong to a phrase here."""
+    """Split texts with a semicolon between them; commas may belong to a phrase here."""
     if isinstance(given, str) and ";" in given:
         return _semicolons(given)
     if isinstance(given, list) and all(isinstance(text, str) for text in given):

@@ -58,12 +58,12 @@ class LabelSet:
 
     @classmethod
     def of(cls, labels: LabelSet | Mapping[Any, Any] | Sequence[str] | str) -> LabelSet:
-        """From names, one name, ``{name: texts}``, or names by number as ``id2label`` and
-        ``label2id`` have them.
+        """Make a label set of names, one name, or ``{name: texts}``.
 
-        A text that stands for several classes counts for the one whose name it is, else for the
-        first; the others lose it, which is told. Space around a name or text is left out, and any
-        space inside is one blank.
+        Names by number, as ``id2label`` and ``label2id`` have them, will do as well. A text that
+        stands for several classes counts for the one whose name it is, else for the first; the
+        others lose it, which is told. Space around a name or text is left out, and any space inside
+        is one blank.
 
         Raises:
             InputError: for an empty set, a name or text that is no string, blank, or holds a line
@@ -89,7 +89,7 @@ class LabelSet:
 
     @classmethod
     def read(cls, path: str | Path) -> LabelSet:
-        """From a file.
+        """Read a label set from a file.
 
         ``.txt``: a class on each line, its texts separated by commas or semicolons, the first one
         its name; ``#`` begins a comment at the beginning of a line and after a blank. ``.csv``,
@@ -106,17 +106,16 @@ class LabelSet:
         try:
             if templates is not None:
                 check_templates(templates)
-            return replace(
-                cls.of(labels),
-                templates=tuple(templates) if isinstance(templates, list) else templates,
-            )
+            templates = tuple(templates) if isinstance(templates, list) else templates
+            return replace(cls.of(labels), templates=templates)
         except InputError as error:
             raise InputError(f"label file {str(path)!r}: {error}") from error
 
     @classmethod
     def parse(cls, line: str) -> LabelSet:
-        """From a command line: classes separated by commas, synonyms by ``|`` or ``;``:
-        ``person|man|woman,road``.
+        """Read a label set from a command line: ``person|man|woman,road``.
+
+        Classes are separated by commas, synonyms by ``|`` or ``;``.
 
         Raises:
             InputError: for a blank class or synonym, a name in quotation marks, and as ``of`` does.
@@ -125,7 +124,7 @@ class LabelSet:
 
 
 def _texts_of(name: str, given: Any) -> tuple[str, ...]:
-    """What stands for a class: a text, or several; the name where nothing is given."""
+    """Return what stands for a class: a text, or several; the name where nothing is given."""
     if given is None or given == []:
         return (name,)
     if not isinstance(given, (str, list, tuple)):
@@ -145,7 +144,7 @@ def _texts_of(name: str, given: Any) -> tuple[str, ...]:
 def _one_owner(
     names: Sequence[str], texts: Sequence[tuple[str, ...]]
 ) -> tuple[tuple[str, ...], ...]:
-    """Each text for one class alone; published lists have ``ground`` for earth and for land."""
+    """Give each text to one class; published lists have ``ground`` for earth and for land."""
     owner: dict[str, int] = {}
     for i, name in enumerate(names):
         if name in texts[i]:
@@ -167,8 +166,7 @@ def _one_owner(
         if not kept[i]:
             raise InputError(
                 f"text {text!r} stands for both {names[owner[text]]!r} and {names[i]!r}, which "
-                "has no other; expected "
-                "one class"
+                "has no other; expected one class"
             )
     if lost:
         told = ", ".join(
@@ -184,7 +182,7 @@ def _one_owner(
 
 
 def check_labels(labels: Sequence[str] | str) -> list[str]:
-    """A list of distinct, non-blank labels without invisible characters.
+    """Return a list of distinct, non-blank labels without invisible characters.
 
     A single string is one label.
     """

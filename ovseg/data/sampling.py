@@ -60,9 +60,9 @@ def integer(rng: torch.Generator, low: int, high: int) -> int:
 
 @contextlib.contextmanager
 def drawing_from(rng: torch.Generator) -> Iterator[None]:
-    """Make libraries that draw from the global generators of ``random`` and NumPy depend on ``rng``.
+    """Let libraries that draw from the generators of ``random`` and NumPy depend on ``rng`` alone.
 
-    Afterwards those go on as if nothing had been drawn.
+    Afterwards the generators, which are global, go on as if nothing had been drawn.
     """
     python = random.getstate()
     numpy = np.random.get_state()

@@ -119,9 +119,7 @@ def crop_patch_labels(
 
 
 def stored_key(key: str) -> str:
-    """A picture's key in the side file, which is UTF-8: bytes of a file name that are not are
-    written as ``\\xff``.
-    """
+    """Return a picture's key in the side file, in UTF-8; other bytes of a name are in hex."""
     return os.fsencode(key).decode("utf-8", "backslashreplace")
 
 
