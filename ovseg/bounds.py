@@ -97,24 +97,31 @@ class Bound:
             raise error(f"{where} is {shown(one)}; expected {self.words()}")
 
 
+def choice(*values: Any) -> Bound:
+    """Return the bound of a single value that is one of these."""
+    return Bound(one_of=values, form="one")
+
+
 POSITIVE = Bound(low=1, integer=True, form="one", expected="a positive integer")
 
 
 def bounded(
     default: Any = MISSING,
+    within: Bound | None = None,
+    help: str = "",
     *,
     default_factory: Callable[[], Any] | Any = MISSING,
-    help: str = "",
-    within: Bound | None = None,
     **bound: Any,
 ) -> Any:
     """Declare a field of a dataclass with the ``Bound`` of the keywords.
 
     Args:
-        default, default_factory: as of ``dataclasses.field``.
-        help: what ``--help`` says about it, where the command line makes an option of it.
+        default: as of ``dataclasses.field``.
         within: the bound, where it has a name of its own.
-        bound: attributes of ``Bound`` otherwise; without any the field is not checked.
+        help: what ``--help`` says about it, where the command line makes an option of it.
+        default_factory: as of ``dataclasses.field``.
+        bound: attributes of ``Bound`` in place of ``within``; without either the field is not
+            checked.
     """
     metadata: dict[str, Any] = {"bound": Bound(**bound) if bound else within}
     if help:
