@@ -120,25 +120,31 @@ class Bound:
         return self.ordered and pair[0] > pair[1]
 
 
+def choice(*values: Any) -> Bound:
+    """Return the bound of a single value that is one of these."""
+    return Bound(one_of=values, form="one")
+
+
 POSITIVE = Bound(low=1, integer=True, form="one", expected="a positive integer")
 
 
 def bounded(
     default: Any = MISSING,
+    within: Bound | None = None,
+    help: str = "",
     *,
     default_factory: Callable[[], Any] | Any = MISSING,
-    help: str = "",
-    within: Bound | None = None,
     **bound: Any,
 ) -> Any:
     """Declare a field of a dataclass with the ``Bound`` of the keywords.
 
     Args:
         default: as of ``dataclasses.field``.
-        default_factory: likewise.
-        help: what ``--help`` says about it, where the command line makes an option of it.
         within: the bound, where it has a name of its own.
-        **bound: attributes of ``Bound`` otherwise; without any the field is not checked.
+        help: what ``--help`` says about it, where the command line makes an option of it.
+        default_factory: as of ``dataclasses.field``.
+        bound: attributes of ``Bound`` in place of ``within``; without either the field is not
+            checked.
     """
     metadata: dict[str, Any] = {"bound": Bound(**bound) if bound else within}
     if help:

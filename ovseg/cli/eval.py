@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +118,12 @@ def run(options: argparse.Namespace) -> int:
         raise InputError("--labels-file is ''; expected a file")
     if options.sweep and options.out is not None:
         no_plots("no curve of --sweep is drawn")
+    asked = {field.name for field in fields(EvaluationJob)} & vars(options).keys()
+    values = {name: getattr(options, name) for name in asked}
     job = EvaluationJob(
-        data=options.data,
-        root=options.root,
-        split=options.split,
-        protocol=options.protocol,
+        **values,
         labels=LabelSet.read(options.labels_file) if options.labels_file else None,
         options=given_inference_options(options),
-        present_only=options.present_only,
-        boundary=options.boundary,
-        sweep=options.sweep,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        batch=options.batch,
-        scenes=options.scenes,
-        seed=options.seed,
-        out=options.out,
-        plots=options.plots,
         command=_command(options),
         environment={} if options.out is None else environment(device_of(options)),
         tell=print,

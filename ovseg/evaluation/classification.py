@@ -23,7 +23,7 @@ from ..inference import Predictor
 from ..paths import no_folder
 from ..progress import bar
 from ..systems import OVSegModel
-from .evaluate import SKIPPING
+from .evaluate import Share, refuse_bad
 
 logger = logging.getLogger(__name__)
 
@@ -169,20 +169,17 @@ def evaluate_classification(
     Raises:
         DataError: for a picture that cannot be read, unless ``skip_bad``; if nothing is left.
     """
-    if data.bad and not skip_bad:
-        raise DataError(f"{data.bad[0]}; {SKIPPING}")
+    if not skip_bad:
+        refuse_bad(data.bad)
     predictor = Predictor(model, data.labels, **options)
     count = len(data.labels)
     matrix = np.zeros((count, count), np.int64)
     in_five = np.zeros(1, np.int64)
-    rank, world = distributed.rank(), distributed.world_size()
-    total = len(data.items) if limit is None else min(limit, len(data.items))
-    skipped: list[str] = list(data.bad) if skip_bad and rank == 0 else []
-    failures: list[str] = []
+    share = Share(str(data.root), len(data.items), limit, skip_bad, data.bad)
     place = {name: i for i, name in enumerate(data.labels.names)}
     for i in bar(
-        range(rank, total, world),
-        show=progress and rank == 0,
+        share.indices,
+        show=progress and distributed.is_main(),
         unit="picture",
         desc=f"classify by {model.name}",
         leave=False,
@@ -191,27 +188,18 @@ def evaluate_classification(
         try:
             order = [place[name] for name in predictor.set_image(path).classify()]
         except InputError as error:
-            (skipped if skip_bad else failures).append(str(error))
-            if skip_bad:
-                continue
-            break
+            if share.ends_with(error):
+                break
+            continue
         matrix[truth, order[0]] += 1
         in_five += truth in order[:5]
-    if failures := distributed.gather_strings(failures):
-        raise DataError(f"{failures[0]}; {SKIPPING}")
-    skipped = distributed.gather_strings(skipped)
+    skipped = share.gather()
     distributed.all_reduce_sum(matrix)
     distributed.all_reduce_sum(in_five)
-    pictures = int(matrix.sum())
-    if pictures == 0:
-        raise DataError(
-            f"{data.root}: none of {total} pictures could be used; the first: "
-            f"{skipped[0] if skipped else 'there is none'}"
-        )
     summary = {
         "model": model.name,
         "data": str(data.root),
-        "pictures": pictures,
+        "pictures": int(matrix.sum()),
         "classes": count,
         "templates": predictor.queries.templates_for(model),
         **_figures(matrix, int(in_five[0])),

@@ -6,7 +6,7 @@ It takes one pass, counts in integer histograms, and runs in one process or seve
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from typing import Protocol as Interface
@@ -30,7 +30,6 @@ from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, ha
 from .protocols import Protocol
 from .report import Report, rounded
 
-SKIPPING = "--skip-bad leaves such pictures out, and says so in the results"
 logger = logging.getLogger(__name__)
 
 
@@ -91,9 +90,8 @@ def evaluate(
     POSITIVE.check("batch", batch, InputError)
     POSITIVE.check("limit", limit, InputError)
     about = data.description
-    rank, world = distributed.rank(), distributed.world_size()
     rules = [] if about.background else background_rules(protocol)
-    if rules and rank == 0:
+    if rules and distributed.is_main():
         logger.warning(
             "%s has no background class, and pixels get no label where %s: they all count as wrong",
             about.name,
@@ -104,25 +102,21 @@ def evaluate(
     counts = _Counts.of(protocol, about, model, boundary, thresholds)
     if counts.sweep is not None:  # which decides by the scores
         predictor.decision = replace(protocol.decision, background_threshold=None)  # type: ignore[call-arg]
-    total = len(data) if limit is None else min(limit, len(data))
-    mine = range(rank, total, world)
+    share = Share(about.name, len(data), limit, skip_bad)
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    skipped: list[str] = []
-    failures: list[str] = []
     shown = bar(
-        total=len(mine),
-        show=progress and rank == 0,
+        total=len(share.indices),
+        show=progress and distributed.is_main(),
         unit="picture",
         desc=f"evaluate {model.name} on {about.name}",
         leave=False,
     )
-    for i, image, truth, seen in _seen(data, mine, predictor, batch):
+    for i, image, truth, seen in _seen(data, share.indices, predictor, batch):
         shown.update()
         if isinstance(seen, Exception):
-            (skipped if skip_bad else failures).append(str(seen))
-            if skip_bad:
-                continue
-            break
+            if share.ends_with(seen):
+                break
+            continue
         allowed = _present(truth, about, protocol) if protocol.present_only else None
         found = predictor.set_image(seen).predict(allowed=allowed)
         labels = counts.update(found, truth)
@@ -131,14 +125,7 @@ def evaluate(
         if observe is not None:
             observe(i, predictor, found)
     shown.close()
-    if failures := distributed.gather_strings(failures):
-        raise DataError(f"{failures[0]}; {SKIPPING}")
-    skipped = distributed.gather_strings(skipped)
-    if len(skipped) >= total:
-        raise DataError(
-            f"{about.name}: none of {total} pictures could be used; the first: "
-            f"{skipped[0] if skipped else 'there is none'}"
-        )
+    skipped = share.gather()
     counts.add_up()
     report = Report(
         model=model.name,
@@ -146,7 +133,7 @@ def evaluate(
         choices=protocol.choices(model, about),
         scores=counts.matrix.scores(),
         summary={},
-        pictures=total - len(skipped),
+        pictures=share.total - len(skipped),
         skipped=skipped,
         boundary=None if counts.bands is None else counts.bands.iou(),
         sweep=None if counts.sweep is None else (counts.sweep.thresholds, counts.sweep.curve()),
@@ -154,6 +141,65 @@ def evaluate(
     )
     report.summary = _summary(report, protocol.label)
     return report
+
+
+class Share:
+    """The pictures of a data set that this process measures, and those that cannot be read.
+
+    Args:
+        name: of the data set, for messages.
+        count: its pictures.
+        limit: only the first.
+        skip_bad: whether what cannot be read is left out.
+        bad: what is known to be left out beside them, told by the first process.
+
+    Attributes:
+        total: pictures of all processes.
+        indices: of those of this process.
+    """
+
+    def __init__(
+        self, name: str, count: int, limit: int | None, skip_bad: bool, bad: Sequence[str] = ()
+    ):
+        self.name = name
+        self.skip_bad = skip_bad
+        self.total = count if limit is None else min(limit, count)
+        self.indices = range(distributed.rank(), self.total, distributed.world_size())
+        self._known = len(bad)
+        self._skipped = list(bad) if distributed.is_main() else []
+        self._failures: list[str] = []
+
+    def ends_with(self, error: Exception) -> bool:
+        """Note what cannot be read; returns whether that is the end."""
+        (self._skipped if self.skip_bad else self._failures).append(str(error))
+        return not self.skip_bad
+
+    def gather(self) -> list[str]:
+        """Return what all processes left out.
+
+        Raises:
+            DataError: if a picture that could not be read was the end, or nothing is left.
+        """
+        refuse_bad(distributed.gather_strings(self._failures))
+        skipped = distributed.gather_strings(self._skipped)
+        if len(skipped) - self._known >= self.total:
+            raise DataError(
+                f"{self.name}: none of {self.total} pictures could be used; the first: "
+                f"{skipped[0] if skipped else 'there is none'}"
+            )
+        return skipped
+
+
+def refuse_bad(lines: Sequence[str]) -> None:
+    """Refuse pictures that cannot be read.
+
+    Raises:
+        DataError: naming the first.
+    """
+    if lines:
+        raise DataError(
+            f"{lines[0]}; --skip-bad leaves such pictures out, and says so in the results"
+        )
 
 
 @dataclass

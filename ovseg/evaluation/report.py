@@ -13,7 +13,7 @@ from ..data.benchmark_sets import SetDescription
 from ..replacing import write_text
 from .metrics import Scores
 
-_COLUMNS = {
+COLUMNS = {
     "model": "model",
     "data": "data",
     "protocol": "protocol",
@@ -91,7 +91,7 @@ def rounded(value: float) -> float | None:
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str] | None = None) -> str:
     """Return summaries as a Markdown table; columns that no row has are left out."""
-    names = columns or _COLUMNS
+    names = columns or COLUMNS
     shown = [key for key in names if any(row.get(key) is not None for row in rows)]
     lines = ["| " + " | ".join(names[key] for key in shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key in shown) + " |" for row in rows]

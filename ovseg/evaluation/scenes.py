@@ -15,7 +15,6 @@ regions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,12 @@ from ..errors import InputError
 from ..figures import beside_the_work
 from ..inference import Predictor, Segmentation
 from ..inference.rules.units import SemanticUnits
-from ..inference.segmentation import colour, contact_sheet, palette, save_result
+from ..inference.segmentation import colour, contact_sheet, legend_of, save_result
 from ..systems import OVSegModel
 from .evaluate import evaluate
 from .metrics import harmonic_mean
 from .protocols import protocol
-from .report import Report, rounded, table
+from .report import COLUMNS, Report, rounded, table
 
 SCENE_SETS = tuple(form + ending for form in VOCABULARIES for ending in ("", "_things"))
 _IN_A_ROW = 12  # scenes of a contact sheet
@@ -150,27 +149,14 @@ def scene_sheet(scenes: Scenes) -> Image.Image:
         rows.append([colour(scene.mask, len(names)) for scene in part])
         titles += [f"{part[0].index}-{part[-1].index}", "mask"]
         present.update(int(i) for scene in part for i in np.unique(scene.mask))
-    return contact_sheet(rows, titles, _legend(present, names))
-
-
-def _legend(present: Iterable[int], names: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
-    """Return the colours and names of the classes that are present."""
-    colours = palette(len(names))
-    return [(tuple(int(v) for v in colours[i]), names[i]) for i in sorted(present)]
+    return contact_sheet(rows, titles, legend_of(present, names))
 
 
 def scene_table(rows: list[dict[str, Any]]) -> str:
     """Return the summaries that the demo shows as a Markdown table."""
-    columns = {
-        "model": "model",
-        "seen_miou": "seen mIoU",
-        "unseen_miou": "unseen mIoU",
-        "hiou": "hIoU",
-        "stuff_miou": "stuff mIoU",
-        "things_called_stuff": "things called stuff %",
-        "classification": "top-1 %",
-        "train_seconds": "training s",
-    }
+    shown = ["model", "seen_miou", "unseen_miou", "hiou", "stuff_miou", "things_called_stuff"]
+    shown += ["classification", "train_seconds"]
+    columns = {name: COLUMNS[name] for name in shown}
     return table(rows, columns)
 
 
@@ -196,7 +182,7 @@ def gallery(reports: dict[str, Report], count: int = 10, scale: int | None = Non
     return contact_sheet(
         rows,
         ["image", "truth", *reports],
-        _legend(present, classes),
+        legend_of(present, classes),
         scale=scale or max(1, 96 // max(1, side // smaller)),
     )
 

@@ -240,10 +240,9 @@ class Predictor:
             except InputError as error:
                 return error
 
-        for i, some in enumerate(read_ahead(sources, read, batch, weigh=pixels_of)):
-            if i > 0:  # the caller may have changed the model since
-                _evaluate(self.model)
-                call = replace(call, encoded=self._asked(call.queries))
+        for some in read_ahead(sources, read, batch, weigh=pixels_of):
+            _evaluate(self.model)  # which the caller may have changed meanwhile
+            call = replace(call, encoded=self._asked(call.queries))
             seen = self._encode([one for _, one in some if isinstance(one, Prepared)], call.view)
             found = deque(self._answer(call, seen))
             del seen

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import functional as F
 
-from ..bounds import bounded, check_bounds
+from ..bounds import bounded, check_bounds, choice
 from ..data.class_lists import read_class_embeddings
 from ..data.labels import LabelSet
 from ..data.templates import check_templates, invisible_in
@@ -66,16 +66,13 @@ class Queries:
     )
     text_mean: str = bounded(
         "unit",
-        one_of=("unit", "raw"),
-        form="one",
-        help="unit: embeddings of the templates are normalised before their mean; raw: they are "
-        "not",
+        choice("unit", "raw"),
+        "unit: embeddings of the templates are normalised before their mean; raw: they are not",
     )
     synonyms: str = bounded(
         "max",
-        one_of=("max", "mean"),
-        form="one",
-        help="max: a label scores what its best text scores; mean: the mean text is asked for",
+        choice("max", "mean"),
+        "max: a label scores what its best text scores; mean: the mean text is asked for",
     )
     background: tuple[str, ...] = bounded(
         (),

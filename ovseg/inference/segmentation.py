@@ -8,7 +8,7 @@ sheets; Pillow only.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,12 +295,9 @@ def strip(
         x = margin + i * (width + margin)
         draw.text((x, 5), title, fill=_INK, font=font)
         row.paste(Image.fromarray(_enlarged(panel, factor)), (x, top))
-    colours = palette(len(names))
     present = {int(i) for labels in maps.values() for i in np.unique(labels)}
-    entries: list[tuple[Colour, str]] = [
-        (tuple(int(v) for v in colours[i]), names[i]) for i in sorted(present) if i >= 0
-    ]
-    if min(present, default=0) < 0:
+    entries = legend_of(present - {-1}, names)
+    if -1 in present:
         entries.append((_NONE, "background"))
     return _stack([row, legend_strip(entries, row.width)])
 
@@ -325,6 +322,12 @@ def save_result(image: Image.Image, path: Path) -> Path:
     with replacing(path) as part:
         image.save(part, **png_mark(path))
     return path
+
+
+def legend_of(present: Iterable[int], names: Sequence[str]) -> list[tuple[Colour, str]]:
+    """Return the colours and names of the labels that are present."""
+    colours = palette(len(names))
+    return [(tuple(int(v) for v in colours[i]), names[i]) for i in sorted(present)]
 
 
 def legend_strip(entries: Sequence[tuple[Colour, str]], width: int) -> Image.Image:

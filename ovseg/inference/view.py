@@ -13,7 +13,7 @@ from itertools import groupby
 
 import torch
 
-from ..bounds import POSITIVE, bounded, check_bounds
+from ..bounds import POSITIVE, bounded, check_bounds, choice
 from ..data.images import MAX_PIXELS
 from ..errors import InputError
 from ..systems import OVSegModel, PatchFeatures
@@ -47,39 +47,28 @@ class View:
     """
 
     short_side: int | None = bounded(
-        None, within=POSITIVE, help="resize pictures to this short side before encoding"
+        None, POSITIVE, "resize pictures to this short side before encoding"
     )
     long_side: int | None = bounded(
-        None, within=POSITIVE, help="and make them smaller where the long side would exceed this"
+        None, POSITIVE, "and make them smaller where the long side would exceed this"
     )
     resize: str = bounded(
         "bicubic",
-        one_of=("bicubic", "bilinear"),
-        form="one",
-        help="bicubic (antialiased) or bilinear (not, as OpenCV does it)",
+        choice("bicubic", "bilinear"),
+        "bicubic (antialiased) or bilinear (not, as OpenCV does it)",
     )
     crop: int | None = bounded(
-        None,
-        within=POSITIVE,
-        help="see the resized picture through square windows of this side",
+        None, POSITIVE, "see the resized picture through square windows of this side"
     )
     stride: int | None = bounded(
-        None,
-        within=POSITIVE,
-        help="pixels from one window to the next (default: half of --crop)",
+        None, POSITIVE, "pixels from one window to the next (default: half of --crop)"
     )
-    window_batch: int = bounded(
-        8, within=POSITIVE, help="windows in one encoder call, of several pictures"
-    )
+    window_batch: int = bounded(8, POSITIVE, "windows in one encoder call, of several pictures")
     max_pixels: int = bounded(
-        MAX_PIXELS,
-        within=POSITIVE,
-        help=f"pictures of more pixels are refused ({MAX_PIXELS})",
+        MAX_PIXELS, POSITIVE, f"pictures of more pixels are refused ({MAX_PIXELS})"
     )
     max_tokens: int = bounded(
-        32768,
-        within=POSITIVE,
-        help="pictures of more patches in one view are refused (32768)",
+        32768, POSITIVE, "pictures of more patches in one view are refused (32768)"
     )
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import ovseg_kernels as ok
 
-from ...bounds import POSITIVE, bounded
+from ...bounds import POSITIVE, Bound, bounded
 from ...errors import InputError
 from ...nn.tensors import at_least_float32
 from ...systems import GroupFeatures
@@ -39,23 +39,17 @@ class GroupTables(Decision):
     """
 
     scale: float | None = bounded(
-        None, within=SCALE, help="multiplies the cosines (groups: the model's own logit scale)"
+        None, SCALE, "multiplies the cosines (groups: the model's own logit scale)"
     )
     top_classes: int = bounded(
-        5,
-        within=POSITIVE,
-        help="only so many labels, the most similar to the whole window, may label a group",
+        5, POSITIVE, "only so many labels, the most similar to the whole window, may label a group"
     )
     background_threshold: float | None = bounded(
         None,
-        low=0,
-        high=1,
-        form="one",
-        expected="what group tables hold, 0 .. 1",
-        help="groups whose best label scores less get none: relative to the window's best group, "
-        "0 to 1",
+        Bound(low=0, high=1, form="one", expected="what group tables hold, 0 .. 1"),
+        "groups whose best label scores less get none: relative to the window's best group, 0 to 1",
     )
-    bias: dict[str, float] | None = bounded(None, within=BIAS)
+    bias: dict[str, float] | None = bounded(None, BIAS)
 
     def label_map(self, model, features, queries, placement, *, allowed=None, picture=None):
         """Label by (1) to (4); see ``Decision``."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import ovseg_kernels as ok
 
-from ...bounds import bounded
+from ...bounds import Bound, bounded
 from ...nn.tensors import at_least_float32
 from .base import BIAS, Decision, take_back
 
@@ -32,13 +32,10 @@ class ClassMasks(Decision):
 
     background_threshold: float | None = bounded(
         None,
-        low=0,
-        high=1,
-        form="one",
-        expected="a probability, 0 .. 1",
-        help="pixels whose best mask is less probable get no label (masks: 0 to 1)",
+        Bound(low=0, high=1, form="one", expected="a probability, 0 .. 1"),
+        "pixels whose best mask is less probable get no label (masks: 0 to 1)",
     )
-    bias: dict[str, float] | None = bounded(None, within=BIAS)
+    bias: dict[str, float] | None = bounded(None, BIAS)
 
     @property
     def score_range(self) -> tuple[float, float]:

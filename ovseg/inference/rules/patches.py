@@ -31,7 +31,7 @@ import ovseg_kernels as ok
 from ovseg_kernels.reference.upsample_argmax import LABEL_TYPES, winners
 from ovseg_kernels.reference.window_argmax import window_maps
 
-from ...bounds import bounded
+from ...bounds import Bound, bounded, choice
 from ...errors import InputError
 from ...nn.tensors import at_least_float32, upload
 from ...systems import OVSegModel, PatchFeatures
@@ -68,51 +68,36 @@ class PatchArgmax(Decision):
         refine: ``pamr`` adapts the class maps to the picture's edges.
     """
 
-    scale: float | None = bounded(
-        None, within=SCALE, help="multiplies the cosines, for softmax and entropy"
-    )
+    scale: float | None = bounded(None, SCALE, "multiplies the cosines, for softmax and entropy")
     activation: str | None = bounded(
         None,
-        one_of=(None, "sigmoid", "softmax"),
-        form="one",
-        help="sigmoid or softmax (which needs --scale); then scores are probabilities",
+        choice(None, "sigmoid", "softmax"),
+        "sigmoid or softmax (which needs --scale); then scores are probabilities",
     )
     stage: str = bounded(
         "output",
-        one_of=("window", "merged", "output"),
-        form="one",
-        help="where the activation acts: window, merged or output",
+        choice("window", "merged", "output"),
+        "where the activation acts: window, merged or output",
     )
     background_threshold: float | None = bounded(
         None,
-        form="one",
-        expected="a finite number",
-        help="pixels whose winner scores less get no label: a cosine, or a probability with "
+        Bound(form="one", expected="a finite number"),
+        "pixels whose winner scores less get no label: a cosine, or a probability with "
         "--activation",
     )
     background_entropy: float | None = bounded(
         None,
-        low=0,
-        high=100,
-        form="one",
-        expected="nats, 0 .. 100",
-        help="pixels get no label where the entropy of softmax(scale * cosines) exceeds this",
+        Bound(low=0, high=100, form="one", expected="nats, 0 .. 100"),
+        "pixels get no label where the entropy of softmax(scale * cosines) exceeds this",
     )
     area_threshold: float = bounded(
         0.0,
-        low=0,
-        high=1,
-        below=True,
-        form="one",
-        expected="a share of 0 to below 1",
-        help="labels with less than this share of the foreground are taken back",
+        Bound(low=0, high=1, below=True, form="one", expected="a share of 0 to below 1"),
+        "labels with less than this share of the foreground are taken back",
     )
-    bias: dict[str, float] | None = bounded(None, within=BIAS)
+    bias: dict[str, float] | None = bounded(None, BIAS)
     refine: str | None = bounded(
-        None,
-        one_of=(None, "pamr"),
-        form="one",
-        help="pamr: adapt the label maps to the picture's edges (slow)",
+        None, choice(None, "pamr"), "pamr: adapt the label maps to the picture's edges (slow)"
     )
 
     def __post_init__(self) -> None:

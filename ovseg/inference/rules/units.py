@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ...bounds import POSITIVE, bounded
+from ...bounds import POSITIVE, Bound, bounded, choice
 from ...errors import InputError
 from ...nn.units import cluster, merge, unit_tokens
 from ...systems import OVSegModel, PatchFeatures
@@ -43,27 +43,23 @@ class SemanticUnits(PatchArgmax):
 
     unit: str = bounded(
         "adaptive",
-        one_of=("adaptive", "fixed", "pixel"),
-        form="one",
-        help="adaptive, fixed or pixel: which patches answer together",
+        choice("adaptive", "fixed", "pixel"),
+        "adaptive, fixed or pixel: which patches answer together",
     )
     merge_at: float | None = bounded(
         None,
-        low=-1,
-        high=1,
-        form="one",
-        expected="a cosine, -1 .. 1",
-        help="adaptive units become one while their average cosine is this (default: by "
+        Bound(low=-1, high=1, form="one", expected="a cosine, -1 .. 1"),
+        "adaptive units become one while their average cosine is this (default: by "
         "--merge-quantile)",
     )
     merge_quantile: float = bounded(
         0.05,
-        within=SHARE,
-        help="... or this quantile of the cosines of neighbouring patches, picture by picture",
+        SHARE,
+        "... or this quantile of the cosines of neighbouring patches, picture by picture",
     )
-    units: int = bounded(8, within=POSITIVE, help="groups of a window where the unit is fixed")
+    units: int = bounded(8, POSITIVE, "groups of a window where the unit is fixed")
     unit_weight: float = bounded(
-        0.5, within=SHARE, help="weight of a unit's score in that of its patches, 0 to 1"
+        0.5, SHARE, "weight of a unit's score in that of its patches, 0 to 1"
     )
 
     def __post_init__(self) -> None:
