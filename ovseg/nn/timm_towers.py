@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from .blocks import AttentionBlock, attention
+from .blocks import AttentionBlock
 from .towers import (
     BlockTower,
     ClipResNet,
@@ -140,11 +140,7 @@ class TimmBlock(AttentionBlock):
             raise ValueError(
                 "is_causal is True; expected False: the patches of an image tower see each other"
             )
-        q, k, v = self.project(self.norm_1(x), rope)
-        x = x[:, :first] + self.merge(
-            attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend)
-        )
-        return x + self.feed(x)
+        return super().forward(x, attn_mask=attn_mask, first=first, rope=rope)
 
 
 class TimmVit(BlockTower):
