@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .blocks import AttentionBlock
+from .features import Grid
 from .towers import (
     BlockTower,
     ClipResNet,
@@ -218,7 +219,7 @@ class TimmVit(BlockTower):
         return list(self.visual.trunk.blocks)
 
     @override
-    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
         self.check_size(images)
         trunk = self.visual.trunk
         embedder = self.embedder
@@ -243,12 +244,12 @@ class TimmVit(BlockTower):
             x = x + self._positions(grid, self.prefix).to(x.dtype)
         return trunk.norm_pre(trunk.pos_drop(x)), self._rope(grid), grid
 
-    def _positions(self, grid: tuple[int, int], prefix: int) -> Tensor:
+    def _positions(self, grid: Grid, prefix: int) -> Tensor:
         trained = tuple(self.embedder.grid_size)
         table = self.visual.trunk.pos_embed[0]
         return resize_positions(table, trained, grid, antialias=self.antialias, prefix=prefix)
 
-    def _rope(self, grid: tuple[int, int]) -> Tensor | None:
+    def _rope(self, grid: Grid) -> Tensor | None:
         """Return rotary positions [N, 2 d] of ``grid``, made where the model is.
 
         timm's own way to another grid copies from the host.

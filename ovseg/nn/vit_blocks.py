@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .blocks import AttentionBlock, attention, quick_gelu_linear
+from .features import Grid
 from .tensors import upload
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -25,8 +26,8 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 
 def resize_positions(
     positions: Tensor,
-    trained: tuple[int, int],
-    grid: tuple[int, int],
+    trained: Grid,
+    grid: Grid,
     *,
     antialias: bool = True,
     prefix: int = 1,

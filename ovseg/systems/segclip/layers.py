@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import ovseg_kernels as ok
 
 from ...nn.blocks import quick_gelu, quick_gelu_linear
+from ...nn.features import Grid
 from ...nn.vit_blocks import Mlp, VitBlock
 
 _TINY = 1e-30  # below it log(soft) is cut: such a center has no share in any sum
@@ -183,9 +184,7 @@ class SemanticGroups(nn.Module):
         return Groups(self.proj_o(q + pooled), index, soft, q)
 
 
-def sincos_positions(
-    grid: tuple[int, int], width: int, device: torch.device | None = None
-) -> Tensor:
+def sincos_positions(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
     """Return positions [1 + h w, width], of which row 0 is zero.
 
     The first half encodes the column, the second the row, each sin then cos, base 10000.
@@ -232,11 +231,7 @@ class MaeDecoder(nn.Module):
         self.decoder_pred = nn.Linear(width, patch * patch * 3)
 
     def forward(
-        self,
-        kept: Tensor,
-        restore: Tensor,
-        grid: tuple[int, int],
-        wanted: Tensor | None = None,
+        self, kept: Tensor, restore: Tensor, grid: Grid, wanted: Tensor | None = None
     ) -> Tensor:
         """Predict pixels [B, N, patch * patch * 3], or [B, M, ...] of the wanted patches only.
 
