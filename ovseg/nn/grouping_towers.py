@@ -86,7 +86,7 @@ class GroupingOptions:
 
 
 class VisionGroups(NamedTuple):
-    """What the image tower gives.
+    """Groups of pictures, as the image tower gives them.
 
     Attributes:
         groups: [B, G, D] after the norm.
@@ -208,7 +208,7 @@ class Stage(nn.Module):
 
 
 class GroupingViT(nn.Module):
-    """The image tower."""
+    """The image tower: a ViT in stages, with grouping blocks between them."""
 
     def __init__(self, o: GroupingOptions):
         super().__init__()

@@ -77,7 +77,7 @@ class OpenClipBackbone(ClipBackbone):
 
     @property
     def antialias_positions(self) -> bool:
-        """Whether position embeddings are resized with antialiasing, as open_clip does it."""
+        """True where position embeddings are resized with antialiasing, open_clip's way."""
         return self.tower.antialias
 
     @antialias_positions.setter

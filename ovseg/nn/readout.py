@@ -106,7 +106,7 @@ class Readout:
 
     @property
     def proxy(self) -> bool:
-        """Whether a second encoder says who attends to whom."""
+        """True where a second encoder says who attends to whom."""
         return self.terms == (PROXY,)
 
 

@@ -36,7 +36,7 @@ _TINY = 1e-30  # below it log(soft) is cut: such a center has no share in any su
 
 
 class Groups(NamedTuple):
-    """What the group module gives.
+    """Groups of pictures, as the group module gives them.
 
     Attributes:
         tokens: [B, G, D] of (3).
