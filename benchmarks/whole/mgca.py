@@ -66,7 +66,7 @@ def training_parts(images: int, grid: int) -> dict[str, Any]:
         return (
             mgca_reference.object_loss(tokens, texts, own, scale, model.options.temperature)
             + mgca_reference.info_nce(scale * cosines.amax(-1), own)
-            + mgca_reference.dense_loss(tokens, texts, own, scale, o.positives, o.negatives)
+            + mgca_reference.dense_loss(tokens, texts, own, scale, o)
         )
 
     return {"ours": ours, "eager": eager, "leaves": [tokens, model.log_scale]}

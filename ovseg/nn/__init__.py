@@ -1,1 +1,1 @@
-"""What several systems share: blocks, readouts, CLIP and its towers, grouping, text."""
+"""Parts that several systems share: blocks, readouts, CLIP and its towers, grouping, text."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .blocks import AttentionBlock
-from .features import PatchFeatures
+from .features import Grid, PatchFeatures
 from .readout import CLIP, ProxyFeatures, Readout
 
 Tokenizer = Callable[[str | Sequence[str]], Tensor]
@@ -92,11 +92,11 @@ class ClipBackbone(nn.Module):
 
     # The steps of the vision tower, for systems that build on its parts.
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Return (patch tokens [B, N, D_v] as the first block sees them, grid)."""
         raise NotImplementedError
 
-    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
+    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, Grid]:
         """Return (``class_weight`` times the class token, then the patches [B, 1 + N, D_v]; grid).
 
         They are as the first block sees them.

@@ -98,8 +98,8 @@ class Bert(PackedText):
         self.tokenizer = tokenizer
 
     @property
-    def blocks(self) -> list[nn.Module]:  # type: ignore[override]
-        """The layers, one by one."""
+    @override
+    def blocks(self) -> list[nn.Module]:
         return list(self.transformer.encoder.layer)
 
     @override

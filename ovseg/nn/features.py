@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+Grid = tuple[int, int]  # (h, w): rows and columns of patches
 _F = TypeVar("_F", bound="PatchFeatures")
 
 
@@ -28,7 +29,7 @@ class PatchFeatures:
 
     embedding: Tensor
     tokens: Tensor
-    grid: tuple[int, int]
+    grid: Grid
 
     @classmethod
     def concatenate(cls: type[_F], parts: Sequence[_F]) -> _F:

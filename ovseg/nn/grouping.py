@@ -32,7 +32,7 @@ from .vit_blocks import Mlp
 
 
 class Grouped(NamedTuple):
-    """What a grouping block gives.
+    """Groups of pictures, as a grouping block gives them.
 
     Attributes:
         tokens: [B, G, D] of (4).

@@ -29,6 +29,7 @@ from ovseg_kernels.distributed import sum_over_ranks
 from ..bounds import bounded
 from .backbone import ClipBackbone
 from .blocks import LOCAL_PATCH, AttentionBlock, LocalBlock, local_stem
+from .features import Grid
 from .grouping import Grouped, GroupingBlock
 from .tensors import at_least_float32
 from .text import PackedText
@@ -85,7 +86,7 @@ class GroupingOptions:
 
 
 class VisionGroups(NamedTuple):
-    """What the image tower gives.
+    """Groups of pictures, as the image tower gives them.
 
     Attributes:
         groups: [B, G, D] after the norm.
@@ -96,7 +97,7 @@ class VisionGroups(NamedTuple):
 
     groups: Tensor
     pooled: Tensor
-    grid: tuple[int, int]
+    grid: Grid
     stages: tuple[Grouped, ...]
 
     @property
@@ -122,7 +123,7 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, patch_size, patch_size)
         self.norm = nn.LayerNorm(width) if norm else nn.Identity()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         x = self.proj(images)
         return self.norm(x.flatten(2).transpose(1, 2)), (x.shape[2], x.shape[3])
 
@@ -133,7 +134,7 @@ class _LocalEmbed(nn.Module):
         self.stem = local_stem(width)
         self.local = nn.Sequential(*(LocalBlock(width) for _ in range(depth)))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
         # Channels last: the norm and the MLP of a local block then read the convolution in place.
         x = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
@@ -207,7 +208,7 @@ class Stage(nn.Module):
 
 
 class GroupingViT(nn.Module):
-    """The image tower."""
+    """The image tower: a ViT in stages, with grouping blocks between them."""
 
     def __init__(self, o: GroupingOptions):
         super().__init__()
@@ -262,7 +263,7 @@ class GroupingViT(nn.Module):
         """The grouping blocks between the stages."""
         return [stage.downsample for stage in self.layers if stage.downsample is not None]
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Return (tokens [B, L, D] as the first block sees them, grid)."""
         x, grid = self.patch_embed(images)
         if self.pos_embed is not None:
@@ -271,7 +272,7 @@ class GroupingViT(nn.Module):
             )
         return x, grid
 
-    def grid(self, size: Sequence[int]) -> tuple[int, int]:
+    def grid(self, size: Sequence[int]) -> Grid:
         """Return (h, w) of the tokens of pictures of (H, W) pixels."""
         # The stem sees what is left at the border, a convolution of patches does not.
         left = self.patch_size - 1 if self.pos_embed is None else 0

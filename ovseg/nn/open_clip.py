@@ -18,13 +18,8 @@ from typing_extensions import override
 
 from .backbone import ClipBackbone, Tokenizer
 from .blocks import AttentionBlock, ClipBlock
-from .clip_architectures import (
-    Architecture,
-    configuration,
-    import_open_clip,
-    resize_clip_positions,
-)
-from .features import PatchFeatures
+from .clip_architectures import Architecture, configuration, import_open_clip, resize_clip_positions
+from .features import Grid, PatchFeatures
 from .readout import CLIP, ProxyFeatures, Readout
 from .timm_towers import image_tower
 from .towers import ClipVit
@@ -82,7 +77,7 @@ class OpenClipBackbone(ClipBackbone):
 
     @property
     def antialias_positions(self) -> bool:
-        """Whether position embeddings are resized with antialiasing, as open_clip does it."""
+        """True where position embeddings are resized with antialiasing, open_clip's way."""
         return self.tower.antialias
 
     @antialias_positions.setter
@@ -211,11 +206,11 @@ class OpenClipBackbone(ClipBackbone):
         return self._vit.project(tokens)
 
     @override
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         return self._vit.embed(images)
 
     @override
-    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
+    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, Grid]:
         x, _, grid = self._vit.sequence(images, class_weight)
         return x, grid
 

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from ..bounds import bounded, check_bounds
 from ..registration import Registry, table
 from .blocks import AttentionBlock, attention
-from .features import PatchFeatures
+from .features import Grid, PatchFeatures
 from .tensors import at_least_float32
 
 TERMS = ("qk", "qq", "kk", "vv")
@@ -106,7 +106,7 @@ class Readout:
 
     @property
     def proxy(self) -> bool:
-        """Whether a second encoder says who attends to whom."""
+        """True where a second encoder says who attends to whom."""
         return self.terms == (PROXY,)
 
 
@@ -147,7 +147,7 @@ class ProxyFeatures(NamedTuple):
     """
 
     patches: Tensor
-    grid: tuple[int, int]
+    grid: Grid
     finer: bool = False
 
 
@@ -173,7 +173,7 @@ def run_blocks(
     blocks: Sequence[AttentionBlock],
     x: Tensor,
     readout: Readout,
-    grid: tuple[int, int],
+    grid: Grid,
     *,
     pooling: Pooling = CLASS_TOKEN,
     rope: Tensor | None = None,
@@ -228,7 +228,7 @@ def run_plain(
     return x
 
 
-def gaussian_window(grid: tuple[int, int], std: float, like: Tensor, *, prefix: int = 1) -> Tensor:
+def gaussian_window(grid: Grid, std: float, like: Tensor, *, prefix: int = 1) -> Tensor:
     """Return exp(-distance^2 / (2 std^2)) between patches, [prefix + N, prefix + N].
 
     It is 0 where the class token or a register takes part.
@@ -248,7 +248,7 @@ def proxy_attention(patches: Tensor, beta: float, gamma: float) -> Tensor:
     return a.masked_fill(cut & ~cut.all(-1, keepdim=True), float("-inf")).softmax(-1)
 
 
-def resize_patches(patches: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def resize_patches(patches: Tensor, grid: Grid, size: Grid) -> Tensor:
     """Resize [B, N, D] over ``grid`` to [B, M, D] over ``size``, bilinear."""
     if grid == size:
         return patches
@@ -258,12 +258,8 @@ def resize_patches(patches: Tensor, grid: tuple[int, int], size: tuple[int, int]
 
 
 def _proxy_patches(
-    block: AttentionBlock,
-    x: Tensor,
-    readout: Readout,
-    grid: tuple[int, int],
-    proxy: ProxyFeatures | None,
-) -> tuple[Tensor, tuple[int, int]]:
+    block: AttentionBlock, x: Tensor, readout: Readout, grid: Grid, proxy: ProxyFeatures | None
+) -> tuple[Tensor, Grid]:
     """Return (patches [B, N, D] of (3) and (4), their grid) of the block's input ``x``."""
     if proxy is None:
         raise ValueError(
@@ -283,11 +279,7 @@ def _proxy_patches(
 
 
 def _attend(
-    block: AttentionBlock,
-    x: Tensor,
-    readout: Readout,
-    bias: Tensor | None,
-    rope: Tensor | None,
+    block: AttentionBlock, x: Tensor, readout: Readout, bias: Tensor | None, rope: Tensor | None
 ) -> Tensor:
     """Return o of (1) and (2), [B, heads, L, d]."""
     normed = block.norm_1(x)

@@ -22,7 +22,7 @@ from .vit_blocks import PackedBlock, Packing
 
 
 class TextStates(NamedTuple):
-    """What a text tower gives.
+    """Vectors of texts, as a text tower gives them.
 
     Attributes:
         sentence: [T, D], one vector a text.
@@ -52,12 +52,17 @@ class PackedText(nn.Module):
     Attributes:
         width: D.
         tokenizer: texts to ids [T, L].
-        blocks: one by one, called as modules.
+        layers: the transformer blocks.
     """
 
     width: int
     tokenizer: Tokenizer
-    blocks: Sequence[nn.Module]
+    layers: nn.ModuleList
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, one by one, called as modules."""
+        return list(self.layers)
 
     def kept(self, ids: Tensor) -> Tensor:
         """Return where a text's tokens are, [T, L] bool; id 0 is padding."""
@@ -152,11 +157,6 @@ class ClipText(PackedText):
             nn.init.normal_(block.mlp.fc1.weight, std=(2 * o.width) ** -0.5)
             nn.init.normal_(block.mlp.fc2.weight, std=o.width**-0.5 * (2 * o.depth) ** -0.5)
 
-    @property
-    def blocks(self) -> list[nn.Module]:  # type: ignore[override]
-        """The layers, one by one."""
-        return list(self.layers)
-
     @override
     def kept(self, ids: Tensor) -> Tensor:
         # Up to the end: nothing looks behind it.
@@ -210,11 +210,6 @@ class Words(PackedText):
         self.layers = nn.ModuleList(PackedBlock(o.width, o.heads, o.hidden) for _ in range(o.depth))
         self.norm = nn.LayerNorm(o.width)
         nn.init.normal_(self.words.weight, std=0.1)
-
-    @property
-    def blocks(self) -> list[nn.Module]:  # type: ignore[override]
-        """The layers, one by one."""
-        return list(self.layers)
 
     @override
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from .blocks import AttentionBlock, attention
+from .blocks import AttentionBlock
+from .features import Grid
 from .towers import (
     BlockTower,
     ClipResNet,
@@ -140,11 +141,7 @@ class TimmBlock(AttentionBlock):
             raise ValueError(
                 "is_causal is True; expected False: the patches of an image tower see each other"
             )
-        q, k, v = self.project(self.norm_1(x), rope)
-        x = x[:, :first] + self.merge(
-            attention(q[:, :, :first], k, v, mask=attn_mask, backend=self.attention_backend)
-        )
-        return x + self.feed(x)
+        return super().forward(x, attn_mask=attn_mask, first=first, rope=rope)
 
 
 class TimmVit(BlockTower):
@@ -222,7 +219,7 @@ class TimmVit(BlockTower):
         return list(self.visual.trunk.blocks)
 
     @override
-    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
         self.check_size(images)
         trunk = self.visual.trunk
         embedder = self.embedder
@@ -247,12 +244,12 @@ class TimmVit(BlockTower):
             x = x + self._positions(grid, self.prefix).to(x.dtype)
         return trunk.norm_pre(trunk.pos_drop(x)), self._rope(grid), grid
 
-    def _positions(self, grid: tuple[int, int], prefix: int) -> Tensor:
+    def _positions(self, grid: Grid, prefix: int) -> Tensor:
         trained = tuple(self.embedder.grid_size)
         table = self.visual.trunk.pos_embed[0]
         return resize_positions(table, trained, grid, antialias=self.antialias, prefix=prefix)
 
-    def _rope(self, grid: tuple[int, int]) -> Tensor | None:
+    def _rope(self, grid: Grid) -> Tensor | None:
         """Return rotary positions [N, 2 d] of ``grid``, made where the model is.
 
         timm's own way to another grid copies from the host.

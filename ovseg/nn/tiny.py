@@ -20,7 +20,7 @@ from typing_extensions import override
 from ..bounds import bounded
 from .backbone import ClipBackbone
 from .blocks import LOCAL_PATCH, AttentionBlock, LocalBlock, local_stem
-from .features import PatchFeatures
+from .features import Grid, PatchFeatures
 from .readout import CLIP, ProxyFeatures, Readout, run_blocks
 
 
@@ -122,13 +122,13 @@ class TinyClip(ClipBackbone):
         nn.init.normal_(self.words.weight, std=0.1)
 
     @override
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         # Channels last: the norm and the MLP of a local block then read the convolution in place.
         grid = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
         return grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3])
 
     @override
-    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
+    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, Grid]:
         x, grid = self.embed(images)
         cls = (class_weight * self.cls).to(x.dtype).expand(len(x), 1, -1)
         return torch.cat([cls, x], dim=1), grid

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .blocks import AttentionBlock, ClipBlock, attention
-from .features import PatchFeatures
+from .features import Grid, PatchFeatures
 from .readout import CLIP, READOUTS, Pooling, ProxyFeatures, Readout, run_blocks, run_plain
 from .vit_blocks import resize_positions
 
@@ -108,7 +108,7 @@ class BlockTower(ImageTower):
     prefix: int
     first: int | None
 
-    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    def sequence(self, images: Tensor) -> tuple[Tensor, Tensor | None, Grid]:
         """Return (tokens [B, prefix + N, D] for the first block, rotary positions, grid)."""
         raise NotImplementedError
 
@@ -237,7 +237,7 @@ class ClipVit(BlockTower):
     def blocks(self) -> Sequence[AttentionBlock]:
         return self.visual.transformer.resblocks
 
-    def patches(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def patches(self, images: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """Return (patches [B, N, D], positions [1 + N, D] of this grid, grid)."""
         self.check_size(images)
         visual = self.visual
@@ -246,7 +246,7 @@ class ClipVit(BlockTower):
         positions = self._positions(visual.positional_embedding, grid)
         return x.flatten(2).transpose(1, 2), positions, grid
 
-    def _positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _positions(self, table: Tensor, grid: Grid) -> Tensor:
         trained = (self.visual.grid_size[0], self.visual.grid_size[1])
         return resize_positions(
             table, trained, grid, antialias=self.antialias, mode=self.interpolation
@@ -276,15 +276,13 @@ class ClipVit(BlockTower):
         return run_blocks(self.blocks, x, readout, grid, proxy=proxy)
 
     @override
-    def sequence(
-        self, images: Tensor, class_weight: float = 1.0
-    ) -> tuple[Tensor, None, tuple[int, int]]:
+    def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, None, Grid]:
         x, positions, grid = self.patches(images)
         cls = (class_weight * self.visual.class_embedding).to(x.dtype)
         x = torch.cat([cls.expand(len(x), 1, -1), x], dim=1) + positions.to(x.dtype)
         return self.visual.ln_pre(x), None, grid
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Return (patches [B, N, D] for the first block, without the class token; grid)."""
         x, positions, grid = self.patches(images)
         return self.visual.ln_pre(x + positions[1:].to(x.dtype)), grid

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .features import Grid
 from .tensors import at_least_float32
 
 
@@ -50,12 +51,7 @@ def cluster(x: Tensor, count: int, rounds: int = 3) -> Tensor:
 
 @torch.no_grad()
 def merge(
-    x: Tensor,
-    grid: tuple[int, int],
-    theta: float | None = None,
-    *,
-    quantile: float = 0.5,
-    rounds: int = 64,
+    x: Tensor, grid: Grid, theta: float | None = None, *, quantile: float = 0.5, rounds: int = 64
 ) -> Tensor:
     """Return the unit of each pixel, [B, N] int64: the index of the unit's first pixel.
 

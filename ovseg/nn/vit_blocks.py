@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from .blocks import AttentionBlock, attention, quick_gelu_linear
+from .features import Grid
 from .tensors import upload
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -25,8 +26,8 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 
 def resize_positions(
     positions: Tensor,
-    trained: tuple[int, int],
-    grid: tuple[int, int],
+    trained: Grid,
+    grid: Grid,
     *,
     antialias: bool = True,
     prefix: int = 1,
@@ -205,10 +206,17 @@ class VitBlock(AttentionBlock):
         drop_path: share of the rows that a branch is left out for in training; both branches have
             one rate.
         act: ``gelu`` (erf) or ``quick_gelu``.
+        eps: of the norms.
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, drop_path: float = 0.0, act: str = "gelu"
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        drop_path: float = 0.0,
+        act: str = "gelu",
+        eps: float = 1e-5,
     ):
         super().__init__()
         if width % heads:
@@ -217,9 +225,9 @@ class VitBlock(AttentionBlock):
             )
         self.heads = heads
         self.rate = drop_path
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attn = _Attention(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, hidden, act=act)
 
     @property

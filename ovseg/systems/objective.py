@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from .base import OVSegModel
 OBJECTIVES: Registry[Any] = Registry("objective", lambda: folders(__package__, "Objective"))
 Losses = dict[str, torch.Tensor]
 Rows = dict[str, torch.Tensor]
+Ranks: TypeAlias = "dist.ProcessGroup | None"  # those that share a batch; None for one process
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ def test_pacl_loss_is_the_papers():
     z = model.log_scale.exp() * phi
     expected = (F.cross_entropy(z, torch.arange(6)) + F.cross_entropy(z.T, torch.arange(6))) / 2
     torch.testing.assert_close(total(model, data), expected)
+    torch.testing.assert_close(model.similarity(data.images, model.encode_text(data.token_ids)), phi)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -50,9 +50,7 @@ def expected(objective, rows, batch, rng=None):
     own, scale = batch.text_ids[:, None] == batch.image_ids, objective.model.logit_scale
     return {"object": mgca_reference.object_loss(tokens, text, own, scale, objective.model.options.temperature),
             "region": mgca_reference.region_loss(tokens, text, own, scale, o.regions),
-            "pixel": mgca_reference.dense_loss(tokens, text, own, scale, o.positives, o.negatives, sampling=o.sampling, skip=o.skip,
-                                               margin=o.margin, tau=o.sampling_temperature, rng=rng, reduction=o.reduction,
-                                               terms=o.terms)}  # fmt: skip
+            "pixel": mgca_reference.dense_loss(tokens, text, own, scale, o, rng)}
 
 
 def check(objective, batch):

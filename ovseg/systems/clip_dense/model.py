@@ -105,7 +105,7 @@ class ClipDense(OVSegModel):
 
     @property
     def logit_scale(self) -> Tensor:
-        """What cosines are multiplied by before a softmax, or before a sigmoid.
+        """Scale of the cosines before a softmax, or before a sigmoid.
 
         CLIP's was held below 100 in its training; a model with a bias (SigLIP) was not, and is
         published beyond.
@@ -114,7 +114,7 @@ class ClipDense(OVSegModel):
 
     @property
     def logit_bias(self) -> Tensor | None:
-        """What SigLIP adds to its scaled cosines before a sigmoid; None for models of a softmax."""
+        """Bias of SigLIP's scaled cosines before a sigmoid; None for models of a softmax."""
         return self.backbone.logit_bias
 
     @override

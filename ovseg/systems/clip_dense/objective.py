@@ -5,12 +5,11 @@ Radford et al., arXiv:2103.00020. It says nothing about where things are.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from typing_extensions import override
 
 from ...data.batches import PairBatch
 from ..contrast import image_text_contrast
-from ..objective import Losses, Objective, Progress, Rows
+from ..objective import Losses, Objective, Progress, Ranks, Rows
 
 
 class ClipDenseObjective(Objective):
@@ -22,8 +21,6 @@ class ClipDenseObjective(Objective):
         return {"image": image, "text": self.model.encode_text(batch.token_ids)}
 
     @override
-    def loss(
-        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
         scale = self.model.logit_scale
         return {"total": image_text_contrast(rows["image"], rows["text"], scale, batch, group)}

@@ -45,7 +45,7 @@ class ProxyOptions:
 
 
 class ProxyEncoder(nn.Module):
-    """The frozen ViT.
+    """The frozen second encoder.
 
     timm makes DINOv3's rotary positions on the host, anew for each batch.
     """

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from typing_extensions import override
 
 import ovseg_kernels as ok
@@ -26,7 +25,7 @@ from ...errors import ConfigError
 from ...nn.tensors import at_least_float32
 from ..contrast import image_text_contrast
 from ..grouping import TEXTS, group_noises
-from ..objective import Losses, Objective, Progress, Rows
+from ..objective import Losses, Objective, Progress, Ranks, Rows
 from .model import GroupViT
 
 
@@ -78,9 +77,7 @@ class GroupViTObjective(Objective):
         return rows
 
     @override
-    def loss(
-        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
         model = self.model
         image = model.image_projector(rows["image"], group)
         text = model.text_projector(rows["text"], group)

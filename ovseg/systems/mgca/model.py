@@ -22,7 +22,7 @@ import ovseg_kernels as ok
 
 from ...bounds import bounded
 from ...errors import ConfigError
-from ...nn.features import PatchFeatures
+from ...nn.features import Grid, PatchFeatures
 from ...nn.readout import READOUTS
 from ..base import MAX_SCALE
 from ..checks import check_compared, check_images
@@ -44,7 +44,7 @@ class GatedLayer(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Map [B, N, E] over ``grid`` to the same."""
         maps = self.enter(self.norm(x)).transpose(1, 2).unflatten(2, grid)
         return x + self.leave(F.glu(self.mix(maps), 1).flatten(2).transpose(1, 2))
@@ -58,7 +58,7 @@ class LightDecoder(nn.Module):
         self.factor = 2**doublings
         self.layers = nn.ModuleList(GatedLayer(width, hidden) for _ in range(layers))
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """Bring [B, h w, E] to [B, f h f w, E], bilinear; return them and their grid."""
         if self.factor > 1:
             size = (grid[0] * self.factor, grid[1] * self.factor)

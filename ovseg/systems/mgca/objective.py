@@ -26,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
@@ -39,7 +38,7 @@ from ...data.batches import PairBatch
 from ...nn.tensors import at_least_float32
 from ...nn.units import cluster, mean_weights
 from ..contrast import image_text_contrast
-from ..objective import Losses, Objective, Progress, Rows, loss_weights
+from ..objective import Losses, Objective, Progress, Ranks, Rows, loss_weights
 from .model import MGCA
 from .one_gradient import OneGradient
 
@@ -96,9 +95,7 @@ class MGCAObjective(Objective):
         return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
 
     @override
-    def loss(
-        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
         tokens = at_least_float32(rows["tokens"])
         text = at_least_float32(rows["text"])
         model = self.model
@@ -129,12 +126,7 @@ class MGCAObjective(Objective):
         return self.weights["pixel"] * rise
 
     def _pixel(
-        self,
-        shared: OneGradient,
-        text: Tensor,
-        batch: PairBatch,
-        progress: Progress,
-        group: dist.ProcessGroup | None,
+        self, shared: OneGradient, text: Tensor, batch: PairBatch, progress: Progress, group: Ranks
     ) -> Tensor:
         """Return (2), in two steps: what is selected, and the loss of those rows.
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from ovseg_kernels import philox
 
+from .objective import MGCATraining
+
 
 def object_loss(
     tokens: Tensor, texts: Tensor, own: Tensor, scale: Tensor, temperature: float
@@ -74,39 +76,27 @@ def region_units(tokens: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def hard_negatives(
-    s: Tensor,
-    s_positive: Tensor,
-    mine: Tensor,
-    count: int,
-    sampling: str,
-    skip: int,
-    margin: float,
-    tau: float,
-    rng: Tensor | None,
+    s: Tensor, s_positive: Tensor, mine: Tensor, o: MGCATraining, rng: Tensor | None
 ) -> Tensor:
-    """Return indices [T, count] into [T, B N] similarities, -1 where there are fewer.
+    """Return indices [T, negatives] into [T, B N] similarities, -1 where there are fewer.
 
     Args:
         s: [T, B N] cosines.
         s_positive: [T, positives] of them, those of the positives.
         mine: [T, B N] bool, the pixels of a text's own pictures.
-        count: how many.
-        sampling: ``topk``, ``semi``, ``gumbel`` or ``random``.
-        skip: so many of the hardest are left out.
-        margin: of ``semi``.
-        tau: of ``gumbel``.
+        o: says how many, and how they are sampled.
         rng: [seed, offset] of the noise.
     """
     keys = s
-    if sampling == "semi":
+    if o.sampling == "semi":
         least = s_positive.amin(1, keepdim=True)
-        keys = s.masked_fill((s >= least) | (s < least - margin), -torch.inf)
-    elif sampling == "gumbel":
-        keys = s / tau + philox.gumbel(rng, tuple(s.shape)).to(s.dtype)
-    elif sampling == "random":
+        keys = s.masked_fill((s >= least) | (s < least - o.margin), -torch.inf)
+    elif o.sampling == "gumbel":
+        keys = s / o.sampling_temperature + philox.gumbel(rng, tuple(s.shape)).to(s.dtype)
+    elif o.sampling == "random":
         keys = philox.uniform(rng, tuple(s.shape)).to(s.dtype)
     keys = keys.masked_fill(mine, -torch.inf)
-    order = keys.argsort(dim=1, descending=True, stable=True)[:, skip : skip + count]
+    order = keys.argsort(dim=1, descending=True, stable=True)[:, o.skip : o.skip + o.negatives]
     return order.masked_fill(keys.gather(1, order) == -torch.inf, -1)
 
 
@@ -115,20 +105,12 @@ def dense_loss(
     texts: Tensor,
     own: Tensor,
     scale: Tensor,
-    positives: int,
-    negatives: int,
-    *,
-    sampling: str = "topk",
-    skip: int = 0,
-    margin: float = 0.1,
-    tau: float = 0.07,
+    o: MGCATraining,
     rng: Tensor | None = None,
-    reduction: str = "mean_of_log",
-    terms: str = "both",
 ) -> Tensor:
     """Return texts against their best pixels and hard negatives, and those against all texts.
 
-    Every text has a picture. Arguments are those of ``MGCATraining``.
+    Every text has a picture.
     """
     B, N, D = pixels.shape
     q = F.normalize(texts, dim=-1)
@@ -137,23 +119,23 @@ def dense_loss(
     mine = own.repeat_interleave(N, 1)
     with torch.no_grad():
         found = s.masked_fill(~mine, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        at = found[:, :positives]
+        at = found[:, : o.positives]
         there = mine.gather(1, at)  # a text may have fewer
         s_positive = s.gather(1, at).masked_fill(~there, torch.inf)
-        against = hard_negatives(s, s_positive, mine, negatives, sampling, skip, margin, tau, rng)
+        against = hard_negatives(s, s_positive, mine, o, rng)
     z = scale * s.gather(1, at)
     count = there.sum(1)
     z_n = (scale * s.gather(1, against.clamp(min=0))).masked_fill(against < 0, -torch.inf)
     z_n = z_n.logsumexp(1, keepdim=True)
     total = s.new_zeros(())
-    if terms != "pixel_to_text":
-        if reduction == "mean_of_log":
+    if o.terms != "pixel_to_text":
+        if o.reduction == "mean_of_log":
             rows = ((torch.logaddexp(z, z_n) - z) * there).sum(1) / count
         else:
             z_p = z.masked_fill(~there, -torch.inf).logsumexp(1)
             rows = torch.logaddexp(z_p, z_n[:, 0]) - z_p
         total = total + rows.mean()
-    if terms != "text_to_pixel":
+    if o.terms != "text_to_pixel":
         logits = scale * x[at] @ q.T  # [T, positives, T]
         same = own.T[at // N].to(s.dtype)
         rows = logits.logsumexp(-1) - (same * logits).sum(-1) / same.sum(-1).clamp(min=1)

@@ -58,7 +58,7 @@ class _Axis(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """What is needed of some pictures beside the prediction itself.
+    """Tables of some pictures that the loss needs beside the prediction itself.
 
     Attributes:
         match: [B, G] of (3).

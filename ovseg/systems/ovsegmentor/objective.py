@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
 from ...bounds import bounded
 from ...data.batches import CrossEntityBatch, EntityBatch, PairBatch
 from ...errors import ConfigError, InputError
+from ...nn.features import Grid
 from ...nn.tensors import at_least_float32
 from ..contrast import image_text_contrast, mean_of_rows, sum_of_rows
 from ..grouping import TEXTS, group_noises
-from ..objective import Losses, Objective, Progress, Rows, loss_weights
+from ..objective import Losses, Objective, Progress, Ranks, Rows, loss_weights
 from .mask_consistency import mask_consistency
 from .model import OVSegmentor
 
@@ -148,9 +148,7 @@ class OVSegmentorObjective(Objective):
         return rows
 
     @override
-    def loss(
-        self, rows: Rows, batch: Any, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: Any, progress: Progress, group: Ranks) -> Losses:
         model = self.model
         scale = model.logit_scale
         projected = self._projected(rows, group)
@@ -174,7 +172,7 @@ class OVSegmentorObjective(Objective):
         ).sum()
         return {"total": total, **losses}
 
-    def _projected(self, rows: Rows, group: dist.ProcessGroup | None) -> Rows:
+    def _projected(self, rows: Rows, group: Ranks) -> Rows:
         """Return the projections that losses compare.
 
         All that published training projected goes through, for the running statistics.
@@ -203,9 +201,7 @@ class OVSegmentorObjective(Objective):
         if self.weights["mask"]:
             self.model.move_teacher(self.options.momentum)
 
-    def _mask(
-        self, rows: Rows, projected: Rows, grid: tuple[int, int], group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def _mask(self, rows: Rows, projected: Rows, grid: Grid, group: Ranks) -> Tensor:
         """Return (mask_batch / groups) times the mean dice.
 
         The groups that are least like the shared entity get no gradient.

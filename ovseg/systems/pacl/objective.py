@@ -5,12 +5,11 @@ Mukhoti et al., arXiv:2212.04994.
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from typing_extensions import override
 
 from ...data.batches import PairBatch
 from ..contrast import image_text_contrast
-from ..objective import Losses, Objective, Progress, Rows
+from ..objective import Losses, Objective, Progress, Ranks, Rows
 from .model import PACL
 
 
@@ -25,9 +24,7 @@ class PACLObjective(Objective):
         return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
 
     @override
-    def loss(
-        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
         model = self.model
         total = image_text_contrast(
             rows["tokens"], rows["text"], model.logit_scale, batch, group, model.compatibility

@@ -28,13 +28,15 @@ from torch.nn import functional as F
 
 import ovseg_kernels as ok
 
-from ...nn.blocks import attention, quick_gelu, quick_gelu_linear
+from ...nn.blocks import quick_gelu, quick_gelu_linear
+from ...nn.features import Grid
+from ...nn.vit_blocks import Mlp, VitBlock
 
 _TINY = 1e-30  # below it log(soft) is cut: such a center has no share in any sum
 
 
 class Groups(NamedTuple):
-    """What the group module gives.
+    """Groups of pictures, as the group module gives them.
 
     Attributes:
         tokens: [B, G, D] of (3).
@@ -106,18 +108,16 @@ class CrossBlock(nn.Module):
         return centers + self.mlp(self.ln_2(centers))
 
 
-def _fc1_fc2(width: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
-
-
 class _Output(nn.Module):
+    """The layer of (3)."""
+
     def __init__(self, width: int):
         super().__init__()
         self.ln = nn.LayerNorm(width)
-        self.mlp = _fc1_fc2(width)
+        self.mlp = Mlp(width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return quick_gelu(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.ln(x)))))
+        return quick_gelu(self.mlp(self.ln(x)))
 
 
 class SemanticGroups(nn.Module):
@@ -184,9 +184,7 @@ class SemanticGroups(nn.Module):
         return Groups(self.proj_o(q + pooled), index, soft, q)
 
 
-def sincos_positions(
-    grid: tuple[int, int], width: int, device: torch.device | None = None
-) -> Tensor:
+def sincos_positions(grid: Grid, width: int, device: torch.device | None = None) -> Tensor:
     """Return positions [1 + h w, width], of which row 0 is zero.
 
     The first half encodes the column, the second the row, each sin then cos, base 10000.
@@ -211,31 +209,6 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cut.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width, heads)
-        self.mlp = _fc1_fc2(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
 class MaeDecoder(nn.Module):
     """The decoder of masked autoencoders: pixels of removed patches from the kept ones.
 
@@ -251,16 +224,14 @@ class MaeDecoder(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.decoder_embed = nn.Linear(token_dim, width)
-        self.decoder_blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.decoder_blocks = nn.ModuleList(
+            VitBlock(width, heads, 4 * width, eps=1e-6) for _ in range(depth)
+        )
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.decoder_pred = nn.Linear(width, patch * patch * 3)
 
     def forward(
-        self,
-        kept: Tensor,
-        restore: Tensor,
-        grid: tuple[int, int],
-        wanted: Tensor | None = None,
+        self, kept: Tensor, restore: Tensor, grid: Grid, wanted: Tensor | None = None
     ) -> Tensor:
         """Predict pixels [B, N, patch * patch * 3], or [B, M, ...] of the wanted patches only.
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ...bounds import bounded
 from ...nn.blocks import quick_gelu
-from ...nn.features import GroupFeatures
+from ...nn.features import Grid, GroupFeatures
 from ...weights.published import Published
 from ..base import OVSegModel, SystemOptions
 from ..checks import check_images
@@ -137,7 +137,7 @@ class SegCLIP(OVSegModel):
         tokens = of_group.gather(1, groups.index[..., None].expand(-1, -1, of_group.shape[2]))
         return GroupFeatures(image, tokens, grid, of_group, groups.index, groups.soft)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Return (patch tokens [B, N, D] before the first block, grid)."""
         check_images(images, self)
         return self.backbone.embed(images)

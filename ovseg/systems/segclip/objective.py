@@ -22,16 +22,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
 from ...bounds import bounded
 from ...data.batches import PairBatch
 from ...errors import ConfigError, InputError
+from ...nn.features import Grid
 from ...nn.tensors import at_least_float32
 from ..contrast import image_text_contrast, mean_of_rows
-from ..objective import Losses, Objective, Progress, Rows, loss_weights
+from ..objective import Losses, Objective, Progress, Ranks, Rows, loss_weights
 from .layers import patchify
 from .model import SegCLIP
 
@@ -128,9 +128,7 @@ class SegCLIPObjective(Objective):
         return rows
 
     @override
-    def loss(
-        self, rows: Rows, batch: PairBatch, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
         scale = self.model.logit_scale
         contrastive = image_text_contrast(rows["image"], rows["text"], scale, batch, group)
         losses = {"contrastive": contrastive}
@@ -145,12 +143,7 @@ class SegCLIPObjective(Objective):
         self.model.limit_logit_scale()
 
     def _reconstruction(
-        self,
-        images: Tensor,
-        x: Tensor,
-        grid: tuple[int, int],
-        batch: PairBatch,
-        progress: Progress,
+        self, images: Tensor, x: Tensor, grid: Grid, batch: PairBatch, progress: Progress
     ) -> Tensor:
         """Return the mean squared error of the removed patches' pixels, [B], one a picture."""
         B, N, D = x.shape

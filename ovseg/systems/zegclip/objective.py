@@ -33,7 +33,7 @@ from ...bounds import bounded
 from ...data.batches import MaskBatch
 from ...data.class_lists import class_list, read_class_embeddings
 from ...errors import ConfigError, InputError
-from ..objective import Losses, Objective, Progress, Rows
+from ..objective import Losses, Objective, Progress, Ranks, Rows
 from .model import ZegCLIP
 
 _NONE = -1  # no class's pixel
@@ -138,9 +138,7 @@ class ZegCLIPObjective(Objective):
             return {"logits": self.model.segment_logits(self.model(images), self.texts)}
 
     @override
-    def loss(
-        self, rows: Rows, batch: MaskBatch, progress: Progress, group: dist.ProcessGroup | None
-    ) -> Losses:
+    def loss(self, rows: Rows, batch: MaskBatch, progress: Progress, group: Ranks) -> Losses:
         logits = rows["logits"]
         size = (batch.masks.shape[1], batch.masks.shape[2])
         o = self.options
