@@ -154,7 +154,8 @@ def _open_clip_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
         tree = load_json(path)
-        model, seen = tree["model_cfg"], tree["preprocess_cfg"]
+        model = tree["model_cfg"]
+        seen = tree["preprocess_cfg"]
         config = {
             **model,
             "vision_cfg": {**model["vision_cfg"]},
