@@ -37,12 +37,13 @@ class Registry(Mapping[str, T], Generic[T]):
         self._added: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> T:
-        if name in self._added:
-            return self._added[name]
-        load = self._find().get(name) if isinstance(name, str) else None
-        if load is None:
-            raise self.error(self.unknown(name))
-        return load()
+        if isinstance(name, str):  # recipes may hold anything
+            if name in self._added:
+                return self._added[name]
+            load = self._find().get(name)
+            if load is not None:
+                return load()
+        raise self.error(self.unknown(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*self._find(), *self._added}))

@@ -39,7 +39,8 @@ def image_text_contrast(
         group: of the ranks; None for one process.
         similarity: of all pictures with all texts, [B, T].
     """
-    image, text = at_least_float32(image), at_least_float32(text)
+    image = at_least_float32(image)
+    text = at_least_float32(text)
     if similarity is cosines and batch.text_entities is None:
         return ok.contrastive_loss(
             image,
@@ -49,9 +50,11 @@ def image_text_contrast(
             text_ids=batch.text_ids,
             group=group,
         )
-    text_ids, entities = batch.text_ids, batch.text_entities
+    text_ids = batch.text_ids
+    entities = batch.text_entities
     if group is not None:
-        text, text_ids = gather_rows(text, group), gather_rows(text_ids, group)
+        text = gather_rows(text, group)
+        text_ids = gather_rows(text_ids, group)
         entities = None if entities is None else gather_rows(entities, group)
     countable = None
     if entities is not None and batch.image_entities is not None:

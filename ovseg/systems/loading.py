@@ -193,7 +193,8 @@ def _load_saved(source: WeightSource, options: Options) -> OVSegModel:
 
 def _build_saved(path: Path, config: Options, options: Options, weights: State) -> OVSegModel:
     """Build the model of a saved folder; ``path``: its config, for messages."""
-    name, system = config["model"], config["system"]
+    name = config["model"]
+    system = config["system"]
     saved = config["options"]
     if system is not None:
         if system not in SYSTEMS:
@@ -345,7 +346,8 @@ def _load_published(path: Path, state: State, options: Options) -> OVSegModel:
 
 def _load_clip(source: WeightSource, options: Options) -> OVSegModel:
     """Load a CLIP as it is, below the system that needs no more."""
-    clip, name = source.clip, source.name
+    clip = source.clip
+    name = source.name
     assert clip is not None
     architecture = architecture_of(name) if name else None
     asked = options.get("architecture") or (options.get("backbone") or {}).get("architecture")

@@ -26,7 +26,10 @@ from ..weights.saving import is_saved
 from .names import only_tag, own_tags, tags, unknown_tag
 from .registry import CLIP_SYSTEM, architecture_of, system_of, system_of_folder
 
-SAVED, THEIRS, CLIP, FILE = "saved", "transformers", "clip", "file"
+SAVED = "saved"
+THEIRS = "transformers"
+CLIP = "clip"
+FILE = "file"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""An open_clip model with its weights: by architecture and tag, from the Hub, a file or a folder,
-or drawn at random.
+"""CLIPs of open_clip with their weights: found, read, and loaded into a model that fits.
+
+They are named by architecture and tag, by a repository of the Hub, a file or a folder.
 """
 
 from __future__ import annotations
@@ -33,11 +34,8 @@ from .state_dicts import State, plain_names, without_prefix
 from .tokenizers import TOKENIZER_FILES, fetch_optional
 from .transformers_layout import MODEL_TYPES, parts_of, transformers_config, transformers_state
 
-_NUMBERS = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-)  # OpenAI's state dicts hold them as tensors
+# OpenAI's state dicts hold them as tensors.
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -101,38 +99,29 @@ def clip_of_tag(architecture: str, tag: str, facts: dict[str, Any]) -> ClipSourc
 
 
 def fetch_folder(repo: str) -> Path:
-    """The folder of the cache that holds a repository's configuration and weights, of open_clip's,
-    transformers' or ``save_pretrained``.
+    """Fetch the configuration and weights of a repository; return their folder in the cache.
+
+    It is one of open_clip's, transformers' or ``save_pretrained``.
     """
-    config = fetch(
-        repo,
-        ("open_clip_config.json", "config.json"),
-        ways=", with its weights in a folder that -m names",
-    )
-    ours = config.name == "config.json"
-    if ours and _kind(config) is None:
-        raise CheckpointError(
-            f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of ovseg; "
-            "expected "
-            "open_clip_config.json, or a config.json with model_type or model"
-        )
-    files = (
-        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-        if ours
-        else CLIP_FILES
-    )
+    names = ("open_clip_config.json", "config.json")
+    config = fetch(repo, names, ways=", with its weights in a folder that -m names")
+    files: Sequence[str] = CLIP_FILES
+    if config.name == "config.json":
+        files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        if _kind(config) is None:
+            raise CheckpointError(
+                f"{PREFIX}{repo} holds no CLIP of open_clip's or transformers' and no model of "
+                "ovseg; expected open_clip_config.json, or a config.json with model_type or model"
+            )
     path = fetch(repo, files, ways=f", beside {config.name} in a folder that -m names")
     if path.name.endswith(".index.json"):
         for part in parts_of(path):
             fetch(repo, (part,))
-    if (
-        path.parent != config.parent
-    ):  # the repository has moved on since the configuration was cached
+    if path.parent != config.parent:  # the repository moved on since the configuration was cached
         fetch(repo, (config.name,))
-    for names in (
-        (("preprocessor_config.json",), *TOKENIZER_FILES) if model_type_of(path.parent) else ()
-    ):
-        fetch_optional(repo, names)
+    if model_type_of(path.parent):
+        for others in (("preprocessor_config.json",), *TOKENIZER_FILES):
+            fetch_optional(repo, others)
     return path.parent
 
 
@@ -165,7 +154,8 @@ def _open_clip_config(folder: Path) -> dict[str, Any]:
     path = folder / "open_clip_config.json"
     try:
         tree = load_json(path)
-        model, seen = tree["model_cfg"], tree["preprocess_cfg"]
+        model = tree["model_cfg"]
+        seen = tree["preprocess_cfg"]
         config = {
             **model,
             "vision_cfg": {**model["vision_cfg"]},
@@ -201,12 +191,12 @@ def _check_text(text: dict[str, Any], where: str) -> None:
 
 
 def is_clip_folder(folder: Path) -> bool:
-    """Whether open_clip or transformers wrote it."""
+    """Return whether open_clip or transformers wrote a folder."""
     return (folder / "open_clip_config.json").is_file() or model_type_of(folder) is not None
 
 
 def is_clip_file(path: Path) -> bool:
-    """Whether it is the file of weights of such a folder, which says what they are."""
+    """Return whether a file is the weights of such a folder, which says what they are."""
     return (
         no_file(path) is None
         and path.name in (*CLIP_FILES, "model.safetensors", "pytorch_model.bin")
@@ -215,13 +205,12 @@ def is_clip_file(path: Path) -> bool:
 
 
 def read_clip(path: Path) -> State:
-    """The tensors of a checkpoint of a CLIP, which may be a part called ``clip`` of what was
-    saved."""
+    """Read the tensors of a CLIP, which may be a part called ``clip`` of what was saved."""
     return clip_names(read_published(path))
 
 
 def clip_names(state: State) -> State:
-    """``state`` under the names of a CLIP that stands alone."""
+    """Rename the tensors of a CLIP as those of one that stands alone."""
     return plain_names(without_prefix(state, "clip."))
 
 
@@ -235,7 +224,7 @@ def _kind(config: Path, keys: Sequence[str] = ("model_type", "model")) -> str | 
 
 
 def model_type_of(folder: Path) -> str | None:
-    """What transformers calls the model of a folder; None if the folder is none of theirs."""
+    """Return what transformers calls the model of a folder; None if it is none of theirs."""
     return _kind(folder / "config.json", ("model_type",))
 
 
@@ -257,33 +246,35 @@ def create_clip(
     image_size: int | None = None,
     context_length: int | None = None,
 ) -> nn.Module:
-    """Arguments as in ``OpenClipOptions``; ``weights`` is its ``clip``.
+    """Build an open_clip model, with weights if some are named.
 
-    With a size the positions of the weights are resized to it.
+    Args:
+        architecture: as in ``OpenClipOptions``.
+        weights: its ``clip``.
+        image_size: as there; positions of the weights are resized to it.
+        context_length: likewise.
     """
-    source = None if weights is None else find_clip(weights, architecture)
-    if (
-        source is not None
-        and source.architecture is not None
-        and is_quick(source.architecture) != is_quick(architecture)
-    ):
+    smaller = sized(architecture, image_size, context_length)
+    if weights is None:
+        return _build(smaller)
+    source = find_clip(weights, architecture)
+    if source.architecture is not None and is_quick(source.architecture) != is_quick(architecture):
+        with_or_without = "with" if is_quick(source.architecture) else "without"
         raise ValueError(
-            f"clip is {weights!r}, trained with{'' if is_quick(source.architecture) else 'out'} "
-            "QuickGELU, and architecture "
+            f"clip is {weights!r}, trained {with_or_without} QuickGELU, and architecture "
             f"{title(architecture)}; expected architecture={title(source.architecture)}"
         )
-    model = _build(
-        sized(architecture, image_size, context_length), source.preprocess if source else None
-    )
-    if source is not None:
-        load_clip(model, source, resize=(image_size, context_length) != (None, None))
+    model = _build(smaller, source.preprocess)
+    load_clip(model, source, resize=(image_size, context_length) != (None, None))
     return model
 
 
 def load_clip(model: nn.Module, source: ClipSource, *, resize: bool = False) -> None:
-    """Load weights into open_clip's model, strictly.
+    """Load weights into an open_clip model, strictly.
 
     Args:
+        model: of open_clip's.
+        source: the weights.
         resize: whether positions of another resolution or context are resized to the model's; they
             are refused else.
 
@@ -298,8 +289,10 @@ def load_clip(model: nn.Module, source: ClipSource, *, resize: bool = False) -> 
 
 
 def settled(source: ClipSource, architecture: Architecture | None) -> Architecture:
-    """The architecture to build for these weights, and to write down beside them: ``architecture``
-    with their activation, else their own, else the one they fit.
+    """Return the architecture to build for weights, and to write down beside them.
+
+    It is ``architecture`` with the activation of the weights, else their own, else the one they
+    fit.
 
     Raises:
         InputError: if they fit none of open_clip's, or several.
@@ -312,10 +305,10 @@ def settled(source: ClipSource, architecture: Architecture | None) -> Architectu
         fits = fitting(source.read())
         if len(fits) != 1:
             ways = " or ".join(f"{name}:{source.where}" for name in fits)
+            ways = ways or "NAME:PATH with the name of its architecture (ovseg models)"
             raise InputError(
                 f"{source.where} fits {len(fits)} architectures of open_clip and does not say "
-                "which; expected -m "
-                + (ways or "NAME:PATH with the name of its architecture (ovseg models)")
+                f"which; expected -m {ways}"
             )
         found = fits[0]
     if source.preprocess and source.preprocess != configuration(found)["preprocess_cfg"]:
@@ -323,34 +316,16 @@ def settled(source: ClipSource, architecture: Architecture | None) -> Architectu
     return found
 
 
-def fitting(state: dict[str, torch.Tensor]) -> list[str]:
-    """Architectures of open_clip whose tensors have these names and shapes.
+def fitting(state: State) -> list[str]:
+    """List the architectures of open_clip whose tensors have these names and shapes.
 
     Two activations look alike.
     """
-    open_clip, shapes = (
-        import_open_clip(),
-        {name: tuple(x.shape) for name, x in state.items() if name not in _NUMBERS},
-    )
-    prefix = "text." if "text.token_embedding.weight" in shapes else ""
-    words = shapes.get(f"{prefix}token_embedding.weight")
+    open_clip = import_open_clip()
+    shapes = {name: tuple(x.shape) for name, x in state.items() if name not in _NUMBERS}
     found = []
-    for name in open_clip.list_models() if words else ():
-        config = open_clip.get_model_config(name)
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        width = shapes.get("visual.conv1.weight", (None,))[0]
-        if (text.get("vocab_size", 49408), text.get("width", 512)) != words:
-            continue
-        if (
-            "hf_model_name" in text
-            or ("timm_model_name" in vision)
-            != any(key.startswith("visual.trunk.") for key in shapes)
-            or (
-                "timm_model_name" not in vision
-                and isinstance(vision.get("layers", 12), int)
-                and vision.get("width", 768) != width
-            )
-        ):
+    for name in open_clip.list_models():
+        if not _may_fit(open_clip.get_model_config(name), shapes):
             continue
         with torch.device("meta"):
             own = _build(name).state_dict()
@@ -359,54 +334,67 @@ def fitting(state: dict[str, torch.Tensor]) -> list[str]:
     return found
 
 
+def _may_fit(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Return whether an architecture is worth being built to compare its tensors."""
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
+    prefix = "text." if "text.token_embedding.weight" in shapes else ""
+    words = (text.get("vocab_size", 49408), text.get("width", 512))
+    if "hf_model_name" in text or shapes.get(f"{prefix}token_embedding.weight") != words:
+        return False
+    is_timm = "timm_model_name" in vision
+    if is_timm != any(key.startswith("visual.trunk.") for key in shapes):
+        return False
+    if is_timm or not isinstance(vision.get("layers", 12), int):
+        return True
+    width = shapes.get("visual.conv1.weight", (None,))[0]
+    return vision.get("width", 768) == width
+
+
 def _build(architecture: Architecture, preprocess: dict[str, Any] | None = None) -> nn.Module:
-    open_clip, config = import_open_clip(), configuration(architecture)
+    """Build a model of open_clip with random weights.
+
+    Args:
+        architecture: a name, or a configuration.
+        preprocess: mean and std that its pictures are seen with, if not the configuration's.
+    """
+    open_clip = import_open_clip()
+    config = configuration(architecture)
     known = config.pop("preprocess_cfg", None)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    hf, coca, kwargs = (
-        "hf_model_name" in text,
-        "multimodal_cfg" in config,
-        vision.pop("timm_kwargs", None),
-    )
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
+    kwargs = vision.pop("timm_kwargs", None)
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
-    if hf:
+    if "hf_model_name" in text:
         text["hf_model_pretrained"] = False
+    if kwargs:
+        # A small one, in place of which comes the tower of these sizes.
+        vision |= {"timm_model_name": "test_vit", "timm_pool": "avg"}
+    kind = open_clip.CLIP
+    if config.pop("custom_text", False) or "hf_model_name" in text:
+        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+    model = kind(**config)
     if kwargs:
         import timm
 
-        vision |= {
-            "timm_model_name": "test_vit",
-            "timm_pool": "avg",
-        }  # a small one, in place of which comes the tower of these sizes
-    custom = config.pop("custom_text", False) or hf
-    kind = (open_clip.CoCa if coca else open_clip.CustomTextCLIP) if custom else open_clip.CLIP
-    model = kind(**config)
-    if kwargs:
         model.visual.trunk = timm.models.VisionTransformer(num_classes=0, **kwargs)
-    open_clip.model.set_model_preprocess_cfg(
-        model,
-        {
-            **vars(open_clip.transform.PreprocessCfg()),
-            **(known or {}),
-            **(preprocess or {}),
-            "size": model.visual.image_size,
-        },
-    )
+    usual = vars(open_clip.transform.PreprocessCfg())
+    seen = {**usual, **(known or {}), **(preprocess or {}), "size": model.visual.image_size}
+    open_clip.model.set_model_preprocess_cfg(model, seen)
     return model
 
 
-def _state_for(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What open_clip's own loading changes before it loads: foreign names, older names, scalars."""
+def _state_for(model: nn.Module, state: State) -> State:
+    """Change what open_clip's own loading changes: foreign names, older names, scalars."""
     factory = import_open_clip().factory
     state = factory.convert_state_dict(model, dict(state))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = factory.convert_to_custom_text_state_dict(state)
     own = model.state_dict()
-    if not hasattr(model, "text_decoder"):  # CoCa's, which writes captions, may have been left out
-        state = {
-            name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")
-        }
+    # CoCa's decoder, which writes captions, may have been left out.
+    left_out = () if hasattr(model, "text_decoder") else ("text_decoder.",)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
     for name in (*_NUMBERS, "text.transformer.embeddings.position_ids", "attn_mask"):
         if name not in own:
             state.pop(name, None)

@@ -89,8 +89,9 @@ def save_tensors(
 
 
 def _order(file: BinaryIO) -> None:
-    """Sort the metadata, which safetensors writes in any order: the same tensors are the same
-    bytes.
+    """Sort the metadata, which safetensors writes in any order.
+
+    The same tensors are then the same bytes.
     """
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -177,7 +178,8 @@ def check_fit(
 
     Args:
         path: where they come from, for messages.
-        weights, own: of the file and of the model, under the model's names.
+        weights: of the file, under the model's names.
+        own: of the model.
         what: the model, for messages.
         named: a tensor's name there to its name in the file.
 
@@ -214,7 +216,8 @@ def misfit(
     Args:
         path: where they come from.
         what: the model.
-        missing, unexpected: names.
+        missing: names.
+        unexpected: names.
         reshaped: name -> the tensor that is given, and the one that is expected.
     """
     shapes = [
@@ -249,7 +252,8 @@ def check_numbers(
 
     Args:
         path: where they come from, for messages.
-        weights, own: of the file and of the model, under the model's names.
+        weights: of the file, under the model's names.
+        own: of the model.
         named: a tensor's name there to its name in the file.
 
     Raises:

@@ -167,7 +167,9 @@ def _download(repo: str, file: str, endpoint: str | None) -> Path:
     if not hasattr(session, "event_hooks"):
         return Path(download())
 
-    class Bar(hub.utils.tqdm):  # type: ignore[name-defined]
+    tqdm: Any = hub.utils.tqdm
+
+    class Bar(tqdm):
         """The client's own bar, which also hears of files of Xet's store.
 
         Those do not come through the session.

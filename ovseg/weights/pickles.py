@@ -26,7 +26,8 @@ from ..replacing import replacing
 from .files import load_tensors, save_tensors
 from .state_dicts import State, plain_names, state_of, whole_tensor
 
-SAFETENSORS, TORCH = "safetensors", "torch"
+SAFETENSORS = "safetensors"
+TORCH = "torch"
 _FIRST = 512  # bytes that are looked at
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _UNPACKED = 16  # times its size on the disk: torch packs nothing, so more is a trap
@@ -204,13 +205,14 @@ class Stub:
     """In place of an object of another library."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Take any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any):
         pass
 
     def __setstate__(self, _: Any) -> None:
-        pass
+        """Take whatever the object was."""
 
 
 class _Mapping:

@@ -66,7 +66,8 @@ def save_pretrained(model: Any, folder: str | Path, **facts: Any) -> Path:
         folder: made if there is none.
         facts: metrics, seed, ...; they go into the config as they are.
     """
-    whole, model = model, unwrapped(model)
+    whole = model
+    model = unwrapped(whole)
     check_model(model)
     folder = folder_for(folder, "folder")
     options = _options_to_save(model)
@@ -198,7 +199,8 @@ def push_to_hub(
         InputError: for a model that names its CLIP by a path, which nobody else has.
     """
     check_repo(repo)
-    whole, model = model, unwrapped(model)
+    whole = model
+    model = unwrapped(whole)
     if model.named_clip is not None and Path(model.named_clip).exists():
         raise InputError(
             f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; "

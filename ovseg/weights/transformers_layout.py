@@ -1,5 +1,4 @@
-"""Folders of transformers' CLIP and SigLIP as open_clip writes the same models: configuration,
-names, packed projections.
+"""Folders of transformers' CLIP and SigLIP, as open_clip has the same models.
 
 transformers keeps q, k and v apart and open_clip packs them; transformers' projections are
 ``nn.Linear`` and CLIP's are matrices, so they are transposed. The words and the tensors are
@@ -16,15 +15,17 @@ import torch
 from ..errors import CheckpointError
 from .files import read_json
 from .pickles import read_published
+from .state_dicts import State
 
-State = dict[str, torch.Tensor]
 MODEL_TYPES = ("clip", "siglip")
+_TANH = "gelu_pytorch_tanh"
 _ACTIVATIONS: dict[str, dict[str, Any]] = {  # the activation there -> what open_clip calls it
     "quick_gelu": {"quick_gelu": True},
     "gelu": {},
-    "gelu_pytorch_tanh": {"act_kwargs": {"approximate": "tanh"}},
+    _TANH: {"act_kwargs": {"approximate": "tanh"}},
 }
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json")
 _MOST = 1_000_000  # of any size
 _WHOLE = (
@@ -39,20 +40,38 @@ _WHOLE = (
     "projection_size",
 )
 _BYTE_PAIRS = 49408  # words of CLIP's own tokenizer, which open_clip brings along
+# Parts of a block: transformers' names -> open_clip's and timm's, which pack q, k and v.
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "packed": "attn.in_proj_",
+}
+_TIMM = {
+    "layer_norm1": "norm1",
+    "self_attn.out_proj": "attn.proj",
+    "layer_norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "packed": "attn.qkv.",
+}
 
 
 def transformers_config(folder: Path) -> dict[str, Any]:
-    """The configuration for open_clip of a folder of transformers.
+    """Read the configuration of a folder, as open_clip writes it.
 
     Raises:
         CheckpointError: for another model, or one that open_clip has no word for.
     """
     config = read_json(folder / "config.json")
-    return (_clip_config if _kind(folder, config) == "clip" else _siglip_config)(folder, config)
+    read = _clip_config if _kind(folder, config) == "clip" else _siglip_config
+    return read(folder, config)
 
 
 def transformers_state(folder: Path) -> State:
-    """The tensors of the folder's model under open_clip's names.
+    """Read the tensors of a folder's model under open_clip's names.
 
     Raises:
         CheckpointError: for files that are missing, damaged or lack a tensor.
@@ -76,7 +95,7 @@ def _kind(folder: Path, config: dict[str, Any]) -> str:
 
 
 def from_clip(state: State) -> State:
-    """The tensors of ``CLIPModel`` under the names of ``open_clip.CLIP``."""
+    """Rename the tensors of ``CLIPModel`` as those of ``open_clip.CLIP``."""
     found = {
         "logit_scale": state["logit_scale"],
         "text_projection": state["text_projection.weight"].T,
@@ -98,8 +117,9 @@ def from_clip(state: State) -> State:
 
 
 def from_siglip(state: State) -> State:
-    """The tensors of ``SiglipModel`` under the names of ``open_clip.CustomTextCLIP`` with timm's
-    vision tower.
+    """Rename the tensors of ``SiglipModel`` as those of ``open_clip.CustomTextCLIP``.
+
+    Its vision tower is timm's.
     """
     embeddings = "vision_model.embeddings."
     found = {
@@ -110,11 +130,13 @@ def from_siglip(state: State) -> State:
         "text.token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
         "text.positional_embedding": state["text_model.embeddings.position_embedding.weight"],
     }
-    head, pool = "vision_model.head.", "visual.trunk.attn_pool."
+    head = "vision_model.head."
+    pool = "visual.trunk.attn_pool."
     for part in ("weight", "bias"):
         packed = state[f"{head}attention.in_proj_{part}"]
         third = len(packed) // 3
-        found[f"{pool}q.{part}"], found[f"{pool}kv.{part}"] = packed[:third], packed[third:]
+        found[f"{pool}q.{part}"] = packed[:third]
+        found[f"{pool}kv.{part}"] = packed[third:]
     for theirs, ours in (
         (embeddings + "patch_embedding", "visual.trunk.patch_embed.proj"),
         ("vision_model.post_layernorm", "visual.trunk.norm"),
@@ -130,30 +152,14 @@ def from_siglip(state: State) -> State:
     return found | _blocks(state, "text_model.", "text.transformer.resblocks.", _OPEN_CLIP)
 
 
-# Of a block: transformers' part -> open_clip's and timm's; the packed projection's weight and bias.
-_OPEN_CLIP = {
-    "layer_norm1": "ln_1",
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "packed": "attn.in_proj_",
-}
-_TIMM = {
-    "layer_norm1": "norm1",
-    "self_attn.out_proj": "attn.proj",
-    "layer_norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "packed": "attn.qkv.",
-}
-
-
 def _blocks(state: State, tower: str, target: str, names: dict[str, str]) -> State:
+    """Rename and pack the blocks of a tower."""
     found: State = {}
-    prefix, index = f"{tower}encoder.layers.", 0
+    prefix = f"{tower}encoder.layers."
+    index = 0
     while f"{prefix}{index}.layer_norm1.weight" in state:
-        block, ours = f"{prefix}{index}.", f"{target}{index}."
+        block = f"{prefix}{index}."
+        ours = f"{target}{index}."
         for part in ("weight", "bias"):
             found[f"{ours}{names['packed']}{part}"] = torch.cat(
                 [state[f"{block}self_attn.{x}_proj.{part}"] for x in "qkv"]
@@ -166,32 +172,22 @@ def _blocks(state: State, tower: str, target: str, names: dict[str, str]) -> Sta
 
 
 def _both(state: State, theirs: str, ours: str) -> State:
+    """Rename weight and bias of a layer."""
     return {f"{ours}.{part}": state[f"{theirs}.{part}"] for part in ("weight", "bias")}
 
 
 def _clip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    vision, text = (
-        _sizes(config, "vision_config", 12, 32, "quick_gelu", 1e-5),
-        _sizes(config, "text_config", 8, 0, "quick_gelu", 1e-5),
-    )
+    """Return the configuration of CLIP."""
+    vision = _sizes(config, "vision_config", heads=12, patch=32, act="quick_gelu", eps=1e-5)
+    text = _sizes(config, "text_config", heads=8, patch=0, act="quick_gelu", eps=1e-5)
     if vision["act"] != text["act"]:
         raise CheckpointError(
             f"{folder} has activation {vision['act']} for pictures and {text['act']} for texts; "
             "expected one for both"
         )
-    words = {
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-        "width": text["width"],
-        "heads": text["heads"],
-        "layers": text["layers"],
-        "mlp_ratio": text["mlp_ratio"],
-        **_norm(text, 1e-5),
-    }
-    if text["eos_token_id"] not in (
-        2,
-        text["vocab_size"] - 1,
-    ):  # with 2, as the first folders say, transformers takes the largest id
+    words = {**_text(text), **_norm(text)}
+    # With 2, as the first folders say, transformers takes the largest id.
+    if text["eos_token_id"] not in (2, text["vocab_size"] - 1):
         words |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
     if text["vocab_size"] != _BYTE_PAIRS:
         words |= _tokenizer(folder)
@@ -204,7 +200,7 @@ def _clip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "patch_size": vision["patch_size"],
         "head_width": vision["width"] // vision["heads"],
         "mlp_ratio": vision["mlp_ratio"],
-        **_norm(vision, 1e-5),
+        **_norm(vision),
     }
     return {
         "embed_dim": config.get("projection_dim", 512),
@@ -216,21 +212,15 @@ def _clip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _siglip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    tanh = "gelu_pytorch_tanh"
-    vision, text = (
-        _sizes(config, "vision_config", 12, 16, tanh, 1e-6),
-        _sizes(config, "text_config", 12, 0, tanh, 1e-6),
-    )
-    if (
-        vision["act"] == "quick_gelu"
-        or text["act"] == "quick_gelu"
-        or vision["layer_norm_eps"] != 1e-6
-        or not vision["vision_use_head"]
-    ):
+    """Return the configuration of SigLIP, with the sizes of timm's tower in ``timm_kwargs``."""
+    vision = _sizes(config, "vision_config", heads=12, patch=16, act=_TANH, eps=1e-6)
+    text = _sizes(config, "text_config", heads=12, patch=0, act=_TANH, eps=1e-6)
+    eps = vision["layer_norm_eps"]
+    head = vision["vision_use_head"]
+    if "quick_gelu" in (vision["act"], text["act"]) or eps != 1e-6 or not head:
         raise CheckpointError(
-            f"{folder} has activations {vision['act']}, {text['act']}, layer_norm_eps "
-            f"{vision['layer_norm_eps']} and "
-            f"vision_use_head {vision['vision_use_head']}; expected SigLIP's: gelu, 1e-6 and true"
+            f"{folder} has activations {vision['act']}, {text['act']}, layer_norm_eps {eps} and "
+            f"vision_use_head {head}; expected SigLIP's: gelu, 1e-6 and true"
         )
     trunk = {
         "img_size": vision["image_size"],
@@ -241,15 +231,10 @@ def _siglip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "mlp_ratio": vision["mlp_ratio"],
         "class_token": False,
         "global_pool": "map",
-        "act_layer": "gelu_tanh" if vision["act"] == tanh else "gelu",
+        "act_layer": "gelu_tanh" if vision["act"] == _TANH else "gelu",
     }
     words = {
-        "context_length": text["max_position_embeddings"],
-        "vocab_size": text["vocab_size"],
-        "width": text["width"],
-        "heads": text["heads"],
-        "layers": text["layers"],
-        "mlp_ratio": text["mlp_ratio"],
+        **_text(text),
         "no_causal_mask": True,
         "proj_bias": True,
         "pool_type": "last",
@@ -258,25 +243,35 @@ def _siglip_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         **_ACTIVATIONS[text["act"]],
         **_tokenizer(folder),
     }
+    pictures = {
+        "image_size": vision["image_size"],
+        "timm_kwargs": trunk,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
     return {
         "embed_dim": text["projection_size"] or text["width"],
         "init_logit_bias": -10,
         "custom_text": True,
-        "vision_cfg": {
-            "image_size": vision["image_size"],
-            "timm_kwargs": trunk,
-            "timm_pool": "map",
-            "timm_proj": "none",
-        },
+        "vision_cfg": pictures,
         "text_cfg": words,
         "preprocess_cfg": preprocess_of(folder, (0.5,) * 3, (0.5,) * 3),
     }
 
 
+def _text(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a text tower under open_clip's names."""
+    names = ("vocab_size", "width", "heads", "layers", "mlp_ratio")
+    return {
+        "context_length": sizes["max_position_embeddings"],
+        **{name: sizes[name] for name in names},
+    }
+
+
 def _sizes(
-    config: dict[str, Any], part: str, heads: int, patch: int, act: str, eps: float
+    config: dict[str, Any], part: str, *, heads: int, patch: int, act: str, eps: float
 ) -> dict[str, Any]:
-    """Of a tower; what the file leaves out is the default of transformers' classes."""
+    """Return the sizes of a tower; what the file leaves out is as in transformers' classes."""
     clip_text = part == "text_config" and act == "quick_gelu"
     given = tower_config(config, part)
     width = given.get("hidden_size", 512 if clip_text else 768)
@@ -286,16 +281,19 @@ def _sizes(
         "heads": given.get("num_attention_heads", heads),
         "layers": given.get("num_hidden_layers", 12),
         "mlp_ratio": (inner + 0.5) / width,  # the towers round down
-        "image_size": given.get("image_size", 224),
-        "patch_size": given.get("patch_size", patch),
         "act": given.get("hidden_act", act),
-        "layer_norm_eps": given.get("layer_norm_eps", eps),
-        "vision_use_head": given.get("vision_use_head", True),
-        "max_position_embeddings": given.get("max_position_embeddings", 77 if clip_text else 64),
-        "vocab_size": given.get("vocab_size", _BYTE_PAIRS if clip_text else 32000),
-        "eos_token_id": given.get("eos_token_id", 49407),
-        "projection_size": given.get("projection_size"),
     }
+    usual = {
+        "image_size": 224,
+        "patch_size": patch,
+        "layer_norm_eps": eps,
+        "vision_use_head": True,
+        "max_position_embeddings": 77 if clip_text else 64,
+        "vocab_size": _BYTE_PAIRS if clip_text else 32000,
+        "eos_token_id": 49407,
+        "projection_size": None,
+    }
+    found |= {key: given.get(key, value) for key, value in usual.items()}
     if found["act"] not in _ACTIVATIONS:
         raise CheckpointError(
             f"{part}.hidden_act is {found['act']!r}; expected one of {list(_ACTIVATIONS)}"
@@ -313,24 +311,20 @@ def tower_config(config: dict[str, Any], part: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise CheckpointError(f"{part} is {str(given)[:40]!r}; expected names and values")
     for key in _WHOLE:
-        if given.get(key) is not None and (
-            type(given[key]) is not int or not 0 < given[key] <= _MOST
-        ):
-            raise CheckpointError(
-                f"{part}.{key} is {str(given[key])[:40]!r}; expected 1 to {_MOST}"
-            )
+        size = given.get(key)
+        if size is not None and (type(size) is not int or not 0 < size <= _MOST):
+            raise CheckpointError(f"{part}.{key} is {str(size)[:40]!r}; expected 1 to {_MOST}")
     return given
 
 
-def _norm(sizes: dict[str, Any], usual: float) -> dict[str, Any]:
-    return (
-        {}
-        if sizes["layer_norm_eps"] == usual
-        else {"norm_kwargs": {"eps": sizes["layer_norm_eps"]}}
-    )
+def _norm(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the epsilon of CLIP's norms, where it is not the usual one."""
+    eps = sizes["layer_norm_eps"]
+    return {} if eps == 1e-5 else {"norm_kwargs": {"eps": eps}}
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
+    """Return the folder as that of its tokenizer."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(
             f"{folder} has a vocabulary of its own and no tokenizer; expected one of "
@@ -340,7 +334,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def preprocess_of(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """Mean and std that the folder states, else these."""
+    """Return mean and std that a folder states, else these."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
     found = {"mean": given.get("image_mean", mean), "std": given.get("image_std", std)}
@@ -357,7 +351,7 @@ def preprocess_of(folder: Path, mean: tuple[float, ...], std: tuple[float, ...])
 
 
 def parts_of(index: Path) -> list[str]:
-    """The names of the files, beside it, that an index of tensors lists.
+    """List the files, beside it, that an index of tensors names.
 
     Raises:
         CheckpointError: if it lists none, or a path that leads elsewhere.
@@ -373,11 +367,10 @@ def parts_of(index: Path) -> list[str]:
 
 
 def folder_weights(folder: Path) -> State:
-    """All tensors of a folder, which may be in several files."""
+    """Read all tensors of a folder, which may be in several files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {
-            name: x for part in parts_of(index) for name, x in read_published(folder / part).items()
-        }
+        parts = [read_published(folder / part) for part in parts_of(index)]
+        return {name: x for part in parts for name, x in part.items()}
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     return read_published(next((file for file in files if file.is_file()), files[0]))

@@ -97,6 +97,21 @@ def test_one_checkpoint_under_all_its_names(clip, cache, tmp_path):
     assert torch.equal(trained.backbone.clip.text_projection, state["text_projection"])
 
 
+def test_a_name_is_looked_up_once(clip, cache, monkeypatch):
+    from ovseg.systems import weight_sources
+    from ovseg.weights import clip as clips
+
+    fill_cache(cache, "small/clip", {"open_clip_model.safetensors": save(state_of(clip))})
+    asked = []
+    for place, function in ((names, "tags_of"), (names, "bundled_weights"), (weight_sources, "tags"), (clips, "fetch"), (clips, "tags_of")):
+        real = getattr(place, function)
+        monkeypatch.setattr(place, function, lambda *given, real=real, name=function, **ways: asked.append(name) or real(*given, **ways))
+    for form in (ARCHITECTURE, f"{ARCHITECTURE}:drawn"):
+        asked.clear()
+        assert ovseg.from_pretrained(form).name == ARCHITECTURE
+        assert asked == ["tags", "bundled_weights", "tags_of", "fetch"]
+
+
 def test_what_the_weights_are_seen_with_comes_along(clip, cache, tmp_path, monkeypatch):
     """Mean and std of a tag, of a folder and of what was saved from them."""
     fill_cache(cache, "small/clip", {"open_clip_model.safetensors": save(state_of(clip))})

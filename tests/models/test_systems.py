@@ -15,8 +15,8 @@ from ovseg.data.batches import MaskBatch, PairBatch
 from ovseg.data.scenes import Scenes
 from ovseg.errors import ConfigError
 from ovseg.systems import registry
-from ovseg.systems.objective import Progress, create_objective
-from ovseg.training.recipe import load_recipe
+from ovseg.systems.objective import Progress, create_objective, list_objectives
+from ovseg.training.recipe import list_recipes, load_recipe
 from ovseg.training.trainer import train
 
 TINY = ovseg.list_models("*_tiny")
@@ -145,55 +145,92 @@ def test_preprocess(model):
     assert float(back.min()) >= 0 and float(back.max()) <= 1.001 and float(back.std()) > 0.05
 
 
-THROW_AWAY = '''
-    from dataclasses import dataclass, field
-    from torch import nn
-    from ovseg.systems.base import OVSegModel, PatchFeatures, SystemOptions
+THROW_AWAY = {
+    "__init__.py": """
+        from .model import Shifted as System
+        from .objective import Contrast as Objective
+    """,
+    "model.py": """
+        from dataclasses import dataclass, field
+        from ovseg.systems.base import OVSegModel, PatchFeatures, SystemOptions
 
-    @dataclass
-    class Options(SystemOptions):
-        trained: list[str] = field(default_factory=lambda: ["all"])
-        shift: float = 0.5
+        @dataclass
+        class Options(SystemOptions):
+            trained: list[str] = field(default_factory=lambda: ["all"])
+            shift: float = 0.5
 
-    class System(OVSegModel):
-        """Adds a number to every token."""
-        Options = Options
-        objective = "clip_dense"
+        class Shifted(OVSegModel):
+            # A CLIP that adds a number to every token.
+            Options = Options
+            objective = "throw_away"
 
-        def __init__(self, options):
-            super().__init__(options)
-            self.train_parts(options.trained)
+            def __init__(self, options):
+                super().__init__(options)
+                self.train_parts(options.trained)
 
-        def parts(self):
-            return {"all": list(self.backbone.parameters())}
+            def parts(self):
+                return {"all": list(self.backbone.parameters())}
 
-        def encode_image(self, images):
-            patches, project = self.backbone.encode_patches(images), self.backbone.project
-            return PatchFeatures(project(patches.embedding), project(patches.tokens) + self.options.shift, patches.grid)
-'''
+            def encode_image(self, images):
+                tokens = self.backbone.project(self.backbone.encode_patches(images).tokens) + self.options.shift
+                side = images.shape[2] // self.spec.patch_size
+                return PatchFeatures(tokens.mean(1), tokens, (side, tokens.shape[1] // side))
+    """,
+    "objective.py": """
+        from ovseg.systems.contrast import image_text_contrast
+        from ovseg.systems.objective import Objective
+
+        class Contrast(Objective):
+            # The mean token of a picture against texts.
+            def encode(self, batch, progress):
+                return {"image": self.model(self.images(batch)).embedding, "text": self.model.encode_text(batch.token_ids)}
+
+            def loss(self, rows, batch, progress, group):
+                return {"total": image_text_contrast(rows["image"], rows["text"], self.model.logit_scale, batch, group)}
+    """,
+    "preset.yaml": """
+        throw_away_tiny: {backbone: {kind: tiny, width: 32}, templates: scenes}
+    """,
+    "recipes/throw_away_scenes.yaml": """
+        model: {name: throw_away_tiny, options: {shift: 0.125}}
+        data: {kind: scenes, style: digits, train_size: 16, captions: 2}
+        train: {steps: 1, batch_size: 8, device: cpu}
+    """,
+}
 
 
-def test_a_system_is_its_folder_and_one_preset_line(tmp_path, monkeypatch):
+@pytest.fixture
+def throw_away(tmp_path, monkeypatch):
+    """A system that is a folder and nothing else."""
     import ovseg.systems
 
-    (tmp_path / "throw_away").mkdir()
-    (tmp_path / "throw_away" / "__init__.py").write_text(textwrap.dedent(THROW_AWAY))
-    monkeypatch.setattr(ovseg.systems, "__path__", [*ovseg.systems.__path__, str(tmp_path)])
-    line = {"throw_away_tiny": {"system": "throw_away", "backbone": {"kind": "tiny"}, "templates": "scenes"}}
-    known = registry.presets()
-    monkeypatch.setattr(registry, "presets", lambda: {**known, **line})
-    try:
-        model = ovseg.create_model("throw_away_tiny", shift=0.25)
-        assert model.name in ovseg.list_models() and model.options.shift == 0.25
-        result = ovseg.segment(torch.randint(0, 255, (3, 60, 70), dtype=torch.uint8), ["a red seven", "gravel"], model=model)
-        assert result.labels.shape == (60, 70)
-        create_objective(model)(batch_for(model))["total"].backward()
-        folder = ovseg.save_pretrained(model, tmp_path / "saved")
-        assert ovseg.from_pretrained(folder).options.shift == 0.25
-        with pytest.raises(ConfigError, match="options of throw_away_tiny: shfit: unknown key, did you mean"):
-            ovseg.create_model("throw_away_tiny", shfit=1.0)
-    finally:
-        sys.modules.pop("ovseg.systems.throw_away", None)
+    for name, text in THROW_AWAY.items():
+        path = tmp_path / "systems" / "throw_away" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    monkeypatch.setattr(ovseg.systems, "__path__", [*ovseg.systems.__path__, str(tmp_path / "systems")])
+    registry.presets.cache_clear()
+    yield "throw_away_tiny"
+    registry.presets.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("ovseg.systems.throw_away")]:
+        del sys.modules[name]
+
+
+def test_a_system_is_its_folder(throw_away, tmp_path):
+    model = ovseg.create_model(throw_away, shift=0.25)
+    assert model.name in ovseg.list_models() and model.system == "throw_away" and model.options.shift == 0.25
+    assert "throw_away" in list_objectives() and "throw_away_scenes" in list_recipes()
+    result = ovseg.segment(torch.randint(0, 255, (3, 60, 70), dtype=torch.uint8), ["a red seven", "gravel"], model=model)
+    assert result.labels.shape == (60, 70)
+    create_objective(model)(batch_for(model))["total"].backward()
+    again = ovseg.from_pretrained(ovseg.save_pretrained(model, tmp_path / "saved"))
+    assert again.options.shift == 0.25 and torch.equal(again.backbone.words.weight, model.backbone.words.weight)
+    with pytest.raises(ConfigError, match="options of throw_away_tiny: shfit: unknown key, did you mean"):
+        ovseg.create_model(throw_away, shfit=1.0)
+    trained = train(load_recipe("throw_away_scenes"), tmp_path / "run", quiet=True)
+    assert trained.options.shift == 0.125
+    loaded = ovseg.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in trained.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["groupvit_tiny", "ovsegmentor_tiny"])
