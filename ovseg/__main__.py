@@ -1,3 +1,5 @@
+"""``python -m ovseg``: the command line."""
+
 from .cli.ending import program
 
 program()

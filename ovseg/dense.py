@@ -12,8 +12,13 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_dense(name: str, x: Any, expected: str, *, meta: bool = False) -> None:
-    """Refuse what is no tensor, and tensors that are sparse, nested, quantised or, unless ``meta``,
-    without numbers.
+    """Refuse what is no tensor, and tensors that are sparse, nested or quantised.
+
+    Args:
+        name: of the argument.
+        x: what was given.
+        expected: in its place, for messages.
+        meta: whether it may be without numbers.
 
     Raises:
         InputError: naming the argument.

@@ -1,10 +1,9 @@
 """Which of several processes this is, and the few things they agree on.
 
-The only place that reads ranks and opens the process group.
-
-Started by ``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) or by ``srun`` (SLURM_*). Nothing
-is opened until the first collective: who takes what can be asked without a group. What is small
-travels over gloo as integers or JSON, on a GPU machine too; gradients and features use NCCL there.
+This is the only place that reads ranks and opens the process group. Processes are started by
+``torchrun`` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) or by ``srun`` (SLURM_*). Nothing is opened
+until the first collective: who takes what can be asked without a group. What is small travels over
+gloo as integers or JSON, on a GPU machine too; gradients and features use NCCL there.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ _LAUNCHER = os.getppid()
 # that sbatch runs, which has the other two, is one process.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-
-
 _EXPECTED = "expected both, as torchrun or srun sets them, or neither"
 
 
@@ -52,36 +49,32 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """Return what the environment says of this process; torchrun's variables before srun's, which
-    may have started it.
+    """Return what the environment says of this process.
+
+    Torchrun's variables count before srun's, which may have started it.
 
     Raises:
         ConfigError: for variables that are no numbers, do not fit each other or lack one another.
             To go on as if there were one process, or none, would do the work twice or not at all.
     """
     of_torchrun = any(name in os.environ for name in _TORCHRUN)
-    names = _TORCHRUN if of_torchrun else _SRUN
-    rank_name, world_name, local_name = names
+    rank_name, world_name, local_name = _TORCHRUN if of_torchrun else _SRUN
     world = _number(world_name, 1)
     if world is None:
-        alone = (
-            None if of_torchrun else "0"
-        )  # what the script that sbatch runs has, beside no number of tasks
-        given = next((name for name in names if os.environ.get(name, alone) != alone), None)
-        if given is None:
-            return Place()
-        raise ConfigError(
-            f"{given} is {os.environ[given]!r} in the environment and {world_name} is missing; "
-            f"{_EXPECTED}"
-        )
+        # The script that sbatch runs has rank 0 beside no number of tasks.
+        alone = None if of_torchrun else "0"
+        for name in (rank_name, local_name):
+            if (given := os.environ.get(name, alone)) != alone:
+                raise ConfigError(
+                    f"{name} is {given!r} in the environment and {world_name} is missing; "
+                    f"{_EXPECTED}"
+                )
+        return Place()
     rank = _number(rank_name, 0)
     if rank is None:
         if world > 1:
-            beside = (
-                f"; {_SRUN[0]} beside {world_name} is not read"
-                if of_torchrun and _SRUN[0] in os.environ
-                else ""
-            )
+            unread = of_torchrun and _SRUN[0] in os.environ
+            beside = f"; {_SRUN[0]} beside {world_name} is not read" if unread else ""
             raise ConfigError(
                 f"{world_name} is {world} in the environment and {rank_name} is missing{beside}; "
                 f"{_EXPECTED}"
@@ -93,9 +86,8 @@ def place() -> Place:
             f"{world - 1}"
         )
     local = _number(local_name, 0)
-    if (
-        local is not None and local > rank
-    ):  # of those before it, as many as its local rank run on this machine
+    # Of those before it, as many as its local rank run on this machine.
+    if local is not None and local > rank:
         raise ConfigError(
             f"{local_name} is {local} in the environment and {rank_name} is {rank}; expected 0 to "
             f"{rank}"
@@ -104,36 +96,34 @@ def place() -> Place:
     if here is not None and (here > world or (local or 0) >= here):
         raise ConfigError(
             f"LOCAL_WORLD_SIZE is {here} in the environment, {world_name} is {world} and "
-            f"{local_name} is "
-            f"{os.environ.get(local_name, 'missing')}; expected {local_name} < LOCAL_WORLD_SIZE "
-            f"<= {world_name}"
+            f"{local_name} is {os.environ.get(local_name, 'missing')}; expected {local_name} < "
+            f"LOCAL_WORLD_SIZE <= {world_name}"
         )
     return Place(rank, world, rank if local is None else local)
 
 
 def rank() -> int:
-    """0 in one process."""
+    """Return the rank of this process; 0 in one process."""
     return place().rank
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return place().world_size
 
 
 def local_rank() -> int:
-    """Among the processes of this machine: which GPU is its own."""
+    """Return the rank among the processes of this machine: which GPU is its own."""
     return place().local_rank
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and prints."""
+    """Return whether this process writes the files and prints."""
     return rank() == 0
 
 
 def run_name() -> str:
-    """Return what the processes of one run have in common, and of runs at the same time no other;
-    "" in one process.
-    """
+    """Return what the processes of this run have in common with no other; "" in one process."""
     if world_size() == 1:
         return ""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -143,8 +133,14 @@ def run_name() -> str:
 
 
 def device(name: str = "auto") -> torch.device:
-    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` (of several processes each takes the
-    GPU of its local rank), ``cuda:1``.
+    """Return the device of this process.
+
+    Args:
+        name: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` (of several processes each
+            takes the GPU of its local rank), ``cuda:1``.
+
+    Raises:
+        ConfigError: if torch cannot use it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,7 +161,7 @@ def device(name: str = "auto") -> torch.device:
 
 
 def group() -> dist.ProcessGroup | None:
-    """The group of all processes, opened on the first call; None in one process."""
+    """Return the group of all processes, opened on the first call; None in one process."""
     if world_size() == 1:
         return None
     if not dist.is_initialized():
@@ -202,12 +198,10 @@ def _open() -> None:
             raise
         raise ProcessError(
             f"the {world_size()} processes did not come together ({first_line(error)}); expected "
-            "all "
-            f"to be started within {limit:g} s of each other (OVSEG_START_TIMEOUT), and a "
-            "MASTER_PORT "
-            "that is free"
+            f"all to be started within {limit:g} s of each other (OVSEG_START_TIMEOUT), and a "
+            "MASTER_PORT that is free"
         ) from error
-    # torch 2.14 has a public name for it
+    # Torch 2.14 has a public name for it.
     public: Any = getattr(dist, "set_timeout", None)
     set_timeout = public or dist.distributed_c10d._set_pg_timeout
     set_timeout(later, dist.group.WORLD)
@@ -274,12 +268,12 @@ def close() -> None:
 
 
 def seed_for(seed: int, rank: int) -> int:
-    """A seed of 63 bits for one process: other numbers on every rank and for every seed."""
+    """Return a seed of 63 bits for one process, another one for every rank and seed."""
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def any_flag(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag whether any process has raised it: what all of them then do together."""
+    """Return of each flag whether any process has raised it; all then do the same."""
     found = np.array(flags, np.int64)
     all_reduce_sum(found)
     return tuple(bool(x) for x in found)
@@ -298,7 +292,7 @@ def all_reduce_sum(array: np.ndarray) -> np.ndarray:
 
 
 def smallest(*numbers: int) -> tuple[int, ...]:
-    """Of each number the smallest of all processes."""
+    """Return the smallest of all processes, of each number."""
     if (everyone := group()) is None:
         return numbers
     found = torch.tensor(numbers)
@@ -307,7 +301,10 @@ def smallest(*numbers: int) -> tuple[int, ...]:
 
 
 def gather_strings(strings: list[str]) -> list[str]:
-    """The strings of all processes, rank by rank. They travel as JSON: nothing is unpickled."""
+    """Return the strings of all processes, rank by rank.
+
+    They travel as JSON: nothing is unpickled.
+    """
     if (everyone := group()) is None:
         return list(strings)
     text = torch.frombuffer(bytearray(json.dumps(strings).encode()), dtype=torch.uint8)
@@ -321,7 +318,7 @@ def gather_strings(strings: list[str]) -> list[str]:
 
 
 def broadcast_json(value: Any) -> Any:
-    """What rank 0 passed; anything that JSON holds."""
+    """Return what rank 0 passed; anything that JSON holds."""
     if world_size() == 1:
         return value
     return json.loads(gather_strings([json.dumps(value)] if is_main() else [])[0])
@@ -352,9 +349,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat = torch.cat([g.reshape(-1) for g in gradients])
         dist.all_reduce(flat, group=everyone)
         flat /= world_size()
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        means = flat.split([g.numel() for g in gradients])
+        for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
@@ -372,16 +368,16 @@ def _number(name: str, least: int) -> int | None:
 
 
 def _meeting_place() -> tuple[str | None, int]:
-    """Host and port of rank 0 under srun, which names neither; (None, 0) where the environment has
-    both.
+    """Return host and port of rank 0 under srun, which names neither.
+
+    (None, 0) where the environment has both.
     """
     if "MASTER_ADDR" in os.environ:
         port = _number("MASTER_PORT", 1)
         if port is None or port > 65535:
             raise ConfigError(
                 f"MASTER_PORT is {port} in the environment and MASTER_ADDR is "
-                f"{os.environ['MASTER_ADDR']!r}; "
-                "expected a port, 1 to 65535, as torchrun sets it"
+                f"{os.environ['MASTER_ADDR']!r}; expected a port, 1 to 65535, as torchrun sets it"
             )
         return None, 0
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
@@ -390,9 +386,8 @@ def _meeting_place() -> tuple[str | None, int]:
             f"the environment says {world_size()} processes and names no MASTER_ADDR; expected "
             "torchrun or srun"
         )
-    found = re.match(
-        r"([^,\[]+)(?:\[([^\],-]+))?", nodes
-    )  # node[07-09,12] or a,b: the first of them
+    # node[07-09,12] or a,b: the first of them.
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
     assert found is not None
     host = found[1] + (found[2] or "")
     job = _number("SLURM_JOB_ID", 0) or 0

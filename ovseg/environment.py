@@ -1,4 +1,4 @@
-"""What a result was made with, for the files beside it."""
+"""The environment that a result was made in, for the files beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ovseg_kernels import __version__
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Versions, device and threads."""
+    """Return versions, device and threads."""
     device = torch.device(device)
     name = (
         torch.cuda.get_device_name(device)

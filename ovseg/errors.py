@@ -45,8 +45,7 @@ _ADVICE = ("weights_only", "trust_remote_code", "allow_pickle", "unsafely")
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says in one line: the first of its text, or its kind where it says
-    nothing.
+    """Return what an error says in one line; its kind where it says nothing.
 
     YAML's errors draw the place over several lines; of them it is the problem and where it is.
     Advice to run code that came with a file is not passed on.

@@ -79,7 +79,7 @@ def new_figure(**options: Any) -> Figure:
 
 
 def _import_matplotlib() -> None:
-    """Import it without MPLBACKEND, with which it fails if that is not installed, as a notebook's."""
+    """Import it without MPLBACKEND: it fails with one that is not installed, as a notebook's."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib

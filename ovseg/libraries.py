@@ -33,7 +33,7 @@ _EXTRAS = {
 
 
 class MissingLibrary(ModuleNotFoundError):
-    """A library that is not installed; the message is a whole sentence that says what to install."""
+    """A library that is not installed; the message is a sentence that says what to install."""
 
 
 def remedy(module: str) -> str:

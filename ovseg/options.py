@@ -18,14 +18,20 @@ from .bounds import check_bounds
 from .errors import ConfigError, first_line
 
 _T = TypeVar("_T")
-_CLOSE = 0.65  # of difflib's ratio: a letter lost or two that changed places; "wandb" is no "train"
+# Of difflib's ratio: a letter lost or two that changed places are close; "wandb" is no "train".
+_CLOSE = 0.65
 
 
 def unknown_key(
     key: str, known: Iterable[str], where: str = "", moved: Mapping[str, str] | None = None
 ) -> ConfigError:
-    """The error for a key that does not exist; ``moved``: names of earlier versions -> what stands
-    for them now.
+    """Return the error for a key that does not exist.
+
+    Args:
+        key: as it was given.
+        known: keys that exist.
+        where: before the key in messages.
+        moved: names of earlier versions -> what stands for them now.
     """
     if moved and key in moved:
         return ConfigError(f"{where}{key}: unknown key; {moved[key]}")
@@ -78,7 +84,7 @@ def typed(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
 
 
 def check_finite(values: Any, key: str = "") -> None:
-    """No option means anything as NaN or an infinity, at any depth of mappings and lists.
+    """Refuse NaN and infinities, which no option means, at any depth of mappings and lists.
 
     Raises:
         ConfigError: naming the key of the first, below ``key``.
@@ -96,15 +102,3 @@ def check_finite(values: Any, key: str = "") -> None:
             )
         elif isinstance(values, Mapping):
             check_finite(value, f"{key}.{name}".lstrip("."))
-
-
-def within(
-    name: str, value: int, low: int, high: int, error: type[Exception] = ConfigError
-) -> None:
-    """Whether an integer makes sense; what sizes memory or starts processes has an upper end too.
-
-    Raises:
-        error: naming it and both ends.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise error(f"{name} is {value!r}; expected {low} to {high}")

@@ -39,7 +39,7 @@ _held: set[int] = set()  # open files of this process's locks
 
 
 def _forget() -> None:
-    """In a forked child, which would hold the lock after the death of its parent."""
+    """Let go in a forked child, which would hold the lock after the death of its parent."""
     for file in _held:
         with contextlib.suppress(OSError):
             os.close(file)
@@ -85,8 +85,10 @@ def locked_file(path: Path, option: str, verb: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path, what: str, verb: str, kind: str) -> Iterator[float | None]:
-    """Hold the lock ``path``; gives the time since when, if another run was killed while it held
-    it.
+    """Hold the lock ``path``.
+
+    Yields:
+        The time since when, if another run was killed while it held it.
     """
     began = time.time()
     record = {
@@ -113,9 +115,9 @@ def _locked(path: Path, what: str, verb: str, kind: str) -> Iterator[float | Non
 def _acquire(
     path: Path, record: dict[str, Any], what: str, kind: str
 ) -> tuple[int | None, dict[str, Any]]:
-    """(the open file of the lock, the record of a run that did not end in order).
+    """Return the open file of the lock, and the record of a run that did not end in order.
 
-    No file where there are no locks.
+    There is no file where the system has no locks.
 
     Raises:
         InputError: if another run holds it.
@@ -156,8 +158,11 @@ def _acquire(
 
 
 def _taken(path: Path, file: int, record: dict[str, Any]) -> str | None:
-    """ "first" if this process holds the lock now, "with others" if those of its run held it
-    before; None if it is another's.
+    """Try to take the lock.
+
+    Returns:
+        "first" if this process holds it now, "with others" if those of its run held it before; None
+        if it is another's.
     """
     run = record["run"]
     if _flock(file, "LOCK_EX") and _is_at(file, path):
@@ -168,9 +173,7 @@ def _taken(path: Path, file: int, record: dict[str, Any]) -> str | None:
 
 
 def _release(path: Path, file: int) -> None:
-    """Let go; the last one of a run removes the file, and folders that were made for it and are
-    empty.
-    """
+    """Let go; the last one of a run removes the file, and folders that were made and are empty."""
     _held.discard(file)
     together = bool(distributed.run_name())
     for _ in range(5 if together else 1):
@@ -205,7 +208,7 @@ def _make(folder: Path) -> list[str]:
 
 
 def _flock(file: int, how: str) -> bool:
-    """Return whether it could be had at once."""
+    """Return whether the lock could be had at once."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, "this system has no flock")
     try:
@@ -216,9 +219,7 @@ def _flock(file: int, how: str) -> bool:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Return whether the open file still is the one of that name: its last holder may have removed
-    it meanwhile.
-    """
+    """Return whether the open file still has that name: its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:
@@ -240,9 +241,10 @@ def _write(file: int, record: dict[str, Any]) -> None:
 
 
 def _who(record: dict[str, Any]) -> str:
-    """In words, who holds a lock."""
+    """Say who holds a lock."""
     try:
         age = duration(time.time() - float(record["began"]))
-        return f"`ovseg {record['verb']}` (process {record['pid']} on {record['host']}, begun {age} ago)"
+        place = f"process {record['pid']} on {record['host']}"
+        return f"`ovseg {record['verb']}` ({place}, begun {age} ago)"
     except (KeyError, TypeError, ValueError):
         return "another run of ovseg"

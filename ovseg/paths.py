@@ -1,7 +1,6 @@
-"""The folder for what can be made again: ``OVSEG_CACHE`` (``off``: none), else
-``$XDG_CACHE_HOME/ovseg`` or ``~/.cache/ovseg``.
+"""What lies at a path, in words, and the folder of the cache.
 
-What lies at a path, in words: errors say what is there, not that nothing is.
+Errors say what is there, not that nothing is.
 """
 
 from __future__ import annotations
@@ -10,13 +9,30 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+
+_KINDS = (
+    (stat.S_ISDIR, "is a folder"),
+    (stat.S_ISFIFO, "is a FIFO"),
+    (stat.S_ISSOCK, "is a socket"),
+    (stat.S_ISCHR, "is a device"),
+    (stat.S_ISBLK, "is a device"),
+)
+
+# With one "/" as well, which is what pathlib makes of two.
+_ADDRESS = re.compile(
+    r"(https?|s?ftps?|s3[an]?|gs|gcs|az|abfss?|wasbs?|hdfs|hf|oss|ssh|scp|smb|webdavs?|file):/+[^/]"
+    r"|data:[a-z]+/",
+    re.IGNORECASE,
+)
 
 
 def cache_folder() -> Path | None:
-    """None where there is to be no cache.
+    """Return the folder for what can be made again; None where there is to be no cache.
 
-    It need not exist, nor be writable: who writes into it goes on without.
+    It is ``OVSEG_CACHE`` (``off``: none), else ``$XDG_CACHE_HOME/ovseg`` or ``~/.cache/ovseg``. It
+    need not exist, nor be writable: who writes into it goes on without.
     """
     asked = os.environ.get("OVSEG_CACHE", "")
     if asked.lower() in ("off", "0", "no", "false"):
@@ -30,24 +46,10 @@ def cache_folder() -> Path | None:
         return None
 
 
-_KINDS = (
-    (stat.S_ISDIR, "is a folder"),
-    (stat.S_ISFIFO, "is a FIFO"),
-    (stat.S_ISSOCK, "is a socket"),
-    (stat.S_ISCHR, "is a device"),
-    (stat.S_ISBLK, "is a device"),
-)
-
-# With one "/" as well, which is what pathlib makes of two.
-_ADDRESS = re.compile(
-    r"(https?|s?ftps?|s3[an]?|gs|gcs|az|abfss?|wasbs?|hdfs|hf|oss|ssh|scp|smb|webdavs?|file):/+[^/]|data:[a-z]+/",
-    re.IGNORECASE,
-)
-
-
 def address(path: str | Path) -> str | None:
-    """Why a name that is an address, such as ``https://...``, ``s3://...`` or ``file://...``, is no
-    path; None if it is none.
+    """Say why a name that is an address, such as ``https://...`` or ``file://...``, is no path.
+
+    None if it is no address.
     """
     name = str(path)
     if _ADDRESS.match(name) is None or os.path.lexists(name):
@@ -58,7 +60,7 @@ def address(path: str | Path) -> str | None:
 
 
 def as_given(path: str | Path) -> str:
-    """The name for messages; an address as it was given, of which pathlib has taken a "/"."""
+    """Return the name for messages, with the "/" that pathlib takes from an address."""
     name = str(path)
     return re.sub(r"^(\w+):/(?=[^/])", r"\1://", name) if address(name) else name
 
@@ -79,31 +81,31 @@ def exists(path: str | Path) -> bool:
 
 
 def no_file(path: str | Path) -> str | None:
-    """Why there is no file to read at ``path``: "does not exist", "is a folder", ...; None if there
-    is one.
+    """Say why there is no file to read at ``path``: "does not exist", "is a folder", ...
+
+    None if there is one.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:
-        return _unreachable(path, error)
-    if stat.S_ISREG(mode):
-        return None
-    return next((words for test, words in _KINDS if test(mode)), "is no regular file")
+    return _unlike(path, stat.S_ISREG, "is no regular file")
 
 
 def no_folder(path: str | Path) -> str | None:
-    """The same of a folder."""
+    """Say why there is no folder at ``path``; None if there is one."""
+    return _unlike(path, stat.S_ISDIR, "is a file")
+
+
+def _unlike(path: str | Path, wanted: Callable[[int], bool], otherwise: str) -> str | None:
+    """Say what lies at ``path`` in place of what is wanted."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         return _unreachable(path, error)
-    if stat.S_ISDIR(mode):
+    if wanted(mode):
         return None
-    return next((words for test, words in _KINDS if test(mode)), "is a file")
+    return next((words for test, words in _KINDS if test(mode)), otherwise)
 
 
 def read_bounded(path: str | Path, most: int) -> bytes:
-    """The bytes of a plain file of at most ``most`` bytes.
+    """Read a plain file of at most ``most`` bytes.
 
     Nothing else is opened: a FIFO would be waited for, a device has no end.
 
@@ -122,6 +124,7 @@ def read_bounded(path: str | Path, most: int) -> bytes:
 
 
 def _unreachable(path: str | Path, error: OSError | ValueError) -> str:
+    """Say why a path cannot be looked at."""
     if isinstance(error, ValueError):
         return "holds a NUL character"
     if (what := address(path)) is not None:

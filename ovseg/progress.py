@@ -1,7 +1,4 @@
-"""How far long work is: a bar on a terminal and in notebooks, lines of the log elsewhere.
-
-And lines for the user, beside results.
-"""
+"""How far long work is: a bar on a terminal and in notebooks, lines of the log elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 logger = logging.getLogger(__name__)
-FIRST, EVERY = 5.0, 20.0  # seconds to the first line of a log, and from one to the next
+FIRST = 5.0  # seconds to the first line of a log
+EVERY = 20.0  # from one to the next
 
 
 def bar(
@@ -29,12 +27,16 @@ def bar(
     leave: bool = True,
     delay: float = 0.0,
 ) -> Any:
-    """Return tqdm's bar over ``items``, or ``Lines`` of the same methods where nobody looks at one;
-    nothing is said unless ``show``.
+    """Return tqdm's bar over ``items``, or ``Lines`` of the same methods where nobody looks at one.
 
     Args:
+        items: what is gone through; None: ``update`` says how far it is.
+        show: False: nothing is said.
+        total: how many there are, where ``items`` does not tell.
+        initial: how many are done already.
         unit: what is counted, in the singular.
         unit_scale: whether the numbers are large: in thousands and millions.
+        desc: what is done.
         leave: whether a bar stays on the terminal at its end.
         delay: seconds before a bar is drawn.
     """
@@ -56,17 +58,15 @@ def bar(
 
 
 def waiting(what: str, *, show: bool = True) -> Lines:
-    """Return lines about one step that cannot say how far it is: ``with waiting("loading weights"):
-    ...``.
-    """
+    """Return lines about one step that cannot say how far it is, for a ``with`` around it."""
     return Lines(desc=what, speak=show)
 
 
 class Lines:
-    """A line of the log after five seconds and every twenty, from a thread of its own: a step that
-    blocks is not silent either.
+    """A line of the log after five seconds and every twenty.
 
-    Where nobody listens to the log there is no thread. It ends with ``close``, or with the object.
+    It comes from a thread of its own: a step that blocks is not silent either. Where nobody listens
+    to the log there is no thread. It ends with ``close``, or with the object.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class Lines:
         desc: str = "",
         speak: bool = True,
     ):
-        self.items, self.unit, self.desc = items, unit, desc
+        self.items = items
+        self.unit = unit
+        self.desc = desc
         self.total = len(items) if total is None and isinstance(items, Sized) else total
         self.n = self.initial = initial
         self.postfix = ""
@@ -118,7 +120,7 @@ class Lines:
         )
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """Set it in words."""
+        """Set in words what else a line tells."""
         self.postfix = text
 
     def close(self) -> None:
@@ -148,11 +150,11 @@ class Lines:
         logger.info("%s%s", f"{self.desc}: " if self.desc else "", ", ".join(parts))
 
     def _count(self) -> str:
-        scale, unit = (
-            (1e6, "MB")
-            if self.unit == "B"
-            else (1, f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}")
-        )
+        scale = 1.0
+        unit = f"{self.unit}{'es' if self.unit.endswith('ch') else 's'}"
+        if self.unit == "B":
+            scale = 1e6
+            unit = "MB"
         whole = "" if self.total is None else f"/{self.total / scale:.0f}"
         return f"{self.n / scale:.0f}{whole} {unit}"
 
@@ -174,7 +176,7 @@ def _rate(rate: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In words: "0.4 s", "44 s", "12 min", "3 h 20 min", "2 d 4 h"."""
+    """Say how long something takes: "0.4 s", "44 s", "12 min", "3 h 20 min", "2 d 4 h"."""
     if seconds < 9.95:
         return f"{max(0.0, seconds):.1f} s"
     if seconds < 90:
@@ -196,5 +198,5 @@ def _watched() -> bool:
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """Write a line for the user on stderr, beside results."""
     sys.stderr.write(f"{text}\n")

@@ -1,6 +1,4 @@
-"""Files that are whole or not there, and whether there is a place for them: found out before the
-work, not after it.
-"""
+"""Files that are whole or not there; whether there is a place for them is known before the work."""
 
 from __future__ import annotations
 
@@ -22,11 +20,10 @@ _PART = re.compile(r"\.part\.(\d+)-[0-9a-f]{8}\..")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name of the same suffix to write to, renamed to ``path`` at the end: a reader sees the old
-    file or the whole new one.
+    """Give a name of the same suffix to write to, which is renamed to ``path`` at the end.
 
-    Who may read it is for the umask to say: safetensors from 0.8 on writes files that their owner
-    alone can read.
+    A reader sees the old file or the whole new one. Who may read it is for the umask to say:
+    safetensors from 0.8 on writes files that their owner alone can read.
     """
     made = [above for above in path.parents if not above.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,45 +36,43 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-        with contextlib.suppress(
-            OSError
-        ):  # what was made for nothing; a folder that holds something stays
+        # What was made for nothing goes; a folder that holds something stays.
+        with contextlib.suppress(OSError):
             for above in made:
                 above.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole of ``text``, UTF-8 but for names of files that are not, or what was there before."""
+    """Write all of ``text`` or nothing, in UTF-8 but for names of files that are not."""
     with replacing(path) as part:
         part.write_text(text, "utf-8", "surrogateescape")
 
 
 def part_of(path: Path) -> Path:
-    """Return a new name in between, beside ``path``: hidden, of this process alone, and of the same
-    suffix.
+    """Return a new name in between, beside ``path``.
 
-    It holds the number of the process, by which ``remove_parts`` knows what was left behind.
+    It is hidden, of this process alone, and of the same suffix. It holds the number of the process,
+    by which ``remove_parts`` knows what was left behind.
     """
     return beside(path, f".part.{os.getpid()}-{secrets.token_hex(4)}.")
 
 
 def beside(path: Path, before: str) -> Path:
-    """Return the path of the name with ``before`` in front; its middle is a hash where the whole
-    would be too long a name.
-    """
+    """Return the path of the name with ``before`` in front, or of a hash where it is too long."""
     name = f"{before}{path.name}"
     if len(os.fsencode(name)) > LONGEST:
-        name = f"{before}{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}{path.suffix[:32]}"
+        short = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+        name = f"{before}{short}{path.suffix[:32]}"
     return path.with_name(name)
 
 
 def remove_parts(paths: Iterable[Path], *, older: float = float("inf")) -> int:
-    """Remove those of ``paths`` that a process which is gone was writing when it ended; return how
-    many.
+    """Remove what a process that is gone was writing when it ended; return how many.
 
     For whoever holds the folder: a process on another machine counts as gone.
 
     Args:
+        paths: of which only names as ``part_of`` makes them are looked at.
         older: only what was last written to before this time.
     """
     removed = 0
@@ -108,7 +103,9 @@ def _runs(pid: int) -> bool:
 
 
 def folder_for(path: str | Path, option: str) -> Path:
-    """``path``, if it is a folder that can be written to, or can become one. Nothing is made.
+    """Return ``path``, if it is a folder that can be written to, or can become one.
+
+    Nothing is made.
 
     Raises:
         InputError: if it cannot, naming ``option``.
@@ -129,7 +126,7 @@ def folder_for(path: str | Path, option: str) -> Path:
 
 
 def file_for(path: str | Path, option: str) -> Path:
-    """``path``, if a file can be written there. Nothing is made.
+    """Return ``path``, if a file can be written there. Nothing is made.
 
     Raises:
         InputError: if it cannot, naming ``option``.

@@ -2,7 +2,8 @@
 
 The first one is noted, and what comes within ten seconds of it is counted and otherwise without
 effect: a launcher, a terminal and a cluster often say the same thing twice. A later one acts as it
-would have without this module."""
+would have without this module.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +19,12 @@ PATIENCE = 10.0  # seconds
 # What clusters announce the end of the time by (USR1, USR2, XCPU), what torchrun passes on, and
 # what a closed terminal leaves.
 _NAMES = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-SIGNALS = tuple(
-    getattr(signal, name) for name in _NAMES if hasattr(signal, name)
-)  # Windows has three of them
+# Windows has three of them.
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class StopRequest:
-    """Return whether a signal asked this process to stop.
+    """A note of the signals that ask this process to stop; it is true once one has come.
 
     Attributes:
         numbers: of the signals that came, in their order.
@@ -51,10 +51,8 @@ class StopRequest:
         Only the main thread may; in others nothing is noted.
         """
         for number in SIGNALS:
-            if (
-                number == getattr(signal, "SIGHUP", None)
-                and signal.getsignal(number) is signal.SIG_IGN
-            ):
+            hung_up = number == getattr(signal, "SIGHUP", None)
+            if hung_up and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup
             try:
                 self._previous[number] = signal.signal(number, self._handle)

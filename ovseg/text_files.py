@@ -1,6 +1,4 @@
-"""Text files that people and killed runs leave: read as UTF-8, with errors that name the file and
-the line.
-"""
+"""Text files that people and killed runs leave: UTF-8, with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -13,11 +11,13 @@ from .paths import as_given, no_file
 
 
 def text_of(path: Path, what: str, expected: str, error: type[Exception]) -> str:
-    """The text of a file, without a byte order mark.
+    """Read the text of a file, without a byte order mark.
 
     Args:
+        path: of the file.
         what: the file is, for messages: "label file".
         expected: in its place: ".txt (a class on each line)".
+        error: the class of the error.
 
     Raises:
         error: if there is no file, it cannot be read, or is not UTF-8.
@@ -36,30 +36,26 @@ def text_of(path: Path, what: str, expected: str, error: type[Exception]) -> str
         line = data.count(b"\n", 0, failure.start) + 1
         raise error(
             f"{what} {as_given(path)!r} is no UTF-8 text, line {line}: {failure.reason} "
-            f"0x{data[failure.start]:02x}; "
-            f"expected {expected}"
+            f"0x{data[failure.start]:02x}; expected {expected}"
         ) from failure
 
 
 def lines_of(path: Path, what: str, expected: str, error: type[Exception]) -> list[str]:
-    """The lines of a file that are not blank, without the space around them.
+    """Read the lines of a file that are not blank, without the space around them.
 
     Raises:
         error: as ``text_of``, and if there is no line.
     """
     # Not splitlines: a name may hold any of the other characters that end a line there.
-    lines = [
-        line.strip()
-        for line in text_of(path, what, expected, error).replace("\r", "\n").split("\n")
-    ]
-    lines = [line for line in lines if line]
+    every = text_of(path, what, expected, error).replace("\r", "\n").split("\n")
+    lines = [line.strip() for line in every if line.strip()]
     if not lines:
         raise error(f"{what} {as_given(path)!r} is empty; expected {expected}")
     return lines
 
 
 def tree_of(text: str, *, is_json: bool = False) -> Any:
-    """What YAML or JSON holds: plain values, no code.
+    """Read what YAML or JSON holds: plain values, no code.
 
     Raises:
         ValueError: in words, for anything that cannot be read, a key that stands twice in a
@@ -68,9 +64,9 @@ def tree_of(text: str, *, is_json: bool = False) -> Any:
     import yaml
 
     try:
-        return (
-            json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _loader())
-        )  # a SafeLoader
+        if is_json:
+            return json.loads(text, object_pairs_hook=_once)
+        return yaml.load(text, _loader())  # a SafeLoader
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from error
     except yaml.YAMLError as error:
@@ -80,14 +76,17 @@ def tree_of(text: str, *, is_json: bool = False) -> Any:
 
 
 def records_of(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects on the lines of a journal or log, and how many lines are none: cut off by a
-    kill, damaged, not UTF-8.
+    """Read the JSON objects on the lines of a journal or log.
 
     A file that is not there has none. OSError if it cannot be read.
+
+    Returns:
+        The objects, and how many lines are none: cut off by a kill, damaged, not UTF-8.
     """
     if not path.is_file():
         return [], 0
-    found, damaged = [], 0
+    found = []
+    damaged = 0
     for line in path.read_bytes().split(b"\n"):
         if not line.strip():
             continue
@@ -120,9 +119,8 @@ def _loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[Any] = set()
             for key_node, _ in node.value:
-                if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(
-                    key_node, yaml.ScalarNode
-                ):
+                merged = key_node.tag == "tag:yaml.org,2002:merge"
+                if merged or not isinstance(key_node, yaml.ScalarNode):
                     continue
                 key = self.construct_object(key_node)
                 if key in seen:

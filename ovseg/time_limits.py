@@ -1,6 +1,7 @@
 """How long this package waits for other processes.
 
-Each limit is a variable of the environment, in seconds (docs/commands.md)."""
+Each limit is a variable of the environment, in seconds (docs/commands.md).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def rank_limit() -> float:
 
 
 def data_limit() -> float:
-    """Until the processes that read training data give a batch."""
+    """Return the limit until the processes that read training data give a batch."""
     return _seconds("OVSEG_DATA_TIMEOUT", 600.0)
 
 

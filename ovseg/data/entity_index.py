@@ -39,7 +39,8 @@ class EntityIndex:
     """
 
     def __init__(self, starts: np.ndarray, members: np.ndarray):
-        self.starts, self.members = starts, members
+        self.starts = starts
+        self.members = members
 
     @classmethod
     def of(cls, named: torch.Tensor) -> EntityIndex:
@@ -216,16 +217,7 @@ def filter_captions(
         InputError: for files that cannot be read or written.
         DataError: if no caption names an entity.
     """
-    if (what := no_file(source)) is not None:
-        raise InputError(f"captions {as_given(source)!r} {what}; expected a .tsv or .jsonl file")
-    if source.suffix.lower() not in SUFFIXES or out.suffix.lower() != source.suffix.lower():
-        raise InputError(
-            f"captions are {str(source)!r} and --out {str(out)!r}; expected two names that end in "
-            f"one of {list(SUFFIXES)}"
-        )
-    if out.exists() and out.samefile(source):
-        raise InputError(f"--out {str(out)!r} is the file that is read; expected another name")
-    file_for(out, "--out")
+    _check_files(source, out)
     found = Filtered()
     is_json = source.suffix.lower() == ".jsonl"
     with source.open("rb") as lines, replacing(out) as part, part.open("wb") as kept:
@@ -260,6 +252,20 @@ def filter_captions(
                 f"entities{first}"
             )
     return found
+
+
+def _check_files(source: Path, out: Path) -> None:
+    """Refuse files that cannot be read or written, before the work."""
+    if (what := no_file(source)) is not None:
+        raise InputError(f"captions {as_given(source)!r} {what}; expected a .tsv or .jsonl file")
+    if source.suffix.lower() not in SUFFIXES or out.suffix.lower() != source.suffix.lower():
+        raise InputError(
+            f"captions are {str(source)!r} and --out {str(out)!r}; expected two names that end in "
+            f"one of {list(SUFFIXES)}"
+        )
+    if out.exists() and out.samefile(source):
+        raise InputError(f"--out {str(out)!r} is the file that is read; expected another name")
+    file_for(out, "--out")
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:

@@ -235,7 +235,8 @@ def _caption(things: list[str], stuff: str, rng: np.random.Generator) -> Caption
     chosen = [names[i] for i in rng.permutation(len(names))[: rng.integers(1, len(names) + 1)]]
     text = " and ".join(_article(name, (stuff,)) for name in chosen)
     if rng.random() < _STUFF_BESIDE:
-        text, chosen = f"{text} on {stuff}", [*chosen, stuff]
+        text = f"{text} on {stuff}"
+        chosen.append(stuff)
     return Caption(SEVERAL[rng.integers(len(SEVERAL))].format(list=text), frozenset(chosen))
 
 

@@ -77,7 +77,8 @@ def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.
     """
     if how not in PATCH_RULES:
         raise ValueError(f"how is {how!r}; expected 'majority' or 'mean'")
-    h, w = segments.shape[0] // patch, segments.shape[1] // patch
+    h = segments.shape[0] // patch
+    w = segments.shape[1] // patch
     cells = (
         segments[: h * patch, : w * patch]
         .reshape(h, patch, w, patch)
@@ -191,9 +192,9 @@ def write_superpixels(
     """
     from safetensors.numpy import save_file
 
-    options = options or SuperpixelOptions()
     require("skimage", "cutting up pictures")
-    check_bounds(options, "", InputError)
+    options = options or SuperpixelOptions()
+    check_bounds(options, error=InputError)
     file_for(path, "superpixel file")
     jobs = [(key, file, options) for key, file in pictures]
     found: dict[str, np.ndarray] = {}

@@ -1,0 +1,1 @@
+"""Training: recipes, the trainer, gradients, checkpoints and what happens beside them."""

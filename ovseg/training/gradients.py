@@ -1,5 +1,4 @@
-"""The gradient of a step: over one process or many, of a whole batch or of one that is encoded in
-chunks.
+"""The gradient of a step: over one process or many, of a whole batch or of one in chunks.
 
 In chunks (Gao et al., GradCache, arXiv:2101.06983): all rows are encoded without a graph, the
 losses of the whole batch give the gradient of the rows, then each chunk is encoded again with a
@@ -10,7 +9,6 @@ chunk. Random states are kept for each chunk, so that both passes see the same n
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +30,8 @@ from ..systems.objective import Losses, Objective, Progress
 Cast = Callable[[], contextlib.AbstractContextManager]
 # Buffers are not sent before each pass. Torch 2.14 has a new name for that, and warns of the old
 # one in every process.
-_NEW, _OLD = "forward_sync_buffers", "broadcast_buffers"
+_NEW = "forward_sync_buffers"
+_OLD = "broadcast_buffers"
 _BUFFERS_STAY = {_NEW if _NEW in signature(DistributedDataParallel).parameters else _OLD: False}
 
 
@@ -54,12 +53,10 @@ class Gradients:
         chunk: int | None = None,
         cast: Cast = contextlib.nullcontext,
     ):
-        self.objective, self.chunk, self.cast, self.group = (
-            objective,
-            chunk,
-            cast,
-            distributed.group(),
-        )
+        self.objective = objective
+        self.chunk = chunk
+        self.cast = cast
+        self.group = distributed.group()
         self.wrapped: nn.Module = objective
         self._by_hand: list[nn.Parameter] = []
         if self.group is None:
@@ -78,8 +75,10 @@ class Gradients:
             self._by_hand = [p for p in objective.parameters() if p.requires_grad]
 
     def __call__(self, batch: Batch, progress: Progress, scale: float = 1.0) -> Losses:
-        """Add the gradients of ``scale`` times the total to the parameters; returns the losses of
-        the batch of all processes.
+        """Add the gradients of ``scale`` times the total to the parameters.
+
+        Returns:
+            The losses of the batch of all processes.
         """
         if self.chunk is None:
             with self.cast():
@@ -91,17 +90,19 @@ class Gradients:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _in_chunks(self, batch: Batch, progress: Progress, scale: float) -> Losses:
+        """Do the same with chunks: rows without a graph, their gradients, then each chunk again."""
         assert self.chunk is not None
         # FSDP2 gathers parameters in every chunk: all processes need the same number of them, none
         # of them empty.
         most, fewest = distributed.smallest(-math.ceil(len(batch) / self.chunk), len(batch))
         chunks = batch.split(min(-most, fewest))
-        firsts = itertools.accumulate([len(chunk) for chunk in chunks], initial=progress.first)
-        places = [
-            replace(progress, chunk=i, first=first)
-            for i, first in zip(range(len(chunks)), firsts, strict=False)
-        ]
-        states, parts = [], []
+        places = []
+        first = progress.first
+        for i, chunk in enumerate(chunks):
+            places.append(replace(progress, chunk=i, first=first))
+            first += len(chunk)
+        states = []
+        parts = []
         for chunk, place in zip(chunks, places, strict=True):
             states.append(_random_state())
             with torch.no_grad(), self.cast():
@@ -118,20 +119,19 @@ class Gradients:
             _set_random_state(states[i])
             with self.cast():
                 again = self.objective.encode(chunk, places[i])
-            found = [
-                (again[name], share[i])
-                for name, share in shares.items()
-                if again[name].requires_grad
-            ]
-            torch.autograd.backward([x for x, _ in found], [g for _, g in found])
+            names = [name for name in shares if again[name].requires_grad]
+            torch.autograd.backward(
+                [again[name] for name in names], [shares[name][i] for name in names]
+            )
         _set_random_state(after)
         return losses
 
 
 def shard(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """FSDP2 over all processes: block by block, then the rest.
+    """Shard a module over all processes by FSDP2: block by block, then the rest.
 
-    Returns the parameters that stay whole: it takes no scalars.
+    Returns:
+        The parameters that stay whole: it takes no scalars.
     """
     synchronize(module)
     mesh = init_device_mesh(next(module.parameters()).device.type, (distributed.world_size(),))
@@ -150,6 +150,7 @@ def synchronize(module: nn.Module) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
+    """Return whether ``shard`` was called for the module."""
     return isinstance(module, FSDPModule)
 
 
@@ -172,16 +173,12 @@ def clip(parameters: Iterable[nn.Parameter], most: float | None) -> torch.Tensor
 
 
 def _square(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    return torch.stack(
-        [
-            torch.zeros((), device=device, dtype=torch.float64),
-            *(x.double().square().sum() for x in tensors),
-        ]
-    ).sum()
+    nothing = torch.zeros((), device=device, dtype=torch.float64)
+    return torch.stack([nothing, *(x.double().square().sum() for x in tensors)]).sum()
 
 
 class LossScaler:
-    """The factor of fp16 losses.
+    """The factor by which losses of fp16 are multiplied.
 
     Its decisions follow from what all processes agreed on, so it is the same everywhere.
 
@@ -191,23 +188,24 @@ class LossScaler:
     """
 
     def __init__(self, enabled: bool, start: float = 2.0**16, patience: int = 2000):
-        self.enabled, self.scale, self.good, self.patience = (
-            enabled,
-            start if enabled else 1.0,
-            0,
-            patience,
-        )
+        self.enabled = enabled
+        self.scale = start if enabled else 1.0
+        self.good = 0
+        self.patience = patience
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients by the factor."""
         if self.enabled:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.scale)
 
     def update(self, finite: bool) -> bool:
-        """Take note of a step; returns whether a step that was not finite is explained by the
-        factor, which is then halved.
+        """Take note of a step.
+
+        Returns:
+            Whether a step that was not finite is explained by the factor, which is then halved.
         """
         if not self.enabled:
             return False
@@ -216,20 +214,22 @@ class LossScaler:
             self.scale /= 2
             return True
         if self.good == self.patience:
-            self.scale, self.good = self.scale * 2, 0
+            self.scale *= 2
+            self.good = 0
         return False
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the factor and the steps since it changed."""
         return {"scale": self.scale, "good": self.good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scale, self.good = float(state["scale"]), int(state["good"])
+        """Take over what ``state_dict`` returned."""
+        self.scale = float(state["scale"])
+        self.good = int(state["good"])
 
 
 def cast_for(precision: str, device: torch.device) -> tuple[Cast, str]:
-    """(what makes the autocast context of a pass, the precision that ``auto`` stands for on this
-    device).
-    """
+    """Return what makes the autocast context of a pass, and what ``auto`` stands for here."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -250,5 +250,5 @@ def _set_random_state(states: list[torch.Tensor]) -> None:
 
 
 def trained(objective: Objective) -> Iterator[nn.Parameter]:
-    """The parameters that get gradients."""
+    """Go through the parameters that get gradients."""
     return (p for p in objective.parameters() if p.requires_grad)

@@ -155,7 +155,7 @@ class Recipe:
 
     Attributes:
         init: part of the model -> where its weights come from; ``model`` is the whole. See
-            ``stages.start``.
+            ``stages.take_weights``.
         data: in a file a mapping, ``kind`` and what ``ovseg.data.sources.<kind>.Options`` has; in a
             recipe that was built the options themselves.
         stages: one recipe after another in one run: of each what differs from the rest of this

@@ -1,6 +1,4 @@
-"""What a stage starts from: a model with weights from elsewhere, its objective, optimizer and data;
-and the folder a run lives in.
-"""
+"""The start of a stage: model, weights, objective, optimizer and data; and the folder of a run."""
 
 from __future__ import annotations
 
@@ -36,17 +34,21 @@ from .recipe import Recipe, differences, hash_of, load_yaml, save_recipe, stages
 from .state import complete, damage, facts_of
 
 logger = logging.getLogger(__name__)
-PREVIOUS, BEST = "previous", "best"
+PREVIOUS = "previous"
+BEST = "best"
+# What a run writes into its folder.
 _FOLDERS = ("checkpoints", "model", "best", "validation")
 _FILES = ("config.yaml", "env.json", "log.jsonl", "loss.png", "validation.jsonl")
 
 
 def build_model(recipe: Recipe) -> OVSegModel:
-    """The model of a stage, without the weights of ``init``."""
+    """Build the model of a stage, without the weights of ``init``."""
     return create_model(recipe.model.name, **recipe.model.options)
 
 
-def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | None = None) -> None:
+def take_weights(
+    model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | None = None
+) -> None:
     """Take over the weights that ``recipe.init`` names: part of the model -> where from.
 
     The part is ``model`` or a submodule such as ``backbone``. Where from: a folder of a run, of one
@@ -60,18 +62,14 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
     for part, source in recipe.init.items():
         if source is None:
             continue
-        where, prefix = f"init.{part} is {source!r}", "" if part == "model" else f"{part}."
-        if (
-            not isinstance(source, str) or not source
-        ):  # as a path, an empty one is the present folder
+        where = f"init.{part} is {source!r}"
+        prefix = "" if part == "model" else f"{part}."
+        if not isinstance(source, str) or not source:  # an empty path is the present folder
             raise ConfigError(f"{where}; expected a folder, a file or a name of weights")
         own = {name: x for name, x in model.state_dict().items() if name.startswith(prefix)}
         if not own:
-            parts = [
-                name
-                for name, _ in model.named_children()
-                if any(key.startswith(f"{name}.") for key in model.state_dict())
-            ]
+            with_weights = {key.partition(".")[0] for key in model.state_dict()}
+            parts = [name for name, _ in model.named_children() if name in with_weights]
             raise ConfigError(
                 f"{where}: {recipe.model.name} has no part {part!r}; expected 'model' or one of "
                 f"{parts}"
@@ -94,11 +92,12 @@ def start(model: OVSegModel, recipe: Recipe, run: Path, previous: OVSegModel | N
 
 
 def build_objective(model: OVSegModel, recipe: Recipe) -> Objective:
+    """Build what trains the model of a stage."""
     return create_objective(model, recipe.objective.name, **recipe.objective.options)
 
 
 def build_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
-    """Over the model's own groups, and what else the objective trains.
+    """Build the optimizer over the model's own groups, and what else the objective trains.
 
     After sharding: it holds the parameters as they are then.
     """
@@ -123,16 +122,15 @@ def build_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimiz
 def build_loader(
     recipe: Recipe, objective: Objective, device: torch.device, *, progress: bool
 ) -> Loader:
-    """The batches of this process.
+    """Build the batches of this process.
 
     Raises:
         ConfigError: if the objective takes another kind of batch than the data make.
     """
     options = recipe.data
     train = recipe.train
-    source = create_source(
-        options, ModelInputs.of(objective.model), seed=train.seed, progress=progress
-    )
+    inputs = ModelInputs.of(objective.model)
+    source = create_source(options, inputs, seed=train.seed, progress=progress)
     check_source(source, objective, options.kind)
     check_batches(len(source), recipe)
     return Loader(
@@ -178,6 +176,7 @@ class Run:
     """A folder of a run, as ``find_run`` found it.
 
     Attributes:
+        folder: of the run.
         at: the checkpoint to go on from, if any.
         recipe, key: plain values and their hash, for checkpoints.
         goes_on: whether there is a run in it; otherwise one is begun.
@@ -195,10 +194,12 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def log(self) -> Path:
+        """File of the log."""
         return self.folder / "log.jsonl"
 
 
@@ -235,45 +236,52 @@ def find_run(folder: Path, recipe: Recipe, *, resume: bool | str, allow: Sequenc
     if resume not in (True, False, "auto"):
         raise ConfigError(f"resume is {resume!r}; expected True, False or 'auto'")
     check_names(folder_for(folder, "run"))
-    plain, saved = to_dict(recipe), folder / "config.yaml"
-    begun = bool(
-        distributed.broadcast_json(
-            any((folder / name).exists() for name in (saved.name, "log.jsonl", "checkpoints"))
-        )
-    )
+    begun = _is_begun(folder, resume=resume)
+    plain = to_dict(recipe)
+    at, damaged = _newest_intact(folder / "checkpoints") if resume else (None, [])
+    changed = _changes(folder, plain, at) if resume else []
+    for key, before, now in changed:
+        if not any(key == name or key.startswith(f"{name}.") for name in allow):
+            raise ConfigError(
+                f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected the "
+                f"same recipe, a new folder, or --allow {key} to go on with another one"
+            )
+    keys = tuple(key for key, *_ in changed)
+    return Run(folder, plain, hash_of(plain), at, bool(resume) and begun, keys, tuple(damaged))
+
+
+def _is_begun(folder: Path, *, resume: bool | str) -> bool:
+    """Return whether there is a run in the folder, as the main process sees it.
+
+    Raises:
+        ConfigError: if there must be one and is none, or must not be and is.
+    """
+    here = [name for name in ("log.jsonl", "checkpoints") if (folder / name).exists()]
+    begun = bool(distributed.broadcast_json(bool(here) or (folder / "config.yaml").exists()))
     if resume is True and not begun:
         raise ConfigError(
             f"{folder} holds no run to go on with; expected the folder of one. Without --resume a "
-            "run is begun; "
-            "--auto-resume goes on where there is one and begins where there is none"
+            "run is begun; --auto-resume goes on where there is one and begins where there is none"
         )
-    if not resume and any((folder / name).exists() for name in ("log.jsonl", "checkpoints")):
+    if not resume and here:
         raise ConfigError(
             f"{folder} holds a run already; expected a new folder, or resume to go on with it"
         )
     if not begun:
         _check_unused(folder)
-    at, damaged = _newest_intact(folder / "checkpoints") if resume else (None, [])
-    facts = None if at is None else facts_of(at)
-    old = (
-        facts["recipe"]
-        if facts is not None
-        else _saved_recipe(saved)
-        if resume and saved.exists()
-        else None
-    )
-    changed = [] if old is None else differences(old, plain)
-    if facts is not None and facts["processes"] != distributed.world_size():
+    return begun
+
+
+def _changes(folder: Path, plain: dict[str, Any], at: Path | None) -> list[tuple[str, Any, Any]]:
+    """Return what differs from the run that is there, as ``differences`` does."""
+    saved = folder / "config.yaml"
+    if at is None:
+        return differences(_saved_recipe(saved), plain) if saved.exists() else []
+    facts = facts_of(at)
+    changed = differences(facts["recipe"], plain)
+    if facts["processes"] != distributed.world_size():
         changed.append(("processes", facts["processes"], distributed.world_size()))
-    for key, before, now in changed:
-        if not any(key == name or key.startswith(f"{name}.") for name in allow):
-            raise ConfigError(
-                f"{key} is {now!r} and the run in {folder} was begun with {before!r}; expected "
-                "the same recipe, a new "
-                f"folder, or --allow {key} to go on with another one"
-            )
-    keys = tuple(key for key, *_ in changed)
-    return Run(folder, plain, hash_of(plain), at, bool(resume) and begun, keys, tuple(damaged))
+    return changed
 
 
 def begin_run(run: Run, recipe: Recipe, device: torch.device) -> None:
@@ -297,6 +305,7 @@ def begin_run(run: Run, recipe: Recipe, device: torch.device) -> None:
 
 
 def _write_recipe(run: Run, recipe: Recipe) -> None:
+    """Write ``config.yaml``, and keep another one that was there."""
     saved = run.folder / "config.yaml"
     if saved.exists() and (run.changed or (not run.goes_on and not _is_of(saved, run.recipe))):
         kept = run.folder / f"config.until_{run.at.name if run.at else 'start'}.yaml"
@@ -339,8 +348,9 @@ def finished(folder: Path, recipe: Recipe) -> int | None:
 
 
 def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
-    """(the newest checkpoint whose files are what was written, the damaged ones after it), as the
-    main process finds them.
+    """Return the newest checkpoint whose files are what was written, and the damaged ones after it.
+
+    The main process looks for them.
     """
     found: list[str] = []
     reasons: dict[str, str] = {}
@@ -368,6 +378,7 @@ def _newest_intact(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def _saved_recipe(path: Path) -> Any:
+    """Return the plain values of a ``config.yaml``; CheckpointError if it is damaged."""
     try:
         found: Any = OmegaConf.to_container(load_yaml(path))
         if not isinstance(found, dict) or "model" not in found:
@@ -381,29 +392,26 @@ def _saved_recipe(path: Path) -> Any:
 
 
 def _weights(name: str, where: str, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors that a name of ``init`` stands for; ConfigError, at ``where``, if none."""
     path = Path(name)
     try:
         for file in (path / "model" / "model.safetensors", path / "model.safetensors", path):
             found = read_published(file) if no_file(file) is None else {}
             if any(key.startswith("backbone.") or key in own for key in found):
                 return found
-        return from_pretrained(
-            name
-        ).state_dict()  # whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's
+        # Whatever -m takes: a name and a tag, the Hub, a checkpoint of open_clip's.
+        return from_pretrained(name).state_dict()
     except CheckpointError as error:
         raise ConfigError(f"{where}: {error}") from error
     except InputError as error:
         raise ConfigError(
-            f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of "
-            "a run or of "
-            f"save_pretrained, or a model with weights: {error}"
+            f"{where}: {path} does not exist or holds no model.safetensors; expected a folder of a "
+            f"run or of save_pretrained, or a model with weights: {error}"
         ) from error
 
 
 def _forget_after(log: Path, step: int) -> None:
-    """Drop log lines that a killed run wrote after its last checkpoint, and a half-written last
-    line.
-    """
+    """Drop log lines that a killed run wrote after its last checkpoint, and a half-written one."""
     if not log.exists():
         return
     entries, damaged = records_of(log)

@@ -1,6 +1,7 @@
 """Checks of what can be known of a run before its first step, of all its stages.
 
-What cannot be followed is refused, what is hardly meant is said."""
+What cannot be followed is refused, what is hardly meant is said.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +32,12 @@ from .stages import (
     build_optimizer,
     check_batches,
     check_source,
-    start,
+    take_weights,
 )
 from .state import State
 
 logger = logging.getLogger(__name__)
-_MOST_OF_THE_FIRST = 0.5  # of an average that has not moved
+_MOST_OF_THE_FIRST = 0.5  # share of the first weights in an average that has hardly moved
 
 
 def check_later_stages(
@@ -47,7 +48,10 @@ def check_later_stages(
     Random states stay as they are. Their pictures are not read, and scenes not drawn.
 
     Args:
-        state: of the stage ``first``, ready to begin.
+        stages: of the run.
+        first: the number of the stage that begins.
+        state: of that stage, ready to begin.
+        run: whose folder may hold weights.
         evaluate: the validation; its ``check``, where it has one, is asked for each model.
 
     Raises:
@@ -63,9 +67,8 @@ def check_later_stages(
         stage = stages[number]
         try:
             model = build_model(stage)
-            start(
-                model, _as_if_validated(stage, validated=evaluate is not None), run.folder, previous
-            )
+            taken = _as_if_validated(stage, validated=evaluate is not None)
+            take_weights(model, taken, run.folder, previous)
             objective = build_objective(model.to(device).train(), stage)
             build_optimizer(objective, stage)
             steps = _check_data(stage, objective, sources)
@@ -116,15 +119,13 @@ def check_room(state: State, run: Run, keep: int) -> None:
     each = model * (1 if state.average is None else 2) + moments * _bytes(trained)
     missing = keep + 1 - len(checkpoints.complete(run.checkpoints))
     needed = each * max(1, missing) + model
-    there = next(
-        path for path in (run.folder.absolute(), *run.folder.absolute().parents) if path.exists()
-    )
+    whole = run.folder.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if distributed.is_main() and free < needed:
         logger.warning(
             "the disk of %s has %.1f GB free; checkpoints (%.1f GB each, checkpoint.keep=%d) and "
-            "the "
-            "model need %.1f GB",
+            "the model need %.1f GB",
             run.folder,
             free / 1e9,
             each / 1e9,
@@ -161,24 +162,20 @@ def _as_if_validated(stage: Recipe, *, validated: bool) -> Recipe:
                 f"init.{part} is 'best' and nothing is validated; expected validation.every_steps, "
                 "or 'previous'"
             )
-    return replace(
-        stage,
-        init={part: PREVIOUS if source == BEST else source for part, source in stage.init.items()},
-    )
+    init = {part: PREVIOUS if source == BEST else source for part, source in stage.init.items()}
+    return replace(stage, init=init)
 
 
 def _average_misfits(decay: float | None, steps: int) -> Iterator[str]:
-    left = (
-        0.0 if decay is None else decay ** (steps - 1)
-    )  # the average begins with the first step's weights
+    """Say that an average of the weights will hardly have moved in so few steps."""
+    # The average begins with the first step's weights.
+    left = 0.0 if decay is None else decay ** (steps - 1)
     if left > _MOST_OF_THE_FIRST and steps > 1:
         fits = max(0.0, 1 - 3 / steps)  # a twentieth is left
         yield (
             f"train.ema is {decay} and the stage has {steps} steps: {100 * left:.0f} % of the "
-            "average, "
-            "which is what is saved as the model, will be the weights after the first step; "
-            "expected "
-            f"at most {fits:.3g} for so few, or null"
+            "average, which is what is saved as the model, will be the weights after the first "
+            f"step; expected at most {fits:.3g} for so few, or null"
         )
 
 

@@ -1,9 +1,8 @@
-"""What a run is in the middle of, on disk: complete or absent, safetensors and JSON, the newest
-intact one wins.
+"""Checkpoints: what a run is in the middle of, on disk.
 
-A checkpoint holds whole tensors whatever shards them, under the names of the parameters: model,
-average, what else the objective has, the optimizer; and for every process its position in the data
-and its random states.
+They are complete or absent, safetensors and JSON; the newest intact one wins. A checkpoint holds
+whole tensors whatever shards them, under the names of the parameters: model, average, what else the
+objective has, the optimizer; and for every process its position in the data and its random states.
 """
 
 from __future__ import annotations
@@ -37,15 +36,21 @@ from .gradients import LossScaler
 _MARK = "COMPLETE"  # holds the hash of every other file
 _FORMAT = 3
 _ASIDE = (".part", ".damaged")
+_FACTS = (
+    *("format", "stage", "step", "done", "recipe", "hash"),
+    *("processes", "scaler", "skips", "averaged"),
+)
 
 
 @dataclass
 class State:
-    """Attributes:
-    done: steps of the stages before this one.
-    stage, step: where training stands: ``step`` steps of the stage are done.
-    of: steps of the stage.
-    average: of the objective's model, where the recipe asks for one.
+    """Everything of a run that changes from step to step.
+
+    Attributes:
+        average: of the objective's model, where the recipe asks for one.
+        stage, step: where training stands: ``step`` steps of the stage are done.
+        done: steps of the stages before this one.
+        of: steps of the stage.
     """
 
     objective: Objective
@@ -61,22 +66,18 @@ class State:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted(
         path.parent for path in folder.glob(f"step_*/{_MARK}") if path.parent.suffix not in _ASIDE
     )
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a complete checkpoint: a file that is not what was written.
-
-    Nothing if all are.
-    """
+    """Say which file of a complete checkpoint is not what was written; "" if all are."""
     try:
         mark = read_bounded(path / _MARK, MOST)
-        if (
-            not mark and facts_of(path)["format"] < 3
-        ):  # of an earlier version, without hashes: whole, at least
+        # Of an earlier version, without hashes: the files are whole, at least.
+        if not mark and facts_of(path)["format"] < 3:
             for file in sorted(path.glob("*.safetensors")):
                 load_tensors(file)
             return ""
@@ -95,89 +96,53 @@ def damage(path: Path) -> str:
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint: stage, steps, recipe, number of processes.
+    """Read ``state.json`` of a checkpoint: stage, steps, recipe, number of processes.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
     try:
         facts = load_json(path / "state.json")
-        keys = (
-            "format",
-            "stage",
-            "step",
-            "done",
-            "recipe",
-            "hash",
-            "processes",
-            "scaler",
-            "skips",
-            "averaged",
-        )
-        return {
-            **{key: facts[key] for key in keys},
-            "of": facts.get("of"),
-        }  # which earlier versions do not write
+        # Earlier versions do not write "of".
+        return {**{key: facts[key] for key in _FACTS}, "of": facts.get("of")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: {error!r}") from error
 
 
 def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int) -> Path:
-    """Write ``folder/step_N`` under another name, mark it complete, rename it, then drop the oldest
-    beyond ``keep``.
+    """Write ``folder/step_N`` under another name, mark it complete, and rename it.
 
     Called by all processes; rank 0 writes.
 
     Args:
-        recipe, key: of the run and its hash, so that going on with another one is noticed.
+        folder: of the checkpoints.
+        state: what is saved.
+        recipe: of the run, so that going on with another one is noticed.
+        key: the hash of the recipe.
+        keep: checkpoints that are kept; the oldest beyond are dropped.
     """
-    total = state.done + state.step
-    target = folder / f"step_{total:08d}"
-    part = part_of(target)
+    target = folder / f"step_{state.done + state.step:08d}"
     model, rest = _parts(whole(state.objective))
-    average = None if state.average is None else whole(state.average.module)
+    average = {} if state.average is None else whole(state.average.module)
     optimizer = _optimizer_tensors(state)
-    ranks = distributed.gather_strings(
-        [json.dumps({"loader": state.loader.state_dict(), "random": random_state()})]
-    )
+    position = {"loader": state.loader.state_dict(), "random": random_state()}
+    ranks = distributed.gather_strings([json.dumps(position)])
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         remove_parts(folder.iterdir())  # of a run that was killed while it saved
+        part = part_of(target)
         part.mkdir()
-        for name, tensors in (
-            ("model", model),
-            ("objective", rest),
-            ("ema", average),
-            ("optimizer", optimizer),
-        ):
-            if tensors or name in ("model", "optimizer"):
-                save_tensors(
-                    tensors or {},
-                    part / f"{name}.safetensors",
-                    {"format": "pt"},
-                    sealed=name != "optimizer",
-                )  # read here alone
-        facts = {
-            "format": _FORMAT,
-            "stage": state.stage,
-            "step": state.step,
-            "of": state.of,
-            "done": state.done,
-            "processes": distributed.world_size(),
-            "scaler": state.scaler.state_dict(),
-            "skips": state.skips.state_dict(),
-            "hash": key,
-            "recipe": recipe,
-            "averaged": None if state.average is None else int(state.average.n_averaged),
-        }
-        _write(part / "state.json", json.dumps(facts))
+        # Seals are for what is read elsewhere too.
+        _save_tensors(model, part / "model.safetensors", sealed=True)
+        if rest:
+            _save_tensors(rest, part / "objective.safetensors", sealed=True)
+        if average:
+            _save_tensors(average, part / "ema.safetensors", sealed=True)
+        _save_tensors(optimizer, part / "optimizer.safetensors", sealed=False)
+        _write(part / "state.json", json.dumps(_facts(state, recipe, key)))
         _write(part / "ranks.jsonl", "".join(line + "\n" for line in ranks))
-        _write(
-            part / _MARK,
-            json.dumps(
-                {"blake2b": {path.name: file_hash(path) for path in sorted(part.iterdir())}}
-            ),
-        )
+        hashes = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+        _write(part / _MARK, json.dumps({"blake2b": hashes}))
         _sync_folder(part)
         if target.exists():
             shutil.rmtree(target)
@@ -187,6 +152,27 @@ def save(folder: Path, state: State, recipe: dict[str, Any], key: str, keep: int
             shutil.rmtree(old, ignore_errors=True)
     distributed.barrier()
     return target
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, *, sealed: bool) -> None:
+    save_tensors(tensors, path, {"format": "pt"}, sealed=sealed)
+
+
+def _facts(state: State, recipe: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return what ``state.json`` holds."""
+    return {
+        "format": _FORMAT,
+        "stage": state.stage,
+        "step": state.step,
+        "of": state.of,
+        "done": state.done,
+        "processes": distributed.world_size(),
+        "scaler": state.scaler.state_dict(),
+        "skips": state.skips.state_dict(),
+        "hash": key,
+        "recipe": recipe,
+        "averaged": None if state.average is None else int(state.average.n_averaged),
+    }
 
 
 def restore(path: Path, state: State) -> None:
@@ -210,19 +196,17 @@ def restore(path: Path, state: State) -> None:
     _restore_optimizer(path / "optimizer.safetensors", state)
     state.scaler.load_state_dict(facts["scaler"])
     state.skips.load_state_dict(facts["skips"])
-    state.stage, state.step, state.done = facts["stage"], facts["step"], facts["done"]
+    state.stage = facts["stage"]
+    state.step = facts["step"]
+    state.done = facts["done"]
     try:
-        ranks = [
-            json.loads(line)
-            for line in read_bounded(path / "ranks.jsonl", MOST).decode().splitlines()
-        ]
+        lines = read_bounded(path / "ranks.jsonl", MOST).decode().splitlines()
+        ranks = [json.loads(line) for line in lines]
         # With another number of processes (which has to be allowed) all go to one position, with
         # fresh random states.
-        mine = (
-            ranks[distributed.rank()]
-            if len(ranks) == distributed.world_size()
-            else {"loader": ranks[0]["loader"]}
-        )
+        mine = {"loader": ranks[0]["loader"]}
+        if len(ranks) == distributed.world_size():
+            mine = ranks[distributed.rank()]
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path / 'ranks.jsonl'} is damaged: {error!r}") from error
     state.loader.load_state_dict(mine["loader"])
@@ -231,8 +215,9 @@ def restore(path: Path, state: State) -> None:
 
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's tensors on the CPU, put together where they are sharded; on rank 0, empty
-    elsewhere.
+    """Return a module's tensors on the CPU, put together where they are sharded.
+
+    On rank 0; elsewhere there are none.
     """
     found = {}
     for name, tensor in module.state_dict().items():
@@ -252,11 +237,10 @@ def fill(own: torch.Tensor, value: torch.Tensor) -> None:
 def _parts(
     tensors: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(the model's, under its own names; those that only the objective has)."""
-    model = {
-        name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")
-    }
-    return model, {name: x for name, x in tensors.items() if not name.startswith("model.")}
+    """Split the tensors of an objective into the model's, under its own names, and the others."""
+    own = "model."
+    model = {name.removeprefix(own): x for name, x in tensors.items() if name.startswith(own)}
+    return model, {name: x for name, x in tensors.items() if not name.startswith(own)}
 
 
 def _load(path: Path, own: dict[str, torch.Tensor]) -> None:
@@ -272,7 +256,7 @@ def _named_trained(state: State) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _optimizer_tensors(state: State) -> dict[str, torch.Tensor]:
-    """``key/parameter``; parameters that never had a gradient have none."""
+    """Return the optimizer's tensors as ``key/parameter``; without a gradient there are none."""
     found = {}
     for name, parameter in _named_trained(state):
         for key, value in state.optimizer.state.get(parameter, {}).items():
@@ -283,6 +267,7 @@ def _optimizer_tensors(state: State) -> dict[str, torch.Tensor]:
 
 
 def _restore_optimizer(path: Path, state: State) -> None:
+    """Load what ``_optimizer_tensors`` returned; CheckpointError if it does not fit."""
     named = dict(_named_trained(state))
     for place, value in load_tensors(path).items():
         key, name = place.split("/", 1)
@@ -307,14 +292,14 @@ def random_state() -> dict[str, Any]:
     """Return where torch, Python and numpy stand in their random numbers."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state(legacy=True)
-    states = {
+    states: dict[str, Any] = {
         "torch": _text(torch.get_rng_state()),
         "python": [version, list(numbers), gauss],
         "numpy": [name, np.asarray(keys).tolist(), *rest],
     }
-    return states | (
-        {"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {}
-    )
+    if torch.cuda.is_available():
+        states["cuda"] = _text(torch.cuda.get_rng_state())
+    return states
 
 
 def set_random_state(states: dict[str, Any]) -> None:
@@ -344,7 +329,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The names in a folder, on the disk."""
+    """Wait until the names in a folder are on the disk."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from .stages import (
     build_optimizer,
     find_run,
     finished,
-    start,
+    take_weights,
 )
 from .start_checks import (
     check_later_stages,
@@ -76,9 +77,11 @@ def train(
     evaluate: Evaluate | None = None,
     hooks: Sequence[Hook] = (),
 ) -> OVSegModel:
-    """Train by ``recipe`` into the folder ``run``; returns the model in eval mode.
+    """Train by a recipe; return the model in eval mode.
 
     Args:
+        recipe: of ``load_recipe``.
+        run: the folder that is written.
         resume: go on with the run in the folder, from its newest intact checkpoint; ``"auto"``:
             begin one where there is none. N steps give the same weights, bit for bit on the CPU,
             however often they were interrupted.
@@ -101,77 +104,73 @@ def train(
         stop_signals.noted(speak=distributed.is_main()) as request,
         distributed.others_watched(lambda: _newest(Path(run))),
     ):
-        options: dict[str, Any] = {"resume": resume, "allow": allow, "quiet": quiet}
-        return _train(recipe, run, request, evaluate=evaluate, hooks=hooks, **options)
+        device = distributed.device(recipe.train.device)
+        found = find_run(folder_for(run, "run"), recipe, resume=resume, allow=allow)
+        intact = found.at is not None and not found.damaged
+        if intact and finished(found.folder, recipe) is not None:
+            logger.info("%s is done already", found.folder)
+            return from_pretrained(found.folder / "model").to(device)
+        if not recipe.validation.every_steps:
+            evaluate = None
+        return _train(recipe, found, device, request, evaluate=evaluate, hooks=hooks, quiet=quiet)
 
 
 def _train(
     recipe: Recipe,
-    run: str | Path,
+    run: Run,
+    device: torch.device,
     request: StopRequest,
     *,
-    resume: bool | str,
-    allow: Sequence[str],
-    quiet: bool,
     evaluate: Evaluate | None,
     hooks: Sequence[Hook],
+    quiet: bool,
 ) -> OVSegModel:
-    device = distributed.device(recipe.train.device)
+    """Train the stages that are left, and save the model."""
     stages = stages_of(recipe)
-    folder = find_run(folder_for(run, "run"), recipe, resume=resume, allow=allow)
-    if folder.at is not None and not folder.damaged and finished(folder.folder, recipe) is not None:
-        logger.info("%s is done already", folder.folder)
-        return from_pretrained(folder.folder / "model").to(device)
-    first = 0 if folder.at is None else checkpoints.facts_of(folder.at)["stage"]
     _keep_freed_memory()
-    begin = Begin(folder, recipe, device)
-    beside: list[Hook] = [begin, Log(folder.log, recipe.log.every_steps), *hooks]
-    if recipe.validation.every_steps and evaluate is not None:
-        beside.append(Validation(folder.folder, recipe.validation.every_steps, evaluate))
-    beside.append(Checkpoints(folder, recipe.checkpoint.every_steps, recipe.checkpoint.keep))
-    model: OVSegModel | None = None
-    done = 0
-    for number in range(first, len(stages)):
-        at = folder.at if number == first else None
-        trainer = Trainer(
-            stages[number],
-            folder.folder,
-            device,
-            number=number,
-            stages=len(stages),
-            done=done,
-            at=at,
-            previous=model,
-            quiet=quiet,
-        )
-        if number == first:
-            _check_start(stages, trainer, folder, recipe, evaluate)
+    begin = Begin(run, recipe, device)
+    beside: list[Hook] = [begin, Log(run.log, recipe.log.every_steps), *hooks]
+    if evaluate is not None:
+        assert recipe.validation.every_steps is not None
+        beside.append(Validation(run.folder, recipe.validation.every_steps, evaluate))
+    beside.append(Checkpoints(run, recipe.checkpoint.every_steps, recipe.checkpoint.keep))
+    first = 0 if run.at is None else checkpoints.facts_of(run.at)["stage"]
+    start = StageStart(first, checkpoint=run.at)
+    for stage in stages[first:]:
+        trainer = Trainer(stage, run.folder, device, start, stages=len(stages), quiet=quiet)
+        if start.number == first:
+            _check_start(stages, trainer, run, recipe, evaluate)
         trainer.run(beside, request)
         begin.now()  # also where no step was left
-        model, done = trainer.model_to_use(), trainer.state.done + trainer.state.step
+        done = trainer.state.done + trainer.state.step
+        start = StageStart(start.number + 1, done, trainer.model_to_use())
+    model = start.model
     assert model is not None
     model.eval()
     if distributed.is_main():
-        plot_loss(folder.log, folder.folder / "loss.png", title=recipe.model.name)
+        plot_loss(run.log, run.folder / "loss.png", title=recipe.model.name)
         # Last: it says that nothing is left to do.
-        data = to_dict(stages[-1])["data"]
-        save_pretrained(
-            model, folder.folder / "model", seed=recipe.train.seed, steps=done, data=data
-        )
+        facts = {
+            "seed": recipe.train.seed,
+            "steps": start.done,
+            "data": to_dict(stages[-1])["data"],
+        }
+        save_pretrained(model, run.folder / "model", **facts)
     if distributed.any_flag(_asked(request))[0]:
         raise Interrupted(f"{request} after the last step; the run is complete")
     return model
 
 
 def _asked(request: StopRequest) -> bool:
-    """Return whether this process is to stop: for a signal, or because torchrun, which would have
-    passed one on, is gone.
+    """Return whether this process is to stop.
+
+    For a signal, or because torchrun, which would have passed one on, is gone.
     """
     return bool(request) or distributed.launcher_gone()
 
 
 def _newest(run: Path) -> str:
-    """Which checkpoint holds after a failure."""
+    """Say which checkpoint holds after a failure."""
     found = checkpoints.complete(run / "checkpoints")
     if not found:
         return "no checkpoint was written yet, --auto-resume begins anew"
@@ -182,14 +181,31 @@ def _check_start(
     stages: Sequence[Recipe], trainer: Trainer, run: Run, recipe: Recipe, evaluate: Evaluate | None
 ) -> None:
     """Look at all that is known before the first step, see ``start_checks``."""
-    validated = evaluate if recipe.validation.every_steps else None
-    check_validation(validated, trainer.state.objective.model)
-    prefix = "" if len(stages) == 1 else f"stages[{trainer.state.stage}]."
+    state = trainer.state
+    check_validation(evaluate, state.objective.model)
+    prefix = "" if len(stages) == 1 else f"stages[{state.stage}]."
     warn_of_misfits(trainer.recipe, trainer.steps, prefix)
-    check_later_stages(stages, trainer.state.stage, trainer.state, run, validated)
+    check_later_stages(stages, state.stage, state, run, evaluate)
     if len(stages) == 1:
         tell_intervals(recipe, trainer.steps)
-    check_room(trainer.state, run, recipe.checkpoint.keep)
+    check_room(state, run, recipe.checkpoint.keep)
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """What a stage begins with.
+
+    Attributes:
+        number: of the stage, from 0.
+        done: steps of the stages before.
+        model: of the stage before.
+        checkpoint: to go on from.
+    """
+
+    number: int = 0
+    done: int = 0
+    model: OVSegModel | None = None
+    checkpoint: Path | None = None
 
 
 class Trainer:
@@ -198,13 +214,14 @@ class Trainer:
     Args:
         recipe: of the stage.
         folder: of the run.
-        number, stages: which stage, of how many.
-        done: steps of the stages before.
-        at: checkpoint to go on from.
-        previous: the model of the stage before.
+        device: to train on.
+        start: what came before.
+        stages: how many there are.
+        quiet: no progress bar.
 
     Attributes:
         state: all that is saved.
+        steps: of the stage.
     """
 
     def __init__(
@@ -212,30 +229,28 @@ class Trainer:
         recipe: Recipe,
         folder: Path,
         device: torch.device,
+        start: StageStart = StageStart(),
         *,
-        number: int = 0,
         stages: int = 1,
-        done: int = 0,
-        at: Path | None = None,
-        previous: OVSegModel | None = None,
         quiet: bool = False,
     ):
-        self.recipe, self.device, self.stages, self.quiet = recipe, device, stages, quiet
+        self.recipe = recipe
+        self.device = device
+        self.stages = stages
+        self.quiet = quiet
+        self.first_row = 0  # of this process in the batch of all
         _seed(recipe.train.seed)  # weights are drawn alike everywhere
         model = build_model(recipe)
-        if at is None:
-            start(model, recipe, folder, previous)
+        if start.checkpoint is None:
+            take_weights(model, recipe, folder, start.model)
         objective = build_objective(model.to(device).train(), recipe).train()
         cast, precision = cast_for(recipe.train.precision, device)
-        average = average_of(
-            model,
-            recipe.train.ema,
-            sharded=recipe.train.parallel == "fsdp" and distributed.world_size() > 1,
-        )
+        sharded = recipe.train.parallel == "fsdp" and distributed.world_size() > 1
+        average = average_of(model, recipe.train.ema, sharded=sharded)
         self.gradients = Gradients(objective, recipe.train.parallel, recipe.train.chunk, cast)
-        loader = build_loader(
-            recipe, objective, device, progress=not quiet and distributed.is_main()
-        )
+        show = not quiet and distributed.is_main()
+        loader = build_loader(recipe, objective, device, progress=show)
+        self.steps = recipe.train.steps if recipe.train.epochs is None else len(loader)
         self.state = State(
             objective,
             build_optimizer(objective, recipe),
@@ -243,29 +258,23 @@ class Trainer:
             SkipLimit(len(loader.source)),
             LossScaler(precision == "fp16"),
             average,
-            number,
-            0,
-            done,
+            stage=start.number,
+            done=start.done,
+            of=self.steps,
         )
-        self.steps = self.state.of = (
-            recipe.train.steps if recipe.train.epochs is None else len(loader)
-        )
-        self.first_row = 0  # of this process in the batch of all
-        _seed(
-            distributed.seed_for(recipe.train.seed, distributed.rank())
-        )  # what is drawn in training, dropout, is not
-        if at is not None:
-            checkpoints.restore(at, self.state)
+        # What is drawn in training, as by dropout, is not alike.
+        _seed(distributed.seed_for(recipe.train.seed, distributed.rank()))
+        if start.checkpoint is not None:
+            checkpoints.restore(start.checkpoint, self.state)
 
     def run(self, hooks: Sequence[Hook], request: StopRequest) -> None:
         """Make all steps that are left, or those until ``request``."""
-        state, bad = self.state, 0
+        state = self.state
+        bad = 0
         show = not self.quiet and distributed.is_main()
-        title = (
-            self.recipe.model.name
-            if self.stages == 1
-            else f"{self.recipe.name}: {self.recipe.model.name}"
-        )
+        title = self.recipe.model.name
+        if self.stages > 1:
+            title = f"{self.recipe.name}: {title}"
         for hook in hooks:
             hook.before_steps(self)
         with (
@@ -281,15 +290,16 @@ class Trainer:
                     break
                 waited = time.perf_counter() - began
                 step = self._step(batch, request)
-                step.images, step.seconds, step.waited = images, time.perf_counter() - began, waited
+                step.images = images
+                step.seconds = time.perf_counter() - began
+                step.waited = waited
                 for hook in hooks:
                     hook.after_step(self, step)
                 bad = 0 if step.finite or step.explained else bad + 1
                 if bad == _BAD_IN_A_ROW:
                     raise FloatingPointError(
                         f"{bad} steps in a row up to step {step.number} had no finite loss or "
-                        "gradient; "
-                        "see log.jsonl. Lower optim.lr or look at the data"
+                        "gradient; see log.jsonl. Lower optim.lr or look at the data"
                     )
                 shown.update()
                 shown.set_postfix(loss=f"{step.losses['total']:.3f}", refresh=False)
@@ -297,8 +307,10 @@ class Trainer:
                     raise Interrupted(f"{request} at step {step.number}; saved, go on with resume")
 
     def _step(self, batch: Batch, request: StopRequest) -> Step:
-        """Gradient, update, bookkeeping."""
-        recipe, state, number = self.recipe, self.state, self.state.done + self.state.step
+        """Make one step: gradient, update, bookkeeping."""
+        recipe = self.recipe
+        state = self.state
+        number = state.done + state.step
         rate = learning_rate(recipe.schedule, recipe.optim.lr, state.step, self.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -306,9 +318,8 @@ class Trainer:
             state.step, self.steps, recipe.train.seed, distributed.rank(), first=self.first_row
         )
         state.optimizer.zero_grad(set_to_none=True)
-        losses = self.gradients(
-            batch.to(self.device, but=state.objective.on_host), progress, state.scaler.scale
-        )
+        here = batch.to(self.device, but=state.objective.on_host)
+        losses = self.gradients(here, progress, state.scaler.scale)
         state.scaler.unscale(trained(state.objective))
         norm = clip(trained(state.objective), recipe.optim.clip_grad)
         numbers = [x.to(self.device, torch.float64) for x in (*losses.values(), norm)]
@@ -335,22 +346,24 @@ class Trainer:
         )
 
     def _next(self, batches: Iterator[Batch], hooks: Sequence[Hook]) -> tuple[Batch | None, int]:
-        """(the next batch, pictures in those of all processes); None if the data of any has ended.
+        """Return the next batch, and the pictures in those of all processes.
+
+        There is none if the data of any process has ended.
 
         Raises:
             DataError: in all processes if one of them has no batch, once what is trained is saved;
                 if too many pictures are bad.
         """
-        batch, failure = None, ""
+        batch = None
+        failure = ""
         position = self.state.loader.state_dict()
         try:
             batch = next(batches, None)
         except (DataError, InputError, OSError) as error:
             failure = str(error) or repr(error)
         skipped = () if batch is None else batch.skipped
-        counts = np.zeros(
-            3 + distributed.world_size(), np.int64
-        )  # and the pictures of each process
+        # Has it ended, has it failed, how many pictures are bad; then the pictures of each process.
+        counts = np.zeros(3 + distributed.world_size(), np.int64)
         counts[:3] = batch is None, bool(failure), len(skipped)
         counts[3 + distributed.rank()] = 0 if batch is None else len(batch)
         ended, failed, bad, *sizes = distributed.all_reduce_sum(counts).tolist()
@@ -369,11 +382,11 @@ class Trainer:
         return (None if ended else batch), sum(sizes)
 
     def model_to_use(self) -> OVSegModel:
-        """The trained model, or the average of it; a whole copy where it is sharded."""
+        """Return the trained model, or the average of it; a whole copy where it is sharded."""
         state = self.state
-        trained_model: Any = (
-            state.objective.model if state.average is None else state.average.module
-        )
+        trained_model: Any = state.objective.model
+        if state.average is not None:
+            trained_model = state.average.module
         if not is_sharded(state.objective):
             return trained_model
         tensors = checkpoints.whole(trained_model)
@@ -386,17 +399,16 @@ class Trainer:
 
 
 def average_of(model: OVSegModel, decay: float | None, *, sharded: bool) -> AveragedModel | None:
-    """A copy of the model that will follow it; None without a decay.
+    """Return a copy of the model that will follow it; None without a decay.
 
-    Before the model itself is sharded.
+    It is made before the model itself is sharded.
     """
     if decay is None:
         return None
     if not sharded:
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    average = AveragedModel(
-        model, avg_fn=get_ema_avg_fn(decay), use_buffers=True
-    )  # one by one: shards and scalars do not mix in one call
+    # One by one: shards and scalars do not mix in one call.
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(decay), use_buffers=True)
     shard(average.module, average.module.blocks)
     return average
 
@@ -408,8 +420,9 @@ def _seed(seed: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step: returning it costs a fifth of a CPU step
-    in page faults.
+    """Let glibc keep what a step frees for the next step.
+
+    To return it costs a fifth of a CPU step in page faults.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

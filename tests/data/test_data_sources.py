@@ -23,6 +23,7 @@ from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_opti
 from ovseg.data.sources.base import SkipLimit
 from ovseg.data.sources.folder import FolderPairs, Names
 from ovseg.data.sources.folder import Options as FolderOptions
+from ovseg.data.sources.scenes import Options as SceneOptions
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.data.superpixels import SuperpixelOptions, patch_labels, write_superpixels
 from ovseg.data.transforms import PairAugment
@@ -99,7 +100,7 @@ def test_captions_with_a_byte_order_mark(tmp_path):
     pairs(tmp_path, 2)
     (tmp_path / "000.txt").write_text("a red seven\r\n", "utf-8-sig", newline="")
     (tmp_path / "001.txt").write_text("a red seven\n")
-    ids = batch_of(FolderPairs(tmp_path, INPUTS, image_size=16), range(2)).image_ids.tolist()
+    ids = batch_of(FolderPairs(tmp_path, INPUTS, FolderOptions(image_size=16)), range(2)).image_ids.tolist()
     assert ids[0] == ids[1] == caption_id("a red seven")
 
 
@@ -229,7 +230,7 @@ def test_long_and_empty_texts():
 
 def test_scenes_are_pairs():
     scenes = Scenes("shapes", "train", 12)
-    source = ScenePairs(scenes, INPUTS, captions=3, superpixel_patch=4)
+    source = ScenePairs(scenes, INPUTS, SceneOptions(captions=3, superpixels=True))
     batch = batch_of(source, [5, 2, 7])
     assert batch.images.dtype == torch.uint8 and torch.equal(batch.images[1], torch.from_numpy(scenes[2].image).permute(2, 0, 1))
     assert batch.image_ids.tolist() == [5, 2, 7] and batch.text_ids.tolist() == [5] * 3 + [2] * 3 + [7] * 3
@@ -251,7 +252,7 @@ def test_scenes_are_pairs():
 
 
 def test_padding_of_all_texts_is_cut_off():
-    source = ScenePairs(Scenes("shapes", "train", 30), INPUTS, captions=2)
+    source = ScenePairs(Scenes("shapes", "train", 30), INPUTS, SceneOptions(captions=2))
     batch = batch_of(source, range(6))
     assert bool((batch.token_ids[:, -1] != 0).any()) and batch.token_ids.shape[1] < 16
     assert bool((batch.token_ids == END).any(1).all())
@@ -263,12 +264,12 @@ def test_padding_of_all_texts_is_cut_off():
 def test_folder_of_pairs(tmp_path):
     pairs(tmp_path / "a" / "b", 12)
     Image.new("RGB", (8, 8)).save(tmp_path / "alone.png")
-    source = FolderPairs(tmp_path, INPUTS, image_size=32)
+    source = FolderPairs(tmp_path, INPUTS, FolderOptions(image_size=32))
     assert len(source) == 12 and source.names[3] == "a/b/003.png" and source.names[1:3] == ["a/b/001.png", "a/b/002.png"]
     batch = batch_of(source, range(12))
     assert isinstance(batch, PairBatch) and batch.images.shape == (12, 3, 32, 32) and batch.images.dtype == torch.uint8
     assert batch.image_entities is None and batch.segments is None and batch.skipped == ()
-    source = FolderPairs(tmp_path, INPUTS, image_size=32, captions=2)
+    source = FolderPairs(tmp_path, INPUTS, FolderOptions(image_size=32, captions=2))
     batch = batch_of(source, range(12))
     assert batch.token_ids.shape[0] == 24 and batch.text_ids.tolist() == [i for i in range(12) for _ in range(2)]
     assert source.describe() == {"kind": "folder", "root": str(tmp_path), "pictures": 12, "image_size": 32, "captions": 2}
@@ -293,7 +294,7 @@ def test_equal_captions_are_positives_of_each_other(tmp_path):
 @pytest.mark.bad_input("data", "pictures and captions that cannot be used")
 def test_what_cannot_be_used_is_replaced_and_told(tmp_path, break_it, message):
     pairs(tmp_path, 8)
-    source = FolderPairs(tmp_path, INPUTS, image_size=16)
+    source = FolderPairs(tmp_path, INPUTS, FolderOptions(image_size=16))
     break_it(tmp_path)
     batch, again = batch_of(source, range(8)), batch_of(source, range(8))
     assert len(batch) == 8 and len(batch.skipped) >= 1 and torch.equal(batch.images, again.images)
@@ -334,7 +335,7 @@ def test_segments_are_those_of_the_crop(tmp_path):
     names = [f"{i}.png" for i in range(8)]
     pictures = [(name, tmp_path / name) for name in names]
     assert write_superpixels(pictures, tmp_path / "s.safetensors", SuperpixelOptions(scale=1.0, sigma=0.1, min_size=1)) == (8, [])
-    source = FolderPairs(tmp_path, INPUTS, image_size=48, superpixels=tmp_path / "s.safetensors", augment=PairAugment((0.2, 1.0), flip=0.5))
+    source = FolderPairs(tmp_path, INPUTS, FolderOptions(superpixels=tmp_path / "s.safetensors", augment=PairAugment((0.2, 1.0), flip=0.5)))
     both = 0
     for index, seed in itertools.product(range(8), range(5)):
         sample = source.read(index, generator(seed))
@@ -348,7 +349,7 @@ def test_segments_are_those_of_the_crop(tmp_path):
     (tmp_path / "new.png").write_bytes((tmp_path / "0.png").read_bytes())
     (tmp_path / "new.txt").write_text("gravel\n")
     with pytest.raises(DataError, match=r"lacks 1 of 9 pictures, the first new\.png"):
-        FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors")
+        FolderPairs(tmp_path, INPUTS, FolderOptions(superpixels=tmp_path / "s.safetensors"))
 
 
 def test_segments_with_workers_are_those_without(tmp_path):
@@ -357,13 +358,13 @@ def test_segments_with_workers_are_those_without(tmp_path):
         (tmp_path / f"{i}.txt").write_text("a red seven\n")
     write_superpixels([(f"{i}.png", tmp_path / f"{i}.png") for i in range(6)], tmp_path / "s.safetensors", SuperpixelOptions(scale=100.0, min_size=30))
     for how in ("majority", "mean"):
-        source = FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors", superpixel_labels=how)
+        source = FolderPairs(tmp_path, INPUTS, FolderOptions(superpixels=tmp_path / "s.safetensors", superpixel_labels=how))
         found = []
         for workers in (0, 2):
             with Loader(source, 3, workers=workers) as loader:
                 found.append(torch.cat([batch.segments for batch in itertools.islice(loader, 4)]))
         assert torch.equal(*found) and found[0].shape == (12, 144)
-    plain = FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors", augment=PairAugment((1.0, 1.0), (1.0, 1.0)))
+    plain = FolderPairs(tmp_path, INPUTS, FolderOptions(superpixels=tmp_path / "s.safetensors", augment=PairAugment((1.0, 1.0), (1.0, 1.0))))
     assert torch.equal(plain.read(2, generator(0)).segments, torch.from_numpy(patch_labels(plain.superpixels["2.png"], 4)).flatten())
 
 
@@ -371,7 +372,7 @@ def test_sources_can_be_pickled(tmp_path):
     """As worker processes that are not forked need them."""
     pairs(tmp_path, 5)
     write_superpixels([(f"{i:03}.png", tmp_path / f"{i:03}.png") for i in range(5)], tmp_path / "s.safetensors")
-    made = [FolderPairs(tmp_path, INPUTS, superpixels=tmp_path / "s.safetensors"), ScenePairs(Scenes("shapes", "train", 5), INPUTS),
+    made = [FolderPairs(tmp_path, INPUTS, FolderOptions(superpixels=tmp_path / "s.safetensors")), ScenePairs(Scenes("shapes", "train", 5), INPUTS),
             create_source(load_options({"kind": "masks", "set": "shapes", "train_size": 5}), INPUTS)]
     for source in made:
         one, other = source.sample(3, 4), pickle.loads(pickle.dumps(source)).sample(3, 4)

@@ -11,6 +11,7 @@ from PIL import Image
 from ovseg.cli.main import main
 from ovseg.data.folders import UNREAD, Folder, hidden, look
 from ovseg.data.images import SUFFIXES
+from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.folder import FolderPairs
 from ovseg.data.superpixels import SuperpixelFile
 from ovseg.errors import DataError, InputError
@@ -166,7 +167,7 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
     assert main(["data", "superpixels", str(tmp_path / "in"), "--out", str(tmp_path / "s.safetensors"), "--min-size", "4"]) == 0
     file = SuperpixelFile(tmp_path / "s.safetensors")
     assert len(file) == 2 and name in file and file[name].shape == (12, 16)
-    source = FolderPairs(tmp_path / "in", INPUTS, superpixels=tmp_path / "s.safetensors")
+    source = FolderPairs(tmp_path / "in", INPUTS, FolderOptions(superpixels=tmp_path / "s.safetensors"))
     assert list(source.names) == ["a.png", name] and source.sample(1, 0).skipped == ()
     command = ["segment", str(tmp_path / "in"), "-m", "pacl_tiny", "--labels", "gravel", "--format", "json", "-o", str(tmp_path / "out")]
     assert main(command) == 0

@@ -21,7 +21,9 @@ import ovseg.data.loader_workers as loader_module
 from ovseg.data.loader import Loader
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, load_options
+from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.folder import FolderPairs
+from ovseg.data.sources.scenes import Options as SceneOptions
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import ConfigError, DataError
 from ovseg.systems.objective import create_objective
@@ -29,7 +31,7 @@ from ovseg.systems.objective import create_objective
 
 @pytest.fixture(scope="module")
 def scenes():
-    return ScenePairs(Scenes("shapes", "train", 40), INPUTS, captions=2, superpixel_patch=4)
+    return ScenePairs(Scenes("shapes", "train", 40), INPUTS, SceneOptions(captions=2, superpixels=True))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def folder(tmp_path_factory):
     pairs(root, 23)
     (root / "004.png").write_bytes(b"no picture")  # replaced by one that (seed, epoch, index) chooses
     (root / "009.txt").write_text("\n")
-    return FolderPairs(root, INPUTS, image_size=32)
+    return FolderPairs(root, INPUTS, FolderOptions(image_size=32))
 
 
 def take(loader, count):

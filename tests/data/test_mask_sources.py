@@ -15,7 +15,7 @@ from ovseg.data.loader import Loader
 from ovseg.data.mask_transforms import MaskAugment
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import create_source, load_options
-from ovseg.data.sources.masks import LabelledScenes, Masks
+from ovseg.data.sources.masks import LabelledScenes, Masks, Options
 from ovseg.errors import ConfigError, DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
@@ -49,7 +49,7 @@ def test_augmented_scenes_keep_their_labels_on_their_pixels(workers):
     for scene in scenes:
         for label in np.unique(scene.mask):
             colours.setdefault(int(label), []).append(scene.image[scene.mask == label].mean(0))
-    source = Masks(LabelledScenes(scenes), INPUTS, augment=MaskAugment((96, 48), (0.8, 2.0), photometric=False), image_size=48)
+    source = Masks(LabelledScenes(scenes), INPUTS, Options(augment=MaskAugment((96, 48), (0.8, 2.0), photometric=False), image_size=48))
     with Loader(source, 6, workers=workers) as loader:
         batches = list(itertools.islice(loader, 10))
     distances, shifted = [], []

@@ -293,14 +293,14 @@ def test_training_starts_from_named_weights(weights, tmp_path):
     from ovseg.errors import ConfigError
     from ovseg.systems import create_model
     from ovseg.training.recipe import load_recipe
-    from ovseg.training.stages import start
+    from ovseg.training.stages import take_weights
 
     fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
     (tmp_path / "clip.safetensors").write_bytes(weights)
     (tmp_path / "r.yaml").write_text("{model: {name: pacl_vit_b16}, data: {kind: scenes}}")
     for source in ("clip_dense_vit_b16:openai", f"ViT-B-16-quickgelu:{tmp_path / 'clip.safetensors'}"):
         model = create_model("pacl_vit_b16")
-        start(model, load_recipe(tmp_path / "r.yaml", [f"init.backbone={source}"]), tmp_path)
+        take_weights(model, load_recipe(tmp_path / "r.yaml", [f"init.backbone={source}"]), tmp_path)
         assert torch.equal(model.backbone.clip.text_projection, _tensor(weights, "text_projection"))
     with pytest.raises(ConfigError, match=r"init\.backbone is 'ViT-B-16:openaii'.*did you mean ViT-B-16:openai\?"):
-        start(create_model("pacl_vit_b16"), load_recipe(tmp_path / "r.yaml", ["init.backbone=ViT-B-16:openaii"]), tmp_path)
+        take_weights(create_model("pacl_vit_b16"), load_recipe(tmp_path / "r.yaml", ["init.backbone=ViT-B-16:openaii"]), tmp_path)

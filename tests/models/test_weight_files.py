@@ -253,7 +253,7 @@ def test_a_file_is_what_its_first_bytes_say(tiny, tmp_path, suffix):
 @pytest.mark.third_trial(11)
 def test_init_of_a_recipe_reads_them_too(tiny, tmp_path):
     from ovseg.training.recipe import load_recipe
-    from ovseg.training.stages import build_model, start
+    from ovseg.training.stages import build_model, take_weights
 
     torch.save(
         {"state_dict": prefixed(tiny.state_dict(), "module._orig_mod.")}, tmp_path / "last.ckpt"
@@ -263,7 +263,7 @@ def test_init_of_a_recipe_reads_them_too(tiny, tmp_path):
             "clip_scenes", ["model.name=pacl_tiny", f"init.{part}={tmp_path / 'last.ckpt'}"]
         )
         model = build_model(recipe)
-        start(model, recipe, tmp_path)
+        take_weights(model, recipe, tmp_path)
         assert torch.equal(model.backbone.words.weight, tiny.backbone.words.weight)
         assert same(model, tiny) == (part == "model")
 

@@ -15,7 +15,7 @@ from ovseg.errors import CheckpointError, ConfigError
 from ovseg.replacing import write_text
 from ovseg.training import state
 from ovseg.training.recipe import load_recipe
-from ovseg.training.stages import _forget_after, start
+from ovseg.training.stages import _forget_after, take_weights
 from ovseg.training.trainer import train
 from ovseg.weights.files import load_tensors, save_tensors
 
@@ -161,7 +161,7 @@ def test_a_flipped_bit_is_found_wherever_weights_are_read(whole, tmp_path):
             load_tensors(folder / "model.safetensors")
         made = recipe(f"init.backbone={folder}")
         with pytest.raises(ConfigError, match=r"init\.backbone is .* its tensors are not those that were written"):
-            start(ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path)
+            take_weights(ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path)
     with pytest.raises(CheckpointError, match="its tensors are not those that were written"):
         ovseg.from_pretrained(run)
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_found_wherever_weights_are_read(whole, tmp_path):
 def test_init_from_nothing(tmp_path, value):
     made = recipe(f"init.backbone={value}")
     with pytest.raises(ConfigError, match=r"init\.backbone is .*; expected a folder, a file or a name of weights"):
-        start(ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path)
+        take_weights(ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path)
 
 
 def test_a_saved_recipe_loads_again(whole):

@@ -80,24 +80,20 @@ def create(
             "data.root is null; with data.kind=folder expected a folder of pictures with .txt "
             "captions"
         )
-    augment = options.augment if split == "train" else PairAugment((1.0, 1.0), (1.0, 1.0))
-    return FolderPairs(
-        options.root,
-        inputs,
-        image_size=options.image_size,
-        captions=options.captions,
-        superpixels=options.superpixels,
-        superpixel_labels=options.superpixel_labels,
-        augment=augment,
-        max_pixels=options.max_pixels,
-    )
+    return FolderPairs(options.root, inputs, options, train=split == "train")
 
 
 class FolderPairs(Source[PairSample]):
-    """Pairs of a folder, in the order of their paths. For the arguments see ``Options``.
+    """Pairs of a folder, in the order of their paths.
 
     A picture without a caption file is left out; one that is damaged, or whose captions are, is
     replaced when it is its turn.
+
+    Args:
+        root: of the folder.
+        inputs: of the model.
+        options: how pictures and captions are read.
+        train: False: no augmentation.
 
     Raises:
         DataError: if there is no pair, or the superpixels of one are missing.
@@ -109,34 +105,31 @@ class FolderPairs(Source[PairSample]):
         self,
         root: str | Path,
         inputs: ModelInputs,
+        options: Options | None = None,
         *,
-        image_size: int | None = None,
-        captions: int = 1,
-        superpixels: str | Path | None = None,
-        superpixel_labels: str = "majority",
-        augment: PairAugment | None = None,
-        max_pixels: int = MAX_PIXELS,
+        train: bool = True,
     ):
+        options = options or Options()
         self.root = Path(root)
         self.inputs = inputs
-        self.captions = captions
-        self.superpixel_labels = superpixel_labels
-        self.max_pixels = max_pixels
-        self.image_size = image_size or inputs.image_size
+        self.captions = options.captions
+        self.superpixel_labels = options.superpixel_labels
+        self.max_pixels = options.max_pixels
+        self.image_size = options.image_size or inputs.image_size
         pairs = _find_pairs(root)
         self.names = Names(pairs)
-        self.superpixels = None if superpixels is None else SuperpixelFile(superpixels)
-        if self.superpixels is not None:
-            missing = [name for name in pairs if name not in self.superpixels]
+        self.superpixels: SuperpixelFile | None = None
+        if options.superpixels is not None:
+            known = self.superpixels = SuperpixelFile(options.superpixels)
+            missing = [name for name in pairs if name not in known]
             if missing:
                 raise DataError(
-                    f"data.superpixels {str(superpixels)!r} lacks {len(missing)} of {len(pairs)} "
+                    f"data.superpixels {str(known.path)!r} lacks {len(missing)} of {len(pairs)} "
                     f"pictures, the first {missing[0]}; expected ovseg data superpixels to be run "
                     "again"
                 )
-        self.transform = pair_transform(
-            augment or PairAugment(), self.image_size, inputs.mean, inputs.std
-        )
+        augment = options.augment if train else PairAugment((1.0, 1.0), (1.0, 1.0))
+        self.transform = pair_transform(augment, self.image_size, inputs.mean, inputs.std)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -86,14 +86,7 @@ def create(
             )
     except (ValueError, InputError) as error:
         raise ConfigError(str(error)) from error
-    return Masks(
-        data,
-        inputs,
-        image_size=options.image_size,
-        ignore_index=options.ignore_index,
-        augment=options.augment,
-        train=train,
-    )
+    return Masks(data, inputs, options, train=train)
 
 
 class LabelledPictures(Protocol):
@@ -143,7 +136,8 @@ class Masks(Source[MaskSample]):
 
     Args:
         data: pictures with truths [H, W], -1 where there is no label.
-        inputs, image_size, ignore_index, augment: see ``Options``.
+        inputs: of the model.
+        options: see there.
         train: False: no augmentation.
 
     Attributes:
@@ -156,12 +150,12 @@ class Masks(Source[MaskSample]):
         self,
         data: LabelledPictures,
         inputs: ModelInputs,
+        options: Options | None = None,
         *,
-        image_size: int | None = None,
-        ignore_index: int = 255,
-        augment: MaskAugment | None = None,
         train: bool = True,
     ):
+        options = options or Options()
+        ignore_index = options.ignore_index
         if ignore_index < len(data.classes):
             raise ConfigError(
                 f"data.ignore_index is {ignore_index}, the label of a class; expected at least "
@@ -171,9 +165,9 @@ class Masks(Source[MaskSample]):
         self.ignore_index = ignore_index
         self.classes = data.classes
         self.unseen = data.unseen
-        self.image_size = image_size or inputs.image_size
+        self.image_size = options.image_size or inputs.image_size
         self.transform = mask_transform(
-            augment or MaskAugment(), self.image_size, inputs.mean, ignore_index, train=train
+            options.augment, self.image_size, inputs.mean, ignore_index, train=train
         )
 
     def __len__(self) -> int:

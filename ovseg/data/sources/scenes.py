@@ -67,14 +67,7 @@ def create(
         )
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
-    return ScenePairs(
-        scenes,
-        inputs,
-        captions=options.captions,
-        superpixel_patch=inputs.patch_size if options.superpixels else None,
-        superpixel_labels=options.superpixel_labels,
-        progress=progress,
-    )
+    return ScenePairs(scenes, inputs, options, progress=progress)
 
 
 class ScenePairs(Source[PairSample]):
@@ -83,9 +76,7 @@ class ScenePairs(Source[PairSample]):
     Args:
         scenes: drawn here, all of them.
         inputs: of which the tokenizer is used.
-        captions: see ``Options``.
-        superpixel_patch: side of a patch in pixels; None: no segments.
-        superpixel_labels: see ``Options``.
+        options: see there.
         progress: whether a bar is shown.
 
     Attributes:
@@ -100,14 +91,13 @@ class ScenePairs(Source[PairSample]):
         self,
         scenes: Scenes,
         inputs: ModelInputs,
+        options: Options | None = None,
         *,
-        captions: int = 1,
-        superpixel_patch: int | None = None,
-        superpixel_labels: str = "majority",
         progress: bool = False,
     ):
+        options = options or Options()
         self.scenes = scenes
-        self.captions = captions
+        self.captions = options.captions
         count = len(scenes)
         classes = scenes.vocabulary.classes
         self.images = torch.empty(count, 3, scenes.image_size, scenes.image_size, dtype=torch.uint8)
@@ -119,10 +109,11 @@ class ScenePairs(Source[PairSample]):
         ):
             scene = scenes[i]
             self.images[i] = torch.from_numpy(scene.image).permute(2, 0, 1)
-            if superpixel_patch is not None:
+            if options.superpixels:
                 # For pictures of 48 pixels.
                 regions = superpixels(scene.image, scale=200.0, sigma=0.8, min_size=60)
-                segments.append(patch_labels(regions, superpixel_patch, superpixel_labels).ravel())
+                labels = patch_labels(regions, inputs.patch_size, options.superpixel_labels)
+                segments.append(labels.ravel())
             for k, caption in enumerate(scene.captions):
                 self.texts.append(caption.text)
                 named = [classes.index(entity) for entity in caption.entities]
