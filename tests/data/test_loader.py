@@ -21,8 +21,8 @@ import ovseg.data.loader_workers as loader_module
 from ovseg.data.loader import Loader
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, load_options
-from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.folder import FolderPairs
+from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.scenes import Options as SceneOptions
 from ovseg.data.sources.scenes import ScenePairs
 from ovseg.errors import ConfigError, DataError
