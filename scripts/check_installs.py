@@ -1,13 +1,15 @@
-"""Install the package in every documented way, each in a fresh virtual environment, and print a table: way, result, seconds.
+"""Install the package in every documented way, each in a fresh virtual environment, and print a
+table: way, result, seconds.
 
     python scripts/check_installs.py                                    all ways; some minutes
     python scripts/check_installs.py isolated stock wheel bare          some; .ci/run does these
-    python scripts/check_installs.py --download isolated                with torch from the index, some gigabytes
+    python scripts/check_installs.py --download isolated                with torch, some gigabytes
 
-Run it with the Python of an environment that has torch. Torch and what it needs are then shown to the fresh environments in
-place of a download: a folder of links to the installed packages, named by a .pth file. To a build in isolation pip installs
-a wheel that holds nothing but such a .pth file, under torch's name and version. Everything else is installed as a user
-would. --download does without both.
+Run it with the Python of an environment that has torch. Torch and what it needs are then shown to
+the fresh environments in place of a download: a folder of links to the installed packages, named by
+a .pth file. To a build in isolation pip installs a wheel that holds nothing but such a .pth file,
+under torch's name and version. Everything else is installed as a user would. --download does
+without both.
 """
 
 from __future__ import annotations
@@ -30,7 +32,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLD_SETUPTOOLS = "65.5.0"  # of a new environment of Python 3.11
-_TOOLS = ("setuptools", "wheel", "pip", "cmake", "ninja")  # are installed, or missing, as the way has it
+_TOOLS = (
+    "setuptools",
+    "wheel",
+    "pip",
+    "cmake",
+    "ninja",
+)  # are installed, or missing, as the way has it
 _OPERATORS = """
 import torch, ovseg_kernels as ok
 x = ok.patch_text_similarity(torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4))
@@ -68,7 +76,11 @@ class Place:
         python = folder / "bin" / "python"
         self.environments[way] = python
         if self.shown is not None:
-            site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
+            site = Path(
+                run(
+                    [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+                ).strip()
+            )
             (site / "shown_torch.pth").write_text(f"{self.shown}\n")
         else:
             pip(python, "install", "torch", "numpy")
@@ -77,8 +89,12 @@ class Place:
         return python
 
     def variables(self, way: str) -> dict[str, str]:
-        """Return the environment variables of a build: none of this checkout's own builds, no CUDA."""
-        found = {name: value for name, value in os.environ.items() if not name.startswith(("OVSEG_", "PYTHONPATH"))}
+        """Return the environment variables of a build: no CUDA, none of this checkout's builds."""
+        found = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("OVSEG_", "PYTHONPATH"))
+        }
         found |= {"FORCE_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
         return found | ({} if way in self.native else {"OVSEG_BUILD_NATIVE": "0"})
 
@@ -89,10 +105,18 @@ def run(command: list, *, fails: bool = False, **options) -> str:
     Raises:
         Failed: if it fails, or with ``fails`` if it does not.
     """
-    done = subprocess.run([str(word) for word in command], text=True, check=False, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, **options)
+    done = subprocess.run(
+        [str(word) for word in command],
+        text=True,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
     if (done.returncode != 0) != fails:
-        raise Failed(f"exit code {done.returncode} of {' '.join(map(str, command))}\n{done.stdout[-4000:]}")
+        raise Failed(
+            f"exit code {done.returncode} of {' '.join(map(str, command))}\n{done.stdout[-4000:]}"
+        )
     return done.stdout
 
 
@@ -100,7 +124,7 @@ def pip(python: Path, *arguments: str | Path, **options) -> str:
     return run([python, "-m", "pip", "--disable-pip-version-check", *arguments], **options)
 
 
-# ---- the ways ------------------------------------------------------------------------------------------------------
+# ---- the ways
 
 
 def isolated(place: Place) -> str:
@@ -120,14 +144,26 @@ def stock(place: Place) -> str:
     if f"setuptools=={OLD_SETUPTOOLS}" not in found:  # a later Python, whose environments have none
         pip(python, "install", f"setuptools=={OLD_SETUPTOOLS}")
     bare_path = {"PATH": str(python.parent)}
-    pip(python, "install", "--no-build-isolation", place.source, env=place.variables("stock") | bare_path)
+    pip(
+        python,
+        "install",
+        "--no-build-isolation",
+        place.source,
+        env=place.variables("stock") | bare_path,
+    )
     return _operators(python)
 
 
 def prepared(place: Place) -> str:
     """pip install 'setuptools>=77' cmake ninja, then pip install --no-build-isolation ."""
     python = place.environment("prepared", "setuptools>=77", "cmake", "ninja")
-    pip(python, "install", "--no-build-isolation", place.source, env=_with_tools(place, "prepared", python))
+    pip(
+        python,
+        "install",
+        "--no-build-isolation",
+        place.source,
+        env=_with_tools(place, "prepared", python),
+    )
     return _operators(python)
 
 
@@ -136,8 +172,16 @@ def wheel(place: Place) -> str:
     tools = ("cmake", "ninja") if "wheel" in place.native else ()
     builder = place.environment("wheel_builder", "setuptools>=77", *tools)
     dist = place.folder / "dist_wheel"
-    pip(builder, "wheel", "--no-deps", "--no-build-isolation", "-w", dist, place.source,
-        env=_with_tools(place, "wheel", builder))
+    pip(
+        builder,
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        dist,
+        place.source,
+        env=_with_tools(place, "wheel", builder),
+    )
     python = place.environment("wheel")
     pip(python, "install", next(dist.glob("*.whl")))
     return _operators(python)
@@ -147,8 +191,10 @@ def sdist(place: Place) -> str:
     """python -m build --sdist, and pip install --no-build-isolation of the archive"""
     python = place.environment("sdist", "setuptools>=77", "cmake", "ninja", "build")
     dist = place.folder / "dist_sdist"
-    run([python, "-m", "build", "--sdist", "--no-isolation", "--outdir", dist, place.source],
-        env=_with_tools(place, "sdist", python))
+    run(
+        [python, "-m", "build", "--sdist", "--no-isolation", "--outdir", dist, place.source],
+        env=_with_tools(place, "sdist", python),
+    )
     archive = next(dist.glob("*.tar.gz"))
     pip(python, "install", "--no-build-isolation", archive, env=_with_tools(place, "sdist", python))
     return f"{_operators(python)}; archive of {archive.stat().st_size / 1e6:.1f} MB"
@@ -159,7 +205,14 @@ def editable(place: Place) -> str:
     python = place.environment("editable", "setuptools>=77", "cmake", "ninja")
     copy = place.folder / "editable"
     shutil.copytree(place.source, copy)
-    pip(python, "install", "--no-build-isolation", "-e", copy, env=_with_tools(place, "editable", python))
+    pip(
+        python,
+        "install",
+        "--no-build-isolation",
+        "-e",
+        copy,
+        env=_with_tools(place, "editable", python),
+    )
     told = _operators(python)
     where = run([python, "-c", "import ovseg; print(ovseg.__file__)"], cwd=place.folder).strip()
     if not Path(where).is_relative_to(copy):
@@ -169,7 +222,14 @@ def editable(place: Place) -> str:
 
 def bare(place: Place) -> str:
     """no extras: the operators work, and the commands say in a sentence what they need"""
-    python = next((place.environments[way] for way in ("isolated", "wheel", "prepared") if way in place.environments), None)
+    python = next(
+        (
+            place.environments[way]
+            for way in ("isolated", "wheel", "prepared")
+            if way in place.environments
+        ),
+        None,
+    )
     if python is None:
         wheel(place)
         python = place.environments["wheel"]
@@ -177,7 +237,9 @@ def bare(place: Place) -> str:
     for arguments in (["--version"], ["--help"], ["info"]):
         run([ovseg, *arguments], cwd=place.folder)
     told = run([ovseg, "segment", "picture.png"], fails=True, cwd=place.folder)
-    sentence = r"ovseg segment: needs \w+, which is not installed: pip install 'ovseg-kernels\[models\]'\n"
+    sentence = (
+        r"ovseg segment: needs \w+, which is not installed: pip install 'ovseg-kernels\[models\]'\n"
+    )
     if not re.fullmatch(sentence, told):
         raise Failed(f"ovseg segment without [models] says {told!r}")
     return told.strip()
@@ -186,7 +248,10 @@ def bare(place: Place) -> str:
 def models(place: Place) -> str:
     """pip install '.[models]', and ovseg segment --demo"""
     python = _with_extra(place, "models")
-    run([python.parent / "ovseg", "segment", "--demo", "-o", place.folder / "segmented"], cwd=place.folder)
+    run(
+        [python.parent / "ovseg", "segment", "--demo", "-o", place.folder / "segmented"],
+        cwd=place.folder,
+    )
     return "ovseg segment --demo"
 
 
@@ -194,42 +259,63 @@ def train(place: Place) -> str:
     """pip install '.[train]', and two steps with their loss curve"""
     python = _with_extra(place, "train")
     folder = place.folder / "run"
-    run([python.parent / "ovseg", "train", "clip_scenes", f"run={folder}", "train.steps=2", "data.train_size=64"],
-        cwd=place.folder)
+    run(
+        [
+            python.parent / "ovseg",
+            "train",
+            "clip_scenes",
+            f"run={folder}",
+            "train.steps=2",
+            "data.train_size=64",
+        ],
+        cwd=place.folder,
+    )
     if not (folder / "loss.png").exists():
         raise Failed("ovseg train drew no loss curve")
     return "ovseg train, with loss.png"
 
 
 WAYS: dict[str, Callable[[Place], str]] = {
-    way.__name__: way for way in (isolated, stock, prepared, wheel, sdist, editable, bare, models, train)
+    way.__name__: way
+    for way in (isolated, stock, prepared, wheel, sdist, editable, bare, models, train)
 }
 
 
 def _with_tools(place: Place, way: str, python: Path) -> dict[str, str]:
-    """The variables of a build with the cmake and ninja of the environment, as where it is activated."""
+    """The variables of a build with the cmake and ninja of the environment, as where it is
+    activated.
+    """
     variables = place.variables(way)
     return variables | {"PATH": f"{python.parent}{os.pathsep}{variables['PATH']}"}
 
 
 def _with_extra(place: Place, extra: str) -> Path:
     python = place.environment(extra, "setuptools>=77", "cmake", "ninja")
-    pip(python, "install", "--no-build-isolation", "-c", place.source / "constraints.txt", f"{place.source}[{extra}]",
-        env=_with_tools(place, extra, python))
+    pip(
+        python,
+        "install",
+        "--no-build-isolation",
+        "-c",
+        place.source / "constraints.txt",
+        f"{place.source}[{extra}]",
+        env=_with_tools(place, extra, python),
+    )
     return python
 
 
 def _operators(python: Path) -> str:
-    """Run an operator and its backward away from the checkout, and the command; returns which backend answered."""
+    """Run an operator and its backward away from the checkout, and the command; returns which
+    backend answered.
+    """
     told = run([python, "-W", "ignore", "-c", _OPERATORS], cwd="/").split()
     run([python.parent / "ovseg", "--version"], cwd="/")
     return f"operators by {told[-1]}"
 
 
-# ---- torch, shown -----------------------------------------------------------------------------------------------------
-
-
-def _needed(name: str, found: dict[str, importlib.metadata.Distribution], *, extras: bool = False) -> None:
+# ---- torch, shown
+def _needed(
+    name: str, found: dict[str, importlib.metadata.Distribution], *, extras: bool = False
+) -> None:
     """Add to ``found`` a distribution and what it requires here, without the tools of builds.
 
     Args:
@@ -249,12 +335,18 @@ def _needed(name: str, found: dict[str, importlib.metadata.Distribution], *, ext
 
 
 def show_torch(folder: Path) -> Path:
-    """Fill ``folder`` with links to torch, numpy and what they need, files and metadata, as they are installed here."""
+    """Fill ``folder`` with links to torch, numpy and what they need, files and metadata, as they
+    are installed here.
+    """
     found: dict[str, importlib.metadata.Distribution] = {}
     for name in ("torch", "numpy"):
         _needed(name, found)
     for distribution in found.values():
-        tops = {path.parts[0] for path in distribution.files or () if path.parts[0] not in ("..", "__pycache__")}
+        tops = {
+            path.parts[0]
+            for path in distribution.files or ()
+            if path.parts[0] not in ("..", "__pycache__")
+        }
         for top in tops:
             target = Path(str(distribution.locate_file(top)))
             if target.exists() and not (folder / top).exists():
@@ -263,7 +355,9 @@ def show_torch(folder: Path) -> Path:
 
 
 def _stand_in(place: Place) -> dict[str, str]:
-    """Make a wheel of torch's name and version that shows the installed one; returns the variables by which pip takes it."""
+    """Make a wheel of torch's name and version that shows the installed one; returns the variables
+    by which pip takes it.
+    """
     version = f"{importlib.metadata.version('torch').partition('+')[0]}+shown"
     wheels = place.folder / "stand_in"
     wheels.mkdir()
@@ -271,7 +365,8 @@ def _stand_in(place: Place) -> dict[str, str]:
     files = {
         "shown_torch.pth": f"{place.shown}\n",
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: check_installs\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: check_installs\nRoot-Is-Purelib: "
+        "true\nTag: py3-none-any\n",
     }
     with zipfile.ZipFile(wheels / f"torch-{version}-py3-none-any.whl", "w") as archive:
         for name, text in files.items():
@@ -282,18 +377,22 @@ def _stand_in(place: Place) -> dict[str, str]:
     constraint.write_text(f"torch=={version}\n")
     links = " ".join(filter(None, (os.environ.get("PIP_FIND_LINKS"), str(wheels))))
     # From 25.3 on pip has a variable of its own for the environments of builds.
-    return {"PIP_FIND_LINKS": links, "PIP_CONSTRAINT": str(constraint), "PIP_BUILD_CONSTRAINT": str(constraint)}
+    return {
+        "PIP_FIND_LINKS": links,
+        "PIP_CONSTRAINT": str(constraint),
+        "PIP_BUILD_CONSTRAINT": str(constraint),
+    }
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------
-
-
+# ---- the table
 def copy_of_checkout(folder: Path) -> Path:
     """Copy what git tracks, and what it would; all but builds where there is no git."""
     command = ["git", "ls-files", "-co", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
-        ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "build_info.json", "*.egg-info", "__pycache__")
+        ignored = shutil.ignore_patterns(
+            ".*", "build", "dist", "*.so", "build_info.json", "*.egg-info", "__pycache__"
+        )
         return Path(shutil.copytree(ROOT, folder, ignore=ignored))
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
@@ -305,16 +404,26 @@ def copy_of_checkout(folder: Path) -> Path:
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     lines = ["| way | what | result | s |", "|---|---|---|---|"]
-    lines += [f"| {row['way']} | {row['what']} | {row['result']} | {row['seconds']} |" for row in rows]
+    lines += [
+        f"| {row['way']} | {row['what']} | {row['result']} | {row['seconds']} |" for row in rows
+    ]
     return "\n".join(lines)
 
 
 def main() -> int:
     """Run the ways that are asked for; 1 if one of them fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
-    parser.add_argument("--native", default=",".join(WAYS), metavar="WAYS",
-                        help="ways that build the native library, comma-separated (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)"
+    )
+    parser.add_argument(
+        "--native",
+        default=",".join(WAYS),
+        metavar="WAYS",
+        help="ways that build the native library, comma-separated (default: all)",
+    )
     parser.add_argument("--download", action="store_true", help="take torch from the index")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args()

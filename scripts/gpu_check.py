@@ -1,4 +1,7 @@
-"""The verbs of scripts/gpu_check.sh: what each runs, in which order, and how long it may take. Imports no torch itself."""
+"""The verbs of scripts/gpu_check.sh: what each runs, in which order, and how long it may take.
+
+Imports no torch itself.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ from gpu_jobs import ROOT
 from benchmarks import lines, show
 from benchmarks.supervise import Job, Outcome, run
 
-# Seconds of each step, in their order. What a step leaves over goes to the next; GRACE of supervise.py is part of a limit.
+# Seconds of each step, in their order. What a step leaves over goes to the next; GRACE of
+# supervise.py is part of a limit.
 FACTS = 5
 LIMITS: dict[str, dict[str, int]] = {
     "build": {"prebuilt": 45, "compile": 360, "info": 60},
@@ -38,7 +42,8 @@ ALL: dict[str, dict[str, int]] = {
     "test": {"cuda tests": 45, "triton tests": 70},
     "sanitize": {"sanitize": 60},
 }
-LONGEST = 480  # seconds any verb may take: the sum of its limits and FACTS is not larger, which a test holds
+# seconds any verb may take: the sum of its limits and FACTS is not larger, which a test holds
+LONGEST = 480
 LOG_BYTES = 200_000  # of the output of each job
 
 
@@ -86,8 +91,16 @@ class Part:
 
     def begin(self) -> None:
         """The line that begins a run."""
-        self.file.write({"op": "environment", "device": self.place.device, "capability": self.place.capability, "date": self.place.date,
-                         "time": time.strftime("%H:%M:%S"), "run": self.run_id})
+        self.file.write(
+            {
+                "op": "environment",
+                "device": self.place.device,
+                "capability": self.place.capability,
+                "date": self.place.date,
+                "time": time.strftime("%H:%M:%S"),
+                "run": self.run_id,
+            }
+        )
 
     def left(self, step: str) -> float:
         """Seconds that this step may take: its own, and what those before it left over."""
@@ -97,11 +110,28 @@ class Part:
         """Of this run."""
         return list(lines.finished(lines.read(self.file.path)[0]).values())
 
-    def step(self, name: str, jobs: Sequence[Job], workers: int, resume: bool = False, bad: str = "FAILED") -> list[Outcome]:
-        """Runs them, and writes how it ended, ``bad`` if not well. Rows appear on the screen while they run."""
+    def step(
+        self,
+        name: str,
+        jobs: Sequence[Job],
+        workers: int,
+        resume: bool = False,
+        bad: str = "FAILED",
+    ) -> list[Outcome]:
+        """Runs them, and writes how it ended, ``bad`` if not well.
+
+        Rows appear on the screen while they run.
+        """
         began = self.place.clock()
-        outcomes = self.place.run(jobs, workers=workers, until=self.until[name], logs=self.place.work / "logs",
-                                  results=self.file if resume else None, report=self._log, tick=self._show_new_rows)
+        outcomes = self.place.run(
+            jobs,
+            workers=workers,
+            until=self.until[name],
+            logs=self.place.work / "logs",
+            results=self.file if resume else None,
+            report=self._log,
+            tick=self._show_new_rows,
+        )
         self._show_new_rows(last=True)
         stopped = sorted({o.reason for o in outcomes if o.reason})
         unclean = [o for o in outcomes if o.status != 0]
@@ -111,20 +141,32 @@ class Part:
 
     def note(self, step: str, state: str, seconds: float, note: str = "") -> None:
         self.failed |= state != "passed"
-        self.file.write({"step": step, "state": state, "seconds": seconds, **({"note": note} if note else {})})
+        self.file.write(
+            {"step": step, "state": state, "seconds": seconds, **({"note": note} if note else {})}
+        )
         self.place.say(f"== {step}: {state}, {seconds} s{'; ' + note if note else ''}")
 
     def missing(self, names: Sequence[str], what: str) -> bool:
         """Says and writes which of these Python packages are not there."""
         if absent := [name for name in names if self.place.missing(name)]:
-            self.file.write({"step": "needs", "state": "missing", "seconds": 0, "note": f"{', '.join(absent)} not installed: {what}"})
+            self.file.write(
+                {
+                    "step": "needs",
+                    "state": "missing",
+                    "seconds": 0,
+                    "note": f"{', '.join(absent)} not installed: {what}",
+                }
+            )
             self.place.say(f"== {', '.join(absent)} not installed: {what}")
         return bool(absent)
 
     def _log(self, outcome: Outcome) -> None:
         text = outcome.output.encode()[-LOG_BYTES:].decode(errors="replace")
         with open(self.place.results / f"{self.place.date}.log", "a") as log:
-            log.write(f"==== {self.name}, {outcome.name}: exit status {outcome.status}, {outcome.seconds} s {outcome.reason}\n{text}\n")
+            log.write(
+                f"==== {self.name}, {outcome.name}: exit status {outcome.status}, "
+                f"{outcome.seconds} s {outcome.reason}\n{text}\n"
+            )
 
     def _show_new_rows(self, last: bool = False) -> None:
         if not last and self.place.clock() - self._looked < 0.5:
@@ -141,16 +183,28 @@ class Part:
 
 def build(part: Part) -> None:
     ready = [*gpu_jobs.QUIET, "-m", "ovseg_kernels.info", "--ready"]
-    (found,) = part.step("prebuilt", [Job("prebuilt", ready, part.left("prebuilt"))], 1, bad="not accepted")
+    (found,) = part.step(
+        "prebuilt", [Job("prebuilt", ready, part.left("prebuilt"))], 1, bad="not accepted"
+    )
     part.failed = False  # not being built yet is no failure
     part.place.say(found.output.strip()[-600:])
     if found.status != 0:
         tools = [name for name in ("cmake", "nvcc", "c++") if part.place.tool(name) is None]
         if tools or part.missing(["setuptools", "numpy"], "the build needs them"):
-            part.note("compile", "FAILED", 0, f"needs {', '.join(tools) or 'setuptools, numpy'}; or libraries that "
-                      "`FORCE_CUDA=1 make gpu-build` made from these sources on another x86-64 machine, in ovseg_kernels/")
+            part.note(
+                "compile",
+                "FAILED",
+                0,
+                f"needs {', '.join(tools) or 'setuptools, numpy'}; or libraries that "
+                "`FORCE_CUDA=1 make gpu-build` made from these sources on another x86-64 machine, "
+                "in ovseg_kernels/",
+            )
         else:
-            part.step("compile", [gpu_jobs.build(part.place.capability, part.place.cores, part.left("compile"))], 1)
+            part.step(
+                "compile",
+                [gpu_jobs.build(part.place.capability, part.place.cores, part.left("compile"))],
+                1,
+            )
         part.step("info", [Job("info", ready, part.left("info"))], 1)
 
 
@@ -161,7 +215,14 @@ def smoke(part: Part) -> None:
     for outcome in part.step("smoke", jobs, len(jobs), resume=True):
         if outcome.reason:  # the rows that it had not begun
             op, backend = outcome.name.split()[1:3]
-            part.file.write({"key": f"the rest of {outcome.name}", "op": op, "backend": backend, "failed": outcome.reason})
+            part.file.write(
+                {
+                    "key": f"the rest of {outcome.name}",
+                    "op": op,
+                    "backend": backend,
+                    "failed": outcome.reason,
+                }
+            )
     rows = [row for row in part.results() if row.get("backend") == "triton" and "first_ms" in row]
     spent = sum(max(0.0, row["first_ms"] - row["ms_with_host"]) for row in rows) / 1000
     if count := gpu_jobs.compiled(part.place.work) - before:
@@ -174,27 +235,45 @@ def bench(part: Part) -> None:
         jobs = gpu_jobs.warm(part.left("compile kernels"))
         part.step("compile kernels", jobs, min(14, part.place.cores))
         part.failed = False  # what does not run here, the bench says row by row
-    part.step("bench", [gpu_jobs.bench(part.file.path, part.left("bench"), part.run_id)], 1, resume=True)
+    part.step(
+        "bench", [gpu_jobs.bench(part.file.path, part.left("bench"), part.run_id)], 1, resume=True
+    )
 
 
 def test(part: Part) -> None:
     if part.missing(["pytest"], "no test can run"):
         return part.note("tests", "FAILED", 0, "pytest is not installed")
     part.missing(["hypothesis"], "its property tests are skipped, and counted as skipped")
-    for group, workers in (("cuda", min(8, part.place.cores)), ("triton", min(14, part.place.cores))):
+    for group, workers in (
+        ("cuda", min(8, part.place.cores)),
+        ("triton", min(14, part.place.cores)),
+    ):
         step = f"{group} tests"
         if group == "triton":
             part.place.say(gpu_jobs.estimate(part.place.results, workers))
-        part.step(step, gpu_jobs.tests(group, workers, part.file.path, part.left(step)), workers, resume=True)
-        if not any(row.get("group") == group and row.get("state") != "skipped" for row in part.results()):
+        part.step(
+            step,
+            gpu_jobs.tests(group, workers, part.file.path, part.left(step)),
+            workers,
+            resume=True,
+        )
+        if not any(
+            row.get("group") == group and row.get("state") != "skipped" for row in part.results()
+        ):
             part.note(step, "FAILED", 0, "no test ran, or all were skipped")
-        gpu_jobs.junit(part.file.path, group, part.place.results / f"{part.place.date}-test-{group}.xml")
+        gpu_jobs.junit(
+            part.file.path, group, part.place.results / f"{part.place.date}-test-{group}.xml"
+        )
 
 
 def sanitize(part: Part) -> None:
-    sanitizer = part.place.tool("compute-sanitizer") or gpu_jobs.beside_nvcc("compute-sanitizer", part.place.tool("nvcc"))
+    sanitizer = part.place.tool("compute-sanitizer") or gpu_jobs.beside_nvcc(
+        "compute-sanitizer", part.place.tool("nvcc")
+    )
     if not sanitizer:
-        return part.note("sanitize", "FAILED", 0, "compute-sanitizer is neither on PATH nor beside nvcc")
+        return part.note(
+            "sanitize", "FAILED", 0, "compute-sanitizer is neither on PATH nor beside nvcc"
+        )
     jobs = gpu_jobs.sanitize(sanitizer, part.place.missing("triton"))
     part.file.write({"planned": [job.name for job in jobs]})
     log = part._log
@@ -207,7 +286,13 @@ def sanitize(part: Part) -> None:
     part.step("sanitize", jobs, min(12, part.place.cores))
 
 
-PARTS: dict[str, Callable[[Part], None]] = {"build": build, "smoke": smoke, "bench": bench, "test": test, "sanitize": sanitize}
+PARTS: dict[str, Callable[[Part], None]] = {
+    "build": build,
+    "smoke": smoke,
+    "bench": bench,
+    "test": test,
+    "sanitize": sanitize,
+}
 
 
 def main(verb: str, place: Place) -> int:
@@ -226,15 +311,20 @@ def main(verb: str, place: Place) -> int:
         place.say(f"{name}: {'NOT passed' if failed else 'passed'}")
         status |= failed
         start += sum(steps.values())
-    place.say(f"{'NOT passed' if status else 'all passed'}, {place.clock() - began:.0f} s; see {place.results}")
+    place.say(
+        f"{'NOT passed' if status else 'all passed'}, {place.clock() - began:.0f} s; see "
+        f"{place.results}"
+    )
     return int(status)
 
 
 def facts() -> tuple[str, str]:
-    """Name and capability of the first GPU, without torch: the driver's own tool answers at once."""
+    """Return name and capability of the first GPU as the driver's own tool tells them."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=FACTS).stdout
+        told = subprocess.run(
+            query, capture_output=True, text=True, check=True, timeout=FACTS
+        ).stdout
         name, capability = told.splitlines()[0].rsplit(",", 1)
     except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
         sys.exit(f"gpu_check.sh needs an NVIDIA GPU, and nvidia-smi shows none: {error}")
@@ -245,8 +335,12 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__)
     arguments.add_argument("verb", choices=[*LIMITS, "all"])
     wanted = arguments.parse_args().verb
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the remote shell is gone; the verb ends by itself
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the finally of supervise.py, which ends the workers
+    signal.signal(
+        signal.SIGHUP, signal.SIG_IGN
+    )  # the remote shell is gone; the verb ends by itself
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # through the finally of supervise.py, which ends the workers
     device, capability = facts()
     results = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results" / device)
     raise SystemExit(main(wanted, Place(device, capability, results, ROOT / "build" / "gpu")))

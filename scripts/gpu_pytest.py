@@ -1,9 +1,11 @@
-"""pytest plugin of scripts/gpu_check.sh: one JSON line a test, at once; shards; and going on after a lost GPU context.
+"""pytest plugin of scripts/gpu_check.sh: one JSON line a test, at once; shards; and going on after
+a lost GPU context.
 
-    PYTHONPATH=.:scripts OVSEG_LINES=FILE OVSEG_SHARD=0/14 python -m pytest -p gpu_pytest tests/ops -m gpu
+    PYTHONPATH=.:scripts OVSEG_LINES=FILE OVSEG_SHARD=0/14 python -m pytest -p gpu_pytest tests/ops
+    -m gpu
 
-A test that the file already holds is not run again. Needs no other plugin. Without hypothesis its property tests are skipped, and
-the rest of their files runs.
+A test that the file already holds is not run again. Needs no other plugin. Without hypothesis its
+property tests are skipped, and the rest of their files runs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from benchmarks import lines
 from benchmarks.supervise import AGAIN
 
 CHUNK = 4  # neighbours, which share compiled kernels, stay together
-LOST = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure", "CUDA error: an illegal")
+LOST = (
+    "illegal memory access",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "CUDA error: an illegal",
+)
 
 
 class _Anything(types.ModuleType):
@@ -43,8 +51,16 @@ def stand_in_for_hypothesis() -> None:
 
     module = types.ModuleType("hypothesis")
     anything = _Anything("hypothesis.strategies")
-    for name, value in {"given": given, "settings": settings, "example": settings, "strategies": anything, "HealthCheck": anything,
-                        "assume": bool, "note": print, "__path__": []}.items():  # fmt: skip
+    for name, value in {
+        "given": given,
+        "settings": settings,
+        "example": settings,
+        "strategies": anything,
+        "HealthCheck": anything,
+        "assume": bool,
+        "note": print,
+        "__path__": [],
+    }.items():
         setattr(module, name, value)
     sys.modules |= {"hypothesis": module, "hypothesis.strategies": anything}
 
@@ -73,10 +89,18 @@ class Reporter:
 
     def pytest_collectreport(self, report):
         if report.failed:  # a file that does not import
-            self.file.write({"key": f"collecting {report.nodeid}", "state": "failed", "failed": report.longreprtext.strip()[-500:]})
+            self.file.write(
+                {
+                    "key": f"collecting {report.nodeid}",
+                    "state": "failed",
+                    "failed": report.longreprtext.strip()[-500:],
+                }
+            )
 
     def pytest_sessionfinish(self, session, exitstatus):
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # more shards than tests: that any ran at all, gpu_check.py holds
+        if (
+            exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
+        ):  # more shards than tests: that any ran at all, gpu_check.py holds
             session.exitstatus = pytest.ExitCode.OK
 
     def pytest_runtest_logstart(self, nodeid):
@@ -93,9 +117,15 @@ class Reporter:
             self.state = "xfailed" if hasattr(report, "wasxfail") else "skipped"
         if report.when != "teardown":
             return
-        row = {"key": report.nodeid, "seconds": round(self.seconds, 3), "state": "failed" if self.failed else self.state}
+        row = {
+            "key": report.nodeid,
+            "seconds": round(self.seconds, 3),
+            "state": "failed" if self.failed else self.state,
+        }
         self.file.write(row | ({"failed": self.failed} if self.failed else {}))
-        if any(word in self.failed for word in LOST):  # every later test of this process would fail for it
+        if any(
+            word in self.failed for word in LOST
+        ):  # every later test of this process would fail for it
             sys.stdout.flush()
             os._exit(AGAIN)
 
@@ -104,4 +134,11 @@ def pytest_configure(config):
     if path := os.environ.get("OVSEG_LINES"):
         worker = os.environ.get("OVSEG_WORKER", "pytest")
         config.pluginmanager.register(
-            Reporter(path, os.environ.get("OVSEG_SHARD", "0/1"), worker, os.environ.get("OVSEG_GROUP", "tests")), "ovseg lines")
+            Reporter(
+                path,
+                os.environ.get("OVSEG_SHARD", "0/1"),
+                worker,
+                os.environ.get("OVSEG_GROUP", "tests"),
+            ),
+            "ovseg lines",
+        )

@@ -1,10 +1,12 @@
-"""One operator on one backend against float64: every dtype, forward and backward, a small shape and one of the paper.
+"""One operator on one backend against float64: every dtype, forward and backward, a small shape and
+one of the paper.
 
     python scripts/gpu_smoke.py OPERATOR BACKEND --out FILE [--dtypes float32 bfloat16]
 
-A line each, written at once; stops at nothing. The rule is that of ovseg_kernels/testing.py: the error against the definition in
-float64, of the same rounded inputs, is at most twice that of the definition in the dtype itself, plus a floor. Where the result depends on
-a choice among near ties (centers, negatives), few of them may differ, and the rest is held to the norm of the error.
+A line each, written at once; stops at nothing. The rule is that of ovseg_kernels/testing.py: the
+error against the definition in float64, of the same rounded inputs, is at most twice that of the
+definition in the dtype itself, plus a floor. Where the result depends on a choice among near ties
+(centers, negatives), few of them may differ, and the rest is held to the norm of the error.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ MAY_DIFFER = 1e-3  # share of labels and indices, where two nearly tie
 OUTPUT = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
-def judge(found: OUTPUT, eager: OUTPUT, truth: OUTPUT, floor: float, chooses: bool = False) -> dict[str, Any]:
+def judge(
+    found: OUTPUT, eager: OUTPUT, truth: OUTPUT, floor: float, chooses: bool = False
+) -> dict[str, Any]:
     """The worst error of all tensors beside what it may be; "failed" if it is larger."""
     row: dict[str, Any] = {}
     changed = 0.0
@@ -48,13 +52,26 @@ def judge(found: OUTPUT, eager: OUTPUT, truth: OUTPUT, floor: float, chooses: bo
         a, b, c = a.double(), b.double(), c.double()
         if not torch.equal(a.isfinite(), c.isfinite()):
             bad, expected = (int((~x.isfinite()).sum()) for x in (a, c))
-            return {**row, "failed": f"tensor {i} holds {bad} numbers that are not finite, the truth {expected}"}
-        least = floor * (10 if c.numel() == 1 else 1)  # one number may be the difference of two large sums
+            return {
+                **row,
+                "failed": f"tensor {i} holds {bad} numbers that are not finite, the truth "
+                f"{expected}",
+            }
+        least = floor * (
+            10 if c.numel() == 1 else 1
+        )  # one number may be the difference of two large sums
         norm = float(c.norm().clamp_min(1e-12))
-        measures = [(float((a - c).norm()) / norm, 2 * float((b - c).norm()) / norm + least + 2 * changed**0.5 + 0.02 * chooses)]
+        measures = [
+            (
+                float((a - c).norm()) / norm,
+                2 * float((b - c).norm()) / norm + least + 2 * changed**0.5 + 0.02 * chooses,
+            )
+        ]
         if not changed and not chooses:
             scale = max(1.0, float(c.abs().max()))
-            measures.append((float((a - c).abs().max()) / scale, 2 * float((b - c).abs().max()) / scale + least))
+            measures.append(
+                (float((a - c).abs().max()) / scale, 2 * float((b - c).abs().max()) / scale + least)
+            )
         for error, allowed in measures:
             if error / allowed > worst:
                 worst = error / allowed
@@ -80,10 +97,22 @@ def check(call: Call, dtype: torch.dtype, backend: str) -> dict[str, Any]:
         eager = outputs(call, tensors)
         truth = outputs(call, [x.detach().double().requires_grad_() for x in tensors])
     floor = FLOORS[torch.float32 if call.rounded and dtype == torch.float64 else dtype]
-    return {"first_ms": times[0], "ms_with_host": times[1], **judge(found, eager, truth, floor, call.chooses)}
+    return {
+        "first_ms": times[0],
+        "ms_with_host": times[1],
+        **judge(found, eager, truth, floor, call.chooses),
+    }
 
 
-def run(op: str, backend: str, out: str, dtypes: Sequence[str], device: str = "cuda", worker: str = "", paper: bool = True) -> int:
+def run(
+    op: str,
+    backend: str,
+    out: str,
+    dtypes: Sequence[str],
+    device: str = "cuda",
+    worker: str = "",
+    paper: bool = True,
+) -> int:
     file = lines.Lines(out, worker=worker or f"{op} {backend}")
     have, bad = lines.finished(lines.read(out)[0]), False
     for size in ("small", "paper") if paper else ("small",):
@@ -94,8 +123,15 @@ def run(op: str, backend: str, out: str, dtypes: Sequence[str], device: str = "c
                 key = f"{op} {backend} {name} {size} {call.name}"
                 if key in have:
                     continue
-                row: dict[str, Any] = {"key": key, "op": op, "backend": backend, "dtype": name, "size": size, "case": call.name,
-                                       "shapes": [list(x.shape) for x in call.tensors]}
+                row: dict[str, Any] = {
+                    "key": key,
+                    "op": op,
+                    "backend": backend,
+                    "dtype": name,
+                    "size": size,
+                    "case": call.name,
+                    "shapes": [list(x.shape) for x in call.tensors],
+                }
                 file.start(key, op=op, backend=backend)
                 try:
                     row |= check(call, DTYPES[name], backend)
@@ -111,11 +147,15 @@ def run(op: str, backend: str, out: str, dtypes: Sequence[str], device: str = "c
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("op", choices=list(CALLS))
     arguments.add_argument("backend", choices=("cuda", "triton"))
     arguments.add_argument("--out", required=True)
-    arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"], choices=list(DTYPES))
+    arguments.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16", "float16"], choices=list(DTYPES)
+    )
     arguments.add_argument("--worker", default="", help="the name under which its rows are written")
     given = arguments.parse_args()
     raise SystemExit(run(given.op, given.backend, given.out, given.dtypes, worker=given.worker))

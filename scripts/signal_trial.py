@@ -27,10 +27,18 @@ from pathlib import Path
 
 SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 STEPS_A_TIME = 12  # at most, before the signals
-_SETTINGS = ["data.style=shapes", "data.train_size=24", "data.workers=1", "train.batch_size=6",
-             "log.every_steps=1", "checkpoint.every_steps=100000", "checkpoint.keep=100000",
-             "train.device=cpu", "train.ema=0.9",
-             "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}"]  # fmt: skip
+_SETTINGS = [
+    "data.style=shapes",
+    "data.train_size=24",
+    "data.workers=1",
+    "train.batch_size=6",
+    "log.every_steps=1",
+    "checkpoint.every_steps=100000",
+    "checkpoint.keep=100000",
+    "train.device=cpu",
+    "train.ema=0.9",
+    "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}",
+]
 _COMPARED = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "ranks.jsonl")
 
 
@@ -77,9 +85,23 @@ def begin(out: Path, name: str, steps: int) -> subprocess.Popen:
     """Start a life of a run under torchrun; each of its processes notes its exit code in a file."""
     for old in out.glob("code.*"):
         old.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", __file__, "--child", str(out), "train", "clip_scenes", "--auto-resume", *_SETTINGS,
-               f"train.steps={steps}", f"run={out / name}"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        "--child",
+        str(out),
+        "train",
+        "clip_scenes",
+        "--auto-resume",
+        *_SETTINGS,
+        f"train.steps={steps}",
+        f"run={out / name}",
+    ]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"{name}.txt", "a") as printed:
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -48,7 +48,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-
     from .. import distributed
     from ..errors import ConfigError
     from ..training.recipe import list_recipes, load_recipe, to_yaml

@@ -103,7 +103,7 @@ def build_backbone(kind: str, **options: Any) -> ClipBackbone:
 
 
 def complete_backbone(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return kind and options of a backbone, those that are not given too, its text tower's as well."""
+    """Return kind and options of a backbone and its text tower, those that are not given too."""
     options = dict(given)
     kind = options.pop("kind", None)
     found = asdict(options_of(BACKBONES[kind].Options, options, "backbone"))

@@ -1,5 +1,7 @@
-"""The tokenizer of an open_clip architecture: open_clip's byte pairs, or one of transformers'
-without code of its own.
+"""Tokenizers of CLIPs and of BERT, fetched where they are not here.
+
+An open_clip architecture has open_clip's byte pairs, or a tokenizer of transformers', which is read
+without running code of its own.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ TOKENIZER_FILES = (
 
 
 def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Texts to ids [T, L]: open_clip's byte pairs, or a tokenizer of transformers whose files are
-    fetched.
+    """Return the function from texts to ids [T, L].
+
+    It is open_clip's byte pairs, or a tokenizer of transformers, whose files are fetched.
     """
     open_clip, text = import_open_clip(), configuration(architecture)["text_cfg"]
     length, name = text.get("context_length", 77), text.get("hf_tokenizer_name")
@@ -105,7 +108,7 @@ class ClipTokenizer:
         return self._loaded()([texts] if isinstance(texts, str) else list(texts))
 
     def cut(self, texts: Sequence[str]) -> list[bool]:
-        """Return which of ``texts`` are longer than the context: a longer one holds more of them."""
+        """Return which of ``texts`` exceed the context: a longer one holds more of them."""
         short = self(texts)
         context = short.shape[1]
         long = self._loaded()([*texts, ""], context_length=8 * context)
