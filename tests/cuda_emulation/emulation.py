@@ -21,8 +21,13 @@ def load():
     import pybind11
 
     build = ROOT / "build" / "emulation"
-    cmake(build, "-DOVSEG_CPU=OFF", "-DOVSEG_EMULATION=ON", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-          f"-DPython_EXECUTABLE={sys.executable}")
+    cmake(
+        build,
+        "-DOVSEG_CPU=OFF",
+        "-DOVSEG_EMULATION=ON",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    )
     (path,) = (build / "lib").glob("ovseg_cuda_emulation*.so")
     schemas = torch_library.Library("ovseg_emulated", "DEF")
     for schema in _library.SCHEMAS.values():
@@ -36,13 +41,19 @@ def load():
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
     """A copy of ``x``, strides and all, in memory that ends where the tensor ends."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    extent = (
+        1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        if x.numel()
+        else 0
+    )
     if extent > 2**28:
         return x  # a view that spans gigabytes stays where it is
     memory = torch.from_numpy(load().allocate(extent * x.element_size()))
     copy = memory.view(x.dtype).as_strided(x.shape, x.stride()) if extent else x.clone()
     if extent:
-        copy.copy_(x) if 0 not in x.stride() else memory.view(x.dtype).copy_(x.as_strided((extent,), (1,)))
+        copy.copy_(x) if 0 not in x.stride() else memory.view(x.dtype).copy_(
+            x.as_strided((extent,), (1,))
+        )
     return copy
 
 

@@ -1,4 +1,6 @@
-"""Where the numeric tests run: every implementation, on the CPU by emulation or interpretation, on a GPU where there is one."""
+"""Where the numeric tests run: every implementation, on the CPU by emulation or interpretation, on
+a GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from ovseg_kernels import _library
 
 GPU = ("cuda", "triton")
 BACKENDS = ("reference", "cpu", "cuda-emulated", "triton-interpreted", *GPU)
-# The interpreter's bfloat16 is wrong (it works on the bits as integers); on a GPU the same kernels are tested in it.
+# The interpreter's bfloat16 is wrong (it works on the bits as integers); on a GPU the same kernels
+# are tested in it.
 NO_BFLOAT16 = ("triton-interpreted",)
 SLOW = ("triton-interpreted",)
-# Compiled on first use, a second for every option and dtype: all options are tested in float32, other dtypes with a few of them.
-# tests/packaging/triton_count.py counts, and tests/packaging/test_gpu_code.py holds the number.
+# Compiled on first use, a second for every option and dtype: all options are tested in float32,
+# other dtypes with a few of them. tests/packaging/triton_count.py counts, and
+# tests/packaging/test_gpu_code.py holds the number.
 COMPILED = ("triton",)
 
 
@@ -32,17 +36,27 @@ def device_of(name: str) -> str:
 def dtypes(name: str) -> list[torch.dtype]:
     """What a numeric test runs in, with float64 as the truth."""
     found = [torch.float32, torch.float16, torch.bfloat16]
-    return [d for d in found if not (d == torch.bfloat16 and name in NO_BFLOAT16) and not (d == torch.float16 and name in COMPILED)]
+    return [
+        d
+        for d in found
+        if not (d == torch.bfloat16 and name in NO_BFLOAT16)
+        and not (d == torch.float16 and name in COMPILED)
+    ]
 
 
 def exact(name: str) -> list[torch.dtype]:
-    """What a test runs in that is not about dtypes. On a GPU float64 is kept for the tests that cannot do without."""
+    """What a test runs in that is not about dtypes.
+
+    On a GPU float64 is kept for the tests that cannot do without.
+    """
     return [torch.float32] if name in GPU else [torch.float32, torch.float64]
 
 
 @contextlib.contextmanager
 def running_on(name: str, seed: int = 0) -> Iterator[None]:
-    """The named implementation answers inside; ``reference`` is the closed form that answers where no kernel is built."""
+    """The named implementation answers inside; ``reference`` is the closed form that answers where
+    no kernel is built.
+    """
     if name == "reference":
         with _library.overriding(_library.FALLBACKS, ("CPU",)):
             yield

@@ -1,4 +1,6 @@
-"""Every operator with arguments to call it by: what the contract tests run over. A new operator adds itself here.
+"""Every operator with arguments to call it by: what the contract tests run over.
+
+A new operator adds itself here.
 
 The numbers are drawn on the CPU, so that every device gets the same.
 """
@@ -14,7 +16,9 @@ from ovseg_kernels import philox
 
 @dataclass
 class Sample:
-    """``call(*tensors)`` is the public function; ``low`` are dispatcher calls for opcheck (name, arguments)."""
+    """``call(*tensors)`` is the public function; ``low`` are dispatcher calls for opcheck (name,
+    arguments).
+    """
 
     op: str
     name: str
@@ -28,7 +32,8 @@ class Sample:
     masked: tuple[int, ...] = ()
     discrete: bool = False  # labels, without a gradient
     plain: bool = False  # torch alone, with a second derivative
-    mixed: bool = False  # torch's norms and products take part, whose bits may depend on the number of threads
+    # torch's norms and products take part, whose bits may depend on the number of threads
+    mixed: bool = False
     smooth: bool = True  # False: straight-through, whose gradient is not that of the value
 
     def __str__(self) -> str:
@@ -59,35 +64,76 @@ def patch_text(dtype=torch.float64, device="cpu", B=3, T=4, N=7, D=5) -> list[Sa
     for pool in ("vector", "score", "max", "mean"):
         for weight in ("softmax", "sigmoid"):
             for mask in (None, mask_of(B, N, device)):
-                params = (number(0.37, **to),) if weight == "softmax" else (number(3.0, **to), number(-0.5, **to))
+                params = (
+                    (number(0.37, **to),)
+                    if weight == "softmax"
+                    else (number(3.0, **to), number(-0.5, **to))
+                )
 
                 def call(patches, texts, *params, pool=pool, weight=weight, mask=mask):
-                    names = ("temperature",) if weight == "softmax" else ("weight_scale", "weight_bias")
+                    names = (
+                        ("temperature",) if weight == "softmax" else ("weight_scale", "weight_bias")
+                    )
                     return ok.patch_text_similarity(
-                        patches, texts, patch_mask=mask, pool=pool, weight=weight, **dict(zip(names, params, strict=True))
+                        patches,
+                        texts,
+                        patch_mask=mask,
+                        pool=pool,
+                        weight=weight,
+                        **dict(zip(names, params, strict=True)),
                     )
 
                 patches, texts = leaf(B, N, D, **to), leaf(T, D, **to)
                 low = []
                 if pool != "mean":
-                    codes = ({"vector": 0, "score": 1, "max": 2}[pool], int(weight == "sigmoid"), False)
+                    codes = (
+                        {"vector": 0, "score": 1, "max": 2}[pool],
+                        int(weight == "sigmoid"),
+                        False,
+                    )
                     scale, bias = number(2.0, **to), number(-0.5, **to)
-                    low.append(("patch_text_similarity", (patches, texts, mask, scale, bias, *codes)))
+                    low.append(
+                        ("patch_text_similarity", (patches, texts, mask, scale, bias, *codes))
+                    )
                     plain = [x.detach() for x in (patches, texts, scale, bias)]
-                    saved = torch.ops.ovseg.patch_text_similarity(*plain[:2], mask, *plain[2:], *codes)
+                    saved = torch.ops.ovseg.patch_text_similarity(
+                        *plain[:2], mask, *plain[2:], *codes
+                    )
                     for needs in ((True, True), (True, False), (False, True)):
-                        arguments = (torch.randn_like(saved[0]), *plain[:2], mask, *plain[2:], *saved, *codes, *needs)
+                        arguments = (
+                            torch.randn_like(saved[0]),
+                            *plain[:2],
+                            mask,
+                            *plain[2:],
+                            *saved,
+                            *codes,
+                            *needs,
+                        )
                         low.append(("patch_text_similarity_backward", arguments))
                 name = f"{pool}-{weight}-{'masked' if mask is not None else 'whole'}"
-                found.append(Sample("patch_text_similarity", name, call, (patches, texts, *params), low, features=2, plain=pool == "mean",
-                                    mask=mask, masked=(0,)))
+                found.append(
+                    Sample(
+                        "patch_text_similarity",
+                        name,
+                        call,
+                        (patches, texts, *params),
+                        low,
+                        features=2,
+                        plain=pool == "mean",
+                        mask=mask,
+                        masked=(0,),
+                    )
+                )
     return found
 
 
 def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
     torch.manual_seed(2)
     to = {"dtype": dtype, "device": device}
-    ids = torch.tensor([0, 1, 1, 2, 9], device=device), torch.tensor([1, 0, 2, 2, 7], device=device)  # repeated, and without a partner
+    ids = (
+        torch.tensor([0, 1, 1, 2, 9], device=device),
+        torch.tensor([1, 0, 2, 2, 7], device=device),
+    )  # repeated, and without a partner
     pairs = torch.rand(B, T) > 0.3
     pairs = pairs.fill_diagonal_(True).to(device)
     options = {
@@ -109,10 +155,26 @@ def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
         weights = [(part[2] > 0).to(dtype) / 8 for part in (rows, columns)]
         low = [
             ("similarity_contrastive_stats", (*plain, *optional, 0)),
-            ("similarity_contrastive_loss", (similarity, scale, *optional, rows, columns, *weights, 0)),
-            ("similarity_contrastive_loss_backward", (torch.ones((), **to), *plain, *optional, rows, columns, *weights, 0)),
+            (
+                "similarity_contrastive_loss",
+                (similarity, scale, *optional, rows, columns, *weights, 0),
+            ),
+            (
+                "similarity_contrastive_loss_backward",
+                (torch.ones((), **to), *plain, *optional, rows, columns, *weights, 0),
+            ),
         ]
-        found.append(Sample("similarity_contrastive_loss", name, call, (similarity, scale), low, mask=kwargs.get("pair_mask"), masked=(0,)))
+        found.append(
+            Sample(
+                "similarity_contrastive_loss",
+                name,
+                call,
+                (similarity, scale),
+                low,
+                mask=kwargs.get("pair_mask"),
+                masked=(0,),
+            )
+        )
     return found
 
 
@@ -126,71 +188,172 @@ def assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=5, E=4) -> li
         "noise": {"noise": noise, "normalizer": "mean", "scale": 0.7, "tau": 0.9},
         "rng-masked": {"rng": rng, "mask": mask_of(B, L, device), "normalizer": "mean"},
         "soft-sum": {"hard": False, "normalizer": "sum", "noise": noise},
-        "soft-mean": {"hard": False, "normalizer": "mean", "rng": rng, "mask": mask_of(B, L, device)},
+        "soft-mean": {
+            "hard": False,
+            "normalizer": "mean",
+            "rng": rng,
+            "mask": mask_of(B, L, device),
+        },
         "map": {"return_soft": True, "scale": 0.5, "noise": noise},
         "bias-scale": {"noise": noise, "scale": 0.5, "mask": mask_of(B, L, device), "extra": True},
         "shared": {"noise": noise, "scale": 0.5, "mask": mask_of(B, L, device), "shared": True},
-        "shared-soft": {"hard": False, "tau": 0.7, "normalizer": "mean", "shared": True, "extra": True},
-        "soft-bias-scale": {"hard": False, "tau": 0.7, "rng": rng, "extra": True, "return_soft": True},
+        "shared-soft": {
+            "hard": False,
+            "tau": 0.7,
+            "normalizer": "mean",
+            "shared": True,
+            "extra": True,
+        },
+        "soft-bias-scale": {
+            "hard": False,
+            "tau": 0.7,
+            "rng": rng,
+            "extra": True,
+            "return_soft": True,
+        },
     }
     found = []
     for name, kwargs in cases.items():
-
         extra, shared = kwargs.pop("extra", False), kwargs.pop("shared", False)
 
         def call(queries, keys, *others, kwargs=kwargs, shared=shared):
-            # Straight through: what the finite difference of a hard assignment is not. The gradient of the soft part is.
+            # Straight through: what the finite difference of a hard assignment is not. The gradient
+            # of the soft part is.
             values, *extras = (keys, *others) if shared else others
             extras = dict(zip(("center_bias", "key_scale"), extras, strict=False))
             pooled, _, soft = ok.center_assignment(queries, keys, values, **extras, **kwargs)
-            return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+            return (
+                pooled
+                if soft is None
+                else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+            )
 
-        features = (leaf(B, G, D, **to), leaf(B, L, D, **to)) + (() if shared else (leaf(B, L, E, **to),))
+        features = (leaf(B, G, D, **to), leaf(B, L, D, **to)) + (
+            () if shared else (leaf(B, L, E, **to),)
+        )
         extras = (leaf(B, G, **to), leaf(B, L, **to)) if extra else ()
         tensors = (*features, *extras)
         given = (*features[:2], features[-1], *(extras or (None, None)))
         plain = tuple(None if x is None else x.detach() for x in given)
         optional = tuple(kwargs.get(key) for key in ("mask", "noise", "rng"))
-        options = (kwargs.get("scale", 1.0), kwargs.get("tau", 1.0), kwargs.get("hard", True),
-                   {"mean": 0, "mean_plus_one": 1, "sum": 2}[kwargs.get("normalizer", "mean_plus_one")])
-        pooled, index, count, soft = torch.ops.ovseg.center_assignment(*plain, *optional, *options, True)
+        options = (
+            kwargs.get("scale", 1.0),
+            kwargs.get("tau", 1.0),
+            kwargs.get("hard", True),
+            {"mean": 0, "mean_plus_one": 1, "sum": 2}[kwargs.get("normalizer", "mean_plus_one")],
+        )
+        pooled, index, count, soft = torch.ops.ovseg.center_assignment(
+            *plain, *optional, *options, True
+        )
         low = [("center_assignment", (*given, *optional, *options, "return_soft" in kwargs))]
         for needs in ((True, True, True), (True, False, False), (False, True, True)):
-            upstream = (torch.randn_like(pooled), torch.randn_like(count) if extra else None,
-                        torch.randn_like(soft) if "return_soft" in kwargs else None)
-            low.append(("center_assignment_backward", (*upstream, *plain, *optional, pooled, index, count, *options, *needs, False)))
+            upstream = (
+                torch.randn_like(pooled),
+                torch.randn_like(count) if extra else None,
+                torch.randn_like(soft) if "return_soft" in kwargs else None,
+            )
+            low.append(
+                (
+                    "center_assignment_backward",
+                    (*upstream, *plain, *optional, pooled, index, count, *options, *needs, False),
+                )
+            )
         if shared:
             plain = (*plain[:2], plain[1], *plain[3:])
-            low.append(("center_assignment_backward",
-                        (*upstream, *plain, *optional, pooled, index, count, *options, True, True, False, True)))
-        found.append(Sample("center_assignment", name, call, tensors, low, features=len(features), mask=kwargs.get("mask"),
-                            masked=tuple(range(1, len(features))), lowered=0, rounded="rng" in kwargs,
-                            smooth=not kwargs.get("hard", True)))
+            low.append(
+                (
+                    "center_assignment_backward",
+                    (
+                        *upstream,
+                        *plain,
+                        *optional,
+                        pooled,
+                        index,
+                        count,
+                        *options,
+                        True,
+                        True,
+                        False,
+                        True,
+                    ),
+                )
+            )
+        found.append(
+            Sample(
+                "center_assignment",
+                name,
+                call,
+                tensors,
+                low,
+                features=len(features),
+                mask=kwargs.get("mask"),
+                masked=tuple(range(1, len(features))),
+                lowered=0,
+                rounded="rng" in kwargs,
+                smooth=not kwargs.get("hard", True),
+            )
+        )
     return found
 
 
-def folded_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, C=6, D=5, E=4) -> list[Sample]:
+def folded_assignment(
+    dtype=torch.float64, device="cpu", B=2, G=3, L=7, C=6, D=5, E=4
+) -> list[Sample]:
     torch.manual_seed(4)
     to = {"dtype": dtype, "device": device}
     cases = {
         "bias": (True, {"rng": philox.make_rng(5, device=device), "scale": 0.5}),
-        "masked": (True, {"noise": torch.randn(B, G, L, dtype=dtype).to(device), "mask": mask_of(B, L, device), "normalizer": "mean"}),
+        "masked": (
+            True,
+            {
+                "noise": torch.randn(B, G, L, dtype=dtype).to(device),
+                "mask": mask_of(B, L, device),
+                "normalizer": "mean",
+            },
+        ),
         "no-bias": (False, {"scale": 0.5, "return_soft": True}),
-        "soft": (True, {"hard": False, "tau": 0.8, "noise": torch.randn(B, G, L, dtype=dtype).to(device)}),
-        "soft-sum": (True, {"hard": False, "normalizer": "sum", "mask": mask_of(B, L, device), "return_soft": True}),
+        "soft": (
+            True,
+            {"hard": False, "tau": 0.8, "noise": torch.randn(B, G, L, dtype=dtype).to(device)},
+        ),
+        "soft-sum": (
+            True,
+            {
+                "hard": False,
+                "normalizer": "sum",
+                "mask": mask_of(B, L, device),
+                "return_soft": True,
+            },
+        ),
     }
     found = []
     for name, (bias, kwargs) in cases.items():
 
         def call(*tensors, kwargs=kwargs):
             pooled, _, soft = ok.folded_center_assignment(*tensors, **kwargs)
-            return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+            return (
+                pooled
+                if soft is None
+                else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+            )
 
         tensors = leaf(B, G, D, **to), leaf(B, L, C, **to), leaf(D, C, **to), leaf(E, C, **to)
         tensors += (leaf(D, **to), leaf(E, **to)) if bias else ()
-        found.append(Sample("folded_center_assignment", name, call, tensors, features=2, lowered=0, rounded="rng" in kwargs,
-                            mask=kwargs.get("mask"), masked=(1,),
-                            mixed=True, smooth=not kwargs.get("hard", True)))
+        found.append(
+            Sample(
+                "folded_center_assignment",
+                name,
+                call,
+                tensors,
+                features=2,
+                lowered=0,
+                rounded="rng" in kwargs,
+                mask=kwargs.get("mask"),
+                masked=(1,),
+                mixed=True,
+                smooth=not kwargs.get("hard", True),
+            )
+        )
     return found
 
 
@@ -199,7 +362,11 @@ def segclip_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=6) ->
     to = {"dtype": dtype, "device": device}
     cases = {
         "training": {"rng": philox.make_rng(6, device=device), "tau": 0.9},
-        "masked": {"noise": torch.randn(B, G, L, dtype=dtype).to(device), "mask": mask_of(B, L, device), "return_soft": True},
+        "masked": {
+            "noise": torch.randn(B, G, L, dtype=dtype).to(device),
+            "mask": mask_of(B, L, device),
+            "return_soft": True,
+        },
         "soft": {"hard": False, "tau": 2.0, "scale": 0.3, "normalizer": "mean_plus_one"},
     }
     found = []
@@ -207,17 +374,41 @@ def segclip_assignment(dtype=torch.float64, device="cpu", B=2, G=3, L=7, D=6) ->
 
         def call(*tensors, kwargs=kwargs):
             pooled, _, soft = ok.segclip_center_assignment(*tensors, **kwargs)
-            return pooled if soft is None else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+            return (
+                pooled
+                if soft is None
+                else torch.cat([pooled.flatten(1), soft.square().flatten(1)], 1)
+            )
 
-        tensors = leaf(B, G, D, **to), leaf(B, L, D, **to), leaf(D, D // 2, **to), leaf(D, D // 2, **to)
+        tensors = (
+            leaf(B, G, D, **to),
+            leaf(B, L, D, **to),
+            leaf(D, D // 2, **to),
+            leaf(D, D // 2, **to),
+        )
         tensors += tuple(leaf(D, **to) for _ in range(4))
         plain = tensors[1].detach(), tensors[2].detach()
         inverse = torch.ops.ovseg.grouped_inverse_std(*plain, 1e-5)
-        low = [("grouped_inverse_std", (tensors[1], tensors[2], 1e-5)),
-               ("grouped_inverse_std_backward", (torch.randn_like(inverse), *plain, inverse))]
-        found.append(Sample("segclip_center_assignment", name, call, tensors, low, features=2, lowered=0, rounded="rng" in kwargs,
-                            mask=kwargs.get("mask"), masked=(1,),
-                            mixed=True, smooth=not kwargs.get("hard", True)))
+        low = [
+            ("grouped_inverse_std", (tensors[1], tensors[2], 1e-5)),
+            ("grouped_inverse_std_backward", (torch.randn_like(inverse), *plain, inverse)),
+        ]
+        found.append(
+            Sample(
+                "segclip_center_assignment",
+                name,
+                call,
+                tensors,
+                low,
+                features=2,
+                lowered=0,
+                rounded="rng" in kwargs,
+                mask=kwargs.get("mask"),
+                masked=(1,),
+                mixed=True,
+                smooth=not kwargs.get("hard", True),
+            )
+        )
     return found
 
 
@@ -225,7 +416,10 @@ def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
     torch.manual_seed(6)
     to = {"dtype": dtype, "device": device}
     wide = torch.float32 if dtype.itemsize == 2 else dtype
-    ids = torch.tensor([0, 1, 1, 2, 9], device=device), torch.tensor([1, 0, 2, 2, 7, 1, 5], device=device)
+    ids = (
+        torch.tensor([0, 1, 1, 2, 9], device=device),
+        torch.tensor([1, 0, 2, 2, 7, 1, 5], device=device),
+    )
     cases = {
         "diagonal": {},
         "ids": {"image_ids": ids[0], "text_ids": ids[1]},
@@ -238,18 +432,43 @@ def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
         T, sigmoid = 7 if "image_ids" in kwargs else B, "kind" in kwargs
 
         def call(image, text, scale, *bias, kwargs=kwargs):
-            return ok.contrastive_loss(image, text, scale, **({"logit_bias": bias[0]} if bias else {}), **kwargs)
+            return ok.contrastive_loss(
+                image, text, scale, **({"logit_bias": bias[0]} if bias else {}), **kwargs
+            )
 
-        tensors = leaf(B, D, **to), leaf(T, D, **to), number(3.0, **to), *((number(-1.5, **to),) if sigmoid else ())
+        tensors = (
+            leaf(B, D, **to),
+            leaf(T, D, **to),
+            number(3.0, **to),
+            *((number(-1.5, **to),) if sigmoid else ()),
+        )
         bias = number(-1.5 if sigmoid else 0.0, wide, device).detach()
-        plain = (*(x.detach().to(wide) for x in tensors[:3]), bias, kwargs.get("image_ids"), kwargs.get("text_ids"))
+        plain = (
+            *(x.detach().to(wide) for x in tensors[:3]),
+            bias,
+            kwargs.get("image_ids"),
+            kwargs.get("text_ids"),
+        )
         options = (0, sigmoid, False)
         rows, columns = torch.ops.ovseg.contrastive_stats(*plain, *options)
-        saved = (rows, columns, torch.full_like(rows[0], 0.1), torch.full_like(columns[0], 0.0 if sigmoid else 0.2))
+        saved = (
+            rows,
+            columns,
+            torch.full_like(rows[0], 0.1),
+            torch.full_like(columns[0], 0.0 if sigmoid else 0.2),
+        )
         leaves = tuple(x.clone().requires_grad_() for x in plain[:4]) + plain[4:]
-        low = [("contrastive_stats", (*plain, *options)), ("contrastive_loss", (*leaves, *saved, *options))]
+        low = [
+            ("contrastive_stats", (*plain, *options)),
+            ("contrastive_loss", (*leaves, *saved, *options)),
+        ]
         for needs in ((True, True), (True, False), (False, True)):
-            low.append(("contrastive_loss_backward", (torch.ones((), dtype=wide, device=device), *plain, *saved, *options, *needs)))
+            low.append(
+                (
+                    "contrastive_loss_backward",
+                    (torch.ones((), dtype=wide, device=device), *plain, *saved, *options, *needs),
+                )
+            )
         found.append(Sample("contrastive_loss", name, call, tensors, low, features=2, lowered=0))
     return found
 
@@ -259,13 +478,30 @@ def dense_loss(dtype=torch.float64, device="cpu", B=3, N=7, D=5) -> list[Sample]
     to = {"dtype": dtype, "device": device}
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     rng = philox.make_rng(8, device=device)
-    ids = {"image_ids": torch.tensor([0, 1, 1], device=device), "text_ids": torch.tensor([1, 0, 5, 1], device=device)}
+    ids = {
+        "image_ids": torch.tensor([0, 1, 1], device=device),
+        "text_ids": torch.tensor([1, 0, 5, 1], device=device),
+    }
     cases = {
         "topk": {"k_pos": 2, "k_neg": 3},
         "log-of-sum-ids": {"k_pos": 3, "k_neg": 4, "reduction": "log_of_sum", **ids},
         "semi-more-than-there-are": {"k_pos": 9, "k_neg": 40, "sampling": "semi", "margin": 0.8},
-        "gumbel-window-ids": {"k_pos": 2, "k_neg": 3, "sampling": "gumbel", "rng": rng, "skip": 1, "sampling_temperature": 0.3, **ids},
-        "random-text-to-pixel": {"k_pos": 2, "k_neg": 5, "sampling": "random", "rng": rng, "terms": "text_to_pixel"},
+        "gumbel-window-ids": {
+            "k_pos": 2,
+            "k_neg": 3,
+            "sampling": "gumbel",
+            "rng": rng,
+            "skip": 1,
+            "sampling_temperature": 0.3,
+            **ids,
+        },
+        "random-text-to-pixel": {
+            "k_pos": 2,
+            "k_neg": 5,
+            "sampling": "random",
+            "rng": rng,
+            "terms": "text_to_pixel",
+        },
         "pixel-to-text": {"k_pos": 2, "k_neg": 1, "terms": "pixel_to_text"},
     }
     found = []
@@ -276,34 +512,56 @@ def dense_loss(dtype=torch.float64, device="cpu", B=3, N=7, D=5) -> list[Sample]
 
         T = 4 if "image_ids" in kwargs else B
         tensors = leaf(B, N, D, **to), leaf(T, D, **to), number(0.4, wide, device)
-        pixels, unit = tensors[0].detach(), torch.nn.functional.normalize(tensors[1].detach().to(wide), dim=-1)
+        pixels, unit = (
+            tensors[0].detach(),
+            torch.nn.functional.normalize(tensors[1].detach().to(wide), dim=-1),
+        )
         optional = tuple(kwargs.get(key) for key in ("image_ids", "text_ids", "rng"))
         code = ("topk", "semi", "gumbel", "random").index(kwargs.get("sampling", "topk"))
         options = (kwargs["k_pos"], kwargs["k_neg"], kwargs.get("skip", 0), code, 0.3, 0.8)
-        index = torch.cat(torch.ops.ovseg.dense_contrastive_select(pixels, unit, *optional, *options), 1)
+        index = torch.cat(
+            torch.ops.ovseg.dense_contrastive_select(pixels, unit, *optional, *options), 1
+        )
         rows = 0 if kwargs.get("terms") == "text_to_pixel" else kwargs["k_pos"]
         order = index.flatten().argsort(stable=True)
         grads = torch.randn(index.shape).to(unit), torch.randn(T, rows, D).to(unit)
         low = [
             ("dense_contrastive_select", (pixels, unit, *optional, *options)),
             ("dense_contrastive_gather", (tensors[0], unit.clone().requires_grad_(), index, rows)),
-            ("dense_contrastive_gather_backward", (*grads, pixels, unit, index, order, rows, True, True)),
-            ("dense_contrastive_gather_backward", (None, grads[1], pixels, unit, index, order, rows, True, False)),
-            ("dense_contrastive_gather_backward", (grads[0], None, pixels, unit, index, order, rows, False, True)),
+            (
+                "dense_contrastive_gather_backward",
+                (*grads, pixels, unit, index, order, rows, True, True),
+            ),
+            (
+                "dense_contrastive_gather_backward",
+                (None, grads[1], pixels, unit, index, order, rows, True, False),
+            ),
+            (
+                "dense_contrastive_gather_backward",
+                (grads[0], None, pixels, unit, index, order, rows, False, True),
+            ),
         ]
-        found.append(Sample("dense_contrastive_loss", name, call, tensors, low, features=2, lowered=0))
+        found.append(
+            Sample("dense_contrastive_loss", name, call, tensors, low, features=2, lowered=0)
+        )
     return found
 
 
 def upsampling(dtype=torch.float64, device="cpu", B=2, C=4, h=3, w=5) -> list[Sample]:
     torch.manual_seed(9)
-    logits, bias = torch.randn(B, C, h, w, dtype=dtype).to(device), torch.randn(C, dtype=dtype).to(device)
+    logits, bias = (
+        torch.randn(B, C, h, w, dtype=dtype).to(device),
+        torch.randn(C, dtype=dtype).to(device),
+    )
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     table = torch.tensor([3, 0, 3, 1], device=device)
     cases = {
         "up": ((13, 12), {}),
         "down-value": ((2, 3), {"bias": bias, "return_value": True}),
-        "threshold-labels": ((9, 9), {"threshold": 0.4, "background": 7, "class_labels": table, "label_type": torch.uint8}),
+        "threshold-labels": (
+            (9, 9),
+            {"threshold": 0.4, "background": 7, "class_labels": table, "label_type": torch.uint8},
+        ),
     }
     found = []
     for name, (size, kwargs) in cases.items():
@@ -312,17 +570,43 @@ def upsampling(dtype=torch.float64, device="cpu", B=2, C=4, h=3, w=5) -> list[Sa
             found = ok.upsample_argmax(logits, size, **kwargs)
             return found[0] if isinstance(found, tuple) else found
 
-        given = (logits.to(wide), None if "bias" not in kwargs else bias.to(wide), kwargs.get("class_labels"))
-        options = (*size, kwargs.get("threshold"), 7, 2 if "label_type" in kwargs else 0, "return_value" in kwargs)
-        found.append(Sample("upsample_argmax", name, call, (logits,), [("upsample_argmax", (*given, *options))], discrete=True))
+        given = (
+            logits.to(wide),
+            None if "bias" not in kwargs else bias.to(wide),
+            kwargs.get("class_labels"),
+        )
+        options = (
+            *size,
+            kwargs.get("threshold"),
+            7,
+            2 if "label_type" in kwargs else 0,
+            "return_value" in kwargs,
+        )
+        found.append(
+            Sample(
+                "upsample_argmax",
+                name,
+                call,
+                (logits,),
+                [("upsample_argmax", (*given, *options))],
+                discrete=True,
+            )
+        )
     return found
 
 
 def windows(dtype=torch.float64, device="cpu", C=4, G=3, h=3, w=4) -> list[Sample]:
     torch.manual_seed(10)
     origins = torch.tensor([[0, 0], [0, 5], [2, 0], [2, 5]])
-    logits, tables = torch.randn(4, C, h, w, dtype=dtype).to(device), torch.randn(4, G, C, dtype=dtype).to(device)
-    origins, bias, table = origins.to(device), torch.randn(C, dtype=dtype).to(device), torch.tensor([3, 0, 3, 1], device=device)
+    logits, tables = (
+        torch.randn(4, C, h, w, dtype=dtype).to(device),
+        torch.randn(4, G, C, dtype=dtype).to(device),
+    )
+    origins, bias, table = (
+        origins.to(device),
+        torch.randn(C, dtype=dtype).to(device),
+        torch.tensor([3, 0, 3, 1], device=device),
+    )
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     crop, canvas = (6, 7), (8, 12)
     labels = {"threshold": 0.4, "background": 7, "class_labels": table, "label_type": torch.uint8}
@@ -343,11 +627,25 @@ def windows(dtype=torch.float64, device="cpu", C=4, G=3, h=3, w=4) -> list[Sampl
             return found[0] if isinstance(found, tuple) else found
 
         index = ok.upsample_argmax(maps, crop, label_type=torch.int16) if grouped else None
-        given = (tables if grouped else logits).to(wide), index, origins, bias.to(wide) if "bias" in kwargs else None
+        given = (
+            (tables if grouped else logits).to(wide),
+            index,
+            origins,
+            bias.to(wide) if "bias" in kwargs else None,
+        )
         activation = (None, "sigmoid", "softmax").index(kwargs.get("activation"))
         stage = ("window", "merged", "output").index(kwargs.get("stage", "window"))
-        options = (*crop, *canvas, *size, activation, stage, kwargs.get("threshold"), 7, 2 if "label_type" in kwargs else 0,
-                   "return_value" in kwargs)  # fmt: skip
+        options = (
+            *crop,
+            *canvas,
+            *size,
+            activation,
+            stage,
+            kwargs.get("threshold"),
+            7,
+            2 if "label_type" in kwargs else 0,
+            "return_value" in kwargs,
+        )
         low = [("window_argmax", (*given, kwargs.get("class_labels"), *options))]
         found.append(Sample("window_argmax", name, call, (maps,), low, discrete=True))
     return found
@@ -361,19 +659,28 @@ def mask_loss(dtype=torch.float64, device="cpu", B=2, C=3, h=2, w=3) -> list[Sam
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     codes = torch.where((labels >= 0) & (labels < C), labels, -1).to(torch.int32)
     found = []
-    for name, kwargs in {"zegclip": {}, "ignored": {"alpha": 0.6, "gamma": 1.5, "ignore_index": 255}}.items():
+    for name, kwargs in {
+        "zegclip": {},
+        "ignored": {"alpha": 0.6, "gamma": 1.5, "ignore_index": 255},
+    }.items():
 
         def call(logits, kwargs=kwargs):
             focal, dice, _ = ok.upsample_mask_loss(logits, labels, **kwargs)
             return torch.stack([focal, dice])
 
-        coded = codes.masked_fill(labels == kwargs["ignore_index"], -2) if "ignore_index" in kwargs else codes
+        coded = (
+            codes.masked_fill(labels == kwargs["ignore_index"], -2)
+            if "ignore_index" in kwargs
+            else codes
+        )
         options = kwargs.get("alpha", 0.25), kwargs.get("gamma", 2.0)
         plain = logits.detach().to(wide)
         sums = torch.ops.ovseg.upsample_mask_loss(plain, coded, *options)[3]
         grads = torch.randn(2, B, C, dtype=wide).to(device)
-        low = [("upsample_mask_loss", (plain.clone().requires_grad_(), coded, *options)),
-               ("upsample_mask_loss_backward", (*grads, plain, coded, sums, *options))]
+        low = [
+            ("upsample_mask_loss", (plain.clone().requires_grad_(), coded, *options)),
+            ("upsample_mask_loss_backward", (*grads, plain, coded, sums, *options)),
+        ]
         found.append(Sample("upsample_mask_loss", name, call, (logits,), low))
     return found
 
@@ -392,41 +699,85 @@ MAKERS = {
 }
 
 
-# Operator -> (function, tensors) of a batch size, for what must not compile again when it changes. The first size used shares
-# no number with the other dimensions, which would be taken for one symbol. Whatever may change from step to step is a tensor.
+# Operator -> (function, tensors) of a batch size, for what must not compile again when it changes.
+# The first size used shares no number with the other dimensions, which would be taken for one
+# symbol. Whatever may change from step to step is a tensor.
 RESIZED = {
     "upsample_mask_loss": lambda size: (
         lambda logits, labels: torch.stack(ok.upsample_mask_loss(logits, labels)[:2]),
         (torch.randn(size, 2, 1, 4), torch.randint(-1, 3, (size, 5, 8))),
     ),
     "window_argmax": lambda size: (
-        lambda logits, origins: ok.window_argmax(logits, origins, (11, 8), (11, 13), (7, 10), activation="sigmoid"),
-        (torch.randn(size, 2, 4, 5), (5 * torch.arange(size)).clamp(max=5)[:, None] * torch.tensor([0, 1])),
+        lambda logits, origins: ok.window_argmax(
+            logits, origins, (11, 8), (11, 13), (7, 10), activation="sigmoid"
+        ),
+        (
+            torch.randn(size, 2, 4, 5),
+            (5 * torch.arange(size)).clamp(max=5)[:, None] * torch.tensor([0, 1]),
+        ),
     ),
-    "upsample_argmax": lambda size: (lambda logits: ok.upsample_argmax(logits, (11, 13)), (torch.randn(size, 5, 4, 7),)),
+    "upsample_argmax": lambda size: (
+        lambda logits: ok.upsample_argmax(logits, (11, 13)),
+        (torch.randn(size, 5, 4, 7),),
+    ),
     "dense_contrastive_loss": lambda size: (
-        lambda pixels, texts, t, rng: ok.dense_contrastive_loss(pixels, texts, temperature=t, k_pos=2, k_neg=4, sampling="gumbel", rng=rng),
-        (torch.randn(size, 7, 5), torch.randn(size, 5), torch.tensor(0.2 * size), philox.make_rng(size)),
+        lambda pixels, texts, t, rng: ok.dense_contrastive_loss(
+            pixels, texts, temperature=t, k_pos=2, k_neg=4, sampling="gumbel", rng=rng
+        ),
+        (
+            torch.randn(size, 7, 5),
+            torch.randn(size, 5),
+            torch.tensor(0.2 * size),
+            philox.make_rng(size),
+        ),
     ),
-    "contrastive_loss": lambda size: (ok.contrastive_loss, (torch.randn(size, 7), torch.randn(size, 7), torch.tensor(0.2 * size))),
+    "contrastive_loss": lambda size: (
+        ok.contrastive_loss,
+        (torch.randn(size, 7), torch.randn(size, 7), torch.tensor(0.2 * size)),
+    ),
     "patch_text_similarity": lambda size: (
         lambda patches, texts, t: ok.patch_text_similarity(patches, texts, temperature=t),
         (torch.randn(size, 7, 5), torch.randn(size + 1, 5), torch.tensor(0.2 * size)),
     ),
-    "similarity_contrastive_loss": lambda size: (ok.similarity_contrastive_loss, (torch.randn(size, size), torch.tensor(0.2 * size))),
+    "similarity_contrastive_loss": lambda size: (
+        ok.similarity_contrastive_loss,
+        (torch.randn(size, size), torch.tensor(0.2 * size)),
+    ),
     "center_assignment": lambda size: (
         lambda queries, keys, values, rng: ok.center_assignment(queries, keys, values, rng=rng)[0],
-        (torch.randn(size, 4, 5), torch.randn(size, 7, 5), torch.randn(size, 7, 8), philox.make_rng(size)),
+        (
+            torch.randn(size, 4, 5),
+            torch.randn(size, 7, 5),
+            torch.randn(size, 7, 8),
+            philox.make_rng(size),
+        ),
     ),
     "folded_center_assignment": lambda size: (
-        lambda queries, tokens, *weights: ok.folded_center_assignment(queries, tokens, *weights[:-1], rng=weights[-1])[0],
-        (torch.randn(size, 4, 5), torch.randn(size, 7, 8), torch.randn(5, 8), torch.randn(10, 8), torch.randn(5), torch.randn(10),
-         philox.make_rng(size)),
+        lambda queries, tokens, *weights: ok.folded_center_assignment(
+            queries, tokens, *weights[:-1], rng=weights[-1]
+        )[0],
+        (
+            torch.randn(size, 4, 5),
+            torch.randn(size, 7, 8),
+            torch.randn(5, 8),
+            torch.randn(10, 8),
+            torch.randn(5),
+            torch.randn(10),
+            philox.make_rng(size),
+        ),
     ),
     "segclip_center_assignment": lambda size: (
-        lambda queries, tokens, *weights: ok.segclip_center_assignment(queries, tokens, *weights[:-1], rng=weights[-1])[0],
-        (torch.randn(size, 4, 8), torch.randn(size, 7, 8), torch.randn(8, 2), torch.randn(8, 2), *torch.randn(4, 8).unbind(),
-         philox.make_rng(size)),
+        lambda queries, tokens, *weights: ok.segclip_center_assignment(
+            queries, tokens, *weights[:-1], rng=weights[-1]
+        )[0],
+        (
+            torch.randn(size, 4, 8),
+            torch.randn(size, 7, 8),
+            torch.randn(8, 2),
+            torch.randn(8, 2),
+            *torch.randn(4, 8).unbind(),
+            philox.make_rng(size),
+        ),
     ),
 }
 

@@ -1,4 +1,6 @@
-"""What is special about center_assignment: golden tensors, flips, noise, normalizers, masks, sizes, bad input."""
+"""What is special about center_assignment: golden tensors, flips, noise, normalizers, masks, sizes,
+bad input.
+"""
 
 import json
 from pathlib import Path
@@ -28,9 +30,12 @@ def run(queries, keys, values, grad, **options):
 @pytest.mark.parametrize("case", ["g8", "g64"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_golden_tensors_of_the_official_module(case, mode, backend):
-    """agg, dq, dk, dv of the assignment step, and which center every token goes to; see tests/golden/README.md."""
+    """agg, dq, dk, dv of the assignment step, and which center every token goes to; see
+    tests/golden/README.md.
+    """
     device = device_of(backend)
     with np.load(GOLDEN) as file:
+
         def get(name):
             return torch.from_numpy(file[f"{case}/{name}"].astype(np.float32)).to(device)
 
@@ -43,14 +48,27 @@ def test_golden_tensors_of_the_official_module(case, mode, backend):
         assert torch.equal(counts, get(f"out/{mode}/counts").long())
         for name, found in zip(("agg", "dq", "dk", "dv"), (pooled, *grads), strict=True):
             expected = get(f"out/assign_{mode}/{name}")
-            assert float((found - expected).detach().abs().max()) <= 1e-5 * float(expected.abs().max()), name
+            assert float((found - expected).detach().abs().max()) <= 1e-5 * float(
+                expected.abs().max()
+            ), name
         assert json.loads(str(file["meta/config"]))[case]["groups"] == q.shape[1]
 
 
 @on
-@pytest.mark.parametrize("B,G,L,D,E", [(1, 1, 1, 1, 1), (2, 8, 7, 16, 24), (1, 8, 196, 72, 40), (2, 3, 257, 24, 5), (1, 70, 65, 20, 33)])
+@pytest.mark.parametrize(
+    "B,G,L,D,E",
+    [
+        (1, 1, 1, 1, 1),
+        (2, 8, 7, 16, 24),
+        (1, 8, 196, 72, 40),
+        (2, 3, 257, 24, 5),
+        (1, 70, 65, 20, 33),
+    ],
+)
 def test_sizes(B, G, L, D, E, backend):
-    """Tails of tiles, one of everything, more centers than a tile; a flipped token is allowed only within rounding of a tie."""
+    """Tails of tiles, one of everything, more centers than a tile; a flipped token is allowed only
+    within rounding of a tie.
+    """
     if G > 64 and backend in COMPILED:
         pytest.skip("twelve compilations: the golden tensors have many centers too")
     device = device_of(backend)
@@ -61,13 +79,24 @@ def test_sizes(B, G, L, D, E, backend):
     for dtype in dtypes(backend):
         q, k, v = (x.to(device, dtype) for x in inputs)
         for hard, normalizer in ((True, "mean"), (False, "mean_plus_one")):
-            options = {"mask": mask, "noise": noise, "scale": D**-0.5, "tau": 0.8, "hard": hard, "normalizer": normalizer}
+            options = {
+                "mask": mask,
+                "noise": noise,
+                "scale": D**-0.5,
+                "tau": 0.8,
+                "hard": hard,
+                "normalizer": normalizer,
+            }
             with running_on(backend):
                 results = run(q, k, v, grad, **options)
             with ok.backend("reference"):
                 eager = run(q, k, v, grad, **options)
-                truth = run(q.double(), k.double(), v.double(), grad, **{**options, "noise": noise.double()})
-            assert torch.equal(results[1], truth[1]), "with these seeds no token is within rounding of a tie"
+                truth = run(
+                    q.double(), k.double(), v.double(), grad, **{**options, "noise": noise.double()}
+                )
+            assert torch.equal(results[1], truth[1]), (
+                "with these seeds no token is within rounding of a tie"
+            )
             for name, i in (("pooled", 0), ("d queries", 2), ("d keys", 3), ("d values", 4)):
                 assert_close_to_truth(name, results[i], eager[i], truth[i], dtype)
 
@@ -75,11 +104,18 @@ def test_sizes(B, G, L, D, E, backend):
 @on
 def test_noise_from_rng_is_the_noise_of_philox(backend):
     device = device_of(backend)
-    q, k, v = torch.randn(2, 5, 8, device=device), torch.randn(2, 33, 8, device=device), torch.randn(2, 33, 4, device=device)
+    q, k, v = (
+        torch.randn(2, 5, 8, device=device),
+        torch.randn(2, 33, 8, device=device),
+        torch.randn(2, 33, 4, device=device),
+    )
     rng = philox.make_rng(11, 7, device=device)
     noise = philox.gumbel(rng, (2, 33, 5)).transpose(1, 2)
     with running_on(backend):
-        drawn, given = (run(q, k, v, torch.ones(2, 5, 4, device=device), **kw) for kw in ({"rng": rng}, {"noise": noise}))
+        drawn, given = (
+            run(q, k, v, torch.ones(2, 5, 4, device=device), **kw)
+            for kw in ({"rng": rng}, {"noise": noise})
+        )
         other = ok.center_assignment(q, k, v, rng=philox.advance(rng, noise.numel()))[1]
     assert torch.equal(drawn[1], given[1]) and not torch.equal(drawn[1], other)
     for a, b in zip(drawn, given, strict=True):
@@ -95,7 +131,9 @@ def test_hard_pooling_is_a_segmented_mean(backend):
             pooled, index, _ = ok.center_assignment(q, k, v, normalizer=normalizer)
             for g in range(3):
                 mine = v[0, index[0] == g]
-                n = {"mean": max(len(mine), 1), "mean_plus_one": len(mine) + 1, "sum": 1}[normalizer]
+                n = {"mean": max(len(mine), 1), "mean_plus_one": len(mine) + 1, "sum": 1}[
+                    normalizer
+                ]
                 torch.testing.assert_close(pooled[0, g], mine.sum(0) / n)
 
 
@@ -118,10 +156,14 @@ def test_masked_tokens_reach_nothing(backend):
         k[~mask], v[~mask] = float("nan"), float("inf")
         for hard in (True, False):
             tensors = [x.detach().requires_grad_() for x in (q, k, v)]
-            pooled, index, soft = ok.center_assignment(*tensors, mask=mask, hard=hard, return_soft=True)
+            pooled, index, soft = ok.center_assignment(
+                *tensors, mask=mask, hard=hard, return_soft=True
+            )
             grads = torch.autograd.grad(pooled.sum() + soft.square().sum(), tensors)
             assert bool((index[~mask] == -1).all()) and bool((index[mask] >= 0).all())
-            assert torch.equal(pooled[1], torch.zeros(3, 5)) and bool((soft.transpose(1, 2)[~mask] == 0).all())
+            assert torch.equal(pooled[1], torch.zeros(3, 5)) and bool(
+                (soft.transpose(1, 2)[~mask] == 0).all()
+            )
             for x, g in zip((q, k, v), grads, strict=True):
                 assert bool(g.isfinite().all())
                 if x is not q:
@@ -132,26 +174,38 @@ def test_masked_tokens_reach_nothing(backend):
 def test_strides_and_mixed_dtypes(backend):
     with torch.device(device_of(backend)), running_on(backend):
         base = torch.randn(9, 2, 6, 2)
-        k, v = base[..., 0].transpose(0, 1), base[..., 1].transpose(0, 1)  # [2, 9, 6], no unit stride
+        k, v = (
+            base[..., 0].transpose(0, 1),
+            base[..., 1].transpose(0, 1),
+        )  # [2, 9, 6], no unit stride
         q = torch.randn(6, 4).T.expand(2, -1, -1)
         dense, grad = [x.contiguous() for x in (q, k, v)], torch.ones(2, 4, 6)
         for a, b in zip(run(q, k, v, grad), run(*dense, grad), strict=True):
             torch.testing.assert_close(a, b)
         pooled, *_ = ok.center_assignment(q, k.half(), v.half())
-        assert pooled.dtype == torch.float16  # of the values; scores in float32 from promoted operands
+        assert (
+            pooled.dtype == torch.float16
+        )  # of the values; scores in float32 from promoted operands
 
 
 @pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda")))
 @pytest.mark.parametrize("hard", [True, False])
 def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
-    """Channels at a whole number of 16 bytes, and one element further; the sums have one order, and masked tokens are not read."""
+    """Channels at a whole number of 16 bytes, and one element further; the sums have one order, and
+    masked tokens are not read.
+    """
     with torch.device(device_of(backend)), running_on(backend):
         mask = torch.rand(2, 139) > 0.3
         for dtype in dtypes(backend):
-            queries, keys, base = (torch.randn(2, n, d).to(dtype) for n, d in ((5, 8), (139, 8), (139, 41)))
+            queries, keys, base = (
+                torch.randn(2, n, d).to(dtype) for n, d in ((5, 8), (139, 8), (139, 41))
+            )
             base[~mask] = torch.nan
             narrow = base[..., 1:]
-            found = [ok.center_assignment(queries, keys, v, hard=hard, mask=mask)[0] for v in (narrow.contiguous(), narrow)]
+            found = [
+                ok.center_assignment(queries, keys, v, hard=hard, mask=mask)[0]
+                for v in (narrow.contiguous(), narrow)
+            ]
             assert bool(found[0].isfinite().all()) and torch.equal(*found)
 
 
@@ -160,15 +214,27 @@ def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
 def test_empty(shape, backend):
     B, G, L, D, E = shape
     with torch.device(device_of(backend)), running_on(backend):
-        found = run(torch.randn(B, G, D), torch.randn(B, L, D), torch.randn(B, L, E), torch.ones(B, G, E))
-        assert found[0].shape == (B, G, E) and torch.equal(found[0], torch.zeros(B, G, E)) and found[1].shape == (B, L)
+        found = run(
+            torch.randn(B, G, D), torch.randn(B, L, D), torch.randn(B, L, E), torch.ones(B, G, E)
+        )
+        assert (
+            found[0].shape == (B, G, E)
+            and torch.equal(found[0], torch.zeros(B, G, E))
+            and found[1].shape == (B, L)
+        )
         assert all(bool((g == 0).all()) for g in found[2:]) or L > 0
 
 
 def test_nothing_of_size_BGL_is_kept():
-    q, k, v = torch.randn(2, 8, 4, requires_grad=True), torch.randn(2, 50, 4, requires_grad=True), torch.randn(2, 50, 4, requires_grad=True)
+    q, k, v = (
+        torch.randn(2, 8, 4, requires_grad=True),
+        torch.randn(2, 50, 4, requires_grad=True),
+        torch.randn(2, 50, 4, requires_grad=True),
+    )
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         ok.center_assignment(q, k, v, rng=philox.make_rng(0))
     assert sum(kept) <= q.numel() + 2 * k.numel() + 2 * 8 * 4 + 2 * 50 + 2 * 8 + 2
 
@@ -178,6 +244,8 @@ def test_dispatcher_calls_are_checked_too(backend):
     with torch.device(device_of(backend)), running_on(backend):
         q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
         with pytest.raises(RuntimeError, match="values has size"):
-            torch.ops.ovseg.center_assignment(q, k, torch.randn(2, 6, 4), *(None,) * 5, 1.0, 1.0, True, 0, False)
+            torch.ops.ovseg.center_assignment(
+                q, k, torch.randn(2, 6, 4), *(None,) * 5, 1.0, 1.0, True, 0, False
+            )
         with pytest.raises(RuntimeError, match="normalizer is 7"):
             torch.ops.ovseg.center_assignment(q, k, k, *(None,) * 5, 1.0, 1.0, True, 7, False)

@@ -1,4 +1,6 @@
-"""A block that forces a backend, or has numbers looked at, is of its own thread or task; a backward keeps to its forward's."""
+"""A block that forces a backend, or has numbers looked at, is of its own thread or task; a backward
+keeps to its forward's.
+"""
 
 import asyncio
 import os
@@ -13,7 +15,9 @@ import ovseg_kernels as ok
 from ovseg_kernels import _backends, _checking, _context, _library
 
 pytestmark = pytest.mark.third_trial(3)
-interpreted = pytest.mark.skipif(not _backends.interpreted(), reason="Triton runs on the CPU by its interpreter alone")
+interpreted = pytest.mark.skipif(
+    not _backends.interpreted(), reason="Triton runs on the CPU by its interpreter alone"
+)
 
 
 def on_a_thread(function):
@@ -50,7 +54,9 @@ def test_many_threads_force_different_backends():
             with ok.backend(name):
                 wrong.extend([] if chosen() == name else [name])
 
-    threads = [threading.Thread(target=force, args=(("reference", "cpu")[i % 2],)) for i in range(6)]
+    threads = [
+        threading.Thread(target=force, args=(("reference", "cpu")[i % 2],)) for i in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -77,7 +83,9 @@ def test_checking_is_of_its_own_thread(monkeypatch):
     x = torch.zeros(1, device="meta")
     monkeypatch.setattr(type(x), "device", torch.device("cuda"), raising=False)
     with ok.checking():
-        assert _checking.looks_at_values(x) and not on_a_thread(lambda: _checking.looks_at_values(x))
+        assert _checking.looks_at_values(x) and not on_a_thread(
+            lambda: _checking.looks_at_values(x)
+        )
         with ok.checking(False):
             assert not _checking.looks_at_values(x)
     assert not _checking.looks_at_values(x)
@@ -88,6 +96,7 @@ def calls(monkeypatch):
     """Which of Triton's kernels have been called; the definition's numbers in their place."""
     found = []
     for name in ("patch_text_similarity", "patch_text_similarity_backward"):
+
         def spy(*args, name=name):
             found.append(name)
             return _library.FALLBACKS[name](*args)
@@ -108,7 +117,9 @@ def test_triton_answers_where_it_is_forced_and_nowhere_else(calls):
         with ok.backend("cpu"):
             inside = ok.patch_text_similarity(patches, texts)
     after = ok.patch_text_similarity(patches, texts)
-    assert calls == ["patch_text_similarity"] and all(torch.equal(found, expected) for found in (there, inside, after))
+    assert calls == ["patch_text_similarity"] and all(
+        torch.equal(found, expected) for found in (there, inside, after)
+    )
     torch.testing.assert_close(here, expected)
 
 
@@ -139,12 +150,19 @@ def test_a_compiled_function_follows_the_block_around_it():
 
 @interpreted
 def test_a_process_that_forces_triton_still_has_its_other_kernels():
-    code = ("import torch, ovseg_kernels as ok\n"
-            "x, t = torch.randn(1, 2, 3), torch.randn(1, 3)\n"
-            "assert ok.explain('patch_text_similarity').backend == 'triton'\n"
-            "ok._backends.IMPLEMENTATIONS['patch_text_similarity'] = None\n"
-            "with ok.backend('cpu'): ok.patch_text_similarity(x, t)\n"
-            "try: ok.patch_text_similarity(x, t)\n"
-            "except TypeError: print('asked')\n")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OVSEG_BACKEND": "triton"})
+    code = (
+        "import torch, ovseg_kernels as ok\n"
+        "x, t = torch.randn(1, 2, 3), torch.randn(1, 3)\n"
+        "assert ok.explain('patch_text_similarity').backend == 'triton'\n"
+        "ok._backends.IMPLEMENTATIONS['patch_text_similarity'] = None\n"
+        "with ok.backend('cpu'): ok.patch_text_similarity(x, t)\n"
+        "try: ok.patch_text_similarity(x, t)\n"
+        "except TypeError: print('asked')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OVSEG_BACKEND": "triton"},
+    )
     assert done.stdout == "asked\n", done.stderr

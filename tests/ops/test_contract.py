@@ -1,4 +1,6 @@
-"""What every operator must do, run from the samples: gradients, opcheck, compile, export, autocast, determinism."""
+"""What every operator must do, run from the samples: gradients, opcheck, compile, export, autocast,
+determinism.
+"""
 
 import copy
 import re
@@ -23,13 +25,22 @@ SAMPLES = all_samples()
 each = pytest.mark.parametrize("sample", [s for s in SAMPLES if not s.discrete], ids=str)
 # What the wrapper, autograd and the dispatcher do is the same whichever kernel of a device answers.
 WRAPPED = ("cpu", "cuda")
-COMPOSED = ("folded_center_assignment", "segclip_center_assignment")  # of the kernels of center_assignment, which has its own samples
+COMPOSED = (
+    "folded_center_assignment",
+    "segclip_center_assignment",
+)  # of the kernels of center_assignment, which has its own samples
 
 
 def samples(wanted=lambda sample: True, names=BACKENDS, few=()):
-    """Every sample on every implementation, on those of ``few`` one of an operator. Those on a GPU are made there when the test runs."""
+    """Every sample on every implementation, on those of ``few`` one of an operator.
+
+    Those on a GPU are made there when the test runs.
+    """
     places = [place for place, sample in enumerate(SAMPLES) if wanted(sample)]
-    first = {SAMPLES[place].op: place for place in sorted(places, key=lambda i: (not SAMPLES[i].smooth, i), reverse=True)}
+    first = {
+        SAMPLES[place].op: place
+        for place in sorted(places, key=lambda i: (not SAMPLES[i].smooth, i), reverse=True)
+    }
 
     def needed(place, name):
         op = SAMPLES[place].op
@@ -37,8 +48,17 @@ def samples(wanted=lambda sample: True, names=BACKENDS, few=()):
             return place == first[op] and not few
         return name not in few or place == first[op]
 
-    pairs = [pytest.param(place, name, id=f"{SAMPLES[place]}-{name}", marks=[pytest.mark.gpu] if name in GPU else [])
-             for place in places for name in names if needed(place, name)]  # fmt: skip
+    pairs = [
+        pytest.param(
+            place,
+            name,
+            id=f"{SAMPLES[place]}-{name}",
+            marks=[pytest.mark.gpu] if name in GPU else [],
+        )
+        for place in places
+        for name in names
+        if needed(place, name)
+    ]
     return pytest.mark.parametrize("place,backend", pairs)
 
 
@@ -47,7 +67,9 @@ def with_gradient(sample):
 
 
 def sample_at(place, backend, dtype=None):
-    """The sample of that place, in a dtype and where the backend computes; those of other operators are not made for it."""
+    """The sample of that place, in a dtype and where the backend computes; those of other operators
+    are not made for it.
+    """
     op = SAMPLES[place].op
     before = sum(sample.op != op for sample in SAMPLES[:place])
     return MAKERS[op](dtype or exact(backend)[-1], device_of(backend))[place - before]
@@ -60,7 +82,9 @@ def test_every_operator_has_samples():
 
 
 def test_native_library_is_loaded():
-    """The suite is about the compiled kernels; without them it would test the reference against itself."""
+    """The suite is about the compiled kernels; without them it would test the reference against
+    itself.
+    """
     assert _library.CPU.loaded, _library.CPU.reason
 
 
@@ -68,19 +92,27 @@ def test_native_library_is_loaded():
 def test_gradcheck(place, backend):
     """float64, through the operator. Emulated along random directions: an element takes a second.
 
-    Interpreted kernels, slower still, are held to the definition in float64 by ``test_error_rule``, and the definition to
-    finite differences below.
+    Interpreted kernels, slower still, are held to the definition in float64 by ``test_error_rule``,
+    and the definition to finite differences below.
     """
     sample = sample_at(place, backend, torch.float64)
     with running_on(backend):
         if not sample.smooth:
             return assert_gradient_of_the_definition(sample)
-        assert torch.autograd.gradcheck(sample.call, sample.tensors, eps=1e-6, atol=1e-7, rtol=1e-5,
-                                        fast_mode=backend == "cuda-emulated")
+        assert torch.autograd.gradcheck(
+            sample.call,
+            sample.tensors,
+            eps=1e-6,
+            atol=1e-7,
+            rtol=1e-5,
+            fast_mode=backend == "cuda-emulated",
+        )
 
 
 def assert_gradient_of_the_definition(sample):
-    """Straight-through gradients are not those of the value: they are what autograd makes of the definition."""
+    """Straight-through gradients are not those of the value: they are what autograd makes of the
+    definition.
+    """
     out = sample.call(*sample.tensors)
     upstream = torch.randn_like(out)
     found = torch.autograd.grad(out, sample.tensors, upstream)
@@ -88,7 +120,9 @@ def assert_gradient_of_the_definition(sample):
         out = sample.call(*sample.tensors)
         expected = torch.autograd.grad(out, sample.tensors, upstream)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # Philox noise is float32, and its logarithms a library's
+        torch.testing.assert_close(
+            a, b, rtol=1e-6, atol=1e-6
+        )  # Philox noise is float32, and its logarithms a library's
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.smooth and not s.discrete], ids=str)
@@ -99,7 +133,10 @@ def test_gradcheck_of_the_definition(sample):
 
 @samples()
 def test_opcheck(place, backend):
-    """On every backend what depends on the kernel: mutation, aliases and metadata, of one call. Autograd and tracing are one for all."""
+    """On every backend what depends on the kernel: mutation, aliases and metadata, of one call.
+
+    Autograd and tracing are one for all.
+    """
     sample = sample_at(place, backend)
     for name, arguments in sample.low:
         operator = getattr(torch.ops.ovseg, name).default
@@ -140,11 +177,17 @@ def assert_error_rule(place, backend, dtypes):
         scalar = torch.float64 if dtype == torch.float64 else torch.float32
 
         def run(feature_dtype, scalar_dtype, sample=sample, dtype=dtype, scalar=scalar):
-            tensors = [x.detach().to(dtype).to(feature_dtype) if i < sample.features else x.detach().to(scalar).to(scalar_dtype)
-                       for i, x in enumerate(sample.tensors)]
+            tensors = [
+                x.detach().to(dtype).to(feature_dtype)
+                if i < sample.features
+                else x.detach().to(scalar).to(scalar_dtype)
+                for i, x in enumerate(sample.tensors)
+            ]
             tensors = [x.requires_grad_() for x in tensors]
             out = sample.call(*tensors)
-            upstream = (1 + 0.5 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).to(out)
+            upstream = (
+                1 + 0.5 * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+            ).to(out)
             grads = torch.autograd.grad(out, tensors, upstream, allow_unused=True)
             return [out, *(g for g in grads if g is not None)]
 
@@ -152,9 +195,12 @@ def assert_error_rule(place, backend, dtypes):
             results = run(dtype, scalar)
         with ok.backend("reference"):
             eager, truth = run(dtype, scalar), run(torch.float64, torch.float64)
-        # A parameter that the pool does not use has no gradient in the definition and may have a zero one in the kernel.
+        # A parameter that the pool does not use has no gradient in the definition and may have a
+        # zero one in the kernel.
         floor = torch.float32 if sample.rounded and dtype == torch.float64 else dtype
-        for i, (a, b, c) in enumerate(zip(results, eager, truth, strict=len(results) == len(truth))):
+        for i, (a, b, c) in enumerate(
+            zip(results, eager, truth, strict=len(results) == len(truth))
+        ):
             assert_close_to_truth(f"{sample} {'gradient' if i else 'output'} {i}", a, b, c, floor)
 
 
@@ -162,7 +208,14 @@ def assert_error_rule(place, backend, dtypes):
 def test_two_runs_and_two_threads_give_the_same_bits(sample):
     def run():
         out = sample.call(*sample.tensors)
-        return [out, *(g for g in torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True) if g is not None)]
+        return [
+            out,
+            *(
+                g
+                for g in torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
+                if g is not None
+            ),
+        ]
 
     threads = torch.get_num_threads()
     try:
@@ -185,7 +238,14 @@ def test_gpu_kernels_give_the_same_bits_twice(place, backend):
     def run(seed):
         with running_on(backend, seed):
             out = sample.call(*sample.tensors)
-            return [out, *(g for g in torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True) if g is not None)]
+            return [
+                out,
+                *(
+                    g
+                    for g in torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
+                    if g is not None
+                ),
+            ]
 
     one, two = run(1), run(2)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -204,15 +264,24 @@ def test_second_derivative_raises(place, backend):
             torch.autograd.grad(first.sum(), sample.tensors[:1])
 
 
-# Their first compilation starts over once, when torch makes a tensor of a Python number in it. Later sizes add none.
-BEGINS_ANEW = ("center_assignment", "folded_center_assignment", "segclip_center_assignment", "contrastive_loss", "dense_contrastive_loss",
-               "upsample_mask_loss")
+# Their first compilation starts over once, when torch makes a tensor of a Python number in it.
+# Later sizes add none.
+BEGINS_ANEW = (
+    "center_assignment",
+    "folded_center_assignment",
+    "segclip_center_assignment",
+    "contrastive_loss",
+    "dense_contrastive_loss",
+    "upsample_mask_loss",
+)
 
 
 @pytest.mark.parametrize("backend", parameters(WRAPPED))
 @pytest.mark.parametrize("op", ok.OPERATORS)
 def test_compile_without_recompiling(op, backend):
-    """Neither a new batch size nor a new scale or seed compiles again; with other kernels of the device it is traced no differently."""
+    """Neither a new batch size nor a new scale or seed compiles again; with other kernels of the
+    device it is traced no differently.
+    """
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call, device = RESIZED[op](3)[0], device_of(backend)
@@ -229,7 +298,9 @@ def test_compile_without_recompiling(op, backend):
                 assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
             first = first or counter.frame_count
     assert first <= 1 + (op in BEGINS_ANEW), f"{first} compilations for the first batch size"
-    assert counter.frame_count == first, f"{counter.frame_count - first} more compilations for other batch sizes"
+    assert counter.frame_count == first, (
+        f"{counter.frame_count - first} more compilations for other batch sizes"
+    )
 
 
 @samples(lambda sample: not sample.plain, WRAPPED)
@@ -244,12 +315,20 @@ def test_export(place, backend):
     with running_on(backend):
         program = torch.export.export(Module(), tensors)
         assert torch.equal(program.module()(*tensors), sample.call(*tensors))
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
-    assert any("ovseg" in str(node.target) for graph in graphs for node in graph.nodes)  # some lie in a block without autocast
+    graphs = [
+        module.graph
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+    ]
+    assert any(
+        "ovseg" in str(node.target) for graph in graphs for node in graph.nodes
+    )  # some lie in a block without autocast
 
 
 def assert_refused(op, calls):
-    """Of (name, arguments, error, message) all raise, on both backends that this machine has; those that do not are named."""
+    """Of (name, arguments, error, message) all raise, on both backends that this machine has; those
+    that do not are named.
+    """
     wrong = []
     for name, arguments, error, message in calls:
         for backend in ("cpu", "reference"):
@@ -269,7 +348,9 @@ def assert_refused(op, calls):
 @pytest.mark.parametrize("op", BAD_INPUT)
 def test_bad_input(op):
     own = BAD_INPUT[op][1]
-    assert_refused(op, [(" and ".join(change), change, error, message) for change, error, message in own])
+    assert_refused(
+        op, [(" and ".join(change), change, error, message) for change, error, message in own]
+    )
 
 
 @pytest.mark.bad_input("operators", "every kind of bad_kinds.py")
@@ -278,7 +359,13 @@ def test_bad_kinds(op):
     """The same kinds for every argument that they fit."""
     kinds = list(rows(op))
     assert len(kinds) > 20
-    assert_refused(op, [(f"{name}: {kind}", {name: value}, error, message) for kind, name, value, error, message in kinds])
+    assert_refused(
+        op,
+        [
+            (f"{name}: {kind}", {name: value}, error, message)
+            for kind, name, value, error, message in kinds
+        ],
+    )
 
 
 @samples(lambda sample: sample.mask is not None)
@@ -295,7 +382,13 @@ def test_masked_elements_reach_nothing(place, backend):
         poisoned = [x.requires_grad_() for x in poisoned]
         again = sample.call(*poisoned)
         assert torch.equal(out, again)
-        for i, (a, b) in enumerate(zip(grads, torch.autograd.grad(again, poisoned, upstream, materialize_grads=True), strict=True)):
+        for i, (a, b) in enumerate(
+            zip(
+                grads,
+                torch.autograd.grad(again, poisoned, upstream, materialize_grads=True),
+                strict=True,
+            )
+        ):
             assert torch.equal(a, b)
             if i in sample.masked:
                 assert bool((b[~sample.mask] == 0).all())
@@ -310,9 +403,19 @@ def test_autocast_table(place, backend):
             out = sample.call(*sample.tensors)
         assert out.dtype == torch.float32
         grads = torch.autograd.grad(out.sum(), sample.tensors, allow_unused=True)
-        assert all(g is None or g.dtype == x.dtype for g, x in zip(grads, sample.tensors, strict=True))
-        cast = sample.lowered if sample.lowered is not None else sample.features if sample.features > 1 else 0
-        lowered = [x.detach().to(low) if i < cast else x.detach() for i, x in enumerate(sample.tensors)]
+        assert all(
+            g is None or g.dtype == x.dtype for g, x in zip(grads, sample.tensors, strict=True)
+        )
+        cast = (
+            sample.lowered
+            if sample.lowered is not None
+            else sample.features
+            if sample.features > 1
+            else 0
+        )
+        lowered = [
+            x.detach().to(low) if i < cast else x.detach() for i, x in enumerate(sample.tensors)
+        ]
         if sample.plain:
             lowered = [x.detach() for x in sample.tensors]  # in float32
         assert torch.equal(out, sample.call(*lowered))
@@ -320,11 +423,15 @@ def test_autocast_table(place, backend):
 
 @samples(names=("cpu",))
 def test_meta_tensors(place, backend):
-    """Shapes, dtypes and strides are those of real tensors; that every kernel keeps to them opcheck looks at."""
+    """Shapes, dtypes and strides are those of real tensors; that every kernel keeps to them opcheck
+    looks at.
+    """
     sample = sample_at(place, backend)
     for name, arguments in sample.low:
         with running_on(backend):
-            real = getattr(torch.ops.ovseg, name)(*[x.detach() if isinstance(x, torch.Tensor) else x for x in arguments])
+            real = getattr(torch.ops.ovseg, name)(
+                *[x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+            )
         assert_same_metadata(real, getattr(torch.ops.ovseg, name)(*to_meta(arguments)))
 
 
@@ -336,7 +443,10 @@ def test_explain_and_forced_backends():
         ok.explain("nothing")
     with pytest.raises(ValueError, match="backend is 'tpu'"), ok.backend("tpu"):
         pass
-    with ok.backend("cuda"), pytest.raises(ok.BackendError, match="'cuda' was asked for and cannot run"):
+    with (
+        ok.backend("cuda"),
+        pytest.raises(ok.BackendError, match="'cuda' was asked for and cannot run"),
+    ):
         ok.patch_text_similarity(patches, texts)
     with ok.backend("cpu"):
         assert ok.explain("patch_text_similarity").backend == "cpu"
@@ -363,20 +473,39 @@ for line in sys.argv[1:]:  # torch is imported once; the package, which reads th
 
 
 def test_backend_from_the_environment():
-    """With Triton's interpreter a kernel of Triton answers for CPU tensors; without it, and without a GPU, an error says why."""
+    """With Triton's interpreter a kernel of Triton answers for CPU tensors; without it, and without
+    a GPU, an error says why.
+    """
     asked = ["reference 0", "cpu 0", "auto 0", "fast 0", "triton 1", "triton 0"]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ASKED, *asked], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ASKED, *asked], capture_output=True, text=True
+    )
     found = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert [found[line] for line in ("reference 0", "cpu 0", "auto 0", "triton 1")] == ["reference", "cpu", "cpu", "triton by Triton"], done
+    assert [found[line] for line in ("reference 0", "cpu 0", "auto 0", "triton 1")] == [
+        "reference",
+        "cpu",
+        "cpu",
+        "triton by Triton",
+    ], done
     assert "OVSEG_BACKEND is 'fast'" in found["fast 0"]
     if not torch.cuda.is_available():
         assert "backend 'triton' was asked for and cannot run" in found["triton 0"]
 
 
-@pytest.mark.parametrize("archs,capability,runs", [
-    (["80", "90a"], (8, 0), True), (["80", "90a"], (8, 6), True), (["86"], (8, 0), False), (["80", "90a"], (9, 0), True),
-    (["90a"], (10, 0), False), (["90"], (10, 0), False), (["90+PTX"], (10, 0), True), (["120"], (12, 1), True), ([], (9, 0), True),
-])
+@pytest.mark.parametrize(
+    "archs,capability,runs",
+    [
+        (["80", "90a"], (8, 0), True),
+        (["80", "90a"], (8, 6), True),
+        (["86"], (8, 0), False),
+        (["80", "90a"], (9, 0), True),
+        (["90a"], (10, 0), False),
+        (["90"], (10, 0), False),
+        (["90+PTX"], (10, 0), True),
+        (["120"], (12, 1), True),
+        ([], (9, 0), True),
+    ],
+)
 def test_which_gpu_a_library_runs_on(archs, capability, runs):
     assert (_backends.unsupported(archs, capability) == "") == runs
     if not runs:

@@ -1,4 +1,6 @@
-"""What is special about contrastive_loss: the matrix is never there, ids, ranks, parity with open_clip's losses, bad input."""
+"""What is special about contrastive_loss: the matrix is never there, ids, ranks, parity with
+open_clip's losses, bad input.
+"""
 
 import os
 import socket
@@ -20,20 +22,35 @@ on = pytest.mark.parametrize("backend", parameters())
 
 
 def run(image, text, scale, bias=None, **options):
-    tensors = [x.detach().requires_grad_() for x in (image, text, scale) + (() if bias is None else (bias,))]
-    loss = ok.contrastive_loss(*tensors[:3], **options, **({} if bias is None else {"logit_bias": tensors[3], "kind": "sigmoid"}))
+    tensors = [
+        x.detach().requires_grad_()
+        for x in (image, text, scale) + (() if bias is None else (bias,))
+    ]
+    loss = ok.contrastive_loss(
+        *tensors[:3],
+        **options,
+        **({} if bias is None else {"logit_bias": tensors[3], "kind": "sigmoid"}),
+    )
     return loss, *torch.autograd.grad(loss, tensors)
 
 
 @on
-@pytest.mark.parametrize("B,T,D", [(1, 1, 1), (7, 7, 16), (33, 65, 24), (65, 130, 72), (3, 300, 8), (260, 5, 9)])
+@pytest.mark.parametrize(
+    "B,T,D", [(1, 1, 1), (7, 7, 16), (33, 65, 24), (65, 130, 72), (3, 300, 8), (260, 5, 9)]
+)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_sizes(B, T, D, kind, backend):
     """Tails of tiles and blocks, repeated ids, rows without a positive."""
     device = device_of(backend)
     inputs = torch.randn(B, D), torch.randn(T, D)
-    scale, bias = torch.tensor(8.0, device=device), torch.tensor(-3.0, device=device) if kind == "sigmoid" else None
-    ids = {"image_ids": torch.randint(0, 9, (B,)).to(device), "text_ids": torch.randint(0, 9, (T,)).to(device)}
+    scale, bias = (
+        torch.tensor(8.0, device=device),
+        torch.tensor(-3.0, device=device) if kind == "sigmoid" else None,
+    )
+    ids = {
+        "image_ids": torch.randint(0, 9, (B,)).to(device),
+        "text_ids": torch.randint(0, 9, (T,)).to(device),
+    }
     for options in (ids, {}) if B == T else (ids,):
         for dtype in dtypes(backend)[: 1 if backend in COMPILED and not options else None]:
             image, text = (x.to(device, dtype) for x in inputs)
@@ -41,8 +58,16 @@ def test_sizes(B, T, D, kind, backend):
                 results = run(image, text, scale, bias, **options)
             with ok.backend("reference"):
                 eager = run(image, text, scale, bias, **options)
-                truth = run(image.double(), text.double(), scale.double(), None if bias is None else bias.double(), **options)
-            if dtype.itemsize == 2 and bias is not None:  # d bias: B T roundings of tf32 whose sum cancels; no relative error
+                truth = run(
+                    image.double(),
+                    text.double(),
+                    scale.double(),
+                    None if bias is None else bias.double(),
+                    **options,
+                )
+            if (
+                dtype.itemsize == 2 and bias is not None
+            ):  # d bias: B T roundings of tf32 whose sum cancels; no relative error
                 (*results, found), (*eager, _), (*truth, d_bias) = results, eager, truth
                 assert abs(float(found - d_bias)) <= 1e-3 * max(1.0, abs(float(d_bias)))
             for i, (a, b, c) in enumerate(zip(results, eager, truth, strict=True)):
@@ -65,7 +90,10 @@ def test_equals_the_loss_on_the_matrix(backend):
         a, t = torch.randn(9, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
         ids = {"image_ids": torch.randint(0, 5, (9,)), "text_ids": torch.randint(0, 5, (11,))}
         similarity = F.normalize(a, dim=-1) @ F.normalize(t, dim=-1).T
-        torch.testing.assert_close(ok.contrastive_loss(a, t, 4.0, **ids), ok.similarity_contrastive_loss(similarity, 4.0, **ids))
+        torch.testing.assert_close(
+            ok.contrastive_loss(a, t, 4.0, **ids),
+            ok.similarity_contrastive_loss(similarity, 4.0, **ids),
+        )
 
 
 @on
@@ -75,7 +103,9 @@ def test_extremes(kind, backend):
     with torch.device(device_of(backend)), running_on(backend):
         a = F.normalize(torch.randn(70, 4), dim=-1)
         for scale in (1e4, 0.0):
-            loss, *grads = run(a, -a, torch.tensor(scale), torch.tensor(0.0) if kind == "sigmoid" else None)
+            loss, *grads = run(
+                a, -a, torch.tensor(scale), torch.tensor(0.0) if kind == "sigmoid" else None
+            )
             with ok.backend("reference"):
                 wide = a.double(), -a.double(), torch.tensor(scale).double()
                 expected = run(*wide, torch.tensor(0.0).double() if kind == "sigmoid" else None)
@@ -86,11 +116,19 @@ def test_extremes(kind, backend):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 6), st.floats(0, 100), st.integers(0, 2**31))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.floats(0, 100),
+    st.integers(0, 2**31),
+)
 def test_any_ids(B, T, classes, scale, seed):
     """Against soft targets written out, whatever the ids."""
     g = torch.Generator().manual_seed(seed)
-    a, t = (F.normalize(torch.randn(n, 3, generator=g, dtype=torch.float64), dim=-1) for n in (B, T))
+    a, t = (
+        F.normalize(torch.randn(n, 3, generator=g, dtype=torch.float64), dim=-1) for n in (B, T)
+    )
     ids = torch.randint(0, classes, (B,), generator=g), torch.randint(0, classes, (T,), generator=g)
     found = ok.contrastive_loss(a, t, scale, image_ids=ids[0], text_ids=ids[1], normalize=False)
     z, equal = scale * a @ t.T, (ids[0][:, None] == ids[1]).double()
@@ -98,7 +136,9 @@ def test_any_ids(B, T, classes, scale, seed):
     for logits, target in ((z, equal), (z.T, equal.T)):
         some = target.sum(1) > 0
         if bool(some.any()):
-            expected += F.cross_entropy(logits[some], target[some] / target[some].sum(1, keepdim=True)) / 2
+            expected += (
+                F.cross_entropy(logits[some], target[some] / target[some].sum(1, keepdim=True)) / 2
+            )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -125,7 +165,10 @@ def test_a_few_images_at_a_time_give_the_same(backend, monkeypatch):
 @pytest.mark.parametrize("B,T", [(0, 0), (0, 3), (3, 0)])
 def test_empty(B, T, backend):
     with torch.device(device_of(backend)), running_on(backend):
-        ids = {"image_ids": torch.zeros(B, dtype=torch.int64), "text_ids": torch.zeros(T, dtype=torch.int64)}
+        ids = {
+            "image_ids": torch.zeros(B, dtype=torch.int64),
+            "text_ids": torch.zeros(T, dtype=torch.int64),
+        }
         for bias in (None, torch.tensor(1.0)):
             loss, *grads = run(torch.randn(B, 4), torch.randn(T, 4), torch.tensor(2.0), bias, **ids)
             assert float(loss.detach()) == 0 and all(bool((g == 0).all()) for g in grads)
@@ -134,7 +177,9 @@ def test_empty(B, T, backend):
 def test_nothing_of_size_BT_is_kept():
     image, text = torch.randn(300, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         ok.contrastive_loss(image, text, 3.0)
     assert max(kept) <= 300 * 4
 
@@ -153,7 +198,9 @@ def join(rank, ranks, port):
 
 
 def leave():
-    """Without the end of the interpreter, in which a thread of gloo that still holds a tensor aborts the process now and then."""
+    """Without the end of the interpreter, in which a thread of gloo that still holds a tensor
+    aborts the process now and then.
+    """
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)
@@ -161,7 +208,10 @@ def leave():
 
 def problem(total):
     g = torch.Generator().manual_seed(3)
-    return [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((6, 5), (total, 6), (total, 6))]
+    return [
+        torch.randn(*shape, generator=g, dtype=torch.float64)
+        for shape in ((6, 5), (total, 6), (total, 6))
+    ]
 
 
 def _one_rank(rank, ranks, port, counts, kind, out):
@@ -189,7 +239,10 @@ def whole_loss(leaves, images, texts, kind, mine, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts,kind", [([3, 3], "softmax"), ([2, 5], "softmax"), ([1, 4, 2], "ids"), ([1, 4, 2], "sigmoid")])
+@pytest.mark.parametrize(
+    "counts,kind",
+    [([3, 3], "softmax"), ([2, 5], "softmax"), ([1, 4, 2], "ids"), ([1, 4, 2], "sigmoid")],
+)
 def test_ranks_equal_one_process(counts, kind, tmp_path):
     """Loss on every rank and DDP-averaged gradients against one process, in float64."""
     spawn(_one_rank, len(counts), counts, kind, tmp_path)
@@ -208,8 +261,12 @@ def _ranks_that_disagree(rank, ranks, port):
     image, ids = torch.randn(3, 4), {"image_ids": torch.arange(3), "text_ids": torch.arange(3)}
     wide = torch.randn(3, 4 + rank)
     for mine in ({"text": image, **(ids if rank else {})}, {"image": wide, "text": wide}):
-        with pytest.raises(ValueError, match=r"of the ranks are .* expected the last three to agree"):
-            ok.contrastive_loss(**{"image": image, "logit_scale": 1.0, **mine}, group=dist.group.WORLD)
+        with pytest.raises(
+            ValueError, match=r"of the ranks are .* expected the last three to agree"
+        ):
+            ok.contrastive_loss(
+                **{"image": image, "logit_scale": 1.0, **mine}, group=dist.group.WORLD
+            )
     with pytest.raises(ValueError, match="image and text have 3 and 3, 3 and 4 rows"):
         ok.contrastive_loss(image, torch.randn(3 + rank, 4), 1.0, group=dist.group.WORLD)
     leave()
@@ -221,7 +278,11 @@ def test_ranks_that_disagree_all_raise():
     spawn(_ranks_that_disagree, 2)
 
 
-MODES = [{"local_loss": local, "gather_with_grad": grad} for local in (False, True) for grad in (False, True)]
+MODES = [
+    {"local_loss": local, "gather_with_grad": grad}
+    for local in (False, True)
+    for grad in (False, True)
+]
 
 
 def losses(rank, ranks):
@@ -229,13 +290,20 @@ def losses(rank, ranks):
     import open_clip.loss
 
     at = {"rank": rank, "world_size": ranks}
-    found = [(ok_nn.ClipLoss(**mode, **at), open_clip.loss.ClipLoss(**mode, **at)) for mode in MODES]
+    found = [
+        (ok_nn.ClipLoss(**mode, **at), open_clip.loss.ClipLoss(**mode, **at)) for mode in MODES
+    ]
     ways = (None, "bidir", "shift", "gather")
-    return found + [(ok_nn.SigLipLoss(**at, dist_impl=way), open_clip.loss.SigLipLoss(**at, dist_impl=way)) for way in ways]
+    return found + [
+        (ok_nn.SigLipLoss(**at, dist_impl=way), open_clip.loss.SigLipLoss(**at, dist_impl=way))
+        for way in ways
+    ]
 
 
 def step(loss, image, text, sigmoid):
-    leaves = [x.clone().requires_grad_() for x in (image, text, torch.tensor(9.0), torch.tensor(-4.0))][: 4 if sigmoid else 3]
+    leaves = [
+        x.clone().requires_grad_() for x in (image, text, torch.tensor(9.0), torch.tensor(-4.0))
+    ][: 4 if sigmoid else 3]
     value = loss(*leaves, output_dict=True)["contrastive_loss"]
     return value.detach(), *torch.autograd.grad(value, leaves)
 
@@ -245,12 +313,20 @@ def assert_parity(rank, ranks):
     mine = slice(6 * rank, 6 * rank + 6)
     for ours, theirs in losses(rank, ranks):
         sigmoid = isinstance(ours, ok_nn.SigLipLoss)
-        found, expected = (step(loss, images[mine], texts[mine], sigmoid) for loss in (ours, theirs))
+        found, expected = (
+            step(loss, images[mine], texts[mine], sigmoid) for loss in (ours, theirs)
+        )
         for place, (a, b) in enumerate(zip(found, expected, strict=True)):
             if place > 2 and ranks > 1:  # of the scalars, DDP's mean is the same
                 for x in (a, b):
                     dist.all_reduce(x)
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m, ours=ours, place=place: f"{ours} {place}: {m}")
+            torch.testing.assert_close(
+                a,
+                b,
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda m, ours=ours, place=place: f"{ours} {place}: {m}",
+            )
 
 
 def _parity_of_a_rank(rank, ranks, port):
@@ -265,7 +341,9 @@ def test_parity_with_open_clip():
 
 @pytest.mark.slow
 def test_parity_with_open_clip_on_two_ranks():
-    """Every mode of ClipLoss, every way of SigLipLoss: the value and the gradients of the features rank by rank."""
+    """Every mode of ClipLoss, every way of SigLipLoss: the value and the gradients of the features
+    rank by rank.
+    """
     spawn(_parity_of_a_rank, 2)
 
 
@@ -274,5 +352,7 @@ def test_modules_check_their_arguments():
         ok_nn.ClipLoss(use_horovod=True)
     with pytest.raises(ValueError, match=r"dist_impl is 'ring'; expected one of"):
         ok_nn.SigLipLoss(dist_impl="ring")
-    with pytest.raises(RuntimeError, match=r"world_size is 2 and torch\.distributed is not initialised"):
+    with pytest.raises(
+        RuntimeError, match=r"world_size is 2 and torch\.distributed is not initialised"
+    ):
         ok_nn.ClipLoss(world_size=2)(torch.randn(2, 3), torch.randn(2, 3), 1.0)

@@ -1,6 +1,8 @@
-"""No call waits for a GPU: nothing is read from it, and nothing copied to it from memory that is not pinned.
+"""No call waits for a GPU: nothing is read from it, and nothing copied to it from memory that is
+not pinned.
 
-Held on a device that cannot be read (unreadable.py), and on the CPU with reads refused. What is left to the GPU itself is raised later.
+Held on a device that cannot be read (unreadable.py), and on the CPU with reads refused. What is
+left to the GPU itself is raised later.
 """
 
 import contextlib
@@ -21,7 +23,9 @@ from ovseg_kernels import _checking, _distributed, _library, nn, philox
 from ovseg_kernels.triton import KERNELS, _launch
 
 SAMPLES = all_samples()
-pytestmark = pytest.mark.filterwarnings("ignore:.*runs on the reference for cuda")  # as it does where no GPU is
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*runs on the reference for cuda"
+)  # as it does where no GPU is
 
 
 @pytest.fixture
@@ -42,7 +46,9 @@ def test_no_operator_reads_the_device(op, unreadable):
                 assert backward(out) == wanted, f"{sample}: the backward was not run to its end"
 
 
-@pytest.mark.parametrize("op", [op for op in MAKERS if op != "dense_contrastive_loss"])  # a loop over texts, only for tests
+@pytest.mark.parametrize(
+    "op", [op for op in MAKERS if op != "dense_contrastive_loss"]
+)  # a loop over texts, only for tests
 def test_no_definition_reads_the_device(op, unreadable):
     for sample in MAKERS[op](torch.float32, "cuda"):
         with unreadable, ok.backend("reference"):
@@ -69,7 +75,9 @@ class _NoKernel:
         return lambda *arguments, **options: None
 
 
-@pytest.mark.filterwarnings("ignore:.*data pointer")  # of a tensor that has none: launchers look at its alignment
+@pytest.mark.filterwarnings(
+    "ignore:.*data pointer"
+)  # of a tensor that has none: launchers look at its alignment
 @pytest.mark.parametrize("op", dict.fromkeys(module for module, _ in KERNELS.values()))
 def test_no_triton_launcher_reads_the_device(op, unreadable, monkeypatch):
     """The launchers without their kernels."""
@@ -97,7 +105,9 @@ def test_what_goes_with_the_operators_does_not_read_the_device(unreadable):
 
 
 def test_origins_of_the_host_reach_the_device_from_pinned_memory(unreadable, monkeypatch):
-    monkeypatch.setattr("ovseg_kernels.ops.window_argmax._covered", lambda *_: None)  # the fake mode's host has no numbers either
+    monkeypatch.setattr(
+        "ovseg_kernels.ops.window_argmax._covered", lambda *_: None
+    )  # the fake mode's host has no numbers either
     logits = torch.randn(2, 3, 4, 4, device="cuda")
     arguments = (8, 8), (8, 12), (8, 8)
     for origins in (torch.tensor([[0, 0], [0, 4]]), [(0, 0), (0, 4)]):
@@ -105,20 +115,37 @@ def test_origins_of_the_host_reach_the_device_from_pinned_memory(unreadable, mon
             ok.window_argmax(logits, origins, *arguments)
     assert len(unreadable.pinned) == 2
     monkeypatch.setattr(_checking, "capturing", lambda: True)
-    with pytest.raises(ValueError, match="origins is on the CPU while a CUDA graph is captured; expected it on cuda:0"):
+    with pytest.raises(
+        ValueError,
+        match="origins is on the CPU while a CUDA graph is captured; expected it on cuda:0",
+    ):
         ok.window_argmax(logits, torch.tensor([[0, 0], [0, 4]]), *arguments)
 
 
 def test_the_unreadable_device_refuses(unreadable):
     """The tests above can fail."""
     x, host = torch.randn(3, device="cuda"), torch.randn(3)
-    reads = (lambda: x.sum().item(), lambda: bool(x.isnan().any()), lambda: x.tolist(), lambda: torch.equal(x, x), lambda: x[x > 0],
-             lambda: x.nonzero(), lambda: float(x[0]))  # fmt: skip
+    reads = (
+        lambda: x.sum().item(),
+        lambda: bool(x.isnan().any()),
+        lambda: x.tolist(),
+        lambda: torch.equal(x, x),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: float(x[0]),
+    )
     for read in reads:
         with unreadable, pytest.raises(Exception, match="aten"):
             read()
-    copies = (lambda: x.cpu(), lambda: host.to("cuda"), lambda: torch.tensor([1, 2], device="cuda"), lambda: x.new_tensor([1.0]),
-              lambda: x.copy_(host), lambda: host.to("cuda", non_blocking=True), lambda: host.pin_memory().to("cuda"))  # fmt: skip
+    copies = (
+        lambda: x.cpu(),
+        lambda: host.to("cuda"),
+        lambda: torch.tensor([1, 2], device="cuda"),
+        lambda: x.new_tensor([1.0]),
+        lambda: x.copy_(host),
+        lambda: host.to("cuda", non_blocking=True),
+        lambda: host.pin_memory().to("cuda"),
+    )
     for copy in copies:
         with unreadable, pytest.raises(Refused, match="a copy of"):
             copy()
@@ -137,7 +164,9 @@ class _NoReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_plain_tensors_are_not_read_where_numbers_are_not_looked_at(sample, monkeypatch):
-    """The same on real tensors of the CPU, which answer as a GPU's would: fake ones are left alone by some checks anyway."""
+    """The same on real tensors of the CPU, which answer as a GPU's would: fake ones are left alone
+    by some checks anyway.
+    """
     monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)
     with _NoReads():
         out = sample.call(*sample.tensors)
@@ -166,20 +195,34 @@ def test_ovseg_check(value, expected, monkeypatch):
     monkeypatch.delenv("OVSEG_CHECK", raising=False)
     if value is not None:
         monkeypatch.setenv("OVSEG_CHECK", value)
-    spec = importlib.util.spec_from_file_location("ovseg_kernels._checking_again", _checking.__file__)
+    spec = importlib.util.spec_from_file_location(
+        "ovseg_kernels._checking_again", _checking.__file__
+    )
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, again)
     spec.loader.exec_module(again)
     assert again._on is expected
 
 
-@pytest.mark.parametrize("call", [
-    lambda device: ok.upsample_argmax(torch.randn(1, 3, 4, 4, device=device), (8, 8)),
-    lambda device: ok.upsample_argmax(torch.randn(1, 3, 4, 4, device=device), (8, 8), label_type=torch.uint8,
-                                      class_labels=torch.arange(3, device=device)),
-    lambda device: ok.window_argmax(torch.randn(1, 3, 4, 4, device=device), torch.zeros(1, 2, dtype=torch.int64, device=device),
-                                    (8, 8), (8, 8), (8, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda device: ok.upsample_argmax(torch.randn(1, 3, 4, 4, device=device), (8, 8)),
+        lambda device: ok.upsample_argmax(
+            torch.randn(1, 3, 4, 4, device=device),
+            (8, 8),
+            label_type=torch.uint8,
+            class_labels=torch.arange(3, device=device),
+        ),
+        lambda device: ok.window_argmax(
+            torch.randn(1, 3, 4, 4, device=device),
+            torch.zeros(1, 2, dtype=torch.int64, device=device),
+            (8, 8),
+            (8, 8),
+            (8, 8),
+        ),
+    ],
+)
 def test_checking_reads_the_device(call):
     """Under ``checking`` the errors come in the call, as on the CPU: it asks for the numbers."""
     with FakeTensorMode(), ok.checking(), pytest.raises(DataDependentOutputException):
@@ -188,12 +231,19 @@ def test_checking_reads_the_device(call):
 
 def test_labels_beyond_their_type_are_refused_where_they_are_looked_at(monkeypatch):
     logits, table = torch.randn(1, 300, 2, 2), torch.arange(300) // 2
-    assert int(ok.upsample_argmax(logits, (2, 2), class_labels=table, label_type=torch.uint8).max()) < 150
-    with pytest.raises(ValueError, match=r"the largest label is 449; torch\.uint8 holds 255 at most"):
+    assert (
+        int(ok.upsample_argmax(logits, (2, 2), class_labels=table, label_type=torch.uint8).max())
+        < 150
+    )
+    with pytest.raises(
+        ValueError, match=r"the largest label is 449; torch\.uint8 holds 255 at most"
+    ):
         ok.upsample_argmax(logits, (2, 2), class_labels=table + 300, label_type=torch.uint8)
     monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)
     wrapped = ok.upsample_argmax(logits, (2, 2), class_labels=table + 300, label_type=torch.uint8)
-    assert torch.equal(wrapped, ok.upsample_argmax(logits, (2, 2), class_labels=table + 300).to(torch.uint8))
+    assert torch.equal(
+        wrapped, ok.upsample_argmax(logits, (2, 2), class_labels=table + 300).to(torch.uint8)
+    )
 
 
 class _Event:
@@ -215,7 +265,11 @@ def deferring(monkeypatch):
     return monkeypatch
 
 
-GOOD, NAN, INFINITE = torch.randn(1, 3, 4, 4), torch.full((1, 3, 4, 4), float("nan")), torch.full((1, 3, 4, 4), float("inf"))
+GOOD, NAN, INFINITE = (
+    torch.randn(1, 3, 4, 4),
+    torch.full((1, 3, 4, 4), float("nan")),
+    torch.full((1, 3, 4, 4), float("inf")),
+)
 
 
 def upsample(logits, **options):
@@ -223,7 +277,9 @@ def upsample(logits, **options):
 
 
 def window(logits, **options):
-    return ok.window_argmax(logits, torch.zeros(1, 2, dtype=torch.int64), (8, 8), (8, 8), (8, 8), **options)
+    return ok.window_argmax(
+        logits, torch.zeros(1, 2, dtype=torch.int64), (8, 8), (8, 8), (8, 8), **options
+    )
 
 
 def one(value):
@@ -232,23 +288,46 @@ def one(value):
     return x
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda: upsample(one(float("nan"))), "upsample_argmax: logits or bias holds NaN"),
-    (lambda: upsample(NAN.half()), "upsample_argmax: logits or bias holds NaN"),
-    (lambda: upsample(GOOD, bias=NAN[0, :, 0, 0]), "upsample_argmax: logits or bias holds NaN"),
-    (lambda: window(one(float("nan"))), r"window_argmax: logits, tables or bias holds NaN or \+infinity"),
-    (lambda: window(one(float("inf"))), r"window_argmax: logits, tables or bias holds NaN or \+infinity"),
-    (lambda: window(GOOD, bias=INFINITE[0, :, 0, 0]), r"window_argmax: logits, tables or bias holds NaN or \+infinity"),
-    (lambda: window(GOOD, tables=NAN[0, :, :, 0][None]), r"window_argmax: logits, tables or bias holds NaN or \+infinity"),
-    (lambda: window(one(float("-inf")), activation="softmax"), "holds NaN or an infinity; expected finite numbers for softmax"),
-    (lambda: window(one(float("nan")), activation="softmax"), "holds NaN or an infinity; expected finite numbers for softmax"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: upsample(one(float("nan"))), "upsample_argmax: logits or bias holds NaN"),
+        (lambda: upsample(NAN.half()), "upsample_argmax: logits or bias holds NaN"),
+        (lambda: upsample(GOOD, bias=NAN[0, :, 0, 0]), "upsample_argmax: logits or bias holds NaN"),
+        (
+            lambda: window(one(float("nan"))),
+            r"window_argmax: logits, tables or bias holds NaN or \+infinity",
+        ),
+        (
+            lambda: window(one(float("inf"))),
+            r"window_argmax: logits, tables or bias holds NaN or \+infinity",
+        ),
+        (
+            lambda: window(GOOD, bias=INFINITE[0, :, 0, 0]),
+            r"window_argmax: logits, tables or bias holds NaN or \+infinity",
+        ),
+        (
+            lambda: window(GOOD, tables=NAN[0, :, :, 0][None]),
+            r"window_argmax: logits, tables or bias holds NaN or \+infinity",
+        ),
+        (
+            lambda: window(one(float("-inf")), activation="softmax"),
+            "holds NaN or an infinity; expected finite numbers for softmax",
+        ),
+        (
+            lambda: window(one(float("nan")), activation="softmax"),
+            "holds NaN or an infinity; expected finite numbers for softmax",
+        ),
+    ],
+)
 def test_what_the_device_finds_is_raised_later(call, message, deferring):
     labels = call()  # does not raise
     assert int(labels.min()) >= 0 and int(labels.max()) < 5
     upsample(GOOD)  # nothing has arrived yet
     _Event.landed = True
-    with pytest.raises(ValueError, match=f"an earlier call of .*{message}.*OVSEG_CHECK=1 raises in the call itself"):
+    with pytest.raises(
+        ValueError, match=f"an earlier call of .*{message}.*OVSEG_CHECK=1 raises in the call itself"
+    ):
         upsample(GOOD)
     for _ in range(4):
         window(GOOD)  # raised once
@@ -269,7 +348,13 @@ def test_what_is_no_error_is_not_raised(deferring):
     off = GOOD.clone()
     off[:, 0] = -torch.inf
     for _ in range(3):
-        upsample(INFINITE), upsample(-INFINITE), upsample(GOOD[:0]), window(off), window(GOOD, activation="softmax", bias=off[0, :, 0, 0])
+        (
+            upsample(INFINITE),
+            upsample(-INFINITE),
+            upsample(GOOD[:0]),
+            window(off),
+            window(GOOD, activation="softmax", bias=off[0, :, 0, 0]),
+        )
     ok.check_errors()
 
 
@@ -277,13 +362,16 @@ def test_check_errors_raises_all_and_forgets_them(deferring):
     ok.check_errors()  # nothing was called
     upsample(NAN)
     window(INFINITE)
-    with pytest.raises(ValueError, match=r"an earlier call of upsample_argmax: .*; and of window_argmax: "):
+    with pytest.raises(
+        ValueError, match=r"an earlier call of upsample_argmax: .*; and of window_argmax: "
+    ):
         ok.check_errors()
     ok.check_errors()
 
 
 def test_a_captured_graph_flags_and_asks_nothing(deferring):
     """Inside a capture an event may not be asked, nor memory made that outlives it."""
+
     def asked(*_):
         raise AssertionError("asked during the capture")
 
@@ -320,9 +408,13 @@ WINDOWS = {  # what a GPU is not asked about
 
 
 @pytest.mark.parametrize("backend", parameters())
-@pytest.mark.parametrize("origins", [pytest.param(value, id=name) for name, value in WINDOWS.items()])
+@pytest.mark.parametrize(
+    "origins", [pytest.param(value, id=name) for name, value in WINDOWS.items()]
+)
 def test_what_is_not_looked_at_gives_some_class(origins, backend, monkeypatch):
-    """Whatever logits and origins hold: every label is that of a class, and no memory beyond the tensors is touched."""
+    """Whatever logits and origins hold: every label is that of a class, and no memory beyond the
+    tensors is touched.
+    """
     if backend == "cpu" and origins != WINDOWS["fine"]:
         pytest.skip("the CPU looks at its origins")
     monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)
@@ -332,25 +424,45 @@ def test_what_is_not_looked_at_gives_some_class(origins, backend, monkeypatch):
         logits, tables = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 6)
         for x in (logits, tables):
             x[torch.rand(x.shape) < share] = float("nan")
-        logits, tables, names = logits.to(device), tables.to(device), torch.arange(10, 16, device=device)
+        logits, tables, names = (
+            logits.to(device),
+            tables.to(device),
+            torch.arange(10, 16, device=device),
+        )
         with running_on(backend):
-            found = [ok.upsample_argmax(logits, size, class_labels=names[:5], return_value=wanted) for wanted in (False, True)]
+            found = [
+                ok.upsample_argmax(logits, size, class_labels=names[:5], return_value=wanted)
+                for wanted in (False, True)
+            ]
             found = [found[0], found[1][0]]
-            for activation, stage in itertools.product((None, "sigmoid", "softmax"), ("window", "output")):
+            for activation, stage in itertools.product(
+                (None, "sigmoid", "softmax"), ("window", "output")
+            ):
                 options = {"activation": activation, "stage": stage, "class_labels": names[:5]}
                 found.append(ok.window_argmax(logits, place, (6, 6), (8, 8), size, **options))
-            found.append(ok.window_argmax(logits, place, (6, 6), (8, 8), size, tables=tables, class_labels=names))
+            found.append(
+                ok.window_argmax(
+                    logits, place, (6, 6), (8, 8), size, tables=tables, class_labels=names
+                )
+            )
         for labels in found:
             assert int(labels.min()) >= 10 and int(labels.max()) < 16
 
 
-@pytest.mark.parametrize("config,device", [("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "meta")])
+@pytest.mark.parametrize(
+    "config,device",
+    [("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "meta")],
+)
 def test_sizes_of_ranks_travel_beside_the_device(config, device, monkeypatch):
     seen = []
     monkeypatch.setattr(_distributed.dist, "get_backend_config", lambda group: config)
     monkeypatch.setattr(_distributed.dist, "get_world_size", lambda group: 2)
-    monkeypatch.setattr(_distributed.dist, "all_gather", lambda found, mine, group: seen.append(mine.device.type))
-    with contextlib.suppress(RuntimeError):  # a meta tensor stands for the device, and has no numbers
+    monkeypatch.setattr(
+        _distributed.dist, "all_gather", lambda found, mine, group: seen.append(mine.device.type)
+    )
+    with contextlib.suppress(
+        RuntimeError
+    ):  # a meta tensor stands for the device, and has no numbers
         _distributed.sizes_of_ranks((3, 4), None, torch.device("meta"))
     assert seen == [device]
 
@@ -361,6 +473,7 @@ def test_sizes_of_ranks_travel_beside_the_device(config, device, monkeypatch):
 def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
     """torch's own debug mode, on the real device."""
     for sample in MAKERS[op](torch.float32, device_of(backend)):
+
         def run(sample=sample):
             out = sample.call(*sample.tensors)
             if not sample.discrete:
@@ -381,7 +494,10 @@ def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_graph_of_a_gpu_flags_at_every_replay(backend):
     device = device_of(backend)
-    logits, origins = torch.randn(2, 3, 4, 4, device=device), torch.tensor([[0, 0], [0, 4]], device=device)
+    logits, origins = (
+        torch.randn(2, 3, 4, 4, device=device),
+        torch.tensor([[0, 0], [0, 4]], device=device),
+    )
 
     def run():
         return ok.window_argmax(logits, origins, (8, 8), (8, 12), (16, 24))

@@ -1,4 +1,6 @@
-"""What is special about patch_text_similarity: sizes, properties that need no reference, strides, bad input."""
+"""What is special about patch_text_similarity: sizes, properties that need no reference, strides,
+bad input.
+"""
 
 import pytest
 import torch
@@ -10,9 +12,19 @@ from ovseg_kernels.reference.patch_text_similarity import patch_text_similarity 
 from ovseg_kernels.testing import assert_close_to_truth
 
 POOLS = ("vector", "score", "max", "mean")
-SIZES = [(1, 1, 1, 1), (2, 3, 1, 4), (2, 5, 7, 16), (1, 65, 196, 64), (3, 2, 257, 24), (2, 130, 33, 8), (1, 1, 4097, 8)]
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 3, 1, 4),
+    (2, 5, 7, 16),
+    (1, 65, 196, 64),
+    (3, 2, 257, 24),
+    (2, 130, 33, 8),
+    (1, 1, 4097, 8),
+]
 on = pytest.mark.parametrize("backend", parameters())
-kernels = pytest.mark.parametrize("backend", parameters(("cuda-emulated", "triton-interpreted", "cuda", "triton")))
+kernels = pytest.mark.parametrize(
+    "backend", parameters(("cuda-emulated", "triton-interpreted", "cuda", "triton"))
+)
 
 
 def both(patches, texts, grad, **options):
@@ -33,43 +45,72 @@ def test_sizes(B, T, N, D, pool, backend):
     options = {"patch_mask": mask.to(device), "temperature": 0.2, "pool": pool}
     inputs = torch.randn(B, N, D), torch.randn(T, D), torch.randn(B, T)
     common = 2 * torch.randn(D)
-    for dtype in dict.fromkeys([*dtypes(backend), torch.float16]):  # whose products are not those of bfloat16
+    for dtype in dict.fromkeys(
+        [*dtypes(backend), torch.float16]
+    ):  # whose products are not those of bfloat16
         if backend in COMPILED and dtype.itemsize == 2 and D % 16:
             continue
-        # Thousands of independent patches average out to the text's own direction: phi = 1, and in 16 bits no gradient to measure.
-        correlated = N > 1000 and (dtype == torch.bfloat16 or (dtype == torch.float16 and backend not in ("reference", "cpu")))
-        patches, texts, grad = (inputs[0] + correlated * common).to(device, dtype), inputs[1].to(device, dtype), inputs[2].to(device)
+        # Thousands of independent patches average out to the text's own direction: phi = 1, and in
+        # 16 bits no gradient to measure.
+        correlated = N > 1000 and (
+            dtype == torch.bfloat16
+            or (dtype == torch.float16 and backend not in ("reference", "cpu"))
+        )
+        patches, texts, grad = (
+            (inputs[0] + correlated * common).to(device, dtype),
+            inputs[1].to(device, dtype),
+            inputs[2].to(device),
+        )
         with running_on(backend):
             results = both(patches, texts, grad, **options)
         with ok.backend("reference"):
             eager = both(patches, texts, grad, **options)
             truth = both(patches.double(), texts.double(), grad, **options)
-        for name, a, b, c in zip(("similarity", "d patches", "d texts"), results, eager, truth, strict=True):
+        for name, a, b, c in zip(
+            ("similarity", "d patches", "d texts"), results, eager, truth, strict=True
+        ):
             assert_close_to_truth(name, a, b, c, dtype)
 
 
 @kernels
 @pytest.mark.parametrize("weight", ["softmax", "sigmoid"])
 def test_realistic_sizes(weight, backend):
-    """Several chunks' worth of tiles in both forms: more texts than a tile, a width that is no multiple of one."""
+    """Several chunks' worth of tiles in both forms: more texts than a tile, a width that is no
+    multiple of one.
+    """
     device = device_of(backend)
     for N, D in ((196, 72), (300, 40)):
-        common, spread = torch.randn(D), torch.randn(3, N, D)  # correlated patches, as a network gives
-        patches, texts, grad = (common + spread).to(device), (common + torch.randn(70, D)).to(device), torch.randn(3, 70, device=device)
-        options = {"temperature": 0.07} if weight == "softmax" else {"weight": weight, "weight_scale": 12.0}
+        common, spread = (
+            torch.randn(D),
+            torch.randn(3, N, D),
+        )  # correlated patches, as a network gives
+        patches, texts, grad = (
+            (common + spread).to(device),
+            (common + torch.randn(70, D)).to(device),
+            torch.randn(3, 70, device=device),
+        )
+        options = (
+            {"temperature": 0.07}
+            if weight == "softmax"
+            else {"weight": weight, "weight_scale": 12.0}
+        )
         with running_on(backend):
             results = both(patches, texts, grad, **options)
         with ok.backend("reference"):
             eager = both(patches, texts, grad, **options)
             truth = both(patches.double(), texts.double(), grad, **options)
-        for name, a, b, c in zip(("similarity", "d patches", "d texts"), results, eager, truth, strict=True):
+        for name, a, b, c in zip(
+            ("similarity", "d patches", "d texts"), results, eager, truth, strict=True
+        ):
             assert_close_to_truth(name, a, b, c, torch.float32)
 
 
 @pytest.mark.parametrize("N", [70, 300])  # Gram form and pooled vectors
 @pytest.mark.parametrize("backend", ["cuda-emulated", "triton-interpreted"])
 def test_one_image_at_a_time_gives_the_same(N, backend, monkeypatch):
-    """A workspace too small for two images: every chunk after the first reads and writes at its own images."""
+    """A workspace too small for two images: every chunk after the first reads and writes at its own
+    images.
+    """
     inputs = torch.randn(3, N, 24), torch.randn(66, 24), torch.randn(3, 66)
     for pool in ("vector", "score", "max"):
         options = {"temperature": torch.tensor(0.2, requires_grad=True), "pool": pool}
@@ -79,7 +120,9 @@ def test_one_image_at_a_time_gives_the_same(N, backend, monkeypatch):
                 _limit_chunks(patch, backend, limit)
                 patches, texts = (x.clone().requires_grad_() for x in inputs[:2])
                 out = ok.patch_text_similarity(patches, texts, **options)
-                wanted = (patches, texts) if pool == "max" else (patches, texts, options["temperature"])
+                wanted = (
+                    (patches, texts) if pool == "max" else (patches, texts, options["temperature"])
+                )
                 results.append((out, *torch.autograd.grad(out, wanted, inputs[2])))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -94,13 +137,17 @@ def _limit_chunks(patch, backend, limit):
     import emulation
 
     emulation.load().set_patch_text_limit(limit)
-    assert emulation.load().patch_text_plan(3, 66, 70, 24, 0, 0, True)["chunk"] == (1 if limit == 1 else 3)
+    assert emulation.load().patch_text_plan(3, 66, 70, 24, 0, 0, True)["chunk"] == (
+        1 if limit == 1 else 3
+    )
 
 
 @pytest.mark.parametrize("N", [196, 576])
 @pytest.mark.parametrize("B,T", [(256, 256), (4096, 4096), (1, 100_000)])
 def test_workspace_on_cuda_is_bounded(B, T, N):
-    """Whatever the batch, within 64 MiB of chunk, up to 16 partial gradients of the texts, and what one image needs."""
+    """Whatever the batch, within 64 MiB of chunk, up to 16 partial gradients of the texts, and what
+    one image needs.
+    """
     import emulation
 
     D = 512
@@ -138,10 +185,18 @@ def test_limits_of_the_temperature(backend):
     with torch.device(device_of(backend)), running_on(backend):
         patches, texts = torch.randn(2, 50, 15), torch.randn(3, 15)
         for cold, hot in ((1e-3, 1e4),):
-            torch.testing.assert_close(ok.patch_text_similarity(patches, texts, pool="score", temperature=cold),
-                                       ok.patch_text_similarity(patches, texts, pool="max"), rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(ok.patch_text_similarity(patches, texts, pool="score", temperature=hot),
-                                       ok.patch_text_similarity(patches, texts, pool="mean"), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                ok.patch_text_similarity(patches, texts, pool="score", temperature=cold),
+                ok.patch_text_similarity(patches, texts, pool="max"),
+                rtol=1e-3,
+                atol=1e-4,
+            )
+            torch.testing.assert_close(
+                ok.patch_text_similarity(patches, texts, pool="score", temperature=hot),
+                ok.patch_text_similarity(patches, texts, pool="mean"),
+                rtol=1e-3,
+                atol=1e-4,
+            )
 
 
 @on
@@ -156,7 +211,9 @@ def test_one_patch_is_a_cosine(backend):
 def test_splitting_the_batch_equals_concatenation():
     patches, texts = torch.randn(5, 20, 8), torch.randn(70, 8)
     whole = ok.patch_text_similarity(patches, texts)
-    assert torch.equal(whole, torch.cat([ok.patch_text_similarity(part, texts) for part in patches.split(2)]))
+    assert torch.equal(
+        whole, torch.cat([ok.patch_text_similarity(part, texts) for part in patches.split(2)])
+    )
 
 
 @on
@@ -167,9 +224,13 @@ def test_fully_masked_image_gives_zero_and_touches_nothing_else(backend):
         mask = torch.ones(3, 6, dtype=torch.bool)
         mask[1] = False
         for pool in POOLS:
-            out, d_patches, d_texts = both(patches, texts, torch.ones(3, 2), pool=pool, patch_mask=mask)
+            out, d_patches, d_texts = both(
+                patches, texts, torch.ones(3, 2), pool=pool, patch_mask=mask
+            )
             rest = both(patches[[0, 2]], texts, torch.ones(2, 2), pool=pool)
-            assert torch.equal(out[1], torch.zeros(2)) and torch.equal(d_patches[1], torch.zeros(6, 4))
+            assert torch.equal(out[1], torch.zeros(2)) and torch.equal(
+                d_patches[1], torch.zeros(6, 4)
+            )
             torch.testing.assert_close(out[[0, 2]], rest[0])
             torch.testing.assert_close(d_texts, rest[2])
 
@@ -181,12 +242,18 @@ def test_masked_patches_get_exactly_zero_gradient(backend):
         mask[:, 0] = True
         patches[~mask] = float("inf")
         for pool in POOLS:
-            _, d_patches, d_texts = both(patches, texts, torch.ones(2, 3), pool=pool, patch_mask=mask)
-            assert torch.equal(d_patches[~mask], torch.zeros_like(d_patches[~mask])) and bool(d_texts.isfinite().all())
+            _, d_patches, d_texts = both(
+                patches, texts, torch.ones(2, 3), pool=pool, patch_mask=mask
+            )
+            assert torch.equal(d_patches[~mask], torch.zeros_like(d_patches[~mask])) and bool(
+                d_texts.isfinite().all()
+            )
 
 
 def test_patches_that_cancel():
-    """u and -u: the Gram form would lose every digit of |v|; the kernel falls back to the vector itself."""
+    """u and -u: the Gram form would lose every digit of |v|; the kernel falls back to the vector
+    itself.
+    """
     u = torch.randn(1, 1, 64)
     patches = torch.cat([u, -u * (1 - 1e-3), 0.01 * torch.randn(1, 30, 64)], 1)
     texts = torch.randn(100, 64)
@@ -221,9 +288,15 @@ def test_masked_patches_far_above_the_kept_ones(weight, backend):
         texts = torch.ones(1, 4)
         patches = torch.stack([-texts[0], texts[0], torch.zeros(4)])[None]
         mask = torch.tensor([[True, False, False]])
-        options = {"temperature": 1e-3} if weight == "softmax" else {"weight": weight, "weight_scale": 1e3}
+        options = (
+            {"temperature": 1e-3}
+            if weight == "softmax"
+            else {"weight": weight, "weight_scale": 1e3}
+        )
         for pool in POOLS:
-            out, d_patches, d_texts = both(patches, texts, torch.ones(1, 1), pool=pool, patch_mask=mask, **options)
+            out, d_patches, d_texts = both(
+                patches, texts, torch.ones(1, 1), pool=pool, patch_mask=mask, **options
+            )
             torch.testing.assert_close(out, -torch.ones(1, 1))
             assert bool(d_patches.isfinite().all()) and bool(d_texts.isfinite().all())
 
@@ -245,11 +318,21 @@ def test_strides(backend):
         patches = base[..., 0].transpose(0, 1)  # [3, 8, 10], no unit stride anywhere
         texts = torch.randn(10, 5).T
         mask = (torch.rand(8, 3) > 0.3).T
-        for x, y, m in ((patches, texts, mask), (torch.randn(1, 8, 10).expand(3, -1, -1), texts, None)):
+        for x, y, m in (
+            (patches, texts, mask),
+            (torch.randn(1, 8, 10).expand(3, -1, -1), texts, None),
+        ):
             a = both(x, y, torch.ones(3, 5), patch_mask=m)
-            b = both(x.contiguous(), y.contiguous(), torch.ones(3, 5), patch_mask=None if m is None else m.contiguous())
+            b = both(
+                x.contiguous(),
+                y.contiguous(),
+                torch.ones(3, 5),
+                patch_mask=None if m is None else m.contiguous(),
+            )
             for p, q in zip(a, b, strict=True):  # the reference leaves the order of sums to torch
-                torch.testing.assert_close(p, q) if backend == "reference" else torch.testing.assert_close(p, q, rtol=0, atol=0)
+                torch.testing.assert_close(
+                    p, q
+                ) if backend == "reference" else torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
 @on
@@ -258,15 +341,24 @@ def test_empty_batches(shape, backend):
     B, T, N, D = shape
     with torch.device(device_of(backend)), running_on(backend):
         for pool in POOLS:
-            out, d_patches, d_texts = both(torch.randn(B, N, D), torch.randn(T, D), torch.ones(B, T), pool=pool)
+            out, d_patches, d_texts = both(
+                torch.randn(B, N, D), torch.randn(T, D), torch.ones(B, T), pool=pool
+            )
             assert out.shape == (B, T)
-            assert torch.equal(d_patches, torch.zeros(B, N, D)) and torch.equal(d_texts, torch.zeros(T, D))
+            assert torch.equal(d_patches, torch.zeros(B, N, D)) and torch.equal(
+                d_texts, torch.zeros(T, D)
+            )
 
 
 def test_nothing_of_size_BTN_is_kept():
-    patches, texts = torch.randn(4, 20, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    patches, texts = (
+        torch.randn(4, 20, 8, requires_grad=True),
+        torch.randn(6, 8, requires_grad=True),
+    )
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         ok.patch_text_similarity(patches, texts)
     assert sum(kept) <= patches.numel() + texts.numel() + 3 * 4 * 6 + 4
 
@@ -274,17 +366,26 @@ def test_nothing_of_size_BTN_is_kept():
 @pytest.mark.parametrize("learned", ["temperature", "weight_scale"])
 def test_learned_parameters_alone(learned):
     """Gradient to a scale when neither patches nor texts need one."""
-    patches, texts = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    patches, texts = (
+        torch.randn(2, 5, 4, dtype=torch.float64),
+        torch.randn(3, 4, dtype=torch.float64),
+    )
     value = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     weight = "softmax" if learned == "temperature" else "sigmoid"
-    assert torch.autograd.gradcheck(lambda v: ok.patch_text_similarity(patches, texts, weight=weight, **{learned: v}), (value,))
+    assert torch.autograd.gradcheck(
+        lambda v: ok.patch_text_similarity(patches, texts, weight=weight, **{learned: v}), (value,)
+    )
 
 
 @pytest.mark.parametrize("backend", parameters(("cpu", "cuda-emulated", "cuda")))
 def test_dispatcher_calls_are_checked_too(backend):
     """torch.ops.ovseg.* skips Python's checks: the native side must refuse, not read out of bounds."""
     with torch.device(device_of(backend)), running_on(backend):
-        scale, bias, call = torch.tensor(1.0), torch.tensor(0.0), torch.ops.ovseg.patch_text_similarity
+        scale, bias, call = (
+            torch.tensor(1.0),
+            torch.tensor(0.0),
+            torch.ops.ovseg.patch_text_similarity,
+        )
         patches, texts = torch.randn(2, 5, 4), torch.randn(3, 4)
         with pytest.raises(RuntimeError, match="texts has size"):
             call(patches, torch.randn(3, 5), None, scale, bias, 0, 0, False)
@@ -296,7 +397,11 @@ def test_dispatcher_calls_are_checked_too(backend):
 
 def test_definition_matches_the_paper_line_by_line():
     """Equation (4) written out with loops, no masks, no helpers."""
-    patches, texts, tau = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64), 0.5
+    patches, texts, tau = (
+        torch.randn(2, 3, 4, dtype=torch.float64),
+        torch.randn(2, 4, dtype=torch.float64),
+        0.5,
+    )
     for i in range(2):
         for j in range(2):
             q = texts[j] / texts[j].norm()

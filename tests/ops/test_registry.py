@@ -12,7 +12,9 @@ import ovseg_kernels as ok
 from ovseg_kernels import _library
 from ovseg_kernels.triton import KERNELS as TRITON
 
-BENCHMARKS = pytest.importorskip("ovseg_benchmarks.registry")  # the distribution is installed, or this is a bare GPU check
+BENCHMARKS = pytest.importorskip(
+    "ovseg_benchmarks.registry"
+)  # the distribution is installed, or this is a bare GPU check
 CASES, GPU_CASES = BENCHMARKS.CASES, BENCHMARKS.GPU_CASES
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +23,10 @@ def has(schema: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg::{schema}", key)
 
 
-COMPOSED = {"folded_center_assignment", "segclip_center_assignment"}  # of center_assignment's kernels; they have none of their own
+COMPOSED = {
+    "folded_center_assignment",
+    "segclip_center_assignment",
+}  # of center_assignment's kernels; they have none of their own
 
 FORWARD_ONLY = {"upsample_argmax", "window_argmax"}  # labels have no gradient
 
@@ -36,10 +41,17 @@ def missing(op: str) -> list[str]:
 
     schemas = [name for name, owner in _library.OPERATOR_OF.items() if owner == op]
     want("schema", bool(schemas) or op in COMPOSED)
-    want("a backward schema", any(name.endswith("_backward") for name in schemas) or op in COMPOSED | FORWARD_ONLY)
+    want(
+        "a backward schema",
+        any(name.endswith("_backward") for name in schemas) or op in COMPOSED | FORWARD_ONLY,
+    )
     emulation.load()
     for name in schemas:
-        want(f"fake of {name}", torch._library.simple_registry.singleton.find(f"ovseg::{name}").fake_impl.kernel is not None)
+        want(
+            f"fake of {name}",
+            torch._library.simple_registry.singleton.find(f"ovseg::{name}").fake_impl.kernel
+            is not None,
+        )
         want(f"autograd of {name}, be it one that refuses", has(name, "Autograd"))
         if name in _library.COMPOSITES:
             continue
@@ -49,11 +61,19 @@ def missing(op: str) -> list[str]:
         want(f"Triton kernel of {name}", name in TRITON)
     for name, (module, function) in TRITON.items():
         if name in schemas:
-            want(f"{function} in triton/{module}.py", hasattr(importlib.import_module(f"ovseg_kernels.triton.{module}"), function))
+            want(
+                f"{function} in triton/{module}.py",
+                hasattr(importlib.import_module(f"ovseg_kernels.triton.{module}"), function),
+            )
     for part in ("ops", "reference") if op in COMPOSED else ("ops", "reference", "triton"):
         want(f"{part}/{op}.py", (ROOT / "ovseg_kernels" / part / f"{op}.py").exists())
-    want("a definition of its own name", hasattr(importlib.import_module(f"ovseg_kernels.reference.{op}"), op))
-    for suffix in () if op in COMPOSED else (".h", "_cpu.cpp", "_cuda.cu", "_bind.cpp", "_bind_cuda.cpp"):
+    want(
+        "a definition of its own name",
+        hasattr(importlib.import_module(f"ovseg_kernels.reference.{op}"), op),
+    )
+    for suffix in (
+        () if op in COMPOSED else (".h", "_cpu.cpp", "_cuda.cu", "_bind.cpp", "_bind_cuda.cpp")
+    ):
         want(f"csrc/{op}/{op}{suffix}", (ROOT / "csrc" / op / f"{op}{suffix}").exists())
     want("a public function", callable(getattr(ok, op, None)))
     want("samples", op in MAKERS and bool(MAKERS[op]()))
@@ -77,12 +97,16 @@ def test_benchmarks_for_a_gpu_know_the_operator(op):
 def test_every_schema_belongs_to_a_public_operator():
     assert set(_library.OPERATOR_OF.values()) | COMPOSED == set(ok.OPERATORS)
     for name, owner in _library.OPERATOR_OF.items():
-        assert owner not in COMPOSED or name in _library.COMPOSITES, f"{name} is no composite of torch calls: it needs kernels"
+        assert owner not in COMPOSED or name in _library.COMPOSITES, (
+            f"{name} is no composite of torch calls: it needs kernels"
+        )
 
 
 def test_an_incomplete_operator_is_noticed(monkeypatch):
     """The check itself can fail."""
     monkeypatch.delitem(TRITON, "similarity_contrastive_stats")
     monkeypatch.delitem(_library.FALLBACKS, "similarity_contrastive_stats")
-    assert missing("similarity_contrastive_loss") == ["closed form of similarity_contrastive_stats",
-                                                      "Triton kernel of similarity_contrastive_stats"]
+    assert missing("similarity_contrastive_loss") == [
+        "closed form of similarity_contrastive_stats",
+        "Triton kernel of similarity_contrastive_stats",
+    ]

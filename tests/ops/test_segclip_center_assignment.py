@@ -1,4 +1,6 @@
-"""What is special about segclip_center_assignment: it equals the chain of torch modules, at real widths; bad input."""
+"""What is special about segclip_center_assignment: it equals the chain of torch modules, at real
+widths; bad input.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,14 @@ on = pytest.mark.parametrize("backend", parameters())
 
 def weights(D, size):
     spread = [torch.randn(D) * 0.2 for _ in range(4)]
-    return [torch.randn(D, size) / size**0.5, torch.randn(D, size) / size**0.5, 1 + spread[0], spread[1], 1 + spread[2], spread[3]]
+    return [
+        torch.randn(D, size) / size**0.5,
+        torch.randn(D, size) / size**0.5,
+        1 + spread[0],
+        spread[1],
+        1 + spread[2],
+        spread[3],
+    ]
 
 
 def run(tensors, upstream, **options):
@@ -36,7 +45,9 @@ def test_sizes(B, G, L, D, size, backend):
             found = run(tensors, upstream, **options)
         with ok.backend("reference"):
             eager = run(tensors, upstream, **options)
-            truth = run([x.double() for x in tensors], upstream, **{**options, "noise": noise.double()})
+            truth = run(
+                [x.double() for x in tensors], upstream, **{**options, "noise": noise.double()}
+            )
         for i, (a, b, c) in enumerate(zip(found[1:], eager[1:], truth[1:], strict=True)):
             assert_close_to_truth(f"tensor {i}", a, b, c, dtype)
 
@@ -44,7 +55,9 @@ def test_sizes(B, G, L, D, size, backend):
 @on
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_the_chain_of_modules(training, backend):
-    """LayerNorm, grouped Conv1d and the definition of the mapping, written with torch's modules: values, indices, gradients."""
+    """LayerNorm, grouped Conv1d and the definition of the mapping, written with torch's modules:
+    values, indices, gradients.
+    """
     B, G, L, D, groups = 2, 4, 30, 24, 3
     device, options = device_of(backend), {"dtype": torch.float64}
     torch.set_default_dtype(torch.float64)
@@ -56,9 +69,16 @@ def test_equals_the_chain_of_modules(training, backend):
     finally:
         torch.set_default_dtype(torch.float32)
     modules = nn.ModuleList([norm, key_norm, key, value]).to(device)
-    q, x = torch.randn(B, G, D, **options).to(device).requires_grad_(), torch.randn(B, L, D, **options).to(device).requires_grad_()
+    q, x = (
+        torch.randn(B, G, D, **options).to(device).requires_grad_(),
+        torch.randn(B, L, D, **options).to(device).requires_grad_(),
+    )
     rng = philox.make_rng(9, device=device)
-    noise = philox.gumbel(rng, (B, L, G)).transpose(1, 2) if training else torch.zeros(B, G, L, device=device)
+    noise = (
+        philox.gumbel(rng, (B, L, G)).transpose(1, 2)
+        if training
+        else torch.zeros(B, G, L, device=device)
+    )
     tau = 0.9 if training else 1.0
 
     normed = norm(x).transpose(1, 2)
@@ -67,15 +87,34 @@ def test_equals_the_chain_of_modules(training, backend):
     hard = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1) - y.detach() + y
     expected = hard @ v / hard.sum(-1, keepdim=True).clamp(min=1)
 
-    arguments = (q, x, key.weight[..., 0], value.weight[..., 0], norm.weight, norm.bias, key_norm.weight, key_norm.bias)
+    arguments = (
+        q,
+        x,
+        key.weight[..., 0],
+        value.weight[..., 0],
+        norm.weight,
+        norm.bias,
+        key_norm.weight,
+        key_norm.bias,
+    )
     with running_on(backend):
-        found, index, _ = ok.segclip_center_assignment(*arguments, tau=tau, rng=rng if training else None)
+        found, index, _ = ok.segclip_center_assignment(
+            *arguments, tau=tau, rng=rng if training else None
+        )
         assert torch.equal(index, y.argmax(1))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # Philox noise is float32
         leaves, upstream = [q, x, *modules.parameters()], torch.randn_like(found)
         one = (index[..., None] == torch.arange(G, device=device)).sum(1) == 1
-        upstream[one] = 0  # at one token the official clamp passes a gradient in some releases of torch and none in others
-        for a, b in zip(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True):
+        upstream[one] = (
+            # at one token the official clamp passes a gradient in some releases of torch and none
+            # in others
+            0
+        )
+        for a, b in zip(
+            torch.autograd.grad(found, leaves, upstream),
+            torch.autograd.grad(expected, leaves, upstream),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -86,12 +125,22 @@ def test_masked_tokens_reach_nothing(backend):
         mask = torch.rand(2, 12) > 0.4
         mask[1] = False
         tensors[1][~mask] = float("nan")
-        _, pooled, *grads = run([x.to(mask.device) for x in tensors], torch.ones(2, 3, 8), mask=mask)
-        assert torch.equal(pooled[1], torch.zeros(3, 8)) and all(bool(g.isfinite().all()) for g in (pooled, *grads))
+        _, pooled, *grads = run(
+            [x.to(mask.device) for x in tensors], torch.ones(2, 3, 8), mask=mask
+        )
+        assert torch.equal(pooled[1], torch.zeros(3, 8)) and all(
+            bool(g.isfinite().all()) for g in (pooled, *grads)
+        )
         assert torch.equal(grads[1][~mask], torch.zeros_like(grads[1][~mask]))
 
 
 def test_empty():
     for B, L in ((0, 4), (2, 0)):
-        index, pooled, *grads = run([torch.randn(B, 3, 8), torch.randn(B, L, 8), *weights(8, 4)], torch.ones(B, 3, 8))
-        assert index.shape == (B, L) and torch.equal(pooled, torch.zeros(B, 3, 8)) and all(bool((g == 0).all()) for g in grads)
+        index, pooled, *grads = run(
+            [torch.randn(B, 3, 8), torch.randn(B, L, 8), *weights(8, 4)], torch.ones(B, 3, 8)
+        )
+        assert (
+            index.shape == (B, L)
+            and torch.equal(pooled, torch.zeros(B, 3, 8))
+            and all(bool((g == 0).all()) for g in grads)
+        )

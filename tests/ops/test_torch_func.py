@@ -1,4 +1,6 @@
-"""torch.func and forward mode: what reverse mode can do is autograd's result, everything else is an error and never a zero."""
+"""torch.func and forward mode: what reverse mode can do is autograd's result, everything else is an
+error and never a zero.
+"""
 
 import contextlib
 
@@ -51,14 +53,19 @@ def no_fallback():
 
 def test_every_schema_has_a_rule():
     for name in _library.SCHEMAS:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg::{name}", "FuncTorchBatched"), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"ovseg::{name}", "FuncTorchBatched"
+        ), name
 
 
 @smooth
 def test_grad_vjp_and_jacrev_are_autograd(sample):
     tensors, places = plain(sample), tuple(range(len(sample.tensors)))
     function, expected, upstream = weighted(sample)
-    found = [func.grad(function, argnums=places)(*tensors), func.vjp(sample.call, *tensors)[1](upstream)]
+    found = [
+        func.grad(function, argnums=places)(*tensors),
+        func.vjp(sample.call, *tensors)[1](upstream),
+    ]
     assert all(torch.equal(a, b) for grads in found for a, b in zip(grads, expected, strict=True))
     rows = func.jacrev(sample.call)(*tensors)
     torch.testing.assert_close(torch.tensordot(upstream, rows, dims=upstream.dim()), expected[0])
@@ -66,7 +73,9 @@ def test_grad_vjp_and_jacrev_are_autograd(sample):
 
 @smooth
 def test_gradients_of_each_sample(sample):
-    """vmap of grad and grad of vmap, over all tensors, over the first or over all others, and the batch in the last dimension."""
+    """vmap of grad and grad of vmap, over all tensors, over the first or over all others, and the
+    batch in the last dimension.
+    """
     tensors, places = plain(sample), tuple(range(len(sample.tensors)))
     many = tuple(torch.stack([x, x.flip(0) if x.dim() else 1.1 * x]) for x in tensors)
     with no_fallback():
@@ -79,16 +88,24 @@ def test_gradients_of_each_sample(sample):
             given = tuple(many[i] if i in chosen else tensors[i] for i in places)
             found = torch.vmap(grad, in_dims=dims)(*given)
             for i in range(2):
-                expected = grad(*(x[i] if dim == 0 else x for x, dim in zip(given, dims, strict=True)))
+                expected = grad(
+                    *(x[i] if dim == 0 else x for x, dim in zip(given, dims, strict=True))
+                )
                 for a, b in zip(found, expected, strict=True):
                     torch.testing.assert_close(a[i], b)
         expected = torch.stack([sample.call(*(x[i] for x in many)) for i in range(2)])
         torch.testing.assert_close(torch.vmap(sample.call)(*many), expected)
-        last = torch.vmap(sample.call, in_dims=(-1, *(None,) * (len(places) - 1)))(many[0].movedim(0, -1), *tensors[1:])
-        torch.testing.assert_close(last, torch.stack([sample.call(x, *tensors[1:]) for x in many[0]]))
+        last = torch.vmap(sample.call, in_dims=(-1, *(None,) * (len(places) - 1)))(
+            many[0].movedim(0, -1), *tensors[1:]
+        )
+        torch.testing.assert_close(
+            last, torch.stack([sample.call(x, *tensors[1:]) for x in many[0]])
+        )
         whole = func.grad(lambda *x: torch.vmap(function)(*x).sum(), argnums=places)(*many)
         for place, found in enumerate(whole):
-            torch.testing.assert_close(found, torch.stack([grad(*(x[i] for x in many))[place] for i in range(2)]))
+            torch.testing.assert_close(
+                found, torch.stack([grad(*(x[i] for x in many))[place] for i in range(2)])
+            )
 
 
 @on(first.values())
@@ -107,13 +124,20 @@ def forward_mode(sample):
 
     def dual(leaf):
         with forward_ad.dual_level():
-            return sample.call(*(forward_ad.make_dual(x.clone().requires_grad_(leaf), one) for x, one in zip(tensors, ones, strict=True)))
+            return sample.call(
+                *(
+                    forward_ad.make_dual(x.clone().requires_grad_(leaf), one)
+                    for x, one in zip(tensors, ones, strict=True)
+                )
+            )
 
     yield lambda: func.jvp(sample.call, tensors, ones)
     yield lambda: func.jacfwd(sample.call)(*tensors)
     yield lambda: dual(False)
     yield lambda: dual(True)
-    yield lambda: torch.vmap(lambda *x: func.jvp(sample.call, x, ones)[1])(*(x[None] for x in tensors))
+    yield lambda: torch.vmap(lambda *x: func.jvp(sample.call, x, ones)[1])(
+        *(x[None] for x in tensors)
+    )
     if not sample.discrete:
         yield lambda: func.hessian(lambda *x: sample.call(*x).sum())(*tensors)
 
@@ -122,9 +146,17 @@ def forward_mode(sample):
 @on(s for s in first.values() if not s.plain)
 def test_forward_mode_is_an_error(sample):
     for ask in forward_mode(sample):
-        instead = "constants; pass the detach" if sample.discrete else "or the definition: with ovseg_kernels.backend"
-        names = f"({sample.op}|center_assignment|contrastive_loss)"  # those that others are built on
-        with pytest.raises(NotImplementedError, match=rf"{names} has no forward-mode derivative .*{instead}"):
+        instead = (
+            "constants; pass the detach"
+            if sample.discrete
+            else "or the definition: with ovseg_kernels.backend"
+        )
+        names = (
+            f"({sample.op}|center_assignment|contrastive_loss)"  # those that others are built on
+        )
+        with pytest.raises(
+            NotImplementedError, match=rf"{names} has no forward-mode derivative .*{instead}"
+        ):
             ask()
 
 
@@ -146,7 +178,9 @@ def test_the_definition_has_a_forward_mode(sample):
         out, along = func.jvp(sample.call, tensors, tangents)
         upstream = torch.randn_like(out)
         back = func.vjp(sample.call, *tensors)[1](upstream)
-    torch.testing.assert_close((along * upstream).sum(), sum((a * b).sum() for a, b in zip(back, tangents, strict=True)))
+    torch.testing.assert_close(
+        (along * upstream).sum(), sum((a * b).sum() for a, b in zip(back, tangents, strict=True))
+    )
 
 
 @pytest.mark.parametrize("op", ["patch_text_similarity", "center_assignment", "contrastive_loss"])
@@ -154,7 +188,9 @@ def test_compiled_func_grad(op):
     """torch.compile goes through torch.func into the same kernel."""
     function, expected, _ = weighted(first[op])
     torch._dynamo.reset()
-    found = torch.compile(func.grad(function, argnums=tuple(range(len(expected)))), backend="aot_eager")(*plain(first[op]))
+    found = torch.compile(
+        func.grad(function, argnums=tuple(range(len(expected)))), backend="aot_eager"
+    )(*plain(first[op]))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -162,7 +198,9 @@ def test_compiled_func_grad(op):
 @pytest.mark.parametrize("op", [op for op in MAKERS if first[op].discrete])
 def test_labels_of_what_is_detached_are_constants(op):
     (logits,) = plain(first[op])
-    labels, tangent = func.jvp(lambda x: first[op].call(x.detach()), (logits,), (torch.ones_like(logits),))
+    labels, tangent = func.jvp(
+        lambda x: first[op].call(x.detach()), (logits,), (torch.ones_like(logits),)
+    )
     assert torch.equal(labels, first[op].call(logits)) and not bool(tangent.any())
 
 

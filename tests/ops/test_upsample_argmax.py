@@ -1,4 +1,6 @@
-"""What is special about upsample_argmax: equal to interpolate and argmax outside ties, any size, infinities, thresholds, bad input."""
+"""What is special about upsample_argmax: equal to interpolate and argmax outside ties, any size,
+infinities, thresholds, bad input.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ def eager(logits, size, bias=None):
 
 
 def assert_same_outside_ties(labels, logits, size, bias=None):
-    """Where the label differs from argmax, its value must equal the best one within the rounding of a mean of four corners."""
+    """Where the label differs from argmax, its value must equal the best one within the rounding of
+    a mean of four corners.
+    """
     maps = eager(logits, size, bias)
     largest = float(logits.abs().max()) + (0 if bias is None else float(bias.abs().max()))
     best = maps.max(1)
@@ -29,8 +33,15 @@ def assert_same_outside_ties(labels, logits, size, bias=None):
     assert bool((best.values - chosen <= slack)[wrong].all()), f"{int(wrong.sum())} pixels differ"
 
 
-SIZES = [((1, 1, 1, 1), (1, 1)), ((2, 5, 7, 9), (33, 50)), ((1, 30, 13, 17), (13, 17)), ((1, 4, 20, 30), (7, 11)),
-         ((1, 150, 5, 4), (61, 70)), ((3, 2, 1, 6), (9, 2)), ((1, 7, 6, 1), (5, 300))]
+SIZES = [
+    ((1, 1, 1, 1), (1, 1)),
+    ((2, 5, 7, 9), (33, 50)),
+    ((1, 30, 13, 17), (13, 17)),
+    ((1, 4, 20, 30), (7, 11)),
+    ((1, 150, 5, 4), (61, 70)),
+    ((3, 2, 1, 6), (9, 2)),
+    ((1, 7, 6, 1), (5, 300)),
+]
 
 
 @on
@@ -41,7 +52,10 @@ def test_sizes(shape, size, backend):
     if backend in SLOW:
         shape, size = (shape[0], min(shape[1], 9), *shape[2:]), tuple(min(n, 20) for n in size)
     for dtype in exact(backend):
-        logits, bias = torch.randn(shape, dtype=dtype).to(device), torch.randn(shape[1], dtype=dtype).to(device)
+        logits, bias = (
+            torch.randn(shape, dtype=dtype).to(device),
+            torch.randn(shape[1], dtype=dtype).to(device),
+        )
         with running_on(backend):
             labels, value = ok.upsample_argmax(logits, size, bias=bias, return_value=True)
             plain = ok.upsample_argmax(logits, size)
@@ -52,40 +66,62 @@ def test_sizes(shape, size, backend):
 
 
 @settings(max_examples=3000, deadline=None)
-@given(*(st.integers(1, n) for n in (12, 12, 40, 40)), st.one_of(st.integers(1, 60), st.integers(1, 1000)),
-       st.sampled_from(["noise", "ties", "off", "forced"]), st.integers(0, 2**31))
+@given(
+    *(st.integers(1, n) for n in (12, 12, 40, 40)),
+    st.one_of(st.integers(1, 60), st.integers(1, 1000)),
+    st.sampled_from(["noise", "ties", "off", "forced"]),
+    st.integers(0, 2**31),
+)
 def test_any_size_classes_ties_and_infinities(h, w, H, W, C, kind, seed):
-    """Up and down and odd; with few distinct logits most corners tie; samples at -infinity, or at +infinity in one class."""
+    """Up and down and odd; with few distinct logits most corners tie; samples at -infinity, or at
+    +infinity in one class.
+    """
     g = torch.Generator().manual_seed(seed)
-    logits = torch.randint(0, 3, (1, C, h, w), generator=g).float() if kind == "ties" else torch.randn(1, C, h, w, generator=g) * 3
+    logits = (
+        torch.randint(0, 3, (1, C, h, w), generator=g).float()
+        if kind == "ties"
+        else torch.randn(1, C, h, w, generator=g) * 3
+    )
     hit = torch.rand(1, C, h, w, generator=g) < 0.3
     if kind in ("off", "forced"):
-        logits = torch.where(hit & (torch.tensor(kind == "off") | (torch.arange(C) == C // 2)[:, None, None]),
-                             -torch.inf if kind == "off" else torch.inf, logits)  # fmt: skip
+        logits = torch.where(
+            hit & (torch.tensor(kind == "off") | (torch.arange(C) == C // 2)[:, None, None]),
+            -torch.inf if kind == "off" else torch.inf,
+            logits,
+        )
     labels = ok.upsample_argmax(logits, (H, W))
     if kind in ("noise", "ties"):
         assert_same_outside_ties(labels, logits, (H, W))
         return
     maps = upsample(logits, (H, W))  # torch's own interpolation makes NaN of a weight of zero
     best, chosen = maps.amax(1), maps.gather(1, labels[:, None])[:, 0]
-    assert bool(((best == chosen) | (best - chosen <= 8 * torch.finfo(torch.float32).eps * 15)).all())
+    assert bool(
+        ((best == chosen) | (best - chosen <= 8 * torch.finfo(torch.float32).eps * 15)).all()
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 1000])
 def test_many_classes_and_smooth_maps(classes):
-    logits = F.interpolate(4 * torch.randn(2, classes, 4, 4), (16, 20), mode="bicubic") + 0.1 * torch.randn(2, classes, 16, 20)
+    logits = F.interpolate(
+        4 * torch.randn(2, classes, 4, 4), (16, 20), mode="bicubic"
+    ) + 0.1 * torch.randn(2, classes, 16, 20)
     assert_same_outside_ties(ok.upsample_argmax(logits, (100, 131)), logits, (100, 131))
 
 
 @on
 def test_equal_values_go_to_the_smaller_class(backend):
     with torch.device(device_of(backend)), running_on(backend):
-        assert torch.equal(ok.upsample_argmax(torch.ones(1, 5, 3, 3), (7, 8)), torch.zeros(1, 7, 8, dtype=torch.int64))
+        assert torch.equal(
+            ok.upsample_argmax(torch.ones(1, 5, 3, 3), (7, 8)),
+            torch.zeros(1, 7, 8, dtype=torch.int64),
+        )
 
 
 @on
 def test_infinities(backend):
-    """Classes switched off by -infinity never win, though torch's own interpolation makes NaN of them; +infinity always wins."""
+    """Classes switched off by -infinity never win, though torch's own interpolation makes NaN of
+    them; +infinity always wins.
+    """
     device = device_of(backend)
     logits = torch.randn(1, 6, 4, 5).to(device)
     off, forced = logits.clone(), logits.clone()
@@ -99,8 +135,14 @@ def test_infinities(backend):
     kept = [1, 2, 4, 5]
     finite = off.clone()
     finite[finite == -torch.inf] = -1e30
-    assert torch.equal(found, eager(finite, (19, 23)).argmax(1)) and bool(torch.isin(found, torch.tensor(kept, device=device)).all())
-    assert bool(value.isfinite().all()) and torch.equal(alone, torch.zeros_like(alone)) and int(peak[0, 1, 1]) == 2
+    assert torch.equal(found, eager(finite, (19, 23)).argmax(1)) and bool(
+        torch.isin(found, torch.tensor(kept, device=device)).all()
+    )
+    assert (
+        bool(value.isfinite().all())
+        and torch.equal(alone, torch.zeros_like(alone))
+        and int(peak[0, 1, 1]) == 2
+    )
 
 
 @on
@@ -112,7 +154,14 @@ def test_threshold_class_labels_and_types(backend):
     expected = torch.where(maps.amax(1) < 0.8, 200, table[maps.argmax(1)])
     for label_type in (torch.int64, torch.int16, torch.uint8):
         with running_on(backend):
-            found = ok.upsample_argmax(logits, (31, 40), threshold=0.8, background=200, class_labels=table, label_type=label_type)
+            found = ok.upsample_argmax(
+                logits,
+                (31, 40),
+                threshold=0.8,
+                background=200,
+                class_labels=table,
+                label_type=label_type,
+            )
         assert found.dtype == label_type and torch.equal(found.long(), expected)
     with running_on(backend):
         below = ok.upsample_argmax(logits, (31, 40), threshold=0.8) == -1
@@ -125,15 +174,22 @@ def test_16_bits_and_strides(backend):
     base = torch.randn(6, 7, 2, 5).to(device)
     view = base.permute(2, 3, 0, 1)
     with running_on(backend):
-        assert torch.equal(ok.upsample_argmax(view, (20, 20)), ok.upsample_argmax(view.contiguous(), (20, 20)))
+        assert torch.equal(
+            ok.upsample_argmax(view, (20, 20)), ok.upsample_argmax(view.contiguous(), (20, 20))
+        )
         low = view.to(torch.float16 if backend in SLOW else torch.bfloat16)
-        assert torch.equal(ok.upsample_argmax(low, (20, 20)), ok.upsample_argmax(low.float(), (20, 20)))
+        assert torch.equal(
+            ok.upsample_argmax(low, (20, 20)), ok.upsample_argmax(low.float(), (20, 20))
+        )
 
 
 def test_one_thread_and_two():
     logits, threads = torch.randn(1, 40, 16, 16), torch.get_num_threads()
     try:
-        found = [(torch.set_num_threads(n), ok.upsample_argmax(logits, (200, 200), return_value=True))[1] for n in (1, 2)]
+        found = [
+            (torch.set_num_threads(n), ok.upsample_argmax(logits, (200, 200), return_value=True))[1]
+            for n in (1, 2)
+        ]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

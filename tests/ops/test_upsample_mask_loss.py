@@ -1,4 +1,6 @@
-"""What is special about upsample_mask_loss: ZegCLIP's loss from its words, every size, ignored pixels, extremes, nothing at full size."""
+"""What is special about upsample_mask_loss: ZegCLIP's loss from its words, every size, ignored
+pixels, extremes, nothing at full size.
+"""
 
 from pathlib import Path
 
@@ -17,15 +19,21 @@ on = pytest.mark.parametrize("backend", parameters())
 
 
 def zegclip(logits, labels):
-    """100 focal + 1 dice over max(1, distinct valid labels of the images), written from arXiv:2212.03588 map by map."""
+    """100 focal + 1 dice over max(1, distinct valid labels of the images), written from
+    arXiv:2212.03588 map by map.
+    """
     maps = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    masks = sum(len([c for c in image.unique().tolist() if 0 <= c < logits.shape[1]]) for image in labels)
+    masks = sum(
+        len([c for c in image.unique().tolist() if 0 <= c < logits.shape[1]]) for image in labels
+    )
     focal, dice = 0, 0
     for x, image in zip(maps, labels, strict=True):
         for c, one in enumerate(x):
             y, q = (image == c).to(x), one.sigmoid()
             log_q, log_rest = F.logsigmoid(one), F.logsigmoid(-one)
-            focal = focal + (-0.25 * y * (1 - q) ** 2 * log_q - 0.75 * (1 - y) * q**2 * log_rest).mean()
+            focal = (
+                focal + (-0.25 * y * (1 - q) ** 2 * log_q - 0.75 * (1 - y) * q**2 * log_rest).mean()
+            )
             if y.any():
                 dice = dice + 1 - (2 * (q * y).sum() + 1) / (q.sum() + y.sum() + 1)
     return (100 * focal + dice) / max(1, masks)
@@ -62,7 +70,9 @@ def test_golden_training(setting, backend):
     golden_training(setting, backend)
 
 
-@pytest.mark.parametrize("backend", parameters(tuple(name for name in BACKENDS if name not in SLOW)))
+@pytest.mark.parametrize(
+    "backend", parameters(tuple(name for name in BACKENDS if name not in SLOW))
+)
 @pytest.mark.parametrize("setting", ["transductive", "supervised"])
 def test_golden_training_of_more_classes(setting, backend):
     """The same with all classes, half a minute each in the interpreter."""
@@ -72,7 +82,9 @@ def test_golden_training_of_more_classes(setting, backend):
 def golden_training(setting, backend):
     logits = golden(f"out/{setting}/logits").to(device_of(backend)).requires_grad_()
     with running_on(backend):
-        focal, dice, present = ok.upsample_mask_loss(logits, golden(f"out/{setting}/labels_used").to(logits.device))
+        focal, dice, present = ok.upsample_mask_loss(
+            logits, golden(f"out/{setting}/labels_used").to(logits.device)
+        )
         masks = present.sum()
         focal, dice = 100 * focal.sum() / masks, (dice * present).sum() / masks
         (grad,) = torch.autograd.grad(focal + dice, logits)
@@ -82,14 +94,21 @@ def golden_training(setting, backend):
     close(grad, golden(f"out/{setting}/dlogits"), 1e-5)
 
 
-@pytest.mark.parametrize("backend", parameters(tuple(name for name in BACKENDS if name not in SLOW)))
+@pytest.mark.parametrize(
+    "backend", parameters(tuple(name for name in BACKENDS if name not in SLOW))
+)
 def test_golden_extremes(backend):
     """Logits of -41 to 37, and an image of which every pixel is a negative."""
-    logits, labels = golden("in/loss/logits").to(device_of(backend)).requires_grad_(), golden("in/loss/labels").to(device_of(backend))
+    logits, labels = (
+        golden("in/loss/logits").to(device_of(backend)).requires_grad_(),
+        golden("in/loss/labels").to(device_of(backend)),
+    )
     with running_on(backend):
         focal, dice, present = ok.upsample_mask_loss(logits, labels)
         masks = present.sum().clamp(min=1)
-        (grad,) = torch.autograd.grad((100 * focal.sum() + (dice * present).sum()) / masks, logits, retain_graph=True)
+        (grad,) = torch.autograd.grad(
+            (100 * focal.sum() + (dice * present).sum()) / masks, logits, retain_graph=True
+        )
         (of_dice,) = torch.autograd.grad((dice * present).sum() / masks, logits, retain_graph=True)
         (of_one,) = torch.autograd.grad(100 * focal[1].sum(), logits)
     close((100 * focal.sum() / masks).detach(), golden("out/loss/loss_focal"), 1e-6)
@@ -100,7 +119,13 @@ def test_golden_extremes(backend):
     close(of_one[1:], golden("out/loss_all_ignored/dlogits"), 1e-5)
 
 
-SIZES = [((2, 5, 4, 7), (33, 20)), ((1, 3, 20, 9), (7, 5)), ((2, 4, 1, 1), (9, 9)), ((1, 2, 1, 6), (3, 300)), ((3, 1, 6, 1), (6, 1))]
+SIZES = [
+    ((2, 5, 4, 7), (33, 20)),
+    ((1, 3, 20, 9), (7, 5)),
+    ((2, 4, 1, 1), (9, 9)),
+    ((1, 2, 1, 6), (3, 300)),
+    ((3, 1, 6, 1), (6, 1)),
+]
 
 
 @on
@@ -116,21 +141,36 @@ def test_equal_to_zegclip_loss(shape, size, backend):
     with running_on(backend):
         value = composed(mine, labels.to(mine.device))
         (grad,) = torch.autograd.grad(value, mine)
-    torch.testing.assert_close(value.detach().cpu(), zegclip(logits, labels).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        value.detach().cpu(), zegclip(logits, labels).detach(), rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(grad.cpu(), expected, rtol=1e-9, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(*(st.integers(1, n) for n in (3, 7, 9, 9, 40, 40)), st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.7]), st.booleans(), st.integers(0, 2**31))
+@given(
+    *(st.integers(1, n) for n in (3, 7, 9, 9, 40, 40)),
+    st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.7]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
 def test_any_size_and_exponent(B, C, h, w, H, W, gamma, ignoring, seed):
     g = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(B, C, h, w, generator=g, dtype=torch.float64)).requires_grad_()
-    labels, weights = labels_of(B, H, W, C, seed), torch.randn(2, B, C, generator=g, dtype=torch.float64)
+    labels, weights = (
+        labels_of(B, H, W, C, seed),
+        torch.randn(2, B, C, generator=g, dtype=torch.float64),
+    )
     options = {"gamma": gamma, "alpha": 0.4, "ignore_index": 255 if ignoring else None}
 
     def run():
         focal, dice, present = ok.upsample_mask_loss(logits, labels, **options)
-        return focal, dice, present, *torch.autograd.grad((weights[0] * focal + weights[1] * dice).sum(), logits)
+        return (
+            focal,
+            dice,
+            present,
+            *torch.autograd.grad((weights[0] * focal + weights[1] * dice).sum(), logits),
+        )
 
     found = run()
     with ok.backend("reference"):
@@ -168,7 +208,9 @@ def test_ignored_pixels_do_not_count_and_others_outside_are_negatives(backend):
 
 @on
 def test_extremes(backend):
-    """Logits at which log(1 - sigmoid) is -infinity in float32, and far beyond; NaN stays with its class."""
+    """Logits at which log(1 - sigmoid) is -infinity in float32, and far beyond; NaN stays with its
+    class.
+    """
     device = device_of(backend)
     labels = labels_of(1, 8, 8, 4).to(device)
     for scale in (20.0, 200.0, 1e30):
@@ -186,8 +228,12 @@ def test_extremes(backend):
 
 @on
 def test_error_rule_at_32_to_512(backend):
-    """The precision asked of float32 at ZegCLIP's size: loss to 1e-6, gradient to 1e-5 of its largest value; fewer classes."""
-    side, size, C = (4, 20, 2) if backend in SLOW else (12, 96, 5) if "emulated" in backend else (32, 512, 12)
+    """The precision asked of float32 at ZegCLIP's size: loss to 1e-6, gradient to 1e-5 of its
+    largest value; fewer classes.
+    """
+    side, size, C = (
+        (4, 20, 2) if backend in SLOW else (12, 96, 5) if "emulated" in backend else (32, 512, 12)
+    )
     logits = (2.5 * torch.randn(2, C, side, side)).to(device_of(backend))
     labels = labels_of(2, size, size, C).to(logits.device)
 
@@ -221,7 +267,10 @@ def test_labels_of_every_integer_type_and_strides(backend):
 
 
 def test_16_bits_are_computed_in_float32():
-    logits, labels = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16).requires_grad_(), labels_of(2, 16, 16, 3)
+    logits, labels = (
+        torch.randn(2, 3, 4, 4, dtype=torch.bfloat16).requires_grad_(),
+        labels_of(2, 16, 16, 3),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         focal, dice, _ = ok.upsample_mask_loss(logits, labels)
     (grad,) = torch.autograd.grad((focal + dice).sum(), logits)
@@ -230,7 +279,9 @@ def test_16_bits_are_computed_in_float32():
 
 def test_nothing_at_full_size_is_kept():
     logits, labels, kept = torch.randn(2, 9, 4, 4, requires_grad=True), labels_of(2, 64, 64, 9), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         ok.upsample_mask_loss(logits, labels)
     assert max(kept) <= 2 * 64 * 64
 
@@ -239,6 +290,8 @@ def test_nothing_at_full_size_is_kept():
 def test_no_images(backend):
     logits = torch.randn(0, 3, 4, 4, device=device_of(backend), requires_grad=True)
     with running_on(backend):
-        focal, dice, present = ok.upsample_mask_loss(logits, torch.zeros(0, 8, 8, dtype=torch.int64, device=logits.device))
+        focal, dice, present = ok.upsample_mask_loss(
+            logits, torch.zeros(0, 8, 8, dtype=torch.int64, device=logits.device)
+        )
         (grad,) = torch.autograd.grad((focal + dice).sum(), logits)
     assert focal.shape == dice.shape == present.shape == (0, 3) and grad.shape == logits.shape

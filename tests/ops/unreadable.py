@@ -1,8 +1,9 @@
 """A device that refuses to be read, without a GPU.
 
-Inside ``unreadable_device(...) as refusing`` tensors of torch's FakeTensorMode can be made on "cuda". They have no numbers: whatever needs
-one (item, bool, tolist, equal, nonzero, a mask as an index) raises. Inside ``with refusing:`` so do copies between host and device, unless
-they come from pinned memory: all others wait for the GPU.
+Inside ``unreadable_device(...) as refusing`` tensors of torch's FakeTensorMode can be made on
+"cuda". They have no numbers: whatever needs one (item, bool, tolist, equal, nonzero, a mask as an
+index) raises. Inside ``with refusing:`` so do copies between host and device, unless they come from
+pinned memory: all others wait for the GPU.
 """
 
 import contextlib
@@ -31,10 +32,16 @@ class _Copies(TorchDispatchMode):
             return self.pinned[-1]
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in (aten._to_copy, aten.copy_):
-            source, target = (args[1], args[0]) if func.overloadpacket is aten.copy_ else (args[0], out)
-            free = any(source is x for x in self.pinned) and (kwargs or {}).get("non_blocking", False)
+            source, target = (
+                (args[1], args[0]) if func.overloadpacket is aten.copy_ else (args[0], out)
+            )
+            free = any(source is x for x in self.pinned) and (kwargs or {}).get(
+                "non_blocking", False
+            )
             if source.device != target.device and not free:
-                raise Refused(f"a copy of {list(source.shape)} from {source.device} to {target.device}")
+                raise Refused(
+                    f"a copy of {list(source.shape)} from {source.device} to {target.device}"
+                )
         return out
 
 
@@ -42,7 +49,9 @@ class _Copies(TorchDispatchMode):
 def unreadable_device(monkeypatch):
     """``monkeypatch``: what would ask CUDA itself is answered for it."""
     monkeypatch.setattr(_checking, "_flags", {})
-    monkeypatch.setattr(_checking._Flags, "send", lambda flags: None)  # makes an event, which needs a GPU; it has a test of its own
+    monkeypatch.setattr(
+        _checking._Flags, "send", lambda flags: None
+    )  # makes an event, which needs a GPU; it has a test of its own
     monkeypatch.setattr(_checking, "capturing", lambda: False)
     monkeypatch.setattr(_checking, "defers", lambda x: x.device.type == "cuda")  # fake tensors too
     with FakeTensorMode():
@@ -50,7 +59,10 @@ def unreadable_device(monkeypatch):
 
 
 def backward(out):
-    """Run every node behind ``out`` once, as autograd's engine would, which asks for a real GPU. Returns how many leaves got a gradient."""
+    """Run every node behind ``out`` once, as autograd's engine would, which asks for a real GPU.
+
+    Returns how many leaves got a gradient.
+    """
     order, seen = [], set()
 
     def visit(node):
@@ -72,8 +84,12 @@ def backward(out):
         given = (grads[node].get(i) for i in range(len(node._input_metadata)))
         found = node.apply(*given) if hasattr(node, "apply") else node(*given)
         found, ahead = found if isinstance(found, tuple) else (found,), node.next_functions
-        if hasattr(node, "needs_input_grad"):  # a function in Python answers for arguments that are no tensors, too
-            found = [grad for grad, needed in zip(found, node.needs_input_grad, strict=True) if needed]
+        if hasattr(
+            node, "needs_input_grad"
+        ):  # a function in Python answers for arguments that are no tensors, too
+            found = [
+                grad for grad, needed in zip(found, node.needs_input_grad, strict=True) if needed
+            ]
             ahead = [place for place in ahead if place[0] is not None]
         for (behind, place), grad in zip(ahead, found, strict=True):
             if behind is not None and grad is not None:

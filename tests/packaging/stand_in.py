@@ -34,8 +34,19 @@ class StandIn:
         return self._backends
 
     def rates(self, seconds):
-        product = {"op": "roofline", "case": "product", "implementation": "torch.matmul", "tflops": 100.0}
-        copy = {"op": "roofline", "case": "copy", "dtype": "float32", "implementation": "Tensor.copy_", "gb_per_s": 1000}
+        product = {
+            "op": "roofline",
+            "case": "product",
+            "implementation": "torch.matmul",
+            "tflops": 100.0,
+        }
+        copy = {
+            "op": "roofline",
+            "case": "copy",
+            "dtype": "float32",
+            "implementation": "Tensor.copy_",
+            "gb_per_s": 1000,
+        }
         return [*({**product, "dtype": name} for name in DTYPES), copy]
 
     def environment(self):
@@ -43,9 +54,20 @@ class StandIn:
 
 
 CASES = (
-    Case("patch_text_similarity", "small", {"B": 3, "T": 5, "N": 7, "D": 8}, {"temperature": 0.1}, only=(FUSED, "eager"),
-         dtypes=("bfloat16", "float32")),
-    Case("upsample_argmax", "small", {"C": 4, "h": 3, "H": 9}, only=(FUSED, "eager", "torch.compile", "eager, 10 classes at a time"),
-         compiled=True),
+    Case(
+        "patch_text_similarity",
+        "small",
+        {"B": 3, "T": 5, "N": 7, "D": 8},
+        {"temperature": 0.1},
+        only=(FUSED, "eager"),
+        dtypes=("bfloat16", "float32"),
+    ),
+    Case(
+        "upsample_argmax",
+        "small",
+        {"C": 4, "h": 3, "H": 9},
+        only=(FUSED, "eager", "torch.compile", "eager, 10 classes at a time"),
+        compiled=True,
+    ),
     Case("contrastive_loss", "small", {"B": 9, "D": 8}, only=(FUSED, "eager")),
 )

@@ -1,4 +1,6 @@
-"""The GPU benchmark's own logic, with clock, allocator and device replaced: what it writes, in which order, and what it refuses."""
+"""The GPU benchmark's own logic, with clock, allocator and device replaced: what it writes, in
+which order, and what it refuses.
+"""
 
 import signal
 import subprocess
@@ -34,7 +36,13 @@ def rows_of(path):
 def test_ours_first_then_eager_then_compile_then_the_rest():
     planned = list(gpu.plan(CASES, ("cuda", "triton")))
     keys, labels = [p.key for p in planned], [p.label for p in planned]
-    assert list(dict.fromkeys(labels)) == ["ovseg (cuda)", "ovseg (triton)", "eager", "torch.compile", "eager, 10 classes at a time"]
+    assert list(dict.fromkeys(labels)) == [
+        "ovseg (cuda)",
+        "ovseg (triton)",
+        "eager",
+        "torch.compile",
+        "eager, 10 classes at a time",
+    ]
     assert len(keys) == len(set(keys)) == 4 + 4 + 4 + 1 + 1
     assert labels == sorted(labels, key=list(dict.fromkeys(labels)).index)
 
@@ -48,7 +56,11 @@ def test_rows(tmp_path):
     forward, backward = registry.useful_flops(CASES[0])
     assert forward + backward == 3 * 5 * (2 * 7 * (8 + 7) + 6 * 7 * 8 + 4 * 7 * 7)
     for row in found.values():
-        assert row["forward_ms"] == row["backward_ms"] == 2.0 and row["ms"] == 4.0 and row["forward_ms_p80"] == 3.0
+        assert (
+            row["forward_ms"] == row["backward_ms"] == 2.0
+            and row["ms"] == 4.0
+            and row["forward_ms_p80"] == 3.0
+        )
         for part in ("forward", "backward"):
             assert f"{part}_percent_of_product" in row and f"{part}_percent_of_copy" in row
         assert ("allow_tf32" in row) == (row["dtype"] == "float32") and row["extra_mib"] <= 3
@@ -60,7 +72,12 @@ def test_rows(tmp_path):
 def test_a_compiled_row_and_labels(tmp_path):
     assert gpu.run(StandIn(), tmp_path / "x", budget=100, cases=CASES[1:2]) == 0
     found = lines.finished(rows_of(tmp_path / "x"))
-    assert [row["implementation"] for row in found.values()] == ["ovseg (cpu)", "eager", "torch.compile", "eager, 10 classes at a time"]
+    assert [row["implementation"] for row in found.values()] == [
+        "ovseg (cpu)",
+        "eager",
+        "torch.compile",
+        "eager, 10 classes at a time",
+    ]
     assert all("backward_ms" not in row and row["ms"] == 2.0 for row in found.values())
 
 
@@ -73,8 +90,14 @@ def test_different_values_are_not_timed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(registry, "implementations", wrong)
     assert gpu.run(StandIn(), tmp_path / "x", budget=100, cases=PLAIN) == 1
-    eager = [row for row in lines.finished(rows_of(tmp_path / "x")).values() if row["implementation"] == "eager"]
-    assert eager and all("values differ from ovseg (cpu)" in row["failed"] and "ms" not in row for row in eager)
+    eager = [
+        row
+        for row in lines.finished(rows_of(tmp_path / "x")).values()
+        if row["implementation"] == "eager"
+    ]
+    assert eager and all(
+        "values differ from ovseg (cpu)" in row["failed"] and "ms" not in row for row in eager
+    )
 
 
 def test_a_failing_row_stops_nothing(tmp_path, monkeypatch):
@@ -83,7 +106,11 @@ def test_a_failing_row_stops_nothing(tmp_path, monkeypatch):
     def raising(**_):
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), **({FUSED: raising} if case is CASES[0] else {})})
+    monkeypatch.setattr(
+        registry,
+        "implementations",
+        lambda case: {**right(case), **({FUSED: raising} if case is CASES[0] else {})},
+    )
     assert gpu.run(StandIn(), tmp_path / "x", budget=100, cases=PLAIN) == 1
     found = lines.finished(rows_of(tmp_path / "x"))
     assert found["patch_text_similarity small float32 ovseg (cpu)"]["failed"] == "out of memory"
@@ -94,7 +121,9 @@ def test_what_time_did_not_allow_is_written_down(tmp_path):
     device = StandIn(took=10)  # a row takes twenty seconds
     gpu.run(device, tmp_path / "x", budget=50, cases=PLAIN)
     found = list(lines.finished(rows_of(tmp_path / "x")).values())
-    assert [("ms" in row) for row in found] == [True, True, True] + [False] * (len(found) - 3) and len(found) == 6
+    assert [("ms" in row) for row in found] == [True, True, True] + [False] * (
+        len(found) - 3
+    ) and len(found) == 6
     assert all(row["failed"] == "not measured: the time was spent" for row in found[3:])
     assert device.clock() == 60
 
@@ -106,12 +135,19 @@ def test_a_lost_context_ends_the_process_and_the_next_goes_on(tmp_path, monkeypa
         calls.append(1)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), **({FUSED: lost} if case is CASES[2] else {})})
+    monkeypatch.setattr(
+        registry,
+        "implementations",
+        lambda case: {**right(case), **({FUSED: lost} if case is CASES[2] else {})},
+    )
     out = tmp_path / "x"
     assert gpu.run(StandIn(), out, budget=100, cases=PLAIN, again="a") == AGAIN
     assert gpu.run(StandIn(), out, budget=100, cases=PLAIN, again="a") == 1
     found = lines.finished(rows_of(out))
-    assert len(found) == 6 and "illegal memory" in found["contrastive_loss small float32 ovseg (cpu)"]["failed"]
+    assert (
+        len(found) == 6
+        and "illegal memory" in found["contrastive_loss small float32 ovseg (cpu)"]["failed"]
+    )
     assert len([row for row in rows_of(out) if row.get("op") == "environment"]) == 1
     assert "ms" in found["patch_text_similarity small float32 eager"] and len(calls) == 1
     # A new run measures everything anew.
@@ -122,14 +158,24 @@ def test_a_lost_context_ends_the_process_and_the_next_goes_on(tmp_path, monkeypa
 
 
 def test_a_killed_bench_leaves_rows_that_show_reads(tmp_path, capsys):
-    """SIGKILL in the middle of a row: all rows before it are there, the file says where it was, and the same run goes on."""
+    """SIGKILL in the middle of a row: all rows before it are there, the file says where it was, and
+    the same run goes on.
+    """
     out = tmp_path / "bench.jsonl"
-    code = ("import sys, torch; torch.compile = lambda f: f; sys.path.insert(0, sys.argv[1]);"
-            "from stand_in import CASES, StandIn; from ovseg_benchmarks import gpu;"
-            f"gpu.run(StandIn(pause=0.3), {str(out)!r}, budget=100, cases=(CASES[0], CASES[2]), again='a')")
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)], stdout=subprocess.DEVNULL)
+    code = (
+        "import sys, torch; torch.compile = lambda f: f; sys.path.insert(0, sys.argv[1]);"
+        "from stand_in import CASES, StandIn; from ovseg_benchmarks import gpu;"
+        f"gpu.run(StandIn(pause=0.3), {str(out)!r}, budget=100, cases=(CASES[0], CASES[2]), "
+        "again='a')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)],
+        stdout=subprocess.DEVNULL,
+    )
     deadline, rows = time.monotonic() + 60, []
-    while time.monotonic() < deadline and not (len(lines.finished(rows)) > 1 and lines.unfinished(rows)):
+    while time.monotonic() < deadline and not (
+        len(lines.finished(rows)) > 1 and lines.unfinished(rows)
+    ):
         time.sleep(0.02)
         rows = lines.read(out)[0] if out.exists() else []
     process.send_signal(signal.SIGKILL)
@@ -155,7 +201,16 @@ def test_show_refuses_what_holds_no_results(tmp_path, capsys):
 
 
 def test_show_reads_the_json_of_ovseg_bench(capsys):
-    assert ovseg(["bench", "show", str(ROOT / "benchmarks" / "results" / "cpu" / "2026-11-21-resolution.json")]) == 0
+    assert (
+        ovseg(
+            [
+                "bench",
+                "show",
+                str(ROOT / "benchmarks" / "results" / "cpu" / "2026-11-21-resolution.json"),
+            ]
+        )
+        == 0
+    )
     assert "| upsample_argmax | structured | eager |" in capsys.readouterr().out
 
 
@@ -171,7 +226,9 @@ def test_inputs_are_drawn_on_the_device(monkeypatch):
 
         monkeypatch.setattr(torch, name, drawn)
     for case in registry.GPU_CASES:
-        small = registry.Case(case.op, case.name, {k: min(v, 32) for k, v in case.shape.items()}, case.options)
+        small = registry.Case(
+            case.op, case.name, {k: min(v, 32) for k, v in case.shape.items()}, case.options
+        )
         count = len(places)
         tensors = registry.inputs(small, device="cpu")
         assert len(places) > count and all(bool(x.isfinite().all()) for x in tensors.values())
@@ -190,7 +247,11 @@ def test_16_bit_baselines_compute_in_16_bits():
 
         class Products(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None, seen=seen):
-                if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+                if function.overloadpacket in (
+                    torch.ops.aten.mm,
+                    torch.ops.aten.bmm,
+                    torch.ops.aten.addmm,
+                ):
                     seen.append(args[-1].dtype)
                 return function(*args, **(kwargs or {}))
 
@@ -202,7 +263,10 @@ def test_16_bit_baselines_compute_in_16_bits():
 def test_every_case_of_the_issue_is_there():
     shapes = {(case.op, case.shape.get("B"), case.shape.get("L")) for case in registry.GPU_CASES}
     assert ("center_assignment", 768, 784) in shapes
-    for op in ("contrastive_loss", "folded_center_assignment", "segclip_center_assignment", "dense_contrastive_loss"):
+    for op in (
+        "contrastive_loss",
+        "folded_center_assignment",
+        "segclip_center_assignment",
+        "dense_contrastive_loss",
+    ):
         assert next(case for case in registry.GPU_CASES if case.op == op).dtypes[0] == "bfloat16"
-
-

@@ -1,4 +1,6 @@
-"""GPU code on a machine without a GPU: it compiles for real chips, fits their limits, and the libraries keep their promises."""
+"""GPU code on a machine without a GPU: it compiles for real chips, fits their limits, and the
+libraries keep their promises.
+"""
 
 import itertools
 import json
@@ -25,17 +27,27 @@ needs_nvcc = pytest.mark.skipif(no_nvcc, reason="needs nvcc to compile the CUDA 
 
 def nvidia_tool(name):
     """From the CUDA toolkit, or the copy inside Triton's package."""
-    bundled = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / name
+    bundled = (
+        Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / name
+    )
     return shutil.which(name) or str(bundled)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """What a wheel of the checkout holds, with CUDA for all three architectures. Objects of the install are taken as they are.
+    """What a wheel of the checkout holds, with CUDA for all three architectures.
 
-    Of several processes that run the tests this one waits meanwhile: the compilers get its core, and not those of the others.
+    Objects of the install are taken as they are.
+
+    Of several processes that run the tests this one waits meanwhile: the compilers get its core,
+    and not those of the others.
     """
-    environment = {"OVSEG_BUILD_NATIVE": "1", "FORCE_CUDA": "1", "OVSEG_KEEP_BUILD": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0a;12.0"}
+    environment = {
+        "OVSEG_BUILD_NATIVE": "1",
+        "FORCE_CUDA": "1",
+        "OVSEG_KEEP_BUILD": "1",
+        "TORCH_CUDA_ARCH_LIST": "8.0;9.0a;12.0",
+    }
     if "PYTEST_XDIST_WORKER" in os.environ:
         environment |= {"MAX_JOBS": "1", "NVCC_APPEND_FLAGS": "--threads=1"}
     return install(ROOT, tmp_path_factory.mktemp("cuda"), OVSEG_WERROR="1", **environment)[1]
@@ -57,9 +69,21 @@ def test_wheel_with_cuda(site):
 
 @pytest.fixture(scope="module")
 def usage(library):
-    """(kernel, kind) -> arch -> (registers, bytes of stack, bytes of static shared memory), from the compiled code."""
-    text = subprocess.run([nvidia_tool("cuobjdump"), "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True)
-    found, arch, name, operators = defaultdict(dict), None, "", "|".join(set(_library.OPERATOR_OF.values()))
+    """(kernel, kind) -> arch -> (registers, bytes of stack, bytes of static shared memory), from
+    the compiled code.
+    """
+    text = subprocess.run(
+        [nvidia_tool("cuobjdump"), "--dump-resource-usage", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, arch, name, operators = (
+        defaultdict(dict),
+        None,
+        "",
+        "|".join(set(_library.OPERATOR_OF.values())),
+    )
     for line in text.stdout.splitlines():
         if match := re.search(r"arch = (\S+)", line):
             arch = match.group(1)
@@ -75,20 +99,34 @@ def kind_of(rest: str) -> str:
     """The arithmetic of a kernel, from its mangled template arguments."""
     if "Mma16" in rest or "Tf32" in rest:
         return "tensor core"
-    return "double" if re.match(r"I(NS0_(7PoolingINS0_)?(4Kind|10CenterKind)I)?d", rest) else "float"
+    return (
+        "double" if re.match(r"I(NS0_(7PoolingINS0_)?(4Kind|10CenterKind)I)?d", rest) else "float"
+    )
 
 
 # Registers of 128 threads: 168 lets three blocks share an SM, 255 two. Stack is what spilled.
 BUDGET = {"tensor core": (168, 96), "float": (255, 96), "double": (255, 128)}
-SMALL = ("norms_kernel", "finish_kernel", "scalars_kernel", "rows_kernel", "columns_kernel", "contrastive_loss_bwd_kernel", "scale_kernel",
-         "prepare_kernel", "values_kernel", "bias_kernel")
+SMALL = (
+    "norms_kernel",
+    "finish_kernel",
+    "scalars_kernel",
+    "rows_kernel",
+    "columns_kernel",
+    "contrastive_loss_bwd_kernel",
+    "scale_kernel",
+    "prepare_kernel",
+    "values_kernel",
+    "bias_kernel",
+)
 
 
 @needs_nvcc
 def test_every_kernel_is_compiled_for_every_architecture(usage):
     written = set()
     for path in [*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*.cuh")]:
-        written |= set(re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(", path.read_text()))
+        written |= set(
+            re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(", path.read_text())
+        )
     assert {kernel for kernel, _ in usage} == written and len(written) >= 16
     for key, by_arch in usage.items():
         assert set(by_arch) == set(ARCHS), key
@@ -101,16 +139,29 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
         registers_allowed, stack_allowed = BUDGET[kind_of(rest)]
         if kernel.endswith(SMALL) and "pooled" not in kernel:
             registers_allowed, stack_allowed = 64, 0
-        if kernel.endswith("fwd_pool_kernel"):  # blocks of one warp; eight loads of 16 bytes wait in 32 registers
-            registers_allowed, stack_allowed = 128, 16 if kind_of(rest) == "double" else 0  # float64's division is a call
-        if kernel.endswith("fwd_cancelled_kernel"):  # for the few rows that cancel; two blocks on an SM are enough
+        if kernel.endswith(
+            "fwd_pool_kernel"
+        ):  # blocks of one warp; eight loads of 16 bytes wait in 32 registers
+            registers_allowed, stack_allowed = (
+                128,
+                16 if kind_of(rest) == "double" else 0,
+            )  # float64's division is a call
+        if kernel.endswith(
+            "fwd_cancelled_kernel"
+        ):  # for the few rows that cancel; two blocks on an SM are enough
             registers_allowed = 255
-        if kernel.endswith("patch_norms_kernel"):  # lengths whose squares overflow are scaled on the way; it waits for memory
+        if kernel.endswith(
+            "patch_norms_kernel"
+        ):  # lengths whose squares overflow are scaled on the way; it waits for memory
             registers_allowed, stack_allowed = 96, 8 if kind_of(rest) == "double" else 0
         for arch, (registers, stack, shared) in by_arch.items():
-            # Shared memory is dynamic (static_assert in the source: 99 KiB); 1 KiB belongs to the system from sm_90 on.
+            # Shared memory is dynamic (static_assert in the source: 99 KiB); 1 KiB belongs to the
+            # system from sm_90 on.
             if registers > registers_allowed or stack > stack_allowed or shared > 1024:
-                over.append(f"{kernel}{rest[:40]} {arch}: {registers} registers, {stack} bytes of stack, {shared} static shared")
+                over.append(
+                    f"{kernel}{rest[:40]} {arch}: {registers} registers, {stack} bytes of stack, "
+                    f"{shared} static shared"
+                )
     assert not over, "\n".join(over)
 
 
@@ -121,92 +172,141 @@ def sass(library):
     for arch in ARCHS:
         command = [nvidia_tool("cuobjdump"), "-sass", "-arch", arch, str(library)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found[arch] = [(part.split("\n", 1)[0], part) for part in re.split(r"\n\s*Function : ", text)[1:]]
+        found[arch] = [
+            (part.split("\n", 1)[0], part) for part in re.split(r"\n\s*Function : ", text)[1:]
+        ]
     return found
 
 
 @needs_nvcc
 def test_the_center_pool_has_eight_loads_of_16_bytes_under_way(sass):
-    """Of each dtype, before the first sum is touched; the narrow twin is for strides that allow no such load."""
+    """Of each dtype, before the first sum is touched; the narrow twin is for strides that allow no
+    such load.
+    """
     wide = 0
     for name, part in itertools.chain(*sass.values()):
         if "center_assignment_fwd_pool_kernel" not in name:
             continue
         moves = re.findall(r"\b(?:LDG|LDS|STS)[.\w]*", part)
         loads = [i for i, move in enumerate(moves) if move == "LDG.E.128"]
-        assert bool(loads) == ("Li1EEE" not in name) and len(loads) % 8 == 0, name  # some compilers write the loop several times
+        assert bool(loads) == ("Li1EEE" not in name) and len(loads) % 8 == 0, (
+            name
+        )  # some compilers write the loop several times
         if loads:
-            assert not {"LDS.128", "STS.128"} & set(moves[loads[0] : loads[7]]) and "LDG.E.U16" not in moves, name
+            assert (
+                not {"LDS.128", "STS.128"} & set(moves[loads[0] : loads[7]])
+                and "LDG.E.U16" not in moves
+            ), name
             wide += 1
     assert wide == 4 * len(ARCHS)
 
 
 @needs_nvcc
 def test_products_copy_16_bytes_with_few_instructions(sass):
-    """On sm_90a, where the compiler unrolls the copies of a step: the middle number of instructions from one of 16 bytes to the next."""
+    """On sm_90a, where the compiler unrolls the copies of a step: the middle number of instructions
+    from one of 16 bytes to the next.
+    """
     found = {}
     for name, part in sass["sm_90a"]:
-        moves = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", part, re.MULTILINE)
+        moves = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)", part, re.MULTILINE
+        )
         places = [i for i, move in enumerate(moves) if move.startswith("LDGSTS")]
         if places:
             assert all("128" in moves[i] for i in places)
             found[name] = statistics.median(b - a for a, b in itertools.pairwise(places))
-    over = {name: count for name, count in found.items() if count > 72}  # the highest was 65 when this was written
+    over = {
+        name: count for name, count in found.items() if count > 72
+    }  # the highest was 65 when this was written
     assert len(found) >= 50 and not over, over
 
 
 @needs_nvcc
 def test_launchers_neither_wait_nor_copy(library):
-    """All they want of the CUDA runtime is to launch and to hear of errors: no copy, no allocation, no synchronisation."""
+    """All they want of the CUDA runtime is to launch and to hear of errors: no copy, no allocation,
+    no synchronisation.
+    """
     objects = list((ROOT / "build").glob("temp.*/cmake/CMakeFiles/_C_cuda.dir/**/*.o"))
     assert len(objects) >= 16
     for path in objects:
-        symbols = subprocess.run(["nm", "--undefined-only", str(path)], capture_output=True, text=True, check=True).stdout
+        symbols = subprocess.run(
+            ["nm", "--undefined-only", str(path)], capture_output=True, text=True, check=True
+        ).stdout
         runtime = set(re.findall(r"\bcuda\w+", symbols))
-        assert runtime <= {"cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"}, (path, runtime)
-        assert not re.search(r"aoti_torch_item|aoti_torch_\w*(?:copy|to_device)", symbols), path  # a value read on the host
+        assert runtime <= {"cudaFuncSetAttribute", "cudaGetErrorString", "cudaGetLastError"}, (
+            path,
+            runtime,
+        )
+        assert not re.search(r"aoti_torch_item|aoti_torch_\w*(?:copy|to_device)", symbols), (
+            path
+        )  # a value read on the host
 
 
 @needs_nvcc
 def test_tensor_cores_are_used(sass):
-    """16-bit and tf32 kernels hold HMMA on every architecture; exact float ones hold none, or float32 would not be exact."""
+    """16-bit and tf32 kernels hold HMMA on every architecture; exact float ones hold none, or
+    float32 would not be exact.
+    """
     for name, part in itertools.chain(*sass.values()):
-        if re.search(r"patch_text\w*(_fwd|_weights|_vectors|_coefficients|_hessian|_patches|_texts|_gram)_kernel", name):
+        if re.search(
+            r"patch_text\w*(_fwd|_weights|_vectors|_coefficients|_hessian|_patches|_texts|_gram)_kernel",
+            name,
+        ):
             expected = kind_of(name.split("_kernel", 1)[1]) == "tensor core"
             assert ("HMMA" in part) == expected, name
 
 
 @needs_nvcc
-@pytest.mark.skipif(torch.version.cuda is None, reason="the CUDA library loads only where torch has CUDA")
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="the CUDA library loads only where torch has CUDA"
+)
 def test_the_library_loads_without_a_gpu(library):
-    """Under a torch with CUDA, on a machine without a GPU: it registers, and importing it touches no device."""
+    """Under a torch with CUDA, on a machine without a GPU: it registers, and importing it touches
+    no device.
+    """
     code = (
         "import torch, ovseg_kernels._library as lib\n"
         f"torch.ops.load_library({str(library)!r})\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "print([n for n in lib.SCHEMAS if n not in lib.COMPOSITES and not has(f'ovseg::{n}', 'CUDA')], torch.cuda.is_initialized())"
+        "print([n for n in lib.SCHEMAS if n not in lib.COMPOSITES and not has(f'ovseg::{n}', "
+        "'CUDA')], torch.cuda.is_initialized())"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.stdout.strip() == "[] False", done.stdout + done.stderr
 
 
 def audit(path):
     """torch-abi-audit's verdict on one library."""
     program = Path(sys.executable).with_name("torch-abi-audit")
-    done = subprocess.run([str(program), "--json", "--check", "torch", str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(program), "--json", "--check", "torch", str(path)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.dumps(json.loads(done.stdout))
 
 
 def python_symbols(path):
-    symbols = subprocess.run(["nm", "-DC", "--undefined-only", str(path)], capture_output=True, text=True, check=True).stdout
-    return [name for line in symbols.splitlines() if (name := line.split(maxsplit=1)[-1]).startswith(("Py", "_Py"))]
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    return [
+        name
+        for line in symbols.splitlines()
+        if (name := line.split(maxsplit=1)[-1]).startswith(("Py", "_Py"))
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 def test_stable_abi_of_the_cpu_library():
-    """No symbol of torch that changes between releases, and none of Python: one binary for all of them."""
+    """No symbol of torch that changes between releases, and none of Python: one binary for all of
+    them.
+    """
     path = ROOT / "ovseg_kernels" / "_C_cpu.so"
     assert "2.10" in audit(path) and not python_symbols(path)
 
@@ -227,18 +327,26 @@ def test_the_selftest_kernels_are_cuda_too(tmp_path):
 
 
 def test_kernels_use_dynamic_shared_memory_only():
-    """The emulation guards it and fills it with NaN before every block; a static array it can only leave as it was."""
+    """The emulation guards it and fills it with NaN before every block; a static array it can only
+    leave as it was.
+    """
     for path in [*ROOT.glob("csrc/**/*.cu"), *ROOT.glob("csrc/**/*.cuh")]:
         code = re.sub(r"#define OVSEG_DYNAMIC_SHARED.*", "", path.read_text())
         assert "__shared__" not in code, path
 
 
 def test_device_code_never_sees_torch():
-    for path in [*ROOT.glob("csrc/**/*.cu"), *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("csrc/**/*_cuda.h")]:
+    for path in [
+        *ROOT.glob("csrc/**/*.cu"),
+        *ROOT.glob("csrc/**/*.cuh"),
+        *ROOT.glob("csrc/**/*_cuda.h"),
+    ]:
         assert not re.search(r"#include.*torch", path.read_text()), path
     for path in ROOT.glob("csrc/**/*"):
         if path.suffix in (".cu", ".cuh", ".h", ".cpp") and path.parent.name != "common":
-            assert "asm" not in re.findall(r"\b\w+\b", path.read_text()), f"{path}: inline PTX belongs into csrc/common"
+            assert "asm" not in re.findall(r"\b\w+\b", path.read_text()), (
+                f"{path}: inline PTX belongs into csrc/common"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +354,9 @@ def triton_rows():
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = ROOT / "tests" / "packaging" / "triton_gate.py"
-    done = subprocess.run([sys.executable, str(script), "80", "90"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), "80", "90"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -260,7 +370,9 @@ def test_every_triton_kernel_compiles_in_budget(triton_rows):
         assert {row["kernel"] for row in triton_rows if row["arch"] == arch} == written
     for row in triton_rows:
         assert row["shared"] <= 99 * 1024, row  # what sm_86 to sm_120 have
-        assert row["stack"] <= (256 if row["case"].startswith("float64") else 128), row  # float64 is for checking
+        assert row["stack"] <= (256 if row["case"].startswith("float64") else 128), (
+            row
+        )  # float64 is for checking
 
 
 @pytest.mark.slow
@@ -278,28 +390,46 @@ def test_triton_products_are_what_they_should_be(triton_rows):
 
 @pytest.mark.slow
 def test_triton_rows_are_copied_while_products_run(triton_rows):
-    """Aligned shapes: nothing is read two bytes at a time, and every loop with a product has the copies of its next step under way."""
+    """Aligned shapes: nothing is read two bytes at a time, and every loop with a product has the
+    copies of its next step under way.
+    """
     products = set()
     for row in triton_rows:
         if row["case"].startswith("float64"):
             continue  # for checking
         # A gather by pixel, whose indices are 16 bits wide, has no neighbours to read with.
         assert "2" not in row["loads"] or "tables" in row["case"], row
-        assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), row  # masks are bytes
+        assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), (
+            row
+        )  # masks are bytes
         assert all(count >= 2 for count in row["stages"]), row
-        turned = row["tensor_core"] == "wgmma" and row["tf32"]  # such operands are turned on their way, four bytes at a time
-        assert not row["stages"] or row["copies"].get("16") or (turned and row["copies"].get("4")), row
+        turned = (
+            row["tensor_core"] == "wgmma" and row["tf32"]
+        )  # such operands are turned on their way, four bytes at a time
+        assert (
+            not row["stages"] or row["copies"].get("16") or (turned and row["copies"].get("4"))
+        ), row
         products |= {row["kernel"]} if row["stages"] else set()
     written = set()
     for path in ROOT.glob("ovseg_kernels/triton/*.py"):
-        for name, body in re.findall(r"def (\w+_kernel)\((.*?)(?=\n@triton|\n\ndef |\nclass |\Z)", path.read_text(), re.DOTALL):
-            written |= {name} if re.search(r"_dot\(|tl\.dot\(|_scores\(|_cosines\(|_pooled\(|_logits\(", body) else set()
+        for name, body in re.findall(
+            r"def (\w+_kernel)\((.*?)(?=\n@triton|\n\ndef |\nclass |\Z)",
+            path.read_text(),
+            re.DOTALL,
+        ):
+            written |= (
+                {name}
+                if re.search(r"_dot\(|tl\.dot\(|_scores\(|_cosines\(|_pooled\(|_logits\(", body)
+                else set()
+            )
     assert products == written and len(products) >= 15
 
 
 @pytest.mark.slow
 def test_the_suite_needs_few_triton_compilations():
-    """On a GPU each of them takes about a second of a processor, and `scripts/gpu_check.sh test` has minutes for all."""
+    """On a GPU each of them takes about a second of a processor, and `scripts/gpu_check.sh test`
+    has minutes for all.
+    """
     pytest.importorskip("triton")
     script = ROOT / "tests" / "packaging" / "triton_count.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)

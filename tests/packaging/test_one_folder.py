@@ -35,7 +35,9 @@ def without(tmp_path_factory):
     """A copy of the tree without ZegCLIP's folder."""
     copy = tmp_path_factory.mktemp("without")
     for name in ("ovseg", "ovseg_kernels", "tests"):
-        left_out = shutil.ignore_patterns("__pycache__", "zegclip" if name == "ovseg" else "golden", "cuda_emulation")
+        left_out = shutil.ignore_patterns(
+            "__pycache__", "zegclip" if name == "ovseg" else "golden", "cuda_emulation"
+        )
         shutil.copytree(ROOT / name, copy / name, ignore=left_out)
     (copy / "tests" / "cuda_emulation").mkdir()
     shutil.copy(ROOT / "pyproject.toml", copy)
@@ -44,7 +46,9 @@ def without(tmp_path_factory):
 
 def python(folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -56,5 +60,12 @@ def test_the_package_works_without_a_system(without):
 
 def test_the_other_systems_pass_their_tests(without):
     run = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n", "0")
-    said = python(without, *run, "tests/packaging/test_structure.py", "tests/models/test_systems.py", "-k", "structure or pacl or segclip")
+    said = python(
+        without,
+        *run,
+        "tests/packaging/test_structure.py",
+        "tests/models/test_systems.py",
+        "-k",
+        "structure or pacl or segclip",
+    )
     assert " passed" in said and "failed" not in said

@@ -1,4 +1,6 @@
-"""The faults of scripts/faults can all be planted in the source as it is; whether each is caught, `make faults` shows."""
+"""The faults of scripts/faults can all be planted in the source as it is; whether each is caught,
+`make faults` shows.
+"""
 
 import sys
 
@@ -39,13 +41,16 @@ class Sum:
 """
 
 
-@pytest.mark.parametrize("right,wrong,expected", [
-    ("a + b", "a - b", "return (\n                (a - b))"),
-    ('["x", "y"]', "[]", "names = ([])"),
-    ('end=""', 'end="!"', 'end="!" )'),
-    ('print(a, end="")', "pass", "if a > b: pass"),
-    ("return a + b", "return 0", "return 0\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "right,wrong,expected",
+    [
+        ("a + b", "a - b", "return (\n                (a - b))"),
+        ('["x", "y"]', "[]", "names = ([])"),
+        ('end=""', 'end="!"', 'end="!" )'),
+        ('print(a, end="")', "pass", "if a > b: pass"),
+        ("return a + b", "return 0", "return 0\n"),
+    ],
+)
 def test_python_is_found_however_it_is_laid_out(right, wrong, expected):
     fault = Fault("", "x.py", right, wrong, within="Sum.of")
     found = planted(fault, PYTHON)
@@ -56,13 +61,21 @@ def test_python_is_found_however_it_is_laid_out(right, wrong, expected):
 def test_cuda_is_found_however_it_is_laid_out():
     source = "f(a , b); // f(a,b)\nvoid g() {\n  f( a, /* the first */\n    b );\n  wait<1>();\n}\n"
     fault = Fault("", "x.cu", "f(a, b);", "f(b, a);", within="void g()")
-    assert planted(fault, source) == "f(a , b); // f(a,b)\nvoid g() {\n  f(b, a);\n  wait<1>();\n}\n"
+    assert (
+        planted(fault, source) == "f(a , b); // f(a,b)\nvoid g() {\n  f(b, a);\n  wait<1>();\n}\n"
+    )
 
 
-@pytest.mark.parametrize("fault", [
-    Fault("", "x.py", "a * b", "a", within="of"), Fault("", "x.py", "a + b", "a", within="Sum.to"),
-    Fault("", "x.py", "a > b", "pass", within="of"), Fault("", "x.cu", "a * b", "a"),
-], ids=["no expression", "no function", "no Python", "no tokens"])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("", "x.py", "a * b", "a", within="of"),
+        Fault("", "x.py", "a + b", "a", within="Sum.to"),
+        Fault("", "x.py", "a > b", "pass", within="of"),
+        Fault("", "x.cu", "a * b", "a"),
+    ],
+    ids=["no expression", "no function", "no Python", "no tokens"],
+)
 def test_what_cannot_be_planted_is_said(fault):
     with pytest.raises(NotPlanted):
         planted(fault, PYTHON)

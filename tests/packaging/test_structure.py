@@ -1,4 +1,6 @@
-"""What the layers of the model package promise each other, beside the directions of imports that import-linter holds."""
+"""What the layers of the model package promise each other, beside the directions of imports that
+import-linter holds.
+"""
 
 import re
 
@@ -13,7 +15,11 @@ def sources(*left_out):
 
 
 def test_towers_are_known_to_systems_alone():
-    reached = [name for name, text in sources("systems/", "nn/", "weights/saving.py") if re.search(r"(?<!init)\.backbone\b", text)]
+    reached = [
+        name
+        for name, text in sources("systems/", "nn/", "weights/saving.py")
+        if re.search(r"(?<!init)\.backbone\b", text)
+    ]
     assert not reached
 
 
@@ -21,12 +27,20 @@ def test_ranks_are_known_to_one_file():
     """Everybody else asks ``ovseg.distributed``; objectives get a group and hand it on."""
     asked = re.compile(r"^\s*(import|from) torch\.distributed", re.MULTILINE)
     known = [name for name, text in sources("distributed.py", "systems/") if asked.search(text)]
-    allowed = {"training/gradients.py", "training/trainer.py", "training/state.py"}  # wrappers of DDP and FSDP2
+    allowed = {
+        "training/gradients.py",
+        "training/trainer.py",
+        "training/state.py",
+    }  # wrappers of DDP and FSDP2
     assert set(known) <= allowed, known
 
 
 def test_rules_do_not_ask_which_system_it_is():
-    asking = [name for name, text in sources("systems/", "nn/") if re.search(r"isinstance\(\w*model\w*, (?!str|\(?torch)", text)]
+    asking = [
+        name
+        for name, text in sources("systems/", "nn/")
+        if re.search(r"isinstance\(\w*model\w*, (?!str|\(?torch)", text)
+    ]
     assert not asking
 
 

@@ -21,14 +21,24 @@ def launches(monkeypatch):
     from ovseg_kernels.triton.philox import philox_kernel
 
     found = []
-    monkeypatch.setattr(type(philox_kernel), "run", lambda kernel, *_, grid, **__: found.append((kernel.fn.__name__, grid)))
+    monkeypatch.setattr(
+        type(philox_kernel),
+        "run",
+        lambda kernel, *_, grid, **__: found.append((kernel.fn.__name__, grid)),
+    )
     return found
 
 
 def patch_text(B, T, N, D=16):
     from ovseg_kernels.triton import patch_text_similarity as op
 
-    shared = (nothing(B, N, D), nothing(T, D), nothing(B, N, dtype=torch.bool), nothing(), nothing())
+    shared = (
+        nothing(B, N, D),
+        nothing(T, D),
+        nothing(B, N, dtype=torch.bool),
+        nothing(),
+        nothing(),
+    )
     for pool in (0, 2):
         saved = op.forward(*shared, pool, 0, False)
         op.backward(nothing(B, T), *shared, *saved, pool, 0, False, True, True)
@@ -37,7 +47,13 @@ def patch_text(B, T, N, D=16):
 def matrix(B, T):
     from ovseg_kernels.triton import similarity_contrastive_loss as op
 
-    inputs = nothing(B, T), nothing(), nothing(B, dtype=torch.int64), nothing(T, dtype=torch.int64), nothing(B, T, dtype=torch.bool)
+    inputs = (
+        nothing(B, T),
+        nothing(),
+        nothing(B, dtype=torch.int64),
+        nothing(T, dtype=torch.int64),
+        nothing(B, T, dtype=torch.bool),
+    )
     rows, columns = op.stats(*inputs, 0)
     op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0)
 
@@ -45,7 +61,14 @@ def matrix(B, T):
 def features(B, T, D=16):
     from ovseg_kernels.triton import contrastive_loss as op
 
-    inputs = nothing(B, D), nothing(T, D), nothing(), nothing(), nothing(B, dtype=torch.int64), nothing(T, dtype=torch.int64)
+    inputs = (
+        nothing(B, D),
+        nothing(T, D),
+        nothing(),
+        nothing(),
+        nothing(B, dtype=torch.int64),
+        nothing(T, dtype=torch.int64),
+    )
     rows, columns = op.stats(*inputs, 0, False, False)
     op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0, False, False, True, True)
 
@@ -53,9 +76,34 @@ def features(B, T, D=16):
 def assignment(B, L, D=16, G=8):
     from ovseg_kernels.triton import center_assignment as op
 
-    inputs = nothing(B, G, D), nothing(B, L, D), nothing(B, L, D), None, None, None, None, nothing(2, dtype=torch.int64)
+    inputs = (
+        nothing(B, G, D),
+        nothing(B, L, D),
+        nothing(B, L, D),
+        None,
+        None,
+        None,
+        None,
+        nothing(2, dtype=torch.int64),
+    )
     pooled, index, count, _ = op.forward(*inputs, 0.1, 0.9, True, 0, False)
-    op.backward(pooled, None, None, *inputs, pooled, index, count, 0.1, 0.9, True, 0, True, True, True, False)
+    op.backward(
+        pooled,
+        None,
+        None,
+        *inputs,
+        pooled,
+        index,
+        count,
+        0.1,
+        0.9,
+        True,
+        0,
+        True,
+        True,
+        True,
+        False,
+    )
 
 
 def pixels(B, N, T, D=16):
@@ -66,7 +114,9 @@ def pixels(B, N, T, D=16):
     found = op.select(*inputs, *ids, nothing(2, dtype=torch.int64), 3, 4, 0, 2, 0.3, 0.1)
     index = torch.cat(found, 1)
     similarity, unit = op.gather(*inputs, index, 3)
-    op.backward(similarity, unit, *inputs, index, nothing(index.numel(), dtype=torch.int64), 3, True, True)
+    op.backward(
+        similarity, unit, *inputs, index, nothing(index.numel(), dtype=torch.int64), 3, True, True
+    )
 
 
 def labels(B, H, W):
@@ -78,7 +128,25 @@ def labels(B, H, W):
 def windows(H, W):
     from ovseg_kernels.triton import window_argmax as op
 
-    op.forward(nothing(2, 3, 4, 4), None, nothing(2, 2, dtype=torch.int64), None, None, H, W, H, W, H, W, 2, 2, 0.5, 255, 2, True)
+    op.forward(
+        nothing(2, 3, 4, 4),
+        None,
+        nothing(2, 2, dtype=torch.int64),
+        None,
+        None,
+        H,
+        W,
+        H,
+        W,
+        H,
+        W,
+        2,
+        2,
+        0.5,
+        255,
+        2,
+        True,
+    )
 
 
 def maps(B, C, h, w, H, W):
@@ -99,7 +167,11 @@ SHAPES = {
     windows: [(20_000, 20_000)],
     maps: [(70_000, 3, 2, 2, 8, 8), (1, 2, 70_000, 2, 9, 9), (1, 2, 2, 2 * MANY, 2, 2 * MANY)],
 }
-written = {name for path in ROOT.glob("ovseg_kernels/triton/*.py") for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+written = {
+    name
+    for path in ROOT.glob("ovseg_kernels/triton/*.py")
+    for name in re.findall(r"def (\w+_kernel)\(", path.read_text())
+}
 
 
 def test_grids_fit(launches):
@@ -109,6 +181,8 @@ def test_grids_fit(launches):
         for kernel, grid in launches[before:]:
             fits = all(1 <= count <= limit for count, limit in zip(grid, LIMITS, strict=False))
             assert fits, f"{kernel}: {grid} for {call.__name__}{shape}"
-        assert max(max(grid) for _, grid in launches[before:]) >= 65535, f"{call.__name__}{shape} is no test"
+        assert max(max(grid) for _, grid in launches[before:]) >= 65535, (
+            f"{call.__name__}{shape} is no test"
+        )
         before = len(launches)
     assert {kernel for kernel, _ in launches} == written - {"philox_kernel"}

@@ -21,5 +21,9 @@ def test_public_functions_are_typed_whole(name):
 def test_losses_are_typed_whole(kind):
     for function in (kind.__init__, kind.forward):
         signature = inspect.signature(function)
-        bare = [one.name for one in list(signature.parameters.values())[1:] if one.annotation is one.empty]
+        bare = [
+            one.name
+            for one in list(signature.parameters.values())[1:]
+            if one.annotation is one.empty
+        ]
         assert not bare and signature.return_annotation is not signature.empty

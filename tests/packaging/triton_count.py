@@ -1,10 +1,12 @@
-"""Counts the Triton specialisations that the tests need on a GPU, on a machine without one: what `gpu_check.sh test` has to compile.
+"""Counts the Triton specialisations that the tests need on a GPU, on a machine without one: what
+`gpu_check.sh test` has to compile.
 
     python tests/packaging/triton_count.py [options of pytest]
 
-A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they are defined. The tests of
-the backend `triton` run on CPU tensors; their launchers are called, every launch is noted by the key that Triton itself would
-compile for, and the closed form computes what the test looks at. Prints one JSON object.
+A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they
+are defined. The tests of the backend `triton` run on CPU tensors; their launchers are called, every
+launch is noted by the key that Triton itself would compile for, and the closed form computes what
+the test looks at. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ class Stand:
         from ovseg_kernels.triton import KERNELS
 
         JITFunction.run = note
-        real, answers = backends.running_on, {name: launcher_and_closed_form(name) for name in KERNELS}
+        real, answers = (
+            backends.running_on,
+            {name: launcher_and_closed_form(name) for name in KERNELS},
+        )
 
         @contextlib.contextmanager
         def running_on(name: str, seed: int = 0):
@@ -79,19 +84,30 @@ class Stand:
                 yield
 
         backends.running_on, backends.device_of = running_on, lambda name: "cpu"
-        # One call each: the same launches in a tenth of the time. What these would find out is not asked here.
-        torch.autograd.gradcheck = lambda function, inputs, **_: [torch.autograd.grad(function(*inputs).sum(), inputs), True][-1]
+        # One call each: the same launches in a tenth of the time. What these would find out is not
+        # asked here.
+        torch.autograd.gradcheck = lambda function, inputs, **_: [
+            torch.autograd.grad(function(*inputs).sum(), inputs),
+            True,
+        ][-1]
         library.opcheck = lambda operator, arguments, **_: operator(*arguments)
         torch.compile = lambda function, **_: function
-        torch.export.export = lambda module, *_: SimpleNamespace(module=lambda: module, graph_module=torch.nn.Module())
+        torch.export.export = lambda module, *_: SimpleNamespace(
+            module=lambda: module, graph_module=torch.nn.Module()
+        )
         torch.cuda.synchronize = torch.cuda.set_sync_debug_mode = lambda *_: None
         torch.set_num_threads(1)
         torch.testing.assert_close = lambda *_, **__: None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items, config):
-        mine = [item for item in items if "gpu" in item.keywords and getattr(item, "callspec", None)
-                and item.callspec.params.get("backend") == "triton"]
+        mine = [
+            item
+            for item in items
+            if "gpu" in item.keywords
+            and getattr(item, "callspec", None)
+            and item.callspec.params.get("backend") == "triton"
+        ]
         config.hook.pytest_deselected(items=[item for item in items if item not in mine])
         items[:] = mine
         order.update({item.nodeid.split("/")[-1]: i for i, item in enumerate(mine)})
@@ -110,9 +126,17 @@ def main() -> None:
     pytest.main([str(OPS), *sys.argv[1:], *options], plugins=[Stand()])
     for (name, key), needed_by in sorted(found.items()):
         print(name, needed_by, key)
-    print(json.dumps({"broken": sorted(broken), "specialisations": len(found), "of_the_largest_shard": max(map(len, shards.values())),
-                      "by_kernel": Counter(name for name, _ in found),
-                      "by_test": Counter(t.split("[")[0] for t in found.values())}))
+    print(
+        json.dumps(
+            {
+                "broken": sorted(broken),
+                "specialisations": len(found),
+                "of_the_largest_shard": max(map(len, shards.values())),
+                "by_kernel": Counter(name for name, _ in found),
+                "by_test": Counter(t.split("[")[0] for t in found.values()),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
