@@ -80,7 +80,7 @@ def _groups(module, x, noise, tau):
     hard = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1.0) - y.detach() + y
     pooled = hard @ v / hard.sum(-1, keepdim=True).clamp(min=1)
     out = module.proj_o
-    return _gelu(out.mlp["fc2"](F.gelu(out.mlp["fc1"](out.ln(q + pooled))))), hard, soft
+    return _gelu(out.mlp.fc2(F.gelu(out.mlp.fc1(out.ln(q + pooled))))), hard, soft
 
 
 def _trunk(model):

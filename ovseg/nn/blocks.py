@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ..errors import first_line
+from .features import Grid
 
 BACKENDS = ("sdpa", "xformers")
 LOCAL_PATCH = 4  # pixels from one token of the local stem to the next
@@ -122,6 +123,11 @@ def quick_gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return _QuickGeluLinear.apply(h, weight, bias)
+
+
+def split_heads(packed: Tensor, heads: int, parts: int = 3) -> Any:
+    """Cut [B, L, parts heads d], queries before keys before values, into [B, heads, L, d] each."""
+    return packed.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class AttentionBlock(nn.Module):
@@ -221,8 +227,7 @@ class ClipBlock(AttentionBlock):
     def project(self, normed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
         qkv = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return split_heads(qkv, attn.num_heads)
 
     @override
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,8 +235,7 @@ class ClipBlock(AttentionBlock):
         D = normed.shape[2]
         bias = None if attn.in_proj_bias is None else attn.in_proj_bias[D:]
         kv = F.linear(normed, attn.in_proj_weight[D:], bias)
-        k, v = kv.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return k, v
+        return split_heads(kv, attn.num_heads, 2)
 
     @override
     def merge(self, o: Tensor) -> Tensor:
@@ -280,6 +284,13 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, D, h, w] to the same."""
         return x + self.mlp(self.norm(self.mix(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+def local_tokens(stem: nn.Module, local: nn.Module, images: Tensor) -> tuple[Tensor, Grid]:
+    """Run stem and local blocks; return (tokens [B, N, D], grid)."""
+    # Channels last: the norm and the MLP of a local block then read the convolution in place.
+    x = local(stem(images.contiguous(memory_format=torch.channels_last)))
+    return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 
 
 def local_stem(width: int) -> nn.Sequential:

@@ -28,7 +28,7 @@ from ovseg_kernels.distributed import sum_over_ranks
 
 from ..bounds import bounded
 from .backbone import ClipBackbone
-from .blocks import LOCAL_PATCH, AttentionBlock, LocalBlock, local_stem
+from .blocks import LOCAL_PATCH, AttentionBlock, LocalBlock, local_stem, local_tokens
 from .features import Grid
 from .grouping import Grouped, GroupingBlock
 from .tensors import at_least_float32
@@ -135,9 +135,7 @@ class _LocalEmbed(nn.Module):
         self.local = nn.Sequential(*(LocalBlock(width) for _ in range(depth)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        # Channels last: the norm and the MLP of a local block then read the convolution in place.
-        x = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        return local_tokens(self.stem, self.local, images)
 
 
 class _TokenMixer(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from .blocks import AttentionBlock
+from .blocks import AttentionBlock, split_heads
 from .features import Grid
 from .towers import (
     BlockTower,
@@ -95,8 +95,9 @@ class TimmBlock(AttentionBlock):
                 qkv = F.linear(
                     normed, attn.qkv.weight, torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
                 )
-            q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = attn.q_norm(q), attn.k_norm(k)
+            q, k, v = split_heads(qkv, attn.num_heads)
+        q = attn.q_norm(q)
+        k = attn.k_norm(k)
         if rope is not None:
             half = getattr(attn, "rotate_half", False)
             q, k = (

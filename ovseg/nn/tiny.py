@@ -19,7 +19,14 @@ from typing_extensions import override
 
 from ..bounds import bounded
 from .backbone import ClipBackbone
-from .blocks import LOCAL_PATCH, AttentionBlock, LocalBlock, local_stem
+from .blocks import (
+    LOCAL_PATCH,
+    AttentionBlock,
+    LocalBlock,
+    local_stem,
+    local_tokens,
+    split_heads,
+)
 from .features import Grid, PatchFeatures
 from .readout import CLIP, ProxyFeatures, Readout, run_blocks
 
@@ -62,14 +69,12 @@ class _Block(AttentionBlock):
         )
 
     def project(self, normed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(normed).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return split_heads(self.qkv(normed), self.heads)
 
     def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
         D = normed.shape[2]
         kv = F.linear(normed, self.qkv.weight[D:], self.qkv.bias[D:])
-        k, v = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return k, v
+        return split_heads(kv, self.heads, 2)
 
     def merge(self, o: Tensor) -> Tensor:
         return self.out(o.transpose(1, 2).flatten(2))
@@ -123,9 +128,7 @@ class TinyClip(ClipBackbone):
 
     @override
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        # Channels last: the norm and the MLP of a local block then read the convolution in place.
-        grid = self.local(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        return grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3])
+        return local_tokens(self.stem, self.local, images)
 
     @override
     def sequence(self, images: Tensor, class_weight: float = 1.0) -> tuple[Tensor, Grid]:

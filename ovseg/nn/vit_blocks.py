@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from .blocks import AttentionBlock, attention, quick_gelu_linear
+from .blocks import AttentionBlock, attention, quick_gelu_linear, split_heads
 from .features import Grid
 from .tensors import upload
 
@@ -237,8 +237,7 @@ class VitBlock(AttentionBlock):
 
     @override
     def project(self, normed: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.attn.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return split_heads(self.attn.qkv(normed), self.heads)
 
     @override
     def merge(self, o: Tensor) -> Tensor:
@@ -260,8 +259,7 @@ class PackedBlock(VitBlock):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:  # type: ignore[override]
         """Run over packed tokens; ``packing`` says which text each is of."""
-        qkv = packing.pad(self.attn.qkv(self.norm1(x))).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(packing.pad(self.attn.qkv(self.norm1(x))), self.heads)
         # Causal attention never looks at the padding behind a text.
         mask = None if self.causal else packing.seen[:, None, None, :]
         o = attention(q, k, v, mask=mask, causal=self.causal, backend=self.attention_backend)

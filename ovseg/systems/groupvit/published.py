@@ -26,47 +26,42 @@ _BYTE_PAIRS = 49408  # words of CLIP's own tokenizer
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SEPARATE = re.compile(r"(.+\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 _PACKED = re.compile(r"(.+\.layers\.\d+\.self_attn)\.qkv\.(weight|bias)")
-# Theirs, ours; the first that fits, {} is a number. The rest of a name is _INSIDE's.
+# Theirs, ours below ``backbone.``; the first that fits, {} is a number.
 _NVIDIA = (
-    ("img_encoder.layers.{}.group_projector.0.", "backbone.image.layers.{}.group_projector.norm."),
-    ("img_encoder.layers.{}.group_projector.1.", "backbone.image.layers.{}.group_projector.mlp."),
-    ("img_encoder.", "backbone.image."),
-    ("text_encoder.transformer.resblocks.{}.attn.in_proj_", "backbone.text.layers.{}.attn.qkv."),
-    ("text_encoder.transformer.resblocks.{}.attn.out_proj.", "backbone.text.layers.{}.attn.proj."),
-    ("text_encoder.transformer.resblocks.{}.ln_1.", "backbone.text.layers.{}.norm1."),
-    ("text_encoder.transformer.resblocks.{}.ln_2.", "backbone.text.layers.{}.norm2."),
-    ("text_encoder.transformer.resblocks.{}.mlp.c_fc.", "backbone.text.layers.{}.mlp.fc1."),
-    ("text_encoder.transformer.resblocks.{}.mlp.c_proj.", "backbone.text.layers.{}.mlp.fc2."),
-    ("text_encoder.", "backbone.text."),
-    ("img_projector.", "backbone.image_projector."),
-    ("text_projector.", "backbone.text_projector."),
-    ("logit_scale", "backbone.logit_scale"),
+    ("img_encoder.layers.{}.group_projector.0.", "image.layers.{}.group_projector.norm."),
+    ("img_encoder.layers.{}.group_projector.1.", "image.layers.{}.group_projector.mlp."),
+    ("img_encoder.", "image."),
+    ("text_encoder.transformer.resblocks.{}.attn.in_proj_", "text.layers.{}.attn.qkv."),
+    ("text_encoder.transformer.resblocks.{}.attn.out_proj.", "text.layers.{}.attn.proj."),
+    ("text_encoder.transformer.resblocks.{}.ln_1.", "text.layers.{}.norm1."),
+    ("text_encoder.transformer.resblocks.{}.ln_2.", "text.layers.{}.norm2."),
+    ("text_encoder.transformer.resblocks.{}.mlp.c_fc.", "text.layers.{}.mlp.fc1."),
+    ("text_encoder.transformer.resblocks.{}.mlp.c_proj.", "text.layers.{}.mlp.fc2."),
+    ("text_encoder.", "text."),
+    ("img_projector.", "image_projector."),
+    ("text_projector.", "text_projector."),
+    ("logit_scale", "logit_scale"),
 )
-_RULES = (
-    ("vision_model.embeddings.position_embeddings", "backbone.image.pos_embed"),
-    ("vision_model.embeddings.patch_embeddings.projection.", "backbone.image.patch_embed.proj."),
-    ("vision_model.embeddings.layernorm.", "backbone.image.patch_embed.norm."),
-    ("vision_model.encoder.stages.{}.layers.{}.", "backbone.image.layers.{}.blocks.{}."),
-    (
-        "vision_model.encoder.stages.{}.group_projector.0.",
-        "backbone.image.layers.{}.group_projector.norm.",
-    ),
-    (
-        "vision_model.encoder.stages.{}.group_projector.1.",
-        "backbone.image.layers.{}.group_projector.mlp.",
-    ),
-    ("vision_model.encoder.stages.{}.", "backbone.image.layers.{}."),
-    ("vision_model.layernorm.", "backbone.image.norm."),
-    ("text_model.embeddings.token_embedding.", "backbone.text.token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "backbone.text.positional_embedding"),
-    ("text_model.encoder.layers.{}.", "backbone.text.layers.{}."),
-    ("text_model.final_layer_norm.", "backbone.text.ln_final."),
-    ("visual_projection.3.", "backbone.image_projector.linear_out."),
-    ("text_projection.3.", "backbone.text_projector.linear_out."),
-    ("visual_projection.{}.", "backbone.image_projector.linear_hidden.{}."),
-    ("text_projection.{}.", "backbone.text_projector.linear_hidden.{}."),
-    ("logit_scale", "backbone.logit_scale"),
+_TRANSFORMERS = (
+    ("vision_model.embeddings.position_embeddings", "image.pos_embed"),
+    ("vision_model.embeddings.patch_embeddings.projection.", "image.patch_embed.proj."),
+    ("vision_model.embeddings.layernorm.", "image.patch_embed.norm."),
+    ("vision_model.encoder.stages.{}.layers.{}.", "image.layers.{}.blocks.{}."),
+    ("vision_model.encoder.stages.{}.group_projector.0.", "image.layers.{}.group_projector.norm."),
+    ("vision_model.encoder.stages.{}.group_projector.1.", "image.layers.{}.group_projector.mlp."),
+    ("vision_model.encoder.stages.{}.", "image.layers.{}."),
+    ("vision_model.layernorm.", "image.norm."),
+    ("text_model.embeddings.token_embedding.", "text.token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "text.positional_embedding"),
+    ("text_model.encoder.layers.{}.", "text.layers.{}."),
+    ("text_model.final_layer_norm.", "text.ln_final."),
+    ("visual_projection.3.", "image_projector.linear_out."),
+    ("text_projection.3.", "text_projector.linear_out."),
+    ("visual_projection.{}.", "image_projector.linear_hidden.{}."),
+    ("text_projection.{}.", "text_projector.linear_hidden.{}."),
+    ("logit_scale", "logit_scale"),
 )
+# What follows in transformers' names, theirs and ours.
 _INSIDE = (
     ("layer_norm1.", "norm1."),
     ("layer_norm2.", "norm2."),
@@ -78,19 +73,20 @@ _INSIDE = (
 
 def to_ours(name: str) -> str:
     """Return our name of transformers' tensor."""
-    start, rest = _split(_RULES, name, 0, 1)
+    start, rest = _split(_TRANSFORMERS, name, 0, 1)
     return start + _swapped(rest, 0, 1)
 
 
 def to_theirs(name: str) -> str:
     """Invert ``to_ours``."""
-    start, rest = _split(_RULES, name, 1, 0)
+    start, rest = _split(_TRANSFORMERS, name, 1, 0)
     return start + _swapped(rest, 1, 0)
 
 
 def _split(rules: tuple[tuple[str, str], ...], name: str, old: int, new: int) -> tuple[str, str]:
     """Return (the beginning that the first fitting rule gives, the rest of the name as it is)."""
-    for rule in rules:
+    for theirs, ours in rules:
+        rule = (theirs, f"backbone.{ours}")
         found = re.match(re.escape(rule[old]).replace(r"\{\}", r"(\d+)"), name)
         if found:
             return rule[new].format(*found.groups()), name[found.end() :]
