@@ -103,6 +103,8 @@ def choice(*values: Any) -> Bound:
 
 
 POSITIVE = Bound(low=1, integer=True, form="one", expected="a positive integer")
+AT_LEAST_1 = Bound(low=1, integer=True, form="one", expected="at least 1")
+AT_LEAST_0 = Bound(low=0, integer=True, form="one", expected="at least 0")
 
 
 def bounded(
