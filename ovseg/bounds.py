@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -29,7 +30,10 @@ class Bound:
         above: whether ``low`` itself means nothing.
         below: whether ``high`` itself means nothing.
         one_of: the values to choose from, in place of numbers.
+        pattern: what a text must match from end to end, in place of numbers.
         integer: whether only integers count.
+        pair: whether the value is two numbers, which messages show together.
+        ordered: whether it is a pair of which the second is no smaller.
         form: ``any``: a value, or a list or a mapping of values, where something else checks which;
             ``one``: a value alone; ``mapping``: values by name, none of them None.
         expected: what was expected in words, for the message; made from the rest if empty.
@@ -40,39 +44,50 @@ class Bound:
     above: bool = False
     below: bool = False
     one_of: Sequence[Any] | None = None
+    pattern: str = ""
     integer: bool = False
+    pair: bool = False
+    ordered: bool = False
     form: str = "any"
     expected: str = ""
 
     def holds(self, value: Any) -> bool:
         """Return whether a single value lies within."""
         if self.one_of is not None:
-            return any(
-                value is one or (type(value) is type(one) and value == one) for one in self.one_of
-            )
+            return any(type(value) is type(one) and value == one for one in self.one_of)
+        if self.pattern:
+            return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
         if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
             return False
-        number = float(value)
-        if not math.isfinite(number) or not self.low <= number <= self.high:
+        # An integer is compared as it is: the nearest float of a large one may lie beyond.
+        number: Any = value if isinstance(value, Integral) else float(value)
+        if not self.low <= number <= self.high or number in (math.inf, -math.inf):
             return False
         return not (self.above and number == self.low) and not (self.below and number == self.high)
 
-    def words(self) -> str:
-        """Return what was expected, as messages end."""
+    def words(self, value: Any = None) -> str:
+        """Return what was expected in place of ``value``, as messages end."""
         if self.expected:
             return self.expected
         if self.one_of is not None:
             return f"one of {list(self.one_of)}"
-        kind = "an integer, " if self.integer else ""
-        least = f"above {self.low:g}" if self.above else f"{self.low:g}"
+        kind = "an integer, " if self.integer and not isinstance(value, int) else ""
+        if self.pair or self.ordered:
+            kind = f"two {'integers' if self.integer else 'numbers'}{' in order' * self.ordered}, "
         if math.isinf(self.high):
+            if math.isinf(self.low):
+                return "a finite number"
+            if self.above and self.low == 0 and not kind:
+                return "a positive number"
             return (
-                "a finite number"
-                if math.isinf(self.low)
-                else f"{kind}{least}{'' if self.above else ' or more'}"
+                f"{kind}above {_digits(self.low)}"
+                if self.above
+                else f"{kind}{_digits(self.low)} or more"
             )
-        most = f"below {self.high:g}" if self.below else f"{self.high:g}"
-        return f"{kind}{least} {'and' if self.above else 'to'} {most}"
+        most = f"below {_digits(self.high)}" if self.below else _digits(self.high)
+        if self.above:
+            return f"{kind}above {_digits(self.low)} and {'' if self.below else 'up to '}{most}"
+        return f"{kind}{_digits(self.low)} to {most}"
 
     def check(self, name: str, value: Any, error: type[Exception] = ConfigError) -> None:
         """Refuse a value, or one inside a list or a mapping, that does not lie within.
@@ -82,19 +97,27 @@ class Bound:
         """
         if value is None and not (self.form == "one" and self.one_of is not None):
             return
-        inside: Any = [("", value)]
         if self.form == "mapping" and not isinstance(value, Mapping):
             raise error(f"{name} is a {type(value).__name__}; expected numbers by name")
+        if self.pair or self.ordered:
+            numbers = list(value) if isinstance(value, (list, tuple)) else []
+            if len(numbers) != 2 or not all(map(self.holds, numbers)) or self._reversed(numbers):
+                raise error(f"{name} is {numbers or shown(value)}; expected {self.words(value)}")
+            return
+        inside: Any = [("", value)]
         if isinstance(value, Mapping) and self.form != "one":
             inside = value.items()
         elif isinstance(value, (list, tuple)) and self.form != "one":
             inside = enumerate(value)
         for part, one in inside:
-            if (one is None and self.form == "any") or self.holds(one):
-                continue
-            where = name if part == "" else f"{name}.{part}"
-            where = f"{name} of {part!r}" if self.form == "mapping" else where
-            raise error(f"{where} is {shown(one)}; expected {self.words()}")
+            if not self.holds(one) and (one is not None or self.form != "any"):
+                where = name if part == "" else f"{name}.{part}"
+                if self.form == "mapping":
+                    where = f"{name} of {part!r}"
+                raise error(f"{where} is {shown(one)}; expected {self.words(one)}")
+
+    def _reversed(self, pair: list[Any]) -> bool:
+        return self.ordered and pair[0] > pair[1]
 
 
 def choice(*values: Any) -> Bound:
@@ -121,8 +144,8 @@ def bounded(
         default: as of ``dataclasses.field``.
         within: the bound, where it has a name of its own.
         help: what ``--help`` says about it, where the command line makes an option of it.
-        default_factory: as of ``dataclasses.field``.
-        bound: attributes of ``Bound`` in place of ``within``; without either the field is not
+        default_factory: as ``default``.
+        **bound: attributes of ``Bound`` in place of ``within``; without either the field is not
             checked.
     """
     metadata: dict[str, Any] = {"bound": Bound(**bound) if bound else within}
@@ -134,7 +157,7 @@ def bounded(
 
 
 def check_bounds(options: Any, where: str = "", error: type[Exception] = ConfigError) -> None:
-    """Check every field of a dataclass that declares a bound.
+    """Check every field of a dataclass that declares a bound, and those of dataclasses inside it.
 
     Args:
         options: the instance.
@@ -143,8 +166,16 @@ def check_bounds(options: Any, where: str = "", error: type[Exception] = ConfigE
     """
     for one in fields(options):
         bound = one.metadata.get("bound")
+        value = getattr(options, one.name)
         if bound is not None:
-            bound.check(f"{where}{one.name}", getattr(options, one.name), error)
+            bound.check(f"{where}{one.name}", value, error)
+        elif is_dataclass(value):
+            check_bounds(value, f"{where}{one.name}.", error)
+
+
+def _digits(number: float) -> str:
+    """Return all digits of an integer, and of another number those that count."""
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def shown(value: Any) -> str:
