@@ -97,24 +97,24 @@ class Bound:
         """
         if value is None and not (self.form == "one" and self.one_of is not None):
             return
+        if self.form == "mapping" and not isinstance(value, Mapping):
+            raise error(f"{name} is a {type(value).__name__}; expected numbers by name")
         if self.pair or self.ordered:
             numbers = list(value) if isinstance(value, (list, tuple)) else []
             if len(numbers) != 2 or not all(map(self.holds, numbers)) or self._reversed(numbers):
                 raise error(f"{name} is {numbers or shown(value)}; expected {self.words(value)}")
             return
-        if self.form == "mapping" and not isinstance(value, Mapping):
-            raise error(f"{name} is a {type(value).__name__}; expected numbers by name")
         inside: Any = [("", value)]
         if isinstance(value, Mapping) and self.form != "one":
             inside = value.items()
         elif isinstance(value, (list, tuple)) and self.form != "one":
             inside = enumerate(value)
         for part, one in inside:
-            if (one is None and self.form == "any") or self.holds(one):
-                continue
-            where = name if part == "" else f"{name}.{part}"
-            where = f"{name} of {part!r}" if self.form == "mapping" else where
-            raise error(f"{where} is {shown(one)}; expected {self.words(one)}")
+            if not self.holds(one) and (one is not None or self.form != "any"):
+                where = name if part == "" else f"{name}.{part}"
+                if self.form == "mapping":
+                    where = f"{name} of {part!r}"
+                raise error(f"{where} is {shown(one)}; expected {self.words(one)}")
 
     def _reversed(self, pair: list[Any]) -> bool:
         return self.ordered and pair[0] > pair[1]
@@ -126,6 +126,8 @@ def choice(*values: Any) -> Bound:
 
 
 POSITIVE = Bound(low=1, integer=True, form="one", expected="a positive integer")
+AT_LEAST_1 = Bound(low=1, integer=True, form="one", expected="at least 1")
+AT_LEAST_0 = Bound(low=0, integer=True, form="one", expected="at least 0")
 
 
 def bounded(
@@ -142,8 +144,8 @@ def bounded(
         default: as of ``dataclasses.field``.
         within: the bound, where it has a name of its own.
         help: what ``--help`` says about it, where the command line makes an option of it.
-        default_factory: as of ``dataclasses.field``.
-        bound: attributes of ``Bound`` in place of ``within``; without either the field is not
+        default_factory: as ``default``.
+        **bound: attributes of ``Bound`` in place of ``within``; without either the field is not
             checked.
     """
     metadata: dict[str, Any] = {"bound": Bound(**bound) if bound else within}

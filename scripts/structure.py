@@ -11,10 +11,11 @@ import ast
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 WIDTH = 100
-FORMAT = ("ruff", "format", "--isolated", "--line-length", str(WIDTH), "-")
+RUFF = str(Path(sys.executable).with_name("ruff"))
+FORMAT = (RUFF, "format", "--isolated", "--line-length", str(WIDTH), "-")
 
 
 def output(*command, text=None):

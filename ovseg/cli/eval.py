@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
-    COUNT,
-    INDEX,
     MODEL_HELP,
     add_device,
+    add_fields,
     add_inference_options,
     add_weights,
     device_of,
@@ -38,53 +37,16 @@ _NO_COMMAND = ("run", "verb", "many", "out", "held", "list_protocols", "inferenc
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    from ..evaluation.jobs import EvaluationJob
+
     sub.add_argument("models", nargs="+", metavar="model", help=MODEL_HELP)
-    sub.add_argument(
-        "--data",
-        default="digits",
-        help="comma-separated: digits, shapes, digits_things, shapes_things; a benchmark; a .yaml "
-        "description; imagefolder",
-    )
-    sub.add_argument("--root", help="the folder that holds the benchmarks, or one of them")
-    sub.add_argument("--split", default="val")
-    sub.add_argument(
-        "--protocol",
-        default="plain",
-        help="a named protocol (--list-protocols) or a .yaml file (default: %(default)s)",
-    )
+    add_fields(sub, EvaluationJob)
     sub.add_argument(
         "--list-protocols", action=_ListProtocols, nargs=0, help="name the protocols and stop"
     )
     sub.add_argument(
         "--labels-file",
         help="texts of the classes in their order, in place of the protocol's; see ovseg segment",
-    )
-    sub.add_argument(
-        "--present-only",
-        action="store_true",
-        help="only the classes of a picture's truth compete in it (uses the truth)",
-    )
-    sub.add_argument("--boundary", action="store_true", help="Boundary IoU too")
-    sub.add_argument(
-        "--sweep", action="store_true", help="mIoU at 101 background thresholds, in one pass"
-    )
-    sub.add_argument("--limit", **COUNT, help="only so many pictures")
-    sub.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="leave out pictures and masks that cannot be read, and say so; exit code 3",
-    )
-    sub.add_argument("--scenes", **COUNT, default=300, help="of embedded data")
-    sub.add_argument("--seed", **INDEX, default=0, help="of embedded data")
-    sub.add_argument("--out", help="folder for results.json, table.md, classes.csv and pictures")
-    sub.add_argument(
-        "--plots", action="store_true", help="confusion matrix and classes too, into --out"
-    )
-    sub.add_argument(
-        "--batch",
-        **COUNT,
-        default=1,
-        help="pictures that are encoded together: faster on a GPU (default: 1)",
     )
     add_weights(sub, several=True)
     add_device(sub)

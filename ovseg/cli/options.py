@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from ..bounds import Bound
+from ..bounds import AT_LEAST_0, AT_LEAST_1, Bound
 from ..errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -51,16 +51,23 @@ class Within(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-COUNT: dict[str, Any] = {
-    "type": int,
-    "action": Within,
-    "bound": Bound(low=1, expected="at least 1"),
-}
-INDEX: dict[str, Any] = {
-    "type": int,
-    "action": Within,
-    "bound": Bound(low=0, expected="at least 0"),
-}
+COUNT: dict[str, Any] = {"type": int, "action": Within, "bound": AT_LEAST_1}
+INDEX: dict[str, Any] = {"type": int, "action": Within, "bound": AT_LEAST_0}
+
+
+def add_fields(sub: argparse.ArgumentParser, job: type) -> None:
+    """Add an option for each field of a job that has a help text, within the field's bound."""
+    hints = get_type_hints(job)
+    for field in fields(job):
+        if "help" not in field.metadata:
+            continue
+        declared: dict[str, Any] = {"action": "store_true"}
+        if hints[field.name] is not bool:
+            declared = {"type": _kind(hints[field.name]), "default": field.default}
+        if field.metadata["bound"] is not None:
+            declared |= {"action": Within, "bound": field.metadata["bound"]}
+        name = f"--{field.name.replace('_', '-')}"
+        sub.add_argument(name, help=field.metadata["help"].replace("%", "%%"), **declared)
 
 
 def add_weights(sub: argparse.ArgumentParser, *, several: bool = False) -> None:

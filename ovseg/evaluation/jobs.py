@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import distributed
+from ..bounds import AT_LEAST_0, AT_LEAST_1, bounded, check_bounds
 from ..data.benchmark_sets import SegmentationSet, describe
 from ..data.labels import LabelSet
 from ..errors import InputError
@@ -41,56 +42,59 @@ logger = logging.getLogger(__name__)
 class EvaluationJob:
     """Data sets to measure models on, by which protocol, and where the results go.
 
-    Attributes:
-        data: names separated by commas: embedded scenes, benchmarks, ``.yaml`` descriptions; or
-            ``imagefolder``, for classification.
-        root: the folder that holds the benchmarks, or one of them.
-        split: of the benchmarks.
-        protocol: a name or a ``.yaml`` file.
-        labels: texts of the classes in place of the protocol's.
-        options: fields of ``View``, ``Queries`` and of the rule, in place of the protocol's.
-        present_only: whether only the classes of a picture's truth compete in it.
-        boundary: whether Boundary IoU is measured too.
-        sweep: whether background thresholds are tried.
-        limit: of pictures.
-        skip_bad: whether what cannot be read is left out.
-        batch: pictures that are encoded together.
-        scenes, seed: of embedded data.
-        out: folder of the results, if they are written.
-        plots: whether confusion matrices and classes are drawn too.
-        command, environment: for the results.
-        tell: takes the lines of tables, one by one.
+    Fields with a text are options of ``ovseg eval`` too. ``labels`` are texts of the classes in
+    place of the protocol's, ``options`` fields of ``View``, ``Queries`` and of the rule in place of
+    the protocol's; ``command`` and ``environment`` go into the results, and ``tell`` takes the
+    lines of tables, one by one.
     """
 
-    data: str = "digits"
-    root: str | None = None
-    split: str = "val"
-    protocol: str = "plain"
+    data: str = bounded(
+        "digits",
+        help="comma-separated: digits, shapes, digits_things, shapes_things; a benchmark; a .yaml "
+        "description; imagefolder",
+    )
+    root: str | None = bounded(None, help="the folder that holds the benchmarks, or one of them")
+    split: str = bounded("val", help="of the benchmarks (default: val)")
+    protocol: str = bounded(
+        "plain", help="a named protocol (--list-protocols) or a .yaml file (default: plain)"
+    )
     labels: LabelSet | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    present_only: bool = False
-    boundary: bool = False
-    sweep: bool = False
-    limit: int | None = None
-    skip_bad: bool = False
-    batch: int = 1
-    scenes: int = 300
-    seed: int = 0
-    out: str | Path | None = None
-    plots: bool = False
+    present_only: bool = bounded(
+        False, help="only the classes of a picture's truth compete in it (uses the truth)"
+    )
+    boundary: bool = bounded(False, help="Boundary IoU too")
+    sweep: bool = bounded(False, help="mIoU at 101 background thresholds, in one pass")
+    limit: int | None = bounded(None, AT_LEAST_1, "only so many pictures")
+    skip_bad: bool = bounded(
+        False,
+        help="leave out pictures and masks that cannot be read, and say so; exit code 3",
+    )
+    batch: int = bounded(
+        1,
+        AT_LEAST_1,
+        "pictures that are encoded together: faster on a GPU (default: 1)",
+    )
+    scenes: int = bounded(300, AT_LEAST_1, "of embedded data")
+    seed: int = bounded(0, AT_LEAST_0, "of embedded data")
+    out: str | None = bounded(
+        None, help="folder for results.json, table.md, classes.csv and pictures"
+    )
+    plots: bool = bounded(False, help="confusion matrix and classes too, into --out")
     command: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[str], None] = logger.info
 
     def __post_init__(self) -> None:
+        check_bounds(self, "", InputError)
         if self.plots and self.out is None:
             raise InputError(
                 "--plots is given and --out is missing; expected a folder for the plots"
             )
         if self.out is not None:
-            self.out = folder_for(self.out, "--out")
+            out = folder_for(self.out, "--out")
             for name in ("results.json", "table.md", "classes.csv", "gallery.png"):
-                file_for(self.out / name, "--out needs a file, and")
+                file_for(out / name, "--out needs a file, and")
         if self.root is not None and (what := no_folder(self.root)) is not None:
             raise InputError(
                 f"--root {self.root!r} {what}; expected the folder that holds the data"

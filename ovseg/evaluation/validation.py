@@ -27,13 +27,13 @@ def validation(recipe: Any) -> Validation | None:
     part = recipe.validation
     if part.every_steps is None:
         return None
-    name = part.data or recipe.data.get("style")
+    name = part.data or getattr(recipe.data, "style", None)
     if name is None:
         raise ConfigError(
             "validation.data is null and the recipe trains on no scenes; expected a benchmark of "
             "`ovseg data list`"
         )
-    most = recipe.data.get("max_pixels")
+    most = getattr(recipe.data, "max_pixels", None)
     view = {"max_pixels": most} if most else {}
     if name in SCENE_SETS:
         data: Any = SceneSet(name, part.limit or _SCENES, recipe.train.seed)

@@ -43,26 +43,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Queries:
-    """The question: what is asked of a picture.
+    """The question: what is asked of a picture; each field says what it does.
 
-    Attributes:
-        labels: the classes with their texts; None until a label set is given.
-        templates: prompt templates, a name or format strings; None: those of the label set, else
-            the model's.
-        text_mean: of the templates: ``unit`` normalises every text embedding before the mean,
-            ``raw`` does not.
-        synonyms: ``max``: a class scores what its best text scores; ``mean``: the mean of its
-            texts' unit embeddings is asked for.
-        background: texts that stand for everything else; where one wins, the label is -1. One that
-            is a text of a class too, as in published lists, counts for the class alone, which is
-            told: see ``rivals``.
-        embeddings: a ``.npy`` file of the texts' embeddings, those of the background last, in place
-            of the text tower and the templates.
+    ``labels`` are the classes with their texts, None until a label set is given. A text of the
+    ``background`` that is a text of a class too, as in published lists, counts for the class alone,
+    which is told: see ``rivals``.
     """
 
     labels: LabelSet | None = None
     templates: str | tuple[str, ...] | None = bounded(
-        None, help="set of prompt templates: label, simple, scenes, pacl7, zegclip15, clip80"
+        None,
+        help="set of prompt templates: label, simple, scenes, pacl7, zegclip15, clip80; in Python "
+        "format strings too (default: of the label set, else of the model)",
     )
     text_mean: str = bounded(
         "unit",
@@ -81,8 +73,8 @@ class Queries:
     )
     embeddings: str | None = bounded(
         None,
-        help="a .npy file with a row for each label's texts, in place of the text tower and "
-        "templates",
+        help="a .npy file with a row for each text, those of the background last, in place of the "
+        "text tower and templates",
     )
 
     def __post_init__(self) -> None:

@@ -28,26 +28,13 @@ def patches(size: tuple[int, int], patch: int, stride: int | None = None) -> int
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is resized and cut before a model sees it.
-
-    Attributes:
-        short_side: pictures are resized to this short side, keeping their shape; the model's
-            training size if None.
-        long_side: and made smaller where their long side would exceed this.
-        resize: ``bicubic`` (antialiased, Pillow's) or ``bilinear`` (without antialiasing, as OpenCV
-            does it).
-        crop: side of square sliding windows in the resized picture; None sees the picture whole.
-        stride: pixels from one window to the next; half of ``crop`` if None.
-        window_batch: windows, or pictures seen whole, in one encoder call; those of several
-            pictures share calls.
-        max_pixels: pictures with more are refused, as they come and as they are resized; the one
-            limit, in place of Pillow's.
-        max_tokens: patches in one window, or in a picture seen whole: time and memory grow with
-            their square. All windows of a picture may have ``WINDOWS`` times as many.
-    """
+    """How a picture is resized and cut before a model sees it; each field says what it does."""
 
     short_side: int | None = bounded(
-        None, POSITIVE, "resize pictures to this short side before encoding"
+        None,
+        POSITIVE,
+        "resize pictures to this short side, keeping their shape (default: the model's training "
+        "size)",
     )
     long_side: int | None = bounded(
         None, POSITIVE, "and make them smaller where the long side would exceed this"
@@ -55,20 +42,29 @@ class View:
     resize: str = bounded(
         "bicubic",
         choice("bicubic", "bilinear"),
-        "bicubic (antialiased) or bilinear (not, as OpenCV does it)",
+        "bicubic (antialiased, Pillow's) or bilinear (not, as OpenCV does it)",
     )
     crop: int | None = bounded(
-        None, POSITIVE, "see the resized picture through square windows of this side"
+        None,
+        POSITIVE,
+        "see the resized picture through square windows of this side (default: whole)",
     )
     stride: int | None = bounded(
         None, POSITIVE, "pixels from one window to the next (default: half of --crop)"
     )
-    window_batch: int = bounded(8, POSITIVE, "windows in one encoder call, of several pictures")
+    window_batch: int = bounded(
+        8, POSITIVE, "windows, or pictures seen whole, in one encoder call, of several pictures"
+    )
     max_pixels: int = bounded(
-        MAX_PIXELS, POSITIVE, f"pictures of more pixels are refused ({MAX_PIXELS})"
+        MAX_PIXELS,
+        POSITIVE,
+        f"pictures of more pixels, as they come or resized, are refused ({MAX_PIXELS})",
     )
     max_tokens: int = bounded(
-        32768, POSITIVE, "pictures of more patches in one view are refused (32768)"
+        32768,
+        POSITIVE,
+        "pictures of more patches in one view are refused (32768), and of "
+        f"{WINDOWS} times as many in all windows; time and memory grow with their square",
     )
 
     def __post_init__(self) -> None:

@@ -126,7 +126,7 @@ class DemoJob:
         if self.steps:
             shorten(recipe, self.steps[number])
         if self.train_scenes:
-            recipe.data["train_size"] = self.train_scenes
+            recipe.data.train_size = self.train_scenes
         folder = folder_for(self.folder(stage), "--out needs a folder, and")
         check_names(folder)
         saved = folder / "config.yaml"
@@ -141,7 +141,7 @@ class DemoJob:
     def _changes(self, stage: Stage) -> list[str]:
         """Return the overrides of a stage's recipe: the data, and the CLIP it starts from."""
         changes = [f"data.style={self.data}"]
-        if load_recipe(stage.recipe).data["kind"] == "masks":
+        if load_recipe(stage.recipe).data.kind == "masks":
             changes = [f"data.set={self.data}", f"objective.options.classes={self.data}"]
         clip = stage.starts_from(self.data)
         if clip is not None:

@@ -276,7 +276,7 @@ def test_second_encoders_that_are_none():
 @pytest.mark.parametrize("bad,message", [
     ({"terms": ["proxy", "qq"]}, r"readout.terms is \['proxy', 'qq'\]; expected some of .*, or 'proxy' alone"),
     ({"terms": ["proxy"]}, "expected depth 1, and no residual"),
-    ({"terms": ["proxy"], "residual": False, "gamma": 0.0}, "readout.gamma is 0.0; expected above 0"),
+    ({"terms": ["proxy"], "residual": False, "gamma": 0.0}, "readout.gamma is 0.0; expected a positive number"),
 ])
 @pytest.mark.bad_input("models", "a second encoder that cannot be")
 def test_bad_settings_of_proxyclip(bad, message):

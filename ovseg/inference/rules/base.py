@@ -19,6 +19,8 @@ from ..view import Placement
 # Of cosines. Beyond it float32 holds no difference between two labels.
 SCALE = Bound(low=1e-6, high=1e6, form="one", expected="a positive number, 1e-06 .. 1e+06")
 SHARE = Bound(low=0, high=1, form="one", expected="a share, 0 .. 1")
+# Of what is added to the scores of classes by name, last, as ZegCLIP's -0.1 for classes that it has
+# seen in training.
 BIAS = Bound(form="mapping", expected="a finite number. allowed= leaves a class out")
 
 

@@ -28,21 +28,13 @@ from .base import BIAS, SCALE, Decision, take_back
 
 @dataclass(frozen=True)
 class GroupTables(Decision):
-    """The class of the pixel's group.
-
-    Attributes:
-        scale: s of (1); the model's own logit scale if None.
-        top_classes: only so many texts, the most similar to the whole window, may label a group.
-        background_threshold: (2), a product of two probabilities, 0 .. 1; relative: it never
-            exceeds the best group of the window.
-        bias: added to the scores of classes by name, last.
-    """
+    """The class of the pixel's group; each field says what it does."""
 
     scale: float | None = bounded(
         None, SCALE, "multiplies the cosines (groups: the model's own logit scale)"
     )
     top_classes: int = bounded(
-        5, POSITIVE, "only so many labels, the most similar to the whole window, may label a group"
+        5, POSITIVE, "only so many texts, the most similar to the whole window, may label a group"
     )
     background_threshold: float | None = bounded(
         None,

@@ -23,12 +23,7 @@ from .base import BIAS, Decision, take_back
 
 @dataclass(frozen=True)
 class ClassMasks(Decision):
-    """The most probable mask.
-
-    Attributes:
-        background_threshold: pixels whose winner is less probable get -1, 0 .. 1.
-        bias: added to the probabilities of classes by name, last.
-    """
+    """The most probable mask; each field says what it does."""
 
     background_threshold: float | None = bounded(
         None,

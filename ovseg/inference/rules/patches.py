@@ -49,51 +49,41 @@ Winner = tuple[torch.Tensor, torch.Tensor]  # labels and the winner's score, [H,
 
 @dataclass(frozen=True)
 class PatchArgmax(Decision):
-    """The largest of the patches' scores.
+    """The largest of the patches' scores; each field says what it does."""
 
-    Attributes:
-        scale: multiplies the cosines; needed by softmax and entropy, where it decides what a
-            probability means.
-        activation: None, ``sigmoid`` or ``softmax`` over all texts.
-        stage: where it acts: in each ``window``, on the ``merged`` windows, or on the ``output``
-            after the last resize.
-        background_threshold: pixels whose winner scores less get -1. Without an activation a
-            cosine, -1 .. 1, times the scale; with one a probability, 0 .. 1.
-        background_entropy: pixels get -1 where the entropy (nats) of softmax(scale * cosines) over
-            all texts exceeds this; taken at the patches, upsampled like a class.
-        area_threshold: classes with less than this share of the foreground are taken back and their
-            pixels decided again.
-        bias: added to the scores of classes by name, last: ZegCLIP's -0.1 for classes seen in
-            training.
-        refine: ``pamr`` adapts the class maps to the picture's edges.
-    """
-
-    scale: float | None = bounded(None, SCALE, "multiplies the cosines, for softmax and entropy")
+    scale: float | None = bounded(
+        None,
+        SCALE,
+        "multiplies the cosines; softmax and entropy need it, as it decides what is probable",
+    )
     activation: str | None = bounded(
         None,
         choice(None, "sigmoid", "softmax"),
-        "sigmoid or softmax (which needs --scale); then scores are probabilities",
+        "sigmoid, or softmax over all texts (which needs --scale); then scores are probabilities",
     )
     stage: str = bounded(
         "output",
         choice("window", "merged", "output"),
-        "where the activation acts: window, merged or output",
+        "where the activation acts: in each window, on the merged windows, or on the output after "
+        "the last resize",
     )
     background_threshold: float | None = bounded(
         None,
         Bound(form="one", expected="a finite number"),
-        "pixels whose winner scores less get no label: a cosine, or a probability with "
-        "--activation",
+        "pixels whose winner scores less get no label: a cosine times the scale, or a probability "
+        "with --activation",
     )
     background_entropy: float | None = bounded(
         None,
         Bound(low=0, high=100, form="one", expected="nats, 0 .. 100"),
-        "pixels get no label where the entropy of softmax(scale * cosines) exceeds this",
+        "pixels get no label where the entropy, in nats, of softmax(scale * cosines) over all "
+        "texts exceeds this",
     )
     area_threshold: float = bounded(
         0.0,
         Bound(low=0, high=1, below=True, form="one", expected="a share of 0 to below 1"),
-        "labels with less than this share of the foreground are taken back",
+        "labels with less than this share of the foreground are taken back and their pixels "
+        "decided again",
     )
     bias: dict[str, float] | None = bounded(None, BIAS)
     refine: str | None = bounded(

@@ -29,17 +29,7 @@ from .patches import PatchArgmax
 
 @dataclass(frozen=True)
 class SemanticUnits(PatchArgmax):
-    """The largest of the patches' scores, which are those of their units too.
-
-    Attributes:
-        unit: ``adaptive``, ``fixed`` or ``pixel``.
-        merge_at: of adaptive: the least average link of two units that become one, a cosine; None:
-            by ``merge_quantile``.
-        merge_quantile: of the links of neighbouring patches of a window, which is then
-            ``merge_at``.
-        units: of fixed, how many.
-        unit_weight: w of (1).
-    """
+    """The largest of the patches' scores, which are those of their units too."""
 
     unit: str = bounded(
         "adaptive",
