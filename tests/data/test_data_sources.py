@@ -16,10 +16,10 @@ from PIL import Image
 from ovseg.cli.main import main
 from ovseg.data.batches import CrossImageBatch, PairBatch
 from ovseg.data.loader import Loader
+from ovseg.data.pair_samples import PairSample, caption_id, collate_pairs, countable_pairs
 from ovseg.data.sampling import generator, integer
 from ovseg.data.scenes import Scenes
 from ovseg.data.sources import ModelInputs, create_source, list_kinds, load_options
-from ovseg.data.pair_samples import PairSample, caption_id, collate_pairs, countable_pairs
 from ovseg.data.sources.base import SkipLimit
 from ovseg.data.sources.folder import FolderPairs, Names
 from ovseg.data.sources.folder import Options as FolderOptions

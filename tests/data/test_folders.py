@@ -11,8 +11,8 @@ from PIL import Image
 from ovseg.cli.main import main
 from ovseg.data.folders import UNREAD, Folder, hidden, look
 from ovseg.data.images import SUFFIXES
-from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.sources.folder import FolderPairs
+from ovseg.data.sources.folder import Options as FolderOptions
 from ovseg.data.superpixels import SuperpixelFile
 from ovseg.errors import DataError, InputError
 from ovseg.evaluation.classification import ClassFolders
