@@ -219,6 +219,7 @@ def filter_captions(
     """
     _check_files(source, out)
     found = Filtered()
+    words = entities.surface
     is_json = source.suffix.lower() == ".jsonl"
     with source.open("rb") as lines, replacing(out) as part, part.open("wb") as kept:
         with bar(
@@ -234,11 +235,10 @@ def filter_captions(
                 except ValueError as error:
                     found.bad.append(f"{source}:{number}: {error}")
                     continue
-                named = {
-                    mention.index
-                    for mention in entities.find(caption)
-                    if not exact or caption[mention.start : mention.end] in entities.surface
-                }
+                mentions = entities.find(caption)
+                if exact:
+                    mentions = [one for one in mentions if caption[one.start : one.end] in words]
+                named = {mention.index for mention in mentions}
                 if named:
                     found.kept += 1
                     found.counts.update(entities.names[index] for index in named)

@@ -7,7 +7,6 @@ read without running code, and a picture's map is decoded when it is asked for.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import threading
@@ -18,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,32 +91,6 @@ def patch_labels(segments: np.ndarray, patch: int, how: str = "majority") -> np.
     flat = compact.reshape(cells.shape) + np.arange(h * w)[:, None] * len(names)
     counts = np.bincount(flat.ravel(), minlength=h * w * len(names)).reshape(h * w, len(names))
     return names[counts.argmax(1)].astype(np.int64).reshape(h, w)
-
-
-def crop_patch_labels(
-    segments: np.ndarray,
-    box: tuple[float, float, float, float],
-    size: int,
-    patch: int,
-    how: str = "majority",
-) -> np.ndarray:
-    """Return ``patch_labels`` of a crop, resized to ``size`` by nearest pixels.
-
-    Args:
-        segments: [H, W] of the whole picture, at any resolution.
-        box: left, top, right, bottom as shares of the picture; rows and columns that it touches
-            belong to the crop, and where fewer than two would be left, the whole map does.
-        size: of the crop in pixels.
-        patch: side of a patch in pixels.
-        how: see ``patch_labels``.
-    """
-    H, W = segments.shape
-    rows = slice(int(box[1] * H), math.ceil(box[3] * H))
-    columns = slice(int(box[0] * W), math.ceil(box[2] * W))
-    crop = segments[rows, columns]
-    crop = segments if min(crop.shape, default=0) < 2 else crop
-    chosen_rows, chosen_columns = (np.arange(size) * side // size for side in crop.shape)
-    return patch_labels(crop[chosen_rows][:, chosen_columns], patch, how)
 
 
 def stored_key(key: str) -> str:
@@ -199,12 +173,9 @@ def write_superpixels(
     jobs = [(key, file, options) for key, file in pictures]
     found: dict[str, np.ndarray] = {}
     bad: list[str] = []
-    many = options.workers > 1
-    processes = (
-        ProcessPoolExecutor(options.workers, initializer=_end_with_parent)
-        if many
-        else nullcontext()
-    )
+    processes: Any = nullcontext()
+    if options.workers > 1:
+        processes = ProcessPoolExecutor(options.workers, initializer=_end_with_parent)
     with processes as pool:
         results = map(_cut, jobs) if pool is None else pool.map(_cut, jobs, chunksize=16)
         try:

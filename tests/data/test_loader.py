@@ -175,7 +175,7 @@ class Slow(FolderPairs):
 
 
 def test_waiting_is_measured(folder):
-    slow = Slow(folder.root, INPUTS, image_size=16)
+    slow = Slow(folder.root, INPUTS, FolderOptions(image_size=16))
     loader = Loader(slow, 4)
     take(loader, 4)
     assert loader.waiting.share > 0.8 and loader.waiting.seconds > 3 * 4 * 0.02
@@ -227,7 +227,7 @@ def test_workers_end_with_the_consumer(folder):
 @pytest.mark.bad_input("data", "a worker that is killed")
 def test_a_killed_worker_is_an_error(folder):
     before = set(children())
-    loader = Loader(Slow(folder.root, INPUTS, image_size=16), 4, workers=1, prefetch=1)
+    loader = Loader(Slow(folder.root, INPUTS, FolderOptions(image_size=16)), 4, workers=1, prefetch=1)
     with loader, pytest.raises((DataError, RuntimeError), match=r"DataLoader worker.*(killed by signal|exited unexpectedly)"):
         iterator = iter(loader)
         next(iterator)
@@ -242,7 +242,7 @@ def test_a_killed_worker_is_an_error(folder):
 @pytest.mark.bad_input("data", "a worker that hangs")
 def test_a_worker_that_does_not_answer_is_given_up(folder):
     before = set(children())
-    slow = Slow(folder.root, INPUTS, image_size=16)
+    slow = Slow(folder.root, INPUTS, FolderOptions(image_size=16))
     slow.seconds = 30
     with Loader(slow, 2, workers=1, timeout=0.5) as loader, pytest.raises(DataError, match="DataLoader timed out after 0"):
         next(iter(loader))
