@@ -1,4 +1,6 @@
-"""Libraries that are not installed, or do not import: one sentence that says what to install, before the work."""
+"""Libraries that are not installed, or do not import: one sentence that says what to install,
+before the work.
+"""
 
 import json
 import os
@@ -35,21 +37,58 @@ _HIDE = """
                 code = [type(error).__name__, str(error), error.__suppress_context__, error.__cause__ is None]
         return [code, out.getvalue(), err.getvalue()]
 """
-_MODELS = ("PIL", "safetensors", "omegaconf", "yaml", "scipy", "tqdm", "open_clip", "timm", "torchvision",
-           "huggingface_hub", "sklearn", "skimage", "matplotlib", "transformers")  # fmt: skip
+_MODELS = (
+    "PIL",
+    "safetensors",
+    "omegaconf",
+    "yaml",
+    "scipy",
+    "tqdm",
+    "open_clip",
+    "timm",
+    "torchvision",
+    "huggingface_hub",
+    "sklearn",
+    "skimage",
+    "matplotlib",
+    "transformers",
+)
 
 
 def without(hidden, code, *arguments):
     """Return what ``code`` prints as JSON in a process where ``hidden`` modules cannot be found."""
-    line = [sys.executable, "-c", textwrap.dedent(_HIDE) + textwrap.dedent(code), ",".join(hidden), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=Path(ovseg.__file__).parents[1])
+    line = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(_HIDE) + textwrap.dedent(code),
+        ",".join(hidden),
+        *arguments,
+    ]
+    done = subprocess.run(
+        line, capture_output=True, text=True, check=True, cwd=Path(ovseg.__file__).parents[1]
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_commands_without_the_extras():
-    """Commands that need torch only work; the others say one sentence, and the package too. No word of the import is chained."""
-    lines = ["--version", "--help", "info", "segment p.png", "eval pacl_tiny", "train clip_scenes run=r", "demo",
-             "data list", "models", "convert a b --out c", "bench --whole pictures", "bench --case zzz"]  # fmt: skip
+    """Commands that need torch only work; the others say one sentence, and the package too.
+
+    No word of the import is chained.
+    """
+    lines = [
+        "--version",
+        "--help",
+        "info",
+        "segment p.png",
+        "eval pacl_tiny",
+        "train clip_scenes run=r",
+        "demo",
+        "data list",
+        "models",
+        "convert a b --out c",
+        "bench --whole pictures",
+        "bench --case zzz",
+    ]
     code = """
         from ovseg.cli.main import main
         found = {line: told(main, line.split()) for line in sys.argv[2:]}
@@ -85,15 +124,25 @@ def test_commands_without_torch():
         found = {line: told(main, line.split()) for line in sys.argv[2:]}
         print(json.dumps([found, sorted(sys.modules)]))
     """
-    found, loaded = without(("torch", "numpy"), code, "--version", "--help", "info", "segment p.png")
+    found, loaded = without(
+        ("torch", "numpy"), code, "--version", "--help", "info", "segment p.png"
+    )
     assert found["--version"][0] == found["--help"][0] == 0 and "numpy" not in loaded
     for verb in ("info", "segment"):
         code, _, told = found["info" if verb == "info" else "segment p.png"]
-        assert code == 1 and told == f"ovseg {verb}: needs torch, which is not installed: pip install torch\n"
+        assert (
+            code == 1
+            and told == f"ovseg {verb}: needs torch, which is not installed: pip install torch\n"
+        )
 
 
-@pytest.mark.parametrize("error", [ImportError("libcudart.so.13: cannot open shared object file\nmore"),
-                                   OSError("libtorch_cpu.so: undefined symbol: iJIT_NotifyEvent")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libcudart.so.13: cannot open shared object file\nmore"),
+        OSError("libtorch_cpu.so: undefined symbol: iJIT_NotifyEvent"),
+    ],
+)
 def test_a_torch_that_does_not_import(monkeypatch, capsys, error):
     class Broken:
         @staticmethod
@@ -103,7 +152,9 @@ def test_a_torch_that_does_not_import(monkeypatch, capsys, error):
 
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
-    monkeypatch.setattr("ovseg.cli.ending.set_up", lambda: None)  # it looks whether torch is imported
+    monkeypatch.setattr(
+        "ovseg.cli.ending.set_up", lambda: None
+    )  # it looks whether torch is imported
     assert main(["info"]) == 1
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1
@@ -117,28 +168,49 @@ def hide(monkeypatch):
 
     def hide(*names):
         known = libraries.find_spec
-        monkeypatch.setattr(libraries, "find_spec", lambda name: None if name in names else known(name))
+        monkeypatch.setattr(
+            libraries, "find_spec", lambda name: None if name in names else known(name)
+        )
 
     return hide
 
 
-@pytest.mark.parametrize("library,line,told", [
-    ("matplotlib", "eval pacl_tiny --plots --out o",
-     "eval: --plots needs matplotlib, which is not installed: pip install 'ovseg-kernels[plot]'"),
-    ("scipy", "eval pacl_tiny --boundary",
-     "eval: --boundary needs scipy, which is not installed: pip install 'ovseg-kernels[models]'"),
-    ("sklearn", "eval pacl_tiny", "eval: the digits form needs sklearn, which"),
-    ("skimage", "segment --demo", "segment: the digits form needs skimage, which"),
-    ("skimage", "data browse", "data: the digits form needs skimage, which"),
-    ("skimage", "data superpixels . --out p.safetensors", "data: cutting up pictures needs skimage, which"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "library,line,told",
+    [
+        (
+            "matplotlib",
+            "eval pacl_tiny --plots --out o",
+            "eval: --plots needs matplotlib, which is not installed: pip install "
+            "'ovseg-kernels[plot]'",
+        ),
+        (
+            "scipy",
+            "eval pacl_tiny --boundary",
+            "eval: --boundary needs scipy, which is not installed: pip install "
+            "'ovseg-kernels[models]'",
+        ),
+        ("sklearn", "eval pacl_tiny", "eval: the digits form needs sklearn, which"),
+        ("skimage", "segment --demo", "segment: the digits form needs skimage, which"),
+        ("skimage", "data browse", "data: the digits form needs skimage, which"),
+        (
+            "skimage",
+            "data superpixels . --out p.safetensors",
+            "data: cutting up pictures needs skimage, which",
+        ),
+    ],
+)
 def test_before_the_work(tmp_path, monkeypatch, capsys, hide, library, line, told):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.png").write_bytes(b"")
     hide(library)
     assert main(line.split()) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith(f"ovseg {told}") and len(printed.err.splitlines()) == 1
+    assert (
+        printed.out == ""
+        and printed.err.startswith(f"ovseg {told}")
+        and len(printed.err.splitlines()) == 1
+    )
     assert os.listdir(tmp_path) == ["p.png"]
 
 
@@ -146,14 +218,18 @@ def test_a_plot_that_will_not_be_drawn_is_said_first(tmp_path, monkeypatch, caps
     """Plots beside the work go without their library, but not in silence."""
     hide("matplotlib")
     monkeypatch.chdir(tmp_path)
-    wrong = {"train clip_scenes run=r train.device=tpu": "no loss curve is drawn",
-             "demo --data shapes --train-scenes 1": "no loss curve is drawn",
-             "eval clip_dense_tiny --sweep --out o --data zzz": "no curve of --sweep is drawn",
-             "data check zzz --root . --out o": "no plot of the classes is drawn"}  # fmt: skip
+    wrong = {
+        "train clip_scenes run=r train.device=tpu": "no loss curve is drawn",
+        "demo --data shapes --train-scenes 1": "no loss curve is drawn",
+        "eval clip_dense_tiny --sweep --out o --data zzz": "no curve of --sweep is drawn",
+        "data check zzz --root . --out o": "no plot of the classes is drawn",
+    }
     for line, words in wrong.items():
         assert main(line.split()) == 2
         told = capsys.readouterr().err.splitlines()
-        assert told[0] == f"matplotlib is not installed: {words} (pip install 'ovseg-kernels[plot]')"
+        assert (
+            told[0] == f"matplotlib is not installed: {words} (pip install 'ovseg-kernels[plot]')"
+        )
 
 
 def test_a_plot_that_will_not_be_drawn_is_said_once(tmp_path, monkeypatch, capsys, caplog, hide):
@@ -163,7 +239,10 @@ def test_a_plot_that_will_not_be_drawn_is_said_once(tmp_path, monkeypatch, capsy
     (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     hide("matplotlib")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png") is None and "no loss curve is drawn" in caplog.text
+    assert (
+        plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png") is None
+        and "no loss curve is drawn" in caplog.text
+    )
     caplog.clear()
     say_if_missing("no loss curve is drawn")
     assert plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png") is None and not caplog.text
@@ -173,17 +252,27 @@ def test_a_plot_that_will_not_be_drawn_is_said_once(tmp_path, monkeypatch, capsy
 def test_names_of_open_clips_without_it(capsys, hide):
     hide("open_clip")
     assert main(["segment", "--demo", "-m", "no-such-model"]) == 2
-    assert "Names of open_clip's are known where it is installed: pip install 'ovseg-kernels[models]'" in capsys.readouterr().err
+    assert (
+        "Names of open_clip's are known where it is installed: pip install 'ovseg-kernels[models]'"
+        in capsys.readouterr().err
+    )
 
 
 def test_sentences():
-    assert reason(ModuleNotFoundError("No module named 'yaml.x'", name="yaml.x")).startswith("needs yaml, which")
-    assert reason(ModuleNotFoundError("", name="transformers")).endswith("not installed: pip install transformers")
+    assert reason(ModuleNotFoundError("No module named 'yaml.x'", name="yaml.x")).startswith(
+        "needs yaml, which"
+    )
+    assert reason(ModuleNotFoundError("", name="transformers")).endswith(
+        "not installed: pip install transformers"
+    )
     assert reason(ImportError("cannot import name 'a'\nfrom b")) == "cannot import name 'a'"
     assert remedy("matplotlib.figure") == "pip install 'ovseg-kernels[plot]'"
     assert installed("json") and not installed("no_such_module_anywhere")
     require("json", "this")
-    with pytest.raises(MissingLibrary, match="this needs no_such_module, which is not installed: pip install no_such_module"):
+    with pytest.raises(
+        MissingLibrary,
+        match="this needs no_such_module, which is not installed: pip install no_such_module",
+    ):
         require("no_such_module", "this")
 
 
@@ -192,8 +281,13 @@ def test_every_library_of_the_extras_is_known():
     import tomllib
 
     tree = tomllib.loads((Path(ovseg.__file__).parents[1] / "pyproject.toml").read_text())
-    modules = {"pillow": "PIL", "pyyaml": "yaml", "open_clip_torch": "open_clip", "scikit-learn": "sklearn",
-               "scikit-image": "skimage"}  # fmt: skip
+    modules = {
+        "pillow": "PIL",
+        "pyyaml": "yaml",
+        "open_clip_torch": "open_clip",
+        "scikit-learn": "sklearn",
+        "scikit-image": "skimage",
+    }
     for extra in ("models", "plot", "xformers"):
         for line in tree["project"]["optional-dependencies"][extra]:
             name = line.partition(">")[0]

@@ -1,4 +1,6 @@
-"""Two runs at once: names in between are of one process, a folder or file has one writer, refusals leave nothing, the dead hold nothing."""
+"""Two runs at once: names in between are of one process, a folder or file has one writer, refusals
+leave nothing, the dead hold nothing.
+"""
 
 import json
 import multiprocessing
@@ -31,7 +33,10 @@ def _impatient(monkeypatch):
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"" for path in root.rglob("*")}
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else b""
+        for path in root.rglob("*")
+    }
 
 
 @trial
@@ -71,8 +76,14 @@ def test_a_second_run_is_told_who_is_there_and_changes_nothing(tmp_path):
             pass
         assert tree(tmp_path) == before
     message = str(told.value)
-    assert f"--out {str(out)!r} is being written by `ovseg segment` (process {os.getpid()} on {socket.gethostname()}, begun 0." in message
-    assert message.endswith("s ago); wait until it ends, stop it, or give another folder") and "\n" not in message
+    assert (
+        f"--out {str(out)!r} is being written by `ovseg segment` (process {os.getpid()} on "
+        f"{socket.gethostname()}, begun 0." in message
+    )
+    assert (
+        message.endswith("s ago); wait until it ends, stop it, or give another folder")
+        and "\n" not in message
+    )
     assert tree(tmp_path) == {}  # what was made and stayed empty
     with pytest.raises(RuntimeError), locked_folder(out, "--out", "segment"):
         (out / "result").write_text("")
@@ -82,8 +93,14 @@ def test_a_second_run_is_told_who_is_there_and_changes_nothing(tmp_path):
 
 @trial
 def test_files_have_locks_of_their_own(tmp_path):
-    with locked_file(tmp_path / "a.json", "--json", "bench"), locked_file(tmp_path / "b.json", "--json", "bench"):
-        with pytest.raises(InputError, match="give another file"), locked_file(tmp_path / "a.json", "--json", "bench"):
+    with (
+        locked_file(tmp_path / "a.json", "--json", "bench"),
+        locked_file(tmp_path / "b.json", "--json", "bench"),
+    ):
+        with (
+            pytest.raises(InputError, match="give another file"),
+            locked_file(tmp_path / "a.json", "--json", "bench"),
+        ):
             pass
         with locked_file(tmp_path / ("x" * 251 + ".json"), "--json", "bench"):
             pass
@@ -106,13 +123,19 @@ def test_the_lock_of_a_dead_process_is_taken_over(number, tmp_path, caplog):
     child = FORK.Process(target=hold_until_killed, args=(tmp_path, ready))
     child.start()
     assert ready.wait(30)
-    with pytest.raises(InputError, match=f"process {child.pid} on"), locked_folder(tmp_path, "--out", "segment"):
+    with (
+        pytest.raises(InputError, match=f"process {child.pid} on"),
+        locked_folder(tmp_path, "--out", "segment"),
+    ):
         pass
     os.kill(child.pid, number)
     child.join()
     os.utime(next((tmp_path / "deep").iterdir()), (1, 1))
     with locked_folder(tmp_path, "--out", "segment"):
-        assert f"was left by `ovseg segment` (process {child.pid} on" in caplog.text and "which has ended; going on" in caplog.text
+        assert (
+            f"was left by `ovseg segment` (process {child.pid} on" in caplog.text
+            and "which has ended; going on" in caplog.text
+        )
         assert list((tmp_path / "deep").iterdir()) == []
     assert tree(tmp_path).keys() == {"deep"}
 
@@ -135,16 +158,27 @@ def test_a_worker_does_not_hold_the_lock_of_its_dead_parent(tmp_path, monkeypatc
 
 @trial
 def test_processes_of_one_run_hold_it_together(tmp_path, monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     with locked_folder(tmp_path / "o", "--out", "segment"):  # whichever comes first
         with locked_folder(tmp_path / "o", "--out", "segment"):
             monkeypatch.setenv("MASTER_PORT", "29501")
-            with pytest.raises(InputError, match="is being written by `ovseg segment`"), locked_folder(tmp_path / "o", "--out", "segment"):
+            with (
+                pytest.raises(InputError, match="is being written by `ovseg segment`"),
+                locked_folder(tmp_path / "o", "--out", "segment"),
+            ):
                 pass
             monkeypatch.delenv("WORLD_SIZE")
             monkeypatch.delenv("RANK")
-            with pytest.raises(InputError, match="is being written by"), locked_folder(tmp_path / "o", "--out", "segment"):
+            with (
+                pytest.raises(InputError, match="is being written by"),
+                locked_folder(tmp_path / "o", "--out", "segment"),
+            ):
                 pass
             monkeypatch.setenv("WORLD_SIZE", "2")
             monkeypatch.setenv("RANK", "1")
@@ -159,7 +193,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(output_lock, "_flock", refuse)
     with locked_folder(tmp_path / "o", "--out", "segment"):
-        assert "the file system has no locks" in caplog.text and "at the same time is not noticed" in caplog.text
+        assert (
+            "the file system has no locks" in caplog.text
+            and "at the same time is not noticed" in caplog.text
+        )
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -191,7 +228,13 @@ VERBS = {
 def test_every_verb_that_writes_is_refused(verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "p" / "a.png")
-    written = Path(next(word.removeprefix("run=") for word in VERBS[verb] if word.removeprefix("run=")[0] in "of" and len(word) != 3))
+    written = Path(
+        next(
+            word.removeprefix("run=")
+            for word in VERBS[verb]
+            if word.removeprefix("run=")[0] in "of" and len(word) != 3
+        )
+    )
     hold = locked_folder if written.name == "o" else locked_file
     with hold(written, "--out", "segment"):
         before = tree(tmp_path)
@@ -211,14 +254,23 @@ def test_what_writes_nothing_needs_no_lock(tmp_path, monkeypatch):
 
 
 def at_once(context, line, times=3):
-    """Exit codes of ``times`` runs, in processes or threads. A forked process cannot compute with torch."""
-    start, codes = context.Barrier(times), queue.Queue() if context is threading else context.SimpleQueue()
+    """Exit codes of ``times`` runs, in processes or threads.
+
+    A forked process cannot compute with torch.
+    """
+    start, codes = (
+        context.Barrier(times),
+        queue.Queue() if context is threading else context.SimpleQueue(),
+    )
 
     def call():
         start.wait()
         codes.put(main(line))
 
-    runs = [(threading.Thread if context is threading else context.Process)(target=call) for _ in range(times)]
+    runs = [
+        (threading.Thread if context is threading else context.Process)(target=call)
+        for _ in range(times)
+    ]
     for run in runs:
         run.start()
     for run in runs:
@@ -231,23 +283,56 @@ def test_three_at_once_into_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(3):
         picture(tmp_path / "many" / f"{i}.png")
-    codes = at_once(threading, ["segment", "many", "-m", "pacl_tiny", "--labels", "grass,sand", "--format", "mask", "-o", "o"])
+    codes = at_once(
+        threading,
+        [
+            "segment",
+            "many",
+            "-m",
+            "pacl_tiny",
+            "--labels",
+            "grass,sand",
+            "--format",
+            "mask",
+            "-o",
+            "o",
+        ],
+    )
     assert 0 in codes and set(codes) <= {0, 2}
-    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["0.mask.png", "1.mask.png", "2.mask.png", "ovseg_segment.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [
+        "0.mask.png",
+        "1.mask.png",
+        "2.mask.png",
+        "ovseg_segment.jsonl",
+    ]
 
 
 @trial
 def test_three_conversions_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "set.yaml").write_text(json.dumps({
-        "title": "mine", "classes": ["a", "b"], "background": False, "folders": ["set"], "images": "images/{}.jpg",
-        "splits": {"val": {"count": 4}}, "masks": [{"path": "new/{}.png", "values": {"start": 0}},
-                                                     {"path": "masks/{}.png", "values": {"start": 1}}]}))  # fmt: skip
+    (tmp_path / "set.yaml").write_text(
+        json.dumps(
+            {
+                "title": "mine",
+                "classes": ["a", "b"],
+                "background": False,
+                "folders": ["set"],
+                "images": "images/{}.jpg",
+                "splits": {"val": {"count": 4}},
+                "masks": [
+                    {"path": "new/{}.png", "values": {"start": 0}},
+                    {"path": "masks/{}.png", "values": {"start": 1}},
+                ],
+            }
+        )
+    )
     for i in range(4):
         picture(tmp_path / "set" / "images" / f"{i}.jpg")
         (tmp_path / "set" / "masks").mkdir(exist_ok=True)
         Image.fromarray(np.ones((32, 32), np.uint8)).save(tmp_path / "set" / "masks" / f"{i}.png")
     codes = at_once(FORK, ["data", "convert", "set.yaml", "--root", "."])
     assert 0 in codes and set(codes) <= {0, 2}
-    assert sorted(path.name for path in (tmp_path / "set" / "new").iterdir()) == [f"{i}.png" for i in range(4)]
+    assert sorted(path.name for path in (tmp_path / "set" / "new").iterdir()) == [
+        f"{i}.png" for i in range(4)
+    ]
     assert not list(tmp_path.rglob(".*"))

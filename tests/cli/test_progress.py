@@ -1,4 +1,6 @@
-"""Long work is not silent: a bar where somebody looks, lines elsewhere, nothing for a library's user; rows are kept as they come."""
+"""Long work is not silent: a bar where somebody looks, lines elsewhere, nothing for a library's
+user; rows are kept as they come.
+"""
 
 import dataclasses
 import gc
@@ -53,12 +55,28 @@ def test_what_a_line_says(monkeypatch, caplog):
     about = {"total": 300, "unit": "picture", "desc": "evaluate pacl_tiny"}
     assert line(29.3, **about, done=120) == "evaluate pacl_tiny: 120/300 pictures, 4.1/s, 44 s left"
     assert line(20, **about) == "evaluate pacl_tiny: 0/300 pictures, 20 s so far"
-    assert line(100, **about, initial=200, done=10) == "evaluate pacl_tiny: 210/300 pictures, 10 s each, 15 min left"
-    assert line(10, total=50, unit="step", desc="t", done=20, postfix={"loss": "1.234"}) == "t: 20/50 steps, 2.0/s, 15 s left, loss 1.234"
-    assert line(10, total=3 * 10**9, unit="B", desc="checking x", done=10**9) == "checking x: 1000/3000 MB, 100.0 MB/s, 20 s left"
+    assert (
+        line(100, **about, initial=200, done=10)
+        == "evaluate pacl_tiny: 210/300 pictures, 10 s each, 15 min left"
+    )
+    assert (
+        line(10, total=50, unit="step", desc="t", done=20, postfix={"loss": "1.234"})
+        == "t: 20/50 steps, 2.0/s, 15 s left, loss 1.234"
+    )
+    assert (
+        line(10, total=3 * 10**9, unit="B", desc="checking x", done=10**9)
+        == "checking x: 1000/3000 MB, 100.0 MB/s, 20 s left"
+    )
     assert line(10, unit="batch", done=40) == "40 batches, 4.0/s, 10 s so far"
     assert line(31, desc="loading x") == "loading x: 31 s so far"
-    assert [duration(x) for x in (0.04, 44, 100, 12 * 60, 12000, 190000)] == ["0.0 s", "44 s", "2 min", "12 min", "3 h 20 min", "2 d 4 h"]
+    assert [duration(x) for x in (0.04, 44, 100, 12 * 60, 12000, 190000)] == [
+        "0.0 s",
+        "44 s",
+        "2 min",
+        "12 min",
+        "3 h 20 min",
+        "2 d 4 h",
+    ]
 
 
 @trial
@@ -77,7 +95,10 @@ def test_a_step_that_blocks_is_not_silent_and_a_short_one_is(monkeypatch, caplog
     caplog.clear()
     for _ in bar(range(2), unit="picture", desc="evaluate"):  # the first is slow
         time.sleep(0.15)
-    assert "evaluate: 0/2 pictures, 0." in caplog.messages[0] and "evaluate: 1/2 pictures, " in caplog.text
+    assert (
+        "evaluate: 0/2 pictures, 0." in caplog.messages[0]
+        and "evaluate: 1/2 pictures, " in caplog.text
+    )
     assert caplog.messages[-1].startswith("evaluate: 2/2 pictures, ended after 0.")
     said = len(caplog.messages)
     time.sleep(0.1)
@@ -122,12 +143,18 @@ def test_bars_where_they_are_seen(where, monkeypatch):
     else:
         config = {"IPKernelApp": {}} if where == "notebook" else {}
         shell = types.SimpleNamespace(config=config)
-        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+        monkeypatch.setitem(
+            sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell)
+        )
     found = bar(range(3), unit="picture", desc="evaluate")
     if where.startswith("IPython"):
         assert isinstance(found, Lines) and shown == []
     else:
-        assert found == range(3) and shown[0]["desc"] == "evaluate" and isinstance(bar(range(3), show=False), Lines)
+        assert (
+            found == range(3)
+            and shown[0]["desc"] == "evaluate"
+            and isinstance(bar(range(3), show=False), Lines)
+        )
 
 
 @trial
@@ -149,7 +176,10 @@ def test_the_command_line_sets_up_one_log(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with told():
         assert say() == ["error"]
-    assert logging.getLogger("ovseg").handlers == [] and logging.getLogger("ovseg").level == logging.NOTSET
+    assert (
+        logging.getLogger("ovseg").handlers == []
+        and logging.getLogger("ovseg").level == logging.NOTSET
+    )
 
 
 def test_commands_at_the_same_time_leave_the_log_as_it_was():
@@ -170,13 +200,35 @@ def test_commands_at_the_same_time_leave_the_log_as_it_was():
 
 LINES = {
     "segment": (["segment", "p", "-m", "pacl_tiny", "--labels", "grass", "-o", "o"], "segment: "),
-    "segment, one picture": (["segment", "p/0.png", "-m", "pacl_tiny", "--labels", "grass", "-o", "o"], "segment: "),
+    "segment, one picture": (
+        ["segment", "p/0.png", "-m", "pacl_tiny", "--labels", "grass", "-o", "o"],
+        "segment: ",
+    ),
     "loading": (["eval", "pacl_tiny", "--scenes", "1"], "loading pacl_tiny: "),
     "eval": (["eval", "pacl_tiny", "--scenes", "4"], "evaluate pacl_tiny on digits: "),
-    "eval --sweep": (["eval", "pacl_tiny", "--scenes", "4", "--data", "digits_things", "--sweep"], "evaluate pacl_tiny on digits_things: "),
-    "classification": (["eval", "pacl_tiny", "--data", "imagefolder", "--root", "."], "classify by pacl_tiny: "),
-    "train": (["train", "clip_scenes", "data.train_size=8", "train.batch_size=4", "train.steps=2", "run=r"], "/2 steps, "),
-    "data superpixels": (["data", "superpixels", "p", "--out", "s.safetensors", "--min-size", "4"], "superpixels: "),
+    "eval --sweep": (
+        ["eval", "pacl_tiny", "--scenes", "4", "--data", "digits_things", "--sweep"],
+        "evaluate pacl_tiny on digits_things: ",
+    ),
+    "classification": (
+        ["eval", "pacl_tiny", "--data", "imagefolder", "--root", "."],
+        "classify by pacl_tiny: ",
+    ),
+    "train": (
+        [
+            "train",
+            "clip_scenes",
+            "data.train_size=8",
+            "train.batch_size=4",
+            "train.steps=2",
+            "run=r",
+        ],
+        "/2 steps, ",
+    ),
+    "data superpixels": (
+        ["data", "superpixels", "p", "--out", "s.safetensors", "--min-size", "4"],
+        "superpixels: ",
+    ),
     "data entities": (["data", "entities", "c.tsv", "--out", "d.tsv"], "captions: "),
     "data cross-pairs": (["data", "cross-pairs", "p", "--out", "x.safetensors"], "entities: "),
 }
@@ -202,7 +254,9 @@ def test_every_long_verb_speaks(verb, soon, tmp_path, monkeypatch, capsys):
 def test_texts_are_encoded_with_lines(soon, caplog):
     caplog.set_level(logging.INFO, "ovseg")
     model = create_model("clip_dense_tiny")
-    model.encode_checked(["grass", "sand"], ["{} " + str(i) for i in range(3 * base._TEXTS_AT_ONCE)])
+    model.encode_checked(
+        ["grass", "sand"], ["{} " + str(i) for i in range(3 * base._TEXTS_AT_ONCE)]
+    )
     assert "encoding labels: " in caplog.text and "/6 batches" in caplog.text
 
 
@@ -210,8 +264,12 @@ def light_cases(monkeypatch, number):
     cases = [bench.Case("patch_text_similarity", f"light_{i}", {"B": 2}) for i in range(number)]
     monkeypatch.setattr(bench, "CASES", cases)
     monkeypatch.setattr(bench.registry, "inputs", lambda case: {})
-    monkeypatch.setattr(bench.registry, "implementations", lambda case: {bench.FUSED: torch.mul, "eager": torch.mul})
-    monkeypatch.setattr(bench, "step", lambda function, tensors: time.sleep(0.002) or (torch.ones(2), []))
+    monkeypatch.setattr(
+        bench.registry, "implementations", lambda case: {bench.FUSED: torch.mul, "eager": torch.mul}
+    )
+    monkeypatch.setattr(
+        bench, "step", lambda function, tensors: time.sleep(0.002) or (torch.ones(2), [])
+    )
 
 
 @trial
@@ -231,12 +289,19 @@ def test_a_bench_that_is_stopped_leaves_its_rows(where, soon, tmp_path, monkeypa
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     printed = capsys.readouterr()
     if where == "in the second case":
-        assert [(row["case"], "extra_mib" in row) for row in rows] == [("light_0", True)] * 2 + [("light_1", False)] * 2
+        assert [(row["case"], "extra_mib" in row) for row in rows] == [("light_0", True)] * 2 + [
+            ("light_1", False)
+        ] * 2
         assert printed.out.count("| light_0 |") == 2  # on the screen too, as it came
     else:
-        assert [(row["case"], "extra_mib" in row) for row in rows] == [("light_0", True), ("light_0", False)]
+        assert [(row["case"], "extra_mib" in row) for row in rows] == [
+            ("light_0", True),
+            ("light_0", False),
+        ]
     assert all(row["ms"] >= 0 and row["repeats"] == 2 for row in rows)
-    assert "bench patch_text_similarity light_0: " in printed.err and sorted(p.name for p in tmp_path.iterdir()) == ["b.json"]
+    assert "bench patch_text_similarity light_0: " in printed.err and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["b.json"]
 
 
 @trial
@@ -250,9 +315,16 @@ def test_an_evaluation_that_is_stopped_leaves_its_rows(tmp_path, monkeypatch, ca
         return real(*values, **options)
 
     monkeypatch.setattr(scenes, "evaluate_scene_set", once)
-    assert main(["eval", "pacl_tiny", "clip_dense_tiny", "--scenes", "2", "--out", str(tmp_path / "o")]) == 1
+    assert (
+        main(
+            ["eval", "pacl_tiny", "clip_dense_tiny", "--scenes", "2", "--out", str(tmp_path / "o")]
+        )
+        == 1
+    )
     found = json.loads((tmp_path / "o" / "results.json").read_text())["results"]
-    assert [row["summary"]["model"] for row in found] == ["pacl_tiny"] and "pacl_tiny" in (tmp_path / "o" / "table.md").read_text()
+    assert [row["summary"]["model"] for row in found] == ["pacl_tiny"] and "pacl_tiny" in (
+        tmp_path / "o" / "table.md"
+    ).read_text()
     assert "pacl_tiny on digits: mIoU " in capsys.readouterr().err
 
 
@@ -270,10 +342,23 @@ def test_a_demo_that_is_stopped_leaves_its_rows_and_goes_on(tmp_path, monkeypatc
     systems = demo.demo_systems()
     one = dataclasses.replace(systems["pacl"], stages=systems["pacl"].stages[:1])
     monkeypatch.setattr(demo, "demo_systems", lambda: {**systems, "pacl": one})
-    command = ["demo", "--steps", "1", "1", "--train-scenes", "64", "--scenes", "2", "--out", str(tmp_path / "o")]
+    command = [
+        "demo",
+        "--steps",
+        "1",
+        "1",
+        "--train-scenes",
+        "64",
+        "--scenes",
+        "2",
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert main(command) == 130
     found = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert [row["model"] for row in found["rows"]] == ["CLIP, image level"] and (tmp_path / "o" / "gallery.png").exists()
+    assert [row["model"] for row in found["rows"]] == ["CLIP, image level"] and (
+        tmp_path / "o" / "gallery.png"
+    ).exists()
     assert "CLIP, image level: seen mIoU " in capsys.readouterr().err
     assert main([*command, "--quiet"]) == 0
     assert len(json.loads((tmp_path / "o" / "results.json").read_text())["rows"]) == 2

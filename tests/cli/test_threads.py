@@ -1,4 +1,6 @@
-"""The threads of a command: set before torch is imported, unless the user has; the cores that affinity and container grant."""
+"""The threads of a command: set before torch is imported, unless the user has; the cores that
+affinity and container grant.
+"""
 
 import json
 import os
@@ -12,7 +14,13 @@ from ovseg.cli.ending import cpu_quota, granted_cores
 
 pytestmark = pytest.mark.third_trial(17)
 
-_NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_NAMES = (
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
 
 
 @pytest.fixture
@@ -35,10 +43,16 @@ def test_what_is_set(fresh):
     assert said() == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}
 
 
-@pytest.mark.parametrize("name,value,others", [
-    ("OMP_WAIT_POLICY", "ACTIVE", {"OMP_NUM_THREADS": "3"}), ("GOMP_SPINCOUNT", "0", {"OMP_NUM_THREADS": "3"}),
-    ("KMP_BLOCKTIME", "1", {"OMP_NUM_THREADS": "3"}), ("OMP_NUM_THREADS", "1", {"OMP_WAIT_POLICY": "PASSIVE"}),
-    ("MKL_NUM_THREADS", "2", {"OMP_WAIT_POLICY": "PASSIVE"})])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,value,others",
+    [
+        ("OMP_WAIT_POLICY", "ACTIVE", {"OMP_NUM_THREADS": "3"}),
+        ("GOMP_SPINCOUNT", "0", {"OMP_NUM_THREADS": "3"}),
+        ("KMP_BLOCKTIME", "1", {"OMP_NUM_THREADS": "3"}),
+        ("OMP_NUM_THREADS", "1", {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ("MKL_NUM_THREADS", "2", {"OMP_WAIT_POLICY": "PASSIVE"}),
+    ],
+)
 def test_what_the_user_has_set_stays(fresh, name, value, others):
     fresh.setenv(name, value)
     threads.set_up()
@@ -64,8 +78,13 @@ import torch
 print(json.dumps(torch.get_num_threads()))
 """
     environment = {name: value for name, value in os.environ.items() if name not in _NAMES}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          env={**environment, "OMP_DISPLAY_ENV": "true"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "OMP_DISPLAY_ENV": "true"},
+    )
     assert json.loads(done.stdout.splitlines()[-1]) == granted_cores()
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
 
@@ -90,15 +109,37 @@ def test_cores(monkeypatch, tmp_path):
         assert granted_cores() == cores
 
 
-@pytest.mark.parametrize("groups,files,expected", [
-    ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2.5),  # the level above limits too
-    ("0::/a\n", {"a/cpu.max": "400000 100000", "cpu.max": "300000 100000"}, 3.0),
-    ("0::/docker/of/the/host\n", {"cpu.max": "150000 100000"}, 1.5),  # the container's own group is the root
-    ("4:cpu,cpuacct:/x\n0::/\n", {"cpu,cpuacct/x/cpu.cfs_quota_us": "50000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"}, 0.5),
-    ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
-    ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-    ("3:cpuset:/\n2:cpuacct:/\n", {"cpuset/cpu.max": "1 100000"}, None),
-    ("0::/\n", {"cpu.max": "nonsense"}, None), ("0::/\n", {"cpu.max": "1 0"}, None), ("0::/\n", {}, None), ("", {}, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups,files,expected",
+    [
+        (
+            "0::/a/b\n",
+            {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"},
+            2.5,
+        ),  # the level above limits too
+        ("0::/a\n", {"a/cpu.max": "400000 100000", "cpu.max": "300000 100000"}, 3.0),
+        (
+            "0::/docker/of/the/host\n",
+            {"cpu.max": "150000 100000"},
+            1.5,
+        ),  # the container's own group is the root
+        (
+            "4:cpu,cpuacct:/x\n0::/\n",
+            {
+                "cpu,cpuacct/x/cpu.cfs_quota_us": "50000",
+                "cpu,cpuacct/x/cpu.cfs_period_us": "100000",
+            },
+            0.5,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("3:cpuset:/\n2:cpuacct:/\n", {"cpuset/cpu.max": "1 100000"}, None),
+        ("0::/\n", {"cpu.max": "nonsense"}, None),
+        ("0::/\n", {"cpu.max": "1 0"}, None),
+        ("0::/\n", {}, None),
+        ("", {}, None),
+    ],
+)
 def test_quotas(tmp_path, groups, files, expected):
     for name, text in files.items():
         path = tmp_path / name

@@ -25,8 +25,10 @@ def pairs(folder: Path, count: int, size: tuple[int, int] = (60, 50)) -> None:
 
 def same(a: Batch, b: Batch) -> bool:
     """Equal in every tensor, bit for bit."""
-    return type(a) is type(b) and all(torch.equal(x, vars(b)[name]) if isinstance(x, torch.Tensor) else x == vars(b)[name]
-                                      for name, x in vars(a).items())
+    return type(a) is type(b) and all(
+        torch.equal(x, vars(b)[name]) if isinstance(x, torch.Tensor) else x == vars(b)[name]
+        for name, x in vars(a).items()
+    )
 
 
 def joined(parts: list[PairBatch]) -> PairBatch:
@@ -36,5 +38,12 @@ def joined(parts: list[PairBatch]) -> PairBatch:
     for name in ("images", "image_ids", "text_ids", "image_entities", "text_entities", "segments"):
         values = [getattr(part, name) for part in parts]
         fields[name] = None if values[0] is None else torch.cat(values)
-    ids = [torch.nn.functional.pad(part.token_ids, (0, length - part.token_ids.shape[1])) for part in parts]
-    return PairBatch(token_ids=torch.cat(ids), skipped=tuple(line for part in parts for line in part.skipped), **fields)
+    ids = [
+        torch.nn.functional.pad(part.token_ids, (0, length - part.token_ids.shape[1]))
+        for part in parts
+    ]
+    return PairBatch(
+        token_ids=torch.cat(ids),
+        skipped=tuple(line for part in parts for line in part.skipped),
+        **fields,
+    )

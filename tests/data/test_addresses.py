@@ -1,4 +1,6 @@
-"""Addresses in place of paths: said to be none that is read, as they were given, wherever a path is taken."""
+"""Addresses in place of paths: said to be none that is read, as they were given, wherever a path is
+taken.
+"""
 
 from pathlib import Path
 

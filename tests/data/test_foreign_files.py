@@ -1,4 +1,6 @@
-"""Files that people give as pictures and that are none which are read: named for what they are, with what to do."""
+"""Files that people give as pictures and that are none which are read: named for what they are,
+with what to do.
+"""
 
 import numpy as np
 import pytest

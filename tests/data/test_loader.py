@@ -1,4 +1,6 @@
-"""The loader: one global batch whatever the ranks and workers, positions that can be gone back to, an end without hanging."""
+"""The loader: one global batch whatever the ranks and workers, positions that can be gone back to,
+an end without hanging.
+"""
 
 import itertools
 import os
@@ -31,14 +33,18 @@ from ovseg.systems.objective import create_objective
 
 @pytest.fixture(scope="module")
 def scenes():
-    return ScenePairs(Scenes("shapes", "train", 40), INPUTS, SceneOptions(captions=2, superpixels=True))
+    return ScenePairs(
+        Scenes("shapes", "train", 40), INPUTS, SceneOptions(captions=2, superpixels=True)
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("pairs")
     pairs(root, 23)
-    (root / "004.png").write_bytes(b"no picture")  # replaced by one that (seed, epoch, index) chooses
+    (root / "004.png").write_bytes(
+        b"no picture"
+    )  # replaced by one that (seed, epoch, index) chooses
     (root / "009.txt").write_text("\n")
     return FolderPairs(root, INPUTS, FolderOptions(image_size=32))
 
@@ -51,7 +57,10 @@ def take(loader, count):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_do_not_depend_on_workers(folder, workers):
     torch.manual_seed(workers)  # nor on torch's generator
-    batches, reference = take(Loader(folder, 5, seed=2, workers=workers), 11), take(Loader(folder, 5, seed=2), 11)
+    batches, reference = (
+        take(Loader(folder, 5, seed=2, workers=workers), 11),
+        take(Loader(folder, 5, seed=2), 11),
+    )
     assert len(batches) == 11 and all(map(same, batches, reference))
     assert sum(len(batch.skipped) for batch in batches) >= 2
     assert not same(batches[0], take(Loader(folder, 5, seed=3), 1)[0])
@@ -63,7 +72,10 @@ def test_ranks_share_one_batch(scenes, folder, ranks, drop_last):
     for source, size in ((scenes, 7), (folder, 5)):
         how = {"seed": 1, "drop_last": drop_last}
         whole = take(Loader(source, size, **how), 2 * len(source) // size)
-        parts = [take(Loader(source, size, rank=rank, ranks=ranks, **how), len(whole)) for rank in range(ranks)]
+        parts = [
+            take(Loader(source, size, rank=rank, ranks=ranks, **how), len(whole))
+            for rank in range(ranks)
+        ]
         for batch, *slices in zip(whole, *parts, strict=True):
             assert same(batch, joined(slices))
 
@@ -75,7 +87,9 @@ def test_an_epoch_holds_every_picture_and_the_rest_of_it_on_demand(scenes):
         assert [len(batch) for batch in batches] == sizes * 2 and len(loader) == len(batches)
         first = torch.cat([batch.image_ids for batch in batches[: len(sizes)]])
         assert len(first.unique()) == sum(sizes)
-        assert not torch.equal(first, torch.cat([batch.image_ids for batch in batches[len(sizes) :]]))
+        assert not torch.equal(
+            first, torch.cat([batch.image_ids for batch in batches[len(sizes) :]])
+        )
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 7])
@@ -83,9 +97,16 @@ def test_ranks_end_together(scenes, ranks):
     for size in (9, 13, 40):
         if 0 < 40 % size < ranks:
             continue
-        made = [Loader(scenes, size, epochs=2, drop_last=False, rank=rank, ranks=ranks) for rank in range(ranks)]
+        made = [
+            Loader(scenes, size, epochs=2, drop_last=False, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
         counts = [[len(batch) for batch in loader] for loader in made]
-        assert len({len(count) for count in counts}) == 1 and min(map(min, counts)) >= 1 and sum(map(sum, counts)) == 80
+        assert (
+            len({len(count) for count in counts}) == 1
+            and min(map(min, counts)) >= 1
+            and sum(map(sum, counts)) == 80
+        )
 
 
 def test_augmentation_differs_between_epochs(folder):
@@ -94,14 +115,18 @@ def test_augmentation_differs_between_epochs(folder):
     assert not torch.equal(first.images[0], second.images[0])
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data(), drop_last=st.booleans(), ranks=st.integers(1, 3))
 def test_resume_equals_no_resume(scenes, data, drop_last, ranks):
     size, total = data.draw(st.integers(3, 20)), 14
     if not drop_last and 0 < 40 % size < ranks:
         drop_last = True
     rank = data.draw(st.integers(0, ranks - 1))
-    made = [Loader(scenes, size, seed=5, rank=rank, ranks=ranks, drop_last=drop_last) for _ in range(3)]
+    made = [
+        Loader(scenes, size, seed=5, rank=rank, ranks=ranks, drop_last=drop_last) for _ in range(3)
+    ]
     whole = take(made[0], total)
     stops = sorted(data.draw(st.sets(st.integers(0, total), max_size=4)))
     found, state = [], made[1].state_dict()
@@ -134,8 +159,11 @@ def test_iterating_again_goes_on(scenes):
 @pytest.mark.bad_input("data", "a position of other data")
 def test_a_position_of_other_data_is_refused(scenes):
     state = Loader(scenes, 10, seed=3).state_dict() | {"epoch": 2, "step": 2}
-    for other, name in (({"batch_size": 5}, "batch_size 10, and batch_size is 5"), ({"seed": 4}, "seed 3"),
-                        ({"drop_last": False}, "drop_last")):
+    for other, name in (
+        ({"batch_size": 5}, "batch_size 10, and batch_size is 5"),
+        ({"seed": 4}, "seed 3"),
+        ({"drop_last": False}, "drop_last"),
+    ):
         loader = Loader(scenes, **({"batch_size": 10, "seed": 3} | other))
         with pytest.raises(ConfigError, match=f"saved with {name}"):
             loader.load_state_dict(state)
@@ -151,13 +179,22 @@ def test_what_training_draws_is_left_alone(scenes):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"batch_size": 0}, "batch_size is 0; expected at least one picture for each of 1 processes and at most 40"),
-    ({"batch_size": 41}, "batch_size is 41"),
-    ({"batch_size": 2, "rank": 0, "ranks": 3}, "for each of 3 processes"),
-    ({"batch_size": 13, "ranks": 3, "drop_last": False}, "the last batch of an epoch holds 1 of 40 pictures, too few for 3"),
-    ({"batch_size": 13, "ranks": 3, "rank": 3}, "rank is 3; expected 0 to 2"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (
+            {"batch_size": 0},
+            "batch_size is 0; expected at least one picture for each of 1 processes and at most 40",
+        ),
+        ({"batch_size": 41}, "batch_size is 41"),
+        ({"batch_size": 2, "rank": 0, "ranks": 3}, "for each of 3 processes"),
+        (
+            {"batch_size": 13, "ranks": 3, "drop_last": False},
+            "the last batch of an epoch holds 1 of 40 pictures, too few for 3",
+        ),
+        ({"batch_size": 13, "ranks": 3, "rank": 3}, "rank is 3; expected 0 to 2"),
+    ],
+)
 @pytest.mark.bad_input("data", "arguments of the loader that cannot be")
 def test_bad_arguments(scenes, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -193,11 +230,15 @@ def test_a_step_of_pacl_tiny_does_not_wait_for_two_workers(tmp_path):
         (tmp_path / f"{i}.txt").write_text("\n".join(caption.text for caption in scene.captions))
     model = ovseg.create_model("pacl_tiny")
     objective = create_objective(model)
-    source = create_source(load_options({"kind": "folder", "root": str(tmp_path)}), ModelInputs.of(model))
+    source = create_source(
+        load_options({"kind": "folder", "root": str(tmp_path)}), ModelInputs.of(model)
+    )
     shares = []
     with Loader(source, 64, workers=2) as loader:
         batches = iter(loader)
-        while len(shares) < 3 and min(shares, default=1) >= 0.05:  # other processes may take the cores
+        while (
+            len(shares) < 3 and min(shares, default=1) >= 0.05
+        ):  # other processes may take the cores
             loader.waiting.restart()
             for batch in itertools.islice(batches, 8):
                 objective(batch)["total"].backward()
@@ -227,8 +268,16 @@ def test_workers_end_with_the_consumer(folder):
 @pytest.mark.bad_input("data", "a worker that is killed")
 def test_a_killed_worker_is_an_error(folder):
     before = set(children())
-    loader = Loader(Slow(folder.root, INPUTS, FolderOptions(image_size=16)), 4, workers=1, prefetch=1)
-    with loader, pytest.raises((DataError, RuntimeError), match=r"DataLoader worker.*(killed by signal|exited unexpectedly)"):
+    loader = Loader(
+        Slow(folder.root, INPUTS, FolderOptions(image_size=16)), 4, workers=1, prefetch=1
+    )
+    with (
+        loader,
+        pytest.raises(
+            (DataError, RuntimeError),
+            match=r"DataLoader worker.*(killed by signal|exited unexpectedly)",
+        ),
+    ):
         iterator = iter(loader)
         next(iterator)
         os.kill((set(children()) - before).pop(), signal.SIGKILL)
@@ -244,7 +293,10 @@ def test_a_worker_that_does_not_answer_is_given_up(folder):
     before = set(children())
     slow = Slow(folder.root, INPUTS, FolderOptions(image_size=16))
     slow.seconds = 30
-    with Loader(slow, 2, workers=1, timeout=0.5) as loader, pytest.raises(DataError, match="DataLoader timed out after 0"):
+    with (
+        Loader(slow, 2, workers=1, timeout=0.5) as loader,
+        pytest.raises(DataError, match="DataLoader timed out after 0"),
+    ):
         next(iter(loader))
     assert set(children()) == before
 
@@ -258,7 +310,10 @@ class Wrong(FolderPairs):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_of_a_source_stays_what_it_is(folder, workers):
-    with Loader(Wrong(folder.root, INPUTS), 2, workers=workers) as loader, pytest.raises(RuntimeError, match="shape of the bug") as caught:
+    with (
+        Loader(Wrong(folder.root, INPUTS), 2, workers=workers) as loader,
+        pytest.raises(RuntimeError, match="shape of the bug") as caught,
+    ):
         next(iter(loader))
     assert not isinstance(caught.value, DataError)
 
@@ -311,20 +366,30 @@ def test_an_error_of_the_data_crosses_as_it_is(tmp_path):
         path.write_bytes(b"no picture")
     source = FolderPairs(tmp_path, INPUTS)
     for workers in (0, 1):
-        with Loader(source, 2, workers=workers) as loader, pytest.raises(DataError, match="32 pictures in a row cannot be used"):
+        with (
+            Loader(source, 2, workers=workers) as loader,
+            pytest.raises(DataError, match="32 pictures in a row cannot be used"),
+        ):
             next(iter(loader))
 
 
 def test_a_process_that_forgets_to_close_ends(tmp_path):
     pairs(tmp_path, 8)
-    code = ("import sys; sys.path.insert(0, 'tests/data')\n"
-            "from loading import INPUTS\n"
-            "from ovseg.data.loader import Loader\n"
-            "from ovseg.data.sources.folder import FolderPairs\n"
-            f"it = iter(Loader(FolderPairs({str(tmp_path)!r}, INPUTS), 4, workers=2))\n"
-            "next(it); raise SystemExit(7)\n")
+    code = (
+        "import sys; sys.path.insert(0, 'tests/data')\n"
+        "from loading import INPUTS\n"
+        "from ovseg.data.loader import Loader\n"
+        "from ovseg.data.sources.folder import FolderPairs\n"
+        f"it = iter(Loader(FolderPairs({str(tmp_path)!r}, INPUTS), 4, workers=2))\n"
+        "next(it); raise SystemExit(7)\n"
+    )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
     assert done.returncode == 7
 
 
@@ -332,5 +397,7 @@ def test_from_a_recipe_to_a_batch():
     options = load_options({"kind": "scenes", "style": "shapes", "train_size": 10, "val_size": 6})
     assert len(create_source(options, INPUTS)) == 10
     source = create_source(options, INPUTS, split="val")
-    batch = take(Loader(source, 6, shuffle=False, workers=options.workers, prefetch=options.prefetch), 1)[0]
+    batch = take(
+        Loader(source, 6, shuffle=False, workers=options.workers, prefetch=options.prefetch), 1
+    )[0]
     assert batch.image_ids.tolist() == list(range(6)) and batch.images.dtype == torch.uint8

@@ -67,8 +67,10 @@ def test_validation_takes_it_from_the_recipe_too(folder):
 
 
 def test_the_verbs_of_data_have_the_option(folder, capsys):
-    verbs = [["check", "voc20", "--root", str(folder)],
-             ["superpixels", str(folder / "VOCdevkit"), "--out", str(folder / "s.safetensors")]]  # fmt: skip
+    verbs = [
+        ["check", "voc20", "--root", str(folder)],
+        ["superpixels", str(folder / "VOCdevkit"), "--out", str(folder / "s.safetensors")],
+    ]
     for verb in verbs:
         assert main(["data", *verb, "--max-pixels", "2399"]) == 1
         printed = capsys.readouterr()

@@ -27,7 +27,9 @@ def test_any_part_is_a_part_of_the_whole(length, data):
 
 
 def test_epochs_and_seeds_differ():
-    orders = [tuple(EpochOrder(100, seed)(epoch, 0, 100)) for seed in range(4) for epoch in range(4)]
+    orders = [
+        tuple(EpochOrder(100, seed)(epoch, 0, 100)) for seed in range(4) for epoch in range(4)
+    ]
     assert len(set(orders)) == 16
     assert EpochOrder(5, 1, shuffle=False)(7, 1, 9).tolist() == [1, 2, 3, 4]
 

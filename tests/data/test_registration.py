@@ -1,4 +1,6 @@
-"""Extension points: what a registry finds, what callers add, and what is said of a name that is none."""
+"""Extension points: what a registry finds, what callers add, and what is said of a name that is
+none.
+"""
 
 import sys
 from pathlib import Path
@@ -20,24 +22,41 @@ from ovseg.systems.objective import OBJECTIVES
 from ovseg.training.recipe import RECIPES
 
 BACKBONES = base.BACKBONES
-ALL = {"systems": registry.SYSTEMS, "models": registry.MODELS, "objectives": OBJECTIVES, "sources": SOURCES, "rules": RULES,
-       "readouts": READOUTS, "backbones": BACKBONES, "texts": TEXTS, "recipes": RECIPES, "protocols": PROTOCOLS, "sets": SETS,
-       "entity lists": ENTITY_LISTS}  # fmt: skip
+ALL = {
+    "systems": registry.SYSTEMS,
+    "models": registry.MODELS,
+    "objectives": OBJECTIVES,
+    "sources": SOURCES,
+    "rules": RULES,
+    "readouts": READOUTS,
+    "backbones": BACKBONES,
+    "texts": TEXTS,
+    "recipes": RECIPES,
+    "protocols": PROTOCOLS,
+    "sets": SETS,
+    "entity lists": ENTITY_LISTS,
+}
 
 
 @pytest.mark.parametrize("known", ALL.values(), ids=ALL)
 def test_every_extension_point(known):
-    """One way for all: names in order, loaded when asked for, one sentence for a name that does not exist, additions that go again."""
+    """One way for all: names in order, loaded when asked for, one sentence for a name that does not
+    exist, additions that go again.
+    """
     names = list(known)
     assert names == sorted(names) and len(known) == len(names) > 0
     assert all(name in known for name in names) and None not in known and "nothing" not in known
-    with pytest.raises(known.error, match=rf"{known.what} is '{names[0]}x'; expected one of .* \(did you mean '"):
+    with pytest.raises(
+        known.error, match=rf"{known.what} is '{names[0]}x'; expected one of .* \(did you mean '"
+    ):
         known[f"{names[0]}x"]
     entry = object()
     try:
         assert known.register("throw_away", entry) is entry
         assert known["throw_away"] is entry and set(known) == {*names, "throw_away"}
-        with pytest.raises(ValueError, match="'throw_away' is registered already; pass override=True to replace it"):
+        with pytest.raises(
+            ValueError, match="'throw_away' is registered already; pass override=True to replace it"
+        ):
             known.register("throw_away", None)
         known.register("throw_away", None, override=True)
         assert known["throw_away"] is None
@@ -57,9 +76,18 @@ def test_what_the_package_holds_is_back_when_an_override_goes():
 
 
 @pytest.mark.bad_input("models", "an entry of a registry that does not exist")
-@pytest.mark.parametrize("name,message", [
-    ("thinn", r"kind is 'thinn'; expected one of \['thick', 'thin'\] \(did you mean 'thin'\?\)"),
-    ("other", r"kind is 'other'; expected one of \['thick', 'thin'\]$"), (None, "kind is None"), ({}, r"kind is \{\}")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        (
+            "thinn",
+            r"kind is 'thinn'; expected one of \['thick', 'thin'\] \(did you mean 'thin'\?\)",
+        ),
+        ("other", r"kind is 'other'; expected one of \['thick', 'thin'\]$"),
+        (None, "kind is None"),
+        ({}, r"kind is \{\}"),
+    ],
+)
 def test_unknown_names(name, message):
     with pytest.raises(InputError, match=message):
         Registry("kind", lambda: table({"thin": 1, "thick": 2}), InputError)[name]
@@ -83,7 +111,9 @@ def test_nothing_is_imported_before_it_is_asked_for(tmp_path, monkeypatch):
         with pytest.raises(ImportError, match="a library is missing"):
             rules["broken"]
         assert list(Registry("folder", lambda: folders("found_late"))) == ["inner"]
-        places = Registry("place", lambda: named({"rule": "found_late.one:Rule", "gone": "found_late.gone:Rule"}))
+        places = Registry(
+            "place", lambda: named({"rule": "found_late.one:Rule", "gone": "found_late.gone:Rule"})
+        )
         assert list(places) == ["gone", "rule"] and places["rule"] == "of one"
         files = Registry("file", lambda: yaml_files(package, tmp_path / "nowhere"))
         assert files["a"] == package / "a.yaml" and isinstance(files["a"], Path)
@@ -104,7 +134,9 @@ def test_registered_models():
         assert ovseg.create_model("throw_away", temperature=0.25).temperature == 0.25
         with pytest.raises(ValueError, match="model 'throw_away' is registered already"):
             ovseg.register_model("throw_away")(build)
-        ovseg.register_model("throw_away", override=True)(lambda: ovseg.create_model("clip_dense_tiny"))
+        ovseg.register_model("throw_away", override=True)(
+            lambda: ovseg.create_model("clip_dense_tiny")
+        )
         assert ovseg.create_model("throw_away").objective == "clip_dense"
     finally:
         registry.MODELS.unregister("throw_away")

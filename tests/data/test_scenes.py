@@ -11,7 +11,9 @@ FORMS = sorted(VOCABULARIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_scene_depends_on_seed_split_and_index_only(form):
     a, b = Scenes(form, "val", 10, seed=3), Scenes(form, "val", 5, seed=3)
-    assert all(np.array_equal(a[i].image, b[i].image) and a[i].captions == b[i].captions for i in (4, 0, 2))
+    assert all(
+        np.array_equal(a[i].image, b[i].image) and a[i].captions == b[i].captions for i in (4, 0, 2)
+    )
     assert not np.array_equal(a[0].image, Scenes(form, "val", 1, seed=4)[0].image)
     assert not np.array_equal(a[0].image, Scenes(form, "train", 1, seed=3)[0].image)
 
@@ -26,7 +28,12 @@ def test_unseen_combinations_are_never_trained_on_and_their_parts_are(form):
     words = {word for thing in trained for word in thing.split()}
     assert words >= set(vocabulary.colours) | set(vocabulary.kinds)
     assert {thing for scene in val for thing in scene.things} & held_out
-    assert not any(entity in held_out for scene in train for caption in scene.captions for entity in caption.entities)
+    assert not any(
+        entity in held_out
+        for scene in train
+        for caption in scene.captions
+        for entity in caption.entities
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,12 +74,15 @@ def test_handwriting_and_photographs_of_the_splits_are_disjoint():
     assert not train & {drawing._photo("brick", 48, "val", rng).tobytes() for _ in range(20)}
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ({"form": "cats"}, r"form is 'cats'; expected one of \['digits', 'shapes'\]"),
-    ({"split": "test"}, "split is 'test'"),
-    ({"length": -1}, "length is -1; expected 0 or more"),
-    ({"image_size": 8}, "image_size is 8; expected at least 24"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"form": "cats"}, r"form is 'cats'; expected one of \['digits', 'shapes'\]"),
+        ({"split": "test"}, "split is 'test'"),
+        ({"length": -1}, "length is -1; expected 0 or more"),
+        ({"image_size": 8}, "image_size is 8; expected at least 24"),
+    ],
+)
 @pytest.mark.bad_input("data", "arguments of the scenes that cannot be")
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -26,10 +26,19 @@ from ovseg.data import superpixels
 from ovseg.training import state
 
 STEPS, TIMES = 30, 2
-SMALL = ["data.style=shapes", "data.train_size=24", "data.workers=1", "train.batch_size=6",
-         f"train.steps={STEPS}", "log.every_steps=1", "checkpoint.every_steps=1000",
-         "checkpoint.keep=100", "train.device=cpu", "train.ema=0.9",
-         "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}"]  # fmt: skip
+SMALL = [
+    "data.style=shapes",
+    "data.train_size=24",
+    "data.workers=1",
+    "train.batch_size=6",
+    f"train.steps={STEPS}",
+    "log.every_steps=1",
+    "checkpoint.every_steps=1000",
+    "checkpoint.keep=100",
+    "train.device=cpu",
+    "train.ema=0.9",
+    "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}",
+]
 SENT = [
     signal.SIGHUP,
     signal.SIGINT,
@@ -234,9 +243,19 @@ def ctrl_c(folder):
     found = {}
     for name, command in {
         "eval": ["eval", "pacl_tiny", "--scenes", "5000", "--device", "cpu"],
-        "segment": ["segment", str(pictures), "-m", "pacl_tiny", "--labels", "grass,sand",
-                    "--device", "cpu", "-o", f"{folder}/o"],
-    }.items():  # fmt: skip
+        "segment": [
+            "segment",
+            str(pictures),
+            "-m",
+            "pacl_tiny",
+            "--labels",
+            "grass,sand",
+            "--device",
+            "cpu",
+            "-o",
+            f"{folder}/o",
+        ],
+    }.items():
         process = alone(folder, name, command)
         time.sleep(2)
         os.killpg(process.pids[0], signal.SIGINT)
@@ -266,7 +285,9 @@ def the_parent_of_a_pool_dies(folder):
     child = os.fork()
     if child == 0:
         superpixels.write_superpixels(
-            [(str(i), Path("none")) for i in range(64)], Path(folder) / "s.safetensors", superpixels.SuperpixelOptions(workers=2)
+            [(str(i), Path("none")) for i in range(64)],
+            Path(folder) / "s.safetensors",
+            superpixels.SuperpixelOptions(workers=2),
         )
     deadline = time.time() + 30
     while len(workers := readers(child)) < 2 and time.time() < deadline:
@@ -386,7 +407,9 @@ def test_a_process_that_the_others_do_not_join_ends_soon(met, rank):
 def test_a_signal_before_all_have_come_leaves_with_143(met):
     codes, printed = met["early"]
     assert codes == [143]
-    assert one_sentence(printed).startswith("ovseg train: signal 10 (SIGUSR1) before the first step")
+    assert one_sentence(printed).startswith(
+        "ovseg train: signal 10 (SIGUSR1) before the first step"
+    )
 
 
 @pytest.mark.third_trial(7)

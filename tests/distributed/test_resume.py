@@ -1,6 +1,8 @@
-"""k steps, SIGKILL, resume equals no kill, bit for bit: ten random moments of one process and ten of two, workers of the data included.
+"""k steps, SIGKILL, resume equals no kill, bit for bit: ten random moments of one process and ten
+of two, workers of the data included.
 
-One host process loads everything once and forks each life of the training; it runs alone, as pytest's process has threads and may not fork.
+One host process loads everything once and forks each life of the training; it runs alone, as
+pytest's process has threads and may not fork.
 """
 
 import json
@@ -23,10 +25,22 @@ STEPS, KILLS = 90, 10
 
 
 def recipe(system):
-    small = ["data.style=shapes", "data.train_size=24", "data.workers=1", "train.batch_size=6", f"train.steps={STEPS}", "log.every_steps=1",
-             "checkpoint.every_steps=2", "train.device=cpu", "train.ema=0.9"]  # fmt: skip
-    options = {"clip": "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}",
-               "segclip": "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}, decoder: {width: 8, depth: 1, heads: 2}}"}
+    small = [
+        "data.style=shapes",
+        "data.train_size=24",
+        "data.workers=1",
+        "train.batch_size=6",
+        f"train.steps={STEPS}",
+        "log.every_steps=1",
+        "checkpoint.every_steps=2",
+        "train.device=cpu",
+        "train.ema=0.9",
+    ]
+    options = {
+        "clip": "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}",
+        "segclip": "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}, decoder: "
+        "{width: 8, depth: 1, heads: 2}}",
+    }
     return load_recipe(f"{system}_scenes", [*small, options[system]])
 
 
@@ -63,7 +77,8 @@ def lives(folder, system, world, seed):
         path = f"{folder}/{name}"
         for _ in range(KILLS if name == "killed" else 0):
             children = begin(path, system, world)
-            # So many new lines, then any moment of the step after, or of the checkpoint that it writes.
+            # So many new lines, then any moment of the step after, or of the checkpoint that it
+            # writes.
             until, deadline = max(0, lines(path) - 2) + chance.randint(1, 7), time.time() + 60
             while lines(path) < until and time.time() < deadline:
                 time.sleep(0.0005)
@@ -74,7 +89,9 @@ def lives(folder, system, world, seed):
                 if child != victim:
                     os.kill(child, signal.SIGKILL)  # as torchrun does with the others
                 _, status = os.waitpid(child, 0)
-                assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"a process was not killed: status {status}"
+                assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+                    f"a process was not killed: status {status}"
+                )
                 os.killpg(child, signal.SIGKILL) if alive(child) else None
             ended.append(lines(path))
         statuses = [os.waitpid(child, 0)[1] for child in begin(path, system, world)]
@@ -83,10 +100,26 @@ def lives(folder, system, world, seed):
     last = [state.complete(Path(folder) / name / "checkpoints")[-1] for name in ("whole", "killed")]
     assert last[0].name == last[1].name == f"step_{STEPS:08d}"
     for file in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "ranks.jsonl"):
-        different += [file] if (last[0] / file).read_bytes() != (last[1] / file).read_bytes() else []
-    curves = [[(e["step"], e["loss"]) for e in map(json.loads, (Path(folder) / name / "log.jsonl").read_text().splitlines())]
-              for name in ("whole", "killed")]
-    print(json.dumps({"different": different, "curves": curves[0] == curves[1], "steps": len(curves[1]), "ended": ended}))
+        different += (
+            [file] if (last[0] / file).read_bytes() != (last[1] / file).read_bytes() else []
+        )
+    curves = [
+        [
+            (e["step"], e["loss"])
+            for e in map(json.loads, (Path(folder) / name / "log.jsonl").read_text().splitlines())
+        ]
+        for name in ("whole", "killed")
+    ]
+    print(
+        json.dumps(
+            {
+                "different": different,
+                "curves": curves[0] == curves[1],
+                "steps": len(curves[1]),
+                "ended": ended,
+            }
+        )
+    )
 
 
 def alive(process_group):

@@ -1,4 +1,6 @@
-"""What one process sees, all act on: a loss that is not finite, a signal, the end of its data, bad pictures, an error. Nothing hangs."""
+"""What one process sees, all act on: a loss that is not finite, a signal, the end of its data, bad
+pictures, an error. Nothing hangs.
+"""
 
 import json
 import os
@@ -23,8 +25,16 @@ from ovseg.training.hooks import Hook
 from ovseg.training.recipe import load_recipe
 from ovseg.training.trainer import Interrupted, train
 
-SMALL = ["data.style=shapes", "data.train_size=40", "train.batch_size=10", "train.steps=6", "log.every_steps=1", "train.device=cpu",
-         "checkpoint.every_steps=100", "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]  # fmt: skip
+SMALL = [
+    "data.style=shapes",
+    "data.train_size=40",
+    "train.batch_size=10",
+    "train.steps=6",
+    "log.every_steps=1",
+    "train.device=cpu",
+    "checkpoint.every_steps=100",
+    "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}",
+]
 
 
 STEPS = 20
@@ -36,7 +46,12 @@ def recipe(*overrides):
 
 def noisy(*overrides):
     """SegCLIP by its contrast alone: the noise of its groups is all that is drawn."""
-    small = [*SMALL[:-1], "data.superpixels=false", "objective.options.weights={superpixel: 0, reconstruction: 0}", "train.steps=4"]
+    small = [
+        *SMALL[:-1],
+        "data.superpixels=false",
+        "objective.options.weights={superpixel: 0, reconstruction: 0}",
+        "train.steps=4",
+    ]
     tiny = "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}, decoder: {width: 16, depth: 1, heads: 2}}"
     return load_recipe("segclip_scenes", [*small, tiny, *overrides])
 
@@ -52,7 +67,12 @@ class Watch(Hook):
         self.weights = []
 
     def after_step(self, trainer, step):
-        self.weights.append(torch.cat([p.detach().flatten() for p in trainer.state.objective.parameters()]).double().sum().item())
+        self.weights.append(
+            torch.cat([p.detach().flatten() for p in trainer.state.objective.parameters()])
+            .double()
+            .sum()
+            .item()
+        )
 
 
 def scenarios(folder):
@@ -77,7 +97,11 @@ def scenarios(folder):
 
     def poisoned(self, batch, progress, scale=1.0):
         losses = real(self, batch, progress, scale)
-        return {name: x * float("nan") for name, x in losses.items()} if alone and progress.step in (2, 3) else losses
+        return (
+            {name: x * float("nan") for name, x in losses.items()}
+            if alone and progress.step in (2, 3)
+            else losses
+        )
 
     trainer.Gradients.__call__ = poisoned
     attempt("nan")
@@ -89,7 +113,10 @@ def scenarios(folder):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     watch_step = Watch.after_step
-    Watch.after_step = lambda self, t, step: (watch_step(self, t, step), Signalled().after_step(t, step))[0]
+    Watch.after_step = lambda self, t, step: (
+        watch_step(self, t, step),
+        Signalled().after_step(t, step),
+    )[0]
     attempt("signal")
     Watch.after_step = watch_step
     attempt("signal", resume=True)
@@ -135,7 +162,13 @@ def scenarios(folder):
     attempt("averaged", "train.ema=0.5")
     attempt("fsdp", "train.parallel=fsdp", "train.ema=0.5")
     attempt("fsdp", "train.parallel=fsdp", "train.ema=0.5", resume=True)
-    halves = ("train.parallel=fsdp", "train.ema=0.5", "checkpoint.every_steps=3", "checkpoint.keep=9", "train.chunk=2")
+    halves = (
+        "train.parallel=fsdp",
+        "train.ema=0.5",
+        "checkpoint.every_steps=3",
+        "checkpoint.keep=9",
+        "train.chunk=2",
+    )
     attempt("halves", *halves)
     if distributed.is_main():
         shutil.rmtree(state.complete(Path(folder) / "halves" / "checkpoints")[-1])
@@ -151,7 +184,10 @@ def scenarios(folder):
 @pytest.fixture(scope="module")
 def met(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    return folder, [json.loads(text.splitlines()[-1]) for text in run(__file__, "scenarios", 2, folder, seconds=180)]
+    return folder, [
+        json.loads(text.splitlines()[-1])
+        for text in run(__file__, "scenarios", 2, folder, seconds=180)
+    ]
 
 
 def curve(folder):
@@ -160,9 +196,14 @@ def curve(folder):
 
 @pytest.mark.third_trial(14)
 def test_noise_is_that_of_one_process(met, tmp_path):
-    """Of the groups, by the row of the whole batch: two processes in chunks of 3 and 2 follow one that encodes 10 pictures at once."""
+    """Of the groups, by the row of the whole batch: two processes in chunks of 3 and 2 follow one
+    that encodes 10 pictures at once.
+    """
     train(noisy(), tmp_path, quiet=True)
-    assert curve(met[0] / "noisy") == pytest.approx(curve(tmp_path), abs=1e-4) and len(set(curve(tmp_path))) == 4
+    assert (
+        curve(met[0] / "noisy") == pytest.approx(curve(tmp_path), abs=1e-4)
+        and len(set(curve(tmp_path))) == 4
+    )
 
 
 def same(met, name):
@@ -177,15 +218,21 @@ def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(met):
     assert [entry["step"] for entry in log_of(met[0] / "nan") if entry.get("skipped")] == [2, 3]
     updates = []
     for name in ("plain", "nan"):
-        tensors = state.load_tensors(state.complete(met[0] / name / "checkpoints")[-1] / "optimizer.safetensors")
+        tensors = state.load_tensors(
+            state.complete(met[0] / name / "checkpoints")[-1] / "optimizer.safetensors"
+        )
         updates.append({float(x) for key, x in tensors.items() if key.startswith("step/")})
     assert updates == [{6.0}, {4.0}]
 
 
 def test_a_signal_to_one_process_stops_all_after_a_checkpoint(met):
-    assert [found["signal"] for found in met[1]] == [["done", 3]] * 2  # the second life: steps 3 to 5
+    assert [found["signal"] for found in met[1]] == [
+        ["done", 3]
+    ] * 2  # the second life: steps 3 to 5
     assert [entry["step"] for entry in log_of(met[0] / "signal")] == list(range(6))
-    assert [entry["loss"] for entry in log_of(met[0] / "signal")] == [entry["loss"] for entry in log_of(met[0] / "plain")]
+    assert [entry["loss"] for entry in log_of(met[0] / "signal")] == [
+        entry["loss"] for entry in log_of(met[0] / "plain")
+    ]
 
 
 def test_the_end_of_the_data_of_one_process_ends_all(met):
@@ -194,7 +241,10 @@ def test_the_end_of_the_data_of_one_process_ends_all(met):
 
 @pytest.mark.bad_input("several processes", "an error of one of them")
 def test_an_error_of_one_process_is_that_of_all(met):
-    assert same(met, "error") == ["DataError: the disk is gone; saved after 2 steps, --resume goes on", 2]
+    assert same(met, "error") == [
+        "DataError: the disk is gone; saved after 2 steps, --resume goes on",
+        2,
+    ]
 
 
 @pytest.mark.bad_input("several processes", "pictures that cannot be read")
@@ -211,15 +261,22 @@ def test_ids_and_random_numbers_differ_by_rank(met):
 
 
 def test_sharded_checkpoints_hold_whole_tensors(met):
-    """Trained through FSDP2: the curve, the model and its average are those of DDP, also in chunks and after going on half-way."""
+    """Trained through FSDP2: the curve, the model and its average are those of DDP, also in chunks
+    and after going on half-way.
+    """
     assert same(met, "fsdp") == ["done", 0]  # the second life had nothing left to do
     assert same(met, "halves") == ["done", 3]
     for name in ("fsdp", "halves"):
         assert curve(met[0] / name) == pytest.approx(curve(met[0] / "averaged"), abs=1e-3)
         places = ("model", f"checkpoints/{state.complete(met[0] / name / 'checkpoints')[-1].name}")
         for place in places:
-            ours, theirs = (state.load_tensors(met[0] / run / place / "model.safetensors") for run in (name, "averaged"))
-            assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in ours), place
+            ours, theirs = (
+                state.load_tensors(met[0] / run / place / "model.safetensors")
+                for run in (name, "averaged")
+            )
+            assert ours.keys() == theirs.keys() and all(
+                torch.allclose(ours[key], theirs[key], atol=2e-3) for key in ours
+            ), place
 
 
 @pytest.mark.bad_input("several processes", "resume with another recipe")
@@ -229,22 +286,59 @@ def test_another_recipe_is_refused_in_all(met):
 
 
 def test_torchrun_trains_to_the_curve_of_one_process(tmp_path):
-    """The same global batch, shared by two: eleven pictures, six and five. The validation is shared too."""
+    """The same global batch, shared by two: eleven pictures, six and five.
+
+    The validation is shared too.
+    """
     clip = Path(ovseg.__file__).parent / "systems" / "pacl" / "bundled" / "pacl_tiny.digits"
-    common = ["train", "pacl_scenes", f"init.backbone={clip}", "data.train_size=60", "train.batch_size=11", f"train.steps={STEPS}",
-              "log.every_steps=1", "train.device=cpu", "schedule.warmup_steps=2", "validation={every_steps: 10, limit: 5}"]  # fmt: skip
+    common = [
+        "train",
+        "pacl_scenes",
+        f"init.backbone={clip}",
+        "data.train_size=60",
+        "train.batch_size=11",
+        f"train.steps={STEPS}",
+        "log.every_steps=1",
+        "train.device=cpu",
+        "schedule.warmup_steps=2",
+        "validation={every_steps: 10, limit: 5}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one = subprocess.Popen([sys.executable, "-m", "ovseg", *common, f"run={tmp_path / 'one'}"], env=environment, stdout=subprocess.DEVNULL)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "ovseg"]
-    two = subprocess.run([*torchrun, *common, f"run={tmp_path / 'two'}"], env=environment, capture_output=True, text=True, timeout=120)
+    one = subprocess.Popen(
+        [sys.executable, "-m", "ovseg", *common, f"run={tmp_path / 'one'}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "ovseg",
+    ]
+    two = subprocess.run(
+        [*torchrun, *common, f"run={tmp_path / 'two'}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert two.returncode == 0, two.stderr
     assert "FutureWarning" not in two.stderr
     assert one.wait(60) == 0 and two.stdout.count("ovseg segment --model") == 1
     single, both = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(single) == len(both) == STEPS and sum(single[-5:]) < sum(single[:5]) - 1
     assert both == pytest.approx(single, abs=1e-4)
-    figures = [(tmp_path / name / "validation.jsonl").read_text().splitlines() for name in ("one", "two")]
-    assert [json.loads(line)["miou"] for line in figures[0]] == pytest.approx([json.loads(line)["miou"] for line in figures[1]], abs=0.5)
+    figures = [
+        (tmp_path / name / "validation.jsonl").read_text().splitlines() for name in ("one", "two")
+    ]
+    assert [json.loads(line)["miou"] for line in figures[0]] == pytest.approx(
+        [json.loads(line)["miou"] for line in figures[1]], abs=0.5
+    )
     assert len(figures[1]) == 2 and len(list((tmp_path / "two" / "validation").glob("*.png"))) == 2
     assert json.loads((tmp_path / "two" / "env.json").read_text())["processes"] == 2
 
@@ -252,9 +346,28 @@ def test_torchrun_trains_to_the_curve_of_one_process(tmp_path):
 def test_torchrun_passes_a_signal_on(tmp_path):
     """SIGTERM to torchrun reaches all processes: they save and leave; resume ends the run."""
     run_folder, steps = tmp_path / "run", 400
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "ovseg",
-               "train", "clip_scenes", *SMALL, f"train.steps={steps}", f"run={run_folder}"]  # fmt: skip
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "ovseg",
+        "train",
+        "clip_scenes",
+        *SMALL,
+        f"train.steps={steps}",
+        f"run={run_folder}",
+    ]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = run_folder / "log.jsonl"
     for _ in range(6000):
         if log.exists() and len(log.read_bytes().splitlines()) > 3:
@@ -271,5 +384,11 @@ def test_torchrun_passes_a_signal_on(tmp_path):
     assert len(saved) == 1 and 3 <= done < steps and state.facts_of(saved[-1])["processes"] == 2
     with pytest.raises(ConfigError, match=r"^processes is 1 and .* begun with 2"):
         train(recipe(f"train.steps={steps}"), run_folder, resume=True, quiet=True)
-    train(recipe(f"train.steps={done + 3}"), run_folder, resume=True, allow=["processes", "train.steps"], quiet=True)
+    train(
+        recipe(f"train.steps={done + 3}"),
+        run_folder,
+        resume=True,
+        allow=["processes", "train.steps"],
+        quiet=True,
+    )
     assert [entry["step"] for entry in log_of(run_folder)][-3:] == [done, done + 1, done + 2]

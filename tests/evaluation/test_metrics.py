@@ -1,4 +1,6 @@
-"""mIoU: a 4x4 example by hand, torchmetrics as an oracle, absent classes, ignored pixels, labels out of range."""
+"""mIoU: a 4x4 example by hand, torchmetrics as an oracle, absent classes, ignored pixels, labels
+out of range.
+"""
 
 import math
 
@@ -44,16 +46,23 @@ def test_against_torchmetrics(seed, classes, parts):
     matrix = ConfusionMatrix([str(i) for i in range(classes)])
     for t, g in zip(np.array_split(truth, parts), np.array_split(guess, parts), strict=True):
         matrix.update(g, t)
-    expected = multiclass_jaccard_index(torch.from_numpy(guess), torch.from_numpy(truth), classes, average="none", ignore_index=255)
-    np.testing.assert_allclose(np.nan_to_num(matrix.scores().iou), 100 * expected.numpy(), atol=1e-4)
+    expected = multiclass_jaccard_index(
+        torch.from_numpy(guess), torch.from_numpy(truth), classes, average="none", ignore_index=255
+    )
+    np.testing.assert_allclose(
+        np.nan_to_num(matrix.scores().iou), 100 * expected.numpy(), atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("guess,truth,message", [
-    ([[0, 3]], [[0, 1]], "prediction holds label 3 on 1 pixels; expected 0 to 2"),
-    ([[0, -1]], [[0, 1]], "prediction holds label -1"),
-    ([[0, 1]], [[0, 9]], "truth holds label 9 on 1 pixels; expected 0 to 2 or 255"),
-    ([[0, 1]], [[0]], r"prediction has shape \[1, 2\] and truth \[1, 1\]"),
-])
+@pytest.mark.parametrize(
+    "guess,truth,message",
+    [
+        ([[0, 3]], [[0, 1]], "prediction holds label 3 on 1 pixels; expected 0 to 2"),
+        ([[0, -1]], [[0, 1]], "prediction holds label -1"),
+        ([[0, 1]], [[0, 9]], "truth holds label 9 on 1 pixels; expected 0 to 2 or 255"),
+        ([[0, 1]], [[0]], r"prediction has shape \[1, 2\] and truth \[1, 1\]"),
+    ],
+)
 @pytest.mark.bad_input("evaluation", "labels out of range")
 def test_bad_labels(guess, truth, message):
     with pytest.raises(InputError, match=message):
@@ -64,11 +73,17 @@ def test_everything_ignored_and_harmonic_mean():
     matrix = ConfusionMatrix("ab")
     matrix.update(np.zeros((2, 2), int), np.full((2, 2), 255))
     assert np.isnan(matrix.scores().miou)
-    assert harmonic_mean(30, 60) == pytest.approx(40) and harmonic_mean(0, 0) == 0 and math.isnan(harmonic_mean(30, math.nan))
+    assert (
+        harmonic_mean(30, 60) == pytest.approx(40)
+        and harmonic_mean(0, 0) == 0
+        and math.isnan(harmonic_mean(30, math.nan))
+    )
 
 
 def test_a_perfect_model_scores_a_hundred():
-    """Evaluation with a model that reads the mask: the protocol itself loses nothing but the resolution."""
+    """Evaluation with a model that reads the mask: the protocol itself loses nothing but the
+    resolution.
+    """
     scenes = Scenes("shapes", "val", 12)
     model = ovseg.create_model("pacl_tiny")
     masks = {scene.image.tobytes(): torch.from_numpy(scene.mask).long() for scene in scenes}
@@ -80,9 +95,15 @@ def test_a_perfect_model_scores_a_hundred():
         return ovseg.systems.PatchFeatures(torch.zeros(len(images), 64), masks_, (48, 48))
 
     model.encode_image = encode
-    model.similarity = lambda features, texts: torch.stack([torch.bincount(m.flatten(), minlength=classes)[: len(texts)].float()
-                                                            for m in features.tokens])
-    model.segment_logits = lambda features, texts: torch.nn.functional.one_hot(features.tokens, classes).permute(0, 3, 1, 2).float()
+    model.similarity = lambda features, texts: torch.stack(
+        [
+            torch.bincount(m.flatten(), minlength=classes)[: len(texts)].float()
+            for m in features.tokens
+        ]
+    )
+    model.segment_logits = lambda features, texts: (
+        torch.nn.functional.one_hot(features.tokens, classes).permute(0, 3, 1, 2).float()
+    )
     report = evaluate_scenes(model, scenes, keep=2)
     assert report.summary["miou"] == 100 and report.summary["classification"] == 100
     assert "| 100 |" in scene_table([report.summary])
@@ -96,21 +117,31 @@ def test_no_label_is_wrong_everywhere():
     scores = matrix.scores()
     assert scores.matrix.tolist() == [[1, 1, 1], [0, 1, 0]]
     assert scores.iou == pytest.approx([100 / 3, 50]) and scores.pixel_accuracy == pytest.approx(50)
-    assert scores.accuracy == pytest.approx([100 / 3, 100]) and scores.mean_accuracy == pytest.approx((100 / 3 + 100) / 2)
+    assert scores.accuracy == pytest.approx(
+        [100 / 3, 100]
+    ) and scores.mean_accuracy == pytest.approx((100 / 3 + 100) / 2)
 
 
 def eroded(mask, times):
     """3 x 3 erosions with nothing outside, written out."""
     for _ in range(times):
         padded = np.pad(mask, 1)
-        mask = np.logical_and.reduce([padded[y : y + mask.shape[0], x : x + mask.shape[1]] for y in range(3) for x in range(3)])
+        mask = np.logical_and.reduce(
+            [
+                padded[y : y + mask.shape[0], x : x + mask.shape[1]]
+                for y in range(3)
+                for x in range(3)
+            ]
+        )
     return mask
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), classes=st.integers(1, 4), share=st.sampled_from([0.02, 0.06]))
 def test_boundary_iou_is_that_of_eroded_masks(seed, classes, share):
-    """Class by class: a mask less its erosion is its band; pixels that are not counted belong to no class."""
+    """Class by class: a mask less its erosion is its band; pixels that are not counted belong to no
+    class.
+    """
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, classes, (2, 6, 5))
     truth, guess = coarse.repeat(8, 1).repeat(8, 2)
@@ -123,7 +154,11 @@ def test_boundary_iou_is_that_of_eroded_masks(seed, classes, share):
         t, g = truth == c, guess == c
         t, g = t & ~eroded(t, distance), g & ~eroded(g, distance) & (truth != 255)
         union = (t | g).sum()
-        assert counts.iou()[c] == pytest.approx(100 * (t & g).sum() / union) if union else np.isnan(counts.iou()[c])
+        assert (
+            counts.iou()[c] == pytest.approx(100 * (t & g).sum() / union)
+            if union
+            else np.isnan(counts.iou()[c])
+        )
 
 
 def test_boundary_by_hand():
@@ -144,7 +179,9 @@ def test_sweep_against_one_threshold_at_a_time(seed, classes):
     thresholds = np.array([0.0, 0.25, 0.5, 1.0])
     truth, guess = rng.integers(0, classes, (2, 10, 10))
     truth[0] = 255
-    scores = rng.choice([0.0, 0.25, 0.3, 0.5, 0.9, 1.0], (10, 10)).astype(np.float32)  # some of them at a threshold
+    scores = rng.choice([0.0, 0.25, 0.3, 0.5, 0.9, 1.0], (10, 10)).astype(
+        np.float32
+    )  # some of them at a threshold
     sweep = ThresholdSweep("abcde"[:classes], thresholds)
     sweep.update(guess[:5], scores[:5], truth[:5])
     sweep.update(guess[5:], scores[5:], truth[5:])

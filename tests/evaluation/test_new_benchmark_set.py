@@ -1,4 +1,6 @@
-"""A benchmark set is one file: made once as CONTRIBUTING.md says, with two classes and four pictures on disk."""
+"""A benchmark set is one file: made once as CONTRIBUTING.md says, with two classes and four
+pictures on disk.
+"""
 
 import json
 
@@ -37,7 +39,9 @@ def throw_away(tmp_path):
     truth = np.repeat([[1] * 24 + [2] * 24], 48, 0).astype(np.uint8)
     truth[:2] = 0  # nothing is said about the upper edge
     for i in range(4):
-        halves = [background("digits", stuff, 48, "val", rng)[:, :24] for stuff in ("grass", "gravel")]
+        halves = [
+            background("digits", stuff, 48, "val", rng)[:, :24] for stuff in ("grass", "gravel")
+        ]
         Image.fromarray(np.concatenate(halves, 1)).save(folder / "images" / f"{i}.png")
         Image.fromarray(truth).save(folder / "masks" / f"{i}.png")
     (folder / "val.txt").write_text("".join(f"{i}\n" for i in range(4)))
@@ -53,9 +57,24 @@ def test_a_new_benchmark_set_is_one_file(throw_away, tmp_path, capsys):
     data = SegmentationSet("throw_away", throw_away)
     assert len(data) == data.expected == 4 and set(np.unique(data[0][1])) == {-1, 0, 1}
     assert not check_set(data).wrong and check_set(data).shift == 0
-    assert describe("throw_away").label_set.texts == (("grass",), ("gravel",)) and class_list("throw_away").names == ("grass", "stones")
-    line = ["eval", "clip_dense_tiny", "--data", "throw_away", "--root", str(throw_away), "--out", str(tmp_path / "out")]
+    assert describe("throw_away").label_set.texts == (("grass",), ("gravel",)) and class_list(
+        "throw_away"
+    ).names == ("grass", "stones")
+    line = [
+        "eval",
+        "clip_dense_tiny",
+        "--data",
+        "throw_away",
+        "--root",
+        str(throw_away),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(line) == 0 and "throw_away" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]
-    assert found["pictures"] == 4 and set(found["classes"]) == {"grass", "stones"} and found["summary"]["miou"] > 60
+    assert (
+        found["pictures"] == 4
+        and set(found["classes"]) == {"grass", "stones"}
+        and found["summary"]["miou"] > 60
+    )
     assert np.sum(found["confusion"]) == 4 * 46 * 48  # the upper edge is not counted

@@ -1,4 +1,6 @@
-"""Sparse, nested, quantised and meta tensors, None and other things that are none: each is refused by the name of its argument."""
+"""Sparse, nested, quantised and meta tensors, None and other things that are none: each is refused
+by the name of its argument.
+"""
 
 import warnings
 
@@ -19,19 +21,35 @@ def kinds(x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = {
-            "None": None, "str": "a", "int": 3, "list": [1, 2], "object": object(), "objects": np.array([None, 1], object), "dict": {},
-            "scalar": torch.zeros(()), "empty": torch.zeros(0), "sparse": x.to_sparse(), "compressed": x[..., 0, :, :].to_sparse_csr()
-            if x.dim() > 2 else x.to_sparse_csr(), "nested": torch.nested.nested_tensor([x[0], x[0][:1]]), "complex": x + 1j,
-            "quantised": torch.quantize_per_tensor(x.float().contiguous(), 0.1, 0, torch.quint8), "8 bits": x.to(torch.float8_e4m3fn),
-            "meta": x.to("meta"), "integers": x.long(), "bool": x.bool(),
-        }  # fmt: skip
+            "None": None,
+            "str": "a",
+            "int": 3,
+            "list": [1, 2],
+            "object": object(),
+            "objects": np.array([None, 1], object),
+            "dict": {},
+            "scalar": torch.zeros(()),
+            "empty": torch.zeros(0),
+            "sparse": x.to_sparse(),
+            "compressed": x[..., 0, :, :].to_sparse_csr() if x.dim() > 2 else x.to_sparse_csr(),
+            "nested": torch.nested.nested_tensor([x[0], x[0][:1]]),
+            "complex": x + 1j,
+            "quantised": torch.quantize_per_tensor(x.float().contiguous(), 0.1, 0, torch.quint8),
+            "8 bits": x.to(torch.float8_e4m3fn),
+            "meta": x.to("meta"),
+            "integers": x.long(),
+            "bool": x.bool(),
+        }
     return found
 
 
 KINDS = list(kinds(torch.zeros(2, 3, 4, 4)))
 
 
-@pytest.fixture(scope="module", params=["pacl_tiny", "clip_dense_tiny", "mgca_tiny", "zegclip_tiny", "segclip_tiny"])
+@pytest.fixture(
+    scope="module",
+    params=["pacl_tiny", "clip_dense_tiny", "mgca_tiny", "zegclip_tiny", "segclip_tiny"],
+)
 def model(request):
     return ovseg.create_model(request.param)
 
@@ -44,11 +62,16 @@ def pacl():
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("list", "str")])
 def test_one_picture(pacl, kind):
     given, predictor = kinds(torch.rand(3, 8, 8))[kind], ovseg.Predictor(pacl, LABELS)
-    for ask in (predictor.set_image, predictor.prepare, pacl.preprocess, lambda x: predictor.predict_batch([x]),
-                lambda x: ovseg.segment(x, LABELS, model=pacl)):
+    for ask in (
+        predictor.set_image,
+        predictor.prepare,
+        pacl.preprocess,
+        lambda x: predictor.predict_batch([x]),
+        lambda x: ovseg.segment(x, LABELS, model=pacl),
+    ):
         with pytest.raises(InputError, match=r"^image (is|has|holds) .*expected"):
             ask(given)
-    (_, found), = predictor.stream([given])
+    ((_, found),) = predictor.stream([given])
     assert isinstance(found, InputError)
 
 
@@ -57,16 +80,27 @@ def test_many_pictures(pacl, kind):
     given, predictor = kinds(torch.rand(2, 3, 8, 8))[kind], ovseg.Predictor(pacl, LABELS)
     with pytest.raises(InputError, match=r"^images (is|has|holds) .*expected"):
         predictor.predict_batch(given)
-    if kind not in ("complex", "8 bits", "integers", "bool"):  # those are several pictures, each of a wrong kind
+    if kind not in (
+        "complex",
+        "8 bits",
+        "integers",
+        "bool",
+    ):  # those are several pictures, each of a wrong kind
         for name, ask in (("images", predictor.see), ("sources", predictor.stream)):
-            with pytest.raises(InputError, match=rf"^{name} (is|has) .*expected a list of pictures"):
+            with pytest.raises(
+                InputError, match=rf"^{name} (is|has) .*expected a list of pictures"
+            ):
                 ask(given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_of_a_model(model, kind):
     given = kinds(model.normalize(torch.rand(1, 3, 48, 48)))[kind]
-    for ask in (model, model.encode_image, lambda x: model.similarity(x, torch.ones(2, model.spec.embed_dim))):
+    for ask in (
+        model,
+        model.encode_image,
+        lambda x: model.similarity(x, torch.ones(2, model.spec.embed_dim)),
+    ):
         with pytest.raises(InputError, match=r"^images (is|has) .*expected"):
             ask(given)
     if kind not in ("meta",):  # which has a shape, as normalising needs no more
@@ -81,10 +115,15 @@ def test_texts_of_a_model(model, kind):
     for ask in (model.similarity, model.segment_logits):
         with pytest.raises(InputError, match=r"^texts (is|has) .*expected"):
             ask(features, given)
-    with pytest.raises(InputError, match=r"^features is a .*; expected what model.encode_image gives"):
+    with pytest.raises(
+        InputError, match=r"^features is a .*; expected what model.encode_image gives"
+    ):
         model.segment_logits(given, torch.ones(2, model.spec.embed_dim))
     ids = model.tokenizer(["grass", "sand"])
-    given = {"integers": ids.float(), **{name: x for name, x in kinds(ids).items() if name != "integers"}}[kind]
+    given = {
+        "integers": ids.float(),
+        **{name: x for name, x in kinds(ids).items() if name != "integers"},
+    }[kind]
     with pytest.raises(InputError, match=r"^token_ids (is|has) .*expected"):
         model.encode_text(given)
 
@@ -92,31 +131,70 @@ def test_texts_of_a_model(model, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_arguments_that_are_no_tensors(pacl, kind, tmp_path):
     given = kinds(torch.rand(2, 3, 8, 8))[kind]
-    asked = {"view": lambda x: ovseg.Predictor(pacl, view=x), "decision": lambda x: ovseg.Predictor(pacl, decision=x),
-             "resize": lambda x: ovseg.Predictor(pacl, resize=x), "short_side": lambda x: ovseg.Predictor(pacl, short_side=x),
-             "activation": lambda x: ovseg.Predictor(pacl, activation=x), "synonyms": lambda x: Queries(synonyms=x),
-             "background": lambda x: Queries(background=x), "bias": lambda x: ovseg.Predictor(pacl, bias=x),
-             "embeddings": lambda x: Queries(embeddings=x), "templates": lambda x: Queries(templates=x)}  # fmt: skip
-    valid = {"view": ("None",), "decision": ("None",), "resize": (), "short_side": ("None", "int"), "activation": ("None",), "synonyms": (),
-             "background": ("None", "str", "dict"), "bias": ("None", "dict"), "embeddings": ("None", "str"), "templates": ("None",)}
-    asked |= {"model": ovseg.Predictor, "name": ovseg.create_model, "pretrained": lambda x: ovseg.create_model("pacl_tiny", x),
-              "source": ovseg.from_pretrained, "device": lambda x: ovseg.create_model("pacl_tiny", device=x),
-              "folder": lambda x: ovseg.save_pretrained(pacl, x)}  # fmt: skip
-    valid |= {"model": (), "name": ("str",), "pretrained": ("None", "str"), "source": ("str",), "device": ("int",), "folder": ("str",)}
+    asked = {
+        "view": lambda x: ovseg.Predictor(pacl, view=x),
+        "decision": lambda x: ovseg.Predictor(pacl, decision=x),
+        "resize": lambda x: ovseg.Predictor(pacl, resize=x),
+        "short_side": lambda x: ovseg.Predictor(pacl, short_side=x),
+        "activation": lambda x: ovseg.Predictor(pacl, activation=x),
+        "synonyms": lambda x: Queries(synonyms=x),
+        "background": lambda x: Queries(background=x),
+        "bias": lambda x: ovseg.Predictor(pacl, bias=x),
+        "embeddings": lambda x: Queries(embeddings=x),
+        "templates": lambda x: Queries(templates=x),
+    }
+    valid = {
+        "view": ("None",),
+        "decision": ("None",),
+        "resize": (),
+        "short_side": ("None", "int"),
+        "activation": ("None",),
+        "synonyms": (),
+        "background": ("None", "str", "dict"),
+        "bias": ("None", "dict"),
+        "embeddings": ("None", "str"),
+        "templates": ("None",),
+    }
+    asked |= {
+        "model": ovseg.Predictor,
+        "name": ovseg.create_model,
+        "pretrained": lambda x: ovseg.create_model("pacl_tiny", x),
+        "source": ovseg.from_pretrained,
+        "device": lambda x: ovseg.create_model("pacl_tiny", device=x),
+        "folder": lambda x: ovseg.save_pretrained(pacl, x),
+    }
+    valid |= {
+        "model": (),
+        "name": ("str",),
+        "pretrained": ("None", "str"),
+        "source": ("str",),
+        "device": ("int",),
+        "folder": ("str",),
+    }
     for name, ask in asked.items():
         if kind not in valid[name]:
-            with pytest.raises(InputError, match=rf"^({name}|templates?\[?) ?.*(is|has|holds) .*expected"):
+            with pytest.raises(
+                InputError, match=rf"^({name}|templates?\[?) ?.*(is|has|holds) .*expected"
+            ):
                 ask(given)
     with pytest.raises(InputError, match=r"^model is a .*; expected a model of create_model"):
         ovseg.save_pretrained(given, tmp_path / "m")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if isinstance(kinds(torch.zeros(2, 3, 4, 4))[kind], torch.Tensor)])
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS if isinstance(kinds(torch.zeros(2, 3, 4, 4))[kind], torch.Tensor)],
+)
 def test_labels_that_are_tensors(pacl, kind):
     given, predictor = kinds(torch.rand(2, 3, 8, 8))[kind], ovseg.Predictor(pacl, LABELS)
     picture = np.zeros((8, 8, 3), np.uint8)
-    for ask in (predictor.set_labels, pacl.encode_labels, lambda x: predictor.predict_batch([picture], x),
-                lambda x: ovseg.segment(picture, x, model=pacl), lambda x: ovseg.Predictor(pacl, x)):
+    for ask in (
+        predictor.set_labels,
+        pacl.encode_labels,
+        lambda x: predictor.predict_batch([picture], x),
+        lambda x: ovseg.segment(picture, x, model=pacl),
+        lambda x: ovseg.Predictor(pacl, x),
+    ):
         with pytest.raises(InputError, match=r"^labels is a tensor; expected"):
             ask(given)
     with pytest.raises(InputError, match=r"^allowed is a Tensor; expected names"):

@@ -1,4 +1,6 @@
-"""Many pictures at once: mixed sizes, tensors, shared encoder calls, reading ahead, half precision, torch.compile, no device reads."""
+"""Many pictures at once: mixed sizes, tensors, shared encoder calls, reading ahead, half precision,
+torch.compile, no device reads.
+"""
 
 import threading
 import time
@@ -38,19 +40,24 @@ def same(found, expected):
     np.testing.assert_allclose(found.scores, expected.scores, atol=2e-5)
 
 
-@pytest.mark.parametrize("name,options", [
-    ("pacl_tiny", {}),
-    ("pacl_tiny", {"crop": 24, "window_batch": 5, "background": "sand"}),
-    ("pacl_tiny", {"resize": "bilinear", "refine": "pamr", "background_threshold": 0.2}),
-    ("segclip_tiny", {"crop": 48, "stride": 24, "short_side": 60, "background_threshold": 0.3}),
-])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("pacl_tiny", {}),
+        ("pacl_tiny", {"crop": 24, "window_batch": 5, "background": "sand"}),
+        ("pacl_tiny", {"resize": "bilinear", "refine": "pamr", "background_threshold": 0.2}),
+        ("segclip_tiny", {"crop": 48, "stride": 24, "short_side": 60, "background_threshold": 0.3}),
+    ],
+)
 def test_a_batch_equals_single_calls(pictures, name, options):
     model = ovseg.create_model(name, "digits")
     predictor = ovseg.Predictor(model, LABELS, **options)
     forms = [Image.fromarray, lambda x: x, lambda x: torch.from_numpy(x.copy()).permute(2, 0, 1)]
     given = [forms[i % 3](picture) for i, picture in enumerate(pictures)]
     found = predictor.predict_batch(given)
-    assert [one.labels.shape for one in found] == SIZES and len({label for one in found for label in np.unique(one.labels)}) > 2
+    assert [one.labels.shape for one in found] == SIZES and len(
+        {label for one in found for label in np.unique(one.labels)}
+    ) > 2
     for one, picture in zip(found, pictures, strict=True):
         same(one, predictor.set_image(picture).predict())
         assert np.array_equal(np.asarray(one.image), picture)
@@ -63,20 +70,32 @@ def test_a_batch_equals_single_calls(pictures, name, options):
 def test_encoder_calls_are_shared(model, pictures, monkeypatch):
     sizes = []
     real = model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda x: sizes.append(tuple(x.shape[::2])) or real(x))
+    monkeypatch.setattr(
+        model, "encode_image", lambda x: sizes.append(tuple(x.shape[::2])) or real(x)
+    )
     ovseg.Predictor(model, LABELS).predict_batch(pictures)
-    assert sorted(sizes) == [(1, 48), (1, 48), (1, 52), (2, 96), (3, 48)]  # pictures of one canvas in one call
+    assert sorted(sizes) == [
+        (1, 48),
+        (1, 48),
+        (1, 52),
+        (2, 96),
+        (3, 48),
+    ]  # pictures of one canvas in one call
     sizes.clear()
     predictor = ovseg.Predictor(model, LABELS, crop=24, window_batch=16)
     windows = sum(len(seen.prepared.placement.origins) for seen in predictor.see(pictures))
-    assert [n for n, _ in sizes] == [16] * (windows // 16) + [windows % 16] * (windows % 16 > 0) and {side for _, side in sizes} == {24}
+    assert [n for n, _ in sizes] == [16] * (windows // 16) + [windows % 16] * (
+        windows % 16 > 0
+    ) and {side for _, side in sizes} == {24}
 
 
 @pytest.mark.parametrize("side", [48, 40])
 @pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.float64])
 def test_a_tensor_of_pictures(model, pictures, kind, resize, side):
-    images = torch.stack([torch.from_numpy(pictures[i][:side, :side].copy()).permute(2, 0, 1) for i in (0, 2, 5)])
+    images = torch.stack(
+        [torch.from_numpy(pictures[i][:side, :side].copy()).permute(2, 0, 1) for i in (0, 2, 5)]
+    )
     given = images if kind == torch.uint8 else images.to(kind) / 255
     predictor = ovseg.Predictor(model, LABELS, resize=resize)
     found = predictor.predict_batch(given)
@@ -85,14 +104,20 @@ def test_a_tensor_of_pictures(model, pictures, kind, resize, side):
         assert np.array_equal(np.asarray(one.image), image.permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize("images,message", [
-    (torch.zeros(3, 48, 48), r"images has shape \[3, 48, 48\]; expected \[B, 3, H, W\]"),
-    (torch.zeros(2, 3, 48, 48, dtype=torch.int64), "images has dtype torch.int64; expected uint8 or floats"),
-    (torch.full((1, 3, 48, 48), 1.5), "images holds NaN or values outside of 0..1"),
-    (torch.full((1, 3, 48, 48), float("nan")), "images holds NaN or values outside of 0..1"),
-    (torch.zeros(1, 3, 500, 500), "images is 500x500 = 250000 pixels; the limit is 200000"),
-    ([np.zeros((8, 8, 3), np.uint8), b"junk"], "it is none of JPEG"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images,message",
+    [
+        (torch.zeros(3, 48, 48), r"images has shape \[3, 48, 48\]; expected \[B, 3, H, W\]"),
+        (
+            torch.zeros(2, 3, 48, 48, dtype=torch.int64),
+            "images has dtype torch.int64; expected uint8 or floats",
+        ),
+        (torch.full((1, 3, 48, 48), 1.5), "images holds NaN or values outside of 0..1"),
+        (torch.full((1, 3, 48, 48), float("nan")), "images holds NaN or values outside of 0..1"),
+        (torch.zeros(1, 3, 500, 500), "images is 500x500 = 250000 pixels; the limit is 200000"),
+        ([np.zeros((8, 8, 3), np.uint8), b"junk"], "it is none of JPEG"),
+    ],
+)
 @pytest.mark.bad_input("inference", "a tensor that is no batch of pictures")
 def test_refused(model, images, message):
     with pytest.raises(InputError, match=message):
@@ -105,12 +130,16 @@ def test_stream_keeps_order_and_names_bad_pictures(model, pictures, batch):
     predictor = ovseg.Predictor(model, LABELS)
     sources = [*pictures[:3], b"junk", *pictures[3:], "nowhere.png"]
     found = list(predictor.stream(iter(sources), batch=batch))
-    assert [source is given for (source, _), given in zip(found, sources, strict=True)] == [True] * 10
+    assert [source is given for (source, _), given in zip(found, sources, strict=True)] == [
+        True
+    ] * 10
     assert [i for i, (_, one) in enumerate(found) if isinstance(one, InputError)] == [3, 9]
     for source, one in found:
         if not isinstance(one, InputError):
             same(one, predictor.set_image(source).predict())
-    with pytest.raises(InputError, match="bias names 'cat'"):  # what is wrong with the question is no picture's fault
+    with pytest.raises(
+        InputError, match="bias names 'cat'"
+    ):  # what is wrong with the question is no picture's fault
         list(ovseg.Predictor(model, LABELS, bias={"cat": 1.0}).stream(pictures))
 
 
@@ -132,20 +161,36 @@ def test_reading_ahead_is_bounded_and_in_threads():
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name,options", [
-    ("pacl_tiny", {}),
-    ("pacl_tiny", {"crop": 24, "scale": 40.0, "activation": "softmax", "bias": {"grass": -0.1}, "area_threshold": 0.02}),
-    ("pacl_tiny", {"scale": 30.0, "background_entropy": 1.2, "refine": "pamr"}),
-    ("clip_dense_tiny", {"background_threshold": 0.1}),
-    ("segclip_tiny", {"crop": 24, "background_threshold": 0.3, "bias": {"grass": -0.1}}),
-])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("pacl_tiny", {}),
+        (
+            "pacl_tiny",
+            {
+                "crop": 24,
+                "scale": 40.0,
+                "activation": "softmax",
+                "bias": {"grass": -0.1},
+                "area_threshold": 0.02,
+            },
+        ),
+        ("pacl_tiny", {"scale": 30.0, "background_entropy": 1.2, "refine": "pamr"}),
+        ("clip_dense_tiny", {"background_threshold": 0.1}),
+        ("segclip_tiny", {"crop": 24, "background_threshold": 0.3, "bias": {"grass": -0.1}}),
+    ],
+)
 def test_half_precision(pictures, name, options, kind):
     """A picture is labelled as in float32, but for pixels between classes."""
     model = ovseg.create_model(name, "digits")
     expected = ovseg.Predictor(model, LABELS, **options).predict_batch(pictures[:5])
     half = ovseg.Predictor(model.to(kind), LABELS, **options)
     found = half.predict_batch(pictures[:5])
-    same_labels = np.mean(np.concatenate([(a.labels == b.labels).ravel() for a, b in zip(found, expected, strict=True)]))
+    same_labels = np.mean(
+        np.concatenate(
+            [(a.labels == b.labels).ravel() for a, b in zip(found, expected, strict=True)]
+        )
+    )
     # Segment maps of groups hang on one argmax a patch; bfloat16 has eight bits.
     assert same_labels > (0.9 if kind == torch.float16 else 0.8)
     assert all(one.scores.dtype == np.float32 and np.isfinite(one.scores).all() for one in found)
@@ -176,28 +221,51 @@ class NoReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket.__name__ not in self.waiting, f"{func} waits for the device"
-        assert not (func.overloadpacket.__name__ == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]))
+        assert not (
+            func.overloadpacket.__name__ == "index"
+            and any(i is not None and i.dtype == torch.bool for i in args[1])
+        )
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name,options", [
-    ("pacl_tiny", {"area_threshold": 0.1, "background_threshold": 0.1, "bias": {"grass": 0.1}}),
-    ("pacl_tiny", {"crop": 24, "scale": 40.0, "activation": "softmax", "background": "sand", "synonyms": "mean"}),
-    ("pacl_tiny", {"scale": 40.0, "background_entropy": 1.0}),
-    ("segclip_tiny", {"crop": 24, "background_threshold": 0.3}),
-])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("pacl_tiny", {"area_threshold": 0.1, "background_threshold": 0.1, "bias": {"grass": 0.1}}),
+        (
+            "pacl_tiny",
+            {
+                "crop": 24,
+                "scale": 40.0,
+                "activation": "softmax",
+                "background": "sand",
+                "synonyms": "mean",
+            },
+        ),
+        ("pacl_tiny", {"scale": 40.0, "background_entropy": 1.0}),
+        ("segclip_tiny", {"crop": 24, "background_threshold": 0.3}),
+    ],
+)
 def test_nothing_is_read_from_the_device_before_the_result(pictures, monkeypatch, name, options):
     """From pixels to labels. The operators look at values as they do on a GPU: not at all."""
     from ovseg_kernels import _checking
 
     model = ovseg.create_model(name, "digits")
-    predictor = ovseg.Predictor(model, {"seven": ["a red seven", "a blue seven"], "grass": "grass"}, **options)
+    predictor = ovseg.Predictor(
+        model, {"seven": ["a red seven", "a blue seven"], "grass": "grass"}, **options
+    )
     queries = predictor._asked()
     prepared = [predictor.prepare(picture) for picture in pictures[:3]]
     monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)
     with torch.no_grad(), NoReads():
         for seen in predictor.see(prepared):
-            predictor.decision.label_map(model, seen.features, queries, seen.prepared.placement, allowed=queries.allowed(["grass"]))
+            predictor.decision.label_map(
+                model,
+                seen.features,
+                queries,
+                seen.prepared.placement,
+                allowed=queries.allowed(["grass"]),
+            )
     with pytest.raises(AssertionError, match="waits for the device"), NoReads():
         bool(torch.ones(1).all())
 

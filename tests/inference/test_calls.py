@@ -1,4 +1,6 @@
-"""What a call goes by is its own: labels, views and weights of other calls, threads and generators change nothing in it."""
+"""What a call goes by is its own: labels, views and weights of other calls, threads and generators
+change nothing in it.
+"""
 
 import copy
 import itertools
@@ -18,7 +20,14 @@ from ovseg.inference import PatchArgmax, Queries, View
 from ovseg.inference.queries import EncodedQueries
 
 LABELS = ["a red seven", "a blue zero", "gravel", "grass"]
-SETS = [LABELS, LABELS[::-1], LABELS[1:3], ["grass", "sand", "water"], ["gravel"], ["a red seven", "water"]]
+SETS = [
+    LABELS,
+    LABELS[::-1],
+    LABELS[1:3],
+    ["grass", "sand", "water"],
+    ["gravel"],
+    ["a red seven", "water"],
+]
 pytestmark = pytest.mark.third_trial(3)
 
 
@@ -37,16 +46,22 @@ def model(trained):
 
 
 def same(found, expected):
-    return found.names == expected.names and np.array_equal(found.labels, expected.labels) and np.array_equal(
-        found.scores, expected.scores)
+    return (
+        found.names == expected.names
+        and np.array_equal(found.labels, expected.labels)
+        and np.array_equal(found.scores, expected.scores)
+    )
 
 
 def test_eight_threads_and_four_generators_on_one_predictor(trained):
     """2 000 answers, each compared with what one thread alone gets."""
     predictor = ovseg.Predictor(trained, LABELS, short_side=8)
     pictures = [picture(seed) for seed in range(6)]
-    expected = {(i, j): ovseg.Predictor(trained, labels, short_side=8).predict_batch([one])[0]
-                for i, one in enumerate(pictures) for j, labels in enumerate(SETS)}
+    expected = {
+        (i, j): ovseg.Predictor(trained, labels, short_side=8).predict_batch([one])[0]
+        for i, one in enumerate(pictures)
+        for j, labels in enumerate(SETS)
+    }
     wrong, start = [], threading.Barrier(12)
 
     def calls(number):
@@ -61,7 +76,11 @@ def test_eight_threads_and_four_generators_on_one_predictor(trained):
         for k in range(10):
             j = (k + number) % len(SETS)
             answers = predictor.stream(pictures + pictures[:4], SETS[j], batch=1)
-            wrong.extend((number, i, j) for i, (_, one) in enumerate(answers) if not same(one, expected[i % 6, j]))
+            wrong.extend(
+                (number, i, j)
+                for i, (_, one) in enumerate(answers)
+                if not same(one, expected[i % 6, j])
+            )
 
     def guarded(target, number):
         try:
@@ -82,20 +101,36 @@ def test_the_labels_of_a_call_are_its_own(trained):
     predictor = ovseg.Predictor(trained, LABELS).set_image(picture(0))
     before, queries = predictor.predict(), predictor.queries
     other = Queries(ovseg.inference.predictor.LabelSet.of(["sand", "water"]), background=("grass",))
-    for ask in (lambda x: predictor.predict(x), lambda x: predictor.predict_batch([picture(1)], x), lambda x: predictor.classify(x),
-                lambda x: list(predictor.stream([picture(1)], x))):
+    for ask in (
+        lambda x: predictor.predict(x),
+        lambda x: predictor.predict_batch([picture(1)], x),
+        lambda x: predictor.classify(x),
+        lambda x: list(predictor.stream([picture(1)], x)),
+    ):
         for labels in (["sand"], other, "water"):
             ask(labels)
             assert predictor.queries is queries and same(predictor.predict(), before)
-    assert predictor.predict(allowed=["grass"]).labels.min() == 3 and same(predictor.predict(), before)
+    assert predictor.predict(allowed=["grass"]).labels.min() == 3 and same(
+        predictor.predict(), before
+    )
 
 
-@pytest.mark.parametrize("ask", [
-    lambda p: p.predict(["sand", " "]), lambda p: p.predict_batch([picture(1)], ["!?"]), lambda p: p.classify([]),
-    lambda p: p.predict_batch([b"junk"], ["sand"]), lambda p: p.predict_batch([picture(1)], ["sand"], allowed=["cat"]),
-    lambda p: p.predict(["sand"], allowed=["cat"]), lambda p: p.stream([picture(1)], ["!?"]), lambda p: p.set_labels(["sand", "!?"]),
-    lambda p: p.set_labels(Queries(background=("grass",))), lambda p: p.set_image(b"junk"), lambda p: p.set_image(None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda p: p.predict(["sand", " "]),
+        lambda p: p.predict_batch([picture(1)], ["!?"]),
+        lambda p: p.classify([]),
+        lambda p: p.predict_batch([b"junk"], ["sand"]),
+        lambda p: p.predict_batch([picture(1)], ["sand"], allowed=["cat"]),
+        lambda p: p.predict(["sand"], allowed=["cat"]),
+        lambda p: p.stream([picture(1)], ["!?"]),
+        lambda p: p.set_labels(["sand", "!?"]),
+        lambda p: p.set_labels(Queries(background=("grass",))),
+        lambda p: p.set_image(b"junk"),
+        lambda p: p.set_image(None),
+    ],
+)
 def test_a_failed_call_leaves_everything_as_it_was(trained, ask):
     predictor = ovseg.Predictor(trained, LABELS).set_image(picture(0))
     before, queries = predictor.predict(), predictor.queries
@@ -130,7 +165,9 @@ def test_generators_in_turn(trained):
 
 def test_two_threads_encode_the_same_labels_once(model, monkeypatch):
     asked, real, start = [], EncodedQueries.encode, threading.Barrier(4)
-    monkeypatch.setattr(EncodedQueries, "encode", lambda *arguments: asked.append(1) or real(*arguments))
+    monkeypatch.setattr(
+        EncodedQueries, "encode", lambda *arguments: asked.append(1) or real(*arguments)
+    )
     predictor = ovseg.Predictor(model)
 
     def ask():
@@ -155,13 +192,23 @@ def weaker(model):
     return {name: 0.7 * x + 0.01 for name, x in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m.load_state_dict(weaker(m)), lambda m: m.load_state_dict(weaker(m), assign=True), lambda m: m.to(torch.bfloat16),
-    lambda m: m.double(), lambda m: step(m), lambda m: step(m, fused=True), lambda m: step(m, foreach=True),
-    lambda m: [p.data.mul_(0.7).add_(0.01) for p in m.parameters()],
-    lambda m: [setattr(p, "data", 0.7 * p.data + 0.01) for p in m.parameters()],
-    lambda m: torch.nn.utils.vector_to_parameters(0.7 * torch.nn.utils.parameters_to_vector(m.parameters()) + 0.01, m.parameters()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict(weaker(m)),
+        lambda m: m.load_state_dict(weaker(m), assign=True),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.double(),
+        lambda m: step(m),
+        lambda m: step(m, fused=True),
+        lambda m: step(m, foreach=True),
+        lambda m: [p.data.mul_(0.7).add_(0.01) for p in m.parameters()],
+        lambda m: [setattr(p, "data", 0.7 * p.data + 0.01) for p in m.parameters()],
+        lambda m: torch.nn.utils.vector_to_parameters(
+            0.7 * torch.nn.utils.parameters_to_vector(m.parameters()) + 0.01, m.parameters()
+        ),
+    ],
+)
 def test_nothing_of_earlier_weights_is_remembered(model, change):
     """Neither the embeddings of texts nor the features of the current picture."""
     predictor = ovseg.Predictor(model, LABELS).set_image(picture(0, 24))
@@ -169,7 +216,9 @@ def test_nothing_of_earlier_weights_is_remembered(model, change):
     with torch.no_grad():
         change(model)
     fresh = ovseg.Predictor(model, LABELS).set_image(picture(0, 24))
-    assert same(predictor.predict(), fresh.predict()) and not np.array_equal(predictor.predict().scores, before.scores)
+    assert same(predictor.predict(), fresh.predict()) and not np.array_equal(
+        predictor.predict().scores, before.scores
+    )
     assert predictor.classify() == fresh.classify()
 
 
@@ -179,7 +228,9 @@ def test_the_readout_and_the_mode_of_the_caller_count_too():
     before = predictor.predict()
     model.set_readout("naclip")
     changed = predictor.predict()
-    assert not same(changed, before) and same(changed, ovseg.Predictor(model, LABELS).set_image(picture(0, 24)).predict())
+    assert not same(changed, before) and same(
+        changed, ovseg.Predictor(model, LABELS).set_image(picture(0, 24)).predict()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         predictor.predict()
     assert same(predictor.predict(), changed)
@@ -195,7 +246,9 @@ def test_the_readout_and_the_mode_of_the_caller_count_too():
 def test_a_file_of_embeddings_is_read_again_when_it_has_changed(trained, tmp_path):
     rows = trained.encode_labels(LABELS).numpy()
     np.save(tmp_path / "e.npy", rows)
-    predictor = ovseg.Predictor(trained, LABELS, embeddings=str(tmp_path / "e.npy")).set_image(picture(0, 24))
+    predictor = ovseg.Predictor(trained, LABELS, embeddings=str(tmp_path / "e.npy")).set_image(
+        picture(0, 24)
+    )
     before = predictor.predict()
     np.save(tmp_path / "e.npy", rows[::-1])
     assert np.array_equal(predictor.predict().labels, 3 - before.labels)
@@ -226,7 +279,9 @@ def test_a_picture_that_another_model_saw_is_seen_again(trained, model):
     expected = ovseg.Predictor(model, LABELS).set_image(picture(0, 24)).predict()
     assert same(ovseg.Predictor(model, LABELS).set_image(seen).predict(), expected)
     prepared = ovseg.Predictor(trained, short_side=12).prepare(picture(0, 24))
-    assert same(ovseg.Predictor(model, LABELS).set_image(prepared).predict(), expected)  # and prepared again for another view
+    assert same(
+        ovseg.Predictor(model, LABELS).set_image(prepared).predict(), expected
+    )  # and prepared again for another view
 
 
 def test_a_predictor_can_be_copied_and_pickled(trained):
@@ -252,24 +307,43 @@ def test_a_model_in_train_mode_is_put_into_eval_mode(name, caplog):
             part.train()
             assert same(ovseg.segment(picture(0, 48), LABELS, model=model), expected)
         told = [record.message for record in caplog.records if "train mode" in record.message]
-        assert len(told) == 3 and name in told[0] and not any(module.training for module in model.modules())
+        assert (
+            len(told) == 3
+            and name in told[0]
+            and not any(module.training for module in model.modules())
+        )
 
 
 @pytest.mark.third_trial(9)
-@pytest.mark.parametrize("name,options", [
-    ("pacl_tiny", {}), ("pacl_tiny", {"refine": "pamr"}), ("pacl_tiny", {"crop": 12, "scale": 40.0, "activation": "softmax"}),
-    ("segclip_tiny", {}), ("zegclip_tiny", {}), ("mgca_tiny", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("pacl_tiny", {}),
+        ("pacl_tiny", {"refine": "pamr"}),
+        ("pacl_tiny", {"crop": 12, "scale": 40.0, "activation": "softmax"}),
+        ("segclip_tiny", {}),
+        ("zegclip_tiny", {}),
+        ("mgca_tiny", {}),
+    ],
+)
 def test_weights_that_are_no_numbers_are_named(name, options):
     model = ovseg.create_model(name)
-    place, tensor = next((key, x) for key, x in reversed(list(model.backbone.named_parameters())) if "text" in key and x.ndim == 2)
+    place, tensor = next(
+        (key, x)
+        for key, x in reversed(list(model.backbone.named_parameters()))
+        if "text" in key and x.ndim == 2
+    )
     predictor = ovseg.Predictor(model, LABELS, **options)
     with torch.no_grad():
         tensor[0] = float("nan")
     message = f"{name}.*its tensor backbone.{place} holds NaN or an infinity in [1-9]"
-    for ask in (lambda: predictor.set_image(picture(0, 24)).predict(), lambda: predictor.predict_batch([picture(0, 24)]),
-                lambda: predictor.classify(), lambda: next(predictor.stream([picture(0, 24)])),
-                lambda: ovseg.segment(picture(0, 24), LABELS, model=model, **options)):
+    for ask in (
+        lambda: predictor.set_image(picture(0, 24)).predict(),
+        lambda: predictor.predict_batch([picture(0, 24)]),
+        lambda: predictor.classify(),
+        lambda: next(predictor.stream([picture(0, 24)])),
+        lambda: ovseg.segment(picture(0, 24), LABELS, model=model, **options),
+    ):
         with pytest.raises(CheckpointError, match=message):
             ask()
 
@@ -280,7 +354,16 @@ def test_the_command_names_them_and_ends_with_1(model, tmp_path, capsys):
         next(model.embedder.parameters()).fill_(float("nan"))
     model.save_pretrained(tmp_path / "model")
     Image.fromarray(picture(0, 24)).save(tmp_path / "a.png")
-    line = ["segment", str(tmp_path / "a.png"), "--labels", "grass,sand", "-m", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
+    line = [
+        "segment",
+        str(tmp_path / "a.png"),
+        "--labels",
+        "grass,sand",
+        "-m",
+        str(tmp_path / "model"),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     assert main(line) == 1
     assert "embedder." in capsys.readouterr().err and not list(tmp_path.glob("out/*.png"))
 
@@ -289,21 +372,38 @@ def test_the_command_names_them_and_ends_with_1(model, tmp_path, capsys):
 def test_numbers_that_grow_too_large_for_finite_weights_are_said_to(model):
     with torch.no_grad():
         next(model.backbone.parameters()).fill_(1e38)
-    with pytest.raises(FloatingPointError, match="its weights are finite: numbers on the way exceed float32"):
+    with pytest.raises(
+        FloatingPointError, match="its weights are finite: numbers on the way exceed float32"
+    ):
         ovseg.Predictor(model, LABELS).set_image(picture(0, 24)).predict()
 
 
-ONE = {"an array": picture(0, 48), "an array of many": np.stack([picture(0), picture(1)]), "a string": "a.jpg", "bytes": b"abc",
-       "a picture": Image.new("RGB", (8, 8)), "nothing": None, "a tensor": torch.zeros(3, 8, 8), "a number": 3,
-       "a mapping": {"a": picture(0)}}
+ONE = {
+    "an array": picture(0, 48),
+    "an array of many": np.stack([picture(0), picture(1)]),
+    "a string": "a.jpg",
+    "bytes": b"abc",
+    "a picture": Image.new("RGB", (8, 8)),
+    "nothing": None,
+    "a tensor": torch.zeros(3, 8, 8),
+    "a number": 3,
+    "a mapping": {"a": picture(0)},
+}
 
 
 @pytest.mark.third_trial(9)
 @pytest.mark.parametrize("kind", ONE)
 def test_one_picture_is_no_list_of_pictures(trained, kind):
     predictor = ovseg.Predictor(trained, LABELS)
-    for name, ask in (("images", predictor.predict_batch), ("images", predictor.see), ("sources", predictor.stream)):
-        with pytest.raises(InputError, match=rf"^{name} (is|has shape) .*expected (a list of pictures or a tensor )?\[B, 3, H, W\]"):
+    for name, ask in (
+        ("images", predictor.predict_batch),
+        ("images", predictor.see),
+        ("sources", predictor.stream),
+    ):
+        with pytest.raises(
+            InputError,
+            match=rf"^{name} (is|has shape) .*expected (a list of pictures or a tensor )?\[B, 3, H, W\]",
+        ):
             ask(ONE[kind])
 
 
@@ -315,12 +415,26 @@ def test_a_batch_that_is_no_number_of_pictures(trained, batch):
 
 
 @pytest.mark.third_trial(9)
-@pytest.mark.parametrize("templates,message", [([], "templates is empty"), ((), "templates is empty"), ("", "templates is ''"),
-                                               ("a photo of {}", "expected one of"), ([""], "holds 0"), ({}, "templates is a dict"),
-                                               (0, "templates is a int"), ([None], r"templates\[0\] is a NoneType")])
+@pytest.mark.parametrize(
+    "templates,message",
+    [
+        ([], "templates is empty"),
+        ((), "templates is empty"),
+        ("", "templates is ''"),
+        ("a photo of {}", "expected one of"),
+        ([""], "holds 0"),
+        ({}, "templates is a dict"),
+        (0, "templates is a int"),
+        ([None], r"templates\[0\] is a NoneType"),
+    ],
+)
 def test_templates_that_are_none(trained, templates, message):
-    for ask in (lambda: ovseg.Predictor(trained, LABELS, templates=templates), lambda: trained.encode_labels(LABELS, templates),
-                lambda: ovseg.segment(picture(0), LABELS, model=trained, templates=templates), lambda: Queries(templates=templates)):
+    for ask in (
+        lambda: ovseg.Predictor(trained, LABELS, templates=templates),
+        lambda: trained.encode_labels(LABELS, templates),
+        lambda: ovseg.segment(picture(0), LABELS, model=trained, templates=templates),
+        lambda: Queries(templates=templates),
+    ):
         with pytest.raises(InputError, match=message):
             ask()
     with pytest.raises(InputError, match="templates is empty"):

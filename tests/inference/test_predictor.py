@@ -24,7 +24,9 @@ def test_output_has_the_size_of_the_input(model, size):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8))
     result = ovseg.segment(image, LABELS, model=model)
     assert result.labels.shape == size == result.scores.shape and result.labels.dtype == np.int16
-    assert set(np.unique(result.labels)) <= set(range(4)) and sum(result.areas.values()) == pytest.approx(1)
+    assert set(np.unique(result.labels)) <= set(range(4)) and sum(
+        result.areas.values()
+    ) == pytest.approx(1)
 
 
 def test_labels_are_the_upsampled_argmax(model):
@@ -45,7 +47,9 @@ def test_one_encoding_many_queries(model, monkeypatch):
     a, b = predictor.predict(), predictor.predict(LABELS[::-1])
     assert len(calls) == 1 and b.names == LABELS[::-1]
     assert np.array_equal(a.labels, 3 - b.labels)
-    assert list(predictor.classify()) == sorted(predictor.classify(), key=lambda k: -predictor.classify()[k])
+    assert list(predictor.classify()) == sorted(
+        predictor.classify(), key=lambda k: -predictor.classify()[k]
+    )
 
 
 def test_background_threshold(model):
@@ -58,7 +62,9 @@ def test_background_threshold(model):
 
 
 def test_saving(model, tmp_path):
-    result = ovseg.segment(Scenes("digits", "val", 1)[0].image, LABELS, model=model, background_threshold=0.0)
+    result = ovseg.segment(
+        Scenes("digits", "val", 1)[0].image, LABELS, model=model, background_threshold=0.0
+    )
     overlay = Image.open(result.save(tmp_path / "new" / "o.png"))
     assert overlay.width == 384 and overlay.height > 384  # enlarged, with a legend below
     mask = Image.open(result.save_mask(tmp_path / "m.png"))
@@ -75,18 +81,27 @@ def test_legend_and_palette():
     assert sheet.height > 150
 
 
-@pytest.mark.parametrize("options,message", [
-    ({"labels": []}, "labels is empty"),
-    ({"labels": ["cat", "cat"]}, "are both 'cat'"),
-    ({"image": b"junk"}, "it is none of JPEG"),
-    ({"background_threshold": 3.0}, r"background_threshold is 3\.0; expected a cosine"),
-    ({"short_side": 2}, "short_side is 2; expected at least a patch, 4 pixels"),
-    ({"templates": "none"}, "templates is 'none'"),
-    ({"model": "pacl_vit_l14"}, "of which no weights are published"),
-    ({"image": np.zeros((2, 40000, 3), np.uint8)}, "the limit is 64000000|would have"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"labels": []}, "labels is empty"),
+        ({"labels": ["cat", "cat"]}, "are both 'cat'"),
+        ({"image": b"junk"}, "it is none of JPEG"),
+        ({"background_threshold": 3.0}, r"background_threshold is 3\.0; expected a cosine"),
+        ({"short_side": 2}, "short_side is 2; expected at least a patch, 4 pixels"),
+        ({"templates": "none"}, "templates is 'none'"),
+        ({"model": "pacl_vit_l14"}, "of which no weights are published"),
+        ({"image": np.zeros((2, 40000, 3), np.uint8)}, "the limit is 64000000|would have"),
+    ],
+)
 def test_bad_input(model, options, message):
-    arguments = {"image": np.zeros((8, 8, 3), np.uint8), "labels": ["grass"], "model": model, "short_side": None, **options}
+    arguments = {
+        "image": np.zeros((8, 8, 3), np.uint8),
+        "labels": ["grass"],
+        "model": model,
+        "short_side": None,
+        **options,
+    }
     if "image" in options and isinstance(options["image"], np.ndarray):
         arguments["short_side"] = 1000
     with pytest.raises((InputError, ValueError), match=message):

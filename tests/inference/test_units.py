@@ -1,4 +1,6 @@
-"""The rule of semantic units: merging held to average linkage written plainly, its ends, windows, ties, counts, options."""
+"""The rule of semantic units: merging held to average linkage written plainly, its ends, windows,
+ties, counts, options.
+"""
 
 from itertools import pairwise
 
@@ -20,7 +22,9 @@ LABELS = ["a red seven", "gravel", "a blue one", "grass"]
 
 
 def plainly(x, grid, theta):
-    """One picture [N, D]: each round every two touching units that are each other's best link, (1) as a mean over pairs of pixels."""
+    """One picture [N, D]: each round every two touching units that are each other's best link, (1)
+    as a mean over pairs of pixels.
+    """
     cosines = F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T
     units = {i: [i] for i in range(len(x))}
     row, column = np.divmod(np.arange(len(x)), grid[1])
@@ -71,9 +75,14 @@ def test_two_halves_are_two_units_and_ties_go_to_the_first():
 
 def test_the_limit_is_a_quantile_of_each_picture():
     x = torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(1)) + 1
-    counts = [[len(labels.unique()) for labels in merge(x, (8, 8), quantile=q)] for q in (0.0, 0.3, 0.6, 0.9, 1.0)]
+    counts = [
+        [len(labels.unique()) for labels in merge(x, (8, 8), quantile=q)]
+        for q in (0.0, 0.3, 0.6, 0.9, 1.0)
+    ]
     assert all(a <= b for low, high in pairwise(counts) for a, b in zip(low, high, strict=True))
-    assert max(counts[0]) < min(counts[-1]) and torch.equal(merge(x, (8, 8))[1], merge(x[1:2], (8, 8))[0])
+    assert max(counts[0]) < min(counts[-1]) and torch.equal(
+        merge(x, (8, 8))[1], merge(x[1:2], (8, 8))[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +101,12 @@ def test_the_ends_are_patches_and_one_group(model):
         return found.labels, found.scores
 
     patches = Predictor(model, LABELS, decision=rule("patches")()).set_image(picture()).predict()
-    for options in ({"unit": "pixel"}, {"unit_weight": 0.0}, {"merge_at": 1.0}, {"unit": "fixed", "unit_weight": 0.0}):
+    for options in (
+        {"unit": "pixel"},
+        {"unit_weight": 0.0},
+        {"merge_at": 1.0},
+        {"unit": "fixed", "unit_weight": 0.0},
+    ):
         labels, scores = answer(**options)
         assert np.array_equal(labels, patches.labels), options
         np.testing.assert_allclose(scores, patches.scores, atol=1e-5)
@@ -102,21 +116,28 @@ def test_the_ends_are_patches_and_one_group(model):
 
 
 def test_windows_are_units_of_their_own(model):
-    """The features of each window are merged by themselves: those of a batch are those of one window alone."""
+    """The features of each window are merged by themselves: those of a batch are those of one
+    window alone.
+    """
     predictor = Predictor(model, LABELS, short_side=96, crop=48, stride=24)
     seen = predictor.see([picture()])[0]
     features, decision = seen.features, predictor.decision
     texts = model.encode_labels(LABELS)
     whole = decision.cosines(model, features, texts)
     assert len(whole) > 4
-    torch.testing.assert_close(whole[2:3], decision.cosines(model, features.select(slice(2, 3)), texts))
+    torch.testing.assert_close(
+        whole[2:3], decision.cosines(model, features.select(slice(2, 3)), texts)
+    )
     assert predictor.set_image(seen).predict().labels.shape == (60, 80)
 
 
 def test_scores_are_a_mixture(model):
     features = Predictor(model).see([picture()])[0].features
     texts = model.encode_labels(LABELS)
-    pure = [SemanticUnits(unit_weight=w, merge_at=0.5).cosines(model, features, texts) for w in (0.0, 1.0, 0.25)]
+    pure = [
+        SemanticUnits(unit_weight=w, merge_at=0.5).cosines(model, features, texts)
+        for w in (0.0, 1.0, 0.25)
+    ]
     torch.testing.assert_close(pure[2], 0.75 * pure[0] + 0.25 * pure[1])
     units = SemanticUnits(merge_at=0.5).labels(features)[0]
     for unit in units.unique():  # one answer a unit
@@ -126,7 +147,11 @@ def test_scores_are_a_mixture(model):
 
 def test_any_model_of_patches_can_be_labelled_by_units():
     pacl = ovseg.from_pretrained("pacl_tiny:digits")
-    found = Predictor(pacl, LABELS, decision=SemanticUnits(), background_threshold=0.2).set_image(picture()).predict()
+    found = (
+        Predictor(pacl, LABELS, decision=SemanticUnits(), background_threshold=0.2)
+        .set_image(picture())
+        .predict()
+    )
     assert found.labels.shape == (60, 80)
     assert "adaptive, merged at quantile 0.05" in SemanticUnits().describe()["units"]
     assert "8 fixed" in SemanticUnits(unit="fixed").describe()["units"]
@@ -137,13 +162,28 @@ def test_counts_of_units():
     truth[:, 2:] = 1
     counts = UnitCounts()
     counts.update(truth, truth)
-    assert counts.summary() == {"units": 2.0, "units_per_region": 1.0, "impure_pixels": 0.0, "lost_regions": 0.0}
+    assert counts.summary() == {
+        "units": 2.0,
+        "units_per_region": 1.0,
+        "impure_pixels": 0.0,
+        "lost_regions": 0.0,
+    }
     counts = UnitCounts()
     counts.update(np.arange(16).reshape(4, 4), truth)  # each pixel alone
-    assert counts.summary() == {"units": 16.0, "units_per_region": 8.0, "impure_pixels": 0.0, "lost_regions": 0.0}
+    assert counts.summary() == {
+        "units": 16.0,
+        "units_per_region": 8.0,
+        "impure_pixels": 0.0,
+        "lost_regions": 0.0,
+    }
     counts = UnitCounts()
     counts.update(np.zeros((4, 4), int), truth)  # one for all
-    assert counts.summary() == {"units": 1.0, "units_per_region": 0.5, "impure_pixels": 50.0, "lost_regions": 50.0}
+    assert counts.summary() == {
+        "units": 1.0,
+        "units_per_region": 0.5,
+        "impure_pixels": 50.0,
+        "lost_regions": 50.0,
+    }
     truth[0] = -1  # not counted
     counts = UnitCounts()
     counts.update(np.zeros((4, 4), int), truth)
@@ -156,20 +196,38 @@ def test_counts_of_units():
 
 def test_counts_on_scenes(model):
     scenes = Scenes("digits", "val", 4)
-    kinds = {"pixel": SemanticUnits(unit="pixel"), "one": SemanticUnits(merge_at=-1.0), "adaptive": SemanticUnits()}
+    kinds = {
+        "pixel": SemanticUnits(unit="pixel"),
+        "one": SemanticUnits(merge_at=-1.0),
+        "adaptive": SemanticUnits(),
+    }
     found = {name: count_units(model, scenes, kind).summary() for name, kind in kinds.items()}
     assert found["pixel"]["units"] == 144 and found["one"]["units"] == 1
-    assert found["one"]["impure_pixels"] > found["adaptive"]["impure_pixels"] >= found["pixel"]["impure_pixels"]
-    assert found["one"]["units_per_region"] < found["adaptive"]["units_per_region"] < found["pixel"]["units_per_region"]
+    assert (
+        found["one"]["impure_pixels"]
+        > found["adaptive"]["impure_pixels"]
+        >= found["pixel"]["impure_pixels"]
+    )
+    assert (
+        found["one"]["units_per_region"]
+        < found["adaptive"]["units_per_region"]
+        < found["pixel"]["units_per_region"]
+    )
 
 
 @pytest.mark.bad_input("inference", "an option of units that means nothing")
-@pytest.mark.parametrize("options,message", [
-    ({"unit": "group"}, "unit is 'group'; expected one of"), ({"merge_at": 2.0}, r"merge_at is 2\.0; expected a cosine"),
-    ({"merge_quantile": -0.1}, "merge_quantile is"), ({"unit_weight": 1.5}, r"unit_weight is 1\.5; expected a share"),
-    ({"units": 0}, "units is 0; expected a positive integer"), ({"unit": "fixed", "units": None}, "units is missing"),
-    ({"merge_at": float("nan")}, "merge_at is nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"unit": "group"}, "unit is 'group'; expected one of"),
+        ({"merge_at": 2.0}, r"merge_at is 2\.0; expected a cosine"),
+        ({"merge_quantile": -0.1}, "merge_quantile is"),
+        ({"unit_weight": 1.5}, r"unit_weight is 1\.5; expected a share"),
+        ({"units": 0}, "units is 0; expected a positive integer"),
+        ({"unit": "fixed", "units": None}, "units is missing"),
+        ({"merge_at": float("nan")}, "merge_at is nan"),
+    ],
+)
 def test_options_that_mean_nothing(model, options, message):
     with pytest.raises(InputError, match=message):
         Predictor(model, **options)

@@ -16,7 +16,11 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN / "groupvit_assign.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind != "U"}
+        return {
+            name: torch.from_numpy(file[name])
+            for name in file.files
+            if file[name].dtype.kind != "U"
+        }
 
 
 def close(found, expected, tolerance):
@@ -28,13 +32,23 @@ def close(found, expected, tolerance):
 def build(golden, case, groups):
     block = GroupingBlock(48, 4, 64, groups, 24, 192)
     weights = f"{case}/weights/"
-    block.load_state_dict({name.removeprefix(weights): x for name, x in golden.items() if name.startswith(weights)})
+    block.load_state_dict(
+        {name.removeprefix(weights): x for name, x in golden.items() if name.startswith(weights)}
+    )
     return block
 
 
-OPTIONS = {"eval": {}, "eval_soft": {"hard": False}, "train": {}, "train_tau05": {"tau": 0.5}, "train_sum": {"normalizer": "sum"},
-           "train_soft": {"hard": False}}
-CASES = [("g8", 8, kind) for kind in OPTIONS] + [("g64", 64, kind) for kind in ("eval", "train", "train_tau05")]
+OPTIONS = {
+    "eval": {},
+    "eval_soft": {"hard": False},
+    "train": {},
+    "train_tau05": {"tau": 0.5},
+    "train_sum": {"normalizer": "sum"},
+    "train_soft": {"hard": False},
+}
+CASES = [("g8", 8, kind) for kind in OPTIONS] + [
+    ("g64", 64, kind) for kind in ("eval", "train", "train_tau05")
+]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -46,7 +60,10 @@ def test_outputs_and_gradients(golden, case, groups, kind, backend):
     with ok.backend(backend):
         found = block(x, t, noise, **OPTIONS[kind])
         found.tokens.backward(golden[f"{case}/in/dout"])
-    expected = {name: golden.get(f"{case}/out/{kind}/{name}") for name in ("out", "dx", "dt", "hard_idx", "soft", "q", "counts")}
+    expected = {
+        name: golden.get(f"{case}/out/{kind}/{name}")
+        for name in ("out", "dx", "dt", "hard_idx", "soft", "q", "counts")
+    }
     for name, tensor in (("out", found.tokens), ("dx", x.grad), ("dt", t.grad)):
         close(tensor, expected[name], 5e-6)
     if expected["hard_idx"] is not None:
@@ -60,7 +77,11 @@ def test_outputs_and_gradients(golden, case, groups, kind, backend):
         close(centers, golden[f"{case}/out/eval/assign_query"], 5e-6)
         close(normed, golden[f"{case}/out/eval/assign_key"], 5e-6)
         keys = golden[f"{case}/out/eval/k"][:, 0]
-        close(block.scores(found.queries, normed), found.queries @ keys.transpose(1, 2) * 48**-0.5, 5e-6)
+        close(
+            block.scores(found.queries, normed),
+            found.queries @ keys.transpose(1, 2) * 48**-0.5,
+            5e-6,
+        )
     if kind == "train":
         own, seen = dict(block.named_parameters()), 0
         for name, gradient in golden.items():
@@ -81,9 +102,14 @@ def test_the_projections_fold_exactly(queries, keys):
     """Few queries: folded; many: not. Both are the same attention."""
     torch.manual_seed(0)
     block = CrossBlock(32, 4, 64).double()
-    x, y = torch.randn(2, queries, 32, dtype=torch.float64), torch.randn(2, keys, 32, dtype=torch.float64)
-    q, k, v = (layer(z).unflatten(2, (4, 8)).transpose(1, 2) for layer, z in
-               ((block.attn.q_proj, x), (block.attn.k_proj, y), (block.attn.v_proj, y)))
+    x, y = (
+        torch.randn(2, queries, 32, dtype=torch.float64),
+        torch.randn(2, keys, 32, dtype=torch.float64),
+    )
+    q, k, v = (
+        layer(z).unflatten(2, (4, 8)).transpose(1, 2)
+        for layer, z in ((block.attn.q_proj, x), (block.attn.k_proj, y), (block.attn.v_proj, y))
+    )
     o = ((q @ k.transpose(2, 3) * 8**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
     mid = x + block.attn.proj(o)
     expected, called = block.norm_post(mid + block.mlp(block.norm2(mid))), []
@@ -100,12 +126,20 @@ def test_packing_and_its_parts(pads):
     L = 6 if pads else 5
     assert packing.shape == (5, L) and packing.seen.shape == (5, L)
     tokens = packing.take(x[:, :L])
-    assert len(tokens) == (30 if pads else 3 + 1 + 5 + 1 + 2)  # a text without tokens is its first place
+    assert len(tokens) == (
+        30 if pads else 3 + 1 + 5 + 1 + 2
+    )  # a text without tokens is its first place
     back = packing.pad(tokens)
-    assert torch.equal(back[packing.seen], x[:, :L][packing.seen]) and (pads or not back[~packing.seen].any())
+    assert torch.equal(back[packing.seen], x[:, :L][packing.seen]) and (
+        pads or not back[~packing.seen].any()
+    )
     assert torch.equal(tokens[packing.starts][:, 0], x[:, 0, 0])
     assert torch.equal(packing.positions, (tokens[:, 0] % 6).long())
-    for part, rows, texts in zip(packing.split([2, 0, 3]), tokens.split([12, 0, 18] if pads else [4, 0, 8]), (x[:2], x[:0], x[2:]),
-                                 strict=True):
+    for part, rows, texts in zip(
+        packing.split([2, 0, 3]),
+        tokens.split([12, 0, 18] if pads else [4, 0, 8]),
+        (x[:2], x[:0], x[2:]),
+        strict=True,
+    ):
         assert torch.equal(part.pad(rows)[part.seen], texts[:, :L][part.seen])
         assert torch.equal(rows[part.starts], texts[:, 0])

@@ -1,4 +1,6 @@
-"""What is kept between calls: of its own tensors in every thread, made again when they have changed, and keeping none alive."""
+"""What is kept between calls: of its own tensors in every thread, made again when they have
+changed, and keeping none alive.
+"""
 
 import gc
 import pickle
@@ -42,8 +44,14 @@ def test_a_version_knows_its_tensors_and_keeps_none():
     x, y = torch.zeros(4), torch.ones(2, 2)
     version = Version([x, y], "facts")
     assert version.holds([x, y], "facts") and version.holds(iter([x, y]), "facts")
-    assert not version.holds([x, y], "others") and not version.holds([x], "facts") and not version.holds([y, x], "facts")
-    assert not version.holds([x, y.clone()], "facts") and not pickle.loads(pickle.dumps(version)).holds([], None)
+    assert (
+        not version.holds([x, y], "others")
+        and not version.holds([x], "facts")
+        and not version.holds([y, x], "facts")
+    )
+    assert not version.holds([x, y.clone()], "facts") and not pickle.loads(
+        pickle.dumps(version)
+    ).holds([], None)
     x.add_(1)
     assert not version.holds([x, y], "facts")
     gone = weakref.ref(x)

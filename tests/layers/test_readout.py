@@ -1,4 +1,6 @@
-"""Dense readouts: each against its formula, written out head by head, on a random ViT-B/16 and the tiny model."""
+"""Dense readouts: each against its formula, written out head by head, on a random ViT-B/16 and the
+tiny model.
+"""
 
 import pytest
 import torch
@@ -88,7 +90,9 @@ def expected(visual, name):
         elif name == "maskclip":
             y = applied(last, torch.eye(x.shape[1]).expand(2, 12, -1, -1), v)
         elif name == "sclip":
-            y = x + applied(last, (scores(q, q) / 8).softmax(-1) + (scores(k, k) / 8).softmax(-1), v)
+            y = x + applied(
+                last, (scores(q, q) / 8).softmax(-1) + (scores(k, k) / 8).softmax(-1), v
+            )
             y = y + last.mlp(last.ln_2(y))
         elif name == "clearclip":
             y = applied(last, (scores(q, q) / 8).softmax(-1), v)
@@ -96,7 +100,9 @@ def expected(visual, name):
             near = torch.zeros(25, 25)
             for i in range(24):
                 for j in range(24):
-                    near[1 + i, 1 + j] = torch.exp(torch.tensor(-((i // 6 - j // 6) ** 2 + (i % 6 - j % 6) ** 2) / 50.0))
+                    near[1 + i, 1 + j] = torch.exp(
+                        torch.tensor(-((i // 6 - j // 6) ** 2 + (i % 6 - j % 6) ** 2) / 50.0)
+                    )
             y = applied(last, (scores(k, k) / 8 + near).softmax(-1), v)
     return visual.ln_post(y[:, 1:]) @ visual.proj
 
@@ -109,12 +115,16 @@ def test_readouts_are_their_formulas(vit, visual, name):
     torch.testing.assert_close(found.tokens, expected(visual, name), rtol=1e-4, atol=2e-5)
     # The image embedding stays CLIP's own.
     vit.readout = READOUTS["clip"]
-    torch.testing.assert_close(found.embedding, vit.encode_image(IMAGES).embedding, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        found.embedding, vit.encode_image(IMAGES).embedding, rtol=1e-4, atol=2e-5
+    )
 
 
 @torch.no_grad()
 def test_plain_clip_is_open_clips(vit, visual):
-    """Tokens are compared with what open_clip returns with output_tokens, which some releases norm and others do not."""
+    """Tokens are compared with what open_clip returns with output_tokens, which some releases norm
+    and others do not.
+    """
     vit.readout = READOUTS["clip"]
     images = torch.randn(1, 3, 224, 224)
     visual.output_tokens = True
@@ -124,7 +134,13 @@ def test_plain_clip_is_open_clips(vit, visual):
         visual.output_tokens = False
     found = vit.encode_image(images)
     torch.testing.assert_close(found.embedding, pooled, rtol=1e-4, atol=1e-5)
-    assert min(float((found.tokens - x @ visual.proj).abs().max()) for x in (tokens, visual.ln_post(tokens))) < 1e-4
+    assert (
+        min(
+            float((found.tokens - x @ visual.proj).abs().max())
+            for x in (tokens, visual.ln_post(tokens))
+        )
+        < 1e-4
+    )
 
 
 @torch.no_grad()
@@ -152,13 +168,17 @@ def test_readouts_survive_saving(tmp_path):
     model = ovseg.create_model("clip_dense_tiny", "digits", readout="naclip")
     ovseg.save_pretrained(model, tmp_path / "m")
     assert ovseg.from_pretrained(tmp_path / "m").readout == READOUTS["naclip"]
-    custom = ovseg.create_model("clip_dense_tiny", readout={"terms": ["kk", "vv"], "mean": True, "window_std": 2.0})
+    custom = ovseg.create_model(
+        "clip_dense_tiny", readout={"terms": ["kk", "vv"], "mean": True, "window_std": 2.0}
+    )
     assert custom.readout == Readout(("kk", "vv"), mean=True, window_std=2.0)
 
 
 @pytest.fixture
 def throw_away():
-    """The example of CONTRIBUTING.md: patches attend by their values, and nothing is added to the result."""
+    """The example of CONTRIBUTING.md: patches attend by their values, and nothing is added to the
+    result.
+    """
     readout = READOUTS.register("throw_away", Readout(("vv",), residual=False, mlp=False))
     yield readout
     READOUTS.unregister("throw_away")
@@ -170,14 +190,20 @@ def test_a_new_readout_is_one_entry(throw_away, tmp_path, vit, visual):
     assert model.readout == throw_away
     features = model.encode_image(IMAGES)
     plain = ovseg.create_model("clip_dense_tiny", "digits", readout="clip").encode_image(IMAGES)
-    assert features.tokens.shape == plain.tokens.shape and not torch.allclose(features.tokens, plain.tokens)
+    assert features.tokens.shape == plain.tokens.shape and not torch.allclose(
+        features.tokens, plain.tokens
+    )
     ovseg.save_pretrained(model, tmp_path / "m")
-    torch.testing.assert_close(ovseg.from_pretrained(tmp_path / "m").encode_image(IMAGES).tokens, features.tokens)
+    torch.testing.assert_close(
+        ovseg.from_pretrained(tmp_path / "m").encode_image(IMAGES).tokens, features.tokens
+    )
     *before, last = visual.transformer.resblocks
     _, (_, _, v) = parts(last, last_input(visual, before))
     by_hand = applied(last, (scores(v, v) / 8).softmax(-1), v)[:, 1:]
     vit.readout = throw_away
-    torch.testing.assert_close(vit.encode_image(IMAGES).tokens, visual.ln_post(by_hand) @ visual.proj, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(
+        vit.encode_image(IMAGES).tokens, visual.ln_post(by_hand) @ visual.proj, rtol=1e-4, atol=2e-5
+    )
 
 
 def test_gaussian_window():
@@ -187,14 +213,17 @@ def test_gaussian_window():
     assert near[1, 6].item() == pytest.approx(torch.tensor(-2.5).exp().item())  # (0, 0) to (1, 2)
 
 
-@pytest.mark.parametrize("bad,message", [
-    ("grandclip", "readout is 'grandclip'; expected one of"),
-    ({"term": ["qq"]}, "unknown fields \\['term'\\]"),
-    ({"terms": ["qv"]}, "readout.terms is \\['qv'\\]"),
-    ({"depth": 2}, "readout.depth is 2; expected 1, or more with parallel=True"),
-    ({"window_std": 0.0}, "readout.window_std is 0.0"),
-    ({"iterations": 1}, "without 'qk'"),
-])
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        ("grandclip", "readout is 'grandclip'; expected one of"),
+        ({"term": ["qq"]}, "unknown fields \\['term'\\]"),
+        ({"terms": ["qv"]}, "readout.terms is \\['qv'\\]"),
+        ({"depth": 2}, "readout.depth is 2; expected 1, or more with parallel=True"),
+        ({"window_std": 0.0}, "readout.window_std is 0.0"),
+        ({"iterations": 1}, "without 'qk'"),
+    ],
+)
 @pytest.mark.bad_input("models", "a readout that cannot be")
 def test_bad_readouts(bad, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""A Hub without a network: a cache as its client writes it, a server that counts, and a CLIP small enough for both."""
+"""A Hub without a network: a cache as its client writes it, a server that counts, and a CLIP small
+enough for both.
+"""
 
 import hashlib
 import json
@@ -8,10 +10,16 @@ from threading import Event, Thread
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ARCHITECTURE = "small-clip"
-CONFIG = {"embed_dim": 24, "quick_gelu": True,
-          "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-          "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2}}
-PREPROCESS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+CONFIG = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 24, "heads": 2, "layers": 2},
+}
+PREPROCESS = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+}
 
 
 def hash_of(data):
@@ -19,7 +27,9 @@ def hash_of(data):
 
 
 def fill_cache(cache, repo, files):
-    """``files``, name -> bytes, as ``hf_hub_download`` leaves them in ``cache``; returns the folder of the snapshot."""
+    """``files``, name -> bytes, as ``hf_hub_download`` leaves them in ``cache``; returns the folder
+    of the snapshot.
+    """
     root = cache / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     for folder in (root / "blobs", root / "refs", snapshot):
@@ -34,10 +44,11 @@ def fill_cache(cache, repo, files):
 
 @contextmanager
 def hub(files=None, *, status=200, error="EntryNotFound", lie=None, drip=None):
-    """A server that answers for ``files``, (repo, name) -> bytes; yields (address, requests so far). ``lie``: what comes in
-    their place; ``status`` and ``error``: of every answer that is not 200; ``drip``: what comes
-    byte by byte, ten a second: the "body"
-    of what is fetched, or the "headers" of every answer."""
+    """A server that answers for ``files``, (repo, name) -> bytes; yields (address, requests so
+    far). ``lie``: what comes in their place; ``status`` and ``error``: of every answer that is not
+    200; ``drip``: what comes byte by byte, ten a second: the "body" of what is fetched, or the
+    "headers" of every answer.
+    """
     asked = []
     done = Event()
 

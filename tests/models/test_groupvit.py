@@ -17,9 +17,23 @@ from ovseg.systems.groupvit.published import NVIDIA, to_ours, to_theirs
 from ovseg.systems.objective import Progress, create_objective
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-TEXT = {"vocab_size": 49408, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 3}
-VISION = {"hidden_size": 32, "intermediate_size": 128, "depths": [2, 1, 2], "num_attention_heads": 2, "image_size": 64, "patch_size": 8,
-          "num_group_tokens": [12, 5, 0], "num_output_groups": [12, 5, 5]}
+TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 48,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "depths": [2, 1, 2],
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 8,
+    "num_group_tokens": [12, 5, 0],
+    "num_output_groups": [12, 5, 5],
+}
 
 
 def theirs(**small):
@@ -46,7 +60,9 @@ def full(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    model = theirs(text_config=TEXT, vision_config=VISION, projection_dim=24, projection_intermediate_dim=56)
+    model = theirs(
+        text_config=TEXT, vision_config=VISION, projection_dim=24, projection_intermediate_dim=56
+    )
     model.save_pretrained(folder)
     return model, folder
 
@@ -68,7 +84,10 @@ def close(found, expected, tolerance=1e-5):
 @torch.no_grad()
 def test_transformers_own_model(full, backend):
     model, ours = full
-    images, ids = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)), token_ids()
+    images, ids = (
+        torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)),
+        token_ids(),
+    )
     expected = model(input_ids=ids, pixel_values=images, output_attentions=True)
     with ok.backend(backend):
         features, texts, found = ours(images), ours.encode_text(ids), ours.image(images)
@@ -100,24 +119,44 @@ def test_pictures_of_other_sizes(small_folder):
 def test_names_go_both_ways(full):
     model, ours = full
     state, expected = ovseg.official_state_dict(ours), model.state_dict()
-    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
-    assert all(to_theirs(to_ours(name)) == name for name in expected if not re.search(r"layers\.\d+\.self_attn\.[qkv]_", name))
+    assert state.keys() == expected.keys() and all(
+        torch.equal(state[name], expected[name]) for name in expected
+    )
+    assert all(
+        to_theirs(to_ours(name)) == name
+        for name in expected
+        if not re.search(r"layers\.\d+\.self_attn\.[qkv]_", name)
+    )
 
 
-# (what is replaced, by what, where it is not): transformers 4.30, convert_groupvit_nvlab_to_hf.py, Apache-2.0; in its order.
+# (what is replaced, by what, where it is not): transformers 4.30, convert_groupvit_nvlab_to_hf.py,
+# Apache-2.0; in its order.
 TRANSFORMERS_TABLE = (
     ("img_encoder.pos_embed", "vision_model.embeddings.position_embeddings", ()),
     ("img_encoder.patch_embed.proj", "vision_model.embeddings.patch_embeddings.projection", ()),
     ("img_encoder.patch_embed.norm", "vision_model.embeddings.layernorm", ()),
-    ("img_encoder.layers", "vision_model.encoder.stages", ()), ("blocks", "layers", ("res",)), ("attn", "self_attn", ("pre_assign",)),
-    ("self_attn.proj", "self_attn.out_proj", ()), ("pre_assign_attn.attn.proj", "pre_assign_attn.attn.out_proj", ()),
-    ("norm1", "layer_norm1", ()), ("norm2", "layer_norm2", ("pre_assign",)), ("img_encoder.norm", "vision_model.layernorm", ()),
+    ("img_encoder.layers", "vision_model.encoder.stages", ()),
+    ("blocks", "layers", ("res",)),
+    ("attn", "self_attn", ("pre_assign",)),
+    ("self_attn.proj", "self_attn.out_proj", ()),
+    ("pre_assign_attn.attn.proj", "pre_assign_attn.attn.out_proj", ()),
+    ("norm1", "layer_norm1", ()),
+    ("norm2", "layer_norm2", ("pre_assign",)),
+    ("img_encoder.norm", "vision_model.layernorm", ()),
     ("text_encoder.token_embedding", "text_model.embeddings.token_embedding", ()),
     ("text_encoder.positional_embedding", "text_model.embeddings.position_embedding.weight", ()),
-    ("text_encoder.transformer.resblocks.", "text_model.encoder.layers.", ()), ("ln_1", "layer_norm1", ()), ("ln_2", "layer_norm2", ()),
-    ("c_fc", "fc1", ()), ("c_proj", "fc2", ()), ("text_encoder", "text_model", ()), ("ln_final", "final_layer_norm", ()),
-    ("img_projector.linear_hidden.", "visual_projection.", ()), ("img_projector.linear_out.", "visual_projection.3.", ()),
-    ("text_projector.linear_hidden", "text_projection", ()), ("text_projector.linear_out", "text_projection.3", ()))
+    ("text_encoder.transformer.resblocks.", "text_model.encoder.layers.", ()),
+    ("ln_1", "layer_norm1", ()),
+    ("ln_2", "layer_norm2", ()),
+    ("c_fc", "fc1", ()),
+    ("c_proj", "fc2", ()),
+    ("text_encoder", "text_model", ()),
+    ("ln_final", "final_layer_norm", ()),
+    ("img_projector.linear_hidden.", "visual_projection.", ()),
+    ("img_projector.linear_out.", "visual_projection.3.", ()),
+    ("text_projector.linear_hidden", "text_projection", ()),
+    ("text_projector.linear_out", "text_projection.3", ()),
+)
 
 
 def by_transformers_table(state):
@@ -130,7 +169,10 @@ def by_transformers_table(state):
         for packed in ("qkv.", "in_proj_"):
             if packed in name:
                 start, kind = new.split(packed)
-                found |= {f"{start}{letter}_proj.{kind}": x for letter, x in zip("qkv", tensor.chunk(3), strict=True)}
+                found |= {
+                    f"{start}{letter}_proj.{kind}": x
+                    for letter, x in zip("qkv", tensor.chunk(3), strict=True)
+                }
                 break
         else:
             found[new] = tensor.squeeze() if "_projection." in new else tensor
@@ -138,26 +180,44 @@ def by_transformers_table(state):
 
 
 def test_nvidias_own_files(full, tmp_path):
-    """As trained: under ``model`` with settings beside it, projectors as convolutions, blocks packed, a second temperature."""
+    """As trained: under ``model`` with settings beside it, projectors as convolutions, blocks
+    packed, a second temperature.
+    """
     from omegaconf import OmegaConf
 
     model, ours = full
     state = NVIDIA.state(ours)
     expected, found = model.state_dict(), by_transformers_table(state)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    assert len(state) == 406 and state["img_projector.linear_out.weight"].dim() == 3  # and 407 with the temperature for nouns
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+    assert (
+        len(state) == 406 and state["img_projector.linear_out.weight"].dim() == 3
+    )  # and 407 with the temperature for nouns
     state["multi_label_logit_scale"] = torch.tensor(2.5)
-    beside = {"optimizer": {"state": {}}, "epoch": 30, "config": OmegaConf.create({"model": {"depths": [6, 3, 3]}})}
+    beside = {
+        "optimizer": {"state": {}},
+        "epoch": 30,
+        "config": OmegaConf.create({"model": {"depths": [6, 3, 3]}}),
+    }
     torch.save({"model": state, **beside}, tmp_path / "groupvit.pth")
-    for read in (ovseg.from_pretrained(str(tmp_path / "groupvit.pth")),
-                 ovseg.create_model("groupvit_vit_s16", str(tmp_path / "groupvit.pth"), multi_label=True)):
+    for read in (
+        ovseg.from_pretrained(str(tmp_path / "groupvit.pth")),
+        ovseg.create_model("groupvit_vit_s16", str(tmp_path / "groupvit.pth"), multi_label=True),
+    ):
         own = read.state_dict()
         assert own.pop("multi_label_logit_scale", torch.tensor(2.5)).item() == 2.5
-        assert all(torch.equal(own[name], x) for name, x in ours.state_dict().items()) and len(own) == 406
+        assert (
+            all(torch.equal(own[name], x) for name, x in ours.state_dict().items())
+            and len(own) == 406
+        )
     del state["text_encoder.transformer.resblocks.3.mlp.c_fc.bias"]
     torch.save({"model": {**state, "head": torch.zeros(1)}}, tmp_path / "groupvit.pth")
-    with pytest.raises(CheckpointError, match=r"groupvit_vit_s16 \(1 missing: text_encoder\.transformer\.resblocks\.3\.mlp\.c_fc\.bias; "
-                                              r"1 unexpected: head\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"groupvit_vit_s16 \(1 missing: text_encoder\.transformer\.resblocks\.3\.mlp\.c_fc\.bias; "
+        r"1 unexpected: head\)",
+    ):
         ovseg.from_pretrained(tmp_path / "groupvit.pth")
 
 
@@ -169,12 +229,20 @@ def test_a_folder_in_sizes_of_its_own(small_folder, tmp_path):
     again = ovseg.from_pretrained(first.save_pretrained(tmp_path / "saved"))
     named = ovseg.create_model("groupvit_vit_s16", str(folder))
     file = ovseg.from_pretrained(str(folder / "model.safetensors"))
-    labels = [ovseg.segment(picture, ["cat", "a wall"], model=one).labels.tolist() for one in (first, again, named, file)]
-    assert all(one == labels[0] for one in labels) and first.name == again.name == "groupvit_vit_s16"
+    labels = [
+        ovseg.segment(picture, ["cat", "a wall"], model=one).labels.tolist()
+        for one in (first, again, named, file)
+    ]
+    assert (
+        all(one == labels[0] for one in labels) and first.name == again.name == "groupvit_vit_s16"
+    )
     assert first.spec.image_size == 64 and first.spec.patch_size == 8 and first.spec.embed_dim == 24
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "groupvit"
-    with pytest.raises(InputError, match=r"holds transformers' groupvit, and the model is segclip_vit_b16; expected groupvit_vit_s16"):
+    with pytest.raises(
+        InputError,
+        match=r"holds transformers' groupvit, and the model is segclip_vit_b16; expected groupvit_vit_s16",
+    ):
         ovseg.create_model("segclip_vit_b16", str(folder))
 
 
@@ -184,20 +252,36 @@ def test_from_the_hubs_cache(small_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     seen = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}
     files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    fill_cache(tmp_path / "hub", "nvidia/groupvit", {**files, "preprocessor_config.json": json.dumps(seen).encode()})
+    fill_cache(
+        tmp_path / "hub",
+        "nvidia/groupvit",
+        {**files, "preprocessor_config.json": json.dumps(seen).encode()},
+    )
     model = ovseg.create_model("groupvit_vit_s16", pretrained="hf-hub:nvidia/groupvit")
     assert model.spec.mean == (0.5, 0.4, 0.3) and model.source == "hf-hub:nvidia/groupvit"
     local = ovseg.from_pretrained(folder)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), local.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), local.state_dict().values(), strict=True)
+    )
     with pytest.raises(ValueError, match="nvidia/elsewhere is not in the cache"):
         ovseg.create_model("groupvit_vit_s16", pretrained="hf-hub:nvidia/elsewhere")
 
 
-@pytest.mark.parametrize("change,message", [
-    ({"vision_config": {**VISION, "hidden_act": "relu"}}, r"vision_config\.hidden_act is 'relu', expected 'gelu'"),
-    ({"vision_config": {**VISION, "assign_eps": 1e-6}}, r"vision_config\.assign_eps is 1e-06, expected 1\.0"),
-    ({"text_config": {**TEXT, "hidden_act": "relu"}}, r"text_config\.hidden_act is 'relu'"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"vision_config": {**VISION, "hidden_act": "relu"}},
+            r"vision_config\.hidden_act is 'relu', expected 'gelu'",
+        ),
+        (
+            {"vision_config": {**VISION, "assign_eps": 1e-6}},
+            r"vision_config\.assign_eps is 1e-06, expected 1\.0",
+        ),
+        ({"text_config": {**TEXT, "hidden_act": "relu"}}, r"text_config\.hidden_act is 'relu'"),
+    ],
+)
 def test_folders_that_are_not_computed_here(small_folder, change, message, tmp_path):
     _, folder = small_folder
     config = json.loads((folder / "config.json").read_text())
@@ -216,8 +300,14 @@ def test_damaged_folders(small_folder, tmp_path):
     extra = {"text_model.embeddings.position_ids": torch.arange(77)[None]}  # of older versions
     save_file(tensors | extra, tmp_path / "model.safetensors")
     ovseg.from_pretrained(tmp_path)
-    save_file({name: x for name, x in tensors.items() if name != key} | {"head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 missing: .*stages\.0\.layers\.1\.self_attn\.qkv\.weight; 3 unexpected: .*head\.weight"):
+    save_file(
+        {name: x for name, x in tensors.items() if name != key} | {"head.weight": torch.zeros(2)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 missing: .*stages\.0\.layers\.1\.self_attn\.qkv\.weight; 3 unexpected: .*head\.weight",
+    ):
         ovseg.from_pretrained(tmp_path)
 
 
@@ -227,13 +317,19 @@ def tiny_batch(model, kind=PairBatch, B=4, **more):
 
 
 def test_multi_label_is_the_published_sum():
-    """Written plainly: a picture against all nouns with three positives, a noun against all pictures with one."""
+    """Written plainly: a picture against all nouns with three positives, a noun against all
+    pictures with one.
+    """
     torch.manual_seed(0)
     model = ovseg.create_model("groupvit_tiny", multi_label=True).train()
     nouns = model.tokenizer(["red", "seven", "gravel", "blue", "one", "grass"] * 2).view(4, 3, -1)
     batch = tiny_batch(model, NounBatch, noun_ids=nouns)
     losses = create_objective(model, multi_label=1.0)(batch, Progress(2, 9))
-    image = model.image_projector(model.image(batch.images, [Progress(2, 9).rng("cpu", f"groups_{i}") for i in range(2)]).pooled)
+    image = model.image_projector(
+        model.image(
+            batch.images, [Progress(2, 9).rng("cpu", f"groups_{i}") for i in range(2)]
+        ).pooled
+    )
     words = model.text_projector(model.text(nouns.flatten(0, 1)).sentence)
     logits = model.noun_scale * F.normalize(image, dim=-1) @ F.normalize(words, dim=-1).T
     target = torch.eye(4).repeat_interleave(3, 1)
@@ -242,8 +338,13 @@ def test_multi_label_is_the_published_sum():
     torch.testing.assert_close(losses["multi_label"], (rows + columns) / 2)
     torch.testing.assert_close(losses["total"], losses["contrastive"] + losses["multi_label"])
     losses["total"].backward()
-    assert all(p.grad is not None for _, p in model.trainable) and model.multi_label_logit_scale.grad.abs() > 0
-    with pytest.raises(ValueError, match=r"multi_label is 1\.0 and groupvit_tiny has no temperature for nouns"):
+    assert (
+        all(p.grad is not None for _, p in model.trainable)
+        and model.multi_label_logit_scale.grad.abs() > 0
+    )
+    with pytest.raises(
+        ValueError, match=r"multi_label is 1\.0 and groupvit_tiny has no temperature for nouns"
+    ):
         create_objective(ovseg.create_model("groupvit_tiny"), multi_label=1.0)
 
 
@@ -266,7 +367,9 @@ def test_texts_alone_and_together_are_the_same():
     assert isinstance(padded.packing, Packing)
 
 
-@pytest.mark.parametrize("pool,expected", [("mean", lambda x: x.mean(1)), ("max", lambda x: x.max(1).values)])
+@pytest.mark.parametrize(
+    "pool,expected", [("mean", lambda x: x.mean(1)), ("max", lambda x: x.max(1).values)]
+)
 def test_the_picture_from_its_groups(pool, expected):
     found = ovseg.create_model("groupvit_tiny", pool=pool).image(torch.rand(2, 3, 48, 48))
     assert torch.equal(found.pooled, expected(found.groups))
@@ -279,19 +382,29 @@ def test_chunks_give_the_whole_batchs_gradient():
     gradients = []
     for chunk in (None, 2):
         torch.manual_seed(0)
-        model = ovseg.create_model("groupvit_tiny").train().double()  # statistics of four rows blow rounding up
-        noise = {f"groups_{i}": torch.randn(4, G, L, generator=torch.Generator().manual_seed(i)) for i, (G, L) in
-                 enumerate(((16, 144), (8, 16)))}
+        model = (
+            ovseg.create_model("groupvit_tiny").train().double()
+        )  # statistics of four rows blow rounding up
+        noise = {
+            f"groups_{i}": torch.randn(4, G, L, generator=torch.Generator().manual_seed(i))
+            for i, (G, L) in enumerate(((16, 144), (8, 16)))
+        }
         batch = tiny_batch(model, noise=noise)
         batch.images = batch.images.double()
         Gradients(create_objective(model), chunk=chunk)(batch, Progress())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
-        assert float((gradients[1][name] - expected).abs().max()) <= 1e-6 * float(expected.abs().max()) + 1e-9, name
+        assert (
+            float((gradients[1][name] - expected).abs().max())
+            <= 1e-6 * float(expected.abs().max()) + 1e-9
+        ), name
 
 
 def test_options_that_cannot_be():
-    with pytest.raises(ValueError, match=r"depths, group_tokens and groups are \[1, 1\], \[8\] and \[8\]; expected a depth"):
+    with pytest.raises(
+        ValueError,
+        match=r"depths, group_tokens and groups are \[1, 1\], \[8\] and \[8\]; expected a depth",
+    ):
         ovseg.create_model("groupvit_tiny", depths=[1, 1], group_tokens=[8], groups=[8])
     with pytest.raises(ValueError, match=r"text.kind is 'words2'; expected one of"):
         ovseg.create_model("groupvit_tiny", text={"kind": "words2"})

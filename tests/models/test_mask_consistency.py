@@ -1,4 +1,6 @@
-"""The mask loss against maps at full size: values, matching, gradients, memory; and the benchmark's plain versions."""
+"""The mask loss against maps at full size: values, matching, gradients, memory; and the benchmark's
+plain versions.
+"""
 
 import weakref
 
@@ -21,9 +23,16 @@ def maps(B, G, h, w, dtype=torch.float64, scale=1.0):
     return [scale * torch.randn(B, G, h, w, generator=generator, dtype=dtype) for _ in range(2)]
 
 
-@pytest.mark.parametrize("shape,size,scale", [
-    ((3, 8, 14, 14), (224, 224), 1.0), ((2, 4, 12, 9), (48, 100), 3.0), ((2, 3, 5, 7), (5, 7), 1.0), ((40, 2, 3, 4), (17, 29), 0.1),
-    ((1, 1, 1, 6), (9, 30), 1.0)])
+@pytest.mark.parametrize(
+    "shape,size,scale",
+    [
+        ((3, 8, 14, 14), (224, 224), 1.0),
+        ((2, 4, 12, 9), (48, 100), 3.0),
+        ((2, 3, 5, 7), (5, 7), 1.0),
+        ((40, 2, 3, 4), (17, 29), 0.1),
+        ((1, 1, 1, 6), (9, 30), 1.0),
+    ],
+)
 def test_equal_to_maps_at_full_size(shape, size, scale):
     prediction, target = maps(*shape, scale=scale)
     a, b = (prediction.clone().requires_grad_() for _ in range(2))
@@ -38,7 +47,9 @@ def test_equal_to_maps_at_full_size(shape, size, scale):
 
 def test_matching_finds_a_permutation():
     prediction, _ = maps(5, 6, 8, 8)
-    orders = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in range(5)])
+    orders = torch.stack(
+        [torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    )
     shuffled = prediction.gather(1, orders[..., None, None].expand_as(prediction))
     _, match = mask_consistency(prediction, shuffled, (32, 32))
     assert torch.equal(orders.gather(1, match), torch.arange(6).expand(5, 6))
@@ -55,7 +66,9 @@ def test_constant_maps_predict_nothing():
 
 def test_bad_input():
     prediction, target = maps(2, 3, 6, 6)
-    with pytest.raises(InputError, match=r"prediction and target have shapes \[2, 3, 6, 6\] and \[2, 2, 6, 6\]"):
+    with pytest.raises(
+        InputError, match=r"prediction and target have shapes \[2, 3, 6, 6\] and \[2, 2, 6, 6\]"
+    ):
         mask_consistency(prediction, target[:, :2], (24, 24))
     with pytest.raises(InputError, match=r"size is \(4, 24\) and the maps are \(6, 6\)"):
         mask_consistency(prediction, target, (4, 24))
@@ -71,7 +84,11 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
         for tensor in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage().data_ptr()) and key not in self.live:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and (key := tensor.untyped_storage().data_ptr())
+                and key not in self.live
+            ):
                 size = self.live[key] = tensor.untyped_storage().nbytes()
                 self.now += size
                 self.most = max(self.most, self.now)
@@ -93,17 +110,40 @@ def peak(function, size=128):
 
 
 def test_extra_memory_is_a_hundredth_of_the_maps():
-    """Of all storages that live at once, forward and backward, at the published 128 pictures a process."""
+    """Of all storages that live at once, forward and backward, at the published 128 pictures a
+    process.
+    """
     mine, loss = peak(lambda *x: mask_consistency(*x)[0])
     other, expected = peak(plain.published_mask_loss, 16)
     assert mine <= 0.01 * 8 * other, f"{mine} bytes, {mine / other / 8:.4f} of the maps"
-    assert peak(plain.published_mask_loss, 2)[1] == pytest.approx(peak(lambda *x: mask_consistency(*x)[0], 2)[1], rel=1e-5)
+    assert peak(plain.published_mask_loss, 2)[1] == pytest.approx(
+        peak(lambda *x: mask_consistency(*x)[0], 2)[1], rel=1e-5
+    )
     assert loss > 0 and expected > 0
 
 
-SMALL = {"width": 64, "heads": 4, "hidden": 128, "depths": [1, 1], "group_tokens": [16, 0], "groups": [8], "projector": 128,
-         "embed_dim": 32, "image_size": 64, "drop_path": 0.0}
-TEXT = {"kind": "bert", "width": 64, "heads": 4, "depth": 2, "hidden": 128, "vocab_size": 200, "positions": 80, "dropout": 0.0}
+SMALL = {
+    "width": 64,
+    "heads": 4,
+    "hidden": 128,
+    "depths": [1, 1],
+    "group_tokens": [16, 0],
+    "groups": [8],
+    "projector": 128,
+    "embed_dim": 32,
+    "image_size": 64,
+    "drop_path": 0.0,
+}
+TEXT = {
+    "kind": "bert",
+    "width": 64,
+    "heads": 4,
+    "depth": 2,
+    "hidden": 128,
+    "vocab_size": 200,
+    "positions": 80,
+    "dropout": 0.0,
+}
 
 
 def test_the_benchmarks_plain_versions_are_the_same_model():
@@ -123,12 +163,17 @@ def test_the_benchmarks_plain_versions_are_the_same_model():
     model.train()
     ids, bert = plain.text_batch(model, 4), plain.plain_bert(model)
     image, groups = torch.randn(4, 64), torch.randn(4, 8, 64)
-    ours, theirs = plain.text_loss(model, ids, image, groups), plain.published_text_loss(model, bert, ids, image, groups)
+    ours, theirs = (
+        plain.text_loss(model, ids, image, groups),
+        plain.published_text_loss(model, bert, ids, image, groups),
+    )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     model.zero_grad()
     ours.backward()
     theirs.backward()
     mine, other = dict(model.text.transformer.named_parameters()), dict(bert.named_parameters())
     name = "encoder.layer.0.attention.self.value.weight"
-    assert float((mine[name].grad - other[name].grad).abs().max()) < 1e-4 * float(other[name].grad.abs().max())
+    assert float((mine[name].grad - other[name].grad).abs().max()) < 1e-4 * float(
+        other[name].grad.abs().max()
+    )
     assert F.normalize(texts, dim=-1).allclose(texts, atol=1e-6)

@@ -55,7 +55,9 @@ def test_a_batch_equals_single_images(name):
 def test_the_class_token_alone_is_the_same_number():
     backbone = build_backbone("tiny", depth=2)
     images = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(backbone.encode_image(images), backbone.project(backbone.encode_patches(images).embedding))
+    torch.testing.assert_close(
+        backbone.encode_image(images), backbone.project(backbone.encode_patches(images).embedding)
+    )
 
 
 def test_padding_does_not_change_a_text():
@@ -82,7 +84,15 @@ def test_loss_falls_on_one_batch(name):
     optimizer = torch.optim.AdamW([p for _, p in model.trainable], lr=3e-3)
     texts = model.tokenizer(["a red seven", "gravel", "a blue one", "grass"])
     colours = torch.tensor([[2.0, -1, -1], [0, 0, 0], [-1, -1, 2], [-1, 1, -1]])
-    data, losses = PairBatch(colours[:, :, None, None] + 0.1 * torch.randn(4, 3, 48, 48), texts, torch.arange(4), torch.arange(4)), []
+    data, losses = (
+        PairBatch(
+            colours[:, :, None, None] + 0.1 * torch.randn(4, 3, 48, 48),
+            texts,
+            torch.arange(4),
+            torch.arange(4),
+        ),
+        [],
+    )
     for _ in range(60):
         loss = total(model, data)
         optimizer.zero_grad()
@@ -93,17 +103,23 @@ def test_loss_falls_on_one_batch(name):
 
 
 def test_pacl_loss_is_the_papers():
-    """All pairs, pooled by the text's own weights, symmetric cross entropy: written out in plain torch."""
+    """All pairs, pooled by the text's own weights, symmetric cross entropy: written out in plain
+    torch.
+    """
     model = ovseg.create_model("pacl_tiny")
     data = batch(6, 6)
     u = model.encode_image(data.images).tokens
     q = F.normalize(model.encode_text(data.token_ids), dim=-1)
-    a = ((F.normalize(u, dim=-1)[:, None] @ q.T[None, None]).squeeze(1) / model.temperature).softmax(1)
+    a = (
+        (F.normalize(u, dim=-1)[:, None] @ q.T[None, None]).squeeze(1) / model.temperature
+    ).softmax(1)
     phi = (F.normalize(torch.einsum("bnt,bnd->btd", a, u), dim=-1) * q).sum(-1)
     z = model.log_scale.exp() * phi
     expected = (F.cross_entropy(z, torch.arange(6)) + F.cross_entropy(z.T, torch.arange(6))) / 2
     torch.testing.assert_close(total(model, data), expected)
-    torch.testing.assert_close(model.similarity(data.images, model.encode_text(data.token_ids)), phi)
+    torch.testing.assert_close(
+        model.similarity(data.images, model.encode_text(data.token_ids)), phi
+    )
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -111,7 +127,10 @@ def test_save_and_load(name, tmp_path):
     model = ovseg.create_model(name, backbone={"width": 32})
     ovseg.save_pretrained(model, tmp_path / "m", note="test")
     again = ovseg.from_pretrained(tmp_path / "m")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     assert json.loads((tmp_path / "m" / "config.json").read_text())["note"] == "test"
     other = ovseg.create_model(name, str(tmp_path / "m"))
     assert other.backbone.token_dim == 32
@@ -160,7 +179,9 @@ def test_names_and_options():
     assert ovseg.list_models("*tiny") == [f"{system}_tiny" for system in systems]
     with pytest.raises(ValueError, match="model is 'sam'; expected one of"):
         ovseg.create_model("sam")
-    with pytest.raises(ValueError, match="pretrained is 'nowhere'; expected a path that exists or one of the tags"):
+    with pytest.raises(
+        ValueError, match="pretrained is 'nowhere'; expected a path that exists or one of the tags"
+    ):
         ovseg.create_model("pacl_tiny", "nowhere")
     with pytest.raises(ValueError, match="options of pacl_tiny: colour: unknown key"):
         ovseg.create_model("pacl_tiny", colour="red")
@@ -170,12 +191,15 @@ def test_names_and_options():
         ovseg.register_model("pacl_tiny")(lambda: None)
 
 
-@pytest.mark.parametrize("labels,message", [
-    ([], "labels is empty; expected at least one name"),
-    (["cat", " "], r"labels\[1\] is blank"),
-    (["cat", "dog", "cat"], r"labels\[2\] and labels\[0\] are both 'cat'"),
-    ([3], r"labels\[0\] is a int; expected a string"),
-])
+@pytest.mark.parametrize(
+    "labels,message",
+    [
+        ([], "labels is empty; expected at least one name"),
+        (["cat", " "], r"labels\[1\] is blank"),
+        (["cat", "dog", "cat"], r"labels\[2\] and labels\[0\] are both 'cat'"),
+        ([3], r"labels\[0\] is a int; expected a string"),
+    ],
+)
 @pytest.mark.bad_input("models", "labels that are no names")
 def test_bad_labels(labels, message):
     with pytest.raises(InputError, match=message):
@@ -189,7 +213,9 @@ def test_one_string_is_one_label():
 @pytest.mark.bad_input("models", "a tensor that is no batch of pictures")
 def test_bad_images():
     model = ovseg.create_model("pacl_tiny")
-    with pytest.raises(InputError, match=r"images has shape \[3, 48, 48\]; expected \[B, 3, H, W\]"):
+    with pytest.raises(
+        InputError, match=r"images has shape \[3, 48, 48\]; expected \[B, 3, H, W\]"
+    ):
         model.encode_image(torch.randn(3, 48, 48))
     with pytest.raises(InputError, match="images has dtype"):
         model.encode_image(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
@@ -208,7 +234,9 @@ def test_attention_backends():
     q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
     mask = torch.rand(1, 1, 5, 5) > 0.3
     mask[..., 0] = True
-    expected = ((q @ k.transpose(-1, -2)) / 8**0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    expected = ((q @ k.transpose(-1, -2)) / 8**0.5).masked_fill(~mask, float("-inf")).softmax(
+        -1
+    ) @ v
     torch.testing.assert_close(attention(q, k, v, mask=mask), expected)
     with pytest.raises(ValueError, match="backend is 'flash'"):
         attention(q, k, v, backend="flash")
@@ -218,35 +246,49 @@ def test_attention_backends():
 def test_xformers_equals_sdpa():
     pytest.importorskip("xformers", reason="xformers is not installed")
     q, k, v = (torch.randn(2, 3, 16, 32, device="cuda") for _ in range(3))
-    torch.testing.assert_close(attention(q, k, v, backend="xformers"), attention(q, k, v), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        attention(q, k, v, backend="xformers"), attention(q, k, v), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("tap", ["local", "pre_norm", "post_norm"])
 def test_pacl_may_train_the_vision_tower_up_to_the_tap(tap):
-    model = ovseg.create_model("pacl_tiny", trained=["embedder", "scale", "vision"], tap=tap).train()
+    model = ovseg.create_model(
+        "pacl_tiny", trained=["embedder", "scale", "vision"], tap=tap
+    ).train()
     total(model, batch()).backward()
     assert all(p.grad is not None for _, p in model.trainable)
-    assert not any("words" in name or "text" in name or "projection" in name for name, _ in model.trainable)
+    assert not any(
+        "words" in name or "text" in name or "projection" in name for name, _ in model.trainable
+    )
     assert any(name.startswith("backbone.stem") for name, _ in model.trainable)
 
 
 def test_pacl_may_train_the_texts_too():
-    model = ovseg.create_model("pacl_tiny", trained=["embedder", "scale", "vision", "text"], tap="local").train()
+    model = ovseg.create_model(
+        "pacl_tiny", trained=["embedder", "scale", "vision", "text"], tap="local"
+    ).train()
     total(model, batch()).backward()
     assert all(p.grad is not None for _, p in model.trainable)
-    assert {"backbone.words.weight", "backbone.text_projection.weight"} <= {name for name, _ in model.trainable}
+    assert {"backbone.words.weight", "backbone.text_projection.weight"} <= {
+        name for name, _ in model.trainable
+    }
     with pytest.raises(ConfigError, match="trained names 'some'; expected some of"):
         ovseg.create_model("pacl_tiny", trained=["some"])
 
 
 def test_the_xformers_wrapper_through_a_stand_in(monkeypatch):
-    """Layout, mask and scale as xformers documents its function; xformers itself has no CPU kernels and runs in the GPU check."""
+    """Layout, mask and scale as xformers documents its function; xformers itself has no CPU kernels
+    and runs in the GPU check.
+    """
     import sys
     import types
 
     def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
         assert query.dim() == 4 and query.shape[2] == 3  # [B, L, heads, D]
-        scores = torch.einsum("bihd,bjhd->bhij", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = torch.einsum("bihd,bjhd->bhij", query, key) * (
+            query.shape[-1] ** -0.5 if scale is None else scale
+        )
         if attn_bias is not None:
             assert attn_bias.shape == scores.shape and attn_bias.dtype == query.dtype
             scores = scores + attn_bias
@@ -259,7 +301,9 @@ def test_the_xformers_wrapper_through_a_stand_in(monkeypatch):
     keep = torch.rand(2, 1, 4, 6) > 0.3
     keep[..., 0] = True
     for options in ({}, {"scale": 0.7}, {"mask": keep}, {"mask": torch.randn(4, 6)}):
-        torch.testing.assert_close(attention(q, k, v, backend="xformers", **options), attention(q, k, v, **options))
+        torch.testing.assert_close(
+            attention(q, k, v, backend="xformers", **options), attention(q, k, v, **options)
+        )
 
 
 @pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o027, 0o640)])
@@ -269,4 +313,6 @@ def test_who_may_read_saved_weights_is_for_the_umask_to_say(tmp_path, umask, mod
         ovseg.create_model("pacl_tiny").save_pretrained(tmp_path)
     finally:
         os.umask(before)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*.safetensors")} == {"model.safetensors": mode}
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*.safetensors")} == {
+        "model.safetensors": mode
+    }

@@ -1,4 +1,6 @@
-"""The default model: from the cache, downloaded, or not to be had; what is asked of the network, and what is remembered of texts."""
+"""The default model: from the cache, downloaded, or not to be had; what is asked of the network,
+and what is remembered of texts.
+"""
 
 import json
 import os
@@ -44,7 +46,9 @@ def small_default(tmp_path, monkeypatch):
 @pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(
+        path
+    )
     return str(path)
 
 
@@ -67,7 +71,22 @@ def test_a_photograph_from_the_cache(photo, weights, tmp_path, monkeypatch, caps
     fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", None)  # whoever asks falls over
     for names in ([], ["--offline"]):
-        assert main(["segment", photo, "--labels", "cat,wall", "--format", "overlay,mask", "-o", str(tmp_path / "out"), *names]) == 0
+        assert (
+            main(
+                [
+                    "segment",
+                    photo,
+                    "--labels",
+                    "cat,wall",
+                    "--format",
+                    "overlay,mask",
+                    "-o",
+                    str(tmp_path / "out"),
+                    *names,
+                ]
+            )
+            == 0
+        )
         assert "cat" in capsys.readouterr().out
     mask = np.asarray(Image.open(tmp_path / "out" / "photo.mask.png"))
     model = ovseg.create_model("clip_dense_vit_b16", "openai", readout="naclip")
@@ -75,35 +94,85 @@ def test_a_photograph_from_the_cache(photo, weights, tmp_path, monkeypatch, caps
     assert np.array_equal(ovseg.segment(photo, ["cat", "wall"], model=model, **view).labels, mask)
     found = ovseg.segment(photo, ["cat", "wall"])
     assert np.array_equal(found.labels, mask)
-    assert not np.array_equal(ovseg.segment(photo, ["cat", "wall"], model=model).labels, mask)  # the view is not the plain one
-    assert main(["segment", photo, "--labels", "cat,wall", "--short-side", "64", "--format", "mask", "-o", str(tmp_path / "two")]) == 0
+    assert not np.array_equal(
+        ovseg.segment(photo, ["cat", "wall"], model=model).labels, mask
+    )  # the view is not the plain one
+    assert (
+        main(
+            [
+                "segment",
+                photo,
+                "--labels",
+                "cat,wall",
+                "--short-side",
+                "64",
+                "--format",
+                "mask",
+                "-o",
+                str(tmp_path / "two"),
+            ]
+        )
+        == 0
+    )
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "two" / "photo.mask.png")), mask)
 
 
 @pytest.mark.parametrize("how", ["offline", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "no network"])
 def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"} if how in ("no network", "offline") else {how: "1"}  # nobody listens there
-    command = [sys.executable, "-m", "ovseg", "segment", photo, "--labels", "cat,wall", *(["--offline"] if how == "offline" else [])]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    environment |= (
+        {"HF_ENDPOINT": "http://127.0.0.1:9"} if how in ("no network", "offline") else {how: "1"}
+    )  # nobody listens there
+    command = [
+        sys.executable,
+        "-m",
+        "ovseg",
+        "segment",
+        photo,
+        "--labels",
+        "cat,wall",
+        *(["--offline"] if how == "offline" else []),
+    ]
     best = []
     for _ in range(2):
-        seconds, done = processor_seconds([*command, "-o", str(tmp_path / "out")], env=environment, timeout=60)
+        seconds, done = processor_seconds(
+            [*command, "-o", str(tmp_path / "out")], env=environment, timeout=60
+        )
         best.append(seconds)
         if seconds < 3:
             break
-    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    ), done.stderr
     why = "the Hub does not answer" if how == "no network" else "the Hub may not be asked"
-    for text in (why, f"https://huggingface.co/{DEFAULT_REPO}/resolve/main/{FILE}", "-m clip_dense_vit_b16:PATH", "--demo"):
+    for text in (
+        why,
+        f"https://huggingface.co/{DEFAULT_REPO}/resolve/main/{FILE}",
+        "-m clip_dense_vit_b16:PATH",
+        "--demo",
+    ):
         assert text in done.stderr
     # Three seconds, but on a machine where torch alone takes more than half of them.
-    assert min(best) < 3 or min(best) < 2 * processor_seconds([sys.executable, "-c", "import torch"])[0], f"{best} s"
+    assert (
+        min(best) < 3
+        or min(best) < 2 * processor_seconds([sys.executable, "-c", "import torch"])[0]
+    ), f"{best} s"
     assert not (tmp_path / "out").exists()
 
 
 def test_the_network_is_asked_once(photo, tmp_path, online, monkeypatch, capsys):
-    for status, error, message in ((503, "", "the Hub does not answer"), (500, "", "does not answer"),
-                                   (401, "RepoNotFound", f"the Hub knows no {DEFAULT_REPO}, or it is private"),
-                                   (403, "GatedRepo", "asks for a licence to be accepted first")):
+    for status, error, message in (
+        (503, "", "the Hub does not answer"),
+        (500, "", "does not answer"),
+        (401, "RepoNotFound", f"the Hub knows no {DEFAULT_REPO}, or it is private"),
+        (403, "GatedRepo", "asks for a licence to be accepted first"),
+    ):
         with hub(status=status, error=error) as (address, asked):
             monkeypatch.setenv("HF_ENDPOINT", address)
             with pytest.raises(WeightsError, match=message):
@@ -125,12 +194,17 @@ def test_a_download_and_what_it_says(photo, weights, tmp_path, online, monkeypat
         monkeypatch.setenv("HF_ENDPOINT", address)
         assert main(["segment", photo, "--labels", "cat,wall", "-o", str(tmp_path / "out")]) == 0
         said = capsys.readouterr().err
-        assert f"{FILE} from https://huggingface.co/{DEFAULT_REPO}: {len(weights) / 1e6:.0f} MB, licence see" in said
+        assert (
+            f"{FILE} from https://huggingface.co/{DEFAULT_REPO}: {len(weights) / 1e6:.0f} MB, "
+            f"licence see" in said
+        )
         count = len(asked)
         ovseg.segment(photo, ["cat", "wall"])
         assert len(asked) == count  # the second time it is in the cache
     again = ovseg.create_model("clip_dense_vit_b16", "openai")
-    assert torch.equal(again.backbone.clip.text_projection.float(), _tensor(weights, "text_projection"))
+    assert torch.equal(
+        again.backbone.clip.text_projection.float(), _tensor(weights, "text_projection")
+    )
 
 
 def _tensor(data, name):
@@ -139,10 +213,13 @@ def _tensor(data, name):
     return load(data)[name]
 
 
-@pytest.mark.parametrize("lie,message", [
-    (lambda data: data[: len(data) // 2], "broke off"),
-    (lambda data: data[:-9] + b"x" * 9, f"{FILE} .*is cut or damaged: its hash is"),
-])
+@pytest.mark.parametrize(
+    "lie,message",
+    [
+        (lambda data: data[: len(data) // 2], "broke off"),
+        (lambda data: data[:-9] + b"x" * 9, f"{FILE} .*is cut or damaged: its hash is"),
+    ],
+)
 @pytest.mark.bad_input("weights", "a download that is cut")
 def test_a_download_that_is_cut_is_refused(lie, message, photo, weights, online, monkeypatch):
     from huggingface_hub import file_download
@@ -203,7 +280,10 @@ def test_the_second_name_of_a_file(online, monkeypatch):
         from ovseg.weights.hub import CLIP_FILES, fetch
 
         assert fetch("me/clip", CLIP_FILES).name == "open_clip_pytorch_model.bin"
-        with pytest.raises(WeightsError, match=r"me/other holds none of open_clip_model\.safetensors, open_clip_pytorch_model\.bin"):
+        with pytest.raises(
+            WeightsError,
+            match=r"me/other holds none of open_clip_model\.safetensors, open_clip_pytorch_model\.bin",
+        ):
             fetch("me/other", CLIP_FILES)
 
 
@@ -224,14 +304,18 @@ def test_words_that_a_model_does_not_know():
     picture = np.zeros((48, 48, 3), dtype=np.uint8)
     with pytest.raises(InputError, match=r"pacl_tiny does not know: zebra; .*allow_unknown"):
         ovseg.segment(picture, {"stripes": ["a zebra"], "gravel": "gravel"}, model="pacl_tiny")
-    assert ovseg.segment(picture, ["zebra", "gravel"], model="pacl_tiny", allow_unknown=True).labels.shape == (48, 48)
+    assert ovseg.segment(
+        picture, ["zebra", "gravel"], model="pacl_tiny", allow_unknown=True
+    ).labels.shape == (48, 48)
 
 
 def test_texts_are_remembered_on_disk(weights, tmp_path, monkeypatch):
     fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
     model = ovseg.create_model("clip_dense_vit_b16", "openai")
     calls, encode = [], type(model).encode_text
-    monkeypatch.setattr(type(model), "encode_text", lambda self, ids: calls.append(len(ids)) or encode(self, ids))
+    monkeypatch.setattr(
+        type(model), "encode_text", lambda self, ids: calls.append(len(ids)) or encode(self, ids)
+    )
 
     def texts(model=model, labels=("cat", "wall"), **options):
         calls.clear()
@@ -240,14 +324,27 @@ def test_texts_are_remembered_on_disk(weights, tmp_path, monkeypatch):
 
     first, folder = texts(), tmp_path / "ovseg" / "texts"
     assert sum(calls) == 160 and len(list(folder.iterdir())) == 1
-    again = ovseg.create_model("clip_dense_vit_b16", "openai", readout="sclip")  # another model on the same text tower
-    assert torch.equal(texts(), first) and not calls and torch.equal(texts(again), first) and not calls
-    for changed in ({"templates": "simple"}, {"labels": ("wall", "cat")}, {"text_mean": "raw"}, {"background": "sky"}):
+    again = ovseg.create_model(
+        "clip_dense_vit_b16", "openai", readout="sclip"
+    )  # another model on the same text tower
+    assert (
+        torch.equal(texts(), first) and not calls and torch.equal(texts(again), first) and not calls
+    )
+    for changed in (
+        {"templates": "simple"},
+        {"labels": ("wall", "cat")},
+        {"text_mean": "raw"},
+        {"background": "sky"},
+    ):
         texts(**changed)
         assert calls, changed
     (file,) = (path for path in folder.iterdir() if torch.equal(_read(path), first))
     whole = file.read_bytes()
-    for damaged in (whole[:100], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], b""):  # cut, one bit flipped, empty: made again
+    for damaged in (
+        whole[:100],
+        whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+        b"",
+    ):  # cut, one bit flipped, empty: made again
         file.write_bytes(damaged)
         assert torch.equal(texts(), first) and calls and torch.equal(_read(file), first)
     with torch.no_grad():
@@ -265,7 +362,9 @@ def test_texts_are_remembered_on_disk(weights, tmp_path, monkeypatch):
     assert torch.equal(texts(), first) and calls
     monkeypatch.setenv("OVSEG_CACHE", str(tmp_path / "new"))
     ovseg.Predictor(ovseg.create_model("pacl_tiny", "digits"), ["gravel"])
-    ovseg.Predictor(ovseg.create_model("clip_dense_vit_b16"), ["gravel"])  # random weights are nobody's
+    ovseg.Predictor(
+        ovseg.create_model("clip_dense_vit_b16"), ["gravel"]
+    )  # random weights are nobody's
     assert not (tmp_path / "new" / "texts").exists()
 
 
@@ -279,13 +378,22 @@ def test_switches(photo, weights, tmp_path, monkeypatch):
     fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
     command = ["segment", photo, "--labels", "cat,wall", "--format", "mask", "--overwrite"]
     assert main([*command, "--no-cache", "-o", str(tmp_path / "a")]) == 0
-    assert not (tmp_path / "ovseg" / "texts").exists() and os.environ["OVSEG_CACHE"] == str(tmp_path / "ovseg")
+    assert not (tmp_path / "ovseg" / "texts").exists() and os.environ["OVSEG_CACHE"] == str(
+        tmp_path / "ovseg"
+    )
     compiled, compile_it = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile_it(self, backend="eager"))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self: compiled.append(self) or compile_it(self, backend="eager"),
+    )
     assert main([*command, "--compile", "-o", str(tmp_path / "b")]) == 0 and len(compiled) == 1
     pictures = [np.asarray(Image.open(tmp_path / name / "photo.mask.png")) for name in "ab"]
     assert np.array_equal(*pictures)
-    assert main(["eval", "pacl_tiny", "--compile", "--scenes", "2", "--out", str(tmp_path / "e")]) == 0 and len(compiled) == 2
+    assert (
+        main(["eval", "pacl_tiny", "--compile", "--scenes", "2", "--out", str(tmp_path / "e")]) == 0
+        and len(compiled) == 2
+    )
     assert json.loads((tmp_path / "e" / "results.json").read_text())["command"]["compile"] is True
 
 
@@ -298,9 +406,18 @@ def test_training_starts_from_named_weights(weights, tmp_path):
     fill_cache(tmp_path / "hub", DEFAULT_REPO, {FILE: weights})
     (tmp_path / "clip.safetensors").write_bytes(weights)
     (tmp_path / "r.yaml").write_text("{model: {name: pacl_vit_b16}, data: {kind: scenes}}")
-    for source in ("clip_dense_vit_b16:openai", f"ViT-B-16-quickgelu:{tmp_path / 'clip.safetensors'}"):
+    for source in (
+        "clip_dense_vit_b16:openai",
+        f"ViT-B-16-quickgelu:{tmp_path / 'clip.safetensors'}",
+    ):
         model = create_model("pacl_vit_b16")
         take_weights(model, load_recipe(tmp_path / "r.yaml", [f"init.backbone={source}"]), tmp_path)
         assert torch.equal(model.backbone.clip.text_projection, _tensor(weights, "text_projection"))
-    with pytest.raises(ConfigError, match=r"init\.backbone is 'ViT-B-16:openaii'.*did you mean ViT-B-16:openai\?"):
-        take_weights(create_model("pacl_vit_b16"), load_recipe(tmp_path / "r.yaml", ["init.backbone=ViT-B-16:openaii"]), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"init\.backbone is 'ViT-B-16:openaii'.*did you mean ViT-B-16:openai\?"
+    ):
+        take_weights(
+            create_model("pacl_vit_b16"),
+            load_recipe(tmp_path / "r.yaml", ["init.backbone=ViT-B-16:openaii"]),
+            tmp_path,
+        )

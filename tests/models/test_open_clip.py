@@ -1,4 +1,6 @@
-"""The open_clip backbone: our walk over its blocks against its own forward, taps, sizes, stride trick, templates."""
+"""The open_clip backbone: our walk over its blocks against its own forward, taps, sizes, stride
+trick, templates.
+"""
 
 import pytest
 import torch
@@ -30,16 +32,26 @@ def theirs(model):
 @torch.no_grad()
 def test_embeddings_are_open_clips(model, theirs):
     images, ids = torch.randn(2, 3, 224, 224), model.tokenizer(["a photo of a cat", "two dogs"])
-    torch.testing.assert_close(model.backbone.encode_image(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.backbone.clip.encode_image(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.encode_text(ids), theirs.encode_text(ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.backbone.encode_image(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        model.backbone.clip.encode_image(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        model.encode_text(ids), theirs.encode_text(ids), rtol=1e-4, atol=1e-5
+    )
 
 
 @torch.no_grad()
 def test_tokens_are_open_clips_and_the_tap_is_ours(model, theirs):
-    """Post-norm tokens equal what open_clip returns with output_tokens, up to where its release norms them."""
+    """Post-norm tokens equal what open_clip returns with output_tokens, up to where its release
+    norms them.
+    """
     visual, images = theirs.visual, torch.randn(1, 3, 224, 224)
-    before, after = (model.backbone.encode_patches(images, tap=tap) for tap in ("pre_norm", "post_norm"))
+    before, after = (
+        model.backbone.encode_patches(images, tap=tap) for tap in ("pre_norm", "post_norm")
+    )
     torch.testing.assert_close(visual.ln_post(before.tokens), after.tokens)
     visual.output_tokens = True
     try:
@@ -87,17 +99,24 @@ def test_labels_are_averaged_over_templates(model):
 def test_unsupported_architectures_say_so():
     with pytest.raises(ValueError, match="architecture is 'ViT-X'"):
         build_backbone("open_clip", architecture="ViT-X")
-    with pytest.raises(ValueError, match="VisionTransformerRelPos, whose tables of relative positions are those of one picture size"):
+    with pytest.raises(
+        ValueError,
+        match="VisionTransformerRelPos, whose tables of relative positions are those of one "
+        "picture size",
+    ):
         build_backbone("open_clip", architecture="vit_relpos_medium_patch16_cls_224")
     with pytest.raises(ValueError, match="stride is 32; expected 1 to 16"):
         build_backbone("open_clip", architecture="ViT-B-16", stride=32)
 
 
-@pytest.mark.parametrize("value,message", [
-    ("imagenet", "templates is 'imagenet'; expected one of"),
-    ([], "templates is empty"),
-    (["a photo"], r"template 'a photo' holds 0 '\{\}'; expected exactly one"),
-])
+@pytest.mark.parametrize(
+    "value,message",
+    [
+        ("imagenet", "templates is 'imagenet'; expected one of"),
+        ([], "templates is empty"),
+        (["a photo"], r"template 'a photo' holds 0 '\{\}'; expected exactly one"),
+    ],
+)
 @pytest.mark.bad_input("models", "templates that cannot be")
 def test_bad_templates(value, message):
     with pytest.raises(ValueError, match=message):

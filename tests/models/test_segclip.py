@@ -1,4 +1,6 @@
-"""SegCLIP: the published modules' tensors, names of the published checkpoint, batches, sizes, parameter groups."""
+"""SegCLIP: the published modules' tensors, names of the published checkpoint, batches, sizes,
+parameter groups.
+"""
 
 import json
 import re
@@ -29,24 +31,55 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 @pytest.fixture(scope="module")
 def golden():
     with np.load(GOLDEN / "segclip_tiny.npz") as file:
-        found = {name: torch.from_numpy(file[name]) for name in file.files if file[name].dtype.kind != "U"}
+        found = {
+            name: torch.from_numpy(file[name])
+            for name in file.files
+            if file[name].dtype.kind != "U"
+        }
         return {**found, "meta/config": json.loads(str(file["meta/config"]))}
 
 
 def build(golden, **options):
     c = golden["meta/config"]
     architecture = {
-        "embed_dim": c["embed_dim"], "quick_gelu": True,
-        "vision_cfg": {"layers": c["first_stage_layers"] + c["second_stage_layers"], "width": c["vision_width"],
-                       "head_width": c["head_dim"], "patch_size": c["patch_size"], "image_size": c["image_size"]},
-        "text_cfg": {"context_length": c["context_length"], "vocab_size": c["vocab_size"], "width": c["text_width"],
-                     "heads": c["text_heads"], "layers": c["text_layers"]},
-    }  # fmt: skip
-    decoder = {"width": c["mae_decoder_dim"], "depth": c["mae_decoder_depth"], "heads": c["mae_decoder_heads"]}
-    model = SegCLIP(SegCLIPOptions({"kind": "open_clip", "architecture": architecture}, second_stage=c["second_stage_layers"],
-                                   centers=c["group_tokens"], cross_layers=c["cross_layers"], decoder=decoder, **options))
+        "embed_dim": c["embed_dim"],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "layers": c["first_stage_layers"] + c["second_stage_layers"],
+            "width": c["vision_width"],
+            "head_width": c["head_dim"],
+            "patch_size": c["patch_size"],
+            "image_size": c["image_size"],
+        },
+        "text_cfg": {
+            "context_length": c["context_length"],
+            "vocab_size": c["vocab_size"],
+            "width": c["text_width"],
+            "heads": c["text_heads"],
+            "layers": c["text_layers"],
+        },
+    }
+    decoder = {
+        "width": c["mae_decoder_dim"],
+        "depth": c["mae_decoder_depth"],
+        "heads": c["mae_decoder_heads"],
+    }
+    model = SegCLIP(
+        SegCLIPOptions(
+            {"kind": "open_clip", "architecture": architecture},
+            second_stage=c["second_stage_layers"],
+            centers=c["group_tokens"],
+            cross_layers=c["cross_layers"],
+            decoder=decoder,
+            **options,
+        )
+    )
     model.train_parts(list(model.parts()))
-    state = {name.removeprefix("weights/"): tensor for name, tensor in golden.items() if name.startswith("weights/")}
+    state = {
+        name.removeprefix("weights/"): tensor
+        for name, tensor in golden.items()
+        if name.startswith("weights/")
+    }
     assert model.published.load(model, state) == []
     return model.eval()
 
@@ -59,7 +92,9 @@ def model(golden):
 def close(found, expected, tolerance):
     """Largest difference over the largest value."""
     scale = float(expected.abs().max())
-    assert float((found - expected).abs().max()) <= tolerance * scale, f"{float((found - expected).abs().max()) / scale:.2e}"
+    assert float((found - expected).abs().max()) <= tolerance * scale, (
+        f"{float((found - expected).abs().max()) / scale:.2e}"
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -81,7 +116,9 @@ def test_evaluation(golden, model, backend):
     assert torch.equal(features.tokens[1, 7], features.groups[1, features.index[1, 7]])
     text = model.encode_text(golden["in/ids"].long())
     close(text, golden["out/eval/text"], 1e-5)
-    close(model.logit_scale * model.similarity(features, text).T, golden["out/eval/logits_t2v"], 1e-5)
+    close(
+        model.logit_scale * model.similarity(features, text).T, golden["out/eval/logits_t2v"], 1e-5
+    )
 
 
 @torch.no_grad()
@@ -94,9 +131,20 @@ def test_twice_the_grid(golden, model):
 
 
 def training_batch(golden):
-    noise = {"groups": golden["in/gumbel"], "kept_groups": golden["in/gumbel_mae"], "masking": golden["in/mae_noise"][:, 1:]}
+    noise = {
+        "groups": golden["in/gumbel"],
+        "kept_groups": golden["in/gumbel_mae"],
+        "masking": golden["in/mae_noise"][:, 1:],
+    }
     ids = torch.arange(3)
-    return PairBatch(golden["in/images"], golden["in/train_ids"].long(), ids, ids, segments=golden["in/seg_label"].flatten(1), noise=noise)
+    return PairBatch(
+        golden["in/images"],
+        golden["in/train_ids"].long(),
+        ids,
+        ids,
+        segments=golden["in/seg_label"].flatten(1),
+        noise=noise,
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -104,11 +152,20 @@ def test_training_step(golden, backend):
     model = build(golden).train()
     with ok.backend(backend):
         losses = create_objective(model)(training_batch(golden))
-        names = {"contrastive": "contrastive", "superpixel": "sp_kl", "reconstruction": "mae", "total": "total"}
+        names = {
+            "contrastive": "contrastive",
+            "superpixel": "sp_kl",
+            "reconstruction": "mae",
+            "total": "total",
+        }
         for ours, theirs in names.items():
-            assert losses[ours].item() == pytest.approx(golden[f"out/train/{theirs}"].item(), rel=1e-6), ours
+            assert losses[ours].item() == pytest.approx(
+                golden[f"out/train/{theirs}"].item(), rel=1e-6
+            ), ours
         tensors = dict(model.named_parameters())
-        published = {name: tensors[key] for key, name in published_names(model).items() if key in tensors}
+        published = {
+            name: tensors[key] for key, name in published_names(model).items() if key in tensors
+        }
         for loss in ("contrastive", "superpixel", "reconstruction"):
             for key in ("k_conv.weight", "semantic_center"):
                 name = f"clip.visual.transformer.semantic_layer2.{key}"
@@ -128,14 +185,22 @@ def test_gradient_norms_of_every_parameter(golden):
     create_objective(model)(training_batch(golden))["total"].backward()
     names = published_names(model)
     with np.load(GOLDEN / "segclip_tiny.npz") as file:
-        norms = dict(zip(map(str, file["out/train/grad_norm_keys"]), file["out/train/grad_norms"].tolist(), strict=True))
+        norms = dict(
+            zip(
+                map(str, file["out/train/grad_norm_keys"]),
+                file["out/train/grad_norms"].tolist(),
+                strict=True,
+            )
+        )
     seen = 0
     for key, parameter in model.named_parameters():
         expected = norms.pop(names[key])
         if parameter.grad is None:
             assert expected == 0 and names[key] == "clip.visual.class_embedding"
         else:
-            assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-4, abs=1e-9), names[key]
+            assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-4, abs=1e-9), (
+                names[key]
+            )
             seen += 1
     assert not norms and seen == 173
 
@@ -159,8 +224,13 @@ def test_masking_and_reconstruction(golden):
     pixels = model.decoder(hidden, restore, grid)
     close(pixels[0], golden["out/train/mae_pred_image0"], 1e-5)
     some = order[:, 15:30]
-    torch.testing.assert_close(model.decoder(hidden, restore, grid, some), pixels.gather(1, some[..., None].expand(-1, -1, 192)))
-    torch.testing.assert_close(sincos_positions(grid, 64)[None], golden[f"weights/{POSITIONS}"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        model.decoder(hidden, restore, grid, some),
+        pixels.gather(1, some[..., None].expand(-1, -1, 192)),
+    )
+    torch.testing.assert_close(
+        sincos_positions(grid, 64)[None], golden[f"weights/{POSITIONS}"], atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", ["seg_random", "seg_mixed"])
@@ -172,7 +242,11 @@ def test_segmentation_of_a_crop(golden, model, name):
     pixels = ok.upsample_argmax(features.soft.unflatten(2, features.grid), (64, 64))[0]
     stable = golden[f"out/{name}/stable"]
     assert torch.equal(pixels[stable], golden[f"out/{name}/group_of_pixel"].long()[stable])
-    close(table[0][pixels].permute(2, 0, 1)[:, stable], golden[f"out/{name}/class_map"][:, stable], 1e-5)
+    close(
+        table[0][pixels].permute(2, 0, 1)[:, stable],
+        golden[f"out/{name}/class_map"][:, stable],
+        1e-5,
+    )
     placement = Placement((64, 64), (64, 64), (64, 64), None)
     queries = EncodedQueries(tuple(map(str, range(20))), texts, torch.arange(20))
     labels, _ = GroupTables(background_threshold=0.8).label_map(model, features, queries, placement)
@@ -183,14 +257,20 @@ def test_segmentation_of_a_crop(golden, model, name):
 def test_sliding_windows(golden, model):
     """Windows in one batch give the labels that crops one by one gave."""
     origins = golden["out/slide/crop_origins"].long()
-    windows = torch.stack([golden["in/slide_image"][0, :, y : y + 64, x : x + 64] for y, x in origins.tolist()])
+    windows = torch.stack(
+        [golden["in/slide_image"][0, :, y : y + 64, x : x + 64] for y, x in origins.tolist()]
+    )
     features = model.encode_image(windows)
     queries = EncodedQueries(tuple(map(str, range(20))), golden["in/slide_text"], torch.arange(20))
     for size, ending in (((80, 112), ""), ((100, 140), "_ori")):
         placement = Placement(size, (80, 112), (64, 64), origins)
-        labels, _ = GroupTables(background_threshold=0.8).label_map(model, features, queries, placement)
+        labels, _ = GroupTables(background_threshold=0.8).label_map(
+            model, features, queries, placement
+        )
         stable = golden[f"out/slide/stable{ending}"]
-        assert torch.equal(labels[stable].long() + 1, golden[f"out/slide/labels{ending}"].long()[stable])
+        assert torch.equal(
+            labels[stable].long() + 1, golden[f"out/slide/labels{ending}"].long()[stable]
+        )
         assert float(stable.float().mean()) > 0.99
 
 
@@ -202,11 +282,26 @@ def test_the_published_mixing_of_a_batch(golden):
     close(features.groups, golden["out/compat/eval_group_feats"], 1e-5)
     assert torch.equal(features.index, golden["out/compat/eval_group_index"].long())
     losses = create_objective(model.train())(training_batch(golden))
-    for ours, theirs in (("contrastive", "contrastive"), ("superpixel", "sp_kl"), ("reconstruction", "mae"), ("total", "total")):
-        assert losses[ours].item() == pytest.approx(golden[f"out/compat/{theirs}"].item(), rel=5e-6)  # made with an older torch
+    for ours, theirs in (
+        ("contrastive", "contrastive"),
+        ("superpixel", "sp_kl"),
+        ("reconstruction", "mae"),
+        ("total", "total"),
+    ):
+        assert losses[ours].item() == pytest.approx(
+            golden[f"out/compat/{theirs}"].item(), rel=5e-6
+        )  # made with an older torch
     losses["total"].backward()
-    close(model.groups.k_conv.weight.grad, golden["out/compat/grad/clip.visual.transformer.semantic_layer2.k_conv.weight"], 1e-4)
-    close(model.groups.semantic_center.grad, golden["out/compat/grad/clip.visual.transformer.semantic_layer2.semantic_center"], 1e-4)
+    close(
+        model.groups.k_conv.weight.grad,
+        golden["out/compat/grad/clip.visual.transformer.semantic_layer2.k_conv.weight"],
+        1e-4,
+    )
+    close(
+        model.groups.semantic_center.grad,
+        golden["out/compat/grad/clip.visual.transformer.semantic_layer2.semantic_center"],
+        1e-4,
+    )
 
 
 @torch.no_grad()
@@ -230,8 +325,13 @@ def test_superpixel_loss_is_the_published_product():
     expected = (b * (b.log() - a.log()) + a * (a.log() - b.log())).mean() / 2
     found = superpixel_loss(P, segments).mean()
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, P)[0], torch.autograd.grad(expected, P)[0])
-    with pytest.raises(InputError, match=r"segments is torch.int64 of shape \[2, 8\]; expected integers of \[2, 9\]"):
+    torch.testing.assert_close(
+        torch.autograd.grad(found, P)[0], torch.autograd.grad(expected, P)[0]
+    )
+    with pytest.raises(
+        InputError,
+        match=r"segments is torch.int64 of shape \[2, 8\]; expected integers of \[2, 9\]",
+    ):
         superpixel_loss(P, segments[:, :8])
 
 
@@ -242,18 +342,31 @@ def vit():
 
 
 def test_keys_are_the_published_ones(vit, tmp_path):
-    expected = {name: tuple(shape) for name, shape in json.loads((GOLDEN / "segclip_keys.json").read_text()).items()}
+    expected = {
+        name: tuple(shape)
+        for name, shape in json.loads((GOLDEN / "segclip_keys.json").read_text()).items()
+    }
     state = ovseg.official_state_dict(vit)
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected and len(expected) == 415
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected and len(
+        expected
+    ) == 415
     torch.save(state, tmp_path / "segclip.bin")
     other = ovseg.create_model("segclip_vit_b16")
     assert ovseg.load_official_state_dict(other, read_published(tmp_path / "segclip.bin")) == []
-    assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), other.state_dict().values(), strict=True))
-    # Without the parts that only training needs; with anything else missing, more, or of another shape.
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(vit.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    # Without the parts that only training needs; with anything else missing, more, or of another
+    # shape.
     small = {name: x for name, x in state.items() if not re.search("mae|reconstruct", name)}
     lacking = ovseg.load_official_state_dict(other, small)
-    assert len(lacking) == 415 - len(small) - 1 and all("mae" in name or "reconstruct" in name for name in lacking)
-    broken = {name: x for name, x in small.items() if name != "clip.visual.proj"} | {"clip.visual.extra": torch.zeros(1)}
+    assert len(lacking) == 415 - len(small) - 1 and all(
+        "mae" in name or "reconstruct" in name for name in lacking
+    )
+    broken = {name: x for name, x in small.items() if name != "clip.visual.proj"} | {
+        "clip.visual.extra": torch.zeros(1)
+    }
     broken["clip.logit_scale"] = torch.zeros(2)
     expected = r"1 missing: clip\.visual\.proj; 1 unexpected: clip\.visual\.extra; 1 of another shape: clip\.logit"
     with pytest.raises(CheckpointError, match=expected):
@@ -261,16 +374,33 @@ def test_keys_are_the_published_ones(vit, tmp_path):
 
 
 def test_parameter_groups_are_the_recipes(vit):
-    groups = {(g["lr_scale"], g["weight_decay"]): g["params"] for g in vit.parameter_groups(4e-3, 0.05, 4e-6)}
+    groups = {
+        (g["lr_scale"], g["weight_decay"]): g["params"]
+        for g in vit.parameter_groups(4e-3, 0.05, 4e-6)
+    }
     assert set(groups) == {(1e-3, 0.05), (1e-3, 0.0), (1.0, 0.05), (1.0, 0.0)}
-    sizes = {scale: sum(p.numel() for (s, _), params in groups.items() if s == scale for p in params) / 1e6 for scale in (1e-3, 1.0)}
-    assert sizes[1e-3] == pytest.approx(108.97, abs=0.01) and sizes[1.0] == pytest.approx(53.67, abs=0.01)
-    frozen = sum(p.numel() for p in vit.parameters() if not p.requires_grad) + sincos_positions((14, 14), 384).numel()
+    sizes = {
+        scale: sum(p.numel() for (s, _), params in groups.items() if s == scale for p in params)
+        / 1e6
+        for scale in (1e-3, 1.0)
+    }
+    assert sizes[1e-3] == pytest.approx(108.97, abs=0.01) and sizes[1.0] == pytest.approx(
+        53.67, abs=0.01
+    )
+    frozen = (
+        sum(p.numel() for p in vit.parameters() if not p.requires_grad)
+        + sincos_positions((14, 14), 384).numel()
+    )
     assert frozen / 1e6 == pytest.approx(26.16, abs=0.01)
     decayed = {id(p) for (_, decay), params in groups.items() if decay for p in params}
     named = dict(vit.named_parameters())
-    assert id(named["groups.semantic_center"]) in decayed and id(named["backbone.clip.logit_scale"]) in decayed
-    assert id(named["groups.norm.bias"]) not in decayed and id(named["groups.norm.weight"]) in decayed
+    assert (
+        id(named["groups.semantic_center"]) in decayed
+        and id(named["backbone.clip.logit_scale"]) in decayed
+    )
+    assert (
+        id(named["groups.norm.bias"]) not in decayed and id(named["groups.norm.weight"]) in decayed
+    )
 
 
 @pytest.mark.parametrize("size", [(224, 224), (448, 448), (336, 448), (100, 250), (16, 32)])
@@ -278,7 +408,11 @@ def test_parameter_groups_are_the_recipes(vit):
 def test_sizes(vit, size):
     features = vit.encode_image(torch.randn(1, 3, *size))
     grid = (size[0] // 16, size[1] // 16)
-    assert features.grid == grid and features.soft.shape == (1, 8, grid[0] * grid[1]) and features.groups.shape == (1, 8, 512)
+    assert (
+        features.grid == grid
+        and features.soft.shape == (1, 8, grid[0] * grid[1])
+        and features.groups.shape == (1, 8, 512)
+    )
     assert bool(features.embedding.isfinite().all())
 
 
@@ -300,20 +434,29 @@ def test_the_scale_stays_below_a_hundred():
 
 def scene_batch(model, **more):
     ids = torch.arange(2)
-    return PairBatch(torch.randn(2, 3, 48, 48), model.tokenizer(["red seven", "gravel"]), ids, ids, **more)
+    return PairBatch(
+        torch.randn(2, 3, 48, 48), model.tokenizer(["red seven", "gravel"]), ids, ids, **more
+    )
 
 
 @pytest.mark.bad_input("models", "an option that means nothing")
 def test_options_that_cannot_be():
-    with pytest.raises(ValueError, match="second_stage is 2; expected 0 to 0, the blocks of the backbone"):
+    with pytest.raises(
+        ValueError, match="second_stage is 2; expected 0 to 0, the blocks of the backbone"
+    ):
         ovseg.create_model("segclip_tiny", second_stage=2)
     model = ovseg.create_model("segclip_tiny")
     with pytest.raises(ValueError, match=r"weights names \['kl'\]; expected some of"):
         create_objective(model, weights={"kl": 1.0})
-    with pytest.raises(ValueError, match=r"objective segclip\.kepd: unknown key, did you mean objective segclip\.kept"):
+    with pytest.raises(
+        ValueError,
+        match=r"objective segclip\.kepd: unknown key, did you mean objective segclip\.kept",
+    ):
         create_objective(model, kepd=0.5)
     with pytest.raises(ValueError, match=r"kept is 0\.01; of 144 patches it keeps 0"):
-        create_objective(model, kept=0.01)(scene_batch(model, segments=torch.zeros(2, 144, dtype=torch.int64)))
+        create_objective(model, kept=0.01)(
+            scene_batch(model, segments=torch.zeros(2, 144, dtype=torch.int64))
+        )
 
 
 def test_losses_are_switched_by_their_weights():
@@ -331,18 +474,40 @@ def test_losses_are_switched_by_their_weights():
 def test_convert_and_back(vit, tmp_path, capsys):
     from ovseg.cli.main import main
 
-    torch.save({"state_dict": {f"module.{name}": x for name, x in ovseg.official_state_dict(vit).items()}}, tmp_path / "segclip.bin")
-    assert main(["convert", str(tmp_path / "segclip.bin"), "segclip_vit_b16", "--out", str(tmp_path / "folder")]) == 0
+    torch.save(
+        {"state_dict": {f"module.{name}": x for name, x in ovseg.official_state_dict(vit).items()}},
+        tmp_path / "segclip.bin",
+    )
+    assert (
+        main(
+            [
+                "convert",
+                str(tmp_path / "segclip.bin"),
+                "segclip_vit_b16",
+                "--out",
+                str(tmp_path / "folder"),
+            ]
+        )
+        == 0
+    )
     loaded = ovseg.from_pretrained(tmp_path / "folder")
     direct = ovseg.create_model("segclip_vit_b16", str(tmp_path / "segclip.bin"))
     assert torch.equal(direct.groups.semantic_center, loaded.groups.semantic_center)
-    assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(vit.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     for name in ("again.bin", "again.safetensors"):
         assert main(["convert", str(tmp_path / "folder"), "--out", str(tmp_path / name)]) == 0
         again = read_published(tmp_path / name)
-        assert set(again) == set(ovseg.official_state_dict(vit)) and torch.equal(again["clip.visual.proj"], vit.backbone.clip.visual.proj)
+        assert set(again) == set(ovseg.official_state_dict(vit)) and torch.equal(
+            again["clip.visual.proj"], vit.backbone.clip.visual.proj
+        )
     capsys.readouterr()
-    assert main(["convert", str(tmp_path / "segclip.bin"), "--out", "x"]) == 2 and "model is missing" in capsys.readouterr().err
+    assert (
+        main(["convert", str(tmp_path / "segclip.bin"), "--out", "x"]) == 2
+        and "model is missing" in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="segclip_tiny has no published layout"):
         ovseg.official_state_dict(ovseg.create_model("segclip_tiny"))
 
@@ -357,8 +522,12 @@ def test_checkpoints_run_no_code(tmp_path, capsys):
     torch.save({"clip.visual.proj": Evil()}, tmp_path / "evil.bin")
     (tmp_path / "junk.bin").write_bytes(b"junk")
     torch.save([1, 2], tmp_path / "list.bin")
-    for name, message in (("evil.bin", "without running code"), ("junk.bin", "or is damaged"), ("list.bin", "holds no state dict"),
-                          ("none.bin", "does not exist")):  # fmt: skip
+    for name, message in (
+        ("evil.bin", "without running code"),
+        ("junk.bin", "or is damaged"),
+        ("list.bin", "holds no state dict"),
+        ("none.bin", "does not exist"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             read_published(tmp_path / name)
     assert "never" not in capsys.readouterr().out
@@ -384,7 +553,9 @@ def test_the_benchmarks_plain_version_is_the_same_model(vit):
 def test_nothing_is_left_out_in_silence():
     """A loss with a weight and without its data, and tokens that are no patches."""
     model = ovseg.create_model("segclip_tiny")
-    with pytest.raises(InputError, match="batch holds no segments and the superpixel loss has a weight"):
+    with pytest.raises(
+        InputError, match="batch holds no segments and the superpixel loss has a weight"
+    ):
         create_objective(model)(scene_batch(model))
     fine, ids = ovseg.create_model("segclip_vit_b16", stride=8), torch.arange(2)
     batch = PairBatch(torch.zeros(2, 3, 64, 64), fine.tokenizer(["a", "b"]), ids, ids)
@@ -398,10 +569,15 @@ def test_the_attention_backend_reaches_every_block(golden, monkeypatch):
 
     seen = []
     real = block.attention
-    monkeypatch.setattr(block, "attention", lambda *a, backend="sdpa", **o: seen.append(backend) or real(*a, **o))
+    monkeypatch.setattr(
+        block, "attention", lambda *a, backend="sdpa", **o: seen.append(backend) or real(*a, **o)
+    )
     model = build(golden)
     for one in model.blocks:
         one.attention_backend = "xformers"
     model.encode_image(golden["in/images"])
     model.encode_text(golden["in/ids"].long())
-    assert seen == ["xformers"] * (len(model.backbone.vision_blocks) + len(model.backbone.text_blocks)) and len(seen) > 4
+    assert (
+        seen == ["xformers"] * (len(model.backbone.vision_blocks) + len(model.backbone.text_blocks))
+        and len(seen) > 4
+    )

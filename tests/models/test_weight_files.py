@@ -66,7 +66,8 @@ def test_prefixes_of_wrappers_are_taken_off(tiny, tmp_path, suffix):
         path = tmp_path / f"{number}{suffix}"
         write(prefixed(tiny.state_dict(), prefix), path)
         assert same(ovseg.create_model("pacl_tiny", str(path)), tiny)
-    # Off in the middle where no module is called so; a prefix that only some names have is part of them.
+    # Off in the middle where no module is called so; a prefix that only some names have is part of
+    # them.
     assert set(plain_names({"a._orig_mod.b": torch.ones(1), "module.c": torch.ones(1)})) == {
         "a.b",
         "module.c",

@@ -1,6 +1,5 @@
 """Tensors of weights: positions of another size, numbers of another kind or not finite."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The table of docs/towers.md: ``python tests/models/towers_table.py`` writes it, a test compares it."""
+"""The table of docs/towers.md: ``python tests/models/towers_table.py`` writes it, a test compares
+it.
+"""
 
 import re
 import sys
@@ -13,12 +15,17 @@ from ovseg.nn.readout import READOUTS, Readout
 from ovseg.systems.backbones import build_backbone
 
 PAGE = Path(__file__).parents[2] / "docs" / "towers.md"
-BEGIN, END = "<!-- the table, written by tests/models/towers_table.py -->\n", "<!-- end of the table -->"
+BEGIN, END = (
+    "<!-- the table, written by tests/models/towers_table.py -->\n",
+    "<!-- end of the table -->",
+)
 _built = {}
 
 
 def build(name):
-    """Our backbone at the reduced size, or the error that says why not; once for all that are alike."""
+    """Our backbone at the reduced size, or the error that says why not; once for all that are
+    alike.
+    """
     same = key(name)
     if same not in _built:
         try:
@@ -51,14 +58,22 @@ def row(name):
     readouts = [readout for readout in READOUTS if accepts(tower.check_readout, READOUTS[readout])]
     assert len(readouts) in (1, len(READOUTS)) and accepts(tower.check_readout, Readout())
     stride = "any" if accepts(tower.step, 1) else "the patch"
-    size, words = config["vision_cfg"]["image_size"], f"transformers: {text} ¹" if text else "open_clip"
+    size, words = (
+        config["vision_cfg"]["image_size"],
+        f"transformers: {text} ¹" if text else "open_clip",
+    )
     return f"| {name} | {tower.kind} | {size} / {tower.patch_size} | {words} | {'all' if len(readouts) > 1 else 'clip'} | {stride} |"
 
 
 def table():
     names = open_clip.list_models()
-    rows = ["| architecture | image tower | picture / patch | text tower | readouts | stride |", "|---|---|---|---|---|---|"]
-    count = f"{len(supported())} of {len(names)} architectures of open_clip {open_clip.__version__}."
+    rows = [
+        "| architecture | image tower | picture / patch | text tower | readouts | stride |",
+        "|---|---|---|---|---|---|",
+    ]
+    count = (
+        f"{len(supported())} of {len(names)} architectures of open_clip {open_clip.__version__}."
+    )
     return "\n".join([count, "", *rows, *map(row, names)]) + "\n"
 
 

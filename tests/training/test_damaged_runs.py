@@ -1,4 +1,6 @@
-"""What a run finds when it goes on: damaged checkpoints, another recipe, no run at all; and what else is written and may be damaged."""
+"""What a run finds when it goes on: damaged checkpoints, another recipe, no run at all; and what
+else is written and may be damaged.
+"""
 
 import json
 import logging
@@ -19,8 +21,15 @@ from ovseg.training.stages import _forget_after, take_weights
 from ovseg.training.trainer import train
 from ovseg.weights.files import load_tensors, save_tensors
 
-SMALL = ["data.style=shapes", "data.train_size=40", "train.batch_size=8", "train.steps=6", "checkpoint.every_steps=2", "train.device=cpu",
-         "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}"]  # fmt: skip
+SMALL = [
+    "data.style=shapes",
+    "data.train_size=40",
+    "train.batch_size=8",
+    "train.steps=6",
+    "checkpoint.every_steps=2",
+    "train.device=cpu",
+    "model.options={backbone: {width: 16, embed_dim: 16, local_depth: 1}}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +61,27 @@ DAMAGES = {
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "ranks.jsonl")
 
 
-@pytest.mark.parametrize("file,damage", [
-    pytest.param(file, damage, marks=pytest.mark.bad_input("training", f"newest checkpoint, a file: {damage}"))
-    for file in FILES for damage in ("one bit flipped", "cut", "missing") if (file, damage) != ("ranks.jsonl", "cut")
-] + [pytest.param("COMPLETE", damage, marks=pytest.mark.bad_input("training", f"newest checkpoint, its marker: {damage}"))
-     for damage in ("one bit flipped", "cut", "empty", "no text")])  # fmt: skip
+@pytest.mark.parametrize(
+    "file,damage",
+    [
+        pytest.param(
+            file,
+            damage,
+            marks=pytest.mark.bad_input("training", f"newest checkpoint, a file: {damage}"),
+        )
+        for file in FILES
+        for damage in ("one bit flipped", "cut", "missing")
+        if (file, damage) != ("ranks.jsonl", "cut")
+    ]
+    + [
+        pytest.param(
+            "COMPLETE",
+            damage,
+            marks=pytest.mark.bad_input("training", f"newest checkpoint, its marker: {damage}"),
+        )
+        for damage in ("one bit flipped", "cut", "empty", "no text")
+    ],
+)
 def test_the_newest_intact_checkpoint_wins(whole, tmp_path, file, damage, caplog):
     run = copy(whole[0], tmp_path / "run")
     older, newest = state.complete(run / "checkpoints")
@@ -64,11 +89,21 @@ def test_the_newest_intact_checkpoint_wins(whole, tmp_path, file, damage, caplog
     with caplog.at_level(logging.WARNING):
         found = train(recipe(), run, resume=True, quiet=True)
     assert torch.equal(weights(found), whole[1])
-    told = [record.getMessage() for record in caplog.records if "damaged, set aside" in record.getMessage()]
-    assert len(told) == 1 and str(newest / file if file != "COMPLETE" else newest) in told[0] and str(older) in told[0]
+    told = [
+        record.getMessage()
+        for record in caplog.records
+        if "damaged, set aside" in record.getMessage()
+    ]
+    assert (
+        len(told) == 1
+        and str(newest / file if file != "COMPLETE" else newest) in told[0]
+        and str(older) in told[0]
+    )
     assert newest.with_name(newest.name + ".damaged").is_dir()  # for who wants to look
     assert [path.name for path in state.complete(run / "checkpoints")] == [older.name, newest.name]
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == list(range(6))
+    assert [
+        json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()
+    ] == list(range(6))
 
 
 @pytest.mark.bad_input("training", "no checkpoint is intact")
@@ -77,7 +112,9 @@ def test_no_intact_checkpoint_is_an_error_that_names_each(whole, tmp_path):
     for path in state.complete(run / "checkpoints"):
         flip(path / "model.safetensors")
     before = sorted(path.name for path in (run / "checkpoints").iterdir())
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is intact: .*step_00000006.*; .*step_00000004"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* is intact: .*step_00000006.*; .*step_00000004"
+    ):
         train(recipe(), run, resume=True, quiet=True)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
@@ -95,15 +132,31 @@ def test_checkpoints_of_earlier_versions_have_an_empty_marker(whole, tmp_path):
     assert torch.equal(weights(train(recipe(), run, resume=True, quiet=True)), whole[1])
 
 
-@pytest.mark.parametrize("key,value", [
-    pytest.param(key, value, marks=pytest.mark.bad_input("training", "resume with another recipe")) for key, value in
-    (("optim.lr", "0.5"), ("train.seed", "3"), ("train.steps", "7"), ("data.train_size", "48"), ("schedule.kind", "constant"))])
+@pytest.mark.parametrize(
+    "key,value",
+    [
+        pytest.param(
+            key, value, marks=pytest.mark.bad_input("training", "resume with another recipe")
+        )
+        for key, value in (
+            ("optim.lr", "0.5"),
+            ("train.seed", "3"),
+            ("train.steps", "7"),
+            ("data.train_size", "48"),
+            ("schedule.kind", "constant"),
+        )
+    ],
+)
 def test_another_recipe_on_the_command_line(whole, tmp_path, key, value, capsys):
     run = copy(whole[0], tmp_path / "run")
     before = (run / "config.yaml").read_bytes(), (run / "log.jsonl").read_bytes()
     line = ["train", str(run / "config.yaml"), f"{key}={value}", f"run={run}", "--resume"]
     assert main(line) == 2
-    assert f"{key} is" in (told := capsys.readouterr().err) and "was begun with" in told and f"--allow {key}" in told
+    assert (
+        f"{key} is" in (told := capsys.readouterr().err)
+        and "was begun with" in told
+        and f"--allow {key}" in told
+    )
     assert ((run / "config.yaml").read_bytes(), (run / "log.jsonl").read_bytes()) == before
 
 
@@ -144,15 +197,21 @@ def test_a_log_with_a_damaged_line_goes_on(whole, tmp_path):
     run = copy(whole[0], tmp_path / "run")
     os.system(f"rm -r '{state.complete(run / 'checkpoints')[-1]}'")
     lines = (run / "log.jsonl").read_bytes().splitlines()
-    (run / "log.jsonl").write_bytes(b"\n".join([*lines[:2], b"\xff\xfe\xfa", b"[1, 2]", *lines[2:5], lines[5][:9]]))
+    (run / "log.jsonl").write_bytes(
+        b"\n".join([*lines[:2], b"\xff\xfe\xfa", b"[1, 2]", *lines[2:5], lines[5][:9]])
+    )
     (run / "validation.jsonl").write_bytes(b"\xff\n")
     assert torch.equal(weights(train(recipe(), run, resume=True, quiet=True)), whole[1])
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == list(range(6))
+    assert [
+        json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()
+    ] == list(range(6))
 
 
 @pytest.mark.bad_input("weights", "one bit flipped in saved weights")
 def test_a_flipped_bit_is_found_wherever_weights_are_read(whole, tmp_path):
-    """The weights of a run, of a checkpoint and of ``save_pretrained`` hold a hash of their tensors; files of others hold none."""
+    """The weights of a run, of a checkpoint and of ``save_pretrained`` hold a hash of their
+    tensors; files of others hold none.
+    """
     run = copy(whole[0], tmp_path / "run")
     checkpoint = state.complete(run / "checkpoints")[-1]
     for folder in (run / "model", checkpoint):
@@ -160,12 +219,21 @@ def test_a_flipped_bit_is_found_wherever_weights_are_read(whole, tmp_path):
         with pytest.raises(CheckpointError, match="its tensors are not those that were written"):
             load_tensors(folder / "model.safetensors")
         made = recipe(f"init.backbone={folder}")
-        with pytest.raises(ConfigError, match=r"init\.backbone is .* its tensors are not those that were written"):
-            take_weights(ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path)
+        with pytest.raises(
+            ConfigError, match=r"init\.backbone is .* its tensors are not those that were written"
+        ):
+            take_weights(
+                ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path
+            )
     with pytest.raises(CheckpointError, match="its tensors are not those that were written"):
         ovseg.from_pretrained(run)
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
-    tensors = {"a": torch.randn(3), "b": torch.tensor(2.0), "c": torch.zeros(0, 4), "d": torch.ones(3, dtype=torch.bfloat16)}
+    tensors = {
+        "a": torch.randn(3),
+        "b": torch.tensor(2.0),
+        "c": torch.zeros(0, 4),
+        "d": torch.ones(3, dtype=torch.bfloat16),
+    }
     save_tensors(tensors, ours, {"format": "pt"})
     save_tensors(tensors, theirs, {"format": "pt"}, sealed=False)
     for path in (ours, theirs):
@@ -176,11 +244,20 @@ def test_a_flipped_bit_is_found_wherever_weights_are_read(whole, tmp_path):
         assert ours.read_bytes() == once
 
 
-@pytest.mark.parametrize("value", [pytest.param(value, marks=pytest.mark.bad_input("training", "init without a name or a path"))
-                                   for value in ("''", "3", "[a]")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(
+            value, marks=pytest.mark.bad_input("training", "init without a name or a path")
+        )
+        for value in ("''", "3", "[a]")
+    ],
+)
 def test_init_from_nothing(tmp_path, value):
     made = recipe(f"init.backbone={value}")
-    with pytest.raises(ConfigError, match=r"init\.backbone is .*; expected a folder, a file or a name of weights"):
+    with pytest.raises(
+        ConfigError, match=r"init\.backbone is .*; expected a folder, a file or a name of weights"
+    ):
         take_weights(ovseg.create_model("clip_dense_tiny", **made.model.options), made, tmp_path)
 
 

@@ -32,7 +32,9 @@ def test_gradients_are_those_of_the_plain_operations(used):
     found, right = shared(x, *others), plainly(x, *others)
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b)
-    (ours,), (theirs,) = (torch.autograd.grad(sum(losses[i] for i in used), x) for losses in (found, right))
+    (ours,), (theirs,) = (
+        torch.autograd.grad(sum(losses[i] for i in used), x) for losses in (found, right)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -40,7 +42,9 @@ def test_passes_of_a_kept_graph_are_independent():
     x, *others = leaves()
     found, right = shared(x, *others), plainly(x, *others)
     for i in (1, 0, 2, 1):
-        (ours,), (theirs,) = (torch.autograd.grad(losses[i], x, retain_graph=True) for losses in (found, right))
+        (ours,), (theirs,) = (
+            torch.autograd.grad(losses[i], x, retain_graph=True) for losses in (found, right)
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -57,7 +61,9 @@ def test_a_gradient_that_somebody_else_holds_is_left_alone():
 
 def test_under_a_compiler():
     x, *others = leaves()
-    (ours,) = torch.autograd.grad(sum(torch.compile(shared, backend="eager", fullgraph=True)(x, *others)), x)
+    (ours,) = torch.autograd.grad(
+        sum(torch.compile(shared, backend="eager", fullgraph=True)(x, *others)), x
+    )
     torch.testing.assert_close(ours, torch.autograd.grad(sum(plainly(x, *others)), x)[0])
 
 
@@ -74,7 +80,10 @@ def test_the_operator_on_selections_made_before(backend, terms):
     g = torch.Generator().manual_seed(2)
     pixels = torch.randn(4, 9, 6, generator=g, dtype=torch.float64, requires_grad=True)
     texts = torch.randn(5, 6, generator=g, dtype=torch.float64, requires_grad=True)
-    ids, owners = torch.tensor([0, 0, 2, 3]), torch.tensor([0, 2, 2, 3, 9])  # the last text has no picture
+    ids, owners = (
+        torch.tensor([0, 0, 2, 3]),
+        torch.tensor([0, 2, 2, 3, 9]),
+    )  # the last text has no picture
     options = {"image_ids": ids, "text_ids": owners, "terms": terms, "temperature": 0.2}
     with ok.backend(backend):
         chosen = ok.select_pixels(pixels, texts, k_pos=3, k_neg=30, image_ids=ids, text_ids=owners)
@@ -82,9 +91,16 @@ def test_the_operator_on_selections_made_before(backend, terms):
         given = ok.dense_contrastive_loss(pixels, texts, selected=chosen, **options)
         one, index = OneGradient(pixels), torch.cat(chosen, 1)
         place = torch.arange(index.numel()).view_as(index).masked_fill(index < 0, -1)
-        rows = ok.dense_contrastive_loss(one.rows(index), texts, selected=SelectedPixels(*place.split([3, 30], 1)),
-                                         **{**options, "image_ids": owners})
-    gradients = [torch.autograd.grad(loss, (pixels, texts), retain_graph=True) for loss in (whole, given, rows)]
+        rows = ok.dense_contrastive_loss(
+            one.rows(index),
+            texts,
+            selected=SelectedPixels(*place.split([3, 30], 1)),
+            **{**options, "image_ids": owners},
+        )
+    gradients = [
+        torch.autograd.grad(loss, (pixels, texts), retain_graph=True)
+        for loss in (whole, given, rows)
+    ]
     for loss, found in zip((given, rows), gradients[1:], strict=True):
         torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
         for a, b in zip(found, gradients[0], strict=True):
@@ -92,13 +108,26 @@ def test_the_operator_on_selections_made_before(backend, terms):
 
 
 @pytest.mark.bad_input("operators", "selections that cannot be")
-@pytest.mark.parametrize("selected,message", [
-    (torch.zeros(2, 1), "selected is a Tensor; expected"), ((torch.zeros(2, 1).long(),), "selected is a tuple; expected"),
-    ((torch.zeros(2, 1), torch.zeros(2, 1).long()), r"selected\.positive has dtype float32; expected int64"),
-    ((torch.zeros(2, 1).long(), torch.zeros(3, 1).long()), r"selected\.negative has shape \[3, 1\]; expected \[2, 1\]"),
-    ((torch.full((2, 1), 10), torch.zeros(2, 1).long()), r"selected\.positive holds 10 to 10; expected -1 to 9"),
-    ((torch.zeros(2, 1).long(), torch.full((2, 1), -2)), r"selected\.negative holds -2 to -2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "selected,message",
+    [
+        (torch.zeros(2, 1), "selected is a Tensor; expected"),
+        ((torch.zeros(2, 1).long(),), "selected is a tuple; expected"),
+        (
+            (torch.zeros(2, 1), torch.zeros(2, 1).long()),
+            r"selected\.positive has dtype float32; expected int64",
+        ),
+        (
+            (torch.zeros(2, 1).long(), torch.zeros(3, 1).long()),
+            r"selected\.negative has shape \[3, 1\]; expected \[2, 1\]",
+        ),
+        (
+            (torch.full((2, 1), 10), torch.zeros(2, 1).long()),
+            r"selected\.positive holds 10 to 10; expected -1 to 9",
+        ),
+        ((torch.zeros(2, 1).long(), torch.full((2, 1), -2)), r"selected\.negative holds -2 to -2"),
+    ],
+)
 def test_selections_that_cannot_be(selected, message):
     with pytest.raises((ValueError, TypeError), match=message):
         ok.dense_contrastive_loss(torch.randn(2, 5, 3), torch.randn(2, 3), selected=selected)

@@ -24,9 +24,16 @@ pytestmark = [
     pytest.mark.third_trial(7),
     pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix"),
 ]
-SMALL = ["data.style=shapes", "data.train_size=24", "data.workers=0", "train.batch_size=6",
-         "log.every_steps=1", "train.device=cpu", "checkpoint.every_steps=100",
-         "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}"]  # fmt: skip
+SMALL = [
+    "data.style=shapes",
+    "data.train_size=24",
+    "data.workers=0",
+    "train.batch_size=6",
+    "log.every_steps=1",
+    "train.device=cpu",
+    "checkpoint.every_steps=100",
+    "model.options={backbone: {width: 8, embed_dim: 8, local_depth: 1}}",
+]
 TWO_STAGES = ["stages=[{train: {steps: 3}}, {train: {steps: 3}}]", "validation.every_steps=2"]
 ALL = [
     signal.SIGTERM,
@@ -145,15 +152,35 @@ def validations(folder):
     ]
 
 
-@pytest.mark.parametrize("place,name,at,steps", [
-    (trainer, "find_run", 1, 1), (trainer, "build_model", 1, 1), (trainer, "build_loader", 1, 1),
-    (Loader, "_batches", 1, 1), (trainer, "clip", 2, 2), (trainer, "clip", 3, 3),
-    (hooks, "save_pretrained", 1, 3), (state, "save_tensors", 2, 4),
-    (trainer.Trainer, "model_to_use", 3, 4), (trainer, "build_loader", 2, 4),
-    (trainer, "save_pretrained", 1, 6),
-], ids=["open", "model", "loader", "first batch", "step", "last step of a stage", "validation",
-        "saving", "between stages", "second loader",
-        "export"])  # fmt: skip
+@pytest.mark.parametrize(
+    "place,name,at,steps",
+    [
+        (trainer, "find_run", 1, 1),
+        (trainer, "build_model", 1, 1),
+        (trainer, "build_loader", 1, 1),
+        (Loader, "_batches", 1, 1),
+        (trainer, "clip", 2, 2),
+        (trainer, "clip", 3, 3),
+        (hooks, "save_pretrained", 1, 3),
+        (state, "save_tensors", 2, 4),
+        (trainer.Trainer, "model_to_use", 3, 4),
+        (trainer, "build_loader", 2, 4),
+        (trainer, "save_pretrained", 1, 6),
+    ],
+    ids=[
+        "open",
+        "model",
+        "loader",
+        "first batch",
+        "step",
+        "last step of a stage",
+        "validation",
+        "saving",
+        "between stages",
+        "second loader",
+        "export",
+    ],
+)
 def test_signals_at_any_moment(tmp_path, monkeypatch, whole, place, name, at, steps):
     """Eight of them at call ``at`` of a function; the state is that after ``steps`` steps."""
     real, calls = getattr(place, name), []
@@ -243,10 +270,20 @@ def test_a_signal_to_a_reader_alone_stops_the_run(tmp_path, read_by_one):
 
 
 @linux
-@pytest.mark.parametrize("number,message", [
-    (signal.SIGKILL, r"DataLoader worker 0 \(pid \d+\) was killed by signal 9 \(SIGKILL\).* saved"),
-    (signal.SIGSTOP, r"DataLoader timed out after 1.5 s without a batch: workers 0 \(pid .* saved"),
-], ids=["dies", "stands still"])  # fmt: skip
+@pytest.mark.parametrize(
+    "number,message",
+    [
+        (
+            signal.SIGKILL,
+            r"DataLoader worker 0 \(pid \d+\) was killed by signal 9 \(SIGKILL\).* saved",
+        ),
+        (
+            signal.SIGSTOP,
+            r"DataLoader timed out after 1.5 s without a batch: workers 0 \(pid .* saved",
+        ),
+    ],
+    ids=["dies", "stands still"],
+)
 def test_a_reader_that_is_gone_ends_the_run_once_it_is_saved(
     tmp_path, monkeypatch, read_by_one, number, message
 ):

@@ -1,5 +1,6 @@
-"""Before the first step: refused starts leave no trace, all stages are looked at, numbers that do not
-fit are said. Beside the steps: plots. After them: a run that is done."""
+"""Before the first step: refused starts leave no trace, all stages are looked at, numbers that do
+not fit are said. Beside the steps: plots. After them: a run that is done.
+"""
 
 import json
 import logging
@@ -153,11 +154,18 @@ def test_a_refused_resume_leaves_the_run_as_it_was(copied):
 
 
 @pytest.mark.third_trial(5)
-@pytest.mark.parametrize("line", [
-    ["data", "check", "nothing", "--root", ".", "--out"], ["eval", "pacl_tiny", "--data", "nothing", "--root", ".", "--out"],
-    ["convert", "nothing.bin", "segclip_vit_b16", "--out"], ["demo", "--train-scenes", "4", "--steps", "1", "1", "1", "--out"],
-    ["data", "entities", "captions.tsv", "--column", "0", "--out"], ["data", "superpixels", ".", "--out"],
-], ids=lambda line: " ".join(line[:2]))  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["data", "check", "nothing", "--root", ".", "--out"],
+        ["eval", "pacl_tiny", "--data", "nothing", "--root", ".", "--out"],
+        ["convert", "nothing.bin", "segclip_vit_b16", "--out"],
+        ["demo", "--train-scenes", "4", "--steps", "1", "1", "1", "--out"],
+        ["data", "entities", "captions.tsv", "--column", "0", "--out"],
+        ["data", "superpixels", ".", "--out"],
+    ],
+    ids=lambda line: " ".join(line[:2]),
+)
 def test_other_verbs_leave_no_trace_either(tmp_path, monkeypatch, line, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "captions.tsv").write_text("nothing\n")
@@ -216,13 +224,19 @@ def test_a_model_of_something_else_is_not_written_over(tmp_path):
 
 
 LATER = [
-    ("model.options.trained=[embedder, legs]", "legs"), ("objective.options.region=3", "objective 'pacl' has no options"),
-    ("init.backbone=nowhere", r"init\.backbone is 'nowhere'"), ("init.backbone=best", r"init\.backbone is 'best' and nothing is validated"),
-    ("init.embedder=previous", "does not fit|lacks|no part"), ("train.batch_size=41", r"train\.batch_size is 41"),
-    ("data={kind: masks, set: digits, train_size: 50}", "which gives MaskBatch"), ("data={kind: folder, root: nowhere}", "nowhere"),
-    ("data={kind: entity_folder, gives: cross, root: .}", r"data\.index is null"), ("data.style=photos", "form is 'photos'"),
-    ("model.name=pacl_vit", "pacl_vit"), ("model.options.backbone.width=32", "does not fit the model"),
-]  # fmt: skip
+    ("model.options.trained=[embedder, legs]", "legs"),
+    ("objective.options.region=3", "objective 'pacl' has no options"),
+    ("init.backbone=nowhere", r"init\.backbone is 'nowhere'"),
+    ("init.backbone=best", r"init\.backbone is 'best' and nothing is validated"),
+    ("init.embedder=previous", "does not fit|lacks|no part"),
+    ("train.batch_size=41", r"train\.batch_size is 41"),
+    ("data={kind: masks, set: digits, train_size: 50}", "which gives MaskBatch"),
+    ("data={kind: folder, root: nowhere}", "nowhere"),
+    ("data={kind: entity_folder, gives: cross, root: .}", r"data\.index is null"),
+    ("data.style=photos", "form is 'photos'"),
+    ("model.name=pacl_vit", "pacl_vit"),
+    ("model.options.backbone.width=32", "does not fit the model"),
+]
 
 
 @pytest.mark.third_trial(6)
@@ -246,9 +260,7 @@ def test_class_embeddings_of_a_later_stage(tmp_path):
         "train.device=cpu",
         "stages[1].objective.options.class_embeddings=nothing.npy",
     ]
-    with pytest.raises(
-        ConfigError, match=r"^stages\[1\]: .*class embeddings.*nothing\.npy"
-    ):
+    with pytest.raises(ConfigError, match=r"^stages\[1\]: .*class embeddings.*nothing\.npy"):
         train(
             load_recipe("zegclip_transductive_scenes", [x for x in lines if "style" not in x]),
             tmp_path / "run",
@@ -300,12 +312,32 @@ def test_a_disk_without_room_is_said(tmp_path, monkeypatch, caplog):
 
 
 MISFITS = [
-    (Schedule(warmup_steps=60), 2, r"is 60, which is 60 steps, and the stage has 2: the rate gets up to 1\.7e-05 of optim.lr 0\.001"),
-    (Schedule(warmup_steps=60), 60, r"warmup_steps is 60 and the stage has 60 steps: the rate gets up to"),
-    (Schedule(warmup_steps=60, warmup_mode="before"), 40, "warmup_steps is 60, which is 60 steps, and the stage has 40"),
-    (Schedule(warmup_share=0.5, steps=100), 20, r"warmup_share is 0\.5, which is 50 steps, and the stage has 20"),
-    (Schedule(kind="poly", warmup_steps=0, steps=5), 8, r"schedule\.steps is 5 and the stage has 8: the last 3 of them are at"),
-]  # fmt: skip
+    (
+        Schedule(warmup_steps=60),
+        2,
+        r"is 60, which is 60 steps, and the stage has 2: the rate gets up to 1\.7e-05 of optim.lr 0\.001",
+    ),
+    (
+        Schedule(warmup_steps=60),
+        60,
+        r"warmup_steps is 60 and the stage has 60 steps: the rate gets up to",
+    ),
+    (
+        Schedule(warmup_steps=60, warmup_mode="before"),
+        40,
+        "warmup_steps is 60, which is 60 steps, and the stage has 40",
+    ),
+    (
+        Schedule(warmup_share=0.5, steps=100),
+        20,
+        r"warmup_share is 0\.5, which is 50 steps, and the stage has 20",
+    ),
+    (
+        Schedule(kind="poly", warmup_steps=0, steps=5),
+        8,
+        r"schedule\.steps is 5 and the stage has 8: the last 3 of them are at",
+    ),
+]
 
 
 @pytest.mark.third_trial(9)
@@ -357,7 +389,9 @@ def test_a_shortened_demo_has_a_shorter_warm_up():
 
 @pytest.mark.third_trial(13)
 def test_a_backend_that_is_not_installed(tmp_path):
-    """A notebook sets MPLBACKEND for the processes that it starts; with it matplotlib does not even import."""
+    """A notebook sets MPLBACKEND for the processes that it starts; with it matplotlib does not even
+    import.
+    """
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
     code = (
         "import pathlib; from ovseg.training.hooks import plot_loss; "
