@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._launch import ACC, on_device, tiles
-from .patch_text_similarity import _larger
+from ._patch_text_kernels import _larger
 
 ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
 SIZES = ["B", "T", "offset", "stride", "pair_stride"]  # never a reason to compile again

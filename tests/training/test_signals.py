@@ -75,7 +75,7 @@ def test_signals_are_counted_and_a_late_one_acts_as_usual(capfd):
         assert not request
         send()
         assert request and request.numbers == ALL and str(request) == "signal 15 (SIGTERM)"
-        request._since -= stop_signals.PATIENCE
+        request._since -= stop_signals.PATIENCE + 1
         send([signal.SIGINT])
         time.sleep(1)
     assert (
@@ -89,7 +89,7 @@ def test_repetitions_after_the_run_are_without_effect_for_as_long():
         send([signal.SIGINT])
     send()  # the handlers are still there: torchrun repeats what it was told
     assert request.numbers == [signal.SIGINT, *ALL]
-    request._since -= stop_signals.PATIENCE
+    request._since -= stop_signals.PATIENCE + 1
     with pytest.raises(KeyboardInterrupt):
         send([signal.SIGINT])
         time.sleep(1)
