@@ -26,6 +26,7 @@ _EXTRAS = {
     "timm": "models",
     "torchvision": "models",
     "tqdm": "models",
+    "typing_extensions": "models",
     "yaml": "models",
     "matplotlib": "plot",
     "xformers": "xformers",
