@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/ovseg demo --data $(DATA) --seed $(SEED) --out runs/demo_$(DATA)_$(SEED) 2>&1
 
 test: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -124,7 +124,9 @@ A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a) {
   for (int64_t n = 0; n < p.N; ++n) {
     const A x = scale * s[n] + bias;
     a[n] = x;
-    top = (keep[n] != A(0) ? x : -A(3e38)) > top ? x : top;
+    // Compared and taken: the lanes of a reduction begin at the lowest number there is, below 3e38.
+    const A seen = keep[n] != A(0) ? x : -A(3e38);
+    top = seen > top ? seen : top;
   }
   // sigmoid(x) = e^x / (1 + e^x); relative to e^min(top, 0) neither form over- or underflows where it matters.
   const A shift = p.weight == Weight::sigmoid && top > A(0) ? A(0) : top;
@@ -138,7 +140,7 @@ A weights(const PatchTextParams<A>& p, const A* s, const A* keep, A* a) {
     }
   } else {
     for (int64_t n = 0; n < p.N; ++n) {
-      const A x = a[n];
+      const A x = a[n];  // of a masked patch f may be infinite
       const A f = x > A(0) ? exp_fast(-shift) / (A(1) + exp_fast(-x)) : exp_fast(x - shift) / (A(1) + exp_fast(x));
       a[n] = keep[n] != A(0) ? f : A(0);
       sum += a[n];

@@ -15,9 +15,9 @@ from ovseg.errors import ConfigError, InputError
 from ovseg.evaluation.protocols import PROTOCOLS
 from ovseg.inference.rules import RULES
 from ovseg.nn.readout import READOUTS
-from ovseg.nn.text import TEXTS
 from ovseg.registration import Registry, folders, modules, named, table, yaml_files
 from ovseg.systems import base, registry
+from ovseg.systems.backbones import TEXTS
 from ovseg.systems.objective import OBJECTIVES
 from ovseg.training.recipe import RECIPES
 

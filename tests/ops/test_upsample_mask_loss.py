@@ -63,23 +63,15 @@ def close(found, expected, relative):
     assert float((found.cpu() - expected).norm()) <= relative * float(expected.norm())
 
 
-@on
-@pytest.mark.parametrize("setting", ["inductive"])
-def test_golden_training(setting, backend):
-    """Losses and gradient of ZegCLIP's official head, through the upsampling."""
-    golden_training(setting, backend)
-
-
 @pytest.mark.parametrize(
     "backend", parameters(tuple(name for name in BACKENDS if name not in SLOW))
 )
-@pytest.mark.parametrize("setting", ["transductive", "supervised"])
-def test_golden_training_of_more_classes(setting, backend):
-    """The same with all classes, half a minute each in the interpreter."""
-    golden_training(setting, backend)
+@pytest.mark.parametrize("setting", ["inductive", "transductive", "supervised"])
+def test_golden_training(setting, backend):
+    """Losses and gradient of ZegCLIP's official head, through the upsampling.
 
-
-def golden_training(setting, backend):
+    The interpreter, which takes half a minute each, is held to the definition below.
+    """
     logits = golden(f"out/{setting}/logits").to(device_of(backend)).requires_grad_()
     with running_on(backend):
         focal, dice, present = ok.upsample_mask_loss(

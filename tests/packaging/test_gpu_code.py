@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_build import ROOT
+from native_build import ROOT, cmake
 from wheels import install, smoke
 
 from ovseg_kernels import _library
@@ -65,6 +65,31 @@ def test_wheel_with_cuda(site):
     assert info["cuda_archs"] == ["80", "90a", "120"] and "cuda_" in info["cuda"]
     if not torch.cuda.is_available():
         assert smoke(site) == "cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+def test_no_function_of_one_instruction_set_answers_for_another(request):
+    """A weak symbol outside its namespace would be one copy for all: perhaps the one compiled for
+    AVX-512.
+    """
+    if not no_nvcc:
+        request.getfixturevalue("site")  # the build of the wheel writes into the same folder
+    objects = list((ROOT / "build").glob("temp.*/cmake/**/*_cpu.cpp.o"))  # of the install
+    if not objects:
+        cmake(ROOT / "build" / "objects")
+        objects = list((ROOT / "build" / "objects").rglob("*_cpu.cpp.o"))
+    assert len(objects) >= 20
+    for path in objects:
+        symbols = subprocess.run(
+            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line)]
+        outside = [line for line in weak if not re.search(r"ovseg::(baseline|avx2|avx512)::", line)]
+        if "similarity_contrastive_loss" not in str(path) or "_avx" in str(
+            path
+        ):  # that one is compiled once
+            assert not outside, (path, outside)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import zipfile
 from email import message_from_bytes
 
 import pytest
-from native_build import ROOT, cmake
+from native_build import ROOT
 from packaging.requirements import Requirement
 from wheels import install, python, smoke
 
@@ -228,29 +228,6 @@ def test_a_wheel_without_bdist_wheel(tmp_path):
         {Requirement(line) for line in one.get_all("Requires-Dist")} for one in metadata
     ]
     assert requirements[0] == requirements[1]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
-def test_no_function_of_one_instruction_set_answers_for_another():
-    """A weak symbol outside its namespace would be one copy for all: perhaps the one compiled for
-    AVX-512.
-    """
-    objects = list((ROOT / "build").glob("temp.*/cmake/**/*_cpu.cpp.o"))  # of the install
-    if not objects:
-        cmake(ROOT / "build" / "objects")
-        objects = list((ROOT / "build" / "objects").rglob("*_cpu.cpp.o"))
-    assert len(objects) >= 20
-    for path in objects:
-        symbols = subprocess.run(
-            ["nm", "-C", str(path)], capture_output=True, text=True, check=True
-        ).stdout
-        weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line)]
-        outside = [line for line in weak if not re.search(r"ovseg::(baseline|avx2|avx512)::", line)]
-        if "similarity_contrastive_loss" not in str(path) or "_avx" in str(
-            path
-        ):  # that one is compiled once
-            assert not outside, (path, outside)
 
 
 @pytest.mark.slow
