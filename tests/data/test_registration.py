@@ -16,12 +16,11 @@ from ovseg.evaluation.protocols import PROTOCOLS
 from ovseg.inference.rules import RULES
 from ovseg.nn.readout import READOUTS
 from ovseg.registration import Registry, folders, modules, named, table, yaml_files
-from ovseg.systems import base, registry
-from ovseg.systems.backbones import TEXTS
+from ovseg.systems import registry
+from ovseg.systems.backbones import BACKBONES, TEXTS
 from ovseg.systems.objective import OBJECTIVES
 from ovseg.training.recipe import RECIPES
 
-BACKBONES = base.BACKBONES
 ALL = {
     "systems": registry.SYSTEMS,
     "models": registry.MODELS,
