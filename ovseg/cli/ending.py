@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -138,16 +139,22 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def reader_left() -> bool:
+def reader_left(*, failed: bool = False) -> bool:
     """Return whether a program that read stdout or stderr has ended.
 
     What leads to it, or to a closed terminal, leads nowhere from then on: Python flushes once more
     at its end.
+
+    Args:
+        failed: whether something could not be written already; Python has then forgotten it, and
+            no flush fails again.
     """
     left = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
+            if failed and _unread(stream.fileno()):
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):  # a full disk is said by Python itself
                 continue
@@ -158,3 +165,12 @@ def reader_left() -> bool:
         except (ValueError, AttributeError):  # closed, or none at all
             continue
     return left
+
+
+def _unread(descriptor: int) -> bool:
+    """Return whether nobody can read any more what is written there."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are told unasked
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -4,12 +4,15 @@ three values.
 
 import argparse
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ovseg.cli import ending
 from ovseg.cli.main import main
 from ovseg.cli.options import (
     DTYPES,
@@ -168,3 +171,13 @@ def test_batches_of_an_evaluation_count_the_same(tmp_path):
         )
     assert np.abs(tables[0] - tables[1]).sum() <= 4 and tables[0].sum() == 10 * 48 * 48  # ties
     assert main(["eval", "pacl_tiny", "--batch", "0"]) == 2
+
+
+def test_a_reader_that_leaves_between_two_lines(monkeypatch, capfd):
+    """As `ovseg info | head -1`: Python forgets the line that could not be written."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        code = main(["info"])
+    assert code == ending.NO_READER and capfd.readouterr().err == ""
