@@ -1,4 +1,4 @@
-"""What an option may be, declared beside its field, and the one place that checks it.
+"""Bounds of options are declared beside their fields and checked in one place, here.
 
     @dataclass
     class Options:
@@ -23,7 +23,7 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class Bound:
-    """What a value, or every value of a list or a mapping, may be. None stands for "not given".
+    """The bound of a value, or of every value in a list or a mapping; None is "not given".
 
     Attributes:
         low, high: the least and the largest number that mean something, both included.

@@ -1,4 +1,4 @@
-"""What trains a system: the public names of ``ovseg.systems.objective``."""
+"""Objectives, which train a system: the public names of ``ovseg.systems.objective``."""
 
 from .systems.objective import Losses, Objective, Progress, Rows, create_objective, list_objectives
 

@@ -1,4 +1,4 @@
-"""What lies at a path, in words, and the folder of the cache.
+"""Paths: messages say in words what lies there; and the folder of the cache.
 
 Errors say what is there, not that nothing is.
 """

@@ -26,7 +26,7 @@ _VALUES = 65536  # that a mask can hold
 
 @dataclass
 class CheckReport:
-    """What a check of a benchmark found.
+    """The findings of a check of a benchmark.
 
     Attributes:
         name, split, folder, masks: what was looked at.
@@ -66,7 +66,7 @@ class CheckReport:
 
     @property
     def wrong(self) -> list[str]:
-        """What must be mended before figures mean anything; empty if nothing."""
+        """The faults to mend before figures mean anything; empty if there are none."""
         found = []
         if self.problems:
             found.append(f"{len(self.problems)} files are missing, damaged or of unequal size")

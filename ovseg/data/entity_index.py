@@ -175,7 +175,7 @@ def _block(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Filtered:
-    """What a list of captions held.
+    """The counts of a list of captions that was read.
 
     Attributes:
         read, kept: lines.

@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures: the pictures, and by name or number everything that is none.
+"""Folders of pictures: the pictures in them, and by name or number everything that is none.
 
 Every command looks through this.
 """

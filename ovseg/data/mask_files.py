@@ -28,7 +28,7 @@ _MOST = 65535  # value of a mask
 
 @dataclass(frozen=True)
 class MaskLayout:
-    """Where masks lie and what their values mean.
+    """The layout of a benchmark's masks: their paths, and the meaning of their values.
 
     Attributes:
         path: below the set's folder, ``{}`` for the key of a picture.

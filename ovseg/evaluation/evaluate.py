@@ -101,7 +101,8 @@ def evaluate(
     predictor = protocol.predictor(model)
     counts = _Counts.of(protocol, about, model, boundary, thresholds)
     if counts.sweep is not None:  # which decides by the scores
-        predictor.decision = replace(protocol.decision, background_threshold=None)  # type: ignore[call-arg]
+        decision: Any = protocol.decision
+        predictor.decision = replace(decision, background_threshold=None)
     share = Share(about.name, len(data), limit, skip_bad)
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     shown = bar(

@@ -138,7 +138,8 @@ def segment_pictures(job: SegmentJob, load: Callable[[], OVSegModel]) -> Outcome
         predictor = Predictor(model, **job.options)
         queries = replace(predictor.queries, labels=labels)
         _check_words(job, predictor, queries)
-        rank, world = distributed.rank(), distributed.world_size()
+        rank = distributed.rank()
+        world = distributed.world_size()
         outcome = Outcome(skipped=list(dict.fromkeys(bad)) if rank == 0 else [])  # may overlap
         for problem in outcome.skipped:
             note(f"skipped: {problem}")

@@ -1,4 +1,4 @@
-"""What is asked of a picture, the second of the three values, and the same as a model reads it.
+"""Queries, the second of the three values: labels to ask for, and their text embeddings.
 
 ``Queries`` holds the words. ``EncodedQueries.encode`` makes embeddings of them. They are remembered
 twice: ``RememberedTexts`` holds those of the label sets that a predictor was asked for last and

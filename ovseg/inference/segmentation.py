@@ -335,7 +335,8 @@ def legend_strip(entries: Sequence[tuple[Colour, str]], width: int) -> Image.Ima
     font = ImageFont.load_default(14)
     line = 22
     pad = 8
-    x, y = pad, 4
+    x = pad
+    y = 4
     placed = []
     for colour_, text in entries:
         needed = 20 + int(font.getlength(text)) + 14

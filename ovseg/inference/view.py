@@ -113,7 +113,7 @@ class View:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the windows of one picture lie.
+    """The placement of the windows of one picture.
 
     Attributes:
         size: (H, W) of the picture, which label maps have.

@@ -88,7 +88,8 @@ def sized(
     if image_size is None and context_length is None:
         return architecture
     config = configuration(architecture)
-    vision, text = config["vision_cfg"], config["text_cfg"]
+    vision = config["vision_cfg"]
+    text = config["text_cfg"]
     if image_size is not None:
         patch = vision.get("patch_size", 16)
         blocks = isinstance(vision.get("layers", 12), int)  # a ResNet has a list of numbers

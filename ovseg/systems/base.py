@@ -31,7 +31,7 @@ MAX_SCALE = 100.0  # CLIP clips its logit scale there
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a picture must look like for a model.
+    """The form of pictures that a model takes.
 
     Attributes:
         image_size: side in pixels that it was trained at.
@@ -140,7 +140,7 @@ class OVSegModel(nn.Module):
 
     @property
     def spec(self) -> ModelSpec:
-        """What a picture must look like."""
+        """The form of pictures that the model takes."""
         b = self.backbone
         return ModelSpec(
             b.image_size,
@@ -289,7 +289,7 @@ class OVSegModel(nn.Module):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What cosines are multiplied by before a softmax, at most 100; 0-dim, with gradient."""
+        """The factor of cosines before a softmax, at most 100; 0-dim, with gradient."""
         return self.backbone.logit_scale.exp().clamp(max=MAX_SCALE)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is looked at before and after a model computes.
+"""Checks of inputs before a model computes, and of its scores after.
 
 Before: the arguments of its methods, and whether it reads labels as they were meant, for a
 tokenizer drops signs that it does not know and what is beyond its context. After: which tensor of

@@ -1,4 +1,4 @@
-"""What GroupViT and OVSegmentor share.
+"""The parts that GroupViT and OVSegmentor share.
 
 The model: pictures to groups, texts, what is trained; the layout of published projectors; and for
 their objectives the noise of the grouping blocks, and texts that the host packs.
@@ -75,12 +75,12 @@ class GroupingSystem(OVSegModel):
 
     @property
     def image_projector(self) -> Projector:
-        """What brings groups to the space where they meet texts."""
+        """The map of groups into the space where they meet texts."""
         return self.backbone.image_projector
 
     @property
     def text_projector(self) -> Projector:
-        """What brings texts there."""
+        """The map of texts into that space."""
         return self.backbone.text_projector
 
     def encode_image(self, images: torch.Tensor) -> GroupFeatures:

@@ -42,7 +42,7 @@ DEFAULT_VIEW = {"short_side": 336, "crop": 224, "stride": 112}
 
 
 class Named(NamedTuple):
-    """What a text names.
+    """The model and the weights that a text names.
 
     Attributes:
         name: of a model; None where the weights say it.

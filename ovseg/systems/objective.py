@@ -37,7 +37,7 @@ Ranks: TypeAlias = "dist.ProcessGroup | None"  # those that share a batch; None 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands: what a loss may depend on beside its batch.
+    """The point that training has reached: a loss may depend on it beside its batch.
 
     Attributes:
         step: of the stage, from 0.

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie: each way to name some, looked up once.
+"""Sources of weights: each way to name some is looked up once.
 
 ``find`` turns what ``names.parse`` has told apart into a ``WeightSource``, fetching what is not
 here; ``loading.py`` loads it.

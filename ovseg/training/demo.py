@@ -45,7 +45,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class DemoSystem:
-    """What a system trains in the demo."""
+    """The rows of one system in the demo."""
 
     about: str
     stages: tuple[Stage, ...]
@@ -71,7 +71,7 @@ def all_stages() -> list[Stage]:
 
 @dataclass
 class DemoJob:
-    """What is trained on the scenes.
+    """A demo: systems that are trained on the scenes, and compared.
 
     Attributes:
         systems: their names, or ``all``.

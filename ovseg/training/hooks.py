@@ -1,4 +1,4 @@
-"""What happens beside training: the log, the validation, the checkpoints, the loss curve.
+"""Hooks of the trainer: the log, the validation, the checkpoints, the loss curve.
 
 A hook is called before the first step of a stage and after every step.
 """

@@ -51,7 +51,7 @@ class ModelPart:
 
 @dataclass
 class ObjectivePart:
-    """What is trained: a name of ``ovseg.objectives``, the model's own if None."""
+    """The objective of a recipe: a name of ``ovseg.objectives``, the model's own if None."""
 
     name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)

@@ -193,7 +193,7 @@ def _check_start(
 
 @dataclass(frozen=True)
 class StageStart:
-    """What a stage begins with.
+    """The state that a stage begins with.
 
     Attributes:
         number: of the stage, from 0.

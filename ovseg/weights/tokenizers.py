@@ -38,8 +38,10 @@ def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torc
 
     It is open_clip's byte pairs, or a tokenizer of transformers, whose files are fetched.
     """
-    open_clip, text = import_open_clip(), configuration(architecture)["text_cfg"]
-    length, name = text.get("context_length", 77), text.get("hf_tokenizer_name")
+    open_clip = import_open_clip()
+    text = configuration(architecture)["text_cfg"]
+    length = text.get("context_length", 77)
+    name = text.get("hf_tokenizer_name")
     if not name:
         if isinstance(architecture, str):
             return open_clip.get_tokenizer(architecture)

@@ -1,4 +1,4 @@
-"""What a source of data is: examples that can each be read by number, and their way into a batch.
+"""Sources of data: examples that can each be read by number, and their way into a batch.
 
 An example that cannot be read is replaced by another one and named in the batch; ``SkipLimit``
 counts what was named and ends training where it is too much.
@@ -47,7 +47,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a source has to know of the model.
+    """The facts about a model that a source needs.
 
     Attributes:
         image_size, patch_size: in pixels, where the options say nothing else.

@@ -90,7 +90,7 @@ def create(
 
 
 class LabelledPictures(Protocol):
-    """What ``Masks`` reads: ``SegmentationSet``, or anything like it."""
+    """The set that ``Masks`` reads: ``SegmentationSet``, or anything like it."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -53,8 +53,9 @@ class GroupViTObjective(Objective):
     on_host = TEXTS
     model: GroupViT
 
-    def __init__(self, model: GroupViT, options: GroupViTTraining = GroupViTTraining()):  # noqa: B008
+    def __init__(self, model: GroupViT, options: GroupViTTraining | None = None):
         super().__init__(model)
+        options = options or GroupViTTraining()
         if options.multi_label and model.noun_scale is None:
             raise ConfigError(
                 f"multi_label is {options.multi_label} and {model.name} has no temperature for "

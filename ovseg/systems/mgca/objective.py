@@ -84,8 +84,9 @@ class MGCAObjective(Objective):
     Options = MGCATraining
     model: MGCA
 
-    def __init__(self, model: MGCA, options: MGCATraining = MGCATraining()):  # noqa: B008
+    def __init__(self, model: MGCA, options: MGCATraining | None = None):
         super().__init__(model)
+        options = options or MGCATraining()
         self.options = options
         self.weights = loss_weights(options.weights, dict.fromkeys(LEVELS, 1.0))
 

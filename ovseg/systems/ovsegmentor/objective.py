@@ -77,8 +77,9 @@ class OVSegmentorObjective(Objective):
     on_host = TEXTS
     model: OVSegmentor
 
-    def __init__(self, model: OVSegmentor, options: OVSegmentorTraining = OVSegmentorTraining()):  # noqa: B008
+    def __init__(self, model: OVSegmentor, options: OVSegmentorTraining | None = None):
         super().__init__(model)
+        options = options or OVSegmentorTraining()
         there = {
             "contrastive": True,
             "entity": model.entities is not None,
@@ -94,7 +95,8 @@ class OVSegmentorObjective(Objective):
                 f"{model.options.stage}; expected "
                 f"model.options.stage={list(LOSSES).index(lacking[0])} or more"
             )
-        self.batch_type = next(kind for name, kind in _BATCHES.items() if self.weights[name])  # type: ignore[misc]
+        batch_type = next(kind for name, kind in _BATCHES.items() if self.weights[name])
+        self.batch_type = batch_type  # type: ignore[misc]
         if there["entity"] and not self.weights["entity"]:
             model.train_parts([part for part in model.options.trained if part != "entities"])
         if self.weights["mask"] and options.teacher == "copy":

@@ -100,8 +100,9 @@ class SegCLIPObjective(Objective):
     Options = SegCLIPTraining
     model: SegCLIP
 
-    def __init__(self, model: SegCLIP, options: SegCLIPTraining = SegCLIPTraining()):  # noqa: B008
+    def __init__(self, model: SegCLIP, options: SegCLIPTraining | None = None):
         super().__init__(model)
+        options = options or SegCLIPTraining()
         self.weights = loss_weights(options.weights, dict.fromkeys(LOSSES, 1.0))
         self.tau = options.tau
         self.kept = options.kept

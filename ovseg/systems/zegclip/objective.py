@@ -76,8 +76,9 @@ class ZegCLIPObjective(Objective):
     target: Tensor
     unseen: Tensor
 
-    def __init__(self, model: ZegCLIP, options: ZegCLIPTraining = ZegCLIPTraining()):  # noqa: B008
+    def __init__(self, model: ZegCLIP, options: ZegCLIPTraining | None = None):
         super().__init__(model)
+        options = options or ZegCLIPTraining()
         self.options = options
         self.classes = class_list(options.classes, options.unseen)
         names = self.classes.names
