@@ -150,6 +150,19 @@ def pair_ids(
         same(name, ids, like_name, like, dtype=False)
 
 
+def weights(name: str, x: torch.Tensor) -> None:
+    """Check, where values are looked at, that no number of ``x`` is negative, NaN or infinite."""
+    for each in _checking.looked_at(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else []:
+        if each.numel() == 0:
+            continue
+        least, most = (float(bound) for bound in each.aminmax())  # both NaN if there is one
+        if not (least >= 0 and most < math.inf):
+            raise ValueError(
+                f"{name} holds {most if least >= 0 or least != least else least}; expected finite "
+                "weights of at least 0"
+            )
+
+
 def scalar(
     name: str,
     value: float | torch.Tensor,

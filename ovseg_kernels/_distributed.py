@@ -90,7 +90,7 @@ def weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 
     1 / (2 number of rows that have a positive, over all ranks) for those, 0 for the others.
     """
-    some = (part[2] > 0).to(part.dtype)
+    some = (part[2] != 0).to(part.dtype)  # a NaN among the weights of positives arrives in the loss
     count = some.sum()
     if group is not None:
         dist.all_reduce(count, group=group)
@@ -102,7 +102,7 @@ def terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Rows without a positive have weight 0 and may have no finite one.
     """
-    return (weight * torch.where(weight > 0, part[0] - part[1] / part[2].clamp(min=1), 0)).sum()
+    return (weight * torch.where(weight > 0, part[0] - part[1] / part[2], 0)).sum()
 
 
 def of_the_whole_batch(

@@ -85,6 +85,15 @@ def similarity_contrastive_loss(draw: Draw, paper: bool) -> Iterator[Call]:
         (draw(B, B).tanh(), scale),
         1,
     )
+    if paper:
+        return
+    weights = draw(B, B + 5).relu()
+    for name, positives in (("positives", weights > 0), ("weights", weights)):
+
+        def call(similarity, scale, positives=positives):
+            return ok.similarity_contrastive_loss(similarity, scale, positives=positives)
+
+        yield Call(name, call, (draw(B, B + 5).tanh(), scale), 1)
 
 
 def center_assignment(draw: Draw, paper: bool) -> Iterator[Call]:

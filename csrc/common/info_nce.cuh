@@ -8,7 +8,7 @@ namespace ovseg {
 template <typename A>
 struct InfoNceSide {
   A weight, log_sum_exp;
-  const A* positives;  // how many: read only by those that are one
+  const A* positives;  // how many, or the sum of their weights: read only by those that are one
 
   // Item i of n, from its weight and the statistics [3, n] of the forward.
   __device__ static InfoNceSide of(const A* weights, const A* statistics, int64_t i, int64_t n) {
@@ -18,6 +18,11 @@ struct InfoNceSide {
     if (weight == A(0)) return A(0);  // it has no positive, and may have no finite log-sum-exp
     const A attracted = weight * exp(z - log_sum_exp);
     return positive ? attracted - weight / *positives : attracted;
+  }
+  __device__ A weighted_gradient(A z, A positive) const {
+    if (weight == A(0)) return A(0);
+    const A attracted = weight * exp(z - log_sum_exp);
+    return positive != A(0) ? attracted - weight * (positive / *positives) : attracted;
   }
 };
 

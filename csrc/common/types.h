@@ -3,8 +3,10 @@
 #include <cstdint>
 
 #if defined(__CUDACC__) && !defined(OVSEG_EMULATED)
-#define OVSEG_ANYWHERE static __host__ __device__ inline
+#define OVSEG_ANYWHERE_MEMBER __host__ __device__ inline
+#define OVSEG_ANYWHERE static OVSEG_ANYWHERE_MEMBER
 #else
+#define OVSEG_ANYWHERE_MEMBER inline
 #define OVSEG_ANYWHERE static inline  // of each file: one of them may be compiled for AVX-512
 #endif
 

@@ -1,7 +1,7 @@
 // similarity_contrastive_loss: parameters and entry points. No torch and no device code here.
 // Formulas: ovseg_kernels/ops/similarity_contrastive_loss.py.
 #pragma once
-#include <cstdint>
+#include "../common/types.h"
 
 namespace ovseg {
 
@@ -14,10 +14,13 @@ struct SimilarityLossParams {
   A scale;
   const int64_t* image_ids;  // [B] and [T], or null: the positive of row i is column i + offset
   const int64_t* text_ids;
-  const bool* pair_mask;  // [B, T] contiguous, or null; false leaves the pair out
+  const bool* pair_mask;        // [B, T] contiguous, or null; false leaves the pair out
+  const uint8_t* positives;     // [B, T] bytes of a bool, or null; takes the place of the ids
+  const A* weights;             // [B, T] in place of positives, or null
+  int64_t positive_strides[2];  // of the one of them that is given
   int64_t offset;
 
-  A* rows;     // [3, B]: log-sum-exp, sum of positive logits, number of positives
+  A* rows;     // [3, B]: log-sum-exp, sum of p z, sum of p
   A* columns;  // [3, T]: the same over the rows
 
   // Backward only.
@@ -27,8 +30,14 @@ struct SimilarityLossParams {
   A* grad_similarity;      // [B, T] contiguous
   double* row_scale;       // [B] partial sums of d scale
 
-  bool positive(int64_t i, int64_t j) const { return image_ids ? image_ids[i] == text_ids[j] : j == i + offset; }
-  bool kept(int64_t i, int64_t j) const { return !pair_mask || pair_mask[i * T + j]; }
+  // p_ij. One value for all kinds of positives, and one arithmetic for it: equal pairs give equal bits.
+  OVSEG_ANYWHERE_MEMBER A weight(int64_t i, int64_t j) const {
+    if (image_ids) return static_cast<A>(image_ids[i] == text_ids[j]);
+    if (!positives && !weights) return static_cast<A>(j == i + offset);
+    const int64_t at = i * positive_strides[0] + j * positive_strides[1];
+    return positives ? static_cast<A>(positives[at] != 0) : weights[at];
+  }
+  OVSEG_ANYWHERE_MEMBER bool kept(int64_t i, int64_t j) const { return !pair_mask || pair_mask[i * T + j]; }
 };
 
 template <typename A>

@@ -10,19 +10,24 @@ namespace ovseg {
 
 using Optional = std::optional<Tensor>;
 
+// Which pairs take part and which are positive, as they arrive.
+struct Pairs {
+  Optional image_ids, text_ids, pair_mask, positives;
+};
+
 // Owns what the parameters point to; the inputs arrive as float32 or float64 (Python casts lower precision up).
 template <typename A>
 struct Inputs {
   Tensor similarity;
-  Optional image_ids, text_ids, pair_mask;
+  Optional image_ids, text_ids, pair_mask, positives;
   SimilarityLossParams<A> p{};
 
-  Inputs(const Tensor& similarity_, const Tensor& scale, const Optional& image_ids_, const Optional& text_ids_,
-         const Optional& pair_mask_, int64_t offset)
+  Inputs(const Tensor& similarity_, const Tensor& scale, const Pairs& pairs, int64_t offset)
       : similarity(similarity_),
-        image_ids(contiguous(image_ids_)),
-        text_ids(contiguous(text_ids_)),
-        pair_mask(contiguous(pair_mask_)) {
+        image_ids(contiguous(pairs.image_ids)),
+        text_ids(contiguous(pairs.text_ids)),
+        pair_mask(contiguous(pairs.pair_mask)),
+        positives(pairs.positives) {
     STD_TORCH_CHECK(similarity.dim() == 2, "similarity has ", similarity.dim(), " dimensions; expected 2, [B, T]");
     p.B = similarity.size(0), p.T = similarity.size(1);
     for (int i = 0; i < 2; ++i) p.strides[i] = similarity.stride(i);
@@ -39,20 +44,31 @@ struct Inputs {
       check_shape("pair_mask", *pair_mask, {p.B, p.T}), check_type("pair_mask", *pair_mask, ScalarType::Bool);
       p.pair_mask = data<bool>(*pair_mask);
     }
+    if (positives) enter_positives();
     p.offset = offset;
+  }
+  void enter_positives() {  // where they lie: no copy of [B, T]
+    STD_TORCH_CHECK(!image_ids, "positives take the place of image_ids and text_ids; expected one of the two");
+    check_shape("positives", *positives, {p.B, p.T});
+    for (int i = 0; i < 2; ++i) p.positive_strides[i] = positives->stride(i);
+    if (positives->scalar_type() == ScalarType::Bool) {
+      p.positives = data<uint8_t>(*positives);
+    } else {
+      check_type("positives", *positives, similarity.scalar_type());
+      p.weights = data<A>(*positives);
+    }
   }
   static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
 };
 
 // run(inputs) in the type of the similarities.
 template <typename Run>
-auto with_inputs(const Tensor& similarity, const Tensor& scale, const Optional& image_ids, const Optional& text_ids,
-                 const Optional& pair_mask, int64_t offset, const Run& run) {
+auto with_inputs(const Tensor& similarity, const Tensor& scale, const Pairs& pairs, int64_t offset, const Run& run) {
   if (similarity.scalar_type() == ScalarType::Double) {
-    return run(Inputs<double>(similarity, scale, image_ids, text_ids, pair_mask, offset));
+    return run(Inputs<double>(similarity, scale, pairs, offset));
   }
   check_type("similarity", similarity, ScalarType::Float);
-  return run(Inputs<float>(similarity, scale, image_ids, text_ids, pair_mask, offset));
+  return run(Inputs<float>(similarity, scale, pairs, offset));
 }
 
 // rows, columns and their weights, contiguous, checked and entered into the parameters.

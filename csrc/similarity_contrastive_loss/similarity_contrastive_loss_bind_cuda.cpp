@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> stats_as(Inputs<A> in, const Tensor& scale) {
 }
 
 std::tuple<Tensor, Tensor> stats(Tensor similarity, Tensor scale, Optional image_ids, Optional text_ids,
-                                 Optional pair_mask, int64_t offset) {
-  return with_inputs(similarity, scale, image_ids, text_ids, pair_mask, offset,
+                                 Optional pair_mask, Optional positives, int64_t offset) {
+  return with_inputs(similarity, scale, {image_ids, text_ids, pair_mask, positives}, offset,
                      [&](const auto& in) { return stats_as(in, scale); });
 }
 
@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor> backward_as(const Tensor& grad, Inputs<A> in, const T
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor similarity, Tensor scale, Optional image_ids, Optional text_ids,
-                                    Optional pair_mask, Tensor rows, Tensor columns, Tensor row_weight,
-                                    Tensor column_weight, int64_t offset) {
-  return with_inputs(similarity, scale, image_ids, text_ids, pair_mask, offset, [&](const auto& in) {
+                                    Optional pair_mask, Optional positives, Tensor rows, Tensor columns,
+                                    Tensor row_weight, Tensor column_weight, int64_t offset) {
+  return with_inputs(similarity, scale, {image_ids, text_ids, pair_mask, positives}, offset, [&](const auto& in) {
     return backward_as(grad, in, scale, rows, columns, row_weight, column_weight);
   });
 }

@@ -29,21 +29,22 @@ struct LogSumExp {
 template <typename A>
 struct Statistics {
   LogSumExp<A> lse;
-  A positive_sum = 0;
-  A positives = 0;
+  A hits = 0;    // sum of p z
+  A weight = 0;  // sum of p
   void add(const SimilarityLossParams<A>& p, int64_t i, int64_t j) {
     if (!p.kept(i, j)) return;
     const A z = p.scale * p.similarity[i * p.strides[0] + j * p.strides[1]];
     lse.add(z);
-    if (p.positive(i, j)) {
-      positive_sum += z;
-      positives += 1;
+    const A positive = p.weight(i, j);
+    if (positive != A(0)) {  // zero times an infinite z is NaN
+      hits += positive * z;
+      weight += positive;
     }
   }
   void store(A* out, int64_t index, int64_t stride) const {
     out[index] = lse.value();
-    out[index + stride] = positive_sum;
-    out[index + 2 * stride] = positives;
+    out[index + stride] = hits;
+    out[index + 2 * stride] = weight;
   }
 };
 
@@ -73,9 +74,9 @@ void similarity_loss_columns(const SimilarityLossParams<A>& p, int64_t begin, in
 // Equation (4): dL/dz, then d similarity = scale dz and d scale = sum dz similarity.
 template <typename A>
 void similarity_loss_backward(const SimilarityLossParams<A>& p, int64_t begin, int64_t end) {
-  const A *column_lse = p.columns, *column_count = p.columns + 2 * p.T;
+  const A *column_lse = p.columns, *column_sum = p.columns + 2 * p.T;  // of p
   for (int64_t i = begin; i < end; ++i) {
-    const A row_lse = p.rows[i], row_count = p.rows[2 * p.B + i], row_weight = p.row_weight[i];
+    const A row_lse = p.rows[i], row_sum = p.rows[2 * p.B + i], row_weight = p.row_weight[i];
     double d_scale = 0;
     for (int64_t j = 0; j < p.T; ++j) {
       A& out = p.grad_similarity[i * p.T + j];
@@ -88,7 +89,8 @@ void similarity_loss_backward(const SimilarityLossParams<A>& p, int64_t begin, i
       A dz = 0;  // a row or column of weight 0 has no positive and may have no finite log-sum-exp
       if (row_weight != A(0)) dz += row_weight * std::exp(z - row_lse);
       if (p.column_weight[j] != A(0)) dz += p.column_weight[j] * std::exp(z - column_lse[j]);
-      if (p.positive(i, j)) dz -= row_weight / row_count + p.column_weight[j] / column_count[j];
+      const A positive = p.weight(i, j);
+      if (positive != A(0)) dz -= row_weight * (positive / row_sum) + p.column_weight[j] * (positive / column_sum[j]);
       dz *= p.grad;
       out = p.scale * dz;
       d_scale += static_cast<double>(dz) * static_cast<double>(phi);

@@ -23,9 +23,8 @@ __device__ void store(const Part<A>& part, A* out, int64_t index, int64_t stride
 
 template <typename A>
 __device__ inline void add(Part<A>& part, const SimilarityLossParams<A>& p, A scale, int64_t i, int64_t j) {
-  if (p.pair_mask && !p.pair_mask[i * p.T + j]) return;
-  const bool positive = p.image_ids ? p.image_ids[i] == p.text_ids[j] : j == i + p.offset;
-  part.add(scale * p.similarity[i * p.strides[0] + j * p.strides[1]], positive);
+  if (!p.kept(i, j)) return;
+  part.add_weighted(scale * p.similarity[i * p.strides[0] + j * p.strides[1]], p.weight(i, j));
 }
 
 // One block a row of images.
@@ -63,11 +62,11 @@ __global__ void __launch_bounds__(kSweepThreads) similarity_contrastive_loss_bwd
   double d_scale = 0;
   for (int64_t j = threadIdx.x; j < p.T; j += kSweepThreads) {
     A out = 0;
-    if (!p.pair_mask || p.pair_mask[i * p.T + j]) {
+    if (p.kept(i, j)) {
       const A phi = p.similarity[i * p.strides[0] + j * p.strides[1]], z = scale * phi;
       const auto column = InfoNceSide<A>::of(p.column_weight, p.columns, j, p.T);
-      const bool positive = p.image_ids ? p.image_ids[i] == p.text_ids[j] : j == i + p.offset;
-      const A dz = grad * (row.gradient(z, positive) + column.gradient(z, positive));
+      const A positive = p.weight(i, j);
+      const A dz = grad * (row.weighted_gradient(z, positive) + column.weighted_gradient(z, positive));
       out = scale * dz;
       d_scale += static_cast<double>(dz) * static_cast<double>(phi);
     }

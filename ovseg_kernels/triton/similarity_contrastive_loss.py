@@ -13,7 +13,8 @@ from ._launch import ACC, on_device, tiles
 from ._patch_text_kernels import _larger
 
 ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
-SIZES = ["B", "T", "offset", "stride", "pair_stride"]  # never a reason to compile again
+# Never a reason to compile again.
+SIZES = ["B", "T", "offset", "stride", "pair_stride", "positive_stride"]
 
 
 @triton.jit
@@ -57,21 +58,32 @@ def _pairs(
     others,
     offset,
     pairs,
-    stride,
+    pair_stride,
+    given,
+    positive_stride,
     inside,
     TURNED: tl.constexpr,
     IDS: tl.constexpr,
     PAIRS: tl.constexpr,
+    POSITIVES: tl.constexpr,
 ):
-    """Return (kept, positive) of a tile.
+    """Return (kept, positive) of a tile; the second are weights where weights are ``given``.
 
-    ``mine`` and ``others`` are the ids of its rows and columns.
+    ``mine`` and ``others`` are the ids of its rows and columns. POSITIVES: 0 without ``given``, 1
+    where it lies as the similarity does, 2 the other way round.
     """
     kept = inside
     if PAIRS:
-        kept = kept & (tl.load(_at(pairs, i, j, stride, TURNED), mask=inside, other=0) != 0)
-    same = mine[:, None] == others[None, :] if IDS else j[None, :] == i[:, None] + offset
-    return kept, kept & same
+        kept = kept & (tl.load(_at(pairs, i, j, pair_stride, TURNED), mask=inside, other=0) != 0)
+    if POSITIVES > 0:
+        at = _at(given, i, j, positive_stride, TURNED if POSITIVES == 1 else not TURNED)
+        p = tl.load(at, mask=kept, other=0)
+        positive = p if p.dtype.is_floating() else p != 0
+    elif IDS:
+        positive = kept & (mine[:, None] == others[None, :])
+    else:
+        positive = kept & (j[None, :] == i[:, None] + offset)
+    return kept, positive
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -81,20 +93,23 @@ def similarity_contrastive_loss_fwd_kernel(
     own_ids,
     other_ids,
     pairs,
+    given,
     out,
     B,
     T,
     offset,
     stride: tl.int64,
     pair_stride: tl.int64,
+    positive_stride: tl.int64,
     TURNED: tl.constexpr,
     IDS: tl.constexpr,
     PAIRS: tl.constexpr,
+    POSITIVES: tl.constexpr,
     ACC: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """Write log-sum-exp, sum and number of positives of BI rows.
+    """Write log-sum-exp, sum of p z and sum of p of BI rows.
 
     Called with TURNED the other way round, of columns.
     """
@@ -108,12 +123,28 @@ def similarity_contrastive_loss_fwd_kernel(
         inside = (i < B)[:, None] & (j < T)[None, :]
         others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
         kept, positive = _pairs(
-            i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS
+            i,
+            j,
+            mine,
+            others,
+            offset,
+            pairs,
+            pair_stride,
+            given,
+            positive_stride,
+            inside,
+            TURNED,
+            IDS,
+            PAIRS,
+            POSITIVES,
         )
         z = scale * tl.load(_at(similarity, i, j, stride, TURNED), mask=inside, other=0.0)
         x = tl.where(kept, z, float("-inf"))
         top, total = add_to_lse(top, total, x)
-        hits += tl.sum(tl.where(positive, z, 0.0), 1)
+        if positive.dtype.is_floating():
+            hits += tl.sum(tl.where(positive != 0.0, positive * z, 0.0), 1)
+        else:
+            hits += tl.sum(tl.where(positive, z, 0.0), 1)
         count += tl.sum(positive.to(ACC), 1)
     tl.store(out + i, lse_of(top, total), mask=i < B)
     tl.store(out + B + i, hits, mask=i < B)
@@ -128,6 +159,7 @@ def similarity_contrastive_loss_bwd_kernel(
     own_ids,
     other_ids,
     pairs,
+    given,
     rows,
     columns,
     row_weight,
@@ -139,9 +171,11 @@ def similarity_contrastive_loss_bwd_kernel(
     offset,
     stride: tl.int64,
     pair_stride: tl.int64,
+    positive_stride: tl.int64,
     TURNED: tl.constexpr,
     IDS: tl.constexpr,
     PAIRS: tl.constexpr,
+    POSITIVES: tl.constexpr,
     ACC: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
@@ -152,18 +186,32 @@ def similarity_contrastive_loss_bwd_kernel(
     mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
     lse_i = tl.load(rows + i, mask=i < B, other=0.0)
     weight_i = tl.load(row_weight + i, mask=i < B, other=0.0)
-    share_i = weight_i / tl.maximum(tl.load(rows + 2 * B + i, mask=i < B, other=1.0), 1.0)
+    sum_i = tl.load(rows + 2 * B + i, mask=i < B, other=1.0)
+    share_i = weight_i / tl.maximum(sum_i, 1.0)
     d_scale = tl.zeros((BI,), tl.float64)
     for j0 in range(0, T, BJ):
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
         others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
         kept, positive = _pairs(
-            i, j, mine, others, offset, pairs, pair_stride, inside, TURNED, IDS, PAIRS
+            i,
+            j,
+            mine,
+            others,
+            offset,
+            pairs,
+            pair_stride,
+            given,
+            positive_stride,
+            inside,
+            TURNED,
+            IDS,
+            PAIRS,
+            POSITIVES,
         )
         lse_j = tl.load(columns + j, mask=j < T, other=0.0)
         weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
-        share_j = weight_j / tl.maximum(tl.load(columns + 2 * T + j, mask=j < T, other=1.0), 1.0)
+        sum_j = tl.load(columns + 2 * T + j, mask=j < T, other=1.0)
         phi = tl.load(_at(similarity, i, j, stride, TURNED), mask=inside, other=0.0)
         z = scale * phi
         # A row or column of weight 0 has no positive and may have no finite log-sum-exp.
@@ -174,14 +222,21 @@ def similarity_contrastive_loss_bwd_kernel(
         dz += tl.where(
             by_column, weight_j[None, :] * tl.exp(tl.where(by_column, z - lse_j[None, :], 0.0)), 0.0
         )
-        dz -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
+        if positive.dtype.is_floating():
+            some = positive != 0.0  # its sums are not zero either
+            of_row = weight_i[:, None] * (positive / tl.where(some, sum_i[:, None], 1.0))
+            of_column = weight_j[None, :] * (positive / tl.where(some, sum_j[None, :], 1.0))
+            dz -= tl.where(some, of_row + of_column, 0.0)
+        else:
+            share_j = weight_j / tl.maximum(sum_j, 1.0)
+            dz -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
         dz = tl.where(kept, dz * grad, 0.0)
         tl.store(out + i.to(tl.int64)[:, None] * T + j[None, :], scale * dz, mask=inside)
         d_scale += tl.sum(tl.where(kept, dz * phi, 0.0).to(tl.float64), 1)
     tl.store(partial + i, d_scale, mask=i < B)
 
 
-def _options(similarity, image_ids, text_ids, pair_mask):
+def _options(similarity, image_ids, text_ids, pair_mask, positives):
     """Return pointers of optional arguments, the layout of the matrices, and flags of the kernels.
 
     A pointer is anything valid where the argument is absent.
@@ -196,9 +251,16 @@ def _options(similarity, image_ids, text_ids, pair_mask):
     pairs = dense
     if pair_mask is not None:  # dense along the same dimension
         pairs = (pair_mask.T.contiguous().T if turned else pair_mask.contiguous()).view(torch.uint8)
+    given = dense
+    if positives is not None:  # read where they lie, if one of their dimensions is dense
+        given = positives.view(torch.uint8) if positives.dtype == torch.bool else positives
+        if 1 not in given.stride():
+            given = given.contiguous()
+    same = given.stride(int(not turned)) == 1
     flags = {
         "IDS": image_ids is not None,
         "PAIRS": pair_mask is not None,
+        "POSITIVES": 0 if positives is None else 1 if same else 2,
         "ACC": ACC[similarity.dtype],
         "BI": ROWS,
         "BJ": COLUMNS,
@@ -206,18 +268,22 @@ def _options(similarity, image_ids, text_ids, pair_mask):
     }
     return (
         ids,
-        (dense, pairs),
-        (dense.stride(int(turned)), pairs.stride(int(turned))),
+        (dense, pairs, given),
+        (
+            dense.stride(int(turned)),
+            pairs.stride(int(turned)),
+            given.stride(int(turned if same else not turned)),
+        ),
         turned,
         flags,
     )
 
 
-def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
+def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, positives, offset):
     """Return (rows [3, B], columns [3, T]) as ``ovseg::similarity_contrastive_stats`` does."""
     B, T = similarity.shape
-    ids, (dense, pairs), strides, turned, flags = _options(
-        similarity, image_ids, text_ids, pair_mask
+    ids, (dense, pairs, given), strides, turned, flags = _options(
+        similarity, image_ids, text_ids, pair_mask, positives
     )
     rows, columns = similarity.new_empty(3, B), similarity.new_empty(3, T)
     with on_device(similarity):
@@ -232,6 +298,7 @@ def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, offset):
                     own,
                     its,
                     pairs,
+                    given,
                     out,
                     size,
                     other,
@@ -250,6 +317,7 @@ def backward(
     image_ids,
     text_ids,
     pair_mask,
+    positives,
     rows,
     columns,
     row_weight,
@@ -261,8 +329,8 @@ def backward(
     They are d similarity and d logit_scale.
     """
     B, T = similarity.shape
-    ids, (dense, pairs), strides, turned, flags = _options(
-        similarity, image_ids, text_ids, pair_mask
+    ids, (dense, pairs, given), strides, turned, flags = _options(
+        similarity, image_ids, text_ids, pair_mask, positives
     )
     out = similarity.new_empty(B, T)
     partial = torch.zeros(B, dtype=torch.float64, device=similarity.device)
@@ -274,6 +342,7 @@ def backward(
                 grad,
                 *ids,
                 pairs,
+                given,
                 *(x.contiguous() for x in (rows, columns, row_weight, column_weight)),
                 out,
                 partial,

@@ -124,6 +124,33 @@ SIMILARITY_CONTRASTIVE_LOSS_REFUSED = [
         ValueError,
         "pair_mask is on meta",
     ),
+    (
+        {"positives": torch.ones(2, 2), "image_ids": torch.arange(2), "text_ids": torch.arange(2)},
+        ValueError,
+        "positives and ids were both given",
+    ),
+    (
+        {"positives": torch.ones(2, 3)},
+        ValueError,
+        r"positives has shape \[2, 3\]; expected \[2, 2\]",
+    ),
+    (
+        {"positives": torch.ones(2, 2, dtype=torch.int64)},
+        TypeError,
+        "positives has dtype int64; expected bool, float32",
+    ),
+    (
+        {"positives": torch.tensor([[1.0, 0.0], [-0.5, 1.0]])},
+        ValueError,
+        "positives holds -0.5; expected finite weights of at least 0",
+    ),
+    ({"positives": torch.tensor([[1.0, 0.0], [float("nan"), 1.0]])}, ValueError, "holds nan"),
+    ({"positives": torch.tensor([[1.0, 0.0], [float("inf"), 1.0]])}, ValueError, "holds inf"),
+    (
+        {"positives": torch.full((2, 2), 1e300, dtype=torch.float64)},  # float32 is computed in
+        ValueError,
+        "positives holds inf; expected finite weights",
+    ),
 ]
 
 CENTER_ASSIGNMENT = {

@@ -14,7 +14,10 @@ from ovseg_kernels import philox
 # or be given as tensors.
 TENSORS = {
     "patch_text_similarity": {"patch_mask": torch.ones(2, 5, dtype=torch.bool)},
-    "similarity_contrastive_loss": {"pair_mask": torch.ones(2, 2, dtype=torch.bool)},
+    "similarity_contrastive_loss": {
+        "pair_mask": torch.ones(2, 2, dtype=torch.bool),
+        "positives": torch.ones(2, 2),
+    },
     "center_assignment": {
         "mask": torch.ones(2, 5, dtype=torch.bool),
         "noise": torch.randn(2, 3, 5),

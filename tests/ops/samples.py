@@ -141,6 +141,11 @@ def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
         "ids": {"image_ids": ids[0], "text_ids": ids[1]},
         "pairs": {"pair_mask": pairs},
         "ids-pairs": {"image_ids": ids[0], "text_ids": ids[1], "pair_mask": pairs},
+        "positives": {"positives": ids[0][:, None] == ids[1]},
+        "weights-pairs": {
+            "positives": (torch.rand(B, T, dtype=dtype) * (torch.rand(B, T) > 0.5)).to(device),
+            "pair_mask": pairs,
+        },
     }
     found = []
     for name, kwargs in options.items():
@@ -149,7 +154,9 @@ def contrastive(dtype=torch.float64, device="cpu", B=5, T=5) -> list[Sample]:
             return ok.similarity_contrastive_loss(similarity, scale, **kwargs)
 
         similarity, scale = leaf(B, T, **to), number(3.0, **to)
-        optional = tuple(kwargs.get(key) for key in ("image_ids", "text_ids", "pair_mask"))
+        optional = tuple(
+            kwargs.get(key) for key in ("image_ids", "text_ids", "pair_mask", "positives")
+        )
         plain = (similarity.detach(), scale.detach())
         rows, columns = torch.ops.ovseg.similarity_contrastive_stats(*plain, *optional, 0)
         weights = [(part[2] > 0).to(dtype) / 8 for part in (rows, columns)]

@@ -53,6 +53,7 @@ def matrix(B, T):
         nothing(B, dtype=torch.int64),
         nothing(T, dtype=torch.int64),
         nothing(B, T, dtype=torch.bool),
+        None,
     )
     rows, columns = op.stats(*inputs, 0)
     op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0)

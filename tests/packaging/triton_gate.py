@@ -155,7 +155,7 @@ def patch_text(dtype, pool, weight, masked, N=196):
     op.backward(torch.ones(B, T, dtype=acc), *shared, *saved, pool, weight, False, True, True)
 
 
-def contrastive(dtype, ids, pairs):
+def contrastive(dtype, ids, pairs, positives=None):
     from ovseg_kernels.triton import similarity_contrastive_loss as op
 
     B, T = 256, 512
@@ -164,6 +164,7 @@ def contrastive(dtype, ids, pairs):
         torch.arange(B) if ids else None,
         torch.arange(T) if ids else None,
         torch.ones(B, T, dtype=torch.bool) if pairs else None,
+        positives(B, T) if positives else None,
     )
     rows, columns = op.stats(similarity, scale, *optional, 0)
     op.backward(
@@ -321,6 +322,12 @@ def main() -> None:
         for ids, pairs in ((False, False), (True, True)):
             label = f"{str(dtype).removeprefix('torch.')}{' ids pairs' if ids else ''}"
             contrastive(dtype, ids, pairs)
+        label = f"{str(dtype).removeprefix('torch.')} positives"
+        contrastive(dtype, False, False, lambda B, T: torch.ones(B, T, dtype=torch.bool))
+    label = "float32 turned positives"
+    contrastive(torch.float32, False, True, lambda B, T: torch.ones(T, B, dtype=torch.bool).T)
+    label = "float32 weighted pairs"
+    contrastive(torch.float32, False, True, lambda B, T: torch.ones(B, T))
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for hard, noise, masked in ((True, "rng", False), (False, "given", True))[
             : 1 if dtype == torch.float64 else 2
