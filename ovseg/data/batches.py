@@ -96,6 +96,29 @@ class MaskBatch(Batch):
 
 
 @dataclass
+class TagBatch(Batch):
+    """Pictures and the words that are true of them.
+
+    Attributes:
+        token_ids: [W, L] int64, the whole vocabulary, the same in every part and on every rank.
+        positives: [B, W] bool, whether a word is true of a picture.
+        counted: [B, W] bool, whether it is known which: a word that is neither true nor known to be
+            false is no negative either. Positives are counted.
+    """
+
+    token_ids: torch.Tensor
+    positives: torch.Tensor
+    counted: torch.Tensor
+
+    def split(self, parts: int) -> list[TagBatch]:
+        """Split the pictures into neighbouring parts; each has the whole vocabulary."""
+        return [
+            self._mapped(lambda x, part=part: x.tensor_split(parts)[part], but=("token_ids",))
+            for part in range(parts)
+        ]
+
+
+@dataclass
 class CrossImageBatch(PairBatch):
     """Pairs whose pictures come two by two.
 

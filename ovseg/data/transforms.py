@@ -145,6 +145,38 @@ class RandomResizedCrop:
         )
 
 
+class WholeSquare:
+    """A picture made a square without chance, with antialias.
+
+    Args:
+        size: of the square, in pixels.
+        fit: ``squash``: the whole picture, its aspect changed; ``crop``: the largest square in its
+            middle.
+        interpolation: bicubic or bilinear.
+    """
+
+    def __init__(self, size: int, fit: str = "squash", interpolation: str = "bicubic"):
+        self.size = size
+        self.fit = fit
+        self.interpolation = interpolation
+
+    def __call__(self, rng: torch.Generator, *items: Any) -> Items:
+        """Crop and resize."""
+        F = functional()
+        from torchvision.transforms import InterpolationMode
+
+        height, width = items[0].shape[-2:]
+        box = (0, 0, height, width)
+        if self.fit == "crop":
+            side = min(height, width)
+            box = ((height - side) // 2, (width - side) // 2, side, side)
+        how = InterpolationMode(self.interpolation)
+        return tuple(
+            F.resized_crop(item, *box, [self.size, self.size], interpolation=how, antialias=True)
+            for item in items
+        )
+
+
 class RandomFlip:
     """Mirrored left to right with probability ``share``."""
 

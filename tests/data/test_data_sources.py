@@ -46,7 +46,7 @@ def bad(what, *values):
     [
         (
             {"kind": "foldr"},
-            r"data.kind is 'foldr'; expected one of \['entity_folder', 'entity_scenes', 'folder', 'masks', 'scenes'\]",
+            r"data.kind is 'foldr'; expected one of \['entity_folder', 'entity_scenes', 'folder', 'masks', 'scenes', 'tags'\]",
         ),
         ({}, "data.kind is None"),
         ({"kind": "folder", "rot": "x"}, "data.rot: unknown key, did you mean data.root?"),

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 import ovseg
 from ovseg.cli.main import main
 from ovseg.data.batches import CrossEntityBatch, EntityBatch, NounBatch
-from ovseg.data.entities import Entities, load_entities, singulars
+from ovseg.data.benchmark_sets import describe
+from ovseg.data.entities import Entities, Mention, load_entities, singulars
 from ovseg.data.entity_index import EntityIndex
 from ovseg.data.loader import Loader
 from ovseg.data.pair_samples import countable_pairs
@@ -28,6 +29,11 @@ from ovseg.errors import ConfigError, DataError, InputError
 from ovseg.systems.objective import Progress, create_objective
 
 EVERYDAY = load_entities("everyday")
+VOC_TEXTS = {
+    "diningtable": "dining table",
+    "pottedplant": "potted plant",
+    "tvmonitor": "tv monitor",
+}
 CAPTIONS = [
     "two dogs on a sofa",
     "a dog and a cat",
@@ -107,6 +113,32 @@ def test_the_list():
     assert all(EVERYDAY.question(f"a {name}.")[1] == [i] for i, name in enumerate(EVERYDAY.names))
 
 
+def test_the_list_of_photographs():
+    """Every class of VOC and every thing of COCO is a word of its own; the stuff is a part of it."""
+    photos = load_entities("photos")
+    assert len(photos) == 177 and set(load_entities("photos_stuff").names) <= set(photos.names)
+    assert all(
+        photos.find(f"the {name}.") == [Mention(4, 4 + len(name), i)]
+        for i, name in enumerate(photos.names)
+    )
+    for name, texts in (("voc20", VOC_TEXTS), ("coco_object", {})):
+        asked = [texts.get(one, one) for one in describe(name).classes if one != "background"]
+        found = [photos.index_of(one.split()) for one in asked]
+        assert None not in found and len(set(found)) == len(asked)
+    said = photos.find(
+        "Two ladies' motorcycles by a wine bottle at home plate, skiing in the snowy woods"
+    )
+    assert [photos.names[one.index] for one in said] == [
+        "person",
+        "motorbike",
+        "bottle",
+        "home plate",
+        "skis",
+        "snow",
+        "forest",
+    ]
+
+
 @pytest.mark.parametrize(
     "word,one",
     [
@@ -184,7 +216,9 @@ def test_bad_lists(tmp_path, text, message):
     (tmp_path / "list.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_entities(str(tmp_path / "list.yaml"))
-    with pytest.raises(ConfigError, match=r"does not exist; expected one of \['everyday'\]"):
+    with pytest.raises(
+        ConfigError, match=r"does not exist; expected one of \['everyday', 'photos', "
+    ):
         load_entities("everday")
 
 

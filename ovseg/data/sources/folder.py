@@ -116,7 +116,7 @@ class FolderPairs(Source[PairSample]):
         self.superpixel_labels = options.superpixel_labels
         self.max_pixels = options.max_pixels
         self.image_size = options.image_size or inputs.image_size
-        pairs = _find_pairs(root)
+        pairs = find_pairs(root)
         self.names = Names(pairs)
         self.superpixels: SuperpixelFile | None = None
         if options.superpixels is not None:
@@ -199,7 +199,7 @@ class Names(Sequence[str]):
         return self._letters, np.asarray(self._ends, np.int64)
 
 
-def _find_pairs(root: str | Path) -> list[str]:
+def find_pairs(root: str | Path) -> list[str]:
     """Return the pictures with a caption file, as sorted paths below the root.
 
     What is left out is told. One look is taken at each folder, none at a file.
