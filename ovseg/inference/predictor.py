@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .segmentation import Segmentation
 from .sources import Source
 from .view import View, encode
 
+_NAMES = 20  # of a vocabulary in a message
 logger = logging.getLogger(__name__)
 Labels = Queries | LabelSet | Mapping[str, str | Sequence[str]] | Sequence[str] | str
 
@@ -388,12 +390,25 @@ def check_words(model: OVSegModel, queries: Queries) -> None:
         return
     texts = (*queries.labels.queries, *queries.background)
     words = sorted({word for text in texts for word in tokenizer.unknown(text)})
-    if words:
-        raise InputError(
-            f"{model.name} does not know: {', '.join(words)}; it was trained on synthetic scenes "
-            f"and knows their words: {', '.join(tokenizer.words)}. Any words: the default model, "
-            "or allow_unknown (--allow-unknown)"
-        )
+    if not words:
+        return
+    shown = ", ".join(words)
+    known = f"was trained on synthetic scenes and knows their words: {', '.join(tokenizer.words)}"
+    if hasattr(tokenizer, "nearest"):
+        shown = ", ".join(map(partial(_with_nearest, tokenizer), words))
+        few = ", ".join(tokenizer.words[:_NAMES])
+        more = ", ..." if len(tokenizer.words) > _NAMES else ""
+        known = f"knows {len(tokenizer.words)} names and what else they are called: {few}{more}"
+    raise InputError(
+        f"{model.name} does not know: {shown}; it {known}. Any words: the default model, or "
+        "allow_unknown (--allow-unknown)"
+    )
+
+
+def _with_nearest(tokenizer: Any, word: str) -> str:
+    """Return a word with the known ones that are written most like it."""
+    close = tokenizer.nearest(word)
+    return f"{word} (nearest: {', '.join(close)})" if close else word
 
 
 def as_published(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The contract of a backbone: a CLIP, with patch tokens taken by our own code.
 
-``open_clip`` and ``tiny`` keep all of it, ``grouping_towers`` what its systems need.
+``open_clip`` and ``tiny`` keep all of it, ``grouping_towers`` and ``feature_trunk`` what their
+systems need.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class ClipBackbone(nn.Module):
         taps: where ``encode_patches`` can take tokens.
         antialias_positions: how position embeddings are resized to another grid, where there are
             any.
+        aligned: whether patches can be read in the space of the texts without training: a CLIP's
+            can, those of a trunk that never saw texts cannot.
+        trunk_weights: what names the weights of ``trunk``, where the vision tower has one that is
+            loaded apart from the rest.
     """
 
     token_dim: int
@@ -46,6 +51,8 @@ class ClipBackbone(nn.Module):
     text_blocks: Sequence[AttentionBlock]
     taps: tuple[str, ...] = ("pre_norm", "post_norm")
     antialias_positions: bool = True
+    aligned: bool = True
+    trunk_weights: str | None = None
 
     # Pictures and texts.
 

@@ -53,11 +53,13 @@ class PackedText(nn.Module):
         width: D.
         tokenizer: texts to ids [T, L].
         layers: the transformer blocks.
+        options: what it was built with.
     """
 
     width: int
     tokenizer: Tokenizer
     layers: nn.ModuleList
+    options: Any
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -95,6 +97,14 @@ class PackedText(nn.Module):
             x = block(x, packing)
         x = self.finish(x)
         return TextStates(self.sentence(x, packing), x, packing)
+
+    def sentences(self, ids: Tensor) -> Tensor:
+        """Return one vector a text, [T, D]."""
+        return self(ids).sentence
+
+    def lasting_options(self) -> dict[str, Any]:
+        """Return the options that change once the weights are in a saved file: they name none."""
+        return {"weights": None} if hasattr(self.options, "weights") else {}
 
     def encode_together(self, texts: Sequence[Tensor], pads: bool = False) -> list[TextStates]:
         """Encode several lists of ids [T_i, L_i] in one pass; return the states of each."""

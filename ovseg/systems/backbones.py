@@ -5,23 +5,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+
 from ..bounds import bounded
+from ..data.entities import Entities, entities_of, list_entities, load_entities
+from ..data.entity_words import EntityTokenizer
 from ..data.words import WordTokenizer
+from ..errors import ConfigError
 from ..nn.backbone import ClipBackbone
 from ..nn.bert import Bert, BertOptions
 from ..nn.clip_architectures import import_open_clip, sized
+from ..nn.feature_trunk import FeatureTrunk, TimmOptions
 from ..nn.grouping_towers import GroupingBackbone, GroupingOptions, GroupingViT
 from ..nn.open_clip import OpenClipBackbone
 from ..nn.text import ClipText, ClipTextOptions, PackedText, Words, WordsOptions
+from ..nn.text_vectors import TextVectors, VectorsOptions
+from ..nn.timm_architectures import import_timm, levels_of, normalisation
 from ..nn.tiny import TinyClip, TinyOptions
 from ..options import options_of
 from ..registration import Registry, table
 from ..weights.bert import load_bert
 from ..weights.clip import create_clip
+from ..weights.teachers import read_teacher
+from ..weights.timm_models import create_timm
 from ..weights.tokenizers import BertTokenizer, ClipTokenizer, not_loaded
 
 
@@ -30,6 +40,9 @@ class Kind(NamedTuple):
 
     Options: type
     build: Callable[[Any], Any]
+    complete: Callable[[Any], Any] = lambda options: (
+        options
+    )  # names replaced by what they stand for
 
 
 @dataclass
@@ -80,7 +93,21 @@ def _tiny(o: TinyOptions) -> TinyClip:
 
 def _grouping(o: GroupingOptions) -> GroupingBackbone:
     image = GroupingViT(o)  # drawn before the text tower
-    return GroupingBackbone(o, image, build_text(**o.text))
+    text = build_text(**o.text)
+    if not isinstance(text, PackedText):
+        raise ValueError(
+            f"text.kind is {o.text['kind']!r}, which gives no tokens; expected bert, clip or words"
+        )
+    return GroupingBackbone(o, image, text)
+
+
+def _timm(o: TimmOptions) -> FeatureTrunk:
+    levels = levels_of(o.architecture, o.stages, o.last, o.output_stride)
+    ways = ", and backbone.weights=FILE"
+    option = "backbone.weights"
+    trunk = create_timm(o.architecture, o.weights, option=option, ways=ways, **levels.arguments)
+    seen = normalisation(import_timm("backbone.kind 'timm'"), o.architecture)
+    return FeatureTrunk(trunk, levels, o, build_text(**o.text), seen)
 
 
 BACKBONES: Registry[Kind] = Registry(
@@ -89,6 +116,7 @@ BACKBONES: Registry[Kind] = Registry(
         {
             "grouping": Kind(GroupingOptions, _grouping),
             "open_clip": Kind(OpenClipOptions, _open_clip),
+            "timm": Kind(TimmOptions, _timm),
             "tiny": Kind(TinyOptions, _tiny),
         }
     ),
@@ -130,12 +158,72 @@ def _words(o: WordsOptions) -> Words:
     return Words(o, WordTokenizer(context_length=o.context_length))
 
 
+def _vectors(o: VectorsOptions) -> TextVectors:
+    entities = _entities(o)
+    teacher = None if o.teacher is None else read_teacher(o.teacher, o.width)
+    taught = {} if teacher is None else teacher.rows_for(entities)
+    if teacher is not None and not taught:
+        raise ConfigError(
+            f"text.teacher is {o.teacher!r}, which has no vector of {entities.names[0]!r} or any "
+            "other of text.words; expected one that names some of them"
+        )
+    rows = torch.randn(len(entities), o.width)
+    for index, row in taught.items():
+        rows[index] = row
+    tokenizer = EntityTokenizer(entities, o.context_length)
+    center = None if teacher is None else teacher.center
+    return TextVectors(o, tokenizer, rows, center, _fixed(o, entities, taught))
+
+
+def _fixed(o: VectorsOptions, entities: Entities, taught: Container[int]) -> list[int]:
+    """Return the indices of the names whose vectors are not trained."""
+    if isinstance(o.fixed, bool):
+        if o.fixed and o.teacher is None:
+            raise ConfigError(
+                "text.fixed is True and text.teacher is missing; expected the file that has the "
+                "vectors, or the names of those that stay as they are"
+            )
+        return [index for index in range(len(entities)) if o.fixed and index in taught]
+    if not isinstance(o.fixed, list) or not all(isinstance(name, str) for name in o.fixed):
+        raise ConfigError(f"text.fixed is {o.fixed!r}; expected True, False or a list of names")
+    found = []
+    for name in dict.fromkeys(o.fixed):
+        if name not in entities.names:
+            raise ConfigError(f"text.fixed has {name!r}; expected names of text.words")
+        index = entities.names.index(name)
+        if o.teacher is not None and index not in taught:
+            raise ConfigError(
+                f"text.fixed has {name!r}, of which {o.teacher} has no vector; expected names that "
+                "it has"
+            )
+        found.append(index)
+    return found
+
+
+def _entities(o: VectorsOptions) -> Entities:
+    """Return the words of a table of vectors, whichever way they are given."""
+    if isinstance(o.words, str):
+        return load_entities(o.words)
+    if not isinstance(o.words, Mapping):
+        raise ConfigError(
+            f"text.words is a {type(o.words).__name__}; expected names, each with a list of what "
+            f"else it is called, or one of {list_entities()}, or a YAML file"
+        )
+    return entities_of(o.words, "text.words")
+
+
+def _with_words(o: VectorsOptions) -> VectorsOptions:
+    """Replace the name of a list of entities by its words, so that a saved folder holds them."""
+    return replace(o, words=_entities(o).words)
+
+
 TEXTS: Registry[Kind] = Registry(
     "text.kind",
     lambda: table(
         {
             "bert": Kind(BertOptions, _bert),
             "clip": Kind(ClipTextOptions, _clip_text),
+            "vectors": Kind(VectorsOptions, _vectors, _with_words),
             "words": Kind(WordsOptions, _words),
         }
     ),
@@ -143,7 +231,7 @@ TEXTS: Registry[Kind] = Registry(
 )
 
 
-def build_text(kind: str = "clip", **options: Any) -> PackedText:
+def build_text(kind: str = "clip", **options: Any) -> PackedText | TextVectors:
     """Build a text tower of random weights, or with those that its options name."""
     found = TEXTS[kind]
     return found.build(options_of(found.Options, options, "text"))
@@ -151,4 +239,5 @@ def build_text(kind: str = "clip", **options: Any) -> PackedText:
 
 def complete_text(kind: str = "clip", **options: Any) -> dict[str, Any]:
     """Return kind and options of a text tower, those that are not given too."""
-    return {"kind": kind, **asdict(options_of(TEXTS[kind].Options, options, "text"))}
+    found = TEXTS[kind]
+    return {"kind": kind, **asdict(found.complete(options_of(found.Options, options, "text")))}

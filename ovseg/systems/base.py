@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from ..progress import bar
 from ..weights.published import Published
 from .backbones import build_backbone, complete_backbone
 from .checks import check_compared, check_ids, check_pixels, check_reading
+
+if TYPE_CHECKING:
+    from .named_weights import NamedWeights
 
 _TEXTS_AT_ONCE = 256
 _BACKBONE = "backbone."  # of the names of its tensors
@@ -351,12 +354,15 @@ class OVSegModel(nn.Module):
     # Files.
 
     @property
-    def named_clip(self) -> str | None:
-        """The frozen CLIP that its files name in place of holding it, or None: they hold all."""
+    def named_weights(self) -> NamedWeights | None:
+        """The frozen weights that its files name in place of holding them, or None: they hold all.
+
+        See ``named_weights.py``.
+        """
         return None
 
-    def clip_hash(self, dtype: str | None = None) -> str:
-        """Return a hash of the weights of that CLIP, as numbers of ``dtype``."""
+    def weights_hash(self, dtype: str | None = None) -> str:
+        """Return a hash of those weights as numbers of ``dtype``, with which it begins."""
         raise NotImplementedError
 
     def resize_positions(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,16 +6,14 @@ Where it was named, files hold those parts alone, its name and a hash of its wei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import nn
+from typing_extensions import override
 
 from ..errors import ConfigError
-from ..weights.files import hash_tensors
-from .base import OVSegModel, SystemOptions
-
-_CLIP = "backbone."  # of the names of its tensors
+from .base import SystemOptions
+from .named_weights import NamedWeights, NamedWeightsModel
 
 
 @dataclass
@@ -32,7 +30,7 @@ class FrozenClipOptions(SystemOptions):
     clip: str | None = None
 
 
-class FrozenClipModel(OVSegModel):
+class FrozenClipModel(NamedWeightsModel):
     """Base of the systems that train nothing of their CLIP: ``parts`` names none of it."""
 
     options: FrozenClipOptions
@@ -45,7 +43,6 @@ class FrozenClipModel(OVSegModel):
         super().__init__(options)
         if options.clip is not None and not open_clip:
             self._take_clip(options.clip)
-        self.register_load_state_dict_post_hook(_without_clip)
 
     def _take_clip(self, source: str) -> None:
         """Load the weights of another model of the package, whose backbone is like this one."""
@@ -66,36 +63,19 @@ class FrozenClipModel(OVSegModel):
         """The CLIP that its files name in place of holding it, or None."""
         return self.options.clip
 
-    def clip_hash(self, dtype: str | None = None) -> str:
-        """Hash the CLIP's weights as numbers of ``dtype``, with which the hash begins.
-
-        The positions, which may be resized, are left out.
-        """
-        dtype = dtype or str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
-        kind = getattr(torch, dtype)
-        tensors = (
-            (name, x.to(kind))
-            for name, x in sorted(self.backbone.state_dict().items())
-            if not name.endswith("visual.positional_embedding")
+    @property
+    @override
+    def named_weights(self) -> NamedWeights | None:
+        clip = self.named_clip
+        if clip is None:
+            return super().named_weights
+        return NamedWeights(
+            "CLIP",
+            clip,
+            "backbone",
+            "clip",
+            of_backbone=False,
+            local=Path(clip).exists(),
+            portable="a tag or hf-hub:OWNER/NAME",
+            unhashed=("visual.positional_embedding",),  # which may be resized
         )
-        return f"{dtype}:{hash_tensors(tensors)}"
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors by name, without the CLIP where it was named."""
-        found = super().state_dict(*args, **kwargs)
-        if self.named_clip is not None:
-            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + _CLIP
-            for name in [name for name in found if name.startswith(prefix)]:
-                del found[name]
-        return found
-
-
-def _without_clip(model: nn.Module, keys: Any) -> None:
-    """Take a state dict without the CLIP for whole where the CLIP was named."""
-    assert isinstance(model, FrozenClipModel)
-    if model.named_clip is not None:
-        keys.missing_keys[:] = [
-            name
-            for name in keys.missing_keys
-            if not name.startswith(_CLIP) and f".{_CLIP}" not in name
-        ]

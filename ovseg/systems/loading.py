@@ -182,11 +182,12 @@ def _load_saved(source: WeightSource, options: Options) -> OVSegModel:
         }
     check_fit(path, weights, own)
     model.load_state_dict(weights)
-    known = config.get("clip_hash")
-    if known and model.named_clip and model.clip_hash(known.partition(":")[0]) != known:
+    named = model.named_weights
+    known = config.get(named.hash_key) if named is not None else None
+    if named and known and model.weights_hash(known.partition(":")[0]) != known:
         raise CheckpointError(
-            f"{folder} was trained on another CLIP than {model.named_clip!r} is now; expected "
-            "that one as it was, or clip=SOURCE with it"
+            f"{folder} was trained on another {named.what} than {named.source!r} is now; expected "
+            f"that one as it was, or {named.option}=SOURCE with it"
         )
     return model
 
@@ -231,8 +232,9 @@ def _bounded(
         preset: as of ``build``.
     """
     given = {**(preset or {}), **options}
-    # A CLIP that the folder names is not among its weights.
-    named = given.get("clip") or (given.get("backbone") or {}).get("clip")
+    # Frozen weights that the folder names are not among its own.
+    backbone = given.get("backbone") or {}
+    named = given.get("clip") or backbone.get("clip") or backbone.get("weights")
     try:
         return build(
             name, options, preset=preset, most=MOST_PARAMETERS if named else _most(weights)

@@ -110,8 +110,8 @@ def architecture_of(name: str) -> str | None:
 
     The tiny models and functions have none, and ``clip_dense`` goes on any.
     """
-    preset = preset_of(name) or {}
-    return preset.get("backbone", {}).get("architecture")
+    backbone = (preset_of(name) or {}).get("backbone", {})
+    return backbone.get("architecture") if backbone.get("kind") == "open_clip" else None
 
 
 def has_published_layout(name: str) -> bool:

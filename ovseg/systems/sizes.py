@@ -38,6 +38,7 @@ _TEXTS = (  # paths and names, which may be digits
     "clip",
     "dino",
     "weights",
+    "teacher",
     "tokenizer",
     "hf_tokenizer_name",
     "templates",

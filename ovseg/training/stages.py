@@ -77,7 +77,10 @@ def take_weights(
         if source == PREVIOUS:
             if previous is None:
                 raise ConfigError(f"{where} and no stage comes before; expected a folder of a run")
-            weights = {name: x.detach().cpu() for name, x in previous.state_dict().items()}
+            # What its files only name is in the model, for a stage whose files hold it.
+            whole = torch.nn.Module.state_dict(previous)
+            held = own.keys() | previous.state_dict().keys()
+            weights = {name: x.detach().cpu() for name, x in whole.items() if name in held}
         else:
             weights = _weights(str(run / BEST if source == BEST else source), where, own)
         taken = {name: x for name, x in weights.items() if name.startswith(prefix)}

@@ -57,9 +57,9 @@ def save_pretrained(model: Any, folder: str | Path, **facts: Any) -> Path:
     """Write ``config.json`` and ``model.safetensors``.
 
     A model that is wrapped (``torch.compile``, DDP, DataParallel, ``AveragedModel``) is written as
-    the bare one is; one that is sharded has to be saved by all processes together. A CLIP that a
-    model keeps by its name is not among the tensors; its hash is written, so that another one is
-    noticed.
+    the bare one is; one that is sharded has to be saved by all processes together. Frozen weights
+    that a model keeps by their name are not among the tensors; their hash is written, so that
+    others are noticed.
 
     Args:
         model: a system.
@@ -71,8 +71,8 @@ def save_pretrained(model: Any, folder: str | Path, **facts: Any) -> Path:
     check_model(model)
     folder = folder_for(folder, "folder")
     options = _options_to_save(model)
-    if model.named_clip is not None:
-        facts = {"clip_hash": model.clip_hash(), **facts}
+    if model.named_weights is not None:
+        facts = {model.named_weights.hash_key: model.weights_hash(), **facts}
     folder.mkdir(parents=True, exist_ok=True)
     towers = options["backbone"] if model.system else options
     if isinstance(towers.get("architecture"), dict):
@@ -87,7 +87,7 @@ def save_pretrained(model: Any, folder: str | Path, **facts: Any) -> Path:
 def _options_to_save(model: Any) -> dict[str, Any]:
     """Return what builds the model anew, without the weights that it began with.
 
-    Those are all in the file, unless it is a CLIP that the folder names.
+    Those are all in the file, unless it is some that the folder names.
     """
     options = deepcopy(model.config)
     towers = options.get("backbone", {})
@@ -101,9 +101,8 @@ def _options_to_save(model: Any) -> dict[str, Any]:
             for key in model.starting_options:
                 part.pop(key, None)
         options |= model.backbone.lasting_options()
-    clip = model.named_clip
-    if clip is not None:
-        options["clip"] = str(Path(clip).resolve()) if Path(clip).exists() else clip
+    if model.named_weights is not None:
+        model.named_weights.write(options)
     return options
 
 
@@ -196,15 +195,16 @@ def push_to_hub(
         facts: as in ``save_pretrained``.
 
     Raises:
-        InputError: for a model that names its CLIP by a path, which nobody else has.
+        InputError: for a model that names frozen weights by a path, which nobody else has.
     """
     check_repo(repo)
     whole = model
     model = unwrapped(whole)
-    if model.named_clip is not None and Path(model.named_clip).exists():
+    named = model.named_weights
+    if named is not None and named.local:
         raise InputError(
-            f"{model.name} is built on the CLIP {model.named_clip!r}, a path of this machine; "
-            "expected one that others can name, a tag or hf-hub:OWNER/NAME, in the option clip"
+            f"{model.name} is built on the {named.what} {named.source!r}, a path of this machine; "
+            f"expected one that others can name, {named.portable}, in the option {named.option}"
         )
     with tempfile.TemporaryDirectory() as parent:
         folder = save_pretrained(whole, Path(parent) / "model", **facts)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...bounds import bounded
-from ...errors import CheckpointError, ConfigError, WeightsError, first_line
+from ...errors import ConfigError
 from ...nn.readout import ProxyFeatures
 from ...nn.tensors import at_least_float32
-from ...weights.files import check_numbers
-from ...weights.hub import fetch
-from ...weights.pickles import read_published
+from ...nn.timm_architectures import import_timm, normalisation, size_arguments
+from ...weights.timm_models import create_timm
 
 GRIDS = ("clip", "finer")
 
@@ -52,13 +50,16 @@ class ProxyEncoder(nn.Module):
 
     def __init__(self, options: ProxyOptions):
         super().__init__()
-        timm = _import_timm()
+        timm = import_timm("the option proxy")
+        name = options.name
         self.finer = options.grid == "finer"
-        self.vit = _create_vit(timm, options, _sizes(timm, options.name))
+        sizes = _sizes(timm, name)
+        ways = f", and proxy={{name: {name}, weights: FILE}} or --proxy {name}:FILE"
+        self.vit = create_timm(name, options.weights, option="proxy.weights", ways=ways, **sizes)
         self.patch_size: int = self.vit.patch_embed.patch_size[0]
-        cfg = self.vit.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(cfg["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(cfg["std"])[:, None, None], persistent=False)
+        mean, std = normalisation(timm, name)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ProxyEncoder:
@@ -104,10 +105,7 @@ def _sizes(timm: Any, name: str) -> dict[str, Any]:
             f"proxy.name is {name!r}; expected the name of a ViT of timm's, such as "
             "'vit_small_patch16_dinov3'"
         )
-    # timm's files of ViTs are made for any size by this argument.
-    module = getattr(timm.models.model_entrypoint(architecture), "__module__", "")
-    sized = module.rsplit(".", 1)[-1] in ("vision_transformer", "eva", "deit")
-    sizes = {"dynamic_img_size": True} if sized else {}
+    sizes = size_arguments(timm, architecture)
     with torch.device("meta"):
         kind = timm.create_model(architecture, num_classes=0, **sizes)
     if not getattr(kind, "dynamic_img_size", False) or not hasattr(kind, "num_prefix_tokens"):
@@ -116,69 +114,3 @@ def _sizes(timm: Any, name: str) -> dict[str, Any]:
             "of any size"
         )
     return sizes
-
-
-def _create_vit(timm: Any, options: ProxyOptions, sizes: dict[str, Any]) -> Any:
-    """Build timm's model, with the weights that are named."""
-    path = _weights(timm, options)
-    if path is None:
-        return timm.create_model(options.name, False, None, num_classes=0, **sizes)
-    state = _without_classifier(timm, options.name, read_published(path))
-    try:
-        vit = timm.create_model(options.name, True, {"state_dict": state}, num_classes=0, **sizes)
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} does not fit timm's {options.name}: {reason[:300]}"
-        ) from error
-    _check_numbers(path, state, vit)
-    return vit
-
-
-def _import_timm() -> Any:
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision for another torch
-        raise ImportError(
-            f"the option proxy needs timm, which does not import ({first_line(error)}): "
-            "pip install 'ovseg-kernels[models]'"
-        ) from error
-    return timm
-
-
-def _weights(timm: Any, options: ProxyOptions) -> Path | None:
-    """Return the file of weights; timm's own is fetched as every other, with one attempt."""
-    if options.weights != "timm":
-        return None if options.weights is None else Path(options.weights)
-    ways = f", and proxy={{name: {options.name}, weights: FILE}} or --proxy {options.name}:FILE"
-    facts = timm.models.get_pretrained_cfg(options.name)
-    repo, file = (facts.hf_hub_id, facts.hf_hub_filename) if facts is not None else (None, None)
-    if not repo:
-        where = f"has them at {facts.url} only" if facts is not None and facts.url else "names none"
-        raise WeightsError(
-            f"proxy.weights is 'timm', which {where} for {options.name!r}; expected a file{ways}"
-        )
-    return fetch(repo, (file,) if file else ("model.safetensors", "pytorch_model.bin"), ways=ways)
-
-
-def _without_classifier(timm: Any, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the layer that was trained to name classes: a patch's features do without it."""
-    facts = timm.models.get_pretrained_cfg(name)
-    found = facts.classifier if facts is not None and facts.classifier else ()
-    layers = tuple(f"{layer}." for layer in ([found] if isinstance(found, str) else found))
-    return {key: x for key, x in state.items() if not key.startswith(layers)} if layers else state
-
-
-def _check_numbers(path: Path, state: dict[str, Tensor], vit: nn.Module) -> None:
-    """Check weights that timm has loaded, and renamed where they are not its own.
-
-    Kinds of numbers are compared as the file has them.
-    """
-    own = vit.state_dict()
-    counters = {name.rsplit(".", 1)[-1] for name, x in own.items() if not x.is_floating_point()}
-    whole = {name: name.rsplit(".", 1)[-1] in counters for name in state}
-    kinds = {
-        name: torch.zeros((), dtype=torch.int64 if counter else torch.float32)
-        for name, counter in whole.items()
-    }
-    check_numbers(str(path), state, kinds)

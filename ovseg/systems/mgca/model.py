@@ -22,6 +22,7 @@ import ovseg_kernels as ok
 
 from ...bounds import bounded
 from ...errors import ConfigError
+from ...nn.embedder import VisionEmbedder
 from ...nn.features import Grid, PatchFeatures
 from ...nn.readout import READOUTS
 from ..base import MAX_SCALE
@@ -76,8 +77,11 @@ class MGCAOptions(FrozenClipOptions):
     """Options of the model; what is not known of MGCA is here, and in the objective.
 
     Attributes:
-        trained: ``decoder`` and ``scale``; the CLIP is in no part.
-        readout: what the last block becomes for the patches, a name of ``nn.readout.READOUTS``.
+        trained: ``decoder`` and ``scale``; the CLIP is in no part. On a backbone whose patches are
+            not in the space of the texts, ``decoder`` has an embedder before it, and there is
+            ``text``, the text tower.
+        readout: what the last block becomes for the patches, a name of ``nn.readout.READOUTS``; of
+            no effect on such a backbone, which has no such block.
         hidden, layers: of the decoder.
         doublings: of the grid's sides.
         weight: of the pixels in a text's object, ``softmax`` or ``sigmoid`` (of 10 s - 2.5, as TCL
@@ -107,21 +111,29 @@ class MGCA(FrozenClipModel):
 
     def __init__(self, options: MGCAOptions):
         super().__init__(options)
-        self.backbone.check_class_token("mgca")
         known = [name for name, readout in READOUTS.items() if not readout.proxy]
         if options.readout not in known:
             raise ConfigError(f"readout is {options.readout!r}; expected one of {known}")
-        if len(self.backbone.vision_blocks) == 0:
-            raise ValueError(
-                "the image tower has no blocks; expected at least one, whose form the readout "
-                "changes"
-            )
         self.readout = READOUTS[options.readout]
+        self.embedder: VisionEmbedder | None = None
+        if self.backbone.aligned:
+            self._check_blocks()
+        else:
+            self.embedder = VisionEmbedder(self.backbone.token_dim, self.backbone.embed_dim)
         self.decoder = LightDecoder(
             self.backbone.embed_dim, options.hidden, options.layers, options.doublings
         )
         self.log_scale = nn.Parameter(torch.tensor(float(options.logit_scale)).log())
         self.train_parts(options.trained)
+
+    def _check_blocks(self) -> None:
+        """Raise ValueError unless the CLIP has a last block that a readout can change."""
+        self.backbone.check_class_token("mgca")
+        if len(self.backbone.vision_blocks) == 0:
+            raise ValueError(
+                "the image tower has no blocks; expected at least one, whose form the readout "
+                "changes"
+            )
 
     @override
     def train(self, mode: bool = True) -> MGCA:
@@ -132,7 +144,11 @@ class MGCA(FrozenClipModel):
     @override
     def parts(self) -> dict[str, list[nn.Parameter]]:
         # The CLIP is in none: it stays as it is.
-        return {"decoder": list(self.decoder.parameters()), "scale": [self.log_scale]}
+        found = {"decoder": list(self.decoder.parameters()), "scale": [self.log_scale]}
+        if self.embedder is not None:
+            found["decoder"] += self.embedder.parameters()
+            found["text"] = self.backbone.text_parameters()
+        return found
 
     @property
     @override
@@ -153,18 +169,26 @@ class MGCA(FrozenClipModel):
 
     @override
     def encode_image(self, images: Tensor) -> PatchFeatures:
-        # ``embedding`` is the CLIP's own; the vector that a text is compared with depends on the
-        # text, see ``compatibility``.
+        # ``embedding`` is the CLIP's own, else the mean embedded patch; the vector that a text is
+        # compared with depends on the text, see ``compatibility``.
         check_images(images, self)
-        with torch.no_grad():
-            found = self.backbone.encode_dense(images, self.readout)
+        found = self._frozen_patches(images)
+        if self.embedder is not None:
+            patches = self.embedder(found.tokens)
+            found = PatchFeatures(patches.mean(1), patches, found.grid)
         tokens, grid = self.decoder(found.tokens, found.grid)
         return PatchFeatures(found.embedding, tokens, grid)
 
-    @override
     @torch.no_grad()
+    def _frozen_patches(self, images: Tensor) -> PatchFeatures:
+        if self.embedder is None:
+            return self.backbone.encode_dense(images, self.readout)
+        return self.backbone.encode_patches(images, tap=self.backbone.taps[0])
+
+    @override
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        return super().encode_text(token_ids)
+        with torch.set_grad_enabled("text" in self.options.trained and torch.is_grad_enabled()):
+            return super().encode_text(token_ids)
 
     def compatibility(self, tokens: Tensor, texts: Tensor) -> Tensor:
         """Compare each text with its own weighted mean of each picture's pixels, as PACL does it.

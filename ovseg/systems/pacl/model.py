@@ -1,6 +1,7 @@
 """PACL: patch-aligned contrastive learning (Mukhoti et al., CVPR 2023).
 
 A residual embedder maps the patch tokens of a CLIP, frozen in the paper, to the space of its texts.
+On a trunk of timm (``backbone.kind`` ``timm``) it does the same to features that never saw a text.
 Image and text are compared by the text's own weighted mean over the patches, for every pair of the
 batch (``ovseg_kernels.patch_text_similarity``).
 """
@@ -17,28 +18,11 @@ from typing_extensions import override
 import ovseg_kernels as ok
 
 from ...bounds import bounded
+from ...nn.embedder import VisionEmbedder
 from ...nn.features import PatchFeatures
-from ..base import MAX_SCALE, OVSegModel, SystemOptions
+from ..base import MAX_SCALE, SystemOptions
 from ..checks import check_compared, check_images
-
-
-class VisionEmbedder(nn.Module):
-    """Residual block from token width to text width, the paper's appendix A.1.
-
-    It is the only module that is always trained. For ViT-B/16 (768, 512) it has 1 050 112
-    parameters.
-    """
-
-    def __init__(self, token_dim: int, embed_dim: int, hidden_dim: int | None = None):
-        super().__init__()
-        hidden_dim = hidden_dim or embed_dim
-        self.hidden = nn.Linear(token_dim, hidden_dim)
-        self.out = nn.Linear(hidden_dim, embed_dim)
-        self.skip = nn.Linear(token_dim, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D_v] to [..., D]."""
-        return self.skip(x) + self.out(torch.relu(self.hidden(x)))
+from ..named_weights import NamedWeightsModel
 
 
 @dataclass
@@ -50,8 +34,11 @@ class PACLOptions(SystemOptions):
             vision tower up to the tap as well, ``text`` the text tower. The paper's scale is fixed;
             learning it is what later work reports as better.
         hidden_dim: of the embedder; the text width if None.
+        dropout: share of the embedder's hidden layer that is dropped in training; the paper has
+            none.
         tap: patch tokens ``pre_norm`` or ``post_norm`` of the ViT's final norm. The paper does not
-            say which. TinyClip also has ``local``, before its global part.
+            say which. TinyClip also has ``local``, before its global part; a trunk of timm has
+            ``features`` alone.
         temperature: of the softmax over patches. 1 is the paper's, which shows none; pooling is
             then close to a mean. The toy models state their own: of the 144 patches of a scene an
             object covers a few, which a mean does not show.
@@ -66,6 +53,7 @@ class PACLOptions(SystemOptions):
     templates: str = "pacl7"
     trained: list[str] = field(default_factory=lambda: ["embedder", "scale"])
     hidden_dim: int | None = bounded(None, low=1)
+    dropout: float = bounded(0.0, low=0, high=1, below=True)
     tap: str = "pre_norm"
     temperature: float = bounded(1.0, low=0, above=True, expected="a positive finite number")
     logit_scale: float = bounded(14.3, low=0, above=True, expected="a positive finite number")
@@ -83,7 +71,7 @@ class PACLOptions(SystemOptions):
         return {"trained": ["embedder", *(["scale"] if scale else []), *parts], **options}
 
 
-class PACL(OVSegModel):
+class PACL(NamedWeightsModel):
     """A CLIP, an embedder of its patches, and a scale of its own."""
 
     Options = PACLOptions
@@ -92,11 +80,12 @@ class PACL(OVSegModel):
 
     def __init__(self, options: PACLOptions):
         super().__init__(options)
-        self.backbone.check_class_token("pacl")
+        if self.backbone.aligned:
+            self.backbone.check_class_token("pacl")
         if options.tap not in self.backbone.taps:
             raise ValueError(f"tap is {options.tap!r}; expected one of {list(self.backbone.taps)}")
         self.embedder = VisionEmbedder(
-            self.backbone.token_dim, self.backbone.embed_dim, options.hidden_dim
+            self.backbone.token_dim, self.backbone.embed_dim, options.hidden_dim, options.dropout
         )
         self.tap = options.tap
         self.temperature = options.temperature

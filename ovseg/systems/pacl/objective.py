@@ -20,7 +20,9 @@ class PACLObjective(Objective):
 
     @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        tokens = self.model(self.images(batch)).tokens
+        images = self.images(batch)
+        with progress.seeded(images.device, "dropout", on=self.model.options.dropout > 0):
+            tokens = self.model(images).tokens
         return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
 
     @override

@@ -102,12 +102,12 @@ class Layout(Published):
             to_ours, to_theirs, self.mark, (to_theirs(_ALONE),) if text else self.optional
         )
         named = model.options.clip
-        before = "" if named is None else model.clip_hash()
+        before = "" if named is None else model.weights_hash()
         model.options.clip = None  # so that all tensors are looked at
         try:
             lacking = strict.load(model, found, resize)
         finally:
-            if named is not None and model.clip_hash() == before:
+            if named is not None and model.weights_hash() == before:
                 model.options.clip = named
         return [name for name in lacking if name != to_theirs(_ALONE)]
 
