@@ -25,6 +25,7 @@ from ovseg_kernels import philox
 
 from ..data.batches import Batch, PairBatch
 from ..errors import ConfigError
+from ..nn.features import PatchFeatures
 from ..options import options_of
 from ..registration import Registry, folders
 from .base import OVSegModel
@@ -130,10 +131,13 @@ class Objective(nn.Module):
         batch_type: the kind of batch it takes.
         on_host: fields of the batch that the host reads: they stay where the loader made them, for
             a GPU would be waited for.
+        takes_features: whether it looks at pictures through ``encoded`` alone, so that a batch may
+            hold ``features`` in their place.
     """
 
     batch_type: ClassVar[type[Batch]] = PairBatch
     on_host: ClassVar[tuple[str, ...]] = ()
+    takes_features: ClassVar[bool] = False
 
     def __init__(self, model: OVSegModel):
         super().__init__()
@@ -181,6 +185,18 @@ class Objective(nn.Module):
         """
         images = batch.images
         return images if images.is_floating_point() else self.model.normalize(images)
+
+    def encoded(self, batch: Batch) -> PatchFeatures:
+        """Return what the model makes of the batch's pictures, or of the features in their place.
+
+        Those have the dtype of the model from here on.
+        """
+        stored = batch.features
+        if stored is None:
+            return self.model(self.images(batch))
+        dtype = next(self.model.parameters()).dtype
+        given = PatchFeatures(stored.embedding.to(dtype), stored.tokens.to(dtype), stored.grid)
+        return self.model.encode_features(given)
 
 
 def loss_weights(given: Mapping[str, float], usual: Mapping[str, float]) -> dict[str, float]:

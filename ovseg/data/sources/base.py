@@ -6,6 +6,7 @@ counts what was named and ends training where it is too much.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 
 from ...bounds import bounded, check_bounds
 from ...errors import DataError, InputError
+from ...progress import bar
 from ..batches import Batch
 from ..sampling import generator, mix
 
@@ -123,6 +125,37 @@ class Source(ABC, Generic[S]):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return plain values that say what it is, for logs and for the model that is saved."""
+
+    def without_pictures(self) -> Source[S]:
+        """Return a source of the same examples whose pictures nobody looks at.
+
+        What is drawn stays the same. Here: this one, which reads them all the same.
+        """
+        return self
+
+    def identity(self, *, progress: bool = False) -> str:
+        """Return digits that change with the pictures, or with the order of their numbers.
+
+        Here the pixels of all are looked at, which takes as long as an epoch of reading does.
+
+        Args:
+            progress: whether a bar is shown.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for index in bar(
+            range(len(self)), show=progress, desc="looking at pictures", unit="picture", leave=False
+        ):
+            digest.update(self.digest_of(index))
+        return digest.hexdigest()
+
+    def digest_of(self, index: int) -> bytes:
+        """Return a hash of the pixels of a picture; nothing where it cannot be read."""
+        try:
+            images = self.collate([self.read(index, generator(index))]).images
+        except (InputError, DataError):
+            return b"-"
+        head = f"{images.dtype} {list(images.shape)}".encode()
+        return hashlib.blake2b(head + images.contiguous().numpy().tobytes()).digest()
 
     def sample(self, index: int, rng_seed: int) -> S:
         """Read example ``index``, or one that (index, rng_seed) chooses where it cannot be used.

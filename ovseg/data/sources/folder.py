@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,7 @@ from ...bounds import bounded
 from ...distributed import is_main
 from ...errors import ConfigError, DataError, NoData
 from ...paths import no_folder
-from ...progress import waiting
+from ...progress import bar, waiting
 from ...text_files import lines_of
 from ..batches import PairBatch
 from ..folders import Folder
@@ -100,6 +102,7 @@ class FolderPairs(Source[PairSample]):
     """
 
     batch_type = PairBatch
+    decoding = True
 
     def __init__(
         self,
@@ -159,8 +162,30 @@ class FolderPairs(Source[PairSample]):
 
     def picture(self, index: int, rng: torch.Generator, *maps: np.ndarray) -> list[torch.Tensor]:
         """Return a picture [3, H, W] and its maps, augmented together."""
+        if not self.decoding and not maps:
+            return [torch.empty(3, 0, 0, dtype=torch.uint8)]
         image = read_image(self.root / self.names[index], max_pixels=self.max_pixels)
         return [plain(part) for part in self.transform(rng, *as_items(image, *maps))]
+
+    def without_pictures(self) -> FolderPairs:
+        """Return a source that decodes no picture, but for those that superpixels lie over."""
+        found = copy.copy(self)
+        found.decoding = False
+        return found
+
+    def identity(self, *, progress: bool = False) -> str:
+        """Return digits of the names, sizes and times of the pictures: no file is opened."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in bar(
+            self.names, show=progress, desc="looking at files", unit="file", leave=False
+        ):
+            try:
+                found = os.stat(self.root / name)
+                facts = f" {found.st_size} {found.st_mtime_ns}\n"
+            except OSError as error:  # it is told when it is its turn
+                facts = f" {error.errno}\n"
+            digest.update(os.fsencode(name) + facts.encode())
+        return digest.hexdigest()
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
         """Put samples together."""

@@ -15,9 +15,11 @@ from ..objective import Losses, Objective, Progress, Ranks, Rows
 class ClipDenseObjective(Objective):
     """The contrast of all pairs of the batch."""
 
+    takes_features = True
+
     @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        image = self.model(self.images(batch)).embedding
+        image = self.encoded(batch).embedding
         return {"image": image, "text": self.model.encode_text(batch.token_ids)}
 
     @override

@@ -10,7 +10,7 @@ pixels; labels are given by units that adapt to the picture (``inference/rules/u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -151,15 +151,27 @@ class MGCA(FrozenClipModel):
     def limit_logit_scale(self) -> None:
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
+    @property
     @override
-    def encode_image(self, images: Tensor) -> PatchFeatures:
+    def frozen_tower(self) -> bool:
+        return True
+
+    @override
+    @torch.no_grad()
+    def encode_tower(self, images: Tensor) -> PatchFeatures:
+        check_images(images, self)
+        return self.backbone.encode_dense(images, self.readout)
+
+    @override
+    def encode_features(self, features: PatchFeatures) -> PatchFeatures:
         # ``embedding`` is the CLIP's own; the vector that a text is compared with depends on the
         # text, see ``compatibility``.
-        check_images(images, self)
-        with torch.no_grad():
-            found = self.backbone.encode_dense(images, self.readout)
-        tokens, grid = self.decoder(found.tokens, found.grid)
-        return PatchFeatures(found.embedding, tokens, grid)
+        tokens, grid = self.decoder(features.tokens, features.grid)
+        return PatchFeatures(features.embedding, tokens, grid)
+
+    @override
+    def tower_options(self) -> dict[str, Any]:
+        return {**super().tower_options(), "readout": asdict(self.readout)}
 
     @override
     @torch.no_grad()

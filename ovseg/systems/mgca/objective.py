@@ -82,6 +82,7 @@ class MGCAObjective(Objective):
     """The losses of (1)."""
 
     Options = MGCATraining
+    takes_features = True
     model: MGCA
 
     def __init__(self, model: MGCA, options: MGCATraining | None = None):
@@ -92,7 +93,7 @@ class MGCAObjective(Objective):
 
     @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        tokens = self.model(self.images(batch)).tokens
+        tokens = self.encoded(batch).tokens
         return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
 
     @override

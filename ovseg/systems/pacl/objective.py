@@ -16,11 +16,12 @@ from .model import PACL
 class PACLObjective(Objective):
     """The contrast of all pairs. Patches stay on their rank: only texts travel."""
 
+    takes_features = True
     model: PACL
 
     @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        tokens = self.model(self.images(batch)).tokens
+        tokens = self.encoded(batch).tokens
         return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
 
     @override
