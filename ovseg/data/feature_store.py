@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +162,14 @@ class FeatureStore:
         Raises:
             OSError: if they cannot be written; they do not count then.
         """
-        files = [os.open(self.folder / name, os.O_WRONLY) for name in (_ROWS, _DONE)]
         size = self.form.row * _NUMBERS.itemsize
-        try:
+        with open(self.folder / _ROWS, "r+b", buffering=0) as file:
             for number, row in zip(numbers, rows, strict=True):
-                _write_at(files[0], row.astype(_NUMBERS, copy=False).tobytes(), int(number) * size)
-            os.fsync(files[0])
+                _write_at(file, row.astype(_NUMBERS, copy=False).tobytes(), int(number) * size)
+            os.fsync(file.fileno())
+        with open(self.folder / _DONE, "r+b", buffering=0) as file:
             for number in numbers:
-                _write_at(files[1], b"\x01", int(number))
-        finally:
-            for file in files:
-                os.close(file)
+                _write_at(file, b"\x01", int(number))
 
     def _index(self) -> dict[str, Any]:
         form = json.loads(json.dumps(asdict(self.form)))
@@ -186,12 +184,11 @@ class FeatureStore:
         return min(found.st_size, getattr(found, "st_blocks", 0) * 512)
 
 
-def _write_at(file: int, data: bytes, at: int) -> None:
+def _write_at(file: RawIOBase, data: bytes, at: int) -> None:
     """Write all of ``data``: a disk that fills takes a part first."""
+    file.seek(at)
     while data:
-        written = os.pwrite(file, data, at)
-        data = data[written:]
-        at += written
+        data = data[file.write(data) :]
 
 
 def in_words(size: int) -> str:

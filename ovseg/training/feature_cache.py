@@ -239,7 +239,13 @@ def _prepare(store: FeatureStore, limit: int) -> None:
         return
     if any(file.suffix == ".bin" for file in store.folder.iterdir()):
         logger.warning("train.cache: %s is damaged and is made anew", store.folder)
-    store.create()
+    try:
+        store.create()
+    except OSError as error:
+        raise DataError(
+            f"train.cache: {store.folder} cannot be written ({first_line(error)}); expected a "
+            "folder and a disk that can be"
+        ) from error
 
 
 @dataclass
@@ -409,7 +415,10 @@ class _Filling:
         counts = np.array([bool(failure), self.asked(), done], np.int64)
         failed, stopping, done = distributed.all_reduce_sum(counts).tolist()
         if failed:
-            raise DataError(distributed.gather_strings([failure] if failure else [])[0])
+            failure = distributed.gather_strings([failure] if failure else [])[0]
+            count = self.store.form.pictures
+            whole = count - len(self.store.missing())
+            raise DataError(f"{failure}; {whole} of {count} pictures are in the cache and stay")
         return bool(stopping), done
 
     def _encode(self, batch: _Pictures) -> None:
@@ -439,12 +448,9 @@ class _Filling:
         try:
             self.store.write(batch.numbers, rows.to(torch.float16).cpu().numpy())
         except OSError as error:
-            whole = form.pictures - len(self.store.missing())
             raise DataError(
-                f"train.cache: {self.store.folder} cannot be written ({first_line(error)}) after "
-                f"{whole} of {form.pictures} pictures, which stay; expected room for "
-                f"{in_words((form.pictures - whole) * form.row * 2)} more, then the same command "
-                "goes on"
+                f"train.cache: {self.store.folder} cannot be written ({first_line(error)}); "
+                f"expected room for {in_words(form.size)} in all, then the same command goes on"
             ) from error
 
 
