@@ -15,16 +15,35 @@ _B = TypeVar("_B", bound="Batch")
 
 
 @dataclass
+class StoredFeatures:
+    """What a frozen image tower gave of pictures, as a cache keeps it.
+
+    Attributes:
+        tokens: [B, N, D] float16, row-major over ``grid``.
+        embedding: [B, E] float16.
+        grid: (h, w), with h w = N.
+    """
+
+    tokens: torch.Tensor
+    embedding: torch.Tensor
+    grid: tuple[int, int]
+
+
+@dataclass
 class Batch:
     """Base of the kinds.
 
     Attributes:
-        images: [B, 3, H, W] uint8 pixels, or floats that ``model.normalize`` made.
+        images: [B, 3, H, W] uint8 pixels, or floats that ``model.normalize`` made; [B, 3, 0, 0]
+            where ``features`` stand in their place.
         skipped: what could not be read and was replaced, one line each.
+        features: what the frozen tower of the model gave of the pictures, None where it is yet to
+            see them.
     """
 
     images: torch.Tensor
     skipped: tuple[str, ...] = field(default=(), kw_only=True)
+    features: StoredFeatures | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -37,6 +56,8 @@ class Batch:
                 return function(value)
             if isinstance(value, dict):
                 return {key: over(one) for key, one in value.items()}
+            if isinstance(value, StoredFeatures):
+                return replace(value, tokens=over(value.tokens), embedding=over(value.embedding))
             return value
 
         names = [one.name for one in fields(self) if one.name not in but]

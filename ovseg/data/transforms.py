@@ -97,12 +97,23 @@ class PairAugment:
     rand_augment: str | None = bounded(None, pattern=_POLICY, expected=_POLICY_IN_WORDS)
     erase: float = bounded(0.0, low=0, high=1, expected="a share, 0 to 1")
 
+    def drawn(self) -> str | None:
+        """Return the first field that makes a picture look different each time; None: none does."""
+        draws = {
+            "scale": min(self.scale) < 1,
+            "ratio": self.ratio[0] != self.ratio[1],
+            "flip": 0 < self.flip < 1,
+            "rand_augment": self.rand_augment is not None,
+            "erase": self.erase > 0,
+        }
+        return next((name for name, does in draws.items() if does), None)
+
 
 class RandomResizedCrop:
     """A crop of random area, shape and place, resized to a square with antialias.
 
     Ten tries for a crop that fits, as everywhere; then the largest one in the middle whose shape is
-    allowed.
+    allowed. The whole area of one shape is that one at once: nothing is drawn.
     """
 
     def __init__(
@@ -120,7 +131,8 @@ class RandomResizedCrop:
     def box(self, rng: torch.Generator, height: int, width: int) -> tuple[int, int, int, int]:
         """Draw (top, left, height, width)."""
         low, high = np.log(self.ratio)
-        for _ in range(10):
+        fixed = min(self.scale) == 1 and low == high
+        for _ in range(0 if fixed else 10):
             area = height * width * uniform(rng, *self.scale)
             shape = float(np.exp(uniform(rng, low, high)))
             w = round((area * shape) ** 0.5)

@@ -90,7 +90,8 @@ class OVSegModel(nn.Module):
     """Base of the systems.
 
     A system defines ``encode_image`` and ``parts``, and what differs of ``similarity``,
-    ``segment_logits`` and ``parameter_groups``.
+    ``segment_logits`` and ``parameter_groups``. Where its image tower can stay frozen it defines
+    the two halves of ``encode_image`` in its place, and what ``encode_tower`` depends on.
 
     Attributes:
         Options: dataclass of the system's options.
@@ -190,7 +191,33 @@ class OVSegModel(nn.Module):
 
     def encode_image(self, images: torch.Tensor) -> PatchFeatures:
         """Return the features of ``images`` [B, 3, H, W], normalised by ``normalize``."""
+        return self.encode_features(self.encode_tower(images))
+
+    @property
+    def frozen_tower(self) -> bool:
+        """Whether ``encode_tower`` gives the same of a picture for as long as training lasts."""
+        return False
+
+    def encode_tower(self, images: torch.Tensor) -> PatchFeatures:
+        """Return what the image tower alone gives; where it is frozen, without a graph."""
         raise NotImplementedError
+
+    def encode_features(self, features: PatchFeatures) -> PatchFeatures:
+        """Make what ``encode_image`` returns of what ``encode_tower`` gave: the trained half."""
+        raise NotImplementedError
+
+    def tower_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that ``encode_tower`` depends on, by name, and maybe some more."""
+        b = self.backbone
+        beside = {id(p) for p in (*b.text_parameters(), b.logit_scale, b.logit_bias)}
+        named = (*b.named_parameters(), *b.named_buffers())
+        return {name: x for name, x in named if id(x) not in beside}
+
+    def tower_options(self) -> dict[str, Any]:
+        """Return what ``encode_tower`` depends on beside them, for JSON."""
+        towers = self.options.backbone.items()
+        kept = {key: value for key, value in towers if key not in self.starting_options}
+        return {"system": self.system or type(self).__name__, "backbone": kept}
 
     def image_state(self) -> tuple[list[torch.Tensor], Any]:
         """Return what ``encode_image`` depends on: tensors, and whatever else.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import ovseg_kernels as ok
 from ovseg_kernels.distributed import gather_rows
 
-from ..data.batches import PairBatch
+from ..data.batches import PairBatch, TagBatch
 from ..data.pair_samples import countable_pairs
 from ..nn.tensors import at_least_float32
 from .base import cosines
@@ -22,25 +22,34 @@ def image_text_contrast(
     image: torch.Tensor,
     text: torch.Tensor,
     logit_scale: torch.Tensor,
-    batch: PairBatch,
+    batch: PairBatch | TagBatch,
     group: dist.ProcessGroup | None,
     similarity: Similarity = cosines,
 ) -> torch.Tensor:
     """Return symmetric InfoNCE of this rank's pictures and texts among those of all ranks.
 
     Equal ids are positives. Pictures stay where they are: texts and, where a similarity matrix is
-    needed, their entities are gathered.
+    needed, their entities are gathered. A vocabulary is the same everywhere and need not travel:
+    each picture has several positives among its words.
 
     Args:
         image: [B, ...], what ``similarity`` takes.
         text: [T, E].
         logit_scale: multiplies the similarity; gets a gradient.
-        batch: ids and entities.
+        batch: ids and entities, or which words are true.
         group: of the ranks; None for one process.
         similarity: of all pictures with all texts, [B, T].
     """
     image = at_least_float32(image)
     text = at_least_float32(text)
+    if isinstance(batch, TagBatch):
+        return ok.similarity_contrastive_loss(
+            similarity(image, text),
+            logit_scale,
+            positives=batch.positives,
+            pair_mask=batch.counted,
+            group=group,
+        )
     if similarity is cosines and batch.text_entities is None:
         return ok.contrastive_loss(
             image,

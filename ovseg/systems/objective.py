@@ -23,8 +23,9 @@ from torch import nn
 
 from ovseg_kernels import philox
 
-from ..data.batches import Batch, PairBatch
+from ..data.batches import Batch, PairBatch, TagBatch
 from ..errors import ConfigError
+from ..nn.features import PatchFeatures
 from ..options import options_of
 from ..registration import Registry, folders
 from .base import OVSegModel
@@ -127,13 +128,16 @@ class Objective(nn.Module):
         model: the system that is trained.
 
     Attributes:
-        batch_type: the kind of batch it takes.
+        batch_types: the kinds of batches it takes.
         on_host: fields of the batch that the host reads: they stay where the loader made them, for
             a GPU would be waited for.
+        takes_features: whether it looks at pictures through ``encoded`` alone, so that a batch may
+            hold ``features`` in their place.
     """
 
-    batch_type: ClassVar[type[Batch]] = PairBatch
+    batch_types: ClassVar[tuple[type[Batch], ...]] = (PairBatch,)
     on_host: ClassVar[tuple[str, ...]] = ()
+    takes_features: ClassVar[bool] = False
 
     def __init__(self, model: OVSegModel):
         super().__init__()
@@ -145,7 +149,7 @@ class Objective(nn.Module):
         """Return named scalars with ``total``.
 
         Args:
-            batch: of ``batch_type``, on the model's device but for ``on_host``.
+            batch: of ``batch_types``, on the model's device but for ``on_host``.
             progress: the step, for schedules and noise.
             group: the ranks that hold the rest of the batch; None for one process.
         """
@@ -181,6 +185,38 @@ class Objective(nn.Module):
         """
         images = batch.images
         return images if images.is_floating_point() else self.model.normalize(images)
+
+    def encoded(self, batch: Batch) -> PatchFeatures:
+        """Return what the model makes of a batch's pictures, or of the features in their place."""
+        if batch.features is None:
+            return self.model(self.images(batch))
+        return self.model.encode_features(self.seen(batch))
+
+    def seen(self, batch: Batch) -> PatchFeatures:
+        """Return what the image tower gives of the batch's pictures, from a cache if it is there.
+
+        Features have the dtype of the model from here on.
+        """
+        stored = batch.features
+        if stored is None:
+            return self.model.encode_tower(self.images(batch))
+        dtype = next(self.model.parameters()).dtype
+        return PatchFeatures(stored.embedding.to(dtype), stored.tokens.to(dtype), stored.grid)
+
+    def own_texts(self, batch: PairBatch | TagBatch) -> Rows:
+        """Return the embeddings of the texts that lie in a batch row by row.
+
+        A vocabulary, which all pictures share, is none of them: it is encoded once, by ``texts``.
+        """
+        if isinstance(batch, TagBatch):
+            return {}
+        return {"text": self.model.encode_text(batch.token_ids)}
+
+    def texts(self, rows: Rows, batch: PairBatch | TagBatch) -> torch.Tensor:
+        """Return the embeddings of all texts that this rank compares its pictures with."""
+        if isinstance(batch, TagBatch):
+            return self.model.encode_text(batch.token_ids)
+        return rows["text"]
 
 
 def loss_weights(given: Mapping[str, float], usual: Mapping[str, float]) -> dict[str, float]:

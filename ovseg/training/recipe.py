@@ -96,6 +96,9 @@ class TrainPart:
             average.
         precision: auto: bf16 on GPUs that have it, fp32 elsewhere.
         parallel: how several processes share the work.
+        cache: folder for what a frozen image tower gives of each picture, computed once and read
+            in place of pictures; None: the tower sees each picture anew.
+        cache_limit: bytes that the folder may hold; None: 20 GiB.
         seed: of weights, data and noise.
         device: auto: a GPU where there is one.
     """
@@ -110,6 +113,8 @@ class TrainPart:
     )
     precision: str = bounded("auto", one_of=("auto", "fp32", "bf16", "fp16"))
     parallel: str = bounded("ddp", one_of=("ddp", "fsdp"))
+    cache: str | None = None
+    cache_limit: int | None = _positive(None)
     seed: int = bounded(0, low=0, high=2**63 - 1)
     device: str = "auto"
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .. import distributed
+from ..data.cached_source import CachedSource
 from ..data.loader import Loader, batches_of
 from ..data.sources import ModelInputs, Source, create_source
 from ..environment import environment
@@ -30,6 +31,7 @@ from ..time_limits import data_limit
 from ..weights.files import check_fit
 from ..weights.pickles import read_published
 from ..weights.saving import read_config
+from .feature_cache import check_cache
 from .recipe import Recipe, differences, hash_of, load_yaml, save_recipe, stages_of, to_dict
 from .state import complete, damage, facts_of
 
@@ -136,6 +138,9 @@ def build_loader(
     source = create_source(options, inputs, seed=train.seed, progress=progress)
     check_source(source, objective, options.kind)
     check_batches(len(source), recipe)
+    if train.cache is not None:
+        check_cache(recipe, objective)
+        source = CachedSource(source)
     return Loader(
         source,
         train.batch_size,
@@ -154,10 +159,11 @@ def build_loader(
 
 def check_source(source: Source, objective: Objective, kind: str) -> None:
     """Raise ConfigError if the data make other batches than the objective takes, or mean others."""
-    if not issubclass(source.batch_type, objective.batch_type):
+    kinds = objective.batch_types
+    if not issubclass(source.batch_type, kinds):
         raise ConfigError(
             f"data.kind is {kind!r}, which gives {source.batch_type.__name__}; the objective "
-            f"{type(objective).__name__} expects {objective.batch_type.__name__}"
+            f"{type(objective).__name__} expects {' or '.join(one.__name__ for one in kinds)}"
         )
     objective.check_source(source)
 
@@ -345,7 +351,8 @@ def finished(folder: Path, recipe: Recipe) -> int | None:
     stages = stages_of(recipe)
     last = stages[-1].train
     of = facts["of"] or (last.steps if last.epochs is None else None)  # earlier versions lack it
-    same = facts["recipe"] == to_dict(recipe) and facts["processes"] == distributed.world_size()
+    changed = differences(facts["recipe"], to_dict(recipe))  # earlier versions lack some keys
+    same = not changed and facts["processes"] == distributed.world_size()
     ended = facts["stage"] == len(stages) - 1 and of is not None and facts["step"] >= of
     return steps if same and exported and ended else None
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from .. import distributed
+from ..data.cached_source import uncached
 from ..data.sources import ModelInputs, Source, create_source
 from ..data.sources.scenes import Options as SceneOptions
 from ..errors import CheckpointError, ConfigError, DataError, InputError
 from ..systems import OVSegModel
 from ..systems.objective import Objective
 from . import state as checkpoints
+from .feature_cache import check_cache
 from .recipe import Recipe, to_dict
 from .schedule import misfits
 from .stages import (
@@ -61,7 +63,7 @@ def check_later_stages(
         return
     device = next(state.objective.parameters()).device
     before = checkpoints.random_state()
-    sources = {_key(stages[first]): state.loader.source}
+    sources = {_key(stages[first]): uncached(state.loader.source)}
     previous = build_model(stages[first])
     for number in range(first + 1, len(stages)):
         stage = stages[number]
@@ -147,6 +149,7 @@ def _check_data(stage: Recipe, objective: Objective, sources: dict[str, Source])
         if not drawn:
             sources[_key(stage)] = source
     check_source(source, objective, stage.data.kind)
+    check_cache(stage, objective)
     return check_batches(stage.data.train_size if drawn else len(source), stage)
 
 

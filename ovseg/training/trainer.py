@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from .. import distributed, stop_signals
 from ..data.batches import Batch
+from ..data.cached_source import CachedSource
 from ..data.sources.base import SkipLimit
 from ..errors import DataError, InputError
 from ..progress import bar
@@ -36,6 +37,7 @@ from ..stop_signals import StopRequest
 from ..systems import OVSegModel, from_pretrained, save_pretrained
 from ..systems.objective import Progress
 from . import state as checkpoints
+from .feature_cache import Tower, fill_cache
 from .gradients import Gradients, LossScaler, cast_for, clip, is_sharded, shard, trained
 from .hooks import Begin, Checkpoints, Evaluate, Hook, Log, Step, Validation, plot_loss
 from .recipe import Recipe, stages_of, to_dict
@@ -245,6 +247,7 @@ class Trainer:
             take_weights(model, recipe, folder, start.model)
         objective = build_objective(model.to(device).train(), recipe).train()
         cast, precision = cast_for(recipe.train.precision, device)
+        self.precision = precision
         sharded = recipe.train.parallel == "fsdp" and distributed.world_size() > 1
         average = average_of(model, recipe.train.ema, sharded=sharded)
         self.gradients = Gradients(objective, recipe.train.parallel, recipe.train.chunk, cast)
@@ -271,6 +274,7 @@ class Trainer:
         """Make all steps that are left, or those until ``request``."""
         state = self.state
         bad = 0
+        self._fill_cache(request)
         show = not self.quiet and distributed.is_main()
         title = self.recipe.model.name
         if self.stages > 1:
@@ -305,6 +309,23 @@ class Trainer:
                 shown.set_postfix(loss=f"{step.losses['total']:.3f}", refresh=False)
                 if step.stopping:
                     raise Interrupted(f"{request} at step {step.number}; saved, go on with resume")
+
+    def _fill_cache(self, request: StopRequest) -> None:
+        """Encode the pictures that ``train.cache`` lacks, if a step is left that needs them."""
+        source = self.state.loader.source
+        if not isinstance(source, CachedSource) or self.state.step >= self.steps:
+            return
+        before = checkpoints.random_state()
+        model = self._whole(self.state.objective.model)
+        tower = Tower(model, self.gradients.cast, self.precision)
+        show = not self.quiet and distributed.is_main()
+        done = fill_cache(source, tower, self.recipe, asked=lambda: _asked(request), show=show)
+        checkpoints.set_random_state(before)  # training draws what it would have drawn
+        if not done:
+            raise Interrupted(
+                f"{request} before step {self.state.done + self.state.step}, while pictures were "
+                "encoded; what is encoded stays, the same command goes on"
+            )
 
     def _step(self, batch: Batch, request: StopRequest) -> Step:
         """Make one step: gradient, update, bookkeeping."""
@@ -387,7 +408,11 @@ class Trainer:
         trained_model: Any = state.objective.model
         if state.average is not None:
             trained_model = state.average.module
-        if not is_sharded(state.objective):
+        return self._whole(trained_model)
+
+    def _whole(self, trained_model: Any) -> OVSegModel:
+        """Return a model, or where the objective is sharded a whole copy of it."""
+        if not is_sharded(self.state.objective):
             return trained_model
         tensors = checkpoints.whole(trained_model)
         model = build_model(self.recipe).to(self.device)

@@ -71,11 +71,11 @@ def test_nothing_waits_for_the_device(name, options, losses, monkeypatch):
         batch = PairBatch(
             images, texts, ids, ids, segments=torch.zeros(4, N, dtype=torch.int64, device="cuda")
         )
-        if objective.batch_type is NounBatch:
+        if objective.batch_types[0] is NounBatch:
             batch = NounBatch(images, texts, ids, ids, noun_ids=texts[:, None].expand(4, 3, 16))
-        elif objective.batch_type is EntityBatch:
+        elif objective.batch_types[0] is EntityBatch:
             batch = EntityBatch(images, texts, ids, ids, question_ids=texts, answer_ids=texts)
-        elif objective.batch_type is MaskBatch:
+        elif objective.batch_types[0] is MaskBatch:
             batch = MaskBatch(images, torch.zeros(4, 48, 48, dtype=torch.int64, device="cuda"))
         batch, texts = (
             batch.to("cuda", but=objective.on_host),

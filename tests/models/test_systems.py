@@ -34,7 +34,7 @@ def batch_for(model, B=4):
     image = torch.randint(
         0, 256, (B, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
-    if create_objective(model).batch_type is MaskBatch:
+    if create_objective(model).batch_types[0] is MaskBatch:
         return MaskBatch(
             image, torch.randint(0, 23, (B, 48, 48), generator=torch.Generator().manual_seed(2))
         )

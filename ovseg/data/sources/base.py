@@ -6,15 +6,19 @@ counts what was named and ends training where it is too much.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from ...bounds import bounded, check_bounds
 from ...errors import DataError, InputError
+from ...progress import bar
 from ..batches import Batch
 from ..sampling import generator, mix
 
@@ -124,6 +128,37 @@ class Source(ABC, Generic[S]):
     def describe(self) -> dict[str, Any]:
         """Return plain values that say what it is, for logs and for the model that is saved."""
 
+    def without_pictures(self) -> Source[S]:
+        """Return a source of the same examples whose pictures nobody looks at.
+
+        What is drawn stays the same. Here: this one, which reads them all the same.
+        """
+        return self
+
+    def identity(self, *, progress: bool = False) -> str:
+        """Return digits that change with the pictures, or with the order of their numbers.
+
+        Here the pixels of all are looked at, which takes as long as an epoch of reading does.
+
+        Args:
+            progress: whether a bar is shown.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for index in bar(
+            range(len(self)), show=progress, desc="looking at pictures", unit="picture", leave=False
+        ):
+            digest.update(self.digest_of(index))
+        return digest.hexdigest()
+
+    def digest_of(self, index: int) -> bytes:
+        """Return a hash of the pixels of a picture; nothing where it cannot be read."""
+        try:
+            images = self.collate([self.read(index, generator(index))]).images
+        except (InputError, DataError):
+            return b"-"
+        head = f"{images.dtype} {list(images.shape)}".encode()
+        return hashlib.blake2b(head + images.contiguous().numpy().tobytes()).digest()
+
     def sample(self, index: int, rng_seed: int) -> S:
         """Read example ``index``, or one that (index, rng_seed) chooses where it cannot be used.
 
@@ -142,6 +177,24 @@ class Source(ABC, Generic[S]):
                 found.skipped = tuple(skipped)
                 return found
         raise DataError(f"{_ATTEMPTS} pictures in a row cannot be used; the first: {skipped[0]}")
+
+
+def identity_of_files(paths: Iterable[Path], *, progress: bool = False) -> str:
+    """Return digits of the names, sizes and times of files: none is opened.
+
+    Args:
+        paths: of the files.
+        progress: whether a bar is shown.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in bar(paths, show=progress, desc="looking at files", unit="file", leave=False):
+        try:
+            found = os.stat(path)
+            facts = f" {found.st_size} {found.st_mtime_ns}\n"
+        except OSError as error:  # it is told when it is its turn
+            facts = f" {error.errno}\n"
+        digest.update(os.fsencode(path) + facts.encode())
+    return digest.hexdigest()
 
 
 class SkipLimit:

@@ -6,6 +6,7 @@ need the side file of ``ovseg data cross-pairs``, and are those that have an ent
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,12 @@ class EntityFolder(folder.FolderPairs):
             partner = self.picture(self.index.partner(number, entity, rng), rng)[0]
             sample.rows |= texts.partner_rows(entity, partner)
         return sample
+
+    def identity(self, *, progress: bool = False) -> str:
+        """Return digits of the files, and of which of them are read."""
+        chosen = b"" if self.chosen is None else self.chosen.tobytes()
+        which = hashlib.blake2b(chosen, digest_size=8).hexdigest()
+        return f"{super().identity(progress=progress)} {which}"
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
         """Put samples together with what entities add."""

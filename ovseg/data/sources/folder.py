@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,7 @@ from ..pair_samples import PairSample, caption_id, collate_pairs
 from ..sampling import some
 from ..superpixels import PATCH_RULES, SuperpixelFile, patch_labels
 from ..transforms import PairAugment, as_items, pair_transform, plain
-from .base import MOST_PIXELS, MOST_SIDE, ModelInputs, Source, SourceOptions
+from .base import MOST_PIXELS, MOST_SIDE, ModelInputs, Source, SourceOptions, identity_of_files
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class FolderPairs(Source[PairSample]):
     """
 
     batch_type = PairBatch
+    decoding = True
 
     def __init__(
         self,
@@ -159,8 +161,20 @@ class FolderPairs(Source[PairSample]):
 
     def picture(self, index: int, rng: torch.Generator, *maps: np.ndarray) -> list[torch.Tensor]:
         """Return a picture [3, H, W] and its maps, augmented together."""
+        if not self.decoding and not maps:
+            return [torch.empty(3, 0, 0, dtype=torch.uint8)]
         image = read_image(self.root / self.names[index], max_pixels=self.max_pixels)
         return [plain(part) for part in self.transform(rng, *as_items(image, *maps))]
+
+    def without_pictures(self) -> FolderPairs:
+        """Return a source that decodes no picture, but for those that superpixels lie over."""
+        found = copy.copy(self)
+        found.decoding = False
+        return found
+
+    def identity(self, *, progress: bool = False) -> str:
+        """Return digits of the names, sizes and times of the pictures: no file is opened."""
+        return identity_of_files([self.root / name for name in self.names], progress=progress)
 
     def collate(self, samples: Sequence[PairSample]) -> PairBatch:
         """Put samples together."""

@@ -11,10 +11,12 @@ A word of the vocabulary is true of a picture, known to be false, or not counted
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,7 +32,15 @@ from ..pair_samples import PairSample, collate_pairs, without_padding
 from ..sampling import integer
 from ..tag_files import Tagged, places_of, read_place
 from ..transforms import PairAugment, WholeSquare, as_items, pair_transform, plain
-from .base import MOST_PIXELS, MOST_SIDE, ModelInputs, Sample, Source, SourceOptions
+from .base import (
+    MOST_PIXELS,
+    MOST_SIDE,
+    ModelInputs,
+    Sample,
+    Source,
+    SourceOptions,
+    identity_of_files,
+)
 from .folder import Names
 
 logger = logging.getLogger(__name__)
@@ -137,6 +147,7 @@ class Tags(Source[Any]):
     """
 
     batch_type: ClassVar[type[Batch]] = TagBatch
+    decoding = True
 
     def __init__(
         self,
@@ -195,13 +206,24 @@ class Tags(Source[Any]):
 
     def read(self, index: int, rng: torch.Generator) -> TagSample | PairSample:
         """Read a picture with its words, or with the one that is drawn."""
-        sample = self.read_without_picture(index, rng)
-        image = read_image(self.names[index], max_pixels=self.max_pixels)
-        sample.image = plain(self.transform(rng, *as_items(image))[0])
+        sample = self._words(index, rng)
+        if self.decoding:
+            image = read_image(self.names[index], max_pixels=self.max_pixels)
+            sample.image = plain(self.transform(rng, *as_items(image))[0])
         return sample
 
-    def read_without_picture(self, index: int, rng: torch.Generator) -> TagSample | PairSample:
-        """Return the same sample with a picture of no pixels, [3, 0, 0]; its file is not opened."""
+    def without_pictures(self) -> Tags:
+        """Return a source of the same words that opens no picture."""
+        found = copy.copy(self)
+        found.decoding = False
+        return found
+
+    def identity(self, *, progress: bool = False) -> str:
+        """Return digits of the names, sizes and times of the pictures: no file is opened."""
+        return identity_of_files([Path(name) for name in self.names], progress=progress)
+
+    def _words(self, index: int, rng: torch.Generator) -> TagSample | PairSample:
+        """Return the sample with a picture of no pixels, [3, 0, 0]."""
         nothing = torch.empty(3, 0, 0, dtype=torch.uint8)
         positives = self.positives[index]
         counted = self.counted[index]

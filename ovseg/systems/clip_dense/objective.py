@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from ...data.batches import PairBatch
+from ...data.batches import PairBatch, TagBatch
 from ..contrast import image_text_contrast
 from ..objective import Losses, Objective, Progress, Ranks, Rows
 
@@ -15,12 +15,18 @@ from ..objective import Losses, Objective, Progress, Ranks, Rows
 class ClipDenseObjective(Objective):
     """The contrast of all pairs of the batch."""
 
-    @override
-    def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        image = self.model(self.images(batch)).embedding
-        return {"image": image, "text": self.model.encode_text(batch.token_ids)}
+    batch_types = (PairBatch, TagBatch)
+    takes_features = True
 
     @override
-    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
+    def encode(self, batch: PairBatch | TagBatch, progress: Progress) -> Rows:
+        image = self.encoded(batch).embedding
+        return {"image": image, **self.own_texts(batch)}
+
+    @override
+    def loss(
+        self, rows: Rows, batch: PairBatch | TagBatch, progress: Progress, group: Ranks
+    ) -> Losses:
         scale = self.model.logit_scale
-        return {"total": image_text_contrast(rows["image"], rows["text"], scale, batch, group)}
+        text = self.texts(rows, batch)
+        return {"total": image_text_contrast(rows["image"], text, scale, batch, group)}

@@ -62,7 +62,7 @@ class GroupViTObjective(Objective):
                 "nouns; expected a model with multi_label=true (model.options in a recipe)"
             )
         self.multi_label = options.multi_label
-        self.batch_type = NounBatch if options.multi_label else PairBatch  # type: ignore[misc]
+        self.batch_types = (NounBatch if options.multi_label else PairBatch,)  # type: ignore[misc]
 
     @override
     def encode(self, batch: PairBatch, progress: Progress) -> Rows:

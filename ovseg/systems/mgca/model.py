@@ -10,7 +10,7 @@ pixels; labels are given by units that adapt to the picture (``inference/rules/u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -167,23 +167,32 @@ class MGCA(FrozenClipModel):
     def limit_logit_scale(self) -> None:
         self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
+    @property
     @override
-    def encode_image(self, images: Tensor) -> PatchFeatures:
-        # ``embedding`` is the CLIP's own, else the mean embedded patch; the vector that a text is
-        # compared with depends on the text, see ``compatibility``.
-        check_images(images, self)
-        found = self._frozen_patches(images)
-        if self.embedder is not None:
-            patches = self.embedder(found.tokens)
-            found = PatchFeatures(patches.mean(1), patches, found.grid)
-        tokens, grid = self.decoder(found.tokens, found.grid)
-        return PatchFeatures(found.embedding, tokens, grid)
+    def frozen_tower(self) -> bool:
+        return True
 
+    @override
     @torch.no_grad()
-    def _frozen_patches(self, images: Tensor) -> PatchFeatures:
+    def encode_tower(self, images: Tensor) -> PatchFeatures:
+        check_images(images, self)
         if self.embedder is None:
             return self.backbone.encode_dense(images, self.readout)
         return self.backbone.encode_patches(images, tap=self.backbone.taps[0])
+
+    @override
+    def encode_features(self, features: PatchFeatures) -> PatchFeatures:
+        # ``embedding`` is the CLIP's own, else the mean embedded patch; the vector that a text is
+        # compared with depends on the text, see ``compatibility``.
+        if self.embedder is not None:
+            patches = self.embedder(features.tokens)
+            features = PatchFeatures(patches.mean(1), patches, features.grid)
+        tokens, grid = self.decoder(features.tokens, features.grid)
+        return PatchFeatures(features.embedding, tokens, grid)
+
+    @override
+    def tower_options(self) -> dict[str, Any]:
+        return {**super().tower_options(), "readout": asdict(self.readout)}
 
     @override
     def encode_text(self, token_ids: Tensor) -> Tensor:

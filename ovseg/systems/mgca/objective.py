@@ -34,7 +34,7 @@ from ovseg_kernels.distributed import gather_rows
 from ovseg_kernels.results import SelectedPixels
 
 from ...bounds import bounded
-from ...data.batches import PairBatch
+from ...data.batches import PairBatch, TagBatch
 from ...nn.tensors import at_least_float32
 from ...nn.units import cluster, mean_weights
 from ..contrast import image_text_contrast
@@ -82,6 +82,8 @@ class MGCAObjective(Objective):
     """The losses of (1)."""
 
     Options = MGCATraining
+    batch_types = (PairBatch, TagBatch)
+    takes_features = True
     model: MGCA
 
     def __init__(self, model: MGCA, options: MGCATraining | None = None):
@@ -91,14 +93,16 @@ class MGCAObjective(Objective):
         self.weights = loss_weights(options.weights, dict.fromkeys(LEVELS, 1.0))
 
     @override
-    def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        tokens = self.model(self.images(batch)).tokens
-        return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
+    def encode(self, batch: PairBatch | TagBatch, progress: Progress) -> Rows:
+        tokens = self.encoded(batch).tokens
+        return {"tokens": tokens, **self.own_texts(batch)}
 
     @override
-    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
+    def loss(
+        self, rows: Rows, batch: PairBatch | TagBatch, progress: Progress, group: Ranks
+    ) -> Losses:
         tokens = at_least_float32(rows["tokens"])
-        text = at_least_float32(rows["text"])
+        text = at_least_float32(self.texts(rows, batch))
         model = self.model
         weights = self.weights | {"pixel": self.pixel_weight(progress.share)}
         shared = OneGradient(tokens)
@@ -127,7 +131,12 @@ class MGCAObjective(Objective):
         return self.weights["pixel"] * rise
 
     def _pixel(
-        self, shared: OneGradient, text: Tensor, batch: PairBatch, progress: Progress, group: Ranks
+        self,
+        shared: OneGradient,
+        text: Tensor,
+        batch: PairBatch | TagBatch,
+        progress: Progress,
+        group: Ranks,
     ) -> Tensor:
         """Return (2), in two steps: what is selected, and the loss of those rows.
 
@@ -137,8 +146,13 @@ class MGCAObjective(Objective):
         """
         o = self.options
         pixels = shared.pixels
-        image_ids = batch.image_ids
-        text_ids = batch.text_ids
+        if isinstance(batch, TagBatch):  # one of a picture's words is its text, drawn anew
+            drawn = progress.uniform(text.device, "words", tuple(batch.positives.shape))
+            image_ids = text_ids = drawn.masked_fill(~batch.positives, -1).argmax(1)
+            text = text[text_ids]
+        else:
+            image_ids = batch.image_ids
+            text_ids = batch.text_ids
         if group is not None:
             pixels, text, image_ids, text_ids = (
                 gather_rows(x, group) for x in (pixels, text, image_ids, text_ids)

@@ -96,7 +96,7 @@ class OVSegmentorObjective(Objective):
                 f"model.options.stage={list(LOSSES).index(lacking[0])} or more"
             )
         batch_type = next(kind for name, kind in _BATCHES.items() if self.weights[name])
-        self.batch_type = batch_type  # type: ignore[misc]
+        self.batch_types = (batch_type,)  # type: ignore[misc]
         if there["entity"] and not self.weights["entity"]:
             model.train_parts([part for part in model.options.trained if part != "entities"])
         if self.weights["mask"] and options.teacher == "copy":

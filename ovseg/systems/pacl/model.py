@@ -112,15 +112,27 @@ class PACL(NamedWeightsModel):
     def logit_scale(self) -> Tensor:
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
+    @property
     @override
-    def encode_image(self, images: Tensor) -> PatchFeatures:
+    def frozen_tower(self) -> bool:
+        return "vision" not in self.options.trained
+
+    @override
+    def encode_tower(self, images: Tensor) -> PatchFeatures:
+        check_images(images, self)
+        with torch.set_grad_enabled(not self.frozen_tower and torch.is_grad_enabled()):
+            return self.backbone.encode_patches(images, tap=self.tap)
+
+    @override
+    def encode_features(self, features: PatchFeatures) -> PatchFeatures:
         # ``embedding`` is the mean patch: the vector that a text is compared with depends on the
         # text, see ``compatibility``.
-        check_images(images, self)
-        with torch.set_grad_enabled("vision" in self.options.trained and torch.is_grad_enabled()):
-            patches = self.backbone.encode_patches(images, tap=self.tap)
-        tokens = self.embedder(patches.tokens)
-        return PatchFeatures(tokens.mean(1), tokens, patches.grid)
+        tokens = self.embedder(features.tokens)
+        return PatchFeatures(tokens.mean(1), tokens, features.grid)
+
+    @override
+    def tower_options(self) -> dict[str, Any]:
+        return {**super().tower_options(), "tap": self.tap}
 
     @override
     def encode_text(self, token_ids: Tensor) -> Tensor:

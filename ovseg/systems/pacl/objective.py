@@ -1,34 +1,167 @@
 """PACL's objective: the contrast by the compatibility of every text with every picture's patches.
 
-Mukhoti et al., arXiv:2212.04994.
+    L = L_contrast + w L_self                                                                    (1)
+
+L_contrast is symmetric InfoNCE over phi(i, j) (Mukhoti et al., arXiv:2212.04994): of the texts of a
+batch, or of the words of a vocabulary, several of which are true of a picture.
+
+L_self is self-training by pseudo-labels (Lee, ICML workshop 2013) under the constraint that weak
+supervision knows from the words of a picture (Papandreou et al., ICCV 2015). With c_nj the cosine
+of patch n and word j, lambda the logit scale, C_i the words that are true of picture i and those of
+stuff, which may be seen in any:
+
+    y_n    = argmax_{j in C_i} c_nj - penalty [j is stuff that is not said of i]                 (2)
+    L_self = mean_i mean_{n in S_i} -log softmax_j(lambda c_nj)[y_n]                             (3)
+
+S_i are the patches of picture i whose y_n is surest, a share ``keep`` of them. The softmax runs
+over C_i and the words that are known to be false of the picture.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import override
 
-from ...data.batches import PairBatch
-from ..contrast import image_text_contrast
+from ...bounds import bounded
+from ...data.batches import PairBatch, TagBatch
+from ...data.entities import load_entities
+from ...errors import ConfigError
+from ...nn.features import PatchFeatures
+from ...nn.tensors import at_least_float32
+from ..base import cosines
+from ..contrast import image_text_contrast, mean_of_rows
 from ..objective import Losses, Objective, Progress, Ranks, Rows
 from .model import PACL
 
 
-class PACLObjective(Objective):
-    """The contrast of all pairs. Patches stay on their rank: only texts travel."""
+@dataclass
+class PACLTraining:
+    """Options of the objective.
 
+    Attributes:
+        patches: of each picture that take part in a step, drawn anew in every one; None: all.
+        self_training: w of (1); 0: the contrast alone. Only pictures with words have it.
+        keep: share of a picture's patches that teach, the surest.
+        stuff: what may be seen in any picture: a list of entities by name, a YAML file, or words.
+        penalty: taken off the cosines of stuff that is not said of the picture.
+    """
+
+    patches: int | None = bounded(None, low=1)
+    self_training: float = bounded(0.0, low=0)
+    keep: float = bounded(0.7, low=0, above=True, high=1)
+    stuff: Any = field(default_factory=list)
+    penalty: float = bounded(0.0, low=-2, high=2)
+
+
+class PACLObjective(Objective):
+    """The losses of (1). Patches stay on their rank: only texts travel."""
+
+    Options = PACLTraining
+    batch_types = (PairBatch, TagBatch)
+    takes_features = True
     model: PACL
 
-    @override
-    def encode(self, batch: PairBatch, progress: Progress) -> Rows:
-        images = self.images(batch)
-        with progress.seeded(images.device, "dropout", on=self.model.options.dropout > 0):
-            tokens = self.model(images).tokens
-        return {"tokens": tokens, "text": self.model.encode_text(batch.token_ids)}
+    def __init__(self, model: PACL, options: PACLTraining | None = None):
+        super().__init__(model)
+        self.options = options or PACLTraining()
+        self.stuff = _stuff(self.options.stuff, model.tokenizer)
 
     @override
-    def loss(self, rows: Rows, batch: PairBatch, progress: Progress, group: Ranks) -> Losses:
+    def check_source(self, source: Any) -> None:
+        if self.options.self_training and not issubclass(source.batch_type, TagBatch):
+            raise ConfigError(
+                f"objective.options.self_training is {self.options.self_training:g} and the data "
+                f"give {source.batch_type.__name__}; expected 0, or pictures with words "
+                "(data.kind=tags), which say what a patch may be"
+            )
+
+    @override
+    def encode(self, batch: PairBatch | TagBatch, progress: Progress) -> Rows:
+        drop = self.model.options.dropout > 0
+        with progress.seeded(batch.images.device, "dropout", on=drop):
+            if self.options.patches is None:
+                tokens = self.encoded(batch).tokens
+            else:
+                tokens = self.model.encode_features(self._some(self.seen(batch), progress)).tokens
+        return {"tokens": tokens, **self.own_texts(batch)}
+
+    def _some(self, features: PatchFeatures, progress: Progress) -> PatchFeatures:
+        """Return random patches of each picture, their own whichever process it falls to."""
+        tokens = features.tokens
+        B, N, D = tokens.shape
+        count = self.options.patches
+        if count is None or count >= N:
+            return features
+        order = progress.uniform(tokens.device, "patches", (B, N))
+        chosen = order.topk(count, dim=1).indices
+        tokens = tokens.gather(1, chosen[:, :, None].expand(B, count, D))
+        return PatchFeatures(features.embedding, tokens, (1, count))
+
+    @override
+    def loss(
+        self, rows: Rows, batch: PairBatch | TagBatch, progress: Progress, group: Ranks
+    ) -> Losses:
         model = self.model
-        total = image_text_contrast(
-            rows["tokens"], rows["text"], model.logit_scale, batch, group, model.compatibility
+        tokens = rows["tokens"]
+        text = self.texts(rows, batch)
+        contrast = image_text_contrast(
+            tokens, text, model.logit_scale, batch, group, model.compatibility
         )
-        return {"total": total}
+        if not self.options.self_training:
+            return {"total": contrast}
+        assert isinstance(batch, TagBatch)
+        taught = mean_of_rows(self._self_training(tokens, text, batch), group)
+        total = contrast + self.options.self_training * taught
+        return {"total": total, "contrast": contrast, "self_training": taught}
+
+    def _self_training(self, tokens: Tensor, text: Tensor, batch: TagBatch) -> Tensor:
+        """Return the inner mean of (3) for each picture, [B]."""
+        o = self.options
+        scores = cosines(at_least_float32(tokens), at_least_float32(text))  # [B, N, W]
+        stuff = _same_texts(batch.token_ids, self.stuff)
+        candidates = batch.positives | stuff
+        logits = self.model.logit_scale * scores
+        logits = logits.masked_fill(~(candidates | batch.counted)[:, None], float("-inf"))
+        with torch.no_grad():
+            unsaid = (stuff & ~batch.positives)[:, None]
+            chosen = scores - o.penalty * unsaid
+            chosen = chosen.masked_fill(~candidates[:, None], float("-inf"))
+            labels = chosen.argmax(2)  # (2)
+            sure = logits.softmax(2).gather(2, labels[:, :, None])[:, :, 0]
+            kept = sure.topk(max(1, round(o.keep * sure.shape[1])), dim=1).indices
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return losses.gather(1, kept).mean(1)
+
+
+def _stuff(given: Any, tokenizer: Any) -> Tensor:
+    """Return the token ids [S, L] of the words of stuff.
+
+    Raises:
+        ConfigError: for words that the model does not know, and for what is no list of words.
+    """
+    names = list(load_entities(given).names) if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"objective.options.stuff is {given!r}; expected a list of entities by name, a YAML "
+            "file, or words"
+        )
+    unknown = [name for name in names if getattr(tokenizer, "unknown", lambda text: [])(name)]
+    if unknown:
+        raise ConfigError(
+            f"objective.options.stuff has {unknown[0]!r}, which the model does not know; expected "
+            "words of its vocabulary"
+        )
+    return tokenizer(names) if names else torch.zeros(0, 1, dtype=torch.int64)
+
+
+def _same_texts(ids: Tensor, others: Tensor) -> Tensor:
+    """Return which texts of ``ids`` [W, L] are one of ``others`` [S, L'], [W] bool; 0 pads both."""
+    longest = max(ids.shape[1], others.shape[1])
+    ids = F.pad(ids, (0, longest - ids.shape[1]))
+    others = F.pad(others.to(ids.device), (0, longest - others.shape[1]))
+    return (ids[:, None] == others).all(2).any(1)

@@ -112,6 +112,9 @@ class ZegCLIP(FrozenClipModel):
     def blocks(self) -> list[nn.Module]:
         return [*super().blocks, *self.decoder.layers]
 
+    # ``frozen_tower`` stays False: prompts that are trained, with dropout, go into every block, and
+    # pictures with masks are cropped at random. Where the head alone is trained that holds still.
+
     @override
     def encode_image(self, images: Tensor) -> PatchFeatures:
         # ``embedding`` and ``tokens``, which the prompts have tuned, are unit vectors.

@@ -70,7 +70,7 @@ class ZegCLIPObjective(Objective):
     """The losses (2) and (3). The text tower runs once, here."""
 
     Options = ZegCLIPTraining
-    batch_type = MaskBatch
+    batch_types = (MaskBatch,)
     model: ZegCLIP
     texts: Tensor
     target: Tensor
