@@ -222,6 +222,15 @@ def test_a_step_trains_what_it_says(system):
     assert len(set(members)) == len(members)
 
 
+@pytest.mark.parametrize("system", ["pacl", "mgca"])
+def test_a_caption_that_names_nothing_is_harmless(system):
+    model, given = small(system).train(), batch()
+    given.token_ids[1] = 0
+    create_objective(model)(given)["total"].backward()
+    assert all(bool(p.grad.isfinite().all()) for _, p in model.trainable)
+    assert not model.encode_text(given.token_ids)[1].any()
+
+
 def test_mgca_embeds_before_it_decodes():
     model = small("mgca", layers=0)
     x = images(64, 64)
