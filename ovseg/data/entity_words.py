@@ -10,8 +10,9 @@ import torch
 from .entities import Entities, words_of
 from .templates import TEMPLATES
 
+# "s" is what a possessive leaves behind its word.
 _IGNORED = frozenset(
-    {"a", "an", "the", "and", "or", "of", "in", "on", "with", "some"}
+    {"a", "an", "the", "and", "or", "of", "in", "on", "with", "some", "s"}
     | {word for formats in TEMPLATES.values() for text in formats for word in words_of(text)}
 )
 

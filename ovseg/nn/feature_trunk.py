@@ -119,7 +119,9 @@ class FeatureTrunk(ClipBackbone):
         if readout is not CLIP or proxy is not None:
             self.check_readout(readout)
         o = self.options
-        maps = feature_maps(self.trunk, self._whole_patches(images), o.stages, o.last)
+        # Channels last: convolutions on a CPU take two thirds of the time.
+        images = self._whole_patches(images).contiguous(memory_format=torch.channels_last)
+        maps = feature_maps(self.trunk, images, o.stages, o.last)
         height, width = maps[self.levels.reductions.index(self.stride)].shape[-2:]
         grid = (height, width)
         same = [

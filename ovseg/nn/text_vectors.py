@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -87,8 +88,11 @@ class TextVectors(nn.Module):
     def sentences(self, ids: Tensor) -> Tensor:
         """Return (1) of texts [T, L], [T, E]; zeros for a text that names nothing."""
         ids = upload(ids, self.vectors.device)
+        named = ids > 0
         found = F.embedding((ids - 1).clamp(min=0), self.table())
-        return F.normalize((found * (ids > 0)[..., None].to(found.dtype)).sum(1), dim=-1)
+        unit = F.normalize((found * named[..., None].to(found.dtype)).sum(1), dim=-1)
+        # Chosen, not multiplied: nothing comes back to a text that names nothing, not even NaN.
+        return torch.where(named.any(1, keepdim=True), unit, torch.zeros_like(unit))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Call ``sentences``, for hooks."""
@@ -104,8 +108,11 @@ class TextVectors(nn.Module):
         return [self.vectors]
 
     def facts(self) -> Any:
-        """Return what no tensor shows, for JSON."""
-        return {"kind": "vectors", **asdict(self.options), "fixed": self.fixed}
+        """Return what no parameter shows, for JSON."""
+        held = ""
+        if self.fixed:
+            held = hashlib.blake2b(self.fixed_vectors.float().cpu().numpy().tobytes()).hexdigest()
+        return {"kind": "vectors", **asdict(self.options), "fixed": [self.fixed, held]}
 
     def lasting_options(self) -> dict[str, Any]:
         """Return what builds the tower anew for its saved tensors."""

@@ -6,6 +6,7 @@ pictures of other shapes through it: no memory, and no table of what each of tim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -72,7 +73,7 @@ def normalisation(
 def levels_of(
     name: str, stages: Sequence[int], last: bool, output_stride: int | None = None
 ) -> Levels:
-    """Find out what a trunk gives.
+    """Find out what a trunk gives, once in a process.
 
     Args:
         name: of timm's.
@@ -84,6 +85,11 @@ def levels_of(
         ValueError: for an unknown name, levels that it does not have, a stride that it cannot have,
             and for a trunk that does not take pictures of any size.
     """
+    return _levels(name, tuple(stages), last, output_stride)
+
+
+@functools.cache
+def _levels(name: str, stages: tuple[int, ...], last: bool, output_stride: int | None) -> Levels:
     timm = import_timm("backbone.kind 'timm'")
     if not timm.is_model(name.split(".")[0]):
         close = get_close_matches(name, timm.list_models(), 3)
@@ -97,7 +103,7 @@ def levels_of(
             "expected a model of timm's with forward_intermediates"
         )
     wrong = [stage for stage in stages if not 0 <= stage < len(known)]
-    if wrong or not stages or list(stages) != sorted(set(stages)):
+    if wrong or not stages or stages != tuple(sorted(set(stages))):
         raise ValueError(
             f"stages is {list(stages)} and architecture {name!r} has {len(known)} levels; expected "
             f"some of 0 to {len(known) - 1}, each once and in order"

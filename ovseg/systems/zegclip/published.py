@@ -107,8 +107,9 @@ class Layout(Published):
         try:
             lacking = strict.load(model, found, resize)
         finally:
-            if named is not None and model.weights_hash() == before:
-                model.options.clip = named
+            model.options.clip = named
+            if named is not None and model.weights_hash() != before:
+                model.options.clip = None
         return [name for name in lacking if name != to_theirs(_ALONE)]
 
     def state(self, model: ZegCLIP, own: State | None = None) -> State:
