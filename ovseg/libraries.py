@@ -30,6 +30,7 @@ _EXTRAS = {
     "typing_extensions": "models",
     "yaml": "models",
     "matplotlib": "plot",
+    "pycocotools": "coco",
     "xformers": "xformers",
 }
 

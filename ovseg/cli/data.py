@@ -60,6 +60,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
             "--root", required=True, help="the folder that holds the data sets, or one of them"
         )
         one.add_argument("--split", default="val")
+    check.add_argument(
+        "--partial",
+        action="store_true",
+        help="a part of the pictures will do: those that are there are checked",
+    )
     cut = actions.add_parser(
         "superpixels", help="cut pictures into superpixels (Felzenszwalb), into one side file"
     )
@@ -167,7 +172,13 @@ def _sets(options: argparse.Namespace) -> list[SegmentationSet]:
             f"data is {options.data!r}; expected names separated by commas, such as voc21,ade150"
         )
     return [
-        SegmentationSet(name, options.root, options.split, max_pixels=options.max_pixels)
+        SegmentationSet(
+            name,
+            options.root,
+            options.split,
+            max_pixels=options.max_pixels,
+            partial=getattr(options, "partial", False),
+        )
         for name in names
     ]
 

@@ -1,9 +1,9 @@
 """Segmentation benchmarks in the folder layouts users have.
 
 Each set is described by a file in ``data/sets``: pictures, masks, classes, and what a mask's values
-mean; ``describe`` takes the path of such a file of yours as well. Layouts are those of
-mmsegmentation and of the data sets' own archives; masks are mapped while they are read, so nothing
-needs converting.
+mean; ``describe`` of ``set_descriptions.py`` takes the path of such a file of yours as well.
+Layouts are those of mmsegmentation and of the data sets' own archives; masks are mapped while they
+are read, so nothing needs converting.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,194 +19,22 @@ from PIL import Image
 from ..errors import DataError, InputError, NoData
 from ..paths import address, as_given, exists, no_file
 from ..progress import waiting
-from ..registration import Registry, yaml_files
-from ..text_files import text_of, tree_of
 from .folders import Folder
 from .images import MAX_PIXELS, orientation, read_image, upright
-from .labels import LabelSet
-from .mask_files import INVALID, MaskLayout, read_mask, table_of
+from .instance_masks import InstanceFile
+from .mask_files import INVALID, MaskLayout, read_mask
+from .set_descriptions import SETS, SetDescription, describe, list_sets
 from .split_lists import KeyList, read_list
 
 logger = logging.getLogger(__name__)
-SETS: Registry[Path] = Registry(
-    "data set", lambda: yaml_files(Path(__file__).parent / "sets"), InputError
-)
-MADE_ON = ("upright", "stored")
-
-
-@dataclass(frozen=True)
-class SetDescription:
-    """A benchmark without its files.
-
-    Attributes:
-        name, title: as tables show it.
-        classes: in the order of the labels.
-        background: whether class 0 stands for everything else.
-        unseen: classes held out in zero-shot training.
-        texts: what stands for a class where its name does not.
-        shares: rough shares of the labelled pixels of some classes, by which shifted labels are
-            found.
-        tree: the description as read.
-    """
-
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    background: bool
-    unseen: tuple[str, ...]
-    texts: dict[str, str]
-    shares: dict[str, float]
-    tree: dict[str, Any]
-
-    @property
-    def label_set(self) -> LabelSet:
-        """The classes as labels, without the background."""
-        if not self.classes:
-            raise InputError(
-                f"{self.name} comes without class names; expected them in a file, --labels-file, "
-                f"{self.number} classes"
-            )
-        return LabelSet.of(
-            {name: self.texts.get(name, name) for name in self.classes[int(self.background) :]}
-        )
-
-    @property
-    def number(self) -> int:
-        """How many classes there are, named or not."""
-        return self.tree.get("number", len(self.classes))
-
-    @property
-    def masks_made_on(self) -> str | None:
-        """The pixels that masks lie on where a picture has an EXIF orientation.
-
-        ``upright``, as people see it; ``stored``, as the file has them. None: the description does
-        not say, and upright is taken.
-        """
-        return self.tree.get("masks_made_on")
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits."""
-        return tuple(self.tree["splits"])
-
-    def layouts(self, split: str) -> list[MaskLayout]:
-        """Return the ways masks of this split may be stored, the preferred one first."""
-        masks = self.part(split).get("masks", self.tree["masks"])
-        return [
-            MaskLayout(entry["path"], table_of(entry["values"], self.number)) for entry in masks
-        ]
-
-    def images(self, split: str) -> str:
-        """Return where pictures lie below the set's folder, ``{}`` for the key."""
-        return self.part(split).get("images", self.tree["images"])
-
-    def part(self, split: str) -> dict[str, Any]:
-        """Return what the description says about one split alone.
-
-        Raises:
-            InputError: if it has none of that name.
-        """
-        if split not in self.splits:
-            raise InputError(f"split is {split!r}; {self.name} has {', '.join(self.splits)}")
-        return self.tree["splits"][split]
-
-
-def list_sets() -> list[str]:
-    """Return the names of the benchmark sets in the package."""
-    return list(SETS)
-
-
-def describe(name: str) -> SetDescription:
-    """Read the description of a benchmark.
-
-    Args:
-        name: of ``list_sets``, or a file of the form of those in ``data/sets``.
-
-    Raises:
-        InputError: for an unknown name, or a file that lacks something.
-    """
-    is_file = Path(name).suffix in (".yaml", ".yml")
-    if not is_file and name not in SETS:
-        raise InputError(
-            f"data set is {name!r}; expected one of {list_sets()}, or a .yaml file that describes "
-            "one"
-        )
-    path = Path(name) if is_file else SETS[name]
-    try:
-        tree = _read(path)
-        found = SetDescription(
-            path.stem,
-            tree["title"],
-            tuple(tree["classes"]),
-            bool(tree["background"]),
-            tuple(tree.get("unseen", ())),
-            dict(tree.get("texts", {})),
-            dict(tree.get("shares", {})),
-            tree,
-        )
-        _check_form(found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} does not describe a data set: {type(error).__name__}: {error}"
-        ) from error
-    unknown = [c for c in (*found.unseen, *found.texts, *found.shares) if c not in found.classes]
-    if unknown:
-        raise InputError(f"{path}: {unknown[0]!r} is none of the classes")
-    twice = [c for i, c in enumerate(found.classes) if c in found.classes[:i]]
-    if twice:
-        raise InputError(f"{path}: the class {twice[0]!r} stands twice")
-    return found
-
-
-def _check_form(found: SetDescription) -> None:
-    """Raise ValueError for classes that are no texts, and for paths without a place for the key."""
-    for name in found.classes:
-        if not isinstance(name, str):
-            raise ValueError(
-                f"the class {name!r} is a {type(name).__name__}; expected a text, in YAML in "
-                "quotation marks"
-            )
-    if found.masks_made_on not in (None, *MADE_ON):
-        raise ValueError(
-            f"masks_made_on is {found.masks_made_on!r}; expected one of {list(MADE_ON)}"
-        )
-    for split in found.splits:
-        for pattern in (found.images(split), *(layout.path for layout in found.layouts(split))):
-            if not pattern.count("{}") == pattern.count("{") == pattern.count("}") == 1:
-                raise ValueError(
-                    f"path {pattern!r} holds {pattern.count('{}')} '{{}}'; expected one, for the "
-                    "key, and no other braces"
-                )
-
-
-def _read(path: Path, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a description with what it takes over from those that it is ``like``.
-
-    Args:
-        path: of the file.
-        below: names of those that led here.
-    """
-    expected = "one of ovseg data list, or a .yaml file that describes one"
-    try:
-        tree = tree_of(text_of(path, "data set", expected, InputError))
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"{path} holds a {type(tree).__name__}; expected the description of a data set"
-        )
-    if "like" not in tree:
-        return tree
-    like = tree["like"]
-    if like not in SETS or like in below:
-        others = [name for name in list_sets() if name not in below]
-        raise InputError(f"{path}: like is {like!r}; expected one of {others}")
-    base = _read(SETS[like], (*below, like))
-    return {**base, **tree, "splits": {**base["splits"], **tree.get("splits", {})}}
+__all__ = [
+    "SETS",
+    "Item",
+    "SegmentationSet",
+    "SetDescription",
+    "describe",
+    "list_sets",
+]
 
 
 @dataclass(frozen=True)
@@ -229,8 +56,11 @@ class SegmentationSet:
         split: ``val``, ``train``, ...
         description: in place of ``name``.
         max_pixels: pictures and masks with more are refused before they are decoded.
+        partial: whether a part of the pictures will do: those of which picture and mask are there.
 
     Attributes:
+        partial: what is there of it all, "223 of 1449"; None where nothing is missing.
+        halves: of a part, pictures without their mask and masks without their picture, a line each.
         listed: what the split's list says, or the names of the pictures where it has none.
         others: where it has none, what else lies among the pictures.
 
@@ -247,15 +77,21 @@ class SegmentationSet:
         *,
         description: SetDescription | None = None,
         max_pixels: int = MAX_PIXELS,
+        partial: bool = False,
     ):
         self.max_pixels = max_pixels
         self.description = description or describe(name)
         self.split = split
         self.others: Folder | None = None
         images = self.description.images(split)
+        self.instances: InstanceFile | None = None
         self.root = self._find_root(root, images)
         self.listed = self._find_keys(images)
         self.layout = self._find_layout()
+        self.partial: str | None = None
+        self.halves: list[str] = []
+        if partial:
+            self._keep_what_is_there(images)
         self.items = [
             Item(key, self.root / images.format(key), self.root / self.layout.path.format(key))
             for key in self.listed.keys
@@ -267,6 +103,9 @@ class SegmentationSet:
         if (what := address(root)) is not None:
             raise NoData(f"{about.name}: root {as_given(root)!r} {what}")
         beginning = Path(about.part(self.split).get("list") or _folder_of(images))
+        for layout in about.layouts(self.split):
+            if layout.drawn:
+                beginning = Path(layout.path)
         looked = [Path(root) / folder for folder in (*about.tree.get("folders", ()), ".")]
         found = next((folder for folder in looked if exists(folder / beginning)), None)
         if found is None:
@@ -280,7 +119,12 @@ class SegmentationSet:
     def _find_keys(self, images: str) -> KeyList:
         """Return the keys of the split's list, or those of the pictures where it has none."""
         part = self.description.part(self.split)
-        if "list" in part:
+        drawn = [one for one in self.description.layouts(self.split) if one.drawn]
+        if drawn:
+            names = tuple(self.description.tree["classes"])
+            self.instances = InstanceFile(self.root / drawn[0].path, names)
+            listed = KeyList(self.instances.keys)
+        elif "list" in part:
             listed = read_list(self.root / part["list"], self.root, images)
         else:
             self.others = Folder(self.root / _folder_of(images))
@@ -314,6 +158,42 @@ class SegmentationSet:
                 f"the first, {keys[0]!r}, {tried} was looked for"
             )
         return there[0] if len(there) == 1 else max(there, key=lambda one: sum(self._masks(one)))
+
+    def _keep_what_is_there(self, images: str) -> None:
+        """Keep the keys of which picture and mask are there; say how many of all they are.
+
+        Raises:
+            DataError: if there is none.
+        """
+        every = self.listed.keys
+        kept = []
+        for key, masked in zip(every, self._masks(self.layout), strict=True):
+            picture = self.root / images.format(key)
+            mask = self.root / self.layout.path.format(key)
+            there = no_file(picture) is None
+            if there and masked:
+                kept.append(key)
+            elif there:
+                self.halves.append(f"{picture} is there and its mask {mask} is not")
+            elif masked and not self.layout.drawn:
+                self.halves.append(f"{mask} is there and its picture {picture} is not")
+        if not kept:
+            raise DataError(
+                f"{self.description.name}: of {len(every)} pictures none is in {self.root} with "
+                f"its mask; expected a part of them: {images}, {self.layout.path}"
+            )
+        if self.halves:
+            logger.warning(
+                "%s: %d pictures or masks are left out, for the other one is missing; the first: "
+                "%s",
+                self.description.name,
+                len(self.halves),
+                self.halves[0],
+            )
+        self.listed.keys = kept
+        whole = max(len(every), self.expected or 0)
+        if len(kept) < whole:
+            self.partial = f"{len(kept)} of {whole}"
 
     def _masks(self, layout: MaskLayout) -> Iterator[bool]:
         """Tell of each key whether its mask is there."""
@@ -380,7 +260,10 @@ class SegmentationSet:
             DataError: for a missing, damaged or coloured mask, or a picture whose orientation
                 cannot be read.
         """
-        values = read_mask(item.mask, max_pixels=self.max_pixels)
+        if self.instances is not None:
+            values = self.instances.draw(item.key, self.max_pixels)
+        else:
+            values = read_mask(item.mask, max_pixels=self.max_pixels)
         if self.description.masks_made_on != "stored":
             return values
         try:

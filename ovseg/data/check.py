@@ -44,6 +44,7 @@ class CheckReport:
         absent: classes on no pixel.
         shift: by which the values fit the known shares of the classes best; 0 is right, None if
             they are not known.
+        partial: what is there of all pictures, where a part will do; see ``SegmentationSet``.
     """
 
     name: str
@@ -63,6 +64,7 @@ class CheckReport:
     shares: dict[str, float] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     shift: int | None = None
+    partial: str | None = None
 
     @property
     def wrong(self) -> list[str]:
@@ -89,7 +91,8 @@ class CheckReport:
             f"value {value} on {pixels} pixels is no class (first in {file})"
             for value, (pixels, file) in self.invalid.items()
         ]
-        if self.expected is not None and self.pictures != self.expected:
+        count = self.expected is not None and self.pictures != self.expected
+        if count and self.partial is None:
             found.append(f"{self.pictures} pictures, {self.expected} are published")
         if self.shift:
             found.append(
@@ -110,6 +113,7 @@ class CheckReport:
         lines = [
             f"{self.name}, {self.split}: {self.pictures} pictures in {self.folder}, masks "
             f"{self.masks}, {self.looked_at} looked at",
+            *([f"partial: {self.partial}"] if self.partial else []),
             f"labels fit the known class histogram: {fit}",
             f"largest classes: {largest}",
             f"ignored: {100 * self.ignored:.1f} % of the pixels{uncounted}",
@@ -151,6 +155,7 @@ def check_set(
         len(chosen),
         problems=_of_names(data),
         made_on=about.masks_made_on,
+        partial=data.partial,
     )
     values = np.zeros(_VALUES, np.int64)
     for i in bar(chosen, show=progress, unit="picture", desc="checking"):
@@ -209,6 +214,7 @@ def _of_names(data: SegmentationSet) -> list[str]:
         f"the key {key!r} stands {number} times in the list"
         for key, number in data.listed.repeated.items()
     ] + data.listed.unmatched
+    found += data.halves
     if data.others is None:
         return found
     found += data.others.bad
@@ -263,6 +269,11 @@ def convert_masks(data: SegmentationSet, *, progress: bool = False) -> tuple[int
         How many were written and left, and what could not be converted, a line each.
     """
     layouts = data.description.layouts(data.split)
+    if data.instances is not None:
+        raise InputError(
+            f"{data.description.name}: masks are drawn from {data.layout.path} whenever they are "
+            "read; expected a set whose masks are pictures"
+        )
     if data.layout.path == layouts[0].path:
         raise InputError(
             f"{data.description.name} lies there as {layouts[0].path} already; expected one of "

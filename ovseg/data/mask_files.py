@@ -31,12 +31,17 @@ class MaskLayout:
     """The layout of a benchmark's masks: their paths, and the meaning of their values.
 
     Attributes:
-        path: below the set's folder, ``{}`` for the key of a picture.
+        path: below the set's folder, ``{}`` for the key of a picture; or a ``.json`` of instances.
         table: int16 [65536], the label of each value; -1 is ignored, -2 must not occur.
     """
 
     path: str
     table: np.ndarray
+
+    @property
+    def drawn(self) -> bool:
+        """Whether masks are drawn from one file of instances; see ``instance_masks.py``."""
+        return self.path.endswith(".json")
 
 
 def table_of(rule: dict[str, Any], classes: int) -> np.ndarray:

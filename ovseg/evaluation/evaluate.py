@@ -26,7 +26,14 @@ from ..inference.reading import Prepared, read_ahead
 from ..progress import bar
 from ..systems import OVSegModel
 from ..weights.state_dicts import unwrapped
-from .metrics import BoundaryCounts, ConfusionMatrix, Scores, ThresholdSweep, harmonic_mean
+from .metrics import (
+    BoundaryCounts,
+    ConfusionMatrix,
+    FirstNameRight,
+    Scores,
+    ThresholdSweep,
+    harmonic_mean,
+)
 from .protocols import Protocol
 from .report import Report, rounded
 
@@ -139,6 +146,8 @@ def evaluate(
         boundary=None if counts.bands is None else counts.bands.iou(),
         sweep=None if counts.sweep is None else (counts.sweep.thresholds, counts.sweep.curve()),
         examples=examples,
+        partial=getattr(data, "partial", None),
+        first_name_right=None if counts.first_names is None else counts.first_names.share(),
     )
     report.summary = _summary(report, protocol.label)
     return report
@@ -211,6 +220,7 @@ class _Counts:
         matrix: of all pixels.
         bands: of the pixels near contours, if asked for.
         sweep: by the winner's score, if thresholds are to be tried.
+        first_names: of pictures, where names are asked for alone.
         threshold: of the protocol, which does not act on ``sweep``.
         background: whether the data set has a class for what is no other; it is class 0.
     """
@@ -218,6 +228,7 @@ class _Counts:
     matrix: ConfusionMatrix
     bands: BoundaryCounts | None
     sweep: ThresholdSweep | None
+    first_names: FirstNameRight | None
     threshold: float | None
     background: bool
 
@@ -248,6 +259,7 @@ class _Counts:
             ConfusionMatrix(classes, IGNORE, none=not about.background),
             BoundaryCounts(classes, IGNORE) if boundary else None,
             None if thresholds is None else ThresholdSweep(classes, thresholds, IGNORE),
+            FirstNameRight(IGNORE, background=about.background) if about.foreground else None,
             getattr(decision, "background_threshold", None),
             about.background,
         )
@@ -263,11 +275,13 @@ class _Counts:
         self.matrix.update(labels, truth)
         if self.bands is not None:
             self.bands.update(labels, truth)
+        if self.first_names is not None:
+            self.first_names.update(labels, truth)
         return labels
 
     def add_up(self) -> None:
         """Add the counts of all processes."""
-        for one in (self.matrix, self.bands, self.sweep):
+        for one in (self.matrix, self.bands, self.sweep, self.first_names):
             if one is not None:
                 distributed.all_reduce_sum(one.counts)
 
@@ -324,6 +338,9 @@ def _summary(report: Report, protocol: str) -> dict[str, Any]:
         seen = [name for name in named if name not in about.unseen]
         found |= {"seen_miou": scores.miou_of(seen), "unseen_miou": scores.miou_of(about.unseen)}
         found["hiou"] = harmonic_mean(found["seen_miou"], found["unseen_miou"])
+    if report.first_name_right is not None:
+        found["occurring_miou"] = scores.occurring_miou
+        found["first_name_right"] = report.first_name_right
     if report.boundary is not None:
         some = np.isfinite(report.boundary).any()
         found["boundary_miou"] = float(np.nanmean(report.boundary)) if some else float("nan")

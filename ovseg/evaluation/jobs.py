@@ -55,6 +55,14 @@ class EvaluationJob:
     )
     root: str | None = bounded(None, help="the folder that holds the benchmarks, or one of them")
     split: str = bounded("val", help="of the benchmarks (default: val)")
+    partial: bool = bounded(
+        False, help="a part of a benchmark's pictures will do; results say which part is there"
+    )
+    classes_only: str | None = bounded(
+        None,
+        help="comma-separated classes of a benchmark that are asked for alone: pixels of all "
+        "others are not counted",
+    )
     protocol: str = bounded(
         "plain", help="a named protocol (--list-protocols) or a .yaml file (default: plain)"
     )
@@ -113,13 +121,27 @@ class EvaluationJob:
         found: list[Any] = []
         for name in self.data.split(","):
             if name in scenes.SCENE_SETS:
+                _refuse_parts(self, name, "which is drawn")
                 found.append(scenes.SceneSet(name, self.scenes, self.seed))
                 continue
             about = describe(name)
+            if self.classes_only is not None:
+                about = about.alone([one.strip() for one in self.classes_only.split(",")])
             if self.root is None:
                 raise InputError(f"--root is missing; expected the folder that holds {about.title}")
-            found.append(SegmentationSet(name, self.root, self.split, description=about))
+            found.append(
+                SegmentationSet(
+                    name, self.root, self.split, description=about, partial=self.partial
+                )
+            )
         return found
+
+
+def _refuse_parts(job: EvaluationJob, name: str, why: str) -> None:
+    """Refuse what only benchmarks on disk can be asked for."""
+    if job.classes_only is not None or job.partial:
+        option = "--partial" if job.partial else "--classes-only"
+        raise InputError(f"{option} is given and data is {name!r}, {why}; expected a benchmark")
 
 
 def measure(job: EvaluationJob, models: Models) -> list[str]:
@@ -137,6 +159,9 @@ def measure(job: EvaluationJob, models: Models) -> list[str]:
 
 def _segment(job: EvaluationJob, models: Models) -> list[str]:
     sets = job.sets()
+    for data in sets:
+        if distributed.is_main() and getattr(data, "partial", None) is not None:
+            job.tell(f"{data.description.name}: partial: {data.partial} pictures are there")
     reports: dict[str, Report] = {}
     shown: dict[str, Any] = {}
     for data in sets:
@@ -228,6 +253,7 @@ def _draw(job: EvaluationJob, sets: list[Any], reports: dict[str, Report]) -> li
 
 
 def _classify(job: EvaluationJob, models: Models) -> list[str]:
+    _refuse_parts(job, CLASSIFICATION, "which has no masks")
     if job.root is None:
         raise InputError(
             "--root is missing; expected a folder with a sub-folder of pictures for each class"

@@ -51,6 +51,11 @@ class Scores:
         """The share of all pixels that are right, aAcc."""
         return 100 * float(np.trace(self.matrix)) / max(1, int(self.matrix.sum()))
 
+    @property
+    def occurring_miou(self) -> float:
+        """The mean IoU over the classes that occur, whatever else is predicted."""
+        return _mean(self.iou[self.matrix.sum(1) > 0])
+
     def miou_of(self, names: Sequence[str]) -> float:
         """Return the mean IoU over some classes, such as the seen ones."""
         return _mean(self.iou[[self.classes.index(name) for name in names]])
@@ -103,6 +108,38 @@ class ConfusionMatrix:
             iou = np.where(union > 0, 100 * hit / union, np.nan)
             accuracy = np.where(of_truth > 0, 100 * hit / of_truth, np.nan)
         return Scores(self.classes, iou, accuracy, self.counts.copy())
+
+
+class FirstNameRight:
+    """How often the name of the largest labelled area stands in the picture.
+
+    The area is counted over the whole picture, whether or not its truth counts; of equal areas the
+    class that comes first is taken. A picture stands for nothing where no class is in its truth,
+    and is wrong where no pixel has a label.
+
+    Args:
+        ignore_index: truth pixels with this value say nothing.
+        background: whether class 0 is no name.
+    """
+
+    def __init__(self, ignore_index: int = 255, *, background: bool = False):
+        self.ignore_index = ignore_index
+        self.first = int(background)
+        self.counts = np.zeros(2, np.int64)  # pictures that are right, and all
+
+    def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
+        """Add label maps of one picture; predictions of -1 are no label."""
+        there = truth[(truth != self.ignore_index) & (truth >= self.first)]
+        if not there.size:
+            return
+        areas = np.bincount(prediction[prediction >= self.first])
+        right = areas.size > 0 and bool((there == areas.argmax()).any())
+        self.counts += (int(right), 1)
+
+    def share(self) -> float:
+        """Return the share of pictures that are right, in percent; NaN without pictures."""
+        right, pictures = self.counts
+        return 100 * float(right) / int(pictures) if pictures else float("nan")
 
 
 class BoundaryCounts:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.benchmark_sets import SetDescription
+from ..data.entities import load_entities
 from ..data.labels import LabelSet
 from ..data.templates import templates
 from ..errors import ConfigError, InputError
@@ -32,6 +33,11 @@ METRIC = (
     "IoU per class over all counted pixels of the set, mean over the classes that occur or are "
     "predicted; accuracy per class over the classes that occur; pixels without a truth are not "
     "counted"
+)
+_FOREGROUND = (
+    "pixels whose truth is one of the classes, all others are ignored; mIoU of names that occur: "
+    "mean over the classes of the truth; first name right: share of pictures in which the name of "
+    "the largest labelled area stands, of those that show a class"
 )
 
 
@@ -116,6 +122,7 @@ class Protocol:
             "decision": decision.name,
             **decision.describe(),
             "present_only": self.present_only,
+            "counted": _FOREGROUND if data.foreground else None,
             "metric": METRIC,
             "settings": {k: v for k, v in settings.items() if k not in ("bias", "background")},
         }
@@ -154,6 +161,8 @@ def protocol(
     tree = read_protocol(name)
     own = _of_set(name, tree, data, model)
     given = own.pop("texts", None)
+    if given and data.like:  # of a set that asks for some of these classes alone
+        given = {c: texts for c, texts in given.items() if c in data.classes}
     if given != {}:  # an empty one takes back what the protocol says for all sets
         of_all = {c: texts for c, texts in tree.get("texts", {}).items() if c in data.classes}
         given = {**of_all, **(given or {})}
@@ -164,7 +173,11 @@ def protocol(
             f"labels holds {len(label_set)} classes; {data.name} has "
             f"{data.number - data.background}{beside}"
         )
-    background = own.pop("background", tree.get("background", [])) if data.background else []
+    background = own.pop("background", tree.get("background", []))
+    if not data.background:
+        background = []
+    elif isinstance(background, str):  # a list of entities
+        background = load_entities(background).names
     wanted = Queries(label_set, background=tuple(background))
     notes = tuple(tree.get("notes", ()))
     dropped = [text for text in wanted.background if text not in wanted.rivals]
@@ -215,12 +228,13 @@ def _of_set(
             f"{model.decision}; expected one of {fitting}"
         )
     known = tree.get("data", {})
-    if known and data.name not in known:
+    name_of_set = data.like if data.like and data.name not in known else data.name
+    if known and name_of_set not in known:
         raise ConfigError(
             f"protocol {name!r} says nothing about {data.name}; it is for {', '.join(known)}. "
             "Expected one of them, or the protocol plain"
         )
-    return dict(known.get(data.name) or {})
+    return dict(known.get(name_of_set) or {})
 
 
 def _with_texts(labels: LabelSet, texts: dict[str, str | list[str]]) -> LabelSet:

@@ -21,6 +21,8 @@ COLUMNS = {
     "miou": "mIoU",
     "mean_accuracy": "mAcc",
     "pixel_accuracy": "aAcc",
+    "occurring_miou": "mIoU of names that occur",
+    "first_name_right": "first name right %",
     "seen_miou": "seen mIoU",
     "unseen_miou": "unseen mIoU",
     "hiou": "hIoU",
@@ -46,6 +48,9 @@ class Report:
         pictures, skipped: how many were counted, and which could not be.
         boundary: Boundary IoU of each class, if asked for.
         sweep: thresholds and mIoU at each, if asked for.
+        partial: what was there of all pictures, "223 of 1449"; None where nothing was missing.
+        first_name_right: share of pictures in percent, see ``FirstNameRight``; None where names are
+            not asked for alone.
         examples: (picture, truth, prediction) of the first pictures, as class indices.
     """
 
@@ -58,6 +63,8 @@ class Report:
     skipped: list[str]
     boundary: np.ndarray | None = None
     sweep: tuple[np.ndarray, np.ndarray] | None = None
+    partial: str | None = None
+    first_name_right: float | None = None
     examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +83,8 @@ class Report:
             "skipped": self.skipped,
             "classes": rows,
         }
+        if self.partial is not None:
+            found["partial"] = self.partial
         if self.sweep is not None:
             found["sweep"] = {
                 "threshold": [round(float(t), 6) for t in self.sweep[0]],
