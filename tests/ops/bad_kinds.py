@@ -15,6 +15,7 @@ from ovseg_kernels import philox
 TENSORS = {
     "patch_text_similarity": {"patch_mask": torch.ones(2, 5, dtype=torch.bool)},
     "similarity_contrastive_loss": {"pair_mask": torch.ones(2, 2, dtype=torch.bool)},
+    "contrastive_loss": {"positives": torch.tensor([[0, 2], [1, 2]])},
     "center_assignment": {
         "mask": torch.ones(2, 5, dtype=torch.bool),
         "noise": torch.randn(2, 3, 5),
