@@ -95,22 +95,21 @@ __global__ void __launch_bounds__(kThreads) contrastive_loss_fwd_stats_kernel(Si
   const A scale = *x.scale, bias = *x.bias;
   Part<A> part;
   part.clear();
-  const bool owner = threadIdx.x < kTile && i < x.rows;
-  Row<A> row(x.positives, owner ? i : 0, begin * kTile);
   for (int64_t t = begin; t < end; ++t) {
     A acc[kAccumulators];
     clear<P>(acc);
     product<P>(rows, r0, columns, t * kTile, memory, acc);
     store_tile<P>(acc, tile);
     __syncthreads();
-    if (owner) {
+    if (threadIdx.x < kTile && i < x.rows) {
+      Row<A> row(x.positives, i, t * kTile);  // sought for every tile: registers are short during the product
       for (int c = 0; c < kTile && t * kTile + c < x.columns; ++c) {
         add(part, scale * tile[threadIdx.x * kTilePitch + c] + bias, row.at(t * kTile + c), x.sigmoid);
       }
     }
     __syncthreads();
   }
-  if (owner) x.parts[blockIdx.y * x.rows + i] = part;
+  if (threadIdx.x < kTile && i < x.rows) x.parts[blockIdx.y * x.rows + i] = part;
 }
 
 template <typename A>
