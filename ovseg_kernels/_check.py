@@ -163,6 +163,56 @@ def weights(name: str, x: torch.Tensor) -> None:
             )
 
 
+def pair_list(
+    positives: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    images: int,
+    like_name: str,
+    like: torch.Tensor,
+) -> int:
+    """Check a list of positive pairs and their weights.
+
+    Return how many texts its numbers need, 0 where they are not looked at. Weights are 0, or from
+    1e-15 to 1e15, so that neither their sums nor what is divided by them leaves float32.
+    """
+    if positives is None:
+        if weights is not None:
+            raise ValueError("positive_weights was given without positives; expected both")
+        return 0
+    tensor("positives", positives, 2, "[P, 2]", (torch.int64,))
+    shape("positives", positives, (positives.shape[0], 2), "(image, text) of each pair")
+    same("positives", positives, like_name, like, dtype=False)
+    if weights is not None:
+        tensor("positive_weights", weights, 1, "[P]")
+        shape("positive_weights", weights, (positives.shape[0],), "one weight for each pair")
+        same("positive_weights", weights, like_name, like, dtype=False)
+    needed = 0
+    for each in _numbers(positives) if positives.shape[0] else []:
+        low, high = (x.tolist() for x in (each.amin(0), each.amax(0)))
+        if low[0] < 0 or high[0] >= images:
+            wrong = low[0] if low[0] < 0 else high[0]
+            raise ValueError(
+                f"positives holds image {wrong}; expected 0 or more, below the {images} rows of "
+                "image"
+            )
+        if low[1] < 0:
+            raise ValueError(f"positives holds text {low[1]}; expected 0 or more, a row of text")
+        needed = max(needed, high[1] + 1)
+    for each in [] if weights is None else _numbers(weights):
+        each = each.double()
+        wrong = each[~((each == 0) | ((each >= 1e-15) & (each <= 1e15)))]
+        if wrong.numel():
+            raise ValueError(
+                f"positive_weights holds {float(wrong[0])}; expected 0, or 1e-15 to 1e15"
+            )
+    return needed
+
+
+def _numbers(x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors whose numbers a check of ``x`` reads now: fake tensors have none."""
+    return _checking.looked_at(x) if type(x) in (torch.Tensor, torch.nn.Parameter) else []
+
+
 def scalar(
     name: str,
     value: float | torch.Tensor,
@@ -188,9 +238,7 @@ def scalar(
             raise ValueError(
                 f"{name} is on {value.device}; expected {like.device}, where the features are"
             )
-        for each in (
-            _checking.looked_at(value) if type(value) in (torch.Tensor, torch.nn.Parameter) else []
-        ):
+        for each in _numbers(value):
             _number(name, float(each), wanted, least, dtype)
         return value.to(dtype).reshape(())
     if isinstance(value, bool) or not isinstance(value, NUMBERS):

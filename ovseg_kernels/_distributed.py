@@ -88,9 +88,12 @@ def merge_columns(columns: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
 def weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Return the weights of the rows in the loss.
 
-    1 / (2 number of rows that have a positive, over all ranks) for those, 0 for the others.
+    1 / (2 number of rows that have a positive, over all ranks) for those, 0 for the others. A sum
+    of weights that is NaN counts as one, so that it reaches the loss.
     """
-    some = (part[2] != 0).to(part.dtype)  # a NaN among the weights of positives arrives in the loss
+    some = (~(part[2] <= 0)).to(
+        part.dtype
+    )  # a NaN among the weights of positives is seen in the loss
     count = some.sum()
     if group is not None:
         dist.all_reduce(count, group=group)
@@ -100,7 +103,8 @@ def weights(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor
 def terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the sum of weight * (log-sum-exp - mean positive logit).
 
-    Rows without a positive have weight 0 and may have no finite one.
+    Rows without a positive have weight 0 and may have no finite one. Weights of positives may sum
+    to less than 1.
     """
     return (weight * torch.where(weight > 0, part[0] - part[1] / part[2], 0)).sum()
 

@@ -12,6 +12,11 @@ struct ContrastiveParams {
   const A *image, *text;     // [B, D] and [T, D]
   const int64_t* image_ids;  // [B] and [T], or null: the positive of row i is column i + offset
   const int64_t* text_ids;
+  // With a list of pairs in place of ids, image_ids [B + 1 + P] says where the pairs of each image begin, with their
+  // end, and behind that the text of every pair, rising in each image; text_ids [T + 1 + P] the same of texts.
+  bool listed;
+  const A* pair_weights;  // [2, P] in the order of images, then in that of texts
+  int64_t pairs;
   int64_t offset;
   bool sigmoid;
   A scale, bias;  // CPU only
@@ -25,6 +30,19 @@ struct ContrastiveParams {
   const A* column_weight;  // [T]
   A *grad_image, *grad_text;
 };
+
+// The first place from begin to end where x, which rises, is at least `least`.
+OVSEG_ANYWHERE int64_t first_at_least(const int64_t* x, int64_t begin, int64_t end, int64_t least) {
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (x[middle] < least) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
 
 // The CPU works off blocks of rows; a task of a block owns `width` columns. Functions of the shapes alone, so that the
 // order of every sum is too.

@@ -45,8 +45,8 @@ ContrastiveStats stats_as(ContrastiveInputs<A> in) {
 }
 
 ContrastiveStats stats(Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids, Optional text_ids,
-                       int64_t offset, bool sigmoid, bool) {
-  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, offset, sigmoid,
+                       Optional pair_weights, int64_t offset, bool sigmoid, bool) {
+  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
                                  [&](const auto& in) { return stats_as(in); });
 }
 
@@ -106,12 +106,14 @@ ContrastiveGradients backward_as(ContrastiveInputs<A> in, const Tensor& grad, bo
 }
 
 ContrastiveGradients backward(Tensor grad, Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids,
-                              Optional text_ids, Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight,
-                              int64_t offset, bool sigmoid, bool, bool need_image, bool need_text) {
-  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, offset, sigmoid, [&](auto in) {
-    in.enter_saved(grad, rows, columns, row_weight, column_weight);
-    return backward_as(in, grad, need_image, need_text);
-  });
+                              Optional text_ids, Optional pair_weights, Tensor rows, Tensor columns, Tensor row_weight,
+                              Tensor column_weight, int64_t offset, bool sigmoid, bool, bool need_image,
+                              bool need_text) {
+  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
+                                 [&](auto in) {
+                                   in.enter_saved(grad, rows, columns, row_weight, column_weight);
+                                   return backward_as(in, grad, need_image, need_text);
+                                 });
 }
 
 }  // namespace

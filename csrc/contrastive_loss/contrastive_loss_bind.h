@@ -16,18 +16,20 @@ using ContrastiveGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 template <typename A>
 struct ContrastiveInputs {
   Tensor image, text, scale, bias;
-  Optional image_ids, text_ids;
+  Optional image_ids, text_ids, pair_weights;
   std::array<Tensor, 4> saved;
   ContrastiveParams<A> p{};
 
   ContrastiveInputs(const Tensor& image_, const Tensor& text_, const Tensor& scale_, const Tensor& bias_,
-                    const Optional& image_ids_, const Optional& text_ids_, int64_t offset, bool sigmoid)
+                    const Optional& image_ids_, const Optional& text_ids_, const Optional& pair_weights_,
+                    int64_t offset, bool sigmoid)
       : image(torch::stable::contiguous(image_)),
         text(torch::stable::contiguous(text_)),
         scale(scale_),
         bias(bias_),
         image_ids(contiguous(image_ids_)),
         text_ids(contiguous(text_ids_)),
+        pair_weights(contiguous(pair_weights_)),
         saved{image, image, image, image} {
     STD_TORCH_CHECK(image.dim() == 2, "image has ", image.dim(), " dimensions; expected 2, [B, D]");
     STD_TORCH_CHECK(text.dim() == 2, "text has ", text.dim(), " dimensions; expected 2, [T, D]");
@@ -39,8 +41,17 @@ struct ContrastiveInputs {
       check_type("logit_scale or logit_bias", x, image.scalar_type());
     }
     STD_TORCH_CHECK(image_ids.has_value() == text_ids.has_value(), "image_ids and text_ids go together");
+    if (pair_weights) {
+      STD_TORCH_CHECK(image_ids.has_value(), "pair_weights needs a list in place of image_ids and text_ids");
+      STD_TORCH_CHECK(pair_weights->dim() == 2, "pair_weights has ", pair_weights->dim(), " dimensions; expected 2");
+      p.pairs = pair_weights->size(1);
+      check_shape("pair_weights", *pair_weights, {2, p.pairs});
+      check_type("pair_weights", *pair_weights, image.scalar_type());
+      p.listed = true, p.pair_weights = data<A>(*pair_weights);
+    }
     if (image_ids) {
-      check_shape("image_ids", *image_ids, {p.B}), check_shape("text_ids", *text_ids, {p.T});
+      const int64_t more = pair_weights ? 1 + p.pairs : 0;
+      check_shape("image_ids", *image_ids, {p.B + more}), check_shape("text_ids", *text_ids, {p.T + more});
       check_type("image_ids", *image_ids, ScalarType::Long), check_type("text_ids", *text_ids, ScalarType::Long);
       p.image_ids = data<int64_t>(*image_ids), p.text_ids = data<int64_t>(*text_ids);
     }
@@ -79,13 +90,13 @@ struct ContrastiveInputs {
 // run(inputs) in the type of the features.
 template <typename Run>
 auto with_contrastive_inputs(const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias,
-                             const Optional& image_ids, const Optional& text_ids, int64_t offset, bool sigmoid,
-                             const Run& run) {
+                             const Optional& image_ids, const Optional& text_ids, const Optional& pair_weights,
+                             int64_t offset, bool sigmoid, const Run& run) {
   if (image.scalar_type() == ScalarType::Double) {
-    return run(ContrastiveInputs<double>(image, text, scale, bias, image_ids, text_ids, offset, sigmoid));
+    return run(ContrastiveInputs<double>(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid));
   }
   check_type("image", image, ScalarType::Float);
-  return run(ContrastiveInputs<float>(image, text, scale, bias, image_ids, text_ids, offset, sigmoid));
+  return run(ContrastiveInputs<float>(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid));
 }
 
 }  // namespace ovseg

@@ -25,8 +25,8 @@ ContrastiveStats stats_as(ContrastiveInputs<A> in, bool tf32) {
 }
 
 ContrastiveStats stats(Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids, Optional text_ids,
-                       int64_t offset, bool sigmoid, bool tf32) {
-  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, offset, sigmoid,
+                       Optional pair_weights, int64_t offset, bool sigmoid, bool tf32) {
+  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
                                  [&](const auto& in) { return stats_as(in, tf32); });
 }
 
@@ -48,12 +48,14 @@ ContrastiveGradients backward_as(ContrastiveInputs<A> in, const Tensor& grad, bo
 }
 
 ContrastiveGradients backward(Tensor grad, Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids,
-                              Optional text_ids, Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight,
-                              int64_t offset, bool sigmoid, bool tf32, bool need_image, bool need_text) {
-  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, offset, sigmoid, [&](auto in) {
-    in.enter_saved(grad, rows, columns, row_weight, column_weight);
-    return backward_as(in, grad, tf32, need_image, need_text);
-  });
+                              Optional text_ids, Optional pair_weights, Tensor rows, Tensor columns, Tensor row_weight,
+                              Tensor column_weight, int64_t offset, bool sigmoid, bool tf32, bool need_image,
+                              bool need_text) {
+  return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
+                                 [&](auto in) {
+                                   in.enter_saved(grad, rows, columns, row_weight, column_weight);
+                                   return backward_as(in, grad, tf32, need_image, need_text);
+                                 });
 }
 
 }  // namespace

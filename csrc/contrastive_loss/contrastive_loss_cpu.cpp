@@ -85,17 +85,27 @@ void cosines(const ContrastiveParams<A>& p, int64_t first, int64_t count, const 
   gemm(count, t.width, p.D, p.image + first * p.D, p.D, int64_t(1), packed + t.first * p.D, s, t.width, false, panel);
 }
 
-// f(j) for the positives of row i among the columns of a tile.
+// f(j, weight) for the positives of row i among the columns of a tile.
 template <typename A, typename F>
 void each_positive(const ContrastiveParams<A>& p, int64_t i, const Tile<A>& t, const F& f) {
-  if (p.image_ids) {
+  if (p.listed) {  // inside the list, whatever its starts hold
+    const int64_t* texts = p.image_ids + p.B + 1;
+    const int64_t begin = p.image_ids[i] < 0 ? 0 : p.image_ids[i], last = p.image_ids[i + 1];
+    const int64_t end = last > p.pairs ? p.pairs : last;
+    for (int64_t k = first_at_least(texts, begin, end, t.first); k < end && texts[k] < t.first + t.width;) {
+      const int64_t j = texts[k];
+      A weight = 0;
+      for (; k < end && texts[k] == j; ++k) weight += p.pair_weights[k];
+      if (weight != A(0) && j >= t.first) f(j - t.first, weight);
+    }
+  } else if (p.image_ids) {
     const int64_t id = p.image_ids[i], *ids = p.text_ids + t.first;
     for (int64_t j = 0; j < t.width; ++j) {
-      if (ids[j] == id) f(j);
+      if (ids[j] == id) f(j, A(1));
     }
   } else {
     const int64_t j = i + p.offset - t.first;
-    if (j >= 0 && j < t.width) f(j);
+    if (j >= 0 && j < t.width) f(j, A(1));
   }
 }
 
@@ -112,6 +122,11 @@ A softplus(A z) {
 }
 
 template <typename A>
+A soft_label(A weight) {  // keeps a NaN
+  return weight > A(1) ? A(1) : weight;
+}
+
+template <typename A>
 void stats(const ContrastiveParams<A>& p, int64_t first, int64_t count, int64_t begin, int64_t end, const A* packed,
            A* row_partial, A* column_state, A* workspace) {
   const ContrastivePlan plan = contrastive_plan(p.B, p.T, p.D);
@@ -124,10 +139,10 @@ void stats(const ContrastiveParams<A>& p, int64_t first, int64_t count, int64_t 
     for (int64_t i = 0; i < count; ++i) {
       const A* row = z + i * t.width;
       A* out = row_partial + (task * plan.rows + i) * 2;
-      if (p.sigmoid) {  // (6)
+      if (p.sigmoid) {  // (4)
         A sum = 0;
         for (int64_t j = 0; j < t.width; ++j) sum += softplus(row[j]);
-        each_positive(p, first + i, t, [&](int64_t j) { sum -= row[j]; });
+        each_positive(p, first + i, t, [&](int64_t j, A weight) { sum -= soft_label(weight) * row[j]; });
         out[0] = sum;
         continue;
       }
@@ -139,9 +154,9 @@ void stats(const ContrastiveParams<A>& p, int64_t first, int64_t count, int64_t 
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < t.width; ++j) sum += exp_fast(row[j] - top);
       out[0] = top, out[1] = sum;
-      each_positive(p, first + i, t, [&](int64_t j) {
-        hits += row[j], positives += A(1);
-        p.columns[p.T + t.first + j] += row[j], p.columns[2 * p.T + t.first + j] += A(1);
+      each_positive(p, first + i, t, [&](int64_t j, A weight) {
+        hits += weight * row[j], positives += weight;
+        p.columns[p.T + t.first + j] += weight * row[j], p.columns[2 * p.T + t.first + j] += weight;
       });
       // Rows of other tasks wait for finish_rows; positives are few and have an owner each.
       A* own = row_partial + plan.tasks * plan.rows * 2 + (task * plan.rows + i) * 2;
@@ -204,20 +219,21 @@ void logits(const ContrastiveParams<A>& p, int64_t first, int64_t count, int64_t
       const A* row = s + i * t.width;
       A* out = d_logits + i * p.T + t.first;
       const A weight = p.grad * p.row_weight[first + i], row_lse = p.rows[first + i];
-      if (p.sigmoid) {  // (7)
+      if (p.sigmoid) {  // (6)
         for (int64_t j = 0; j < t.width; ++j) {
           const A z = p.scale * row[j] + p.bias, e = exp_fast(z > 0 ? -z : z);
           out[j] = weight * (z > 0 ? A(1) : e) / (A(1) + e);
         }
-        each_positive(p, first + i, t, [&](int64_t j) { out[j] -= weight; });
+        each_positive(p, first + i, t, [&](int64_t j, A label) { out[j] -= soft_label(label) * weight; });
       } else {  // (5)
         for (int64_t j = 0; j < t.width; ++j) {
           const A z = p.scale * row[j] + p.bias;
           out[j] = weight * exp_fast(z - row_lse) + weights[j] * exp_fast(z - lse[j]);
         }
         const A share = weight == A(0) ? A(0) : weight / p.rows[2 * p.B + first + i];
-        each_positive(p, first + i, t,
-                      [&](int64_t j) { out[j] -= share + (weights[j] == A(0) ? A(0) : weights[j] / found[j]); });
+        each_positive(p, first + i, t, [&](int64_t j, A label) {
+          out[j] -= label * (share + (weights[j] == A(0) ? A(0) : weights[j] / found[j]));
+        });
       }
       A with_s = 0, sum = 0;
 #pragma omp simd reduction(+ : with_s, sum)

@@ -17,9 +17,15 @@ template <typename A>
 using Part = RowStatistics<A>;
 
 template <typename A>
-__device__ void add(Part<A>& part, A z, bool positive, bool sigmoid) {
-  if (!sigmoid) return part.add(z, positive);
-  part.sum += softplus(positive ? -z : z);  // (4)
+__device__ void add(Part<A>& part, A z, A weight, bool sigmoid) {
+  if (!sigmoid) {
+    part.add(z, false);
+    if (weight != A(0)) part.hits += weight * z, part.positives += weight;
+    return;
+  }
+  const bool whole = weight >= A(1);  // (4); softplus(-z) where it is, which cancels nothing
+  const A loss = softplus(whole ? -z : z);
+  part.sum += whole || weight == A(0) ? loss : loss - weight * z;
 }
 
 template <typename A>
@@ -28,20 +34,53 @@ __device__ void merge(Part<A>& part, const Part<A>& other, bool sigmoid) {
   part.sum += other.sum;
 }
 
+// p_ij of one side's rows: equal ids, the diagonal, or a list.
+template <typename A>
+struct Positives {
+  const int64_t *own, *other;  // ids, or null; own is the list of these rows where there is one
+  bool listed;
+  const A* weights;  // [pairs] in the order of that list
+  int64_t rows, pairs, offset;
+
+  __device__ __host__ static Positives of_images(const ContrastiveParams<A>& p) {
+    return {p.image_ids, p.text_ids, p.listed, p.pair_weights, p.B, p.pairs, p.offset};
+  }
+  __device__ __host__ static Positives of_texts(const ContrastiveParams<A>& p) {
+    return {p.text_ids, p.image_ids, p.listed, p.listed ? p.pair_weights + p.pairs : nullptr, p.T, p.pairs, -p.offset};
+  }
+};
+
+// p of one row, from one column on, as its columns rise. Pairs listed twice are added in their order. Stays inside the
+// list whatever its starts hold.
+template <typename A>
+struct Row {
+  const Positives<A>& x;
+  int64_t i, next, end;
+
+  __device__ Row(const Positives<A>& x, int64_t i, int64_t column) : x(x), i(i), next(0), end(0) {
+    if (!x.listed) return;
+    const int64_t begin = x.own[i], last = x.own[i + 1];
+    end = last > x.pairs ? x.pairs : last;
+    next = first_at_least(x.own + x.rows + 1, begin < 0 ? 0 : begin, end, column);
+  }
+  __device__ A at(int64_t j) {
+    if (!x.listed) return (x.own ? x.own[i] == x.other[j] : j == i + x.offset) ? A(1) : A(0);
+    A sum = 0;
+    for (; next < end && x.own[x.rows + 1 + next] == j; ++next) sum += x.weights[next];
+    return sum;
+  }
+};
+
 // One side: own features on the rows, those of the other side on the columns.
 template <typename A>
 struct Side {
   const A *own, *other;
-  const int64_t *own_ids, *other_ids;
-  int64_t rows, columns, D, offset, splits;
+  Positives<A> positives;
+  int64_t rows, columns, D, splits;
   bool sigmoid;
   const A *scale, *bias;
   Part<A>* parts;  // [splits, rows]
   A* out;          // [3, rows]
-
-  __device__ bool positive(int64_t i, int64_t j) const {
-    return own_ids ? own_ids[i] == other_ids[j] : j == i + offset;
-  }
 };
 
 template <typename P>
@@ -63,8 +102,9 @@ __global__ void __launch_bounds__(kThreads) contrastive_loss_fwd_stats_kernel(Si
     store_tile<P>(acc, tile);
     __syncthreads();
     if (threadIdx.x < kTile && i < x.rows) {
+      Row<A> row(x.positives, i, t * kTile);  // sought for every tile: registers are short during the product
       for (int c = 0; c < kTile && t * kTile + c < x.columns; ++c) {
-        add(part, scale * tile[threadIdx.x * kTilePitch + c] + bias, x.positive(i, t * kTile + c), x.sigmoid);
+        add(part, scale * tile[threadIdx.x * kTilePitch + c] + bias, row.at(t * kTile + c), x.sigmoid);
       }
     }
     __syncthreads();
@@ -94,18 +134,27 @@ struct Chunk {
   size_t bytes;     // of all of these
 };
 
+// One side of (5).
+template <typename A>
+__device__ A side_gradient(const InfoNceSide<A>& side, A z, A weight) {
+  const A attracted = side.gradient(z, false);
+  if (weight == A(0) || side.weight == A(0)) return attracted;
+  return attracted - weight * (side.weight / *side.positives);
+}
+
 // (5) or (6) of one pair.
 template <typename A>
 __device__ A d_logit(const ContrastiveCuda<A>& x, int64_t i, int64_t j, A z, A grad) {
   const ContrastiveParams<A>& p = x.p;
-  const bool positive = p.image_ids ? p.image_ids[i] == p.text_ids[j] : j == i + p.offset;
+  const Positives<A> positives = Positives<A>::of_images(p);
+  const A weight = Row<A>(positives, i, j).at(j);
   if (p.sigmoid) {
     const A e = exp(z > A(0) ? -z : z);
-    return grad * p.row_weight[i] * ((z > A(0) ? A(1) : e) / (A(1) + e) - (positive ? A(1) : A(0)));
+    return grad * p.row_weight[i] * ((z > A(0) ? A(1) : e) / (A(1) + e) - (weight > A(1) ? A(1) : weight));
   }
   const auto row = InfoNceSide<A>::of(p.row_weight, p.rows, i, p.B);
   const auto column = InfoNceSide<A>::of(p.column_weight, p.columns, j, p.T);
-  return grad * (row.gradient(z, positive) + column.gradient(z, positive));
+  return grad * (side_gradient(row, z, weight) + side_gradient(column, z, weight));
 }
 
 template <typename P>
@@ -227,11 +276,11 @@ const char* one_side(const ContrastiveCuda<typename P::Sum>& x, bool of_texts) {
   using A = typename P::Sum;
   const ContrastiveParams<A>& p = x.p;
   DeviceWorkspace memory(x.workspace);
-  Side<A> side = {p.image,   p.text,  p.image_ids, p.text_ids,        p.B,   p.T, p.D, p.offset, 0,
-                  p.sigmoid, x.scale, x.bias,      shares(p, memory), p.rows};
+  Side<A> side = {p.image, p.text, Positives<A>::of_images(p), p.B,   p.T, p.D, 0, p.sigmoid,
+                  x.scale, x.bias, shares(p, memory),          p.rows};
   if (of_texts) {
-    side.own = p.text, side.other = p.image, side.own_ids = p.text_ids, side.other_ids = p.image_ids;
-    side.rows = p.T, side.columns = p.B, side.offset = -p.offset, side.out = p.columns;
+    side.own = p.text, side.other = p.image, side.rows = p.T, side.columns = p.B, side.out = p.columns;
+    side.positives = Positives<A>::of_texts(p);
   }
   if (side.rows == 0) return nullptr;
   side.splits = splits(side.rows, side.columns);

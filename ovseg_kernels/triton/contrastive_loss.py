@@ -18,7 +18,7 @@ CHUNK_BYTES = 64 << 20
 TILE = {torch.float32: (64, 32), torch.float64: (16, 16)}  # rows and columns, and a step of depth
 WARPS = 4
 # Never a reason to compile again; what copies need to know of D, ALIGNED says.
-SIZES = ["B", "T", "D", "P", "offset", "first", "last", "rows", "depth"]
+SIZES = ["B", "T", "D", "P", "offset", "shift", "first", "last", "rows", "depth"]
 
 
 @triton.jit
@@ -44,9 +44,41 @@ def _logits(
 
 
 @triton.jit
-def _positive(i, j, mine, others, offset, inside, IDS: tl.constexpr):
-    same = mine[:, None] == others[None, :] if IDS else j[None, :] == i[:, None] + offset
-    return inside & same
+def _matched(i, j, mine, others, offset, inside, POSITIVES: tl.constexpr, ACC: tl.constexpr):
+    """Return p of a tile: 1 for equal ids, or for the diagonal."""
+    same = mine[:, None] == others[None, :] if POSITIVES == 1 else j[None, :] == i[:, None] + offset
+    return (inside & same).to(ACC)
+
+
+@triton.jit
+def _first_at_least(columns, low, high, least):
+    """Return, for each row, the first of its places from ``low`` to ``high`` that is not below."""
+    open_rows = low < high
+    while tl.max(open_rows.to(tl.int32), 0) > 0:
+        middle = low + (high - low) // 2
+        below = tl.load(columns + middle, mask=open_rows, other=0) < least
+        low = tl.where(open_rows & below, middle + 1, low)
+        high = tl.where(open_rows & (below == 0), middle, high)
+        open_rows = low < high
+    return low
+
+
+@triton.jit
+def _listed(columns, weights, next, end, j, last, ACC: tl.constexpr):
+    """Return (p of a tile that ends before column ``last``, the places that follow it).
+
+    A step takes one pair of every row; a pair listed twice is added in the order of the list.
+    """
+    p = tl.zeros((next.shape[0], j.shape[0]), ACC)
+    column = tl.load(columns + next, mask=next < end, other=last)
+    here = (next < end) & (column < last)
+    while tl.max(here.to(tl.int32), 0) > 0:
+        weight = tl.load(weights + next, mask=here, other=0.0)
+        p += tl.where(here[:, None] & (column[:, None] == j[None, :]), weight[:, None], 0.0)
+        next += here.to(tl.int64)
+        column = tl.load(columns + next, mask=next < end, other=last)
+        here = (next < end) & (column < last)
+    return p, next
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -57,46 +89,54 @@ def contrastive_loss_fwd_kernel(
     bias_at,
     own_ids,
     other_ids,
+    pair_weights,
     out,
     B,
     T,
     D,
     offset,
+    shift,
     ALIGNED: tl.constexpr,
-    IDS: tl.constexpr,
+    POSITIVES: tl.constexpr,
     SIGMOID: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BI: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Write log-sum-exp (sigmoid: loss), sum and number of positives of BI rows.
+    """Write log-sum-exp (sigmoid: loss), sum of p z and sum of p of BI rows.
 
-    Called with the sides swapped, of columns.
+    Called with the sides swapped, of columns; their weights begin at ``shift``.
     """
     D = whole(D, ALIGNED)
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale, bias = tl.load(scale_at), tl.load(bias_at)
-    mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
+    mine = tl.load(own_ids + i, mask=i < B, other=0) if POSITIVES else i
+    end = tl.load(own_ids + i + 1, mask=i < B, other=0) if POSITIVES == 2 else mine
     top = tl.full((BI,), float("-inf"), ACC)
     total, hits, count = tl.zeros((BI,), ACC), tl.zeros((BI,), ACC), tl.zeros((BI,), ACC)
     for j0 in range(0, T, BI):
         j = j0 + tl.arange(0, BI)
         inside = (i < B)[:, None] & (j < T)[None, :]
-        others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
-        positive = _positive(i, j, mine, others, offset, inside, IDS)
+        if POSITIVES == 2:
+            p, mine = _listed(own_ids + B + 1, pair_weights + shift, mine, end, j, j0 + BI, ACC)
+        else:
+            others = tl.load(other_ids + j, mask=j < T, other=0) if POSITIVES else j
+            p = _matched(i, j, mine, others, offset, inside, POSITIVES, ACC)
         z = scale * _logits(own, other, i, j, B, T, D, PRECISION, ACC, BD) + bias
-        if SIGMOID:  # (4)
-            x = tl.where(positive, -z, z)
+        if SIGMOID:  # (4); softplus(-z) where p is 1, which cancels nothing
+            x = tl.where(p >= 1, -z, z)
             softplus = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_of(
                 tl.exp(-tl.abs(x))
             )
+            if POSITIVES == 2:
+                softplus -= tl.where((p >= 1) | (p == 0), 0.0, p * z)
             total += tl.sum(tl.where(inside, softplus, 0.0), 1)
         else:
             x = tl.where(inside, z, float("-inf"))
             top, total = add_to_lse(top, total, x)
-            hits += tl.sum(tl.where(positive, z, 0.0), 1)
-            count += tl.sum(positive.to(ACC), 1)
+            hits += tl.sum(tl.where(p != 0, p * z, 0.0), 1)
+            count += tl.sum(p, 1)
     if SIGMOID:
         count += 1.0
     else:
@@ -115,6 +155,7 @@ def contrastive_loss_bwd_logits_kernel(
     grad_at,
     image_ids,
     text_ids,
+    pair_weights,
     rows,
     columns,
     row_weight,
@@ -129,7 +170,7 @@ def contrastive_loss_bwd_logits_kernel(
     D,
     offset,
     ALIGNED: tl.constexpr,
-    IDS: tl.constexpr,
+    POSITIVES: tl.constexpr,
     SIGMOID: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -147,26 +188,33 @@ def contrastive_loss_bwd_logits_kernel(
     i, j = first + image_tile * BI + tl.arange(0, BI), text_tile * BI + tl.arange(0, BI)
     inside = (i < last)[:, None] & (j < T)[None, :]
     scale, bias, grad = tl.load(scale_at), tl.load(bias_at), tl.load(grad_at)
-    mine = tl.load(image_ids + i, mask=i < last, other=0) if IDS else i
-    others = tl.load(text_ids + j, mask=j < T, other=0) if IDS else j
-    positive = _positive(i, j, mine, others, offset, inside, IDS)
+    mine = tl.load(image_ids + i, mask=i < last, other=0) if POSITIVES else i
+    if POSITIVES == 2:
+        end = tl.load(image_ids + i + 1, mask=i < last, other=0)
+        begin = _first_at_least(image_ids + B + 1, mine, end, text_tile * BI)
+        p, _ = _listed(image_ids + B + 1, pair_weights, begin, end, j, (text_tile + 1) * BI, ACC)
+    else:
+        others = tl.load(text_ids + j, mask=j < T, other=0) if POSITIVES else j
+        p = _matched(i, j, mine, others, offset, inside, POSITIVES, ACC)
     s = _logits(image, text, i, j, last, T, D, PRECISION, ACC, BD)
     z = scale * s + bias
     weight_i = tl.load(row_weight + i, mask=i < last, other=0.0)
     if SIGMOID:
         e = tl.exp(-tl.abs(z))
-        dz = weight_i[:, None] * (tl.where(z > 0, 1.0, e) / (1.0 + e) - positive.to(ACC))
+        dz = weight_i[:, None] * (tl.where(z > 0, 1.0, e) / (1.0 + e) - tl.where(p > 1, 1.0, p))
     else:
         lse_i, lse_j = (
             tl.load(rows + i, mask=i < last, other=0.0),
             tl.load(columns + j, mask=j < T, other=0.0),
         )
         weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
-        share_i = weight_i / tl.maximum(tl.load(rows + 2 * B + i, mask=i < last, other=1.0), 1.0)
-        share_j = weight_j / tl.maximum(tl.load(columns + 2 * T + j, mask=j < T, other=1.0), 1.0)
+        total_i = tl.load(rows + 2 * B + i, mask=i < last, other=1.0)
+        total_j = tl.load(columns + 2 * T + j, mask=j < T, other=1.0)
+        share_i = weight_i / tl.where(total_i > 0, total_i, 1.0)
+        share_j = weight_j / tl.where(total_j > 0, total_j, 1.0)
         dz = weight_i[:, None] * tl.exp(tl.where(inside, z - lse_i[:, None], 0.0))
         dz += weight_j[None, :] * tl.exp(tl.where(inside, z - lse_j[None, :], 0.0))
-        dz -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
+        dz -= tl.where(p != 0, p * (share_i[:, None] + share_j[None, :]), 0.0)
     dz = tl.where(inside, dz * grad, 0.0)
     at = out + (i - first).to(tl.int64)[:, None] * P + j[None, :]
     tl.store(at, tl.where(inside, scale * dz, 0.0), mask=(i < last)[:, None] & (j < P)[None, :])
@@ -227,9 +275,15 @@ def contrastive_loss_bwd_product_kernel(
     tl.store(at, sums, mask=inside)
 
 
-def _options(image, text, image_ids, text_ids, tf32):
+def _options(image, text, image_ids, text_ids, pair_weights, tf32):
+    """Return (ids of both sides, weights of pairs, POSITIVES, tile, options of all kernels).
+
+    POSITIVES are 0 for the diagonal, 1 for equal ids, 2 for a list.
+    """
     tile, step = TILE[image.dtype]
     ids = (image, image) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
+    positives = 2 if pair_weights is not None else int(image_ids is not None)
+    weights = image if pair_weights is None else pair_weights.contiguous()
     shared = {
         "ALIGNED": aligned(image, text),
         "ACC": ACC[image.dtype],
@@ -238,17 +292,25 @@ def _options(image, text, image_ids, text_ids, tf32):
         "BD": step,
         "num_warps": WARPS,
     }
-    return ids, image_ids is not None, tile, shared
+    return ids, weights, positives, tile, shared
 
 
-def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sigmoid, tf32):
+def stats(
+    image, text, logit_scale, logit_bias, image_ids, text_ids, pair_weights, offset, sigmoid, tf32
+):
     """Return (rows [3, B], columns [3, T]) as ``ovseg::contrastive_stats`` does."""
     image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
-    ids, with_ids, tile, shared = _options(image, text, image_ids, text_ids, tf32)
+    ids, weights, positives, tile, shared = _options(
+        image, text, image_ids, text_ids, pair_weights, tf32
+    )
     rows, columns = image.new_empty(3, B), image.new_zeros(3, T)
-    sides = ((rows, image, text, ids, offset), (columns, text, image, ids[::-1], -offset))
+    pairs = weights.shape[1] if positives == 2 else 0
+    sides = (
+        (rows, image, text, ids, offset, 0),
+        (columns, text, image, ids[::-1], -offset, pairs),
+    )
     with on_device(image):
-        for out, own, other, its, start in sides[:1] if sigmoid else sides:
+        for out, own, other, its, start, shift in sides[:1] if sigmoid else sides:
             if own.shape[0]:
                 contrastive_loss_fwd_kernel[(tiles(own.shape[0], tile),)](
                     own,
@@ -256,12 +318,14 @@ def stats(image, text, logit_scale, logit_bias, image_ids, text_ids, offset, sig
                     logit_scale,
                     logit_bias,
                     *its,
+                    weights,
                     out,
                     own.shape[0],
                     other.shape[0],
                     D,
                     start,
-                    IDS=with_ids,
+                    shift,
+                    POSITIVES=positives,
                     SIGMOID=sigmoid,
                     **shared,
                 )
@@ -276,6 +340,7 @@ def backward(
     logit_bias,
     image_ids,
     text_ids,
+    pair_weights,
     rows,
     columns,
     row_weight,
@@ -291,7 +356,9 @@ def backward(
     They are d image, d text, d logit_scale, d logit_bias.
     """
     image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
-    ids, with_ids, tile, shared = _options(image, text, image_ids, text_ids, tf32)
+    ids, weights, positives, tile, shared = _options(
+        image, text, image_ids, text_ids, pair_weights, tf32
+    )
     d_image, d_text = (
         image.new_zeros(B if need_image else 0, D),
         image.new_zeros(T if need_text else 0, D),
@@ -316,6 +383,7 @@ def backward(
                     logit_bias,
                     grad,
                     *ids,
+                    weights,
                     *saved,
                     d_logits,
                     partial,
@@ -326,7 +394,7 @@ def backward(
                     P,
                     D,
                     offset,
-                    IDS=with_ids,
+                    POSITIVES=positives,
                     SIGMOID=sigmoid,
                     **shared,
                 )

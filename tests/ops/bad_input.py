@@ -311,6 +311,7 @@ SEGCLIP_CENTER_ASSIGNMENT_REFUSED = [
     ),
 ]
 
+PAIRS = torch.tensor([[0, 2], [1, 2]])
 CONTRASTIVE_LOSS = {"image": torch.randn(3, 4), "text": torch.randn(3, 4), "logit_scale": 1.0}
 CONTRASTIVE_LOSS_REFUSED = [
     (
@@ -347,6 +348,53 @@ CONTRASTIVE_LOSS_REFUSED = [
         {"image_ids": torch.ones(3), "text_ids": torch.ones(3)},
         TypeError,
         "image_ids has dtype float32; expected int64",
+    ),
+    (
+        {"positives": PAIRS, "image_ids": torch.arange(3), "text_ids": torch.arange(3)},
+        ValueError,
+        "positives was given with image_ids and text_ids; expected one of the two",
+    ),
+    (
+        {"positive_weights": torch.ones(2)},
+        ValueError,
+        "positive_weights was given without positives; expected both",
+    ),
+    (
+        {"positives": PAIRS.T.contiguous()[:, [0, 1, 0]]},
+        ValueError,
+        r"positives has shape \[2, 3\]; expected \[2, 2\], \(image, text\) of each pair",
+    ),
+    ({"positives": PAIRS.int()}, TypeError, "positives has dtype int32; expected int64"),
+    (
+        {"positives": PAIRS + torch.tensor([2, 0])},
+        ValueError,
+        "positives holds image 3; expected 0 or more, below the 3 rows of image",
+    ),
+    ({"positives": PAIRS - torch.tensor([2, 0])}, ValueError, "positives holds image -2"),
+    (
+        {"positives": PAIRS + torch.tensor([0, 9])},
+        ValueError,
+        "positives holds text 11; expected 0 or more, below the 3 rows of text",
+    ),
+    ({"positives": PAIRS - torch.tensor([0, 3])}, ValueError, "positives holds text -1"),
+    (
+        {"positives": PAIRS, "positive_weights": torch.ones(3)},
+        ValueError,
+        r"positive_weights has shape \[3\]; expected \[2\], one weight for each pair",
+    ),
+    *(
+        (
+            {"positives": PAIRS, "positive_weights": torch.tensor([1.0, weight])},
+            ValueError,
+            f"positive_weights holds {name}; expected 0, or 1e-15 to 1e15",
+        )
+        for weight, name in (
+            (-1.0, "-1.0"),
+            (float("nan"), "nan"),
+            (float("inf"), "inf"),
+            (1e-30, r"1\.0\d*e-30"),
+            (1e30, r"1\.0\d*e\+30"),
+        )
     ),
 ]
 

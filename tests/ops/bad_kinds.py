@@ -18,6 +18,7 @@ TENSORS = {
         "pair_mask": torch.ones(2, 2, dtype=torch.bool),
         "positives": torch.ones(2, 2),
     },
+    "contrastive_loss": {"positives": torch.tensor([[0, 2], [1, 2]])},
     "center_assignment": {
         "mask": torch.ones(2, 5, dtype=torch.bool),
         "noise": torch.randn(2, 3, 5),

@@ -12,6 +12,7 @@ import torch
 
 import ovseg_kernels as ok
 from ovseg_kernels import philox
+from ovseg_kernels.ops.contrastive_loss import sorted_both_ways
 
 
 @dataclass
@@ -427,16 +428,23 @@ def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
         torch.tensor([0, 1, 1, 2, 9], device=device),
         torch.tensor([1, 0, 2, 2, 7, 1, 5], device=device),
     )
+    listed = {  # an image without a positive, a weight of 0, a pair listed twice
+        "positives": torch.tensor([[1, 5], [0, 6], [4, 1], [1, 0], [0, 2], [1, 5], [2, 2]]),
+        "positive_weights": torch.tensor([0.3, 0.5, 2.0, 1.0, 0.0, 0.4, 1.0], dtype=wide),
+    }
+    listed = {key: value.to(device) for key, value in listed.items()}
     cases = {
         "diagonal": {},
         "ids": {"image_ids": ids[0], "text_ids": ids[1]},
         "unit": {"normalize": False},
         "sigmoid": {"kind": "sigmoid"},
         "sigmoid-ids": {"kind": "sigmoid", "image_ids": ids[0], "text_ids": ids[1]},
+        "list": listed,
+        "sigmoid-list": {"kind": "sigmoid", **listed},
     }
     found = []
     for name, kwargs in cases.items():
-        T, sigmoid = 7 if "image_ids" in kwargs else B, "kind" in kwargs
+        T, sigmoid = 7 if {"image_ids", "positives"} & set(kwargs) else B, "kind" in kwargs
 
         def call(image, text, scale, *bias, kwargs=kwargs):
             return ok.contrastive_loss(
@@ -450,12 +458,11 @@ def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
             *((number(-1.5, **to),) if sigmoid else ()),
         )
         bias = number(-1.5 if sigmoid else 0.0, wide, device).detach()
-        plain = (
-            *(x.detach().to(wide) for x in tensors[:3]),
-            bias,
-            kwargs.get("image_ids"),
-            kwargs.get("text_ids"),
-        )
+        plain = tuple(x.detach().to(wide) for x in tensors[:3])
+        positives = kwargs.get("image_ids"), kwargs.get("text_ids"), None
+        if "positives" in kwargs:
+            positives = sorted_both_ways(*listed.values(), *plain[:2])
+        plain = (*plain, bias, *positives)
         options = (0, sigmoid, False)
         rows, columns = torch.ops.ovseg.contrastive_stats(*plain, *options)
         saved = (

@@ -233,15 +233,27 @@ def whole_loss(leaves, images, texts, kind, mine, **options):
     if kind == "ids":
         ids = torch.arange(20)[mine] // 2
         options |= {"image_ids": ids, "text_ids": ids}
-    if kind == "sigmoid":
-        options |= {"kind": kind, "logit_bias": scale - 6}
+    if kind.startswith("list"):  # a third of the images has no positive, and some pairs two entries
+        pairs = torch.tensor([[i, j] for i in range(mine.start, mine.stop) for j in (0, i, 5 - i)])
+        pairs = pairs[(pairs[:, 0] % 3 > 0) & (pairs[:, 1] >= 0)]
+        options["positive_weights"] = (pairs.sum(1) % 4 / 3).double()
+        options["positives"] = pairs - torch.tensor([mine.start, 0])
+    if kind.endswith("sigmoid"):
+        options |= {"kind": "sigmoid", "logit_bias": scale - 6}
     return ok.contrastive_loss(images @ weight, texts @ weight, scale, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "counts,kind",
-    [([3, 3], "softmax"), ([2, 5], "softmax"), ([1, 4, 2], "ids"), ([1, 4, 2], "sigmoid")],
+    [
+        ([3, 3], "softmax"),
+        ([2, 5], "softmax"),
+        ([1, 4, 2], "ids"),
+        ([1, 4, 2], "sigmoid"),
+        ([1, 4, 2], "list"),
+        ([2, 5], "list sigmoid"),
+    ],
 )
 def test_ranks_equal_one_process(counts, kind, tmp_path):
     """Loss on every rank and DDP-averaged gradients against one process, in float64."""
@@ -267,6 +279,14 @@ def _ranks_that_disagree(rank, ranks, port):
             ok.contrastive_loss(
                 **{"image": image, "logit_scale": 1.0, **mine}, group=dist.group.WORLD
             )
+    listed = {"positives": torch.tensor([[0, 1], [2, 6 * rank]])}
+    with pytest.raises(
+        ValueError, match="positives of rank 1 holds text 6; expected 0 or more, below the 6 rows"
+    ):
+        ok.contrastive_loss(image, image, 1.0, **listed, group=dist.group.WORLD)
+    mixed = ids if rank else {"positives": torch.zeros(0, 2, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=r"expected the last three to agree"):
+        ok.contrastive_loss(image, image, 1.0, **mixed, group=dist.group.WORLD)
     with pytest.raises(ValueError, match="image and text have 3 and 3, 3 and 4 rows"):
         ok.contrastive_loss(image, torch.randn(3 + rank, 4), 1.0, group=dist.group.WORLD)
     leave()

@@ -69,6 +69,7 @@ def features(B, T, D=16):
         nothing(),
         nothing(B, dtype=torch.int64),
         nothing(T, dtype=torch.int64),
+        None,
     )
     rows, columns = op.stats(*inputs, 0, False, False)
     op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0, False, False, True, True)

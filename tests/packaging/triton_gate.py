@@ -210,13 +210,18 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
-def features_loss(dtype, sigmoid, ids):
+def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
     B, D, one = 256, 512, torch.ones((), dtype=dtype)
     for tf32 in (False, True) if dtype == torch.float32 else (False,):
         inputs = (torch.randn(B, D, dtype=dtype), torch.randn(B, D, dtype=dtype), one, one)
-        inputs += (torch.arange(B), torch.arange(B)) if ids else (None, None)
+        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=dtype)
+        inputs += {
+            "": (None, None, None),
+            "ids": (torch.arange(B), torch.arange(B), None),
+            "list": listed,
+        }[positives]
         rows, columns = op.stats(*inputs, 0, sigmoid, tf32)
         op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
 
@@ -335,9 +340,10 @@ def main() -> None:
             label = f"{str(dtype).removeprefix('torch.')} assignment, noise {noise}{' masked' if masked else ''}"
             assignment(dtype, hard, noise, masked)
     for dtype in (torch.float32, torch.float64):
-        for sigmoid in (False, True):
-            label = f"{str(dtype).removeprefix('torch.')} contrastive{' sigmoid ids' if sigmoid else ''}"
-            features_loss(dtype, sigmoid, sigmoid)
+        for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
+            kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
+            label = f"{str(dtype).removeprefix('torch.')} contrastive{kind}"
+            features_loss(dtype, sigmoid, positives)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for sampling, ids in ((0, False), (1, True), (2, False), (3, False))[
             : 1 if dtype == torch.float64 else 4
