@@ -298,7 +298,7 @@ def test_the_models_own_vocabulary(coco):
     with pytest.raises(ConfigError, match=r"data.words is null and the model has no vocabulary of"):
         tags(coco, None)
     with pytest.raises(
-        ConfigError, match=r"the model knows 72 of 73 words not, the first 'person'"
+        ConfigError, match=r"the model does not know 72 of 73 words, the first 'person'"
     ):
         tags(coco, "everyday", ModelInputs(8, 4, WordTokenizer(["cat"])))
 
