@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import same
+from loading import pairs, same
 from PIL import Image
 
+import ovseg
 from ovseg.data.batches import PairBatch, TagBatch
 from ovseg.data.entities import load_entities
 from ovseg.data.loader import Loader
@@ -22,6 +23,7 @@ from ovseg.data.sampling import generator
 from ovseg.data.sources import ModelInputs, create_source, load_options
 from ovseg.data.words import WordTokenizer
 from ovseg.errors import ConfigError, DataError, NoData
+from ovseg.systems.objective import Progress, create_objective
 
 PHOTOS = Path(
     os.environ.get("OVSEG_PHOTOS", Path(__file__).parents[2].parent / "shared" / "photos")
@@ -249,6 +251,23 @@ def test_one_word(coco, names, words):
     assert kept.tolist() == [[True, False, True], [True, True, True], [True, False, True]]
 
 
+def test_an_objective_of_pairs_takes_one_word(tmp_path):
+    """What trains on captions trains on single words, in chunks too."""
+    pairs(tmp_path / "pairs", 6)
+    (tmp_path / "words.yaml").write_text("red:\ngrass:\ngravel:\n")
+    model = ovseg.create_model("pacl_tiny", pretrained=None)
+    source = tags(
+        tmp_path / "pairs", str(tmp_path / "words.yaml"), ModelInputs.of(model), texts="one"
+    )
+    batch = source.collate([source.sample(i, 0) for i in range(6)])
+    objective = create_objective(model)
+    whole = objective(batch)["total"]
+    rows = [objective.encode(part, Progress()) for part in batch.split(2)]
+    joined = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}
+    parts = objective.loss(joined, batch, Progress(), None)["total"]
+    assert bool(whole.isfinite()) and torch.allclose(whole, parts, atol=1e-5)
+
+
 def test_how_pictures_fit(coco, words):
     """The whole picture, the square in its middle, or augmented for training alone."""
 
@@ -279,7 +298,7 @@ def test_the_models_own_vocabulary(coco):
     with pytest.raises(ConfigError, match=r"data.words is null and the model has no vocabulary of"):
         tags(coco, None)
     with pytest.raises(
-        ConfigError, match=r"the model knows 72 of 73 words not, the first 'person'"
+        ConfigError, match=r"the model does not know 72 of 73 words, the first 'person'"
     ):
         tags(coco, "everyday", ModelInputs(8, 4, WordTokenizer(["cat"])))
 

@@ -274,8 +274,8 @@ def _token_ids(words: Entities, inputs: ModelInputs, template: str) -> torch.Ten
     ask: Callable[[str], list[str]] = getattr(inputs.tokenizer, "unknown", lambda text: [])
     if unknown := [name for name in words.phrases if ask(name)]:
         raise ConfigError(
-            f"data.words: the model knows {len(unknown)} of {len(words)} words not, the first "
-            f"{unknown[0]!r}; expected its own vocabulary, data.words=null, or words that it knows"
+            f"data.words: the model does not know {len(unknown)} of {len(words)} words, "
+            f"the first {unknown[0]!r}; expected its own, data.words=null, or words that it knows"
         )
     ids = without_padding(inputs.tokenize([template.replace("{}", one) for one in words.phrases]))
     seen: dict[tuple[int, ...], str] = {}
