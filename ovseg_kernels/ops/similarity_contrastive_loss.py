@@ -131,9 +131,7 @@ def similarity_contrastive_loss(
     return _distributed.of_the_whole_batch(loss, _distributed.terms(rows, row_weight), group)
 
 
-def _weights(
-    positives: torch.Tensor, similarity: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _weights(positives: torch.Tensor, similarity: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return ``positives`` as the kernels read them, checked: bool, or of ``dtype``."""
     _check.tensor("positives", positives, 2, "[B, T]", (torch.bool, *_check.FLOATS))
     _check.shape("positives", positives, tuple(similarity.shape), "that of similarity")

@@ -130,9 +130,7 @@ def test_left_out_pairs_are_no_positives(backend):
     with running_on(backend):
         loss, grad, _ = run(similarity, scale, positives=weights, pair_mask=keep)
         poisoned = similarity.masked_fill(~keep, float("nan"))
-        again = run(
-            poisoned, scale, positives=weights.masked_fill(~keep, 1e30), pair_mask=keep
-        )
+        again = run(poisoned, scale, positives=weights.masked_fill(~keep, 1e30), pair_mask=keep)
     truth = by_hand(similarity, 2.0, weights, keep)
     assert float(loss) == pytest.approx(truth, rel=1e-5)
     assert not bool(grad[~keep].any())
