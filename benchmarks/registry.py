@@ -132,6 +132,8 @@ CASES = (
     Case("upsample_mask_loss", "voc", {"B": 4, "C": 15, "h": 32, "H": 512}),
     Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}),
     Case("similarity_contrastive_loss", "large", {"B": 4096, "T": 4096}),
+    Case("similarity_contrastive_loss", "positives", {"B": 1024, "T": 1024}),
+    Case("similarity_contrastive_loss", "weights", {"B": 1024, "T": 1024}),
 )
 
 
@@ -297,7 +299,12 @@ def inputs(
         found = {name: F.normalize(randn(s["B"], s["D"]), dim=-1) for name in ("image", "text")}
         return leaves({**found, "logit_scale": torch.tensor(14.3, device=device)})
     similarity = torch.rand(s["B"], s["T"], generator=g, device=device).mul_(2).sub_(1)
-    return leaves({"similarity": similarity, "logit_scale": torch.tensor(14.3, device=device)})
+    found = leaves({"similarity": similarity, "logit_scale": torch.tensor(14.3, device=device)})
+    if case.name in ("positives", "weights"):  # about four of an image, itself among them
+        chance = torch.rand(s["B"], s["T"], generator=g, device=device)
+        positives = (chance < 3 / s["T"]).logical_or(torch.eye(s["B"], s["T"], device=device) > 0)
+        found["positives"] = positives if case.name == "positives" else positives * (1 + chance)
+    return found
 
 
 def maps(

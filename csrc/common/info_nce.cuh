@@ -19,11 +19,9 @@ struct InfoNceSide {
     const A attracted = weight * exp(z - log_sum_exp);
     return positive ? attracted - weight / *positives : attracted;
   }
-  __device__ A weighted_gradient(A z, A positive) const {
-    if (weight == A(0)) return A(0);
-    const A attracted = weight * exp(z - log_sum_exp);
-    return positive != A(0) ? attracted - weight * (positive / *positives) : attracted;
-  }
+  // The two terms of a gradient whose positives have weights; the second where that of the pair is not 0.
+  __device__ A of_softmax(A z) const { return gradient(z, false); }
+  __device__ A of_target(A positive) const { return weight * (positive / *positives); }
 };
 
 }  // namespace ovseg

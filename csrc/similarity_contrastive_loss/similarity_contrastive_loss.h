@@ -15,9 +15,9 @@ struct SimilarityLossParams {
   const int64_t* image_ids;  // [B] and [T], or null: the positive of row i is column i + offset
   const int64_t* text_ids;
   const bool* pair_mask;        // [B, T] contiguous, or null; false leaves the pair out
-  const uint8_t* positives;     // [B, T] bytes of a bool, or null; takes the place of the ids
-  const A* weights;             // [B, T] in place of positives, or null
-  int64_t positive_strides[2];  // of the one of them that is given
+  const uint8_t* positives;     // [B, T], or null; takes the place of the ids
+  bool weighted;                // they are weights, of type A, and no bytes of a bool
+  int64_t positive_strides[2];  // in elements
   int64_t offset;
 
   A* rows;     // [3, B]: log-sum-exp, sum of p z, sum of p
@@ -30,12 +30,12 @@ struct SimilarityLossParams {
   A* grad_similarity;      // [B, T] contiguous
   double* row_scale;       // [B] partial sums of d scale
 
-  // p_ij. One value for all kinds of positives, and one arithmetic for it: equal pairs give equal bits.
+  // p_ij. One value for all kinds of positives, and one arithmetic with it: equal pairs give equal bits.
   OVSEG_ANYWHERE_MEMBER A weight(int64_t i, int64_t j) const {
     if (image_ids) return static_cast<A>(image_ids[i] == text_ids[j]);
-    if (!positives && !weights) return static_cast<A>(j == i + offset);
+    if (!positives) return static_cast<A>(j == i + offset);
     const int64_t at = i * positive_strides[0] + j * positive_strides[1];
-    return positives ? static_cast<A>(positives[at] != 0) : weights[at];
+    return weighted ? reinterpret_cast<const A*>(positives)[at] : static_cast<A>(positives[at] != 0);
   }
   OVSEG_ANYWHERE_MEMBER bool kept(int64_t i, int64_t j) const { return !pair_mask || pair_mask[i * T + j]; }
 };

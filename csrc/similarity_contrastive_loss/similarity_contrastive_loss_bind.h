@@ -51,12 +51,9 @@ struct Inputs {
     STD_TORCH_CHECK(!image_ids, "positives take the place of image_ids and text_ids; expected one of the two");
     check_shape("positives", *positives, {p.B, p.T});
     for (int i = 0; i < 2; ++i) p.positive_strides[i] = positives->stride(i);
-    if (positives->scalar_type() == ScalarType::Bool) {
-      p.positives = data<uint8_t>(*positives);
-    } else {
-      check_type("positives", *positives, similarity.scalar_type());
-      p.weights = data<A>(*positives);
-    }
+    p.weighted = positives->scalar_type() != ScalarType::Bool;
+    if (p.weighted) check_type("positives", *positives, similarity.scalar_type());
+    p.positives = data<uint8_t>(*positives);
   }
   static Optional contiguous(const Optional& x) { return x ? Optional(torch::stable::contiguous(*x)) : x; }
 };

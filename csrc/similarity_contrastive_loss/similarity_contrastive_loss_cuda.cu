@@ -65,8 +65,10 @@ __global__ void __launch_bounds__(kSweepThreads) similarity_contrastive_loss_bwd
     if (p.kept(i, j)) {
       const A phi = p.similarity[i * p.strides[0] + j * p.strides[1]], z = scale * phi;
       const auto column = InfoNceSide<A>::of(p.column_weight, p.columns, j, p.T);
+      A dz = row.of_softmax(z) + column.of_softmax(z);
       const A positive = p.weight(i, j);
-      const A dz = grad * (row.weighted_gradient(z, positive) + column.weighted_gradient(z, positive));
+      if (positive != A(0)) dz -= row.of_target(positive) + column.of_target(positive);
+      dz *= grad;
       out = scale * dz;
       d_scale += static_cast<double>(dz) * static_cast<double>(phi);
     }
