@@ -106,7 +106,8 @@ def terms(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Rows without a positive have weight 0 and may have no finite one. Weights of positives may sum
     to less than 1.
     """
-    return (weight * torch.where(weight > 0, part[0] - part[1] / part[2], 0)).sum()
+    total = torch.where(part[2] > 0, part[2], 1)
+    return (weight * torch.where(weight > 0, part[0] - part[1] / total, 0)).sum()
 
 
 def of_the_whole_batch(

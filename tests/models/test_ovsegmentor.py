@@ -702,7 +702,9 @@ def test_the_tiny_model_trains_in_each_stage(stage):
     torch.manual_seed(0)
     model = ovseg.create_model("ovsegmentor_tiny", stage=stage).train()
     objective, batch = create_objective(model), tiny_batch(model)
-    assert objective.batch_types[0].__name__ == ("PairBatch", "EntityBatch", "CrossEntityBatch")[stage]
+    assert (
+        objective.batch_types[0].__name__ == ("PairBatch", "EntityBatch", "CrossEntityBatch")[stage]
+    )
     losses = objective(batch, Progress(1, 5))
     assert set(losses) == {"total", "contrastive", *("entity", "mask")[:stage]}
     losses["total"].backward()
