@@ -14,12 +14,24 @@ from torch.distributed.tensor import DTensor
 
 import ovseg
 from ovseg import distributed
-from ovseg.data.batches import CrossEntityBatch, MaskBatch, NounBatch
+from ovseg.data.batches import CrossEntityBatch, MaskBatch, NounBatch, TagBatch
+from ovseg.data.words import WordTokenizer
 from ovseg.systems.objective import Progress, create_objective
 from ovseg.training.gradients import Gradients, LossScaler, clip
 from ovseg_kernels import philox
 
-SYSTEMS = ("pacl", "segclip", "clip_dense", "groupvit", "ovsegmentor", "zegclip", "mgca")
+# With "+tags" on pictures with words, a vocabulary that all processes share.
+SYSTEMS = (
+    "pacl",
+    "pacl+tags",
+    "segclip",
+    "clip_dense",
+    "groupvit",
+    "ovsegmentor",
+    "zegclip",
+    "mgca",
+    "mgca+tags",
+)
 TINY = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
 GROUPING = {
     "width": 16,
@@ -60,6 +72,15 @@ TRAINING = {
         "pixel_start": 0.0,
     },
 }
+TRAINING["mgca+tags"] = TRAINING["mgca"]
+TRAINING["pacl+tags"] = {
+    "patches": 20,
+    "self_training": 0.5,
+    "keep": 0.6,
+    "stuff": ["grass", "water"],
+    "penalty": 0.05,
+}
+VOCABULARY = ["a red one", "water", "grass", "a blue six", "sand", "four"]
 BOUNDS = {1: [0, 7], 2: [0, 4, 7], 3: [0, 3, 6, 7]}  # of the pictures of each process
 NOISY = ("segclip", "groupvit", "ovsegmentor")
 PICTURES, CAPTIONS, WORDS, GROUPS, PATCHES = 7, 2, 6, 8, 36
@@ -72,7 +93,8 @@ class Everything(CrossEntityBatch, NounBatch):
 
 def an_objective(system):
     torch.manual_seed(3)
-    model = ovseg.create_model(f"{system}_tiny", backbone=dict(BACKBONE[system]), **OPTIONS[system])
+    name = system.removesuffix("+tags")
+    model = ovseg.create_model(f"{name}_tiny", backbone=dict(BACKBONE[name]), **OPTIONS[name])
     for name, parameter in model.named_parameters():
         if name.endswith("leave.weight"):  # MGCA's decoder begins as nothing
             torch.nn.init.normal_(parameter, std=0.1)
@@ -105,6 +127,12 @@ def a_batch(system="pacl"):
         )
         masks[-1] = 255
         return MaskBatch(draw(PICTURES, 3, 24, 24) - 0.5, masks)
+    if system.endswith("+tags"):
+        states = torch.randint(0, 3, (PICTURES, len(VOCABULARY)), generator=g)
+        states[:, 0] = torch.tensor([2, 2, 0, 2, 0, 2, 2])  # each has a word that is true
+        states[[2, 4], 1] = 2
+        vocabulary = WordTokenizer()(VOCABULARY)
+        return TagBatch(draw(PICTURES, 3, 24, 24) - 0.5, vocabulary, states == 2, states > 0)
     noise = {
         "groups": gumbel(PATCHES),
         "kept_groups": gumbel(int(37 * 0.25) - 1),
@@ -136,12 +164,17 @@ def share_of(batch, rank, world):
     """The rank's pictures; the last rank has fewest: 4 and 3 of 7, or 3, 3 and 1."""
     bounds = BOUNDS[world][rank : rank + 2]
     per_text = {"token_ids", "text_ids", "text_entities"}
+    shared = {"token_ids"} if isinstance(batch, TagBatch) else set()
 
     def rows(name, x):
         start, stop = (n * CAPTIONS if name in per_text else n for n in bounds)
         return x[start:stop]
 
-    values = {name: rows(name, x) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    values = {
+        name: rows(name, x)
+        for name, x in vars(batch).items()
+        if isinstance(x, torch.Tensor) and name not in shared
+    }
     noise = {name: x[slice(*bounds)] for name, x in getattr(batch, "noise", {}).items()}
     return replace(batch, **values, **({"noise": noise} if noise else {}))
 
