@@ -206,13 +206,13 @@ class Objective(nn.Module):
     def own_texts(self, batch: PairBatch | TagBatch) -> Rows:
         """Return the embeddings of the texts that lie in a batch row by row.
 
-        A vocabulary, which all pictures share, is none of them: it is encoded once, by ``texts``.
+        A vocabulary, which all pictures share, is none of them: it is encoded once, by ``all_texts``.
         """
         if isinstance(batch, TagBatch):
             return {}
         return {"text": self.model.encode_text(batch.token_ids)}
 
-    def texts(self, rows: Rows, batch: PairBatch | TagBatch) -> torch.Tensor:
+    def all_texts(self, rows: Rows, batch: PairBatch | TagBatch) -> torch.Tensor:
         """Return the embeddings of all texts that this rank compares its pictures with."""
         if isinstance(batch, TagBatch):
             return self.model.encode_text(batch.token_ids)

@@ -28,5 +28,5 @@ class ClipDenseObjective(Objective):
         self, rows: Rows, batch: PairBatch | TagBatch, progress: Progress, group: Ranks
     ) -> Losses:
         scale = self.model.logit_scale
-        text = self.texts(rows, batch)
+        text = self.all_texts(rows, batch)
         return {"total": image_text_contrast(rows["image"], text, scale, batch, group)}

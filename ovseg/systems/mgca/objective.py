@@ -102,7 +102,7 @@ class MGCAObjective(Objective):
         self, rows: Rows, batch: PairBatch | TagBatch, progress: Progress, group: Ranks
     ) -> Losses:
         tokens = at_least_float32(rows["tokens"])
-        text = at_least_float32(self.texts(rows, batch))
+        text = at_least_float32(self.all_texts(rows, batch))
         model = self.model
         weights = self.weights | {"pixel": self.pixel_weight(progress.share)}
         shared = OneGradient(tokens)

@@ -108,7 +108,7 @@ class PACLObjective(Objective):
     ) -> Losses:
         model = self.model
         tokens = rows["tokens"]
-        text = self.texts(rows, batch)
+        text = self.all_texts(rows, batch)
         contrast = image_text_contrast(
             tokens, text, model.logit_scale, batch, group, model.compatibility
         )
