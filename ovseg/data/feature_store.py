@@ -125,11 +125,10 @@ class FeatureStore:
         """
         above = self.folder.parent
         others = sum(
-            file.stat().st_size
+            (folder / name).stat().st_size
             for folder in above.iterdir()
-            if folder != self.folder and no_file(folder / _INDEX) is None
-            for file in folder.iterdir()
-            if file.is_file()
+            for name in (_INDEX, _ROWS, _DONE)
+            if folder != self.folder and no_file(folder / name) is None
         )
         needed = self.form.size
         if needed + others > limit:

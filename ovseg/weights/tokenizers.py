@@ -6,6 +6,7 @@ without running code of its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,12 @@ def clip_tokenizer(architecture: Architecture) -> Callable[[Sequence[str]], torc
     name = text.get("hf_tokenizer_name")
     if not name:
         if isinstance(architecture, str):
-            return open_clip.get_tokenizer(architecture)
+            root = logging.getLogger()
+            before = list(root.handlers)
+            try:
+                return open_clip.get_tokenizer(architecture)
+            finally:
+                root.handlers[:] = before  # it logs to the root, which then repeats our lines
         return open_clip.tokenizer.SimpleTokenizer(
             context_length=length, **_tokenizer_options(text)
         )
