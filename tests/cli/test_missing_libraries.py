@@ -3,8 +3,8 @@ before the work.
 """
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import textwrap
