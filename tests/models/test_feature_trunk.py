@@ -162,7 +162,7 @@ def test_what_a_trunk_does_not_have():
     ):
         with pytest.raises(ValueError, match=r"expected (pacl or mgca|one of \['features'\])"):
             ask()
-    with pytest.raises(ValueError, match="clip is 'clip_dense_tiny:digits' .* is no CLIP"):
+    with pytest.raises(ValueError, match=r"clip is 'clip_dense_tiny:digits' .* is no CLIP"):
         small("mgca", clip="clip_dense_tiny:digits")
     for model in ("clip_dense_tiny", "zegclip_tiny"):
         with pytest.raises(ValueError, match=r"backbone\.kind is 'timm'"):
