@@ -13,8 +13,8 @@ from ._launch import ACC, on_device, tiles
 from ._patch_text_kernels import _larger
 
 ROWS, COLUMNS, WARPS = 16, 64, 4  # of a tile: the matrix is read once, in lines
-# Never a reason to compile again.
-SIZES = ["B", "T", "offset", "stride", "pair_stride", "positive_stride"]
+# Never a reason to compile again. The last three say which of the optional tensors are there.
+SIZES = ["B", "T", "offset", "stride", "pair_stride", "positive_stride", "IDS", "PAIRS", "GIVEN"]
 
 
 @triton.jit
@@ -51,38 +51,38 @@ def _at(matrix, i, j, stride, TURNED: tl.constexpr):
 
 
 @triton.jit
+def _names(ids, k, size, shift, IDS):
+    """Return what rows and columns are compared by: ids, or their own numbers, shifted."""
+    return tl.where(IDS != 0, tl.load(ids + k, mask=(k < size) & (IDS != 0), other=0), k + shift)
+
+
+@triton.jit
 def _pairs(
     i,
     j,
     mine,
     others,
-    offset,
     pairs,
     pair_stride,
     given,
     positive_stride,
     inside,
+    PAIRS,
+    GIVEN,
     TURNED: tl.constexpr,
-    IDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    POSITIVES: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """Return (kept, positive) of a tile; the second are weights where weights are ``given``.
+    """Return (kept, positive) of a tile; the second are weights where ``given`` holds floats.
 
-    ``mine`` and ``others`` are the ids of its rows and columns. POSITIVES: 0 without ``given``, 1
-    where it lies as the similarity does, 2 the other way round.
+    ``mine`` and ``others`` name its rows and columns. ACROSS: ``given`` is dense along the other
+    dimension than the similarity is.
     """
-    kept = inside
-    if PAIRS:
-        kept = kept & (tl.load(_at(pairs, i, j, pair_stride, TURNED), mask=inside, other=0) != 0)
-    if POSITIVES > 0:
-        at = _at(given, i, j, positive_stride, TURNED if POSITIVES == 1 else not TURNED)
-        p = tl.load(at, mask=kept, other=0)
-        positive = p if p.dtype.is_floating() else p != 0
-    elif IDS:
-        positive = kept & (mine[:, None] == others[None, :])
-    else:
-        positive = kept & (j[None, :] == i[:, None] + offset)
+    at = _at(pairs, i, j, pair_stride, TURNED)
+    kept = inside & (tl.load(at, mask=inside & (PAIRS != 0), other=1) != 0)
+    at = _at(given, i, j, positive_stride, TURNED != ACROSS)
+    positive = tl.load(at, mask=kept & (GIVEN != 0), other=0)
+    if not positive.dtype.is_floating():
+        positive = kept & tl.where(GIVEN != 0, positive != 0, mine[:, None] == others[None, :])
     return kept, positive
 
 
@@ -101,10 +101,11 @@ def similarity_contrastive_loss_fwd_kernel(
     stride: tl.int64,
     pair_stride: tl.int64,
     positive_stride: tl.int64,
+    IDS,
+    PAIRS,
+    GIVEN,
     TURNED: tl.constexpr,
-    IDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    POSITIVES: tl.constexpr,
+    ACROSS: tl.constexpr,
     ACC: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
@@ -115,28 +116,27 @@ def similarity_contrastive_loss_fwd_kernel(
     """
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale = tl.load(scale_at)
-    mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
+    mine = _names(own_ids, i, B, offset, IDS)
     top = tl.full((BI,), float("-inf"), ACC)
     total, hits, count = tl.zeros((BI,), ACC), tl.zeros((BI,), ACC), tl.zeros((BI,), ACC)
     for j0 in range(0, T, BJ):
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
-        others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
+        others = _names(other_ids, j, T, 0, IDS)
         kept, positive = _pairs(
             i,
             j,
             mine,
             others,
-            offset,
             pairs,
             pair_stride,
             given,
             positive_stride,
             inside,
-            TURNED,
-            IDS,
             PAIRS,
-            POSITIVES,
+            GIVEN,
+            TURNED,
+            ACROSS,
         )
         z = scale * tl.load(_at(similarity, i, j, stride, TURNED), mask=inside, other=0.0)
         x = tl.where(kept, z, float("-inf"))
@@ -172,10 +172,11 @@ def similarity_contrastive_loss_bwd_kernel(
     stride: tl.int64,
     pair_stride: tl.int64,
     positive_stride: tl.int64,
+    IDS,
+    PAIRS,
+    GIVEN,
     TURNED: tl.constexpr,
-    IDS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    POSITIVES: tl.constexpr,
+    ACROSS: tl.constexpr,
     ACC: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
@@ -183,7 +184,7 @@ def similarity_contrastive_loss_bwd_kernel(
     """Write equation (4), and the rows' shares of d scale."""
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     scale, grad = tl.load(scale_at), tl.load(grad_at)
-    mine = tl.load(own_ids + i, mask=i < B, other=0) if IDS else i
+    mine = _names(own_ids, i, B, offset, IDS)
     lse_i = tl.load(rows + i, mask=i < B, other=0.0)
     weight_i = tl.load(row_weight + i, mask=i < B, other=0.0)
     sum_i = tl.load(rows + 2 * B + i, mask=i < B, other=1.0)
@@ -192,22 +193,21 @@ def similarity_contrastive_loss_bwd_kernel(
     for j0 in range(0, T, BJ):
         j = j0 + tl.arange(0, BJ)
         inside = (i < B)[:, None] & (j < T)[None, :]
-        others = tl.load(other_ids + j, mask=j < T, other=0) if IDS else j
+        others = _names(other_ids, j, T, 0, IDS)
         kept, positive = _pairs(
             i,
             j,
             mine,
             others,
-            offset,
             pairs,
             pair_stride,
             given,
             positive_stride,
             inside,
-            TURNED,
-            IDS,
             PAIRS,
-            POSITIVES,
+            GIVEN,
+            TURNED,
+            ACROSS,
         )
         lse_j = tl.load(columns + j, mask=j < T, other=0.0)
         weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
@@ -239,44 +239,37 @@ def similarity_contrastive_loss_bwd_kernel(
 def _options(similarity, image_ids, text_ids, pair_mask, positives):
     """Return pointers of optional arguments, the layout of the matrices, and flags of the kernels.
 
-    A pointer is anything valid where the argument is absent.
+    A pointer that is never read stands for an argument that is absent: which of them are there is
+    no reason to compile again.
     """
-    ids = (
-        (similarity, similarity)
-        if image_ids is None
-        else (image_ids.contiguous(), text_ids.contiguous())
-    )
+    ids = [
+        similarity.new_empty(0, dtype=torch.int64) if x is None else x.contiguous()
+        for x in (image_ids, text_ids)
+    ]
     turned = similarity.stride(1) != 1 and similarity.stride(0) == 1
     dense = similarity if turned or similarity.stride(1) == 1 else similarity.contiguous()
-    pairs = dense
+    pairs = given = similarity.new_empty(0, 0, dtype=torch.uint8)
     if pair_mask is not None:  # dense along the same dimension
         pairs = (pair_mask.T.contiguous().T if turned else pair_mask.contiguous()).view(torch.uint8)
-    given = dense
     if positives is not None:  # read where they lie, if one of their dimensions is dense
         given = positives.view(torch.uint8) if positives.dtype == torch.bool else positives
         if 1 not in given.stride():
             given = given.contiguous()
-    same = given.stride(int(not turned)) == 1
+    across = positives is not None and given.stride(int(not turned)) != 1
+    strides = (
+        dense.stride(int(turned)),
+        pairs.stride(int(turned)),
+        given.stride(int(turned != across)),
+    )
+    present = [int(x is not None) for x in (image_ids, pair_mask, positives)]
     flags = {
-        "IDS": image_ids is not None,
-        "PAIRS": pair_mask is not None,
-        "POSITIVES": 0 if positives is None else 1 if same else 2,
+        "ACROSS": across,
         "ACC": ACC[similarity.dtype],
         "BI": ROWS,
         "BJ": COLUMNS,
         "num_warps": WARPS,
     }
-    return (
-        ids,
-        (dense, pairs, given),
-        (
-            dense.stride(int(turned)),
-            pairs.stride(int(turned)),
-            given.stride(int(turned if same else not turned)),
-        ),
-        turned,
-        flags,
-    )
+    return ids, (dense, pairs, given), (*strides, *present), turned, flags
 
 
 def stats(similarity, logit_scale, image_ids, text_ids, pair_mask, positives, offset):

@@ -155,17 +155,12 @@ def patch_text(dtype, pool, weight, masked, N=196):
     op.backward(torch.ones(B, T, dtype=acc), *shared, *saved, pool, weight, False, True, True)
 
 
-def contrastive(dtype, ids, pairs, positives=None):
+def contrastive(dtype, positives):
     from ovseg_kernels.triton import similarity_contrastive_loss as op
 
-    B, T = 256, 512
+    B, T = positives.shape
     similarity, scale = torch.randn(B, T, dtype=dtype), torch.ones((), dtype=dtype)
-    optional = (
-        torch.arange(B) if ids else None,
-        torch.arange(T) if ids else None,
-        torch.ones(B, T, dtype=torch.bool) if pairs else None,
-        positives(B, T) if positives else None,
-    )
+    optional = (None, None, torch.ones(B, T, dtype=torch.bool), positives)
     rows, columns = op.stats(similarity, scale, *optional, 0)
     op.backward(
         scale,
@@ -323,16 +318,15 @@ def main() -> None:
                 continue
             label = f"{name} pool {pool} weight {weight}{' masked' if masked else ''}"
             patch_text(dtype, pool, weight, masked)
+    true = torch.ones(256, 512, dtype=torch.bool)
     for dtype in (torch.float32, torch.float64):
-        for ids, pairs in ((False, False), (True, True)):
-            label = f"{str(dtype).removeprefix('torch.')}{' ids pairs' if ids else ''}"
-            contrastive(dtype, ids, pairs)
-        label = f"{str(dtype).removeprefix('torch.')} positives"
-        contrastive(dtype, False, False, lambda B, T: torch.ones(B, T, dtype=torch.bool))
-    label = "float32 turned positives"
-    contrastive(torch.float32, False, True, lambda B, T: torch.ones(T, B, dtype=torch.bool).T)
-    label = "float32 weighted pairs"
-    contrastive(torch.float32, False, True, lambda B, T: torch.ones(B, T))
+        for name, positives in (
+            ("pairs", true),
+            ("pairs across", true.T.contiguous().T),
+            ("weighted pairs", true.to(dtype)),
+        ):
+            label = f"{str(dtype).removeprefix('torch.')} {name}"
+            contrastive(dtype, positives)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for hard, noise, masked in ((True, "rng", False), (False, "given", True))[
             : 1 if dtype == torch.float64 else 2
