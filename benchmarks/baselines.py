@@ -264,6 +264,8 @@ def segclip_assignment(case: Case) -> Functions:
 
 def contrastive(case: Case) -> Functions:
     """Return ``contrastive_loss`` of unit features and others, as CLIP trains."""
+    if "P" in case.shape:
+        return listed_positives()
 
     def eager(image, text, logit_scale):
         z, target = (
@@ -304,6 +306,30 @@ def contrastive(case: Case) -> Functions:
         "open_clip ClipLoss": open_clip,
         "eager, blocks of 512 rows": in_blocks,
         "eager, closed form in row blocks": by_hand,
+        "torch.compile": torch.compile(eager),
+    }
+
+
+def listed_positives() -> Functions:
+    """Return ``contrastive_loss`` of a list of positives, and soft targets of the whole matrix."""
+
+    def eager(image, text, logit_scale, positives):
+        z = (logit_scale * image @ text.T).float()
+        ones = torch.ones_like(positives[:, 0], dtype=z.dtype)
+        p = torch.zeros_like(z).index_put(positives.unbind(1), ones, accumulate=True)
+
+        def half(z, p):
+            total = p.sum(1)
+            rows = (p / total.clamp(min=1)[:, None] * (z.logsumexp(1, keepdim=True) - z)).sum(1)
+            return rows.sum() / (total > 0).sum()
+
+        return (half(z, p) + half(z.T, p.T)) / 2
+
+    return {
+        FUSED: lambda image, text, logit_scale, positives: ok.contrastive_loss(
+            image, text, logit_scale, positives=positives, normalize=False
+        ),
+        "eager": eager,
         "torch.compile": torch.compile(eager),
     }
 

@@ -98,6 +98,7 @@ CASES = (
     ),
     Case("contrastive_loss", "clip", {"B": 8192, "D": 512}),
     Case("contrastive_loss", "small", {"B": 1024, "D": 512}),
+    Case("contrastive_loss", "listed", {"B": 4096, "D": 512, "P": 16384}),
     Case(
         "dense_contrastive_loss",
         "mgca",
@@ -297,7 +298,10 @@ def inputs(
         return leaves({"pixels": randn(s["B"], s["N"], s["D"]), "texts": randn(s["B"], s["D"])})
     if case.op == "contrastive_loss":
         found = {name: F.normalize(randn(s["B"], s["D"]), dim=-1) for name in ("image", "text")}
-        return leaves({**found, "logit_scale": torch.tensor(14.3, device=device)})
+        found = leaves({**found, "logit_scale": torch.tensor(14.3, device=device)})
+        if "P" in s:
+            found["positives"] = torch.randint(s["B"], (s["P"], 2), generator=g, device=device)
+        return found
     similarity = torch.rand(s["B"], s["T"], generator=g, device=device).mul_(2).sub_(1)
     found = leaves({"similarity": similarity, "logit_scale": torch.tensor(14.3, device=device)})
     if case.name in ("positives", "weights"):  # about four of an image, itself among them

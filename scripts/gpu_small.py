@@ -159,7 +159,15 @@ def contrastive_loss(draw: Draw, paper: bool) -> Iterator[Call]:
         def call(image, text, scale, kind=kind):
             return ok.contrastive_loss(image, text, scale, kind=kind)
 
-        yield Call(kind, call, (draw(B, D), draw(B, D), torch.tensor(14.3, device=draw.device)), 2)
+        scale = torch.tensor(14.3, device=draw.device)
+        yield Call(kind, call, (draw(B, D), draw(B, D), scale), 2)
+        pairs = torch.arange(2 * B, device=draw.device)
+        pairs = torch.stack([pairs % B, pairs * 7 % B], 1)
+
+        def listed(image, text, scale, kind=kind, pairs=pairs):
+            return ok.contrastive_loss(image, text, scale, kind=kind, positives=pairs)
+
+        yield Call(f"{kind}, a list", listed, (draw(B, D), draw(B, D), scale), 2)
 
 
 def dense_contrastive_loss(draw: Draw, paper: bool) -> Iterator[Call]:

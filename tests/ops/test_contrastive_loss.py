@@ -51,8 +51,11 @@ def test_sizes(B, T, D, kind, backend):
         "image_ids": torch.randint(0, 9, (B,)).to(device),
         "text_ids": torch.randint(0, 9, (T,)).to(device),
     }
-    for options in (ids, {}) if B == T else (ids,):
-        for dtype in dtypes(backend)[: 1 if backend in COMPILED and not options else None]:
+    # What is compiled for each option: the diagonal is called by the contract tests, and rows that
+    # 16-byte copies do not serve are multiplied in tf32 there.
+    few = backend in COMPILED
+    for options in (ids, {}) if B == T and not few else (ids,):
+        for dtype in dtypes(backend)[: 1 if few and D % 4 else None]:
             image, text = (x.to(device, dtype) for x in inputs)
             with running_on(backend):
                 results = run(image, text, scale, bias, **options)
