@@ -113,9 +113,10 @@ class ConfusionMatrix:
 class FirstNameRight:
     """How often the name of the largest labelled area stands in the picture.
 
-    The area is counted over the whole picture, whether or not its truth counts; of equal areas the
+    The area is counted over the pixels that are scored, those whose truth is one of the names: what
+    a model says about the rest, which it was not asked about, changes nothing. Of equal areas the
     class that comes first is taken. A picture stands for nothing where no class is in its truth,
-    and is wrong where no pixel has a label.
+    and is wrong where none of those pixels has a label.
 
     Args:
         ignore_index: truth pixels with this value say nothing.
@@ -129,10 +130,12 @@ class FirstNameRight:
 
     def update(self, prediction: np.ndarray, truth: np.ndarray) -> None:
         """Add label maps of one picture; predictions of -1 are no label."""
-        there = truth[(truth != self.ignore_index) & (truth >= self.first)]
+        scored = (truth != self.ignore_index) & (truth >= self.first)
+        there = truth[scored]
         if not there.size:
             return
-        areas = np.bincount(prediction[prediction >= self.first])
+        said = prediction[scored]
+        areas = np.bincount(said[said >= self.first])
         right = areas.size > 0 and bool((there == areas.argmax()).any())
         self.counts += (int(right), 1)
 

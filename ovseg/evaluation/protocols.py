@@ -37,7 +37,7 @@ METRIC = (
 _FOREGROUND = (
     "pixels whose truth is one of the classes, all others are ignored; mIoU of names that occur: "
     "mean over the classes of the truth; first name right: share of pictures in which the name of "
-    "the largest labelled area stands, of those that show a class"
+    "the largest labelled area of the counted pixels stands, of those that show a class"
 )
 
 

@@ -365,18 +365,21 @@ def test_protocols_for_names_alone():
 
 
 def test_the_first_name():
-    """The largest labelled area, whether its pixels count or not; ties go to the first class."""
+    """The largest labelled area of the pixels that count; ties go to the first class."""
     first = FirstNameRight(-1)
     wide = np.array([[2, 2, 2, 1]])
-    first.update(wide, np.array([[-1, -1, 2, 1]]))  # right
-    first.update(wide, np.array([[-1, -1, -1, 1]]))  # wrong: most of it is not there
+    first.update(wide, np.array([[-1, -1, 2, 1]]))  # right: both are there
+    first.update(wide, np.array([[-1, -1, -1, 1]]))  # right: 2 lies where nobody asked
+    first.update(wide, np.array([[1, 1, 0, 1]]))  # wrong: most of it is not there
     first.update(wide, np.full((1, 4), -1))  # says nothing
     first.update(np.full((1, 4), -1), np.array([[0, 1, 2, 2]]))  # wrong: no label
+    first.update(np.array([[1, 1, -1, -1]]), np.array([[-1, -1, 1, 1]]))  # wrong: none that counts
     first.update(np.array([[0, 1, 1, 0]]), np.array([[0, 2, 2, 2]]))  # right: 0 comes first
-    assert first.counts.tolist() == [2, 4] and first.share() == 50
+    first.update(np.array([[0, 1, 1, 0]]), np.array([[1, 2, 2, 2]]))  # wrong: 0 comes first
+    assert first.counts.tolist() == [3, 7] and first.share() == pytest.approx(300 / 7)
     first = FirstNameRight(-1, background=True)
     assert np.isnan(first.share())
-    first.update(np.array([[0, 0, 0, 1]]), np.array([[0, 0, 0, 1]]))
+    first.update(np.array([[2, 2, 0, 1]]), np.array([[0, 0, 0, 1]]))  # the background is no name
     first.update(np.array([[0, 0, 0, 1]]), np.zeros((1, 4), int))
     assert first.counts.tolist() == [1, 1]
 
