@@ -125,16 +125,21 @@ class TagBatch(Batch):
         positives: [B, W] bool, whether a word is true of a picture.
         counted: [B, W] bool, whether it is known which: a word that is neither true nor known to be
             false is no negative either. Positives are counted.
+        weights: [W] floats, how much each word counts among those that are true of a picture; None:
+            all alike.
     """
 
     token_ids: torch.Tensor
     positives: torch.Tensor
     counted: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def split(self, parts: int) -> list[TagBatch]:
         """Split the pictures into neighbouring parts; each has the whole vocabulary."""
         return [
-            self._mapped(lambda x, part=part: x.tensor_split(parts)[part], but=("token_ids",))
+            self._mapped(
+                lambda x, part=part: x.tensor_split(parts)[part], but=("token_ids", "weights")
+            )
             for part in range(parts)
         ]
 

@@ -43,10 +43,13 @@ def image_text_contrast(
     image = at_least_float32(image)
     text = at_least_float32(text)
     if isinstance(batch, TagBatch):
+        positives = batch.positives
+        if batch.weights is not None:
+            positives = positives * batch.weights
         return ok.similarity_contrastive_loss(
             similarity(image, text),
             logit_scale,
-            positives=batch.positives,
+            positives=positives,
             pair_mask=batch.counted,
             group=group,
         )

@@ -208,9 +208,10 @@ def test_batches(coco, names, words, texts):
     for step in range(2):
         joined = torch.cat([halves[rank][step].images for rank in range(2)])
         assert torch.equal(joined, expected[step].images)
+    blind = source.without_pictures()
     for index in range(len(source)):
         whole = source.read(index, generator(index))
-        light = source.read_without_picture(index, generator(index))
+        light = blind.read(index, generator(index))
         assert light.image.shape == (3, 0, 0) and whole.image.shape == (3, 8, 8)
         light.image = whole.image
         assert same(source.collate([whole]), source.collate([light]))
@@ -230,6 +231,25 @@ def test_the_vocabulary_survives_a_split(coco, words):
         assert torch.equal(rows, getattr(batch, name))
     said = tags(coco, words, template="an image of {}").token_ids
     assert torch.equal(said, TOKENIZER([f"an image of {word}" for word in WORDS])[:, :7])
+
+
+def test_words_weigh_less_the_more_pictures_show_them(coco, words):
+    source = tags(coco, words, balance=0.5)
+    shown = source.positives.sum(0)
+    batch = source.collate([source.sample(i, 0) for i in range(3)])
+    for count, weight in zip(shown.tolist(), batch.weights.tolist(), strict=True):
+        assert weight == pytest.approx(max(1, count) ** -0.5)
+    assert all(torch.equal(part.weights, batch.weights) for part in batch.split(2))
+    assert tags(coco, words).collate([source.sample(0, 0)]).weights is None
+
+
+def test_the_identity_is_that_of_the_files(coco, words):
+    source = tags(coco, words)
+    before = source.identity()
+    assert tags(coco, words, balance=1.0).identity() == before
+    picture = Path(source.names[0])
+    picture.write_bytes(picture.read_bytes() + b" ")
+    assert source.identity() != before
 
 
 def test_one_word(coco, names, words):

@@ -132,7 +132,13 @@ def a_batch(system="pacl"):
         states[:, 0] = torch.tensor([2, 2, 0, 2, 0, 2, 2])  # each has a word that is true
         states[[2, 4], 1] = 2
         vocabulary = WordTokenizer()(VOCABULARY)
-        return TagBatch(draw(PICTURES, 3, 24, 24) - 0.5, vocabulary, states == 2, states > 0)
+        return TagBatch(
+            draw(PICTURES, 3, 24, 24) - 0.5,
+            vocabulary,
+            states == 2,
+            states > 0,
+            draw(len(VOCABULARY)),
+        )
     noise = {
         "groups": gumbel(PATCHES),
         "kept_groups": gumbel(int(37 * 0.25) - 1),
@@ -164,7 +170,7 @@ def share_of(batch, rank, world):
     """The rank's pictures; the last rank has fewest: 4 and 3 of 7, or 3, 3 and 1."""
     bounds = BOUNDS[world][rank : rank + 2]
     per_text = {"token_ids", "text_ids", "text_entities"}
-    shared = {"token_ids"} if isinstance(batch, TagBatch) else set()
+    shared = {"token_ids", "weights"} if isinstance(batch, TagBatch) else set()
 
     def rows(name, x):
         start, stop = (n * CAPTIONS if name in per_text else n for n in bounds)

@@ -31,14 +31,16 @@ def a_batch(objective):
     return TagBatch(images, objective.model.tokenizer(WORDS), TRUE, COUNTED)
 
 
-def contrast(z):
+def contrast(z, weights=(1.0,) * len(WORDS)):
     """Rows and columns apart, a pair at a time."""
     sides = []
-    for scores, true, counted in ((z, TRUE, COUNTED), (z.T, TRUE.T, COUNTED.T)):
+    p = TRUE * torch.tensor(weights, dtype=torch.float64)
+    for scores, shares, counted in ((z, p, COUNTED), (z.T, p.T, COUNTED.T)):
         terms = []
-        for row, positive, known in zip(scores, true, counted, strict=True):
-            if positive.any():
-                terms.append(torch.logsumexp(row[known], 0) - row[positive].mean())
+        for row, share, known in zip(scores, shares, counted, strict=True):
+            if share.any():
+                mean = (share * row).sum() / share.sum()
+                terms.append(torch.logsumexp(row[known], 0) - mean)
         sides.append(sum(terms) / len(terms))
     return sum(sides) / 2
 
@@ -52,16 +54,22 @@ def test_pacl_contrasts_several_true_words():
     phi = ok.patch_text_similarity(tokens, text, temperature=model.temperature)
     found = objective(batch)
     assert found.keys() == {"total"}
-    assert float(found["total"]) == pytest.approx(float(contrast(model.logit_scale * phi)), 1e-10)
+    expected = contrast(model.logit_scale * phi.detach())
+    assert found["total"].item() == pytest.approx(expected.item(), 1e-10)
+    weights = torch.tensor([0.5, 1.0, 0.1, 2.0, 1.0], dtype=torch.float64)
+    weighted = objective(replace(batch, weights=weights))["total"].item()
+    expected = contrast(model.logit_scale * phi.detach(), weights.tolist())
+    assert weighted == pytest.approx(expected.item(), 1e-10)
 
 
 def test_the_image_level_contrast_takes_them_for_any_model():
     objective = an_objective(objective="clip_dense")
     batch = a_batch(objective)
     model = objective.model
-    cosines = F.normalize(model(batch.images).embedding, dim=-1) @ F.normalize(
-        model.encode_text(batch.token_ids), dim=-1
-    ).mT
+    cosines = (
+        F.normalize(model(batch.images).embedding, dim=-1)
+        @ F.normalize(model.encode_text(batch.token_ids), dim=-1).mT
+    )
     expected = contrast(model.logit_scale * cosines)
     assert float(objective(batch)["total"]) == pytest.approx(float(expected), 1e-10)
 

@@ -60,6 +60,9 @@ class Options(SourceOptions):
         template: how a word is said to the model.
         share: of a picture's captions that must name a word for it to be true.
         least: pictures that a word must be true of.
+        balance: b of the weights n^-b of words among those that are true of a picture, with n the
+            pictures that show a word; 0: all alike. Persons are in most photographs, and a zebra
+            that stands beside one says more.
         unsure: words that captions name in another sense too, such as a colour: where a caption
             names one it is not counted.
         texts: tags: all words, ``TagBatch``; one: a true word drawn for each picture,
@@ -77,6 +80,7 @@ class Options(SourceOptions):
     template: str = bounded("{}", pattern=r"[^{}]*\{\}[^{}]*", expected="a text with one {}")
     share: float = bounded(0.2, low=0, above=True, high=1)
     least: int = bounded(10, low=1, high=MOST_PIXELS, integer=True)
+    balance: float = bounded(0.0, low=0, high=2)
     unsure: list[str] = bounded((), pattern=r".*\S.*", expected="words")
     texts: str = bounded("tags", one_of=("tags", "one"))
     image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
@@ -195,6 +199,8 @@ class Tags(Source[Any]):
         self.names = Names(pictures[i] for i in kept)
         self.positives = torch.from_numpy(positives[kept])
         self.counted = torch.from_numpy(counted[kept])
+        shown = self.positives.sum(0).clamp(min=1)
+        self.weights = shown.float() ** -options.balance if options.balance else None
         self.transform: Any = WholeSquare(self.image_size, options.fit)
         if train and options.augment is not None:
             self.transform = pair_transform(
@@ -246,6 +252,7 @@ class Tags(Source[Any]):
             token_ids=self.token_ids,
             positives=torch.stack([sample.positives for sample in samples]),
             counted=torch.stack([sample.counted for sample in samples]),
+            weights=self.weights,
             skipped=tuple(line for sample in samples for line in sample.skipped),
         )
 
