@@ -166,10 +166,11 @@ def compute(
             "kind='sigmoid'"
         )
     _check.pair_ids(image_ids, image.shape[0], text_ids, text.shape[0], "image", image)
-    if image_ids is not None and pairs[0] is not None:
+    pair_index, pair_weights = pairs
+    if image_ids is not None and pair_index is not None:
         raise ValueError("positives was given with image_ids and text_ids; expected one of the two")
-    given = "positives" if pairs[0] is not None else "ids" if image_ids is not None else "neither"
-    needed = _check.pair_list(*pairs, image.shape[0], "image", image)
+    given = "positives" if pair_index is not None else "ids" if image_ids is not None else "neither"
+    needed = _check.pair_list(pair_index, pair_weights, image.shape[0], "image", image)
     sizes, rank = _sizes(image, text, given, needed, dtype, group)
     with torch.autocast(lib.autocast_type(image.device), enabled=False):
         if group is None and _backends.use_definition("contrastive_loss", image.device):
@@ -186,8 +187,8 @@ def compute(
                 None if text_ids is None else _distributed.gather_rows(text_ids, texts, group)
             )
         positives = image_ids, text_ids, None
-        if pairs[0] is not None:
-            positives = sorted_both_ways(*pairs, image, text)
+        if pair_index is not None:
+            positives = sorted_both_ways(pair_index, pair_weights, image, text)
         options = (
             offset,
             kind == "sigmoid",

@@ -37,7 +37,7 @@ def contrastive_loss(
     if positives is None:
         p = on_matrix.positives(z, image_ids, text_ids).to(z.dtype)
     else:
-        p = dense(*positives.unbind(1), positive_weights, z)
+        p = dense(positives[:, 0], positives[:, 1], positive_weights, z)
 
     def one_side(z, p):
         total = p.sum(-1)
