@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from .errors import ConfigError, first_line
 _T = TypeVar("_T")
 # Of difflib's ratio: a letter lost or two that changed places are close; "wandb" is no "train".
 _CLOSE = 0.65
+_FREE = ("Any", "dict[str, Any]")  # annotations
 
 
 def unknown_key(
@@ -73,14 +74,46 @@ def typed(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
     for key in given:
         if key not in known:
             raise unknown_key(str(key), known, f"{where}.")
+    # A mapping of anything has no types to look at; OmegaConf takes seconds over a vocabulary.
+    free = {field.name for field in fields(schema) if field.type in _FREE}  # type: ignore[arg-type]
+    plain = {key: x for key, x in given.items() if key in free and _is_plain_mapping(x)}
+    rest = {key: x for key, x in given.items() if key not in plain}
     try:
-        found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
-        check_finite(OmegaConf.to_container(found), where)
+        found = OmegaConf.merge(OmegaConf.structured(schema), rest)
+        for values in (OmegaConf.to_container(found), plain):
+            check_finite(values, where)
         built: Any = OmegaConf.to_object(found)
+        if plain:
+            built = replace(
+                built, **{key: _over(getattr(built, key), x) for key, x in plain.items()}
+            )
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
     return built
+
+
+def _is_plain_mapping(value: Any) -> bool:
+    """Return whether OmegaConf would make an equal mapping of ``value``, at any depth."""
+    return isinstance(value, dict) and _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(one) for one in value)
+    # "${...}" stands for another value, "???" for one that is missing.
+    text = type(value) is str and "${" not in value and value != "???"
+    return text or value is None or type(value) in (int, float, bool)
+
+
+def _over(default: Any, given: Any) -> Any:
+    """Lay mappings over those of a default, key by key; what is in them is copied."""
+    if isinstance(given, dict):
+        under = default if isinstance(default, dict) else {}
+        return {**under, **{key: _over(under.get(key), one) for key, one in given.items()}}
+    return [_over(None, one) for one in given] if isinstance(given, list) else given
 
 
 def check_finite(values: Any, key: str = "") -> None:

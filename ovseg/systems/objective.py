@@ -206,7 +206,7 @@ class Objective(nn.Module):
     def own_texts(self, batch: PairBatch | TagBatch) -> Rows:
         """Return the embeddings of the texts that lie in a batch row by row.
 
-        A vocabulary, which all pictures share, is none of them: it is encoded once, by ``all_texts``.
+        A vocabulary, which all pictures share, is none of them: ``all_texts`` encodes it once.
         """
         if isinstance(batch, TagBatch):
             return {}
