@@ -31,7 +31,10 @@ def a_batch(objective):
     return TagBatch(images, objective.model.tokenizer(WORDS), TRUE, COUNTED)
 
 
-def contrast(z, weights=(1.0,) * len(WORDS)):
+ALIKE = (1.0,) * len(WORDS)
+
+
+def contrast(z, weights=ALIKE):
     """Rows and columns apart, a pair at a time."""
     sides = []
     p = TRUE * torch.tensor(weights, dtype=torch.float64)
