@@ -87,13 +87,12 @@ def self_training(objective, batch, keep, penalty):
     for i, patches in enumerate(tokens):
         said = set(TRUE[i].nonzero().flatten().tolist())
         candidates = sorted(said | stuff)
-        over = sorted(set(candidates) | set(COUNTED[i].nonzero().flatten().tolist()))
         found = []
         for patch in patches:
             scores = patch @ text.T
             lower = [scores[j] - penalty * (j in stuff - said) for j in candidates]
             label = candidates[int(torch.stack(lower).argmax())]
-            log = F.log_softmax(model.logit_scale * scores[over], 0)[over.index(label)]
+            log = F.log_softmax(model.logit_scale * scores[candidates], 0)[candidates.index(label)]
             found.append(log)
         surest = sorted(found, key=float, reverse=True)[: round(keep * len(found))]
         pictures.append(-torch.stack(surest).mean())

@@ -11,10 +11,10 @@ of patch n and word j, lambda the logit scale, C_i the words that are true of pi
 stuff, which may be seen in any:
 
     y_n    = argmax_{j in C_i} c_nj - penalty [j is stuff that is not said of i]                 (2)
-    L_self = mean_i mean_{n in S_i} -log softmax_j(lambda c_nj)[y_n]                             (3)
+    L_self = mean_i mean_{n in S_i} -log softmax_{j in C_i}(lambda c_nj)[y_n]                             (3)
 
 S_i are the patches of picture i whose y_n is surest, a share ``keep`` of them. The softmax runs
-over C_i and the words that are known to be false of the picture.
+over C_i: over all words it would push down, patch by patch, what few pictures show.
 """
 
 from __future__ import annotations
@@ -125,12 +125,11 @@ class PACLObjective(Objective):
         scores = cosines(at_least_float32(tokens), at_least_float32(text))  # [B, N, W]
         stuff = _same_texts(batch.token_ids, self.stuff)
         candidates = batch.positives | stuff
-        logits = self.model.logit_scale * scores
-        logits = logits.masked_fill(~(candidates | batch.counted)[:, None], float("-inf"))
+        others = ~candidates[:, None]
+        logits = (self.model.logit_scale * scores).masked_fill(others, float("-inf"))
         with torch.no_grad():
             unsaid = (stuff & ~batch.positives)[:, None]
-            chosen = scores - o.penalty * unsaid
-            chosen = chosen.masked_fill(~candidates[:, None], float("-inf"))
+            chosen = (scores - o.penalty * unsaid).masked_fill(others, float("-inf"))
             labels = chosen.argmax(2)  # (2)
             sure = logits.softmax(2).gather(2, labels[:, :, None])[:, :, 0]
             kept = sure.topk(max(1, round(o.keep * sure.shape[1])), dim=1).indices
