@@ -11,7 +11,7 @@ of patch n and word j, lambda the logit scale, C_i the words that are true of pi
 stuff, which may be seen in any:
 
     y_n    = argmax_{j in C_i} c_nj - penalty [j is stuff that is not said of i]                 (2)
-    L_self = mean_i mean_{n in S_i} -log softmax_{j in C_i}(lambda c_nj)[y_n]                             (3)
+    L_self = mean_i mean_{n in S_i} -log softmax_{j in C_i}(lambda c_nj)[y_n]                    (3)
 
 S_i are the patches of picture i whose y_n is surest, a share ``keep`` of them. The softmax runs
 over C_i: over all words it would push down, patch by patch, what few pictures show.
