@@ -5,11 +5,12 @@ Errors name the key and the closest one that exists.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -73,14 +74,45 @@ def typed(schema: type[_T], given: Mapping[str, Any], where: str) -> _T:
     for key in given:
         if key not in known:
             raise unknown_key(str(key), known, f"{where}.")
+    hints = get_type_hints(schema)
+    mappings = {}
+    for key, value in given.items():
+        if hints[key] in (Any, dict[str, Any]) and isinstance(value, Mapping):
+            with contextlib.suppress(_NotPlain):
+                mappings[key] = _plain(value)
+    rest = {key: value for key, value in given.items() if key not in mappings}
     try:
-        found = OmegaConf.merge(OmegaConf.structured(schema), dict(given))
+        check_finite(mappings, where)
+        found = OmegaConf.merge(OmegaConf.structured(schema), rest)
         check_finite(OmegaConf.to_container(found), where)
         built: Any = OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         raise ConfigError(f"{where}.{key}: {first_line(error)}") from error
-    return built
+    return replace(built, **mappings) if mappings else built
+
+
+class _NotPlain(Exception):
+    """A value that is left to OmegaConf."""
+
+
+def _plain(value: Any) -> Any:
+    """Copy mappings and lists of numbers and texts, as OmegaConf would, in a hundredth of the time.
+
+    A vocabulary may be among them.
+
+    Raises:
+        _NotPlain: for anything else, and for texts in which OmegaConf reads more than the text.
+    """
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return [_plain(one) for one in value]
+    if value is None or type(value) in (bool, int, float):
+        return value
+    if type(value) is str and "${" not in value and value != "???":
+        return value
+    raise _NotPlain
 
 
 def check_finite(values: Any, key: str = "") -> None:
