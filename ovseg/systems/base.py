@@ -217,6 +217,8 @@ class OVSegModel(nn.Module):
         """Return what ``encode_tower`` depends on beside them, for JSON."""
         towers = self.options.backbone.items()
         kept = {key: value for key, value in towers if key not in self.starting_options}
+        if not self.backbone.aligned:  # the same trunk, whichever system trains upon it
+            return {"trunk": {key: value for key, value in kept.items() if key != "text"}}
         return {"system": self.system or type(self).__name__, "backbone": kept}
 
     def image_state(self) -> tuple[list[torch.Tensor], Any]:

@@ -224,6 +224,7 @@ class Trainer:
     Attributes:
         state: all that is saved.
         steps: of the stage.
+        encoding_seconds: that filling the cache of features took.
     """
 
     def __init__(
@@ -241,6 +242,7 @@ class Trainer:
         self.stages = stages
         self.quiet = quiet
         self.first_row = 0  # of this process in the batch of all
+        self.encoding_seconds = 0.0
         _seed(recipe.train.seed)  # weights are drawn alike everywhere
         model = build_model(recipe)
         if start.checkpoint is None:
@@ -316,11 +318,13 @@ class Trainer:
         if not isinstance(source, CachedSource) or self.state.step >= self.steps:
             return
         before = checkpoints.random_state()
+        began = time.perf_counter()
         model = self._whole(self.state.objective.model)
         tower = Tower(model, self.gradients.cast, self.precision)
         show = not self.quiet and distributed.is_main()
         done = fill_cache(source, tower, self.recipe, asked=lambda: _asked(request), show=show)
         checkpoints.set_random_state(before)  # training draws what it would have drawn
+        self.encoding_seconds = time.perf_counter() - began
         if not done:
             raise Interrupted(
                 f"{request} before step {self.state.done + self.state.step}, while pictures were "

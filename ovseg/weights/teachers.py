@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..data.class_lists import read_class_embeddings
 from ..data.entities import Entities, words_of
 from ..errors import CheckpointError, first_line
 from ..paths import no_file
+from ..replacing import replacing
 
 _EXPECTED = (
     "expected .npz with names [N], vectors [N, E] and, where one was taken off, center [E]; or "
@@ -93,6 +96,39 @@ def read_teacher(path: str | Path, width: int) -> Teacher:
         if found.setdefault(" ".join(words_of(name)), row) is not row:
             raise CheckpointError(f"teacher {str(path)!r} has {name!r} twice; expected it once")
     return Teacher(found, center)
+
+
+def write_teacher(path: Path, tables: Sequence[tuple[Sequence[str], Path]], width: int) -> None:
+    """Write a file for ``read_teacher`` from arrays of text embeddings that come without names.
+
+    What stands behind a hyphen is left out, as COCO-Stuff has it: wall-brick and wall-other are
+    both a wall. A name that comes several times gets the mean of its unit vectors; the center is
+    the mean of the unit vectors of all names.
+
+    Args:
+        path: of the .npz that is written.
+        tables: names, and a ``.npy`` file with a row for each, in their order.
+        width: E of the rows.
+
+    Raises:
+        InputError: for a file that is missing, damaged or of another shape.
+        CheckpointError: for a row of zeros.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for names, file in tables:
+        vectors = read_class_embeddings(file, len(names), width)
+        if not bool(vectors.norm(dim=1).all()):
+            raise CheckpointError(f"{file} holds a row of zeros; expected text embeddings")
+        for name, vector in zip(names, F.normalize(vectors, dim=1), strict=True):
+            rows.setdefault(" ".join(words_of(name.partition("-")[0])), []).append(vector)
+    vectors = torch.stack([F.normalize(torch.stack(some).mean(0), dim=0) for some in rows.values()])
+    with replacing(path) as part:
+        np.savez(
+            part,
+            names=np.array(list(rows)),
+            vectors=vectors.numpy(),
+            center=vectors.mean(0).numpy(),
+        )
 
 
 def _read(path: Path) -> tuple[list[str], dict[str, Tensor]]:

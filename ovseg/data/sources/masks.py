@@ -18,7 +18,7 @@ from ..images import MAX_PIXELS
 from ..mask_files import IGNORE
 from ..mask_transforms import MaskAugment, mask_transform
 from ..scenes import VOCABULARIES, Scenes
-from ..transforms import as_items, plain
+from ..transforms import WholeSquare, as_items, plain
 from .base import MOST_PIXELS, MOST_SCENES, MOST_SIDE, ModelInputs, Sample, Source, SourceOptions
 
 
@@ -34,7 +34,9 @@ class Options(SourceOptions):
         train_size, val_size, with_unseen: of the scenes; see ``Scenes``.
         image_size: side of the crop; None: the model's.
         ignore_index: of pixels that have no label.
-        augment: see ``MaskAugment``; for training only.
+        augment: see ``MaskAugment``; for training only. None: no augmentation, each picture becomes
+            a square as ``fit`` says.
+        fit: squash, the whole picture; or crop, the largest square in its middle.
         max_pixels: pictures and masks of a set with more are bad ones.
     """
 
@@ -48,7 +50,8 @@ class Options(SourceOptions):
     with_unseen: bool = False
     image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
     ignore_index: int = bounded(255, low=0, high=65535, integer=True)
-    augment: MaskAugment = field(default_factory=MaskAugment)
+    augment: MaskAugment | None = field(default_factory=MaskAugment)
+    fit: str = bounded("squash", one_of=("squash", "crop"))
     max_pixels: int = bounded(MAX_PIXELS, low=1, high=MOST_PIXELS, integer=True)
 
 
@@ -138,7 +141,7 @@ class Masks(Source[MaskSample]):
         data: pictures with truths [H, W], -1 where there is no label.
         inputs: of the model.
         options: see there.
-        train: False: no augmentation.
+        train: False: the middle, at the scale of ``augment``.
 
     Attributes:
         classes, unseen: names in the order of the labels; those that zero-shot training holds out.
@@ -166,9 +169,11 @@ class Masks(Source[MaskSample]):
         self.classes = data.classes
         self.unseen = data.unseen
         self.image_size = options.image_size or inputs.image_size
-        self.transform = mask_transform(
-            options.augment, self.image_size, inputs.mean, ignore_index, train=train
-        )
+        self.transform: Any = WholeSquare(self.image_size, options.fit)
+        if options.augment is not None:
+            self.transform = mask_transform(
+                options.augment, self.image_size, inputs.mean, ignore_index, train=train
+            )
 
     def __len__(self) -> int:
         return len(self.data)

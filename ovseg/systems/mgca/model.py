@@ -192,7 +192,8 @@ class MGCA(FrozenClipModel):
 
     @override
     def tower_options(self) -> dict[str, Any]:
-        return {**super().tower_options(), "readout": asdict(self.readout)}
+        own = {"readout": asdict(self.readout)} if self.backbone.aligned else {}
+        return {**super().tower_options(), **own}
 
     @override
     def encode_text(self, token_ids: Tensor) -> Tensor:

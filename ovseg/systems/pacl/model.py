@@ -132,7 +132,8 @@ class PACL(NamedWeightsModel):
 
     @override
     def tower_options(self) -> dict[str, Any]:
-        return {**super().tower_options(), "tap": self.tap}
+        own = {"tap": self.tap} if self.backbone.aligned else {}
+        return {**super().tower_options(), **own}
 
     @override
     def encode_text(self, token_ids: Tensor) -> Tensor:

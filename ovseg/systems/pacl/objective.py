@@ -15,10 +15,13 @@ stuff, which may be seen in any:
 
 S_i are the patches of picture i whose y_n is surest, a share ``keep`` of them. The softmax runs
 over C_i: over all words it would push down, patch by patch, what few pictures show.
+
+Where the data are pictures with masks the loss is that of ``patch_labels.py`` in place of (1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,15 +31,16 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from ...bounds import bounded
-from ...data.batches import PairBatch, TagBatch
+from ...data.batches import MaskBatch, PairBatch, TagBatch
 from ...data.entities import load_entities
 from ...errors import ConfigError
 from ...nn.features import PatchFeatures
-from ...nn.tensors import at_least_float32
+from ...nn.tensors import at_least_float32, upload
 from ..base import cosines
 from ..contrast import image_text_contrast, mean_of_rows
 from ..objective import Losses, Objective, Progress, Ranks, Rows
 from .model import PACL
+from .patch_labels import PatchClasses, labelled_pixels, patch_loss
 
 
 @dataclass
@@ -48,6 +52,8 @@ class PACLTraining:
         self_training: w of (1); 0: the contrast alone. Only pictures with words have it.
         keep: share of a picture's patches that teach, the surest.
         stuff: what may be seen in any picture: a list of entities by name, a YAML file, or words.
+            Of masks, what the background is.
+        classes: of masks: a data set's name (``voc21``), or their names in the order of the labels.
         penalty: taken off the cosines of stuff that is not said of the picture.
     """
 
@@ -56,13 +62,15 @@ class PACLTraining:
     keep: float = bounded(0.7, low=0, above=True, high=1)
     stuff: Any = field(default_factory=list)
     penalty: float = bounded(0.0, low=-2, high=2)
+    classes: Any = None
 
 
 class PACLObjective(Objective):
     """The losses of (1). Patches stay on their rank: only texts travel."""
 
     Options = PACLTraining
-    batch_types = (PairBatch, TagBatch)
+    batch_types = (PairBatch, TagBatch, MaskBatch)
+    on_host = ("masks",)
     takes_features = True
     model: PACL
 
@@ -70,9 +78,20 @@ class PACLObjective(Objective):
         super().__init__(model)
         self.options = options or PACLTraining()
         self.stuff = _stuff(self.options.stuff, model.tokenizer)
+        self.classes: PatchClasses | None = None
+        if self.options.classes is not None:
+            self.classes = PatchClasses(self.options.classes, self.stuff, model.tokenizer)
 
     @override
     def check_source(self, source: Any) -> None:
+        own = () if self.classes is None else self.classes.names
+        masks = issubclass(source.batch_type, MaskBatch)
+        given = tuple(getattr(source, "classes", ())) if masks else ()
+        if given != own:
+            raise ConfigError(
+                f"data gives {_in_words(given)} and objective.options.classes {_in_words(own)}; "
+                "expected the same in the same order"
+            )
         if self.options.self_training and not issubclass(source.batch_type, TagBatch):
             raise ConfigError(
                 f"objective.options.self_training is {self.options.self_training:g} and the data "
@@ -81,33 +100,52 @@ class PACLObjective(Objective):
             )
 
     @override
-    def encode(self, batch: PairBatch | TagBatch, progress: Progress) -> Rows:
+    def encode(self, batch: PairBatch | TagBatch | MaskBatch, progress: Progress) -> Rows:
         drop = self.model.options.dropout > 0
+        chosen = None
         with progress.seeded(batch.images.device, "dropout", on=drop):
             if self.options.patches is None:
-                tokens = self.encoded(batch).tokens
+                features = self.encoded(batch)
+                grid = features.grid
             else:
-                tokens = self.model.encode_features(self._some(self.seen(batch), progress)).tokens
-        return {"tokens": tokens, **self.own_texts(batch)}
-
-    def _some(self, features: PatchFeatures, progress: Progress) -> PatchFeatures:
-        """Return random patches of each picture, their own whichever process it falls to."""
+                features = self.seen(batch)
+                grid = features.grid
+                chosen = self._chosen(features.tokens, progress)
+                if chosen is not None:
+                    tokens = _rows(features.tokens, chosen)
+                    features = PatchFeatures(features.embedding, tokens, (1, tokens.shape[1]))
+                features = self.model.encode_features(features)
         tokens = features.tokens
-        B, N, D = tokens.shape
+        if not isinstance(batch, MaskBatch):
+            return {"tokens": tokens, **self.own_texts(batch)}
+        assert self.classes is not None
+        pixels = labelled_pixels(batch, grid, len(self.classes.names))
+        pixels = upload(pixels, tokens.device)
+        return {"tokens": tokens, "pixels": pixels if chosen is None else _rows(pixels, chosen)}
+
+    def _chosen(self, tokens: Tensor, progress: Progress) -> Tensor | None:
+        """Return random patches of each picture [B, P], its own whichever process it falls to.
+
+        None: all of them.
+        """
+        B, N, _ = tokens.shape
         count = self.options.patches
         if count is None or count >= N:
-            return features
-        order = progress.uniform(tokens.device, "patches", (B, N))
-        chosen = order.topk(count, dim=1).indices
-        tokens = tokens.gather(1, chosen[:, :, None].expand(B, count, D))
-        return PatchFeatures(features.embedding, tokens, (1, count))
+            return None
+        return progress.uniform(tokens.device, "patches", (B, N)).topk(count, dim=1).indices
 
     @override
     def loss(
-        self, rows: Rows, batch: PairBatch | TagBatch, progress: Progress, group: Ranks
+        self, rows: Rows, batch: PairBatch | TagBatch | MaskBatch, progress: Progress, group: Ranks
     ) -> Losses:
         model = self.model
         tokens = rows["tokens"]
+        if isinstance(batch, MaskBatch):
+            assert self.classes is not None
+            text = model.encode_text(self.classes.token_ids)
+            scores = cosines(at_least_float32(tokens), at_least_float32(text))
+            losses = patch_loss(scores, rows["pixels"], self.classes.own, model.logit_scale)
+            return {"total": mean_of_rows(losses, group)}
         text = self.all_texts(rows, batch)
         contrast = image_text_contrast(
             tokens, text, model.logit_scale, batch, group, model.compatibility
@@ -135,6 +173,16 @@ class PACLObjective(Objective):
             kept = sure.topk(max(1, round(o.keep * sure.shape[1])), dim=1).indices
         losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return losses.gather(1, kept).mean(1)
+
+
+def _rows(x: Tensor, chosen: Tensor) -> Tensor:
+    """Return the rows ``chosen`` [B, P] of [B, N, D], [B, P, D]."""
+    return x.gather(1, chosen[:, :, None].expand(*chosen.shape, x.shape[2]))
+
+
+def _in_words(names: Sequence[str]) -> str:
+    """Say classes in a few words."""
+    return f"{len(names)} classes ({', '.join(names[:3])}, ...)" if names else "no classes"
 
 
 def _stuff(given: Any, tokenizer: Any) -> Tensor:
