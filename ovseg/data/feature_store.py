@@ -5,6 +5,7 @@ A folder of one key holds
     index.json     what the key stands for, and the form of the rows; written last
     features.bin   [pictures, N D + E] float16, little endian: tokens, then the embedding
     done.bin       [pictures] bytes, 1 where the row is whole; written once the row is on disk
+    pictures.bin   [pictures, 16] bytes, which picture each row is of, where the source can tell
 
 so that a run that is killed, or fills the disk, leaves rows that count and rows that do not.
 """
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from .batches import StoredFeatures
 _INDEX = "index.json"
 _ROWS = "features.bin"
 _DONE = "done.bin"
+_PICTURES = "pictures.bin"
+_IDENTITY = 16  # bytes of a picture
+_COPIED = 64  # rows at a time
 _LONGEST = 1 << 20  # bytes of an index
 _NUMBERS = np.dtype("<f2")
 
@@ -105,14 +109,16 @@ class FeatureStore:
 
     def read(self, numbers: Sequence[int]) -> StoredFeatures:
         """Return copies of rows."""
-        if self._rows is None:
-            shape = (self.form.pictures, self.form.row)
-            self._rows = np.memmap(self.folder / _ROWS, _NUMBERS, "r", shape=shape)
-        found = np.take(self._rows, np.asarray(numbers), axis=0)
-        rows = torch.from_numpy(np.asarray(found, np.float16))
+        rows = torch.from_numpy(np.asarray(self._take(numbers), np.float16))
         tokens, embedding = rows.split([self.form.tokens, self.form.embedding], 1)
         tokens = tokens.reshape(len(rows), -1, self.form.width)
         return StoredFeatures(tokens, embedding, self.form.grid)
+
+    def _take(self, numbers: Sequence[int]) -> np.ndarray:
+        if self._rows is None:
+            shape = (self.form.pictures, self.form.row)
+            self._rows = np.memmap(self.folder / _ROWS, _NUMBERS, "r", shape=shape)
+        return np.take(self._rows, np.asarray(numbers), axis=0)
 
     # Writing, for whoever holds the folder.
 
@@ -147,9 +153,16 @@ class FeatureStore:
                 "disk; expected more room, another folder, or no train.cache"
             )
 
-    def create(self) -> None:
-        """Make the files, without a row; what was there, and is not of this form, goes."""
+    def create(self, identities: Sequence[bytes] | None = None) -> None:
+        """Make the files, without a row; what was there, and is not of this form, goes.
+
+        Args:
+            identities: 16 bytes for each picture, by which others recognise it.
+        """
         (self.folder / _INDEX).unlink(missing_ok=True)
+        (self.folder / _PICTURES).unlink(missing_ok=True)
+        if identities is not None:
+            (self.folder / _PICTURES).write_bytes(b"".join(identities))
         for name, size in ((_DONE, self.form.pictures), (_ROWS, self.form.size)):
             with open(self.folder / name, "wb") as file:
                 file.truncate(size)
@@ -169,6 +182,63 @@ class FeatureStore:
         with open(self.folder / _DONE, "r+b", buffering=0) as file:
             for number in numbers:
                 _write_at(file, b"\x01", int(number))
+
+    def take_over(self, own: Sequence[str]) -> int:
+        """Copy rows of the same pictures from the folders beside that the same tower filled.
+
+        Args:
+            own: names of facts that are of this selection of pictures alone.
+
+        Returns:
+            How many rows were copied.
+        """
+        numbers = self._numbers_of_pictures()
+        lacking = set(self.missing().tolist())
+        copied = 0
+        for folder in sorted(self.folder.parent.iterdir()):
+            if folder == self.folder or not lacking or (other := self._like(folder, own)) is None:
+                continue
+            whole = set(range(other.form.pictures)) - set(other.missing().tolist())
+            there = other._numbers_of_pictures()
+            pairs = [
+                (number, there[name])
+                for name, number in numbers.items()
+                if number in lacking and there.get(name) in whole
+            ]
+            for start in range(0, len(pairs), _COPIED):
+                mine, theirs = zip(*pairs[start : start + _COPIED], strict=True)
+                self.write(mine, other._take(theirs))
+            lacking -= {number for number, _ in pairs}
+            copied += len(pairs)
+        return copied
+
+    def _like(self, folder: Path, own: Sequence[str]) -> FeatureStore | None:
+        """Return the store in a folder, if its rows are those that this one would hold."""
+        try:
+            found = json.loads(read_bounded(folder / _INDEX, _LONGEST).decode())
+            form = Form(**{**found["form"], "grid": tuple(found["form"]["grid"])})
+            other = FeatureStore(folder, form, found["facts"])
+            if not other.exists():
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        alike = replace(form, pictures=self.form.pictures) == self.form
+        mine, theirs = (
+            {key: value for key, value in facts.items() if key not in own}
+            for facts in (self.facts, other.facts)
+        )
+        return other if alike and mine == theirs else None
+
+    def _numbers_of_pictures(self) -> dict[bytes, int]:
+        """Return the number of each picture by its identity; nothing where that is not known."""
+        try:
+            data = read_bounded(self.folder / _PICTURES, _IDENTITY * self.form.pictures)
+        except (OSError, ValueError):
+            return {}
+        if len(data) != _IDENTITY * self.form.pictures:
+            return {}
+        starts = range(0, len(data), _IDENTITY)
+        return {data[start : start + _IDENTITY]: i for i, start in enumerate(starts)}
 
     def _index(self) -> dict[str, Any]:
         form = json.loads(json.dumps(asdict(self.form)))

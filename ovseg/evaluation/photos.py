@@ -13,7 +13,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,16 +230,19 @@ class PhotoResults:
         scores = runs[best]["sets"][_DRAWN]["miou_of_pictures"]
         known = [i for i, score in enumerate(scores) if score is not None]
         worst = sorted(known, key=lambda i: scores[i])[:_ON_A_PAGE]
+        some = SomePictures(data, [*even, *worst])
+        reports = {}
+        for run in runs:
+            model = from_pretrained(run.folder / "model")
+            reports[run.title] = self._report(model, some, _DRAWN, keep=len(some))
         drawn = []
-        for name, numbers in (("pictures.png", even), ("worst.png", worst)):
-            if not numbers:
-                continue
-            some = SomePictures(data, numbers)
-            reports = {}
-            for run in runs:
-                model = from_pretrained(run.folder / "model")
-                reports[run.title] = self._report(model, some, _DRAWN, keep=len(some))
-            drawn.append(save_gallery(reports, self.out / name))
+        for name, part in (
+            ("pictures.png", slice(len(even))),
+            ("worst.png", slice(len(even), None)),
+        ):
+            page = {t: replace(one, examples=one.examples[part]) for t, one in reports.items()}
+            if some.numbers[part]:
+                drawn.append(save_gallery(page, self.out / name))
         return [path for path in drawn if path]
 
 

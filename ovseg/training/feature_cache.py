@@ -41,6 +41,7 @@ from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
 LIMIT = 20 << 30  # bytes, where train.cache_limit says nothing
+_OF_PICTURES = ("pictures", "some")  # facts of a key that say which pictures they are
 _SAMPLES = 4  # pictures whose pixels are part of the key
 _TRIES = 32  # pictures in a row that cannot be read
 _AT_ONCE = 256  # pictures of a process, at most
@@ -161,7 +162,7 @@ def fill_cache(
         bad: dict[int, str] | None = {}
         if not whole:
             with locked_folder(store.folder, "train.cache", "train"):
-                _from_main(lambda: _prepare(store, limit))
+                _from_main(lambda: _prepare(store, source.pictures, limit))
                 bad = _Filling(store, source.pictures, tower, recipe, asked, show=show).run()
     finally:
         model.train(was)
@@ -232,15 +233,19 @@ def _first(source: Source[Any]) -> tuple[int, torch.Tensor]:
     )
 
 
-def _prepare(store: FeatureStore, limit: int) -> None:
-    """Look for room, and make the files unless rows are there that only lack some."""
+def _prepare(store: FeatureStore, pictures: Source[Any], limit: int) -> None:
+    """Look for room, and make the files unless rows are there that only lack some.
+
+    Rows of the same pictures that lie in folders of other keys, and are the same, are copied.
+    """
     store.check_room(limit)
-    if store.exists():
-        return
-    if any(file.suffix == ".bin" for file in store.folder.iterdir()):
+    if not store.exists() and any(file.suffix == ".bin" for file in store.folder.iterdir()):
         logger.warning("train.cache: %s is damaged and is made anew", store.folder)
     try:
-        store.create()
+        if not store.exists():
+            store.create(pictures.identities())
+        if copied := store.take_over(_OF_PICTURES):
+            logger.info("train.cache: features of %d pictures were there already", copied)
     except OSError as error:
         raise DataError(
             f"train.cache: {store.folder} cannot be written ({first_line(error)}); expected a "
