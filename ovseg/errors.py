@@ -25,7 +25,13 @@ class ProcessError(RuntimeError):
 
 
 class WeightsError(InputError):
-    """Weights that can be had neither from the cache nor from the network."""
+    """Weights that can be had neither from the cache nor from the network.
+
+    Attributes:
+        why: the reason alone, without the ways on.
+    """
+
+    why: str = ""
 
 
 class NotFinite(CheckpointError, ValueError):

@@ -89,11 +89,10 @@ def photograph(name: str) -> np.ndarray:
 def run(options: argparse.Namespace) -> int:
     import ovseg
     from ovseg.environment import environment
-    from ovseg.inference.predictor import as_published
     from ovseg.output_lock import locked_folder
     from ovseg.progress import bar, waiting
     from ovseg.replacing import folder_for, write_text
-    from ovseg.systems import DEFAULT_MODEL, default_model
+    from ovseg.systems import DEFAULT_MODEL, DEFAULT_VIEW, default_model
 
     out = folder_for(options.out, "--out")
     options.held.enter_context(locked_folder(out, "--out", "first_real_run"))
@@ -112,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
             )
         model = model.to(options.device)
     loading = time.perf_counter() - began
-    predictor = ovseg.Predictor(model, **as_published({}))
+    predictor = ovseg.Predictor(model, **DEFAULT_VIEW)
     rows: list[dict[str, Any]] = []
     title = "random weights" if options.random_weights else options.model or DEFAULT_MODEL
     found = {

@@ -24,7 +24,7 @@ from ..errors import ConfigError, InputError
 if TYPE_CHECKING:
     import torch
 
-DEMO_MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/results.md
+SCENE_MODEL = "segclip_tiny"  # the best of the bundled systems on these scenes: docs/results.md
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODEL_HELP = (
     "NAME:TAG (ViT-B-16:laion2b_s34b_b88k, clip_dense_vit_b16:openai), a NAME with one set of "
@@ -128,13 +128,13 @@ def load_model(name: str | None, **options: Any) -> Any:
     """Load the model that ``-m`` names, the default one without it; ``options`` change it."""
     from ..distributed import is_main
     from ..progress import note, waiting
-    from ..systems import default_model, from_pretrained
+    from ..systems import from_pretrained, model_at_hand
 
     asked = {"readout": "--readout", "proxy": "--proxy"}
     what = "loading the default model" if name is None else f"loading {name}"
     try:
         with waiting(what, show=is_main()):
-            model = default_model(**options) if name is None else from_pretrained(name, **options)
+            model = model_at_hand(**options) if name is None else from_pretrained(name, **options)
     except (ConfigError, TypeError) as error:  # TypeError: of a registered function
         bare = None if name is None or not asked.keys() & options else from_pretrained(name)
         if bare is None or hasattr(bare, "set_readout"):
@@ -143,6 +143,14 @@ def load_model(name: str | None, **options: Any) -> Any:
     if model.name.endswith("_tiny") and hasattr(model.tokenizer, "unknown"):
         note(f"{model.name}: trained on synthetic scenes; it knows their words only")
     return model
+
+
+def demo_model(which: str) -> str:
+    """Return the bundled model that labels a built-in picture, by the word behind ``--demo``."""
+    from ..systems import PHOTO_MODEL, list_bundled
+
+    photos = tuple(PHOTO_MODEL.split(":")) in list_bundled()
+    return PHOTO_MODEL if which == "photo" or (which == "auto" and photos) else SCENE_MODEL
 
 
 def model_to_run(name: str | None, options: argparse.Namespace, readout: str | None = None) -> Any:

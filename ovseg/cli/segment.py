@@ -1,10 +1,13 @@
 r"""Segment pictures with free-text labels.
 
-  ovseg segment street.png --labels "a red car,road,sky"      OpenAI's CLIP, from the cache or
+  ovseg segment --demo                                        a photograph of a cat, nothing
                                                               downloaded
+  ovseg segment street.png --labels "a red car,road,sky"      OpenAI's CLIP, from the cache or
+                                                              downloaded; without a network a
+                                                              small model of some 180 names
   ovseg segment street.png --labels "car,road" -m ViT-B-16:laion2b_s34b_b88k
                                                               or other weights: ovseg models
-  ovseg segment --demo                                        a built-in scene, nothing downloaded
+  ovseg segment --demo scene                                  a drawn scene, its truth beside it
   ovseg segment photos/ --labels "person|man|woman,road" --background "wall,sky" -o out/
   ovseg segment photos/ list.txt "shards/*.tar" --labels-file names.txt \
       --format overlay,mask,json,rle
@@ -21,11 +24,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .options import (
-    DEMO_MODEL,
     MODEL_HELP,
     add_device,
     add_inference_options,
     add_weights,
+    demo_model,
     given_inference_options,
     model_to_run,
 )
@@ -44,8 +47,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--demo",
-        action="store_true",
-        help="segment a built-in scene, by its own labels unless others are given",
+        nargs="?",
+        const="auto",
+        choices=("auto", "photo", "scene"),
+        help="segment a built-in picture, by its own labels unless others are given: a photograph, "
+        "or a drawn scene whose truth is known; auto, if no word follows: the photograph, if the "
+        "model knows its words",
     )
     source = sub.add_mutually_exclusive_group()
     source.add_argument("--labels", help="comma-separated; synonyms separated by |")
@@ -61,8 +68,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "-m",
         "--model",
-        help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip; "
-        "segclip_tiny with --demo)",
+        help=f"{MODEL_HELP} (default: clip_dense_vit_b16:openai read out by naclip, or "
+        "pacl_lite0:photos where that cannot be had; with --demo pacl_lite0:photos, of the scene "
+        "segclip_tiny)",
     )
     sub.add_argument(
         "-o", "--out", default="segmented", help="output folder (default: %(default)s)"
@@ -89,19 +97,17 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Label the pictures; returns the exit code."""
-    from ..inference.built_in import built_in
+    from ..inference.built_in import BUILT_IN
     from ..inference.jobs import SegmentJob, segment_pictures
-    from ..inference.predictor import as_published
 
-    name = DEMO_MODEL if options.model is None and options.demo else options.model
-    given = given_inference_options(options)
+    name = demo_model(options.demo) if options.model is None and options.demo else options.model
     job = SegmentJob(
         options.images,
         _labels(options),
         out=options.out,
         formats=options.format.split(","),
-        options=as_published(given) if name is None else given,
-        example=built_in() if options.demo else None,
+        options=given_inference_options(options),
+        example=BUILT_IN[options.demo] if options.demo else None,
         overwrite=options.overwrite,
         allow_unknown=options.allow_unknown,
         tell=print,

@@ -27,7 +27,7 @@ from ..systems import OVSegModel
 from ..text_files import records_of
 from ..weights.files import bytes_of
 from .built_in import BuiltIn
-from .predictor import Predictor, check_words
+from .predictor import Predictor, as_published, check_words, tell_stand_in
 from .queries import Queries
 from .segmentation import Segmentation, save_result, strip
 from .sources import Source, find_pictures
@@ -44,11 +44,11 @@ class SegmentJob:
     Attributes:
         pictures: names of files, folders, patterns, lists and shards, as ``find_pictures`` takes
             them.
-        labels: what is asked for; None: the labels of ``example``.
+        labels: what is asked for; None: the labels of the example.
         out: the folder of the results; a picture keeps its path below the folder that was named.
         formats: what is written of each picture, some of ``ENDINGS``.
         options: of ``Predictor``.
-        example: a picture whose truth is known, labelled first.
+        example: gives a built-in picture for the model, which is labelled first.
         overwrite: whether pictures are done again that were done by the same job.
         allow_unknown: whether a model that knows few words is asked for others.
         tell: takes the lines about results, one by one.
@@ -59,7 +59,7 @@ class SegmentJob:
     out: str | Path = "segmented"
     formats: Sequence[str] = ("overlay",)
     options: Mapping[str, Any] = field(default_factory=dict)
-    example: BuiltIn | None = None
+    example: Callable[[OVSegModel], BuiltIn] | None = None
     overwrite: bool = False
     allow_unknown: bool = False
     tell: Callable[[str], None] = logger.info
@@ -70,17 +70,14 @@ class SegmentJob:
                 raise InputError(f"--format holds {name!r}; expected some of {', '.join(ENDINGS)}")
         self.out = folder_for(self.out, "--out")
 
-    @property
-    def asked(self) -> LabelSet:
-        """The labels that are asked for.
+    def check_labels(self) -> None:
+        """Refuse a job that is asked for nothing.
 
         Raises:
-            InputError: if there are none.
+            InputError: if there are no labels.
         """
-        labels = self.example.labels if self.example and self.labels is None else self.labels
-        if not labels:
+        if not self.labels and not (self.labels is None and self.example):
             raise InputError('no labels: give --labels "cat,grass" or --labels-file')
-        return labels
 
     def files(self, name: str) -> list[Path]:
         """Return the files of a picture's results."""
@@ -128,24 +125,28 @@ def segment_pictures(job: SegmentJob, load: Callable[[], OVSegModel]) -> Outcome
     sources, bad = find_pictures(job.pictures)
     if not sources and job.example is None:
         raise InputError("\n".join(["no pictures: give files or folders, or --demo", *bad]))
-    labels = job.asked
+    job.check_labels()
     alone = len(sources) == 1 and job.example is None
     if alone and (what := no_file(sources[0].path)) is not None:
         raise InputError(f"image {str(sources[0].path)!r} {what}; expected a picture")
     _check_apart(sources, job.files)
     with locked_folder(Path(job.out), "--out", "segment"):
         model = load()
+        job = replace(job, options=as_published(model, job.options))
+        example = None if job.example is None else job.example(model)
         predictor = Predictor(model, **job.options)
-        queries = replace(predictor.queries, labels=labels)
+        asked = example.labels if example is not None and job.labels is None else job.labels
+        queries = replace(predictor.queries, labels=asked)
         _check_words(job, predictor, queries)
+        tell_stand_in(model)
         rank = distributed.rank()
         world = distributed.world_size()
         outcome = Outcome(skipped=list(dict.fromkeys(bad)) if rank == 0 else [])  # may overlap
         for problem in outcome.skipped:
             note(f"skipped: {problem}")
-        few = len(sources) + (job.example is not None) < 3 and world == 1
-        if job.example is not None and rank == 0:
-            _segment_example(job, job.example, predictor, queries, few)
+        few = len(sources) + (example is not None) < 3 and world == 1
+        if example is not None and rank == 0:
+            _segment_example(job, example, predictor, queries, few)
         _Run(job, predictor, queries, outcome, few, alone).label(sources[rank::world])
     if not few or outcome.skipped:
         earlier = f", {outcome.before} done before" if outcome.before else ""
@@ -174,7 +175,7 @@ def _segment_example(
     job.write(found, "demo", "demo")
     if few:
         _show(job, found, "demo")
-    if job.labels is None:
+    if job.labels is None and example.truth is not None:
         path = Path(job.out) / "demo.strip.png"
         maps = {"truth": example.truth, predictor.model.name: found.labels}
         save_result(strip(found.image, maps, found.names), path)
@@ -231,7 +232,8 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """Return whatever changes a result, for the journal."""
-        labels = self.job.asked
+        labels = self.queries.labels
+        assert labels is not None
         model = self.predictor.model
         return {
             **self.job.options,

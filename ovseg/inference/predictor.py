@@ -17,7 +17,14 @@ from ..bounds import POSITIVE
 from ..data.labels import LabelSet
 from ..errors import InputError
 from ..nn.tensors import Version, upload
-from ..systems import DEFAULT_VIEW, OVSegModel, PatchFeatures, default_model, from_pretrained
+from ..systems import (
+    DEFAULT_MODEL,
+    PHOTO_MODEL,
+    OVSegModel,
+    PatchFeatures,
+    from_pretrained,
+    model_at_hand,
+)
 from ..systems.checks import not_finite
 from ..weights.saving import check_model
 from ..weights.state_dicts import unwrapped
@@ -385,13 +392,10 @@ def check_words(model: OVSegModel, queries: Queries) -> None:
     Raises:
         InputError: naming the words that ``model`` does not know.
     """
-    tokenizer: Any = model.tokenizer
-    if not hasattr(tokenizer, "unknown") or queries.labels is None:
-        return
-    texts = (*queries.labels.queries, *queries.background)
-    words = sorted({word for text in texts for word in tokenizer.unknown(text)})
+    words = unknown_words(model, queries)
     if not words:
         return
+    tokenizer: Any = model.tokenizer
     shown = ", ".join(words)
     known = f"was trained on synthetic scenes and knows their words: {', '.join(tokenizer.words)}"
     if hasattr(tokenizer, "nearest"):
@@ -399,10 +403,47 @@ def check_words(model: OVSegModel, queries: Queries) -> None:
         few = ", ".join(tokenizer.words[:_NAMES])
         more = ", ..." if len(tokenizer.words) > _NAMES else ""
         known = f"knows {len(tokenizer.words)} names and what else they are called: {few}{more}"
+        known += _where_listed(model)
+    ways = f"Any words: -m {DEFAULT_MODEL} (600 MB, once)"
+    if model.missing is not None:
+        ways = f"It answers in place of {DEFAULT_MODEL}, which knows any words: {model.missing}"
     raise InputError(
-        f"{model.name} does not know: {shown}; it {known}. Any words: the default model, or "
-        "allow_unknown (--allow-unknown)"
+        f"{model.name} does not know: {shown}; it {known}. {ways}, or allow_unknown "
+        "(--allow-unknown)"
     )
+
+
+def unknown_words(model: OVSegModel, queries: Queries) -> list[str]:
+    """List the words that a model does not know; none of a model that reads any word."""
+    tokenizer: Any = model.tokenizer
+    if not hasattr(tokenizer, "unknown") or queries.labels is None:
+        return []
+    texts = (*queries.labels.queries, *queries.background)
+    return sorted({word for text in texts for word in tokenizer.unknown(text)})
+
+
+def tell_stand_in(model: OVSegModel) -> None:
+    """Say which model answers in place of the default one, and how to get that."""
+    if model.missing is None:
+        return
+    words = getattr(model.tokenizer, "words", [])
+    logger.warning(
+        "%s answers, a small bundled model that knows %d names%s: %s, which is better and knows "
+        "any words, is not in the cache and cannot be fetched: %s; with a network the same command "
+        "fetches it (600 MB, once)",
+        PHOTO_MODEL,
+        len(words),
+        _where_listed(model),
+        DEFAULT_MODEL,
+        model.missing.why,
+    )
+
+
+def _where_listed(model: OVSegModel) -> str:
+    """Say where all words of the bundled model are listed."""
+    name, _, tag = PHOTO_MODEL.partition(":")
+    bundled = model.name == name and model.source in (name, tag, PHOTO_MODEL)
+    return f" (all: ovseg models {name})" if bundled else ""
 
 
 def _with_nearest(tokenizer: Any, word: str) -> str:
@@ -411,14 +452,14 @@ def _with_nearest(tokenizer: Any, word: str) -> str:
     return f"{word} (nearest: {', '.join(close)})" if close else word
 
 
-def as_published(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options for the default model, with the view that it was published with.
+def as_published(model: OVSegModel, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with the view that a model was published with, if it has one.
 
     Options that say how pictures are seen stay alone.
     """
     of_views = {"view", "short_side", "long_side", "crop", "stride"}
     said = any(value is not None for name, value in options.items() if name in of_views)
-    return dict(options) if said else {**DEFAULT_VIEW, **options}
+    return dict(options) if said else {**model.view, **options}
 
 
 def segment(
@@ -436,7 +477,8 @@ def segment(
         labels: names, in any words; ``{name: texts}`` gives synonyms.
         model: a model, or what ``from_pretrained`` takes: ``pacl_tiny``,
             ``ViT-B-16:laion2b_s34b_b88k``, ``hf-hub:owner/name``, a path. None: OpenAI's CLIP,
-            ViT-B/16, read out by NACLIP, from the cache or downloaded (600 MB).
+            ViT-B/16, read out by NACLIP, from the cache or downloaded (600 MB); without a network
+            ``pacl_lite0:photos``, which is bundled and knows some 180 names, and a warning.
         allow_unknown: ask a model that knows few words, as the bundled ones do, for others.
         options: of ``Predictor``: templates, background, background_threshold, short_side, crop,
             stride, ...
@@ -448,12 +490,13 @@ def segment(
     if not isinstance(labels, Queries):
         labels = _label_set(labels)
     if model is None:
-        model = default_model()
-        options = as_published(options)
+        model = model_at_hand()
+        options = as_published(model, options)
     elif isinstance(model, str | Path):
         model = from_pretrained(model)
     predictor = Predictor(model, **options)
     queries = labels if isinstance(labels, Queries) else replace(predictor.queries, labels=labels)
     if not allow_unknown:
         check_words(predictor.model, queries)
+    tell_stand_in(predictor.model)
     return predictor.predict_batch([image], queries)[0]

@@ -7,14 +7,16 @@ from .loading import (
     default_model,
     from_pretrained,
     load_official_state_dict,
+    model_at_hand,
     official_state_dict,
 )
-from .names import DEFAULT_MODEL, DEFAULT_VIEW
+from .names import DEFAULT_MODEL, DEFAULT_VIEW, PHOTO_MODEL
 from .registry import list_bundled, list_models, list_pretrained, register_model
 
 __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_VIEW",
+    "PHOTO_MODEL",
     "GroupFeatures",
     "ModelSpec",
     "OVSegModel",
@@ -26,6 +28,7 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "load_official_state_dict",
+    "model_at_hand",
     "official_state_dict",
     "push_to_hub",
     "register_model",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from ..data.images import read_image, to_tensor
 from ..data.labels import check_labels
 from ..data.templates import templates as resolve_templates
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, WeightsError
 from ..nn.backbone import ClipBackbone, Tokenizer
 from ..nn.features import GroupFeatures as GroupFeatures
 from ..nn.features import PatchFeatures
@@ -111,6 +112,8 @@ class OVSegModel(nn.Module):
             its arguments. A saved folder holds them beside the weights.
         source: where its weights come from, as ``from_pretrained`` or a tag names it; None for
             random weights.
+        view: options of ``View`` that the default model was published with; none of other models.
+        missing: why there is no default model, if this one answers in its place.
     """
 
     Options: ClassVar[type[SystemOptions]] = SystemOptions
@@ -125,6 +128,8 @@ class OVSegModel(nn.Module):
     name: str = ""
     system: str | None = None
     source: str | None = None
+    view: Mapping[str, Any] = MappingProxyType({})
+    missing: WeightsError | None = None
     config: dict[str, Any]
     templates: str
 

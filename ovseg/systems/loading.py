@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, WeightsError
 from ..nn.clip_architectures import configuration
 from ..paths import exists
 from ..weights.clip import ClipSource, clip_names, load_clip, model_type_of, settled
 from ..weights.files import check_fit
-from ..weights.hub import CLIP_FILES, fetch
+from ..weights.hub import CLIP_FILES, asking_seconds, fetch
 from ..weights.pickles import read_published
 from ..weights.published import Published, marked
 from ..weights.saving import read_config
@@ -23,13 +23,22 @@ from ..weights.transformers_layout import folder_weights
 from . import weight_sources
 from .base import OVSegModel
 from .checks import check_device, check_name
-from .names import DEFAULT_MODEL, DEFAULT_READOUT, DEFAULT_REPO, parse, unknown
+from .names import (
+    DEFAULT_MODEL,
+    DEFAULT_READOUT,
+    DEFAULT_REPO,
+    DEFAULT_VIEW,
+    PHOTO_MODEL,
+    parse,
+    unknown,
+)
 from .registry import (
     CLIP_SYSTEM,
     MODELS,
     SYSTEMS,
     architecture_of,
     build,
+    bundled_weights,
     is_name,
     list_models,
     system_of,
@@ -41,7 +50,7 @@ from .weight_sources import WeightSource, check_takes_clip, find
 
 _SIZES = {"image_size", "context_length"}  # options by which positions are resized
 _ROOM = 500_000_000  # numbers that a model may have beside those of its file
-_DEMO = ", named by -m PATH; or --demo, a built-in scene with bundled weights"
+_WAYS = ", named by -m clip_dense_vit_b16:PATH; or --demo, a built-in picture with bundled weights"
 Options = dict[str, Any]
 
 
@@ -113,8 +122,45 @@ def default_model(**options: Any) -> OVSegModel:
 
     Fetched first, so that a machine without it is told at once.
     """
-    fetch(DEFAULT_REPO, CLIP_FILES, ways=_DEMO.replace("PATH", "clip_dense_vit_b16:PATH"))
-    return from_pretrained(DEFAULT_MODEL, **options)
+    fetch(DEFAULT_REPO, CLIP_FILES, ways=_WAYS)
+    model = from_pretrained(DEFAULT_MODEL, **options)
+    model.view = DEFAULT_VIEW
+    return model
+
+
+def model_at_hand(**options: Any) -> OVSegModel:
+    """Load the model of those who name none, from the cache, the network or this package.
+
+    That is the default one. Where it cannot be had, ``names.PHOTO_MODEL`` answers in its place and
+    its ``missing`` says why; not where ``options`` ask for a readout, which it has not.
+    """
+    missing = None if options or not _has_photo_model() else _missing_default()
+    if missing is None:
+        return default_model(**options)
+    try:
+        model = from_pretrained(PHOTO_MODEL)
+    except (CheckpointError, WeightsError) as error:
+        raise type(error)(
+            f"{PHOTO_MODEL}, which answers where {DEFAULT_MODEL} cannot be had ({missing.why}), "
+            f"cannot be loaded: {error}"
+        ) from error
+    model.missing = missing
+    return model
+
+
+def _has_photo_model() -> bool:
+    return tuple(PHOTO_MODEL.split(":")) in bundled_weights()
+
+
+def _missing_default() -> WeightsError | None:
+    """Fetch the default model; return why it cannot be had, after a short wait."""
+    try:
+        # Little more than one read may take: the client tries all addresses of a host, and each
+        # that leads nowhere takes as long.
+        fetch(DEFAULT_REPO, CLIP_FILES, ways=_WAYS, patience=1.5 * asking_seconds())
+    except WeightsError as error:
+        return error
+    return None
 
 
 def load_official_state_dict(model: OVSegModel, state: dict[str, torch.Tensor]) -> list[str]:

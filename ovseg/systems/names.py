@@ -38,6 +38,8 @@ DEFAULT_MODEL = "clip_dense_vit_b16:openai"
 # where open_clip has it: asked before anything else is loaded
 DEFAULT_REPO = "timm/vit_base_patch16_clip_224.openai"
 DEFAULT_READOUT = "naclip"
+# Bundled, trained on photographs: it answers where the default model cannot be had.
+PHOTO_MODEL = "pacl_lite0:photos"
 DEFAULT_VIEW = {"short_side": 336, "crop": 224, "stride": 112}
 
 

@@ -133,7 +133,7 @@ def bundled_weights() -> dict[tuple[str, str], Path]:
 def list_bundled() -> list[tuple[str, str]]:
     """List (model, tag) of the weights inside the package.
 
-    They know the words of the synthetic scenes only.
+    Those of the tag ``digits`` know the words of the synthetic scenes only.
     """
     return list(bundled_weights())
 

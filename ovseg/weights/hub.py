@@ -89,13 +89,16 @@ def cached(repo: str, files: Sequence[str]) -> Path | None:
     return None
 
 
-def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
+def fetch(
+    repo: str, files: Sequence[str], *, ways: str = "", patience: float | None = None
+) -> Path:
     """Return the first of ``files`` that the cache or the Hub's repository holds.
 
     Args:
         repo: owner/name.
         files: names in it, the best first; any will do.
         ways: what else the user may do, for the message where nothing can be had.
+        patience: seconds in which the Hub must say that it has a file; ``QUESTION`` if None.
 
     Raises:
         WeightsError: where there is neither the file nor the network; CheckpointError: for a file
@@ -112,7 +115,7 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
         )
     endpoint = os.environ.get("HF_ENDPOINT") or None
     for file in files:
-        size = _size(repo, file, endpoint, missing)
+        size = _size(repo, file, endpoint, missing, patience or QUESTION)
         if size is None:
             continue
         if size > _TOLD:
@@ -131,16 +134,21 @@ def fetch(repo: str, files: Sequence[str], *, ways: str = "") -> Path:
 
 
 def _size(
-    repo: str, file: str, endpoint: str | None, missing: Callable[[str], WeightsError]
+    repo: str,
+    file: str,
+    endpoint: str | None,
+    missing: Callable[[str], WeightsError],
+    patience: float,
 ) -> int | None:
     """Ask the Hub for the bytes of a file; None where the repository has none of this name."""
     hub = client()
-    options: dict[str, Any] = {"timeout": _seconds()}
+    options: dict[str, Any] = {"timeout": asking_seconds()}
     if "retry_on_errors" in signature(hub.get_hf_file_metadata).parameters:
         options["retry_on_errors"] = False
     try:
         address = hub.hf_hub_url(repo, file, endpoint=endpoint)
-        return answered(partial(hub.get_hf_file_metadata, address, **options)).size or 0
+        ask = partial(hub.get_hf_file_metadata, address, **options)
+        return answered(ask, patience).size or 0
     except hub.errors.EntryNotFoundError:
         return None
     except hub.errors.GatedRepoError as error:
@@ -246,7 +254,8 @@ def upload(
     return f"https://huggingface.co/{repo}"
 
 
-def _seconds() -> float:
+def asking_seconds() -> float:
+    """Return how long each read of an answer to a question may take."""
     return float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 2)
 
 
@@ -257,7 +266,7 @@ def _line(error: Exception) -> str:
 def _licence(repo: str, endpoint: str | None) -> str:
     page = f"see https://huggingface.co/{repo}"
     try:
-        ask = partial(client().HfApi(endpoint=endpoint).model_info, repo, timeout=_seconds())
+        ask = partial(client().HfApi(endpoint=endpoint).model_info, repo, timeout=asking_seconds())
         card = answered(ask).card_data
     except Exception:  # the file is what was asked for
         return page
@@ -265,11 +274,13 @@ def _licence(repo: str, endpoint: str | None) -> str:
 
 
 def _unavailable(repo: str, files: Sequence[str], ways: str, why: str) -> WeightsError:
-    return WeightsError(
+    error = WeightsError(
         f"{repo} is not in the cache ({hub_cache()}) and cannot be fetched: {why}. Ways on: with "
         "a network, the same command; from elsewhere, "
         f"https://huggingface.co/{repo}/resolve/main/{files[0]}{ways}"
     )
+    error.why = why
+    return error
 
 
 class Stalled(OSError):
@@ -301,9 +312,12 @@ class Received:
             raise Stalled("the download was given up")
 
 
-def answered(ask: Callable[[], _T]) -> _T:
-    """Return ``ask()``, a question with a short answer; Stalled after ``QUESTION`` seconds."""
-    return _awaited(ask, Received(), QUESTION, 1)
+def answered(ask: Callable[[], _T], patience: float | None = None) -> _T:
+    """Return ``ask()``, a question with a short answer.
+
+    Stalled after ``patience`` seconds, ``QUESTION`` if None.
+    """
+    return _awaited(ask, Received(), patience or QUESTION, 1)
 
 
 def watched(download: Callable[[], _T], received: Received) -> _T:

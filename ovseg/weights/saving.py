@@ -200,22 +200,63 @@ def push_to_hub(
     check_repo(repo)
     whole = model
     model = unwrapped(whole)
+    _check_portable(model)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = save_pretrained(whole, Path(parent) / "model", **facts)
+        text = card(model, f"{PREFIX}{repo}", licence, labels, facts)
+        write_text(folder / "README.md", text)
+        return upload(folder, repo, private=private, message=f"Upload {model.name}", token=token)
+
+
+def save_bundled(
+    model: Any, bundled: str | Path, tag: str, *, licence: str, saw: str, **facts: Any
+) -> Path:
+    """Write weights that come with the package, with their card; return their folder.
+
+    Args:
+        model: a system.
+        bundled: the folder ``bundled`` of the system; the weights get one of their own in it.
+        tag: as in ``NAME:TAG``.
+        licence: of the weights, as in ``push_to_hub``.
+        saw: what they were trained from and on, with the licences of those; ``ovseg models`` says
+            it.
+        facts: as in ``save_pretrained``.
+
+    Raises:
+        InputError: for a model that names frozen weights by a path, which nobody else has.
+    """
+    bare = unwrapped(model)
+    check_model(bare)
+    _check_portable(bare)
+    facts = {"saw": saw, **facts}
+    folder = Path(bundled) / f"{bare.name}.{tag}"
+    save_pretrained(model, folder, licence=licence, **facts)
+    write_text(folder / "README.md", card(bare, f"{bare.name}:{tag}", licence, None, facts))
+    return folder
+
+
+def _check_portable(model: Any) -> None:
+    """Refuse to give away a model that names frozen weights by a path."""
     named = model.named_weights
     if named is not None and named.local:
         raise InputError(
             f"{model.name} is built on the {named.what} {named.source!r}, a path of this machine; "
             f"expected one that others can name, {named.portable}, in the option {named.option}"
         )
-    with tempfile.TemporaryDirectory() as parent:
-        folder = save_pretrained(whole, Path(parent) / "model", **facts)
-        write_text(folder / "README.md", card(model, repo, licence, labels, facts))
-        return upload(folder, repo, private=private, message=f"Upload {model.name}", token=token)
 
 
 def card(
-    model: Any, repo: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]
+    model: Any, named: str, licence: str, labels: Sequence[str] | None, facts: dict[str, Any]
 ) -> str:
-    """Write the page of the repository: what it is, what it knows, how it is used."""
+    """Write the page of weights: what they are, what they know, how they are used.
+
+    Args:
+        model: a system.
+        named: what ``-m`` takes.
+        licence: as in ``push_to_hub``.
+        labels: likewise.
+        facts: the rows of its table.
+    """
     words = getattr(model.tokenizer, "words", None)
     known = list(labels) if labels is not None else words
     about = (
@@ -228,13 +269,14 @@ def card(
     source = f"Weights from {model.source}.\n\n" if model.source else ""
     return (
         f"---\nlibrary_name: ovseg\nlicense: {licence}\npipeline_tag: image-segmentation\n"
-        f"tags: [open-vocabulary, semantic-segmentation, clip]\n---\n\n# {repo.split('/')[1]}\n\n"
+        f"tags: [open-vocabulary, semantic-segmentation, clip]\n---\n\n"
+        f"# {named.rpartition('/')[2]}\n\n"
         f"`{model.name}`: open-vocabulary semantic segmentation with "
         "[ovseg](https://pypi.org/project/ovseg-kernels), "
         f"licence {licence}. {about}\n\n{source}"
         f"```\npip install 'ovseg-kernels[models]'\novseg segment photo.jpg --labels \"{label}\" "
-        f"-m {PREFIX}{repo}\n```\n\n"
-        f'```python\nimport ovseg\n\nmodel = ovseg.from_pretrained("{PREFIX}{repo}")\n'
+        f"-m {named}\n```\n\n"
+        f'```python\nimport ovseg\n\nmodel = ovseg.from_pretrained("{named}")\n'
         f'ovseg.segment("photo.jpg", ["{label}"], model=model).save("out.png")\n```\n'
         + (f"\n| fact | value |\n|---|---|\n{rows}" if rows else "")
     )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ovseg.cli.main import VERBS, main
 from ovseg.data.scenes import Scenes
-from ovseg.inference.built_in import built_in
+from ovseg.inference.built_in import scene
 from ovseg.inference.segmentation import colour
 
 SMALL = [
@@ -152,15 +152,16 @@ def test_unknown_words_are_refused_by_name(picture, tmp_path, capsys):
         main([*command, "--allow-unknown"]) == 0
         and "does not know: zebra" in capsys.readouterr().err
     )
-    assert main(["segment", "--demo", "--background", "wall", "-o", str(tmp_path / "out")]) == 2
+    words = ["--background", "wall", "-o", str(tmp_path / "out")]
+    assert main(["segment", "--demo", "scene", *words]) == 2
     assert "segclip_tiny does not know: wall" in capsys.readouterr().err
 
 
 def test_the_demo_draws_a_strip(tmp_path, capsys):
-    assert main(["segment", "--demo", "-o", str(tmp_path)]) == 0
+    assert main(["segment", "--demo", "scene", "-o", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "demo.strip.png" in printed
-    found, own = np.asarray(Image.open(tmp_path / "demo.strip.png")), built_in()
+    found, own = np.asarray(Image.open(tmp_path / "demo.strip.png")), scene()
     width = 48 * 7
     panels = [found[26 : 26 + width, 8 + i * (width + 8) :][:, :width] for i in range(3)]
     assert np.array_equal(panels[0][3::7, 3::7], own.image)

@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 
+import torch
+from safetensors.torch import save
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ARCHITECTURE = "small-clip"
 CONFIG = {
@@ -20,6 +23,30 @@ PREPROCESS = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
 }
+
+
+def clip_weights():
+    """A CLIP of ``CONFIG`` with random weights, as the bytes of a safetensors file."""
+    import open_clip
+
+    torch.manual_seed(5)
+    clip = open_clip.CLIP(**CONFIG)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return save(clip.state_dict())
+
+
+def bundle(monkeypatch, folder):
+    """The weights in ``folder`` are the bundled ones of photographs; with None there are none."""
+    from ovseg.systems import PHOTO_MODEL, loading, names, registry
+
+    photo = tuple(PHOTO_MODEL.split(":"))
+    found = {key: place for key, place in registry.bundled_weights().items() if key != photo}
+    if folder is not None:
+        found[photo] = folder
+    for module in (registry, names, loading):
+        monkeypatch.setattr(module, "bundled_weights", lambda: dict(found))
 
 
 def hash_of(data):

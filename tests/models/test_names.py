@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hub_stand_in import ARCHITECTURE, CONFIG, PREPROCESS, fill_cache, open_clip_config
+from hub_stand_in import ARCHITECTURE, CONFIG, PREPROCESS, bundle, fill_cache, open_clip_config
 from safetensors.torch import save, save_file
 
 import ovseg
@@ -411,6 +411,7 @@ def test_published_checkpoints_are_known_by_their_names(tmp_path, monkeypatch):
 
 
 def test_lists(monkeypatch):
+    bundle(monkeypatch, None)
     known = ovseg.list_pretrained()
     bundled = [
         (f"{name}_tiny", "digits")

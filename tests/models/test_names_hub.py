@@ -10,33 +10,32 @@ import time
 import numpy as np
 import pytest
 import torch
-from hub_stand_in import CONFIG, fill_cache, hub
+from hub_stand_in import CONFIG, bundle, clip_weights, fill_cache, hub
 from PIL import Image
 from processor_time import processor_seconds
-from safetensors.torch import save
 
 import ovseg
 from ovseg.cli.main import main
 from ovseg.errors import CheckpointError, InputError, WeightsError
+from ovseg.systems import PHOTO_MODEL, list_bundled
 from ovseg.systems.names import DEFAULT_REPO
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 FILE = "open_clip_model.safetensors"
+ALL_BUNDLED = list_bundled()
 
 
 @pytest.fixture(scope="module")
 def weights():
-    torch.manual_seed(5)
-    clip = open_clip.CLIP(**CONFIG)
-    with torch.no_grad():
-        for parameter in clip.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return save(clip.state_dict())
+    return clip_weights()
 
 
 @pytest.fixture(autouse=True)
 def small_default(tmp_path, monkeypatch):
-    """The default model's architecture at a small size, and caches of the test's own."""
+    """The default model's architecture at a small size, caches of the test's own, and nothing that
+    answers in its place (test_default_model.py).
+    """
+    bundle(monkeypatch, None)
     configs = {**open_clip.factory._MODEL_CONFIGS, "ViT-B-16-quickgelu": CONFIG}
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", configs)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -117,16 +116,16 @@ def test_a_photograph_from_the_cache(photo, weights, tmp_path, monkeypatch, caps
     assert not np.array_equal(np.asarray(Image.open(tmp_path / "two" / "photo.mask.png")), mask)
 
 
-@pytest.mark.parametrize("how", ["offline", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "no network"])
+@pytest.mark.parametrize("how", ["offline", "no network"])
 def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
+    """The bundled model of photographs, where there is one, does not know the word."""
+    limit = 9 if tuple(PHOTO_MODEL.split(":")) in ALL_BUNDLED else 3
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     }
-    environment |= (
-        {"HF_ENDPOINT": "http://127.0.0.1:9"} if how in ("no network", "offline") else {how: "1"}
-    )  # nobody listens there
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     command = [
         sys.executable,
         "-m",
@@ -134,7 +133,7 @@ def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
         "segment",
         photo,
         "--labels",
-        "cat,wall",
+        "cat,zebu",
         *(["--offline"] if how == "offline" else []),
     ]
     best = []
@@ -143,12 +142,12 @@ def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
             [*command, "-o", str(tmp_path / "out")], env=environment, timeout=60
         )
         best.append(seconds)
-        if seconds < 3:
+        if seconds < limit:
             break
     assert (
         done.returncode == 2
         and "Traceback" not in done.stderr
-        and len(done.stderr.splitlines()) == 1
+        and len([line for line in done.stderr.splitlines() if not line.startswith("loading")]) == 1
     ), done.stderr
     why = "the Hub does not answer" if how == "no network" else "the Hub may not be asked"
     for text in (
@@ -159,10 +158,8 @@ def test_nothing_to_be_had_is_said_at_once(how, photo, tmp_path):
     ):
         assert text in done.stderr
     # Three seconds, but on a machine where torch alone takes more than half of them.
-    assert (
-        min(best) < 3
-        or min(best) < 2 * processor_seconds([sys.executable, "-c", "import torch"])[0]
-    ), f"{best} s"
+    alone = processor_seconds([sys.executable, "-c", "import torch"])[0]
+    assert min(best) < max(limit, 2 / 3 * limit * alone), f"{best} s"
     assert not (tmp_path / "out").exists()
 
 
