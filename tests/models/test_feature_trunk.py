@@ -21,7 +21,7 @@ from ovseg.data.entities import load_entities
 from ovseg.data.entity_words import EntityTokenizer
 from ovseg.data.labels import LabelSet
 from ovseg.errors import CheckpointError, ConfigError, InputError, WeightsError
-from ovseg.inference.predictor import check_words
+from ovseg.inference.known_words import check_words
 from ovseg.inference.queries import Queries
 from ovseg.nn.embedder import VisionEmbedder
 from ovseg.nn.timm_architectures import levels_of
