@@ -10,7 +10,7 @@ import numpy as np
 from ..data.labels import LabelSet
 from ..data.scenes import Scenes
 from ..systems import OVSegModel
-from .predictor import unknown_words
+from .known_words import unknown_words
 from .queries import Queries
 
 _DISTRACTORS = 4  # things that are not there

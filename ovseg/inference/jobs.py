@@ -27,7 +27,8 @@ from ..systems import OVSegModel
 from ..text_files import records_of
 from ..weights.files import bytes_of
 from .built_in import BuiltIn
-from .predictor import Predictor, as_published, check_words, tell_stand_in
+from .known_words import check_words, tell_stand_in
+from .predictor import Predictor, as_published
 from .queries import Queries
 from .segmentation import Segmentation, save_result, strip
 from .sources import Source, find_pictures

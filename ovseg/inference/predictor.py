@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,12 @@ from ..bounds import POSITIVE
 from ..data.labels import LabelSet
 from ..errors import InputError
 from ..nn.tensors import Version, upload
-from ..systems import (
-    DEFAULT_MODEL,
-    PHOTO_MODEL,
-    OVSegModel,
-    PatchFeatures,
-    from_pretrained,
-    model_at_hand,
-)
+from ..systems import OVSegModel, PatchFeatures, from_pretrained, model_at_hand
 from ..systems.checks import not_finite
 from ..weights.saving import check_model
 from ..weights.state_dicts import unwrapped
 from .flat_options import route
+from .known_words import check_words, tell_stand_in
 from .queries import EncodedQueries, Queries, RememberedTexts
 from .reading import Prepared, pictures_of, pixels_of, prepare, prepare_tensors, read_ahead
 from .rules import Decision, rule
@@ -36,7 +29,6 @@ from .segmentation import Segmentation
 from .sources import Source
 from .view import View, encode
 
-_NAMES = 20  # of a vocabulary in a message
 logger = logging.getLogger(__name__)
 Labels = Queries | LabelSet | Mapping[str, str | Sequence[str]] | Sequence[str] | str
 
@@ -382,74 +374,6 @@ def _evaluate(model: OVSegModel) -> None:
 def _narrow(labels: torch.Tensor) -> np.ndarray:
     """Copy labels to the host, in four bytes at most."""
     return labels.to(torch.int32 if labels.dtype == torch.int64 else labels.dtype).cpu().numpy()
-
-
-def check_words(model: OVSegModel, queries: Queries) -> None:
-    """Refuse words that a model with a vocabulary of its own does not know.
-
-    Another word is the same to it as any other.
-
-    Raises:
-        InputError: naming the words that ``model`` does not know.
-    """
-    words = unknown_words(model, queries)
-    if not words:
-        return
-    tokenizer: Any = model.tokenizer
-    shown = ", ".join(words)
-    known = f"was trained on synthetic scenes and knows their words: {', '.join(tokenizer.words)}"
-    if hasattr(tokenizer, "nearest"):
-        shown = ", ".join(map(partial(_with_nearest, tokenizer), words))
-        few = ", ".join(tokenizer.words[:_NAMES])
-        more = ", ..." if len(tokenizer.words) > _NAMES else ""
-        known = f"knows {len(tokenizer.words)} names and what else they are called: {few}{more}"
-        known += _where_listed(model)
-    ways = f"Any words: -m {DEFAULT_MODEL} (600 MB, once)"
-    if model.missing is not None:
-        ways = f"It answers in place of {DEFAULT_MODEL}, which knows any words: {model.missing}"
-    raise InputError(
-        f"{model.name} does not know: {shown}; it {known}. {ways}, or allow_unknown "
-        "(--allow-unknown)"
-    )
-
-
-def unknown_words(model: OVSegModel, queries: Queries) -> list[str]:
-    """List the words that a model does not know; none of a model that reads any word."""
-    tokenizer: Any = model.tokenizer
-    if not hasattr(tokenizer, "unknown") or queries.labels is None:
-        return []
-    texts = (*queries.labels.queries, *queries.background)
-    return sorted({word for text in texts for word in tokenizer.unknown(text)})
-
-
-def tell_stand_in(model: OVSegModel) -> None:
-    """Say which model answers in place of the default one, and how to get that."""
-    if model.missing is None:
-        return
-    words = getattr(model.tokenizer, "words", [])
-    logger.warning(
-        "%s answers, a small bundled model that knows %d names%s: %s, which is better and knows "
-        "any words, is not in the cache and cannot be fetched: %s; with a network the same command "
-        "fetches it (600 MB, once)",
-        PHOTO_MODEL,
-        len(words),
-        _where_listed(model),
-        DEFAULT_MODEL,
-        model.missing.why,
-    )
-
-
-def _where_listed(model: OVSegModel) -> str:
-    """Say where all words of the bundled model are listed."""
-    name, _, tag = PHOTO_MODEL.partition(":")
-    bundled = model.name == name and model.source in (name, tag, PHOTO_MODEL)
-    return f" (all: ovseg models {name})" if bundled else ""
-
-
-def _with_nearest(tokenizer: Any, word: str) -> str:
-    """Return a word with the known ones that are written most like it."""
-    close = tokenizer.nearest(word)
-    return f"{word} (nearest: {', '.join(close)})" if close else word
 
 
 def as_published(model: OVSegModel, options: Mapping[str, Any]) -> dict[str, Any]:

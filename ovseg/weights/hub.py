@@ -317,7 +317,7 @@ def answered(ask: Callable[[], _T], patience: float | None = None) -> _T:
 
     Stalled after ``patience`` seconds, ``QUESTION`` if None.
     """
-    return _awaited(ask, Received(), patience or QUESTION, 1)
+    return _awaited(ask, Received(), patience or QUESTION, 1, tidy=0.0)
 
 
 def watched(download: Callable[[], _T], received: Received) -> _T:
@@ -325,11 +325,20 @@ def watched(download: Callable[[], _T], received: Received) -> _T:
     return _awaited(download, received, WINDOW, LEAST)
 
 
-def _awaited(work: Callable[[], _T], received: Received, window: float, least: int) -> _T:
+def _awaited(
+    work: Callable[[], _T], received: Received, window: float, least: int, tidy: float = 1.0
+) -> _T:
     """Return what ``work`` gives, or raise what it raises.
 
     It runs in a thread of its own, which is left behind where it is too slow: its reads cannot be
     broken off.
+
+    Args:
+        work: asks or downloads.
+        received: counts what comes.
+        window: seconds that bring at least ...
+        least: ... so many bytes.
+        tidy: seconds in which work that is given up may take its unfinished file away.
     """
     found: list[_T] = []
     failed: list[BaseException] = []
@@ -359,7 +368,7 @@ def _awaited(work: Callable[[], _T], received: Received, window: float, least: i
                 )
     except BaseException:  # Ctrl-C too
         received.ended = True
-        thread.join(1.0)  # at its next byte it takes its unfinished file away
+        thread.join(tidy)  # until its next byte
         raise
     if failed:
         raise failed[0]

@@ -24,7 +24,7 @@ from ovseg.cli.options import SCENE_MODEL, demo_model
 from ovseg.data.labels import LabelSet
 from ovseg.errors import InputError, WeightsError
 from ovseg.inference.built_in import BUILT_IN, fitting, photograph
-from ovseg.inference.predictor import check_words, unknown_words
+from ovseg.inference.known_words import check_words, unknown_words
 from ovseg.inference.queries import Queries
 from ovseg.systems import DEFAULT_MODEL, PHOTO_MODEL, loading, model_at_hand
 from ovseg.systems.names import DEFAULT_REPO

@@ -14,7 +14,7 @@ from ovseg.data.entities import load_entities
 from ovseg.data.entity_words import EntityTokenizer
 from ovseg.data.labels import LabelSet
 from ovseg.errors import CheckpointError, ConfigError, InputError
-from ovseg.inference.predictor import check_words
+from ovseg.inference.known_words import check_words
 from ovseg.inference.queries import Queries
 from ovseg.systems.objective import create_objective
 
