@@ -535,3 +535,34 @@ def test_rows_of_a_store(tmp_path):
     assert found.embedding.tolist() == [[9], [4], [9]]
     assert not FeatureStore(tmp_path, form, {"a": 2}).exists()
     assert [in_words(n) for n in (800, 3_100_000, 2 * 10**10)] == ["800 bytes", "3.1 MB", "20.0 GB"]
+
+
+def test_rows_of_another_selection_are_taken_over(tmp_path):
+    """Of the same pictures, tower and view, those that are whole; whatever else lies beside."""
+    form = Form(3, (1, 2), 2, 1)
+    facts = {"tower": "t", "pictures": "all", "some": {}}
+    names = [bytes([i]) * 16 for i in range(4)]
+    stores = {
+        "all": (form, facts, names[:3]),
+        "other_tower": (form, {**facts, "tower": "u"}, names[:3]),
+        "other_form": (Form(3, (2, 1), 2, 1), facts, names[:3]),
+        "unnamed": (form, facts, None),
+    }
+    for number, (name, (shape, said, pictures)) in enumerate(stores.items()):
+        (tmp_path / name).mkdir()
+        store = FeatureStore(tmp_path / name, shape, said)
+        store.create(pictures)
+        rows = np.arange(15, dtype=np.float16).reshape(3, 5) + 100 * number
+        store.write([0, 2], rows[[0, 2]])
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "index.json").write_text("{")
+    (tmp_path / "file").touch()
+    (tmp_path / "new").mkdir()
+    new = FeatureStore(tmp_path / "new", Form(4, (1, 2), 2, 1), {**facts, "pictures": "some"})
+    new.create([names[3], names[2], names[1], names[0]])
+    assert new.take_over(("pictures", "some")) == 2 and new.missing().tolist() == [0, 2]
+    assert new.read([1, 3]).embedding.tolist() == [[14], [4]]
+    assert new.take_over(("pictures", "some")) == 0
+    assert new.take_over(()) == 0
+    new.create()
+    assert new.take_over(("pictures", "some")) == 0
