@@ -31,10 +31,13 @@ class Options(SourceOptions):
             for the scenes.
         root: the data root; the scenes need none.
         train_split, val_split: of the set; VOC is usually trained on its ``trainaug``.
+        partial: whether a part of the set's pictures will do, those of which picture and mask are
+            there; ``describe`` says which part it is.
         train_size, val_size, with_unseen: of the scenes; see ``Scenes``.
         image_size: side of the crop; None: the model's.
         ignore_index: of pixels that have no label.
-        augment: see ``MaskAugment``; for training only.
+        augment: see ``MaskAugment``; for training only. None: no augmentation, whole pictures fit
+            into the square.
         max_pixels: pictures and masks of a set with more are bad ones.
     """
 
@@ -43,12 +46,13 @@ class Options(SourceOptions):
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
+    partial: bool = False
     train_size: int = bounded(6000, low=0, high=MOST_SCENES, integer=True)
     val_size: int = bounded(300, low=0, high=MOST_SCENES, integer=True)
     with_unseen: bool = False
     image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
     ignore_index: int = bounded(255, low=0, high=65535, integer=True)
-    augment: MaskAugment = field(default_factory=MaskAugment)
+    augment: MaskAugment | None = field(default_factory=MaskAugment)
     max_pixels: int = bounded(MAX_PIXELS, low=1, high=MOST_PIXELS, integer=True)
 
 
@@ -65,6 +69,11 @@ def create(
     try:
         data: LabelledPictures
         if options.set in VOCABULARIES:
+            if options.partial:
+                raise ValueError(
+                    f"data.partial is True and data.set is {options.set!r}, which is drawn; "
+                    "expected a benchmark"
+                )
             data = LabelledScenes(
                 Scenes(
                     options.set,
@@ -83,6 +92,7 @@ def create(
                 options.root,
                 options.train_split if train else options.val_split,
                 max_pixels=options.max_pixels,
+                partial=options.partial,
             )
     except (ValueError, InputError) as error:
         raise ConfigError(str(error)) from error
@@ -193,12 +203,15 @@ class Masks(Source[MaskSample]):
         """Return the name of the set and how many pictures and classes it has."""
         data = self.data
         name = type(data).__name__
+        part = None
         if isinstance(data, SegmentationSet):
             name = data.description.name
-        return {
+            part = data.partial
+        found = {
             "kind": "masks",
             "set": name,
             "pictures": len(self),
             "classes": len(self.classes),
             "image_size": self.image_size,
         }
+        return found if part is None else {**found, "partial": part}
