@@ -224,7 +224,9 @@ def training_parts(classes: int, side: int, rate: float) -> dict[str, Any]:
 
     def ours() -> torch.Tensor:
         with Progress().seeded(labels.device, "dropout"):
-            logits = model.segment_logits(PatchFeatures(g, patches, (grid, grid)), objective.texts)
+            logits = model.segment_logits(
+                PatchFeatures(g, patches, (grid, grid)), objective.class_texts
+            )
         return objective.loss({"logits": logits}, batch, Progress(), None)["total"]
 
     def eager() -> torch.Tensor:

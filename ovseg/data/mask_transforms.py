@@ -215,20 +215,27 @@ def from_hsv(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -
 
 
 def mask_transform(
-    options: MaskAugment, size: int, mean: Sequence[float], ignore_index: int, *, train: bool = True
+    options: MaskAugment | None,
+    size: int,
+    mean: Sequence[float],
+    ignore_index: int,
+    *,
+    train: bool = True,
 ) -> Compose:
     """Make the transform that ``MaskAugment`` describes.
 
     Args:
-        options: see there.
+        options: see there; None: the whole picture, its long side as long as the square's.
         size: side of the pictures that come out, in pixels.
         mean: by which the model normalises, RGB in 0..1.
         ignore_index: of the mask, where the picture is padded.
         train: False: the middle at factor 1.
     """
     functional()
-    check_bounds(options, "augment.", ValueError)
     pad = PadTo(size, [round(255 * channel) for channel in mean], ignore_index)
+    if options is None:
+        return Compose(RatioResize((size, size), (1.0, 1.0)), pad)
+    check_bounds(options, "augment.", ValueError)
     if not train:
         return Compose(RatioResize(options.scale, (1.0, 1.0)), MiddleCrop(size), pad)
     steps: list[Any] = [

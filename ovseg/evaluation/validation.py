@@ -36,6 +36,11 @@ def validation(recipe: Any) -> Validation | None:
     most = getattr(recipe.data, "max_pixels", None)
     view = {"max_pixels": most} if most else {}
     if name in SCENE_SETS:
+        if part.partial:
+            raise ConfigError(
+                f"validation.partial is True and validation.data is {name!r}, which is drawn; "
+                "expected a benchmark"
+            )
         data: Any = SceneSet(name, part.limit or _SCENES, recipe.train.seed)
     elif not part.root:
         raise ConfigError(
@@ -43,7 +48,7 @@ def validation(recipe: Any) -> Validation | None:
             f"folder that holds {name}"
         )
     else:
-        data = SegmentationSet(name, part.root, "val", **view)
+        data = SegmentationSet(name, part.root, "val", partial=part.partial, **view)
     read_protocol(part.protocol)
     return Validation(data, part.protocol, part.limit, recipe.model.name, view)
 

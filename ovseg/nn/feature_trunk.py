@@ -239,6 +239,6 @@ class FeatureTrunk(ClipBackbone):
     def _lacks(self, what: str, who: str) -> str:
         return (
             f"{who} needs {what}, and backbone.kind is 'timm', whose {self.options.architecture} "
-            "gives maps of features alone; expected pacl or mgca, which train an embedder of them, "
-            "or a CLIP (backbone.kind 'open_clip')"
+            "gives maps of features alone; expected pacl, mgca or zegclip, which train an embedder "
+            "of them, or a CLIP (backbone.kind 'open_clip')"
         )

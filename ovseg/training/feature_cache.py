@@ -67,12 +67,12 @@ def check_cache(recipe: Recipe, objective: Objective) -> None:
         raise ConfigError(
             f"{where} and the image tower of {name} does not stay as it is: model.options.trained "
             f"is {list(model.options.trained)}; expected a frozen tower (PACL without 'vision', "
-            "MGCA), or train.cache null"
+            "MGCA, ZegCLIP on a trunk), or train.cache null"
         )
     if not objective.takes_features:
         raise ConfigError(
             f"{where} and the objective {type(objective).__name__} looks at pictures themselves; "
-            "expected that of PACL, MGCA or clip_dense, or train.cache null"
+            "expected that of PACL, MGCA, ZegCLIP or clip_dense, or train.cache null"
         )
     augment = getattr(recipe.data, "augment", None)
     if augment is None:
@@ -81,7 +81,7 @@ def check_cache(recipe: Recipe, objective: Objective) -> None:
     if drawn is None:
         raise ConfigError(
             f"{where} and data.augment of data.kind {recipe.data.kind!r} crops at random; expected "
-            "data without random views, or train.cache null"
+            "data.augment null, data without random views, or train.cache null"
         )
     if (field := drawn()) is not None:
         raise ConfigError(

@@ -125,7 +125,8 @@ class ValidationPart:
 
     Attributes:
         every_steps: None: not at all.
-        data, root: as ``ovseg eval`` takes them; None: the scenes that the recipe trains on.
+        data, root, partial: as ``ovseg eval`` takes them; None: the scenes that the recipe trains
+            on.
         protocol: of the evaluation.
         limit: pictures; None: all.
     """
@@ -133,6 +134,7 @@ class ValidationPart:
     every_steps: int | None = _positive(None)
     data: str | None = None
     root: str | None = None
+    partial: bool = False
     protocol: str = "plain"
     limit: int | None = _positive(100)
 

@@ -218,7 +218,7 @@ def test_classes_that_cannot_be(golden, embeddings, tmp_path):
         unseen=list(CLASSES),
         class_embeddings=embeddings,
     )
-    assert all_unseen.texts.shape == (7, 32)
+    assert all_unseen.class_texts.shape == (7, 32)
 
 
 def test_class_embeddings_are_read_with_care(tmp_path):
@@ -406,9 +406,9 @@ def test_other_data_are_refused():
 def test_texts_are_encoded_once(monkeypatch):
     objective, batch = tiny("inductive")
     monkeypatch.setattr(objective.model, "encode_text", None)
-    assert objective.texts.shape == (19, 64) and bool(objective(batch)["total"].isfinite())
+    assert objective.class_texts.shape == (19, 64) and bool(objective(batch)["total"].isfinite())
     assert not any("texts" in name for name in objective.state_dict())
-    torch.testing.assert_close(objective.texts.norm(dim=-1), torch.ones(19))
+    torch.testing.assert_close(objective.class_texts.norm(dim=-1), torch.ones(19))
 
 
 def test_parameter_groups_are_what_published_training_comes_out_as():

@@ -31,12 +31,15 @@ class Options(SourceOptions):
             for the scenes.
         root: the data root; the scenes need none.
         train_split, val_split: of the set; VOC is usually trained on its ``trainaug``.
+        partial: whether a part of the set's pictures will do, those of which picture and mask are
+            there; ``describe`` says which part it is.
         train_size, val_size, with_unseen: of the scenes; see ``Scenes``.
         image_size: side of the crop; None: the model's.
         ignore_index: of pixels that have no label.
         augment: see ``MaskAugment``; for training only. None: no augmentation, each picture becomes
             a square as ``fit`` says.
-        fit: squash, the whole picture; or crop, the largest square in its middle.
+        fit: squash, the whole picture; crop, the largest square in its middle; or pad, the whole
+            picture with its aspect, and no label beside it.
         max_pixels: pictures and masks of a set with more are bad ones.
     """
 
@@ -45,13 +48,14 @@ class Options(SourceOptions):
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
+    partial: bool = False
     train_size: int = bounded(6000, low=0, high=MOST_SCENES, integer=True)
     val_size: int = bounded(300, low=0, high=MOST_SCENES, integer=True)
     with_unseen: bool = False
     image_size: int | None = bounded(None, low=1, high=MOST_SIDE, integer=True)
     ignore_index: int = bounded(255, low=0, high=65535, integer=True)
     augment: MaskAugment | None = field(default_factory=MaskAugment)
-    fit: str = bounded("squash", one_of=("squash", "crop"))
+    fit: str = bounded("squash", one_of=("squash", "crop", "pad"))
     max_pixels: int = bounded(MAX_PIXELS, low=1, high=MOST_PIXELS, integer=True)
 
 
@@ -68,6 +72,11 @@ def create(
     try:
         data: LabelledPictures
         if options.set in VOCABULARIES:
+            if options.partial:
+                raise ValueError(
+                    f"data.partial is True and data.set is {options.set!r}, which is drawn; "
+                    "expected a benchmark"
+                )
             data = LabelledScenes(
                 Scenes(
                     options.set,
@@ -86,6 +95,7 @@ def create(
                 options.root,
                 options.train_split if train else options.val_split,
                 max_pixels=options.max_pixels,
+                partial=options.partial,
             )
     except (ValueError, InputError) as error:
         raise ConfigError(str(error)) from error
@@ -170,7 +180,7 @@ class Masks(Source[MaskSample]):
         self.unseen = data.unseen
         self.image_size = options.image_size or inputs.image_size
         self.transform: Any = WholeSquare(self.image_size, options.fit)
-        if options.augment is not None:
+        if options.augment is not None or options.fit == "pad":
             self.transform = mask_transform(
                 options.augment, self.image_size, inputs.mean, ignore_index, train=train
             )
@@ -198,12 +208,15 @@ class Masks(Source[MaskSample]):
         """Return the name of the set and how many pictures and classes it has."""
         data = self.data
         name = type(data).__name__
+        part = None
         if isinstance(data, SegmentationSet):
             name = data.description.name
-        return {
+            part = data.partial
+        found = {
             "kind": "masks",
             "set": name,
             "pictures": len(self),
             "classes": len(self.classes),
             "image_size": self.image_size,
         }
+        return found if part is None else {**found, "partial": part}

@@ -71,8 +71,9 @@ class ZegCLIPObjective(Objective):
 
     Options = ZegCLIPTraining
     batch_types = (MaskBatch,)
+    takes_features = True
     model: ZegCLIP
-    texts: Tensor
+    class_texts: Tensor
     target: Tensor
     unseen: Tensor
 
@@ -100,7 +101,7 @@ class ZegCLIPObjective(Objective):
         target = torch.full((len(names),), _NONE) if inductive else torch.arange(len(names))
         if inductive:
             target[seen] = torch.arange(len(seen))
-        self.register_buffer("texts", texts[seen] if inductive else texts, persistent=False)
+        self.register_buffer("class_texts", texts[seen] if inductive else texts, persistent=False)
         self.register_buffer("target", target.to(device), persistent=False)
         self.register_buffer(
             "unseen", torch.tensor(unseen, dtype=torch.int64, device=device), persistent=False
@@ -134,9 +135,8 @@ class ZegCLIPObjective(Objective):
 
     @override
     def encode(self, batch: MaskBatch, progress: Progress) -> Rows:
-        images = self.images(batch)
-        with progress.seeded(images.device, "dropout", on=self.training):
-            return {"logits": self.model.segment_logits(self.model(images), self.texts)}
+        with progress.seeded(batch.masks.device, "dropout", on=self.training):
+            return {"logits": self.model.segment_logits(self.encoded(batch), self.class_texts)}
 
     @override
     def loss(self, rows: Rows, batch: MaskBatch, progress: Progress, group: Ranks) -> Losses:
@@ -166,7 +166,7 @@ class ZegCLIPObjective(Objective):
 
     @torch.no_grad()
     def labels(self, logits: Tensor, batch: MaskBatch) -> Tensor:
-        """Return what each pixel is to be, [B, H, W]: a row of ``texts``, or -1.
+        """Return what each pixel is to be, [B, H, W]: a row of ``class_texts``, or -1.
 
         In self-training ``logits`` say it where a class is unseen.
         """

@@ -133,6 +133,7 @@ def _fit(model: ZegCLIP, state: State, *, positions: bool) -> None:
     changed = {}
     first = state.get(_FIRST)
     if first is not None and first.dim() == 3 and first.shape[1] != options.prompts:
+        assert model.prompts is not None  # the layout is that of CLIPs
         changed["prompts"] = first.shape[1]
         model.prompts.resize(first.shape[1])
     rows = len(state[_POSITIONS]) if _POSITIONS in state else 0
