@@ -44,7 +44,7 @@ LIMIT = 20 << 30  # bytes, where train.cache_limit says nothing
 _OF_PICTURES = ("pictures", "some")  # facts of a key that say which pictures they are
 _SAMPLES = 4  # pictures whose pixels are part of the key
 _TRIES = 32  # pictures in a row that cannot be read
-_AT_ONCE = 256  # pictures of a process, at most
+_AT_ONCE = 32  # pictures of a process, at most: maps of convolutions are large
 _MOST = torch.finfo(torch.float16).max
 
 
