@@ -77,7 +77,7 @@ def test_the_image_level_contrast_takes_them_for_any_model():
     assert float(objective(batch)["total"]) == pytest.approx(float(expected), 1e-10)
 
 
-def self_training(objective, batch, keep, penalty):
+def self_training(objective, batch, keep, penalty, counted=False):
     """Equations (2) and (3) of the objective, a patch at a time."""
     model = objective.model
     tokens = F.normalize(model(batch.images).tokens, dim=-1)
@@ -87,25 +87,28 @@ def self_training(objective, batch, keep, penalty):
     for i, patches in enumerate(tokens):
         said = set(TRUE[i].nonzero().flatten().tolist())
         candidates = sorted(said | stuff)
+        over = set(COUNTED[i].nonzero().flatten().tolist()) if counted else set()
+        over = sorted(over | set(candidates))
         found = []
         for patch in patches:
             scores = patch @ text.T
             lower = [scores[j] - penalty * (j in stuff - said) for j in candidates]
             label = candidates[int(torch.stack(lower).argmax())]
-            log = F.log_softmax(model.logit_scale * scores[candidates], 0)[candidates.index(label)]
+            log = F.log_softmax(model.logit_scale * scores[over], 0)[over.index(label)]
             found.append(log)
         surest = sorted(found, key=float, reverse=True)[: round(keep * len(found))]
         pictures.append(-torch.stack(surest).mean())
     return torch.stack(pictures).mean()
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.3])
-def test_self_training_is_its_formula(penalty):
+@pytest.mark.parametrize(("penalty", "rivals"), [(0.0, "candidates"), (0.3, "counted")])
+def test_self_training_is_its_formula(penalty, rivals):
     options = {"self_training": 0.7, "keep": 0.5, "stuff": STUFF, "penalty": penalty}
+    options["rivals"] = rivals
     objective = an_objective(**options)
     batch = a_batch(objective)
     found = objective(batch)
-    expected = self_training(objective, batch, 0.5, penalty)
+    expected = self_training(objective, batch, 0.5, penalty, rivals == "counted")
     assert float(found["self_training"]) == pytest.approx(float(expected), 1e-10)
     assert float(found["total"]) == pytest.approx(
         float(found["contrast"] + 0.7 * found["self_training"]), 1e-12

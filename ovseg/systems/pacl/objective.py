@@ -11,10 +11,11 @@ of patch n and word j, lambda the logit scale, C_i the words that are true of pi
 stuff, which may be seen in any:
 
     y_n    = argmax_{j in C_i} c_nj - penalty [j is stuff that is not said of i]                 (2)
-    L_self = mean_i mean_{n in S_i} -log softmax_{j in C_i}(lambda c_nj)[y_n]                    (3)
+    L_self = mean_i mean_{n in S_i} -log softmax_{j in R_i}(lambda c_nj)[y_n]                    (3)
 
-S_i are the patches of picture i whose y_n is surest, a share ``keep`` of them. The softmax runs
-over C_i: over all words it would push down, patch by patch, what few pictures show.
+S_i are the patches of picture i whose y_n is surest, a share ``keep`` of them. R_i are the
+``rivals``: C_i, or with them the words that are known to be false of the picture. Those teach what
+is background, and push down, patch by patch, words that few pictures show.
 
 Where the data are pictures with masks the loss is that of ``patch_labels.py`` in place of (1).
 """
@@ -54,6 +55,7 @@ class PACLTraining:
         stuff: what may be seen in any picture: a list of entities by name, a YAML file, or words.
             Of masks, what the background is.
         classes: of masks: a data set's name (``voc21``), or their names in the order of the labels.
+        rivals: candidates: C_i; counted: with the words that are known to be false of the picture.
         penalty: taken off the cosines of stuff that is not said of the picture.
     """
 
@@ -61,6 +63,7 @@ class PACLTraining:
     self_training: float = bounded(0.0, low=0)
     keep: float = bounded(0.7, low=0, above=True, high=1)
     stuff: Any = field(default_factory=list)
+    rivals: str = bounded("candidates", one_of=("candidates", "counted"))
     penalty: float = bounded(0.0, low=-2, high=2)
     classes: Any = None
 
@@ -163,11 +166,12 @@ class PACLObjective(Objective):
         scores = cosines(at_least_float32(tokens), at_least_float32(text))  # [B, N, W]
         stuff = _same_texts(batch.token_ids, self.stuff)
         candidates = batch.positives | stuff
-        others = ~candidates[:, None]
-        logits = (self.model.logit_scale * scores).masked_fill(others, float("-inf"))
+        rivals = candidates | batch.counted if o.rivals == "counted" else candidates
+        logits = self.model.logit_scale * scores
+        logits = logits.masked_fill(~rivals[:, None], float("-inf"))
         with torch.no_grad():
             unsaid = (stuff & ~batch.positives)[:, None]
-            chosen = (scores - o.penalty * unsaid).masked_fill(others, float("-inf"))
+            chosen = (scores - o.penalty * unsaid).masked_fill(~candidates[:, None], float("-inf"))
             labels = chosen.argmax(2)  # (2)
             sure = logits.softmax(2).gather(2, labels[:, :, None])[:, :, 0]
             kept = sure.topk(max(1, round(o.keep * sure.shape[1])), dim=1).indices
