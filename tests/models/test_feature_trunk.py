@@ -200,7 +200,9 @@ def test_what_a_trunk_does_not_have():
         lambda: tower.new_blocks(1),
         lambda: tower.encode_patches(x, tap="pre_norm"),
     ):
-        with pytest.raises(ValueError, match=r"expected (pacl, mgca or zegclip|one of \['features'\])"):
+        with pytest.raises(
+            ValueError, match=r"expected (pacl, mgca or zegclip|one of \['features'\])"
+        ):
             ask()
     for model in ("clip_dense_tiny", "zegclip_tiny"):
         with pytest.raises(ValueError, match=r"backbone\.kind is 'timm'"):
