@@ -160,7 +160,9 @@ def test_what_a_trunk_does_not_have():
         lambda: tower.new_blocks(1),
         lambda: tower.encode_patches(x, tap="pre_norm"),
     ):
-        with pytest.raises(ValueError, match=r"expected (pacl or mgca|one of \['features'\])"):
+        with pytest.raises(
+            ValueError, match=r"expected (pacl, mgca or zegclip|one of \['features'\])"
+        ):
             ask()
     with pytest.raises(ValueError, match=r"clip is 'clip_dense_tiny:digits' .* is no CLIP"):
         small("mgca", clip="clip_dense_tiny:digits")
