@@ -5,6 +5,8 @@ a GPU where there is one.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +54,42 @@ def exact(name: str) -> list[torch.dtype]:
     return [torch.float32] if name in GPU else [torch.float32, torch.float64]
 
 
+@functools.cache
+def patch_the_language_once_a_launch() -> None:
+    """Triton's interpreter puts its own functions into ``triton.language`` at each launch, and again
+    at each call of a device function inside, where all but the first find them there: that took
+    two fifths of the time.
+    """
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:  # a Triton that does it in another way
+        return
+    patched: set[str] = set()  # the modules of the language, for the launch under way
+
+    @functools.cache
+    def modules(function) -> frozenset[str]:
+        seen = filter(inspect.ismodule, function.__globals__.values())
+        return frozenset(x.__name__ for x in seen if x.__name__.startswith("triton.language"))
+
+    def patch_once(function):
+        if patched and modules(function) <= patched:
+            return interpreter._LangPatchScope()
+        scope, outermost = patch(function), not patched
+        patched.update(modules(function))
+        if outermost:
+            restore = scope.restore
+
+            def restore_and_forget():
+                restore()
+                patched.clear()
+
+            scope.restore = restore_and_forget
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
 @contextlib.contextmanager
 def running_on(name: str, seed: int = 0) -> Iterator[None]:
     """The named implementation answers inside; ``reference`` is the closed form that answers where
@@ -66,5 +104,7 @@ def running_on(name: str, seed: int = 0) -> Iterator[None]:
         with emulation.emulated_cuda(seed):
             yield
     else:
+        if name == "triton-interpreted":
+            patch_the_language_once_a_launch()
         with ok.backend("triton" if name == "triton-interpreted" else name):
             yield

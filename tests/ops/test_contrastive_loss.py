@@ -3,15 +3,14 @@ open_clip's losses, bad input.
 """
 
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from backends import COMPILED, device_of, dtypes, parameters, running_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import spawn
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
@@ -185,13 +184,6 @@ def test_nothing_of_size_BT_is_kept():
     ):
         ok.contrastive_loss(image, text, 3.0)
     assert max(kept) <= 300 * 4
-
-
-def spawn(function, ranks, *arguments):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(function, (ranks, port, *arguments), nprocs=ranks)
 
 
 def join(rank, ranks, port):

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from backends import device_of, parameters, running_on
+from ranks import spawn
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
@@ -175,7 +175,7 @@ class _Gather(torch.autograd.Function):
         return grad.split(ctx.counts)[dist.get_rank()], None
 
 
-def _one_rank(rank, counts, port, ids, out):
+def _one_rank(rank, ranks, port, counts, ids, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=len(counts))
     torch.set_num_threads(1)
@@ -221,12 +221,7 @@ def test_ranks_equal_one_process(counts, ids, tmp_path):
     """Whole step, patch similarity included: loss and DDP-averaged gradients against one process,
     in float64.
     """
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_one_rank, (counts, port, ids, tmp_path / "out.pt"), nprocs=len(counts))
+    spawn(_one_rank, len(counts), counts, ids, tmp_path / "out.pt")
     loss, d_weight, d_scale = torch.load(tmp_path / "out.pt", weights_only=True)
     weight, images, texts = _problem(sum(counts))
     weight, scale = (

@@ -4,13 +4,12 @@ on several.
 
 import math
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from backends import COMPILED, device_of, exact, parameters, running_on
+from ranks import spawn
 
 import ovseg_kernels as ok
 from ovseg_kernels import _checking
@@ -280,7 +279,7 @@ def step(mine, problem, options, counts=None, gathered=False):
     return loss.detach(), *grads
 
 
-def _one_rank(rank, counts, port, out):
+def _one_rank(rank, ranks, port, counts, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=len(counts))
     torch.set_num_threads(1)
@@ -301,10 +300,7 @@ def test_ranks_equal_one_process(counts, tmp_path):
     """Texts gathered from all ranks, and a vocabulary that every rank has: the loss on every rank
     and the parameters' gradients are those of one process.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_one_rank, (counts, port, tmp_path), nprocs=len(counts))
+    spawn(_one_rank, len(counts), counts, tmp_path)
     total = sum(counts)
     for rank in range(len(counts)):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
