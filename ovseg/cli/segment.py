@@ -99,7 +99,10 @@ def run(options: argparse.Namespace) -> int:
     """Label the pictures; returns the exit code."""
     from ..inference.built_in import BUILT_IN
     from ..inference.jobs import SegmentJob, segment_pictures
+    from ..libraries import require
 
+    if options.demo:
+        require("skimage", "--demo")  # whichever picture it is
     name = demo_model(options.demo) if options.model is None and options.demo else options.model
     job = SegmentJob(
         options.images,

@@ -192,7 +192,7 @@ def hide(monkeypatch):
             "'ovseg-kernels[models]'",
         ),
         ("sklearn", "eval pacl_tiny", "eval: the digits form needs sklearn, which"),
-        ("skimage", "segment --demo", "segment: the digits form needs skimage, which"),
+        ("skimage", "segment --demo", "segment: --demo needs skimage, which"),
         ("skimage", "data browse", "data: the digits form needs skimage, which"),
         (
             "skimage",
