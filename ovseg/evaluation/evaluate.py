@@ -338,8 +338,9 @@ def _summary(report: Report, protocol: str) -> dict[str, Any]:
         seen = [name for name in named if name not in about.unseen]
         found |= {"seen_miou": scores.miou_of(seen), "unseen_miou": scores.miou_of(about.unseen)}
         found["hiou"] = harmonic_mean(found["seen_miou"], found["unseen_miou"])
-    if report.first_name_right is not None:
+    if report.first_name_right is not None or report.partial is not None:
         found["occurring_miou"] = scores.occurring_miou
+    if report.first_name_right is not None:
         found["first_name_right"] = report.first_name_right
     if report.boundary is not None:
         some = np.isfinite(report.boundary).any()

@@ -38,11 +38,15 @@ MEASURES = "measures.json"
 FILES = ("results.json", "table.md", "classes.md", "pictures.png", "worst.png", "loss.png")
 # Of each set the part of the photographs, the protocol, and the figures of the table.
 SETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "voc14": ("voc", "plain", ("miou", "pixel_accuracy", "first_name_right")),
-    "voc21": ("voc", "stuff", ("miou", "pixel_accuracy")),
-    "coco32": ("coco_masks", "plain", ("miou", "pixel_accuracy", "first_name_right")),
+    "voc14": ("voc", "plain", ("occurring_miou", "pixel_accuracy", "first_name_right")),
+    "voc21": ("voc", "stuff", ("occurring_miou", "pixel_accuracy")),
+    "coco32": ("coco_masks", "plain", ("occurring_miou", "pixel_accuracy", "first_name_right")),
 }
-_FIGURES = {"miou": "mIoU", "pixel_accuracy": "aAcc", "first_name_right": "first name right %"}
+_FIGURES = {
+    "occurring_miou": "mIoU",
+    "pixel_accuracy": "aAcc",
+    "first_name_right": "first name right %",
+}
 _EFFORT = {
     "training_seconds": "training s",
     "encoding_seconds": "encoding s",
@@ -144,8 +148,11 @@ class PhotoResults:
             pictures: list[float | None] = []
             observe = _each(data, pictures) if name == _DRAWN else None
             report = self._report(model, data, name, observe=observe, limit=self.limit)
-            sets[name] = {**report.to_dict(), "miou_of_pictures": pictures}
-            logger.info("%s, seed %d, %s: %s", run.title, run.seed, name, report.summary["miou"])
+            found = {**report.to_dict(), "miou_of_pictures": pictures}
+            miou = report.scores.occurring_miou
+            found["summary"]["occurring_miou"] = rounded(miou)
+            sets[name] = found
+            logger.info("%s, seed %d, %s: %s", run.title, run.seed, name, miou)
         tree = {"limit": self.limit, "effort": dict(effort), "sets": sets}
         write_text(run.folder / MEASURES, json.dumps(tree) + "\n")
         self.found[run] = tree
@@ -271,7 +278,7 @@ def _short(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _miou(tree: dict[str, Any]) -> float:
-    return tree["sets"][_DRAWN]["summary"]["miou"] or 0.0
+    return tree["sets"][_DRAWN]["summary"]["occurring_miou"] or 0.0
 
 
 def _means(trees: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
