@@ -21,9 +21,9 @@ SHOWN = {
     "rocket": ["sky", "tower", "grass"],
 }
 DISTRACTORS = """
-    car bus bicycle dog horse sheep cow bird elephant giraffe sofa chair bed toaster bottle pizza cake
-    laptop book train boat aeroplane motorbike toilet umbrella skateboard surfboard kite refrigerator
-    clock
+    car bus bicycle dog horse sheep cow bird elephant giraffe sofa chair bed toaster bottle pizza
+    cake laptop book train boat aeroplane motorbike toilet umbrella skateboard surfboard kite
+    refrigerator clock
 """
 HEIGHT = 360
 GAP = 4
