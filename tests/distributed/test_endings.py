@@ -14,13 +14,14 @@ import time
 import traceback
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  for the children: what they import is loaded once
 import pytest
 from PIL import Image
 from processes import environment, free_port, run
 
 import ovseg.cli.main
 import ovseg.evaluation.scenes
-import ovseg.training.trainer  # noqa: F401  for the children: what they import is loaded once
+import ovseg.training.trainer  # noqa: F401  as above
 from ovseg.cli import ending
 from ovseg.data import superpixels
 from ovseg.training import state

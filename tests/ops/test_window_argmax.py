@@ -92,8 +92,10 @@ SMALL = [((4, 7), (4, 5), 2, (7, 9))]
 def test_equal_to_whole_maps(grouped, activation, stage, backend):
     torch.manual_seed(3)
     device = device_of(backend)
+    # Interpreted, a dtype takes as long as all of a compiled kernel's cases: float64 for one stage.
+    few = backend in SLOW and stage != "merged"
     for dtype, (canvas, crop, stride, size) in itertools.product(
-        exact(backend), SMALL if backend in SLOW else GRIDS
+        exact(backend)[: 1 if few else None], SMALL if backend in SLOW else GRIDS
     ):
         origins = slide(canvas, crop, stride).to(device)
         logits, tables = (
@@ -211,7 +213,8 @@ def test_threshold_class_labels_and_types(backend):
         "activation": "softmax",
         "stage": "output",
     }  # as SCLIP does: a pixel is background if its probability is small
-    z = maps_at_full_size(logits, origins, (6, 8), (9, 12), (15, 16), **options)
+    size = (7, 9) if backend in SLOW else (15, 16)
+    z = maps_at_full_size(logits, origins, (6, 8), (9, 12), size, **options)
     limit = float(z.amax(0).median())
     expected = torch.where(z.amax(0) < limit, 200, table[z.argmax(0)])
     sure = (z.amax(0) - limit).abs() > 1e-6
@@ -222,7 +225,7 @@ def test_threshold_class_labels_and_types(backend):
                 origins,
                 (6, 8),
                 (9, 12),
-                (15, 16),
+                size,
                 threshold=limit,
                 background=200,
                 class_labels=table,
