@@ -464,7 +464,7 @@ def test_objectives_take_them(name, options, objective, gives):
     source = source_of(
         ModelInputs.of(model), kind="entity_scenes", gives=gives, train_size=12, captions=2
     )
-    assert issubclass(source.batch_type, made.batch_type)
+    assert issubclass(source.batch_type, made.batch_types)
     losses = made(taken(source, 1)[0], Progress(0, 10, 0, 0))
     losses["total"].backward()
     assert len(losses) == {"nouns": 3, "masked": 3, "cross": 4}[gives] and all(
