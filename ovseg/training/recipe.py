@@ -356,22 +356,36 @@ def hash_of(recipe: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def differences(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (key, old value, new value) of what two recipes disagree about.
 
-    A value is None where a recipe has no such key.
+    A key that the old one lacks, as those of earlier versions do, has its default there. A value is
+    None where a recipe has no such key.
     """
+    return _differences(old, new, _defaults(new), "")
+
+
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], prefix: str
+) -> list[tuple[str, Any, Any]]:
     found: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys((*old, *new)):
-        a = old.get(key)
+        default = defaults.get(key)
+        a = old.get(key, default)
         b = new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            below = default if isinstance(default, dict) else {}
+            found += _differences(a, b, below, f"{prefix}{key}.")
         elif a != b:
             found.append((f"{prefix}{key}", a, b))
     return found
+
+
+def _defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe that says nothing but the kind of its data."""
+    data = recipe.get("data")
+    kind = data.get("kind") if isinstance(data, dict) else None
+    return to_dict(Recipe(data={} if kind is None else load_options({"kind": kind})))
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

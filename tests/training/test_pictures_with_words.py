@@ -14,7 +14,6 @@ from ovseg.systems.objective import Progress, create_objective
 
 BACKBONE = {"width": 16, "embed_dim": 16, "local_depth": 1, "depth": 1, "text_depth": 1}
 WORDS = ["a red one", "water", "grass", "a blue six", "sand"]
-EQUAL = (1.0,) * len(WORDS)  # weights of the words
 TRUE = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 0], [1, 1, 0, 1, 0]], dtype=torch.bool)
 COUNTED = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 0, 1, 1], [1, 1, 1, 1, 0]], dtype=torch.bool)
 STUFF = ["grass", "water"]
@@ -32,14 +31,10 @@ def a_batch(objective):
     return TagBatch(images, objective.model.tokenizer(WORDS), TRUE, COUNTED)
 
 
-<<<<<<< HEAD
 ALIKE = (1.0,) * len(WORDS)
 
 
 def contrast(z, weights=ALIKE):
-=======
-def contrast(z, weights=EQUAL):
->>>>>>> fast
     """Rows and columns apart, a pair at a time."""
     sides = []
     p = TRUE * torch.tensor(weights, dtype=torch.float64)
