@@ -116,7 +116,7 @@ def test_what_cannot_be_taught():
 
     with pytest.raises(ConfigError, match=r"data gives 2 classes \(dog, cat.* expected the same"):
         objective.check_source(Given)
-    with pytest.raises(ConfigError, match=r"options.classes no classes; expected the same"):
+    with pytest.raises(ConfigError, match=r"objective.options.classes is null; expected pictures"):
         create_objective(ours).check_source(Given)
 
 

@@ -225,12 +225,12 @@ def test_a_model_of_something_else_is_not_written_over(tmp_path):
 
 LATER = [
     ("model.options.trained=[embedder, legs]", "legs"),
-    ("objective.options.region=3", "objective 'pacl' has no options"),
+    ("objective.options.region=3", "objective pacl.region: unknown key"),
     ("init.backbone=nowhere", r"init\.backbone is 'nowhere'"),
     ("init.backbone=best", r"init\.backbone is 'best' and nothing is validated"),
     ("init.embedder=previous", "does not fit|lacks|no part"),
     ("train.batch_size=41", r"train\.batch_size is 41"),
-    ("data={kind: masks, set: digits, train_size: 50}", "which gives MaskBatch"),
+    ("data={kind: masks, set: digits, train_size: 50}", "the data give MaskBatch"),
     ("data={kind: folder, root: nowhere}", "nowhere"),
     ("data={kind: entity_folder, gives: cross, root: .}", r"data\.index is null"),
     ("data.style=photos", "form is 'photos'"),

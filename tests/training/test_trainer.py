@@ -404,7 +404,7 @@ def test_bad_settings(tmp_path):
         "{model: {name: pacl_tiny}, data: {kind: masks, train_size: 80}, train: {device: cpu}}"
     )
     with pytest.raises(
-        ConfigError, match="which gives MaskBatch; the objective PACLObjective expects PairBatch"
+        ConfigError, match=r"the data give MaskBatch and objective.options.classes is null"
     ):
         train(load_recipe(tmp_path / "masks.yaml"), tmp_path / "m", quiet=True)
     with pytest.raises(ConfigError, match="form is 'photos'"):

@@ -89,6 +89,11 @@ class PACLObjective(Objective):
     def check_source(self, source: Any) -> None:
         own = () if self.classes is None else self.classes.names
         masks = issubclass(source.batch_type, MaskBatch)
+        if masks and not own:
+            raise ConfigError(
+                "the data give MaskBatch and objective.options.classes is null; expected pictures "
+                "with texts or words, or the classes of the masks, which then teach the patches"
+            )
         given = tuple(getattr(source, "classes", ())) if masks else ()
         if given != own:
             raise ConfigError(
