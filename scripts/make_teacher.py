@@ -18,13 +18,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from ovseg.data.class_lists import class_list, read_class_embeddings
+from ovseg.data.class_lists import class_list
 from ovseg.data.set_descriptions import list_sets
-from ovseg.errors import ConfigError, InputError
-from ovseg.replacing import file_for, replacing
+from ovseg.errors import CheckpointError, ConfigError, InputError
+from ovseg.replacing import file_for
 from ovseg.text_files import lines_of
+from ovseg.weights.teachers import write_teacher
 
 
 def names_of(which: str) -> list[str]:
@@ -32,16 +31,6 @@ def names_of(which: str) -> list[str]:
         return list(class_list(which).names)
     expected = f"a text file with a name on each line, or one of {list_sets()}"
     return lines_of(Path(which), "names", expected, InputError)
-
-
-def make(vectors: str, names: list[str], width: int, out: Path, *, center: bool) -> None:
-    rows = read_class_embeddings(vectors, len(names), width).numpy()
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not norms.all():
-        raise InputError(f"{vectors} holds a vector of zeros; expected a direction for each name")
-    mean = (rows / norms).mean(0) if center else np.zeros(width, np.float32)
-    with replacing(out) as part, part.open("wb") as file:
-        np.savez(file, names=np.array(names), vectors=rows, center=mean)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         if Path(options.out).suffix != ".npz":
             raise InputError(f"out is {options.out!r}; expected a name that ends in .npz")
         out = file_for(options.out, "out")
-        make(options.vectors, names_of(options.names), options.width, out, center=options.center)
-    except (ConfigError, InputError) as error:
+        table = (names_of(options.names), Path(options.vectors))
+        write_teacher(out, [table], options.width, fold=False, center=options.center)
+    except (CheckpointError, ConfigError, InputError) as error:
         print(f"make_teacher: {error}", file=sys.stderr)
         return 2
     print(options.out)

@@ -16,7 +16,7 @@ _B = TypeVar("_B", bound="Batch")
 
 @dataclass
 class StoredFeatures:
-    """What a frozen image tower gave of pictures, as a cache keeps it.
+    """Features that a frozen image tower gave of pictures, as a cache keeps them.
 
     Attributes:
         tokens: [B, N, D] float16, row-major over ``grid``.

@@ -40,7 +40,7 @@ class MaskLayout:
 
     @property
     def drawn(self) -> bool:
-        """Whether masks are drawn from one file of instances; see ``instance_masks.py``."""
+        """True where masks are drawn from one file of instances; see ``instance_masks.py``."""
         return self.path.endswith(".json")
 
 

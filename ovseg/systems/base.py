@@ -200,7 +200,7 @@ class OVSegModel(nn.Module):
 
     @property
     def frozen_tower(self) -> bool:
-        """Whether ``encode_tower`` gives the same of a picture for as long as training lasts."""
+        """True where ``encode_tower`` gives the same of a picture for as long as training lasts."""
         return False
 
     def encode_tower(self, images: torch.Tensor) -> PatchFeatures:

@@ -61,7 +61,7 @@ class PhotoRow:
 
     @property
     def supervised(self) -> bool:
-        """Whether it is taught by masks."""
+        """True for a row that masks teach."""
         return _MASKS in self.data
 
 
@@ -86,7 +86,7 @@ class PhotoRun:
 
 @dataclass
 class Effort:
-    """What a run took, over all the times that it was started.
+    """The cost of a run, over all the times that it was started.
 
     Attributes:
         training_seconds: of its steps.
@@ -101,7 +101,7 @@ class Effort:
 
 @dataclass
 class PhotoJob:
-    """What is trained, and where.
+    """A demo on photographs: the runs that are trained, and their folders.
 
     Attributes:
         root: the photographs.

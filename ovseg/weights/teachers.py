@@ -98,17 +98,25 @@ def read_teacher(path: str | Path, width: int) -> Teacher:
     return Teacher(found, center)
 
 
-def write_teacher(path: Path, tables: Sequence[tuple[Sequence[str], Path]], width: int) -> None:
+def write_teacher(
+    path: Path,
+    tables: Sequence[tuple[Sequence[str], Path]],
+    width: int,
+    *,
+    fold: bool = True,
+    center: bool = True,
+) -> None:
     """Write a file for ``read_teacher`` from arrays of text embeddings that come without names.
 
-    What stands behind a hyphen is left out, as COCO-Stuff has it: wall-brick and wall-other are
-    both a wall. A name that comes several times gets the mean of its unit vectors; the center is
-    the mean of the unit vectors of all names.
+    A name that comes several times gets the mean of its unit vectors.
 
     Args:
         path: of the .npz that is written.
         tables: names, and a ``.npy`` file with a row for each, in their order.
         width: E of the rows.
+        fold: whether what stands behind a hyphen is left out, as COCO-Stuff has it: wall-brick and
+            wall-other are both a wall.
+        center: whether the mean of the unit vectors of all names is the center; else it is zero.
 
     Raises:
         InputError: for a file that is missing, damaged or of another shape.
@@ -120,14 +128,15 @@ def write_teacher(path: Path, tables: Sequence[tuple[Sequence[str], Path]], widt
         if not bool(vectors.norm(dim=1).all()):
             raise CheckpointError(f"{file} holds a row of zeros; expected text embeddings")
         for name, vector in zip(names, F.normalize(vectors, dim=1), strict=True):
-            rows.setdefault(" ".join(words_of(name.partition("-")[0])), []).append(vector)
+            known = name.partition("-")[0] if fold else name
+            rows.setdefault(" ".join(words_of(known)), []).append(vector)
     vectors = torch.stack([F.normalize(torch.stack(some).mean(0), dim=0) for some in rows.values()])
     with replacing(path) as part:
         np.savez(
             part,
             names=np.array(list(rows)),
             vectors=vectors.numpy(),
-            center=vectors.mean(0).numpy(),
+            center=(vectors.mean(0) if center else torch.zeros(width)).numpy(),
         )
 
 

@@ -145,7 +145,7 @@ def test_rare_words(coco, words, caplog):
 
 
 def test_names(names, words, caplog):
-    """What is listed is true, what else was looked for is false, nobody looked for the rest."""
+    """Listed names are true, the others that were looked for false, all other words uncounted."""
     source = tags(names, words)
     assert said(source, "positives") == [{"cat"}, {"cat", "dog"}, {"potted plant"}]
     assert said(source, "counted") == [{"cat", "dog", "potted plant"}] * 3
@@ -189,7 +189,7 @@ def test_several_places_and_a_folder(coco, names, words, tmp_path):
 
 @pytest.mark.parametrize("texts", ["tags", "one"])
 def test_batches(coco, names, words, texts):
-    """The same for any number of workers and ranks; samples without pictures agree with them."""
+    """Batches are the same for any number of workers and ranks, and without pictures."""
     source = tags([str(coco), str(names)], words, share=0.2, texts=texts)
 
     def batches(workers, ranks=1):
