@@ -104,8 +104,10 @@ def similarity_loss(case: Case) -> Functions:
         return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
 
     def soft_targets(similarity, logit_scale, positives):
-        z, p = logit_scale * similarity, positives.to(similarity.dtype)
-        rows, columns = p / p.sum(1, keepdim=True), p / p.sum(0)
+        z = logit_scale * similarity
+        p = positives.to(similarity.dtype)
+        rows = p / p.sum(1, keepdim=True)
+        columns = p / p.sum(0)
         return (F.cross_entropy(z, rows) + F.cross_entropy(z.T, columns.T)) / 2
 
     def definition(similarity, logit_scale, positives=None):

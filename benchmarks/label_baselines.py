@@ -53,7 +53,8 @@ def upsampling(case: Case) -> Functions:
 
 def window_labels(case: Case) -> Functions:
     """Return ``window_argmax`` and the published procedures."""
-    side, options = case.shape["side"], dict(case.options)
+    side = case.shape["side"]
+    options = dict(case.options)
     crop, canvas, size = (side, side), (side, round(side * 4 / 3)), (side * 15 // 16, side * 5 // 4)
     threshold = options.get("threshold")
 

@@ -225,7 +225,8 @@ def _sizes(image, text, given, needed, dtype, group):
     ``given`` are ids, positives or neither; ``needed`` is how many texts the positives speak of.
     """
     sizes: list[tuple[int, ...]] = [(image.shape[0], text.shape[0])]
-    rank, most = 0, [needed]
+    rank = 0
+    most = [needed]
     if group is not None:
         # What must agree goes along, so that all ranks raise, and none waits for one that did.
         agree = (image.shape[1], ("neither", "ids", "positives").index(given), dtype.itemsize)
@@ -236,7 +237,8 @@ def _sizes(image, text, given, needed, dtype, group):
                 f"(B, T, D, ids given: 1 or positives: 2, bytes of a number) of the ranks are "
                 f"{[x[:5] for x in found]}; expected the last three to agree"
             )
-        sizes, most = [x[:2] for x in found], [x[5] for x in found]
+        sizes = [x[:2] for x in found]
+        most = [x[5] for x in found]
     texts = sum(t for _, t in sizes)
     for at, count in enumerate(most):
         if count > texts:
@@ -267,7 +269,8 @@ def sorted_both_ways(positives, weights, image, text):
     images, texts = positives.unbind(1)
     B, T = image.shape[0], text.shape[0]
     inside = (images >= 0) & (images < B) & (texts >= 0) & (texts < T)
-    lists, sorted_weights = [], []
+    lists = []
+    sorted_weights = []
     for own, other, rows, columns in ((images, texts, B, T), (texts, images, T, B)):
         key = torch.where(inside, own * columns + other, rows * columns)
         key, order = key.sort(stable=True)

@@ -145,7 +145,8 @@ def _weights(positives: torch.Tensor, similarity: torch.Tensor, dtype: torch.dty
 
 def _offset(similarity: torch.Tensor, group: dist.ProcessGroup | None) -> int:
     """Return the column of the first row's positive, where those are the diagonal."""
-    offset, total = 0, similarity.shape[0]
+    offset = 0
+    total = similarity.shape[0]
     if group is not None:
         sizes = [
             size for (size,) in _distributed.sizes_of_ranks((total,), group, similarity.device)

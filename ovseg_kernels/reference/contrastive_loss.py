@@ -86,7 +86,8 @@ def _blocks(image, text, logit_scale, logit_bias, image_ids, text_ids, pair_weig
     """Yield (rows, similarity, logits, p) of a block of images after the other."""
     B = image.shape[0]
     if pair_weights is not None:  # a list, as ``ops`` sorts it
-        starts, columns = image_ids[: B + 1], image_ids[B + 1 :]
+        starts = image_ids[: B + 1]
+        columns = image_ids[B + 1 :]
         places = torch.arange(len(columns), device=image.device)
         own = torch.searchsorted(starts[1:].contiguous(), places, right=True)
     for first in range(0, B, _ROWS):

@@ -1,4 +1,4 @@
-"""Names that are asked for alone, masks that are drawn from instances, and a part of a benchmark."""
+"""Names asked for alone, masks drawn from instances, and a part of a benchmark."""
 
 import json
 import os

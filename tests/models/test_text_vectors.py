@@ -1,4 +1,4 @@
-"""The table of vectors as a text tower: texts as sets of names, its teacher, words it does not know."""
+"""The table of vectors: texts as sets of names, its teacher, words it does not know."""
 
 import json
 
