@@ -59,9 +59,7 @@ _INPUTS = (
 )  # with pair_weights, the ids are a list of pairs: see sorted_both_ways
 # ``normalize`` comes with 16-bit features, which stay what they are; others are unit vectors.
 _OPTIONS = "int offset, bool sigmoid, bool tf32, bool normalize"
-_SAVED = (
-    "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, " + _OPTIONS
-)
+_SAVED = "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, " + _OPTIONS
 lib.define("contrastive_loss", f"contrastive_stats({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 lib.define("contrastive_loss", f"contrastive_loss({_INPUTS}, {_SAVED}) -> Tensor")
 lib.define(
@@ -225,9 +223,10 @@ def _stay_16_bit(image: torch.Tensor, text: torch.Tensor) -> bool:
 
     Triton's do, and the closed form that answers for them on a GPU.
     """
+    if image.dtype != text.dtype or image.dtype.itemsize > 2:
+        return False
     forced = _backends.forced()
-    here = image.device.type == "cuda" or forced == "triton"
-    return here and forced != "reference" and image.dtype == text.dtype and image.dtype.itemsize == 2
+    return forced != "reference" and (image.device.type == "cuda" or forced == "triton")
 
 
 def _sizes(image, text, given, needed, group):

@@ -2,7 +2,11 @@
 
 A tile of the logits lives in registers. Statistics of its rows and columns are written apart and
 merged by a second kernel in a fixed order; its gradients leave as coefficients, which the launcher
-multiplies with the features. Softmax logits are in units of log 2, for one instruction makes 2 ** x.
+multiplies with the features. Softmax logits are in units of log 2, for an instruction makes 2 ** x.
+
+POSITIVES are 0 for the diagonal, 1 for equal ids and 2 for a list. Ids are read as a list too, so
+that both give the same bits: those of row i are texts[begins[i]:ends[i]], rising. A tile works off
+its pairs one of each row at a time.
 """
 
 from __future__ import annotations
@@ -33,91 +37,101 @@ def _first_at_least(columns, low, high, least):
 
 
 @triton.jit
-def _listed(columns, weights, next, end, j, last, ACC: tl.constexpr):
-    """Return p of a tile that ends before column ``last``; ``next`` is the first place in it.
+def _next_pair(texts, weights, next, end, last, POSITIVES: tl.constexpr, ACC: tl.constexpr):
+    """Return (column, p, the place that follows) of the next pair of each row before ``last``.
 
-    A step takes one pair of every row; a pair listed twice is added in the order of the list.
+    Where there is none the column is -1. Of a pair listed twice p is the sum, in the order of the
+    list; of equal ids it is 1.
     """
-    p = tl.zeros((next.shape[0], j.shape[0]), ACC)
-    column = tl.load(columns + next, mask=next < end, other=last)
+    column = tl.load(texts + next, mask=next < end, other=last)
     here = (next < end) & (column < last)
-    while tl.max(here.to(tl.int32), 0) > 0:
-        weight = tl.load(weights + next, mask=here, other=0.0)
-        p += tl.where(here[:, None] & (column[:, None] == j[None, :]), weight[:, None], 0.0)
+    if POSITIVES == 1:
+        p = here.to(ACC)
         next += here.to(tl.int64)
-        column = tl.load(columns + next, mask=next < end, other=last)
-        here = (next < end) & (column < last)
-    return p
-
-
-@triton.jit
-def _positives(
-    image_ids,
-    text_ids,
-    pair_weights,
-    i,
-    j,
-    last,
-    right,
-    B,
-    offset,
-    POSITIVES: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Return p of a tile: of a list, 1 for equal ids, or 1 on the diagonal; 0 outside."""
-    if POSITIVES == 2:
-        pairs = image_ids + B + 1
-        begin = tl.load(image_ids + i, mask=i < last, other=0)
-        end = tl.load(image_ids + i + 1, mask=i < last, other=0)
-        begin = _first_at_least(pairs, begin, end, tl.min(j, 0))
-        p = _listed(pairs, pair_weights, begin, end, j, tl.max(j, 0) + 1, ACC)
     else:
-        if POSITIVES == 1:
-            mine = tl.load(image_ids + i, mask=i < last, other=0)
-            others = tl.load(text_ids + j, mask=j < right, other=0)
-            same = mine[:, None] == others[None, :]
-        else:
-            same = i[:, None] + offset == j[None, :]
-        p = (same & (i < last)[:, None] & (j < right)[None, :]).to(ACC)
-    return p
+        p = tl.load(weights + next, mask=here, other=0.0)
+        next += here.to(tl.int64)
+        again = here & (tl.load(texts + next, mask=next < end, other=last) == column)
+        while tl.max(again.to(tl.int32), 0) > 0:
+            p += tl.load(weights + next, mask=again, other=0.0)
+            next += again.to(tl.int64)
+            again = again & (tl.load(texts + next, mask=next < end, other=last) == column)
+    return tl.where(here, column, -1).to(tl.int32), p, next
 
 
 @triton.jit
-def _similarities(
+def _first_pair(
+    begins, ends, texts, weights, i, j0, last, POSITIVES: tl.constexpr, ACC: tl.constexpr, BJ
+):
+    """Return what ``_next_pair`` does of the first pair of a tile, and where its rows end."""
+    begin = tl.load(begins + i, mask=i < last, other=0)
+    end = tl.load(ends + i, mask=i < last, other=0)
+    begin = _first_at_least(texts, begin, end, j0)
+    column, p, next = _next_pair(texts, weights, begin, end, j0 + BJ, POSITIVES, ACC)
+    return column, p, next, end
+
+
+@triton.jit
+def _hits(z, column, p, j):
+    """Return the sums of p z and of p of rows and columns, of one pair in each row."""
+    at = tl.where(p != 0, column, -1)[:, None] == j[None, :]
+    picked = tl.where(at, z, 0.0)
+    row_hits = tl.where(p != 0, p * tl.sum(picked, 1), 0.0)
+    column_hits = tl.sum(tl.where(at, p[:, None] * z, 0.0), 0)
+    return row_hits, column_hits, tl.sum(tl.where(at, p[:, None], 0.0), 0)
+
+
+@triton.jit
+def _labelled(z, column, p, j):
+    """Return (z with the sign turned where p is 1 or more, the sum of p z where it is less).
+
+    Of one pair in each row: the sigmoid loss of a positive is softplus(-z), which cancels nothing.
+    """
+    at = tl.where(p != 0, column, -1)[:, None] == j[None, :]
+    part = tl.where((p != 0) & ((p >= 1) == 0), p * tl.sum(tl.where(at, z, 0.0), 1), 0.0)
+    return tl.where(at & (p >= 1)[:, None], -z, z), part
+
+
+@triton.jit
+def _less(dz, column, p, j, by):
+    """Return ``dz`` without p times ``by``, at one pair in each row."""
+    at = tl.where(p != 0, column, -1)[:, None] == j[None, :]
+    return tl.where(at, dz - p[:, None] * by, dz)
+
+
+@triton.jit
+def _products(
     image,
     text,
-    image_factor,
-    text_factor,
-    i,
-    j,
-    last,
-    right,
+    i0,
+    j0,
     D,
-    FACTORS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Return s of a tile, (1): what is behind the last row is read as 0."""
-    i0 = tl.min(i, 0)
-    j0 = tl.min(j, 0)
-    s = tl.zeros((i.shape[0], j.shape[0]), ACC)
+    """Return the products of BI rows of images and BJ of texts; 0 behind the last row."""
+    s = tl.zeros((BI, BJ), ACC)
     for d0 in range(0, D, BD):
         s = _dot(image.load([i0, d0]), text.load([j0, d0]).T, s, PRECISION, ACC)
-    if FACTORS:
-        s *= tl.load(image_factor + i, mask=i < last, other=0.0)[:, None]
-        s *= tl.load(text_factor + j, mask=j < right, other=0.0)[None, :]
     return s
 
 
 @triton.jit
-def _meets(i, j, offset, POSITIVES: tl.constexpr):
-    """Return whether a tile may hold a positive: most tiles have nothing of the diagonal."""
-    if POSITIVES == 0:
-        met = (tl.min(i, 0) + offset <= tl.max(j, 0)) & (tl.max(i, 0) + offset >= tl.min(j, 0))
-    else:
-        met = tl.full((), True, tl.int1)
-    return met
+def _by_factors(x, image_factor, text_factor, i, j, last, right, FACTORS: tl.constexpr):
+    """Return a tile times the factors of its rows and columns, where there are some."""
+    if FACTORS:
+        x *= tl.load(image_factor + i, mask=i < last, other=0.0)[:, None]
+        x *= tl.load(text_factor + j, mask=j < right, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def _meets(i0, j0, offset, BI: tl.constexpr, BJ: tl.constexpr):
+    """Return whether a tile holds a part of the diagonal: most do not."""
+    return (i0 + offset < j0 + BJ) & (i0 + offset > j0 - BI)
 
 
 @triton.jit
@@ -143,8 +157,9 @@ def contrastive_loss_stats_kernel(
     text_factor,
     scale_at,
     bias_at,
-    image_ids,
-    text_ids,
+    begins,
+    ends,
+    pair_texts,
     pair_weights,
     row_parts,
     column_parts,
@@ -174,37 +189,54 @@ def contrastive_loss_stats_kernel(
         tl.program_id(0), image_tiles * text_tiles, tl.num_programs(0), flatten=True
     ):
         image_tile, text_tile = tile % image_tiles, tile // image_tiles
-        i = first + image_tile * BI + tl.arange(0, BI)
-        j = text_tile * BJ + tl.arange(0, BJ)
-        s = _similarities(
-            image, text, image_factor, text_factor, i, j, last, T, D, FACTORS, ACC, PRECISION, BD
-        )
-        met = _meets(i, j, offset, POSITIVES)
+        i0 = first + image_tile * BI
+        j0 = text_tile * BJ
+        s = _products(image, text, i0, j0, D, ACC, PRECISION, BI, BJ, BD)
+        i, j = i0 + tl.arange(0, BI), j0 + tl.arange(0, BJ)
+        s = _by_factors(s, image_factor, text_factor, i, j, last, T, FACTORS)
         inside = (i < last)[:, None] & (j < T)[None, :]
         own_parts = row_parts + text_tile.to(tl.int64) * (last - first) * (1 if SIGMOID else 4)
         if SIGMOID:
             z = scale * s + bias
-            p = _positives(
-                image_ids, text_ids, pair_weights, i, j, last, T, B, offset, POSITIVES, ACC
-            )
-            x = tl.where(p >= 1, -z, z)  # softplus(-z) where p is 1 cancels nothing
-            loss = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            loss += log1p_of(tl.exp(-tl.abs(x)))
-            if POSITIVES == 2:
-                loss -= tl.where((p >= 1) | (p == 0), 0.0, p * z)
-            total = tl.sum(tl.where(inside, loss, 0.0), 1)
+            less = tl.zeros((BI,), ACC)
+            if POSITIVES == 0:
+                if _meets(i0, j0, offset, BI, BJ):
+                    z, _ = _labelled(z, i + offset, tl.full((BI,), 1.0, ACC), j)
+            else:
+                column, p, next, end = _first_pair(
+                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
+                )
+                while tl.max(column, 0) >= 0:
+                    z, part = _labelled(z, column, p, j)
+                    less += part
+                    column, p, next = _next_pair(
+                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
+                    )
+            loss = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            loss += log1p_of(tl.exp(-tl.abs(z)))
+            total = tl.sum(tl.where(inside, loss, 0.0), 1) - less
             tl.store(own_parts + i - first, total, mask=i < last)
         else:
             z = scale * LOG2E * s
             row_hits, row_count = tl.zeros((BI,), ACC), tl.zeros((BI,), ACC)
             column_hits, column_count = tl.zeros((BJ,), ACC), tl.zeros((BJ,), ACC)
-            if met:
-                p = _positives(
-                    image_ids, text_ids, pair_weights, i, j, last, T, B, offset, POSITIVES, ACC
+            if POSITIVES == 0:
+                if _meets(i0, j0, offset, BI, BJ):
+                    row_count = ((i + offset >= j0) & (i + offset < tl.minimum(j0 + BJ, T))).to(ACC)
+                    row_hits, column_hits, column_count = _hits(z, i + offset, row_count, j)
+            else:
+                column, p, next, end = _first_pair(
+                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
                 )
-                hit = tl.where(p != 0, p * z, 0.0)
-                row_hits, column_hits = tl.sum(hit, 1), tl.sum(hit, 0)
-                row_count, column_count = tl.sum(p, 1), tl.sum(p, 0)
+                while tl.max(column, 0) >= 0:
+                    of_rows, of_columns, count = _hits(z, column, p, j)
+                    row_hits += of_rows
+                    row_count += p
+                    column_hits += of_columns
+                    column_count += count
+                    column, p, next = _next_pair(
+                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
+                    )
             z = tl.where(inside, z, float("-inf"))
             # A NaN that the maximum passes over stays one in the sum.
             top = tl.max(z, 1)
@@ -261,9 +293,7 @@ def contrastive_loss_merge_kernel(
             k = k0 + tl.arange(0, BP)
             some = (k < end)[:, None] & (c < count)[None, :]
             at = k.to(tl.int64)[:, None] * 4 * size + c[None, :]
-            top = tl.maximum(
-                top, tl.max(tl.load(parts + at, mask=some, other=float("-inf")), 0)
-            )
+            top = tl.maximum(top, tl.max(tl.load(parts + at, mask=some, other=float("-inf")), 0))
         hits, positives = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
         for k0 in range(begin, end, BP):
             k = k0 + tl.arange(0, BP)
@@ -295,13 +325,12 @@ def contrastive_loss_coefficients_kernel(
     text_factor,
     scale_at,
     bias_at,
-    image_ids,
-    text_ids,
+    begins,
+    ends,
+    pair_texts,
     pair_weights,
-    rows,
-    columns,
-    row_weight,
-    column_weight,
+    row_vectors,
+    column_vectors,
     out,
     sums,
     first,
@@ -324,7 +353,8 @@ def contrastive_loss_coefficients_kernel(
     """Write (5) or (6), times the factors of both rows, of a block of the matrix.
 
     Its images are those from ``first`` to ``last``, its texts from ``left`` to ``right``. ``sums``
-    gets the shares of every tile in d scale and d bias.
+    gets the shares of every tile in d scale and d bias. The vectors are those of the next kernel,
+    or the weights of the rows for the sigmoid.
     """
     scale, bias = tl.load(scale_at), tl.load(bias_at)
     image_tiles, text_tiles = tl.cdiv(last - first, BI), tl.cdiv(right - left, BJ)
@@ -332,45 +362,69 @@ def contrastive_loss_coefficients_kernel(
         tl.program_id(0), image_tiles * text_tiles, tl.num_programs(0), flatten=True
     ):
         image_tile, text_tile = tile % image_tiles, tile // image_tiles
-        i = first + image_tile * BI + tl.arange(0, BI)
-        j = left + text_tile * BJ + tl.arange(0, BJ)
-        s = _similarities(
-            image, text, image_factor, text_factor, i, j, last, right, D, FACTORS, ACC, PRECISION, BD
-        )
-        met = _meets(i, j, offset, POSITIVES)
-        weight_i = tl.load(row_weight + i, mask=i < last, other=0.0)
+        i0 = first + image_tile * BI
+        j0 = left + text_tile * BJ
+        s = _products(image, text, i0, j0, D, ACC, PRECISION, BI, BJ, BD)
+        i, j = i0 + tl.arange(0, BI), j0 + tl.arange(0, BJ)
+        s = _by_factors(s, image_factor, text_factor, i, j, last, right, FACTORS)
         if SIGMOID:
             z = scale * s + bias
-            p = _positives(
-                image_ids, text_ids, pair_weights, i, j, last, right, B, offset, POSITIVES, ACC
-            )
             e = tl.exp(-tl.abs(z))
-            dz = tl.where(z > 0, 1.0, e) / (1.0 + e) - tl.where(p > 1, 1.0, p)
-            dz = weight_i[:, None] * dz
+            dz = tl.where(z > 0, 1.0, e) / (1.0 + e)
+            if POSITIVES == 0:
+                if _meets(i0, j0, offset, BI, BJ):
+                    dz = _less(dz, i + offset, tl.full((BI,), 1.0, ACC), j, 1.0)
+            else:
+                column, p, next, end = _first_pair(
+                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
+                )
+                while tl.max(column, 0) >= 0:
+                    dz = _less(dz, column, tl.where(p > 1, 1.0, p), j, 1.0)
+                    column, p, next = _next_pair(
+                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
+                    )
+            dz *= tl.load(row_vectors + i, mask=i < last, other=0.0)[:, None]
         else:
             z = scale * LOG2E * s
-            weight_j = tl.load(column_weight + j, mask=j < right, other=0.0)
-            lse_i = tl.load(rows + i, mask=i < last, other=0.0) * LOG2E
-            lse_j = tl.load(columns + j, mask=j < right, other=0.0) * LOG2E
-            dz = weight_i[:, None] * tl.exp2(z - lse_i[:, None])
-            dz += weight_j[None, :] * tl.exp2(z - lse_j[None, :])
-            if met:
-                p = _positives(
-                    image_ids, text_ids, pair_weights, i, j, last, right, B, offset, POSITIVES, ACC
+            dz = tl.exp2(z - tl.load(row_vectors + i, mask=i < last, other=0.0)[:, None])
+            dz += tl.exp2(z - tl.load(column_vectors + j, mask=j < right, other=0.0)[None, :])
+            if POSITIVES == 0:
+                if _meets(i0, j0, offset, BI, BJ):
+                    share = tl.load(row_vectors + B + i, mask=i < last, other=0.0)[:, None]
+                    share += tl.load(column_vectors + T + j, mask=j < right, other=0.0)[None, :]
+                    dz = _less(dz, i + offset, tl.full((BI,), 1.0, ACC), j, share)
+            else:
+                column, p, next, end = _first_pair(
+                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
                 )
-                total_i = tl.load(rows + 2 * B + i, mask=i < last, other=1.0)
-                total_j = tl.load(columns + 2 * T + j, mask=j < right, other=1.0)
-                share_i = weight_i / tl.where(total_i > 0, total_i, 1.0)
-                share_j = weight_j / tl.where(total_j > 0, total_j, 1.0)
-                dz -= tl.where(p != 0, p * (share_i[:, None] + share_j[None, :]), 0.0)
+                while tl.max(column, 0) >= 0:
+                    share = tl.load(row_vectors + B + i, mask=i < last, other=0.0)[:, None]
+                    share += tl.load(column_vectors + T + j, mask=j < right, other=0.0)[None, :]
+                    dz = _less(dz, column, p, j, share)
+                    column, p, next = _next_pair(
+                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
+                    )
         dz = tl.where((i < last)[:, None] & (j < right)[None, :], dz, 0.0)
         tl.store(sums + 2 * tile, tl.sum(tl.sum(dz * s, 1).to(tl.float64), 0))
         if SIGMOID:
             tl.store(sums + 2 * tile + 1, tl.sum(tl.sum(dz, 1).to(tl.float64), 0))
-        if FACTORS:
-            dz *= tl.load(image_factor + i, mask=i < last, other=0.0)[:, None]
-            dz *= tl.load(text_factor + j, mask=j < right, other=0.0)[None, :]
+        dz = _by_factors(dz, image_factor, text_factor, i, j, last, right, FACTORS)
         out.store([image_tile * BI, text_tile * BJ], dz.to(out.dtype))
+
+
+@triton.jit(do_not_specialize=["count"])
+def contrastive_loss_bwd_vectors_kernel(part, weight, out, count, BR: tl.constexpr):
+    """Write what (5) needs of the rows, or columns, from their statistics and weights.
+
+    It is log2 of what 2 ** z is divided by, and what p is multiplied with.
+    """
+    c = tl.program_id(0) * BR + tl.arange(0, BR)
+    some = c < count
+    w = tl.load(weight + c, mask=some, other=1.0)
+    lse = tl.load(part + c, mask=some, other=0.0)
+    total = tl.load(part + 2 * count + c, mask=some, other=1.0)
+    tl.store(out + c, lse * LOG2E - tl.log2(w), mask=some)
+    tl.store(out + count + c, w / tl.where(total > 0, total, 1.0), mask=some)
 
 
 @triton.jit
@@ -403,8 +457,8 @@ def contrastive_loss_scale_rows_kernel(
 ):
     """Write rows times a power of two, so that they are 1 to 2 long.
 
-    ``factor`` makes unit vectors of them; ``inverse`` is 1 / max(\\|x\\|, EPS) of the row itself. No
-    bit of a row is lost, but of what is 2 ** -14 of its length in float16.
+    ``factor`` makes unit vectors of them; ``inverse`` is one by the length of the row itself, or by EPS
+    if that is more. No bit of a row is lost, but of what is 2 ** -14 of its length in float16.
     """
     D, x_r, out_r = whole(D, ALIGNED), whole(x_r, ALIGNED), whole(out_r, ALIGNED)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -458,7 +512,7 @@ def contrastive_loss_bwd_rows_kernel(
     """Write the gradient of the features of one side from ``sums``, the products of (7).
 
     These hold the factor of their row. With u the unit vector and g its gradient, it is
-    (g - (g . u) u) / \\|x\\|; of rows shorter than EPS, which u divides by EPS, it is g / EPS.
+    g - (g . u) u by the length; of rows shorter than EPS, which u divides by EPS, it is g / EPS.
     """
     D, scaled_r = whole(D, ALIGNED), whole(scaled_r, ALIGNED)
     row = tl.program_id(0) * BR + tl.arange(0, BR)

@@ -33,7 +33,10 @@ ROWS = 4096
 PARTS_BYTES = 64 << 20  # of statistics that wait to be merged
 BLOCK_BYTES = 32 << 20  # of coefficients
 LARGEST = 2.0**14  # coefficient in float16, whose range ends at 2 ** 16
-SMALL = {torch.float64: (16, 16, 16, 4), torch.float32: (64, 64, 32, 4)}  # images, texts, depth, warps
+SMALL = {
+    torch.float64: (16, 16, 16, 4),
+    torch.float32: (64, 64, 32, 4),
+}  # images, texts, depth, warps
 BIG = {torch.float32: (128, 128, 32, 8), torch.float16: (128, 128, 64, 8)}
 BIG[torch.bfloat16] = BIG[torch.float16]
 
@@ -50,7 +53,11 @@ class _Side:
 def _side(x: torch.Tensor, normalize: bool) -> _Side:
     """Return the rows of ``x``, by a power of two and with their factors where ``normalize`` is."""
     count, D = x.shape
-    if not normalize and x.stride(1) == 1 and not (x.stride(0) * x.element_size() | x.data_ptr()) % 16:
+    if (
+        not normalize
+        and x.stride(1) == 1
+        and not (x.stride(0) * x.element_size() | x.data_ptr()) % 16
+    ):
         return _Side(x)
     out = x.new_empty(count, pitch(D))[:, :D]
     if not normalize:
@@ -84,8 +91,7 @@ class _Problem:
     text: _Side
     scale: torch.Tensor
     bias: torch.Tensor
-    ids: tuple[torch.Tensor, torch.Tensor]
-    pair_weights: torch.Tensor
+    pairs: tuple[torch.Tensor, ...]  # see ``_pairs``
     offset: int
     sigmoid: bool
     tile: tuple[int, int]  # images and texts
@@ -101,8 +107,7 @@ class _Problem:
             *(self.scale if x is None else x for x in factors),
             self.scale,
             self.bias,
-            *self.ids,
-            self.pair_weights,
+            *self.pairs,
         )
 
     def programs(self, images: int, texts: int) -> tuple[int]:
@@ -140,22 +145,33 @@ def _problem(
         "num_warps": warps,
         "num_stages": max(2, min(4, stages)),
     }
-    given = image_ids, text_ids, pair_weights
-    image_ids, text_ids, pair_weights = (
-        logit_scale if x is None else x.contiguous() for x in given
-    )
     return _Problem(
         _side(image, normalize),
         _side(text, normalize),
         logit_scale,
         logit_bias,
-        (image_ids, text_ids),
-        pair_weights,
+        _pairs(image_ids, text_ids, pair_weights, logit_scale, image.shape[0]),
         offset,
         sigmoid,
         tuple(tile),
         options,
     )
+
+
+def _pairs(image_ids, text_ids, pair_weights, none, images):
+    """Return the places where the pairs of every image begin and end, their texts, their weights.
+
+    Equal ids are as many places in the sorted texts.
+    """
+    if image_ids is None:
+        return none, none, none, none
+    if pair_weights is not None:
+        starts, texts = image_ids[: images + 1], image_ids[images + 1 :]
+        return starts, starts[1:], texts, pair_weights[0].contiguous()
+    ids, texts = text_ids.sort(stable=True)
+    begins = torch.searchsorted(ids, image_ids)
+    ends = torch.searchsorted(ids, image_ids, right=True)
+    return begins, ends, texts, none
 
 
 def _with_a_channel(*features: torch.Tensor) -> list[torch.Tensor]:
@@ -271,8 +287,11 @@ def backward(
         unit = torch.where(unit == 0, 1.0, unit)
         weights = [x / unit for x in weights]
         grad = grad * unit
-    saved = [x.contiguous() for x in (rows, columns, *weights)]
-    sums_of_images, sums_of_texts, shares = _products(problem, saved, need_image, need_text)
+    if sigmoid:
+        vectors = [x.contiguous() for x in weights]
+    else:
+        vectors = [_vectors(*side) for side in zip((rows, columns), weights, strict=True)]
+    sums_of_images, sums_of_texts, shares = _products(problem, vectors, need_image, need_text)
     by = grad * logit_scale
     d_image = _gradient(problem.image, sums_of_images, by)[:, :D]
     d_text = _gradient(problem.text, sums_of_texts, by)[:, :D]
@@ -280,7 +299,19 @@ def backward(
     return d_image, d_text, d_scale.clone(), d_bias.clone()
 
 
-def _products(problem, saved, need_image, need_text):
+def _vectors(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return [2, count] of one side: what softmax coefficients need of its rows."""
+    part, weight = part.contiguous(), weight.contiguous()
+    count = weight.shape[0]
+    out = part.new_empty(2, count)
+    with on_device(part):
+        kernels.contrastive_loss_bwd_vectors_kernel[(tiles(count, 256),)](
+            part, weight, out, count, BR=256, num_warps=4
+        )
+    return out
+
+
+def _products(problem, vectors, need_image, need_text):
     """Return the sums of (7) without upstream gradient and scale, and d scale, d bias of tiles."""
     image, text = problem.image.rows, problem.text.rows
     (B, D), T = image.shape, text.shape[0]
@@ -306,7 +337,7 @@ def _products(problem, saved, need_image, need_text):
                     problem.programs(last - first, right - left)
                 ](
                     *problem.inputs(),
-                    *saved,
+                    *vectors,
                     descriptor(out, list(problem.tile)),
                     shares[done:],
                     first,
