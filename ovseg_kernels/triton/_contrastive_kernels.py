@@ -5,8 +5,7 @@ merged by a second kernel in a fixed order; its gradients leave as coefficients,
 multiplies with the features. Softmax logits are in units of log 2, for an instruction makes 2 ** x.
 
 Positives are the diagonal, or PAIRS: those of row i are texts[begins[i]:ends[i]], rising, of equal
-ids and of a list alike, so that both give the same bits. A tile works off its pairs, one of each row
-at a time.
+ids and of a list alike, so that both give the same bits. A tile takes a pair of each row at a time.
 """
 
 from __future__ import annotations
@@ -129,11 +128,10 @@ def _meets(i0, j0, offset, BI: tl.constexpr, BJ: tl.constexpr):
 
 
 @triton.jit
-def _write_part(out, size, x, top, total, hits, inside):
-    """Write the three statistics of the rows or columns of one tile, ``size`` apart."""
+def _write_two(out, size, x, top, total, inside):
+    """Write two statistics of the rows or columns of one tile, ``size`` apart."""
     tl.store(out + x, top, mask=inside)
     tl.store(out + size + x, total, mask=inside)
-    tl.store(out + 2 * size + x, hits, mask=inside)
 
 
 @triton.jit
@@ -209,6 +207,15 @@ def contrastive_loss_stats_kernel(
             tl.store(own_parts + i - first, total, mask=i < last)
         else:
             z = scale * LOG2E * s
+            z = tl.where((i < last)[:, None] & (j < T)[None, :], z, float("-inf"))
+            # A NaN that the maximum passes over stays one in the sum.
+            top = tl.max(z, 1)
+            total = tl.sum(tl.exp2(z - _finite(top)[:, None]), 1)
+            _write_two(own_parts, last - first, i - first, top, total, i < last)
+            top = tl.max(z, 0)
+            total = tl.sum(tl.exp2(z - _finite(top)[None, :]), 0)
+            its_parts = column_parts + (image_tile + 1).to(tl.int64) * T * 3
+            _write_two(its_parts, T, j, top, total, j < T)
             row_hits, column_hits = tl.zeros((BI,), ACC), tl.zeros((BJ,), ACC)
             if not PAIRS:
                 if _meets(i0, j0, offset, BI, BJ):
@@ -223,22 +230,8 @@ def contrastive_loss_stats_kernel(
                     row_hits += of_rows
                     column_hits += of_columns
                     column, p, next = _next_pair(pair_texts, pair_weights, next, end, j0 + BJ)
-            z = tl.where((i < last)[:, None] & (j < T)[None, :], z, float("-inf"))
-            # A NaN that the maximum passes over stays one in the sum.
-            top = tl.max(z, 1)
-            total = tl.sum(tl.exp2(z - _finite(top)[:, None]), 1)
-            _write_part(own_parts, last - first, i - first, top, total, row_hits, i < last)
-            top = tl.max(z, 0)
-            total = tl.sum(tl.exp2(z - _finite(top)[None, :]), 0)
-            _write_part(
-                column_parts + (image_tile + 1).to(tl.int64) * T * 3,
-                T,
-                j,
-                top,
-                total,
-                column_hits,
-                j < T,
-            )
+            tl.store(own_parts + 2 * (last - first) + i - first, row_hits, mask=i < last)
+            tl.store(its_parts + 2 * T + j, column_hits, mask=j < T)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -285,7 +278,8 @@ def contrastive_loss_merge_kernel(
             total += tl.sum(share * tl.exp2(its_top - _finite(top)[None, :]), 0)
             hits += tl.sum(tl.load(at + 2 * size, mask=some, other=0.0), 0)
     if KEEP:
-        _write_part(parts, size, c, top, total, hits, c < count)
+        _write_two(parts, size, c, top, total, c < count)
+        tl.store(parts + 2 * size + c, hits, mask=c < count)
     else:
         if not SIGMOID:
             some = total != 0.0
