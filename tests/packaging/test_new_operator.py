@@ -15,7 +15,7 @@ from native_build import ROOT, cmake
 
 pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).with_name("new_operator")
-SAMPLES = '''
+SAMPLES = """
 
 def patch_entropy(dtype=torch.float64, device="cpu") -> list[Sample]:
     torch.manual_seed(12)
@@ -29,8 +29,8 @@ def patch_entropy(dtype=torch.float64, device="cpu") -> list[Sample]:
 
 MAKERS["patch_entropy"] = patch_entropy
 RESIZED["patch_entropy"] = lambda size: (ok.patch_entropy, (torch.randn(size, 5),))
-'''
-BAD_INPUT = r'''
+"""
+BAD_INPUT = r"""
 BAD_INPUT["patch_entropy"] = (
     {"scores": torch.randn(2, 5)},
     [
@@ -39,7 +39,7 @@ BAD_INPUT["patch_entropy"] = (
         ({"scores": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "scores has dtype int64"),
     ],
 )
-'''
+"""
 
 
 def change(path, *changes):
