@@ -366,7 +366,7 @@ def test_bad_input(op):
 def test_bad_kinds(op):
     """The same kinds for every argument that they fit."""
     kinds = list(rows(op))
-    assert len(kinds) > 20
+    assert len(kinds) >= 8  # of a tensor alone
     assert_refused(
         op,
         [
