@@ -121,9 +121,8 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
 
 def _copied(line: str) -> int:
     """Return the bytes of a copy, by the type of its destination."""
-    pattern = r"memdesc<((?:\d+x)+(?:bf16|f\d+|i\d+))"
-    shapes = [shape for shape in re.findall(pattern, line) if not shape.endswith("i64")]
-    return _size(shapes[-1])
+    destination = line.split("->")[-1]
+    return _size(re.search(r"<((?:\d+x)+[a-z]+\d+)", destination).group(1))
 
 
 def instructions(sass: str) -> list[tuple[int, str, int | None]]:
