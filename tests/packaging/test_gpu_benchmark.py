@@ -100,6 +100,15 @@ def test_a_step_that_no_graph_can_capture(tmp_path):
     assert "not permitted" in show.tables(tmp_path / "x")
 
 
+def test_the_rate_of_l2_is_that_of_bytes_which_are_read():
+    from ovseg_benchmarks.l2_read import BLOCK, read
+
+    x = torch.arange(3.0 * BLOCK)
+    found = read(x, programs=2, steps=4)  # blocks 0, 2, 1, 0 and 1, 0, 2, 1
+    sums = x.view(3, BLOCK).sum(1)
+    torch.testing.assert_close(found, torch.stack([sums.sum() + sums[0], sums.sum() + sums[1]]))
+
+
 def test_every_row_has_its_share_of_what_bounds_it():
     assert show.share({"percent_of_copy": 3.1, "percent_of_product": 41.2}) == "41.2% of product"
     assert show.share({"percent_of_copy": 71.0}) == "71.0% of copy"
