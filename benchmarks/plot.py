@@ -113,10 +113,8 @@ def _steps(ax: Axes, rows: Sequence[Row]) -> None:
             continue
         color = COLORS.get(row["implementation"], OTHER)
         ax.barh(y, row["ms"] - left, left=left, height=0.8, color=color)
-        at = (row["op"], row["case"], row["dtype"])
-        ratio = (
-            f", {row['ms'] / ours[at]:.2f} x ours" if row["ms"] != ours.get(at, row["ms"]) else ""
-        )
+        ours = fastest.get((row["op"], row["case"], row["dtype"]), row["ms"])
+        ratio = f", {row['ms'] / ours:.2f} x ours" if row["ms"] != ours else ""
         passes = [f"{row[f'{n}_ms']:.3g}" for n in ("forward", "backward") if f"{n}_ms" in row]
         text = f" {' + '.join(passes)} ms, {share(row)}{ratio}"
         ax.text(row["ms"], y, text, va="center", fontsize=6.5)
