@@ -23,7 +23,7 @@ SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
 # A handful of torch calls, the same on every device: no kernel is wanted.
-COMPOSITES: dict[str, Callable] = {}
+COMPOSITES: set[str] = set()
 BUILT_ON: dict[str, str] = {}  # public operator to the one whose schemas it calls
 
 
@@ -86,7 +86,7 @@ def fallback(name: str, function: Callable) -> None:
 
 def composite(name: str, function: Callable) -> None:
     """Register the implementation for all devices."""
-    COMPOSITES[name] = function
+    COMPOSITES.add(name)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
