@@ -205,6 +205,15 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
+def inverse_std(dtype):
+    from ovseg_kernels.triton import segclip_center_assignment as op
+
+    tokens = torch.randn(2, 196, 768).to(dtype)
+    weight = torch.randn(768, 16 if dtype == torch.float64 else 64).to(dtype)
+    found = op.forward(tokens, weight, 1e-5)
+    op.backward(found, tokens, weight, found)
+
+
 def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
@@ -333,6 +342,8 @@ def main() -> None:
         ]:
             label = f"{str(dtype).removeprefix('torch.')} assignment, noise {noise}{' masked' if masked else ''}"
             assignment(dtype, hard, noise, masked)
+        label = f"{str(dtype).removeprefix('torch.')} inverse standard deviation"
+        inverse_std(dtype)
     for dtype in (torch.float32, torch.float64):
         for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
