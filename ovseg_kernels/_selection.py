@@ -37,6 +37,10 @@ _ONE_READ = Rule(
     ("cuda", "triton"),
     "bound by memory: CUDA reads every element once, in 16 bytes, whatever the sizes",
 )
+_GROUPED = Rule(
+    ("triton",),
+    "bound by memory: one kernel in which the projections never leave the registers",
+)
 _LISTS = Rule(
     ("cuda", "triton"),
     "lists in shared memory: CUDA keeps the best of a row without sorting chunks",
@@ -56,6 +60,8 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "similarity_contrastive_loss_backward": (_ONE_READ,),
     "center_assignment": (_ONE_READ,),
     "center_assignment_backward": (_ONE_READ,),
+    "grouped_inverse_std": (_GROUPED,),
+    "grouped_inverse_std_backward": (_GROUPED,),
     "dense_contrastive_select": (_LISTS,),
     "dense_contrastive_gather": (_ONE_READ,),
     "dense_contrastive_gather_backward": (_ONE_READ,),

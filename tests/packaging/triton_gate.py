@@ -236,6 +236,15 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
+def inverse_std(dtype):
+    from ovseg_kernels.triton import segclip_center_assignment as op
+
+    tokens = torch.randn(2, 196, 768).to(dtype)
+    weight = torch.randn(768, 16 if dtype == torch.float64 else 64).to(dtype)
+    found = op.forward(tokens, weight, 1e-5)
+    op.backward(found, tokens, weight, found)
+
+
 def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
@@ -376,6 +385,7 @@ def cases() -> Iterator[Case]:
             if name != "float64" or hard:
                 label = f"{name} assignment, noise {noise}{' masked' if masked else ''}"
                 yield Case(label, hot, assignment, (dtype, hard, noise, masked))
+        yield Case(f"{name} inverse standard deviation", hot, inverse_std, (dtype,))
     for name, dtype, hot in dtypes("float32", "float64"):
         for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
