@@ -24,6 +24,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 import ovseg_kernels as ok
+from ovseg_kernels._backends import lacks
 
 from . import lines, registry
 from .device import DTYPES, Device, Gpu, lost, tf32
@@ -74,7 +75,11 @@ def plan(cases: Sequence[Case], backends: Sequence[str]) -> Iterator[Planned]:
     """Yield every row in the order in which it is measured."""
     pairs = [(case, dtype) for case in cases for dtype in case.dtypes]
     for backend in backends:
-        yield from (Planned(case, dtype, FUSED, backend) for case, dtype in pairs)
+        yield from (
+            Planned(case, dtype, FUSED, backend)
+            for case, dtype in pairs
+            if not lacks(case.op, backend)
+        )
     others = [(case, list(registry.implementations(case))) for case in cases]
     yield from (
         Planned(case, dtype, "eager")

@@ -23,7 +23,7 @@ import torch
 from . import _library as lib
 from ._build import cuda_archs
 from ._context import BACKEND
-from .triton import IMPLEMENTATIONS
+from .triton import IMPLEMENTATIONS, KERNELS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 _forced = os.environ.get("OVSEG_BACKEND", "auto")  # for the process
@@ -57,7 +57,7 @@ def backend(name: str) -> Iterator[None]:
         raise ValueError(f"backend is {name!r}; expected one of {list(BACKENDS)}")
     available_backends()  # asked now, and not while a call is being compiled
     with BACKEND.to(name):
-        _let_triton_answer(_triton_keys())
+        _let_triton_answer()
         yield
 
 
@@ -83,19 +83,10 @@ def interpreted() -> bool:
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _registering = threading.Lock()
 _asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
-_asking_at: set[str] = set()  # dispatch keys
-# No CUDA library is loaded, or none for this GPU.
-_no_cuda_library = _TRITON_INSTALLED and torch.version.cuda is not None and not lib.CUDA.loaded
-
-
-def _triton_keys() -> tuple[str, ...]:
-    """Return the dispatch keys where Triton may have to answer now.
-
-    They are those where it is forced, and CUDA where no CUDA library is loaded.
-    """
-    if forced() == "triton":
-        return () if _unavailable("triton") else ("CPU", "CUDA") if interpreted() else ("CUDA",)
-    return ("CUDA",) if forced() == "auto" and _no_cuda_library else ()
+_asking_at: set[tuple[str, str]] = set()  # (schema, dispatch key)
+_for_cuda = _TRITON_INSTALLED and torch.version.cuda is not None  # Triton may compile for a GPU
+_no_cuda_library = not lib.CUDA.loaded  # or none for this GPU
+_cuda_kernels: set[str] = set()  # the schemas that the CUDA library implements
 
 
 def start() -> None:
@@ -103,25 +94,41 @@ def start() -> None:
 
     Called once, when all schemas are defined.
     """
-    _let_triton_answer(_triton_keys())
+    _cuda_kernels.update(
+        name
+        for name in lib.SCHEMAS
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg::{name}", "CUDA")
+    )
+    _let_triton_answer()
 
 
-def _let_triton_answer(keys: tuple[str, ...]) -> None:
-    """Put at the dispatch keys, once, what asks in every call whether Triton is to answer it.
+def _triton_alone(name: str) -> bool:
+    """Return whether no CUDA kernel can answer this schema on a GPU, and Triton can."""
+    return _for_cuda and (_no_cuda_library or name not in _cuda_kernels)
 
-    The dispatcher knows of no contexts.
+
+def _let_triton_answer() -> None:
+    """Put what asks in every call whether Triton is to answer it where that may now be so.
+
+    That is wherever Triton is forced, and at CUDA for the schemas that have no CUDA kernel. Done
+    once for each of them: the dispatcher knows of no contexts.
     """
+    places = {(name, "CUDA") for name in IMPLEMENTATIONS if _triton_alone(name)}
+    if forced() == "triton" and not _unavailable("triton"):
+        keys = ("CPU", "CUDA") if interpreted() else ("CUDA",)
+        places |= {(name, key) for name in IMPLEMENTATIONS for key in keys}
     with _registering:
-        for key in set(keys) - _asking_at:
-            asking = {name: _asks(name, key) for name in IMPLEMENTATIONS}
+        for name, key in sorted(places - _asking_at):
+            asking = {name: _asks(name, key)}
             _asking.enter_context(lib.overriding(asking, (key,), with_keyset=True))
-            _asking_at.add(key)
+            _asking_at.add((name, key))
 
 
 def _asks(name: str, key: str) -> Callable:
     """Return the kernel that decides between Triton and what answered before.
 
-    It calls Triton's where that is forced, or stands in for a CUDA library.
+    It calls Triton's where that is forced, and where no CUDA kernel answers, the reference not
+    being forced.
     """
     try:
         before = torch.library.get_kernel(f"ovseg::{name}", key)
@@ -130,9 +137,13 @@ def _asks(name: str, key: str) -> Callable:
 
     def kernel(keyset, *args):
         wanted = forced()
-        if wanted == "triton" or (wanted == "auto" and key == "CUDA" and _no_cuda_library):
+        if wanted == "triton" or (
+            key == "CUDA" and wanted in ("auto", "cuda") and _triton_alone(name)
+        ):
             return IMPLEMENTATIONS[name](*args)
-        return lib.FALLBACKS[name](*args) if before is None else before.call_boxed(keyset, *args)
+        if before is None:
+            return (lib.FALLBACKS.get(name) or lib.COMPOSITES[name])(*args)
+        return before.call_boxed(keyset, *args)
 
     return kernel
 
@@ -199,10 +210,30 @@ def allow_tf32(x: torch.Tensor) -> bool:
     )
 
 
+def lacks(op: str, name: str) -> bool:
+    """Return whether no kernel of this backend was written for the operator.
+
+    What a CUDA library that is not loaded holds is not known: it is not held to lack anything.
+    """
+    if name == "triton":
+        return not any(schema in KERNELS for schema in lib.schemas_of(op))
+    if name == "cuda":
+        return lib.CUDA.loaded and _cuda_kernels.isdisjoint(lib.schemas_of(op))
+    return False
+
+
+def _no_kernel(op: str, name: str) -> str:
+    """Return the sentence about a backend that the operator lacks, or nothing."""
+    if not lacks(op, name):
+        return ""
+    has = [other for other in BACKENDS[1:] if not lacks(op, other)]
+    return f"{op} has no kernel there, only on {', '.join(has)}"
+
+
 def select(op: str, device: torch.device) -> Choice:
     """Return the choice for tensors on ``device``.
 
-    Raises BackendError if a backend was forced and cannot run.
+    Raises BackendError if a backend was forced and cannot run, or has no kernel of the operator.
     """
     refused = {}
     for name in ("cuda", "triton", "cpu"):
@@ -214,7 +245,11 @@ def select(op: str, device: torch.device) -> Choice:
                 "cpu": ("cpu",),
             }[name]
         )
-        refused[name] = _unavailable(name) if fits else f"the tensors are on {device.type}"
+        refused[name] = (
+            _unavailable(name) or _no_kernel(op, name)
+            if fits
+            else f"the tensors are on {device.type}"
+        )
     wanted = forced()
     if wanted == "auto" and device.type == "cpu" and not refused["triton"]:
         refused["triton"] = "the interpreter runs only when it is asked for"
@@ -227,9 +262,9 @@ def select(op: str, device: torch.device) -> Choice:
             {name: reason or "reference is forced" for name, reason in refused.items()},
         )
     if wanted != "auto":
-        if refused[wanted]:
+        if reason := _no_kernel(op, wanted) or refused[wanted]:
             raise lib.BackendError(
-                f"{op}: backend {wanted!r} was asked for and cannot run: {refused[wanted]}"
+                f"{op}: backend {wanted!r} was asked for and cannot run: {reason}"
             )
         return Choice(
             op, wanted, {n: r or f"{wanted} is forced" for n, r in refused.items() if n != wanted}
@@ -252,9 +287,9 @@ def use_definition(op: str, device: torch.device) -> bool:
     if device.type == "meta":
         return wanted == "reference"  # the fakes answer
     choice = select(op, device)
-    if choice.backend == "triton" and wanted == "auto" and not _no_cuda_library:
+    if choice.backend == "triton" and not _no_cuda_library and _unavailable("cuda"):
         _no_cuda_library = True  # a CUDA library may be loaded, and not be for this GPU
-        _let_triton_answer(("CUDA",))
+        _let_triton_answer()
     if choice.backend == "reference" and wanted == "auto" and op not in _warned:
         _warned.add(op)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())

@@ -43,6 +43,7 @@ from ..reference.segclip_center_assignment import grouped_linear
 from ..results import CenterAssignment
 from .center_assignment import assign, check_options
 
+lib.built_on("segclip_center_assignment", "center_assignment")
 lib.define(
     "segclip_center_assignment",
     "grouped_inverse_std(Tensor tokens, Tensor weight, float eps) -> Tensor",
