@@ -16,8 +16,9 @@ struct LabelRule {
   A threshold;
   int64_t background;
   LabelType type;
-  void* out;  // [B, H, W]
-  A* value;   // [B, H, W] or null
+  void* out;      // [B, H, W]
+  A* value;       // [B, H, W] or null
+  int32_t* flag;  // becomes 1 where numbers are found that are refused, or null: nobody asks
 };
 
 template <typename A>
