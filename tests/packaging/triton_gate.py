@@ -248,17 +248,20 @@ def inverse_std(dtype):
 def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
-    B, D, one = 256, 512, torch.ones((), dtype=dtype)
+    B, D = 256, 512
+    acc = torch.float32 if dtype.itemsize == 2 else dtype
+    one = torch.ones((), dtype=acc)
     for tf32 in (False, True) if dtype == torch.float32 else (False,):
-        inputs = (torch.randn(B, D, dtype=dtype), torch.randn(B, D, dtype=dtype), one, one)
-        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=dtype)
+        inputs = (torch.randn(B, D).to(dtype), torch.randn(B, D).to(dtype), one, one)
+        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=acc)
         inputs += {
             "": (None, None, None),
             "ids": (torch.arange(B), torch.arange(B), None),
             "list": listed,
         }[positives]
-        rows, columns = op.stats(*inputs, 0, sigmoid, tf32)
-        op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
+        options = (0, sigmoid, tf32, dtype.itemsize == 2)
+        rows, columns = op.stats(*inputs, *options)
+        op.backward(one, *inputs, rows, columns, rows[0], columns[0], *options, True, True)
 
 
 def features_loss_at(B, D):
