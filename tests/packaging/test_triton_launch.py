@@ -59,20 +59,23 @@ def matrix(B, T):
     op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0)
 
 
-def features(B, T, D=16):
+def features(B, T, listed, D=16):
     from ovseg_kernels.triton import contrastive_loss as op
 
+    dtype, pairs = (torch.bfloat16, 5) if listed else (torch.float32, 0)
+    more = 1 + pairs if listed else 0
     inputs = (
-        nothing(B, D),
-        nothing(T, D),
+        nothing(B, D, dtype=dtype),
+        nothing(T, D, dtype=dtype),
         nothing(),
         nothing(),
-        nothing(B, dtype=torch.int64),
-        nothing(T, dtype=torch.int64),
-        None,
+        nothing(B + more, dtype=torch.int64),
+        nothing(T + more, dtype=torch.int64),
+        nothing(2, pairs) if listed else None,
     )
-    rows, columns = op.stats(*inputs, 0, False, False)
-    op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0, False, False, True, True)
+    options = (0, False, False, listed)
+    rows, columns = op.stats(*inputs, *options)
+    op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], *options, True, True)
 
 
 def assignment(B, L, D=16, G=8):
@@ -170,7 +173,7 @@ def maps(B, C, h, w, H, W):
 SHAPES = {
     patch_text: [(70_000, 3, 5), (1, 3, MANY), (1, MANY, 3)],
     matrix: [(3, MANY), (MANY, 3)],
-    features: [(3, MANY), (MANY, 3)],
+    features: [(3, MANY, False), (MANY, 3, True)],
     assignment: [(70_000, 5), (2, MANY), (1, 5, 2 * MANY)],
     grouped: [(MANY, 1), (1, MANY)],
     pixels: [(70_000, 100, 2), (2, 5, MANY)],
