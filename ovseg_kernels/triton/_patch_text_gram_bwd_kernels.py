@@ -136,7 +136,9 @@ def patch_text_similarity_gram_bwd_weights_kernel(
     text_tiles = tl.cdiv(T, BT)
     columns = P // (W1 + W2 + W3)
     scale, bias, absent = _scales(scale_at, bias_at)
-    for tile in tl.range(tl.program_id(0), images * columns * text_tiles, tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(
+        tl.program_id(0), images * columns * text_tiles, tl.num_programs(0), disable_licm=True
+    ):
         t0 = tile % text_tiles * BT
         n0 = tile // text_tiles % columns * (W1 + W2 + W3)
         i = tile // text_tiles // columns
@@ -372,7 +374,9 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
     if tl.program_id(0) == 0:
         tl.store(factors, down)
         tl.store(factors + 1, down_weights)
-    for tile in tl.range(tl.program_id(0), images * columns * text_tiles, tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(
+        tl.program_id(0), images * columns * text_tiles, tl.num_programs(0), disable_licm=True
+    ):
         t0 = tile % text_tiles * BT
         n0 = tile // text_tiles % columns * (W1 + W2 + W3)
         i = tile // text_tiles // columns

@@ -281,7 +281,9 @@ def patch_text_similarity_gram_fwd_kernel(
     n1 = tl.arange(0, W1)
     n2 = W1 + tl.arange(0, W2 if W2 > 0 else 16)
     n3 = W1 + W2 + tl.arange(0, W3 if W3 > 0 else 16)
-    for tile in tl.range(tl.program_id(0), images * text_tiles, tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(
+        tl.program_id(0), images * text_tiles, tl.num_programs(0), disable_licm=True
+    ):
         t0 = tile % text_tiles * BT
         i = tile // text_tiles
         s1, s2, s3 = _products(q, u1, u2, u3, i, t0, 0, T, P, K, W1, W2, W3, TMA, BT, BK)
@@ -355,8 +357,8 @@ def patch_text_similarity_gram_fwd_kernel(
                     d = tl.dot(p3, g, d * 2.0)
                     squared += tl.sum(d * p3.to(tl.float32), 1)
                 # Weights far below UNIT, of patches far shorter than the longest, were rounded too.
-                lost = (squared < CANCELLED * spread) | (spread < 1.0)
-                lost = lost & inside & (longest > 0.0)
+                least = tl.where(longest > 0.0, 1.0, -1.0)
+                lost = inside & ((squared < spread * CANCELLED) | (spread < least))
                 length = tl.sqrt(tl.maximum(squared, 0.0)) * longest
                 eps = tl.full((), EPS, tl.float32)
                 phi = along * longest / total / _larger(length / total, eps)
