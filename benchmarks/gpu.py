@@ -32,6 +32,7 @@ import ovseg_kernels as ok
 from ovseg_kernels._backends import lacks
 
 from . import lines, registry
+from .contrastive_baselines import CannotRun
 from .device import DTYPES, Device, Gpu, lost, tf32
 from .registry import FIRST_CASES, FUSED, GPU_CASES, SMALL_CASES, Case
 from .supervise import AGAIN
@@ -375,6 +376,8 @@ def run(
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
             bench.forget()
+        except CannotRun as reason:
+            row["failed"] = str(reason)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             if lost(error):

@@ -26,6 +26,7 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define OVSEG_NOINLINE __attribute__((noinline))
 #define OVSEG_UNCOUNTED __attribute__((noinline, no_sanitize_coverage))
 #ifndef __align__

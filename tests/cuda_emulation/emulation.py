@@ -64,11 +64,13 @@ def has_kernel(name: str) -> bool:
 def _call(name: str, *args):
     module = load()
     try:
-        plain = [guarded(x) if isinstance(x, torch.Tensor) else x for x in args]
+        # A tensor that comes twice stays one: kernels look at addresses.
+        memory = {id(x): guarded(x) for x in args if isinstance(x, torch.Tensor)}
+        plain = [memory.get(id(x), x) for x in args]
         out = getattr(torch.ops.ovseg_emulated, name)(*plain)
         return tuple(x.clone() for x in out) if isinstance(out, tuple) else out.clone()
     finally:
-        out = plain = None
+        out = plain = memory = None
         module.release_all()
 
 

@@ -100,6 +100,44 @@ def test_a_step_that_no_graph_can_capture(tmp_path):
     assert "not permitted" in show.tables(tmp_path / "x")
 
 
+def test_the_rate_of_l2_is_that_of_bytes_which_are_read():
+    from ovseg_benchmarks.l2_read import BLOCK, read
+
+    x = torch.arange(3.0 * BLOCK)
+    found = read(x, programs=2, steps=4)  # blocks 0, 2, 1, 0 and 1, 0, 2, 1
+    sums = x.view(3, BLOCK).sum(1)
+    torch.testing.assert_close(found, torch.stack([sums.sum() + sums[0], sums.sum() + sums[1]]))
+
+
+def test_a_picture_of_a_run(tmp_path, monkeypatch):
+    """Every row is in it, with its reason where it has no time."""
+    plot = pytest.importorskip("ovseg_benchmarks.plot")
+    figure = pytest.importorskip("matplotlib.figure")
+    right, drawn = registry.implementations, []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+
+    def raising(**_):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), "eager": raising})
+    for name in ("times", "calls"):
+        gpu.run(StandIn(), tmp_path / name, budget=100, cases=PLAIN, measure=name)
+    files = [tmp_path / "times", tmp_path / "calls"]
+    assert plot.draw(files, tmp_path / "x.png").stat().st_size > 10_000
+    steps, calls = drawn[0].axes
+    labels = [tick.get_text() for tick in steps.get_yticklabels()]
+    assert labels.count("ovseg (cpu)") == labels.count("eager") == 3 and len(labels) == 9
+    told = [[text.get_text().strip() for text in ax.texts] for ax in (steps, calls)]
+    assert all(words.count("out of memory") == 3 and len(words) == 6 for words in told)
+    assert "2 + 2 ms" in told[0][0] and "% of product" in told[0][0] and "50 us" in told[1][0]
+    (tmp_path / "none").write_text('{"op": "environment"}\n')
+    with pytest.raises(ValueError, match="no row that was timed"):
+        plot.draw([tmp_path / "none"], tmp_path / "y.png")
+
+
 def test_every_row_has_its_share_of_what_bounds_it():
     assert show.share({"percent_of_copy": 3.1, "percent_of_product": 41.2}) == "41.2% of product"
     assert show.share({"percent_of_copy": 71.0}) == "71.0% of copy"

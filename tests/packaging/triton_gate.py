@@ -236,20 +236,32 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
+def inverse_std(dtype):
+    from ovseg_kernels.triton import segclip_center_assignment as op
+
+    tokens = torch.randn(2, 196, 768).to(dtype)
+    weight = torch.randn(768, 16 if dtype == torch.float64 else 64).to(dtype)
+    found = op.forward(tokens, weight, 1e-5)
+    op.backward(found, tokens, weight, found)
+
+
 def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
-    B, D, one = 256, 512, torch.ones((), dtype=dtype)
+    B, D = 256, 512
+    acc = torch.float32 if dtype.itemsize == 2 else dtype
+    one = torch.ones((), dtype=acc)
     for tf32 in (False, True) if dtype == torch.float32 else (False,):
-        inputs = (torch.randn(B, D, dtype=dtype), torch.randn(B, D, dtype=dtype), one, one)
-        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=dtype)
+        inputs = (torch.randn(B, D).to(dtype), torch.randn(B, D).to(dtype), one, one)
+        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=acc)
         inputs += {
             "": (None, None, None),
             "ids": (torch.arange(B), torch.arange(B), None),
             "list": listed,
         }[positives]
-        rows, columns = op.stats(*inputs, 0, sigmoid, tf32)
-        op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
+        options = (0, sigmoid, tf32, dtype.itemsize == 2)
+        rows, columns = op.stats(*inputs, *options)
+        op.backward(one, *inputs, rows, columns, rows[0], columns[0], *options, True, True)
 
 
 def features_loss_at(B, D):
@@ -376,6 +388,7 @@ def cases() -> Iterator[Case]:
             if name != "float64" or hard:
                 label = f"{name} assignment, noise {noise}{' masked' if masked else ''}"
                 yield Case(label, hot, assignment, (dtype, hard, noise, masked))
+        yield Case(f"{name} inverse standard deviation", hot, inverse_std, (dtype,))
     for name, dtype, hot in dtypes("float32", "float64"):
         for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
