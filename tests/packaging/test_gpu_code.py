@@ -469,6 +469,16 @@ def is_wide(shape):
 
 
 @pytest.mark.slow
+def test_the_model_counts_these_kernels(triton_rows):
+    """benchmarks/gpu_counts.json is made anew, by the gate's option --counts, where code changes."""
+    size = {(row["kernel"], row["case"]): row["size"] for row in triton_rows if row["arch"] == 90}
+    for row in json.loads((ROOT / "benchmarks" / "gpu_counts.json").read_text()):
+        found = size.get((row["kernel"], row["case"]), 0)
+        if "gate" in row["from"]:
+            assert abs(found - row["size"]) <= row["size"] // 5, (row, found)
+
+
+@pytest.mark.slow
 def test_launches_fill_a_gpu_at_the_stated_shapes():
     """The launchers run on tensors without numbers; the last chunk of a call may be smaller."""
     largest = defaultdict(int)
