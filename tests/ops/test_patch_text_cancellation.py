@@ -13,7 +13,7 @@ from backends import device_of, dtypes, parameters, running_on
 import ovseg_kernels as ok
 from ovseg_kernels.testing import assert_close_to_truth
 
-KERNELS = ("cpu", "cuda-emulated", "cuda")
+KERNELS = ("cpu", "cuda-emulated", "triton-interpreted", "cuda")
 sizes = pytest.mark.parametrize(
     "N", [196, 300]
 )  # Gram form and pooled vectors; the cosines of 300 patches are two windows
