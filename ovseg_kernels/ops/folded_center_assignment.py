@@ -35,6 +35,8 @@ from ..reference.patch_text_similarity import accumulation_dtype
 from ..results import CenterAssignment
 from .center_assignment import assign, check_options
 
+lib.built_on("folded_center_assignment", "center_assignment")
+
 
 def folded_center_assignment(
     queries: torch.Tensor,

@@ -7,14 +7,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import ovseg_kernels as ok
 from ovseg_kernels import _library
+from ovseg_kernels.triton import KERNELS as TRITON_KERNELS
 
+ROOT = Path(__file__).parents[2]
 GPU = ("cuda", "triton")
 BACKENDS = ("reference", "cpu", "cuda-emulated", "triton-interpreted", *GPU)
 # The interpreter's bfloat16 is wrong (it works on the bits as integers); on a GPU the same kernels
@@ -27,8 +30,35 @@ SLOW = ("triton-interpreted",)
 COMPILED = ("triton",)
 
 
-def parameters(names: tuple[str, ...] = BACKENDS):
-    return [pytest.param(name, marks=pytest.mark.gpu) if name in GPU else name for name in names]
+def has(op: str, name: str) -> bool:
+    """Whether the operator, or the one that it is built on, has a kernel there."""
+    if name.startswith("triton"):
+        return any(schema in TRITON_KERNELS for schema in _library.schemas_of(op))
+    if name.startswith("cuda"):
+        folder = _library.BUILT_ON.get(op, op)
+        return (ROOT / "csrc" / folder / f"{folder}_cuda.cu").exists()
+    return True
+
+
+def parameters(names: tuple[str, ...] = BACKENDS, *, of: tuple[str, ...] | str = ()):
+    """Those of the names on which every operator of ``of`` has a kernel."""
+    ops = (of,) if isinstance(of, str) else of
+    return [
+        pytest.param(name, marks=pytest.mark.gpu) if name in GPU else name
+        for name in names
+        if all(has(op, name) for op in ops)
+    ]
+
+
+def operators_on(ops: Iterable[str], names: tuple[str, ...] = BACKENDS):
+    """Every operator on every one of the names where it has a kernel."""
+    pairs = [
+        pytest.param(op, name, marks=[pytest.mark.gpu] if name in GPU else [], id=f"{op}-{name}")
+        for op in ops
+        for name in names
+        if has(op, name)
+    ]
+    return pytest.mark.parametrize("op,backend", pairs)
 
 
 def device_of(name: str) -> str:

@@ -352,13 +352,15 @@ def _others(op):
 
 def rows(op):
     """(kind, argument, value, error, message) of an operator."""
-    for name, x in {**BAD_INPUT[op][0], **TENSORS.get(op, {})}.items():
+    arguments = {**BAD_INPUT[op][0], **TENSORS.get(op, {})}
+    tensors = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+    for name, x in arguments.items():
         if isinstance(x, torch.Tensor) and not (op == "window_argmax" and name == "origins"):
             for kind, value, error, message in _tensor(name, x):
-                if "meta" in kind and name in ("logits", "similarity"):
+                if "meta" in kind and (name in ("logits", "similarity") or tensors == [name]):
                     continue  # the only tensor of the call: its shapes are the result
                 yield kind, name, value, error, message
-    for name in NUMBERS[op]:
+    for name in NUMBERS.get(op, ()):
         for kind, value, error, message in _number(op, name):
             yield kind, name, value, error, message
     for name, kind, value, error, message in _others(op):

@@ -4,14 +4,19 @@ tensors, ids without a partner.
 
 import pytest
 import torch
-from backends import COMPILED, device_of, parameters, running_on
+from backends import COMPILED, device_of, operators_on, parameters, running_on
 from samples import MAKERS, all_samples
 
 import ovseg_kernels as ok
 from ovseg_kernels import philox
 
 SAMPLES = all_samples(torch.float32)
-everywhere = pytest.mark.parametrize("backend", parameters())
+
+
+def everywhere(op):
+    return pytest.mark.parametrize("backend", parameters(of=op))
+
+
 HUGE = (2**31, 2**62, 2**63 - 1)
 
 
@@ -21,7 +26,7 @@ def held(what):
 
 @held("k_pos, k_neg and skip beyond all memory")
 @pytest.mark.parametrize("name", ["skip", "k_pos", "k_neg"])
-@everywhere
+@everywhere("dense_contrastive_loss")
 def test_no_integer_sizes_memory(backend, name):
     """More than there are pixels is as many as there are."""
     if backend in COMPILED:
@@ -45,7 +50,7 @@ def test_no_integer_sizes_memory(backend, name):
 
 
 @held("skip beyond all memory, below the public function")
-@everywhere
+@everywhere("dense_contrastive_loss")
 def test_the_dispatcher_clamps_skip(backend):
     if backend in COMPILED:
         pytest.skip("the launcher is the interpreter's")
@@ -134,8 +139,7 @@ def test_labels_of_every_dtype(dtype):
 
 
 @held("an rng that is a strided view")
-@pytest.mark.parametrize("op", ["center_assignment", "dense_contrastive_loss"])
-@everywhere
+@operators_on(["center_assignment", "dense_contrastive_loss"])
 def test_strided_rng(backend, op):
     if backend in COMPILED:
         pytest.skip("what a launcher is given is the same")
@@ -154,7 +158,7 @@ def test_strided_rng(backend, op):
 
 
 @held("a view whose sign bit is put off")
-@everywhere
+@everywhere("patch_text_similarity")
 def test_tensors_with_a_negative_bit(backend):
     """The imaginary part of a conjugate is such a view: its memory holds the other sign."""
     if backend in COMPILED:
@@ -211,10 +215,7 @@ def test_public_functions_take_meta_tensors(place):
 
 
 @held("ids that match nowhere")
-@pytest.mark.parametrize(
-    "op", ["contrastive_loss", "similarity_contrastive_loss", "dense_contrastive_loss"]
-)
-@everywhere
+@operators_on(["contrastive_loss", "similarity_contrastive_loss", "dense_contrastive_loss"])
 def test_ids_that_match_nowhere_leave_nothing_to_learn(backend, op):
     """Documented: 0 with a gradient of 0, and of 0 exactly."""
     device = device_of(backend)

@@ -16,7 +16,7 @@ from ovseg_kernels import philox
 from ovseg_kernels.testing import assert_close_to_truth
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "groupvit_assign.npz"
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="center_assignment"))
 
 
 def run(queries, keys, values, grad, **options):
@@ -188,7 +188,7 @@ def test_strides_and_mixed_dtypes(backend):
         )  # of the values; scores in float32 from promoted operands
 
 
-@pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda")))
+@pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda"), of="center_assignment"))
 @pytest.mark.parametrize("hard", [True, False])
 def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
     """Channels at a whole number of 16 bytes, and one element further; the sums have one order, and
@@ -239,7 +239,9 @@ def test_nothing_of_size_BGL_is_kept():
     assert sum(kept) <= q.numel() + 2 * k.numel() + 2 * 8 * 4 + 2 * 50 + 2 * 8 + 2
 
 
-@pytest.mark.parametrize("backend", parameters(("cpu", "cuda-emulated", "cuda")))
+@pytest.mark.parametrize(
+    "backend", parameters(("cpu", "cuda-emulated", "cuda"), of="center_assignment")
+)
 def test_dispatcher_calls_are_checked_too(backend):
     with torch.device(device_of(backend)), running_on(backend):
         q, k = torch.randn(2, 3, 4), torch.randn(2, 5, 4)

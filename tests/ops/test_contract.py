@@ -10,7 +10,18 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from backends import BACKENDS, COMPILED, GPU, SLOW, device_of, dtypes, exact, parameters, running_on
+from backends import (
+    BACKENDS,
+    COMPILED,
+    GPU,
+    SLOW,
+    device_of,
+    dtypes,
+    exact,
+    has,
+    operators_on,
+    running_on,
+)
 from bad_input import BAD_INPUT
 from bad_kinds import rows
 from samples import MAKERS, RESIZED, all_samples
@@ -18,17 +29,13 @@ from torch import library as torch_library
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 import ovseg_kernels as ok
-from ovseg_kernels import _backends, _library
+from ovseg_kernels import _backends, _library, _selection
 from ovseg_kernels.testing import assert_close_to_truth
 
 SAMPLES = all_samples()
 each = pytest.mark.parametrize("sample", [s for s in SAMPLES if not s.discrete], ids=str)
 # What the wrapper, autograd and the dispatcher do is the same whichever kernel of a device answers.
 WRAPPED = ("cpu", "cuda")
-COMPOSED = (
-    "folded_center_assignment",
-    "segclip_center_assignment",
-)  # of the kernels of center_assignment, which has its own samples
 
 
 def samples(wanted=lambda sample: True, names=BACKENDS, few=()):
@@ -44,7 +51,9 @@ def samples(wanted=lambda sample: True, names=BACKENDS, few=()):
 
     def needed(place, name):
         op = SAMPLES[place].op
-        if name in COMPILED and op in COMPOSED:
+        if not has(op, name):
+            return False
+        if name in COMPILED and op in _library.BUILT_ON:  # whose kernels have samples of their own
             return place == first[op] and not few
         return name not in few or place == first[op]
 
@@ -276,8 +285,7 @@ BEGINS_ANEW = (
 )
 
 
-@pytest.mark.parametrize("backend", parameters(WRAPPED))
-@pytest.mark.parametrize("op", ok.OPERATORS)
+@operators_on(ok.OPERATORS, WRAPPED)
 def test_compile_without_recompiling(op, backend):
     """Neither a new batch size nor a new scale or seed compiles again; with other kernels of the
     device it is traced no differently.
@@ -358,7 +366,7 @@ def test_bad_input(op):
 def test_bad_kinds(op):
     """The same kinds for every argument that they fit."""
     kinds = list(rows(op))
-    assert len(kinds) > 20
+    assert len(kinds) >= 8  # of a tensor alone
     assert_refused(
         op,
         [
@@ -451,6 +459,30 @@ def test_explain_and_forced_backends():
     with ok.backend("cpu"):
         assert ok.explain("patch_text_similarity").backend == "cpu"
         ok.patch_text_similarity(patches, texts)
+
+
+def test_a_backend_that_an_operator_lacks(monkeypatch):
+    """Forced, it is an error that names the operator, what was asked and what there is."""
+    cuda, triton = (_selection.Rule((name,), "for a test") for name in ("cuda", "triton"))
+    monkeypatch.setitem(_selection.TABLE, "upsample_argmax", (cuda,))
+    monkeypatch.setitem(_selection.TABLE, "contrastive_stats", (triton,))
+    monkeypatch.setitem(_selection.TABLE, "contrastive_loss_backward", (triton, cuda))
+    assert not _backends.lacks("contrastive_loss", "cuda"), "it has that of the backward"
+    monkeypatch.setitem(_selection.TABLE, "contrastive_loss_backward", (triton,))
+    logits, image = torch.randn(1, 2, 3, 3), torch.randn(2, 3)
+    for name, call in (
+        ("triton", lambda: ok.upsample_argmax(logits, (4, 4))),
+        ("cuda", lambda: ok.contrastive_loss(image, image, 10.0)),
+    ):
+        with ok.backend(name), pytest.raises(ok.BackendError) as caught:
+            call()
+        op = "contrastive_loss" if name == "cuda" else "upsample_argmax"
+        others = [x for x in ("cuda", "triton", "cpu", "reference") if x != name]
+        assert str(caught.value) == (
+            f"{op}: backend {name!r} was asked for and cannot run: "
+            f"{op} has no kernel there, only on {', '.join(others)}"
+        )
+    assert ok.upsample_argmax(logits, (4, 4)).shape == (1, 4, 4)
 
 
 ASKED = """

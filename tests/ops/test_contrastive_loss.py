@@ -17,7 +17,7 @@ import ovseg_kernels as ok
 from ovseg_kernels import nn as ok_nn
 from ovseg_kernels.testing import assert_close_to_truth
 
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="contrastive_loss"))
 
 
 def run(image, text, scale, bias=None, **options):

@@ -16,7 +16,7 @@ from ovseg_kernels import philox
 from ovseg_kernels.reference.dense_contrastive_loss import dense_contrastive_loss as definition
 from ovseg_kernels.testing import assert_close_to_truth
 
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="dense_contrastive_loss"))
 SAMPLINGS = ("topk", "semi", "gumbel", "random")
 
 
@@ -202,7 +202,9 @@ def test_steps_of_the_emulated_selection(rising, k_neg):
     assert steps / 6000 < (500 if rising else 150)
 
 
-@pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda")))
+@pytest.mark.parametrize(
+    "backend", parameters(("cuda-emulated", "cuda"), of="dense_contrastive_loss")
+)
 def test_lists_too_long_for_shared_memory(backend):
     device = device_of(backend)
     pixels, texts = (

@@ -11,7 +11,7 @@ import ovseg_kernels as ok
 from ovseg_kernels import philox
 from ovseg_kernels.testing import assert_close_to_truth
 
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="folded_center_assignment"))
 
 
 def run(tensors, upstream, **options):

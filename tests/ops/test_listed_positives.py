@@ -14,7 +14,7 @@ import ovseg_kernels as ok
 from ovseg_kernels import _check
 from ovseg_kernels.testing import assert_close_to_truth
 
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="contrastive_loss"))
 kinds = pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 BIAS = {"softmax": {}, "sigmoid": {"kind": "sigmoid", "logit_bias": -1.5}}
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from backends import SLOW, device_of, parameters, running_on
+from backends import GPU, SLOW, device_of, operators_on, parameters, running_on
 from samples import MAKERS, all_samples
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -407,7 +407,7 @@ WINDOWS = {  # what a GPU is not asked about
 }
 
 
-@pytest.mark.parametrize("backend", parameters())
+@pytest.mark.parametrize("backend", parameters(of=("upsample_argmax", "window_argmax")))
 @pytest.mark.parametrize(
     "origins", [pytest.param(value, id=name) for name, value in WINDOWS.items()]
 )
@@ -467,9 +467,7 @@ def test_sizes_of_ranks_travel_beside_the_device(config, device, monkeypatch):
     assert seen == [device]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("op", MAKERS)
+@operators_on(MAKERS, GPU)
 def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
     """torch's own debug mode, on the real device."""
     for sample in MAKERS[op](torch.float32, device_of(backend)):
@@ -490,8 +488,7 @@ def test_torch_sees_no_synchronisation_on_a_gpu(op, backend):
     ok.check_errors()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("backend", parameters(GPU, of="window_argmax"))
 def test_a_graph_of_a_gpu_flags_at_every_replay(backend):
     device = device_of(backend)
     logits, origins = (

@@ -35,7 +35,7 @@ def compare(patches, texts, dtype, **options):
     return result
 
 
-@pytest.mark.parametrize("backend", parameters(KERNELS))
+@pytest.mark.parametrize("backend", parameters(KERNELS, of="patch_text_similarity"))
 @pytest.mark.parametrize("temperature", [20.0, 1000.0])
 @sizes
 def test_centred_patches(N, temperature, backend):
@@ -54,7 +54,7 @@ def test_centred_patches(N, temperature, backend):
             compare(patches, texts, dtype, temperature=temperature, patch_mask=mask)
 
 
-@pytest.mark.parametrize("backend", parameters(KERNELS))
+@pytest.mark.parametrize("backend", parameters(KERNELS, of="patch_text_similarity"))
 @sizes
 def test_some_texts_cancel_and_others_do_not(N, backend):
     """Patches u and -u: texts across u weigh both alike, texts along u choose one.

@@ -21,9 +21,12 @@ SIZES = [
     (2, 130, 33, 8),
     (1, 1, 4097, 8),
 ]
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="patch_text_similarity"))
 kernels = pytest.mark.parametrize(
-    "backend", parameters(("cuda-emulated", "triton-interpreted", "cuda", "triton"))
+    "backend",
+    parameters(
+        ("cuda-emulated", "triton-interpreted", "cuda", "triton"), of="patch_text_similarity"
+    ),
 )
 
 
@@ -406,7 +409,9 @@ def test_learned_parameters_alone(learned):
     )
 
 
-@pytest.mark.parametrize("backend", parameters(("cpu", "cuda-emulated", "cuda")))
+@pytest.mark.parametrize(
+    "backend", parameters(("cpu", "cuda-emulated", "cuda"), of="patch_text_similarity")
+)
 def test_dispatcher_calls_are_checked_too(backend):
     """torch.ops.ovseg.* skips Python's checks: the native side must refuse, not read out of bounds."""
     with torch.device(device_of(backend)), running_on(backend):

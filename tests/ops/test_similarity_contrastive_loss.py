@@ -24,7 +24,7 @@ def test_diagonal_is_symmetric_cross_entropy():
     torch.testing.assert_close(ok.similarity_contrastive_loss(similarity, 5.0), expected)
 
 
-@pytest.mark.parametrize("backend", parameters())
+@pytest.mark.parametrize("backend", parameters(of="similarity_contrastive_loss"))
 @pytest.mark.parametrize("B,T", [(1, 1), (7, 7), (33, 65), (196, 257), (3, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_sizes(B, T, dtype, backend):
@@ -53,7 +53,7 @@ def test_sizes(B, T, dtype, backend):
             assert_close_to_truth(name, a, b, c, dtype)
 
 
-@pytest.mark.parametrize("backend", parameters())
+@pytest.mark.parametrize("backend", parameters(of="similarity_contrastive_loss"))
 def test_extremes(backend):
     """Infinite and huge similarities, and a NaN that must stay one."""
     with torch.device(device_of(backend)), running_on(backend):

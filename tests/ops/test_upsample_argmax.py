@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import ovseg_kernels as ok
 from ovseg_kernels.reference.upsample_argmax import upsample
 
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="upsample_argmax"))
 
 
 def eager(logits, size, bias=None):

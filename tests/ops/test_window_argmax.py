@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import ovseg_kernels as ok
 
-on = pytest.mark.parametrize("backend", parameters())
+on = pytest.mark.parametrize("backend", parameters(of="window_argmax"))
 ACTS = {None: lambda x: x, "sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-3)}
 
 
@@ -281,7 +281,7 @@ def golden(key):
 
 
 @pytest.mark.parametrize(
-    "backend", parameters(tuple(name for name in BACKENDS if name not in SLOW))
+    "backend", parameters(tuple(name for name in BACKENDS if name not in SLOW), of="window_argmax")
 )  # it would take minutes
 @pytest.mark.parametrize("words", ["random", "mixed"])
 def test_golden_group_map(words, backend):

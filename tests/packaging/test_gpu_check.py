@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import has
 
 import ovseg_kernels as ok
 from ovseg.cli.main import main as ovseg
@@ -25,11 +26,12 @@ import gpu_check  # noqa: E402
 import gpu_jobs  # noqa: E402
 import gpu_small  # noqa: E402
 import gpu_smoke  # noqa: E402
+from stand_in import CASES, StandIn  # noqa: E402
 
-from benchmarks import lines, supervise  # noqa: E402
+from benchmarks import gpu, lines, supervise  # noqa: E402
 from benchmarks.supervise import Job, Outcome  # noqa: E402
 
-VERBS = [*gpu_check.LIMITS, "all"]
+VERBS = gpu_check.VERBS
 
 
 class DryRun:
@@ -76,14 +78,15 @@ class DryRun:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_limits_add_up_to_eight_minutes(verb):
+def test_limits_add_up_to_eight_minutes_and_nine_for_the_first(verb):
     parts = gpu_check.limits(verb)
-    assert (
-        gpu_check.FACTS + sum(sum(steps.values()) for steps in parts.values())
-        <= gpu_check.LONGEST
-        == 480
-    )
-    assert list(parts) == (list(gpu_check.PARTS) if verb == "all" else [verb])
+    longest = gpu_check.LONGEST[verb]
+    assert longest == (540 if verb == "first" else 480)
+    assert gpu_check.FACTS + sum(sum(steps.values()) for steps in parts.values()) <= longest
+    assert list(parts) == {
+        "first": list(gpu_check.PARTS),
+        "all": ["build", "smoke", "bench", "test", "sanitize"],
+    }.get(verb, [verb])
     assert all(
         seconds > 2 * supervise.GRACE for steps in parts.values() for seconds in steps.values()
     )
@@ -100,8 +103,7 @@ def test_dry_run(verb, tmp_path, monkeypatch):
     dry = DryRun(tmp_path, status=1)
     began = dry.now
     assert gpu_check.main(verb, dry.place) == 1
-    assert dry.now - began <= gpu_check.LONGEST - gpu_check.FACTS
-    assert all(limit <= gpu_check.LONGEST for limit in dry.limits)
+    assert dry.now - began <= gpu_check.LONGEST[verb] - gpu_check.FACTS
     names = [job.name for job in dry.jobs]
     expected = {
         "build": ["prebuilt", "compile", "info"],
@@ -119,21 +121,32 @@ def test_dry_run(verb, tmp_path, monkeypatch):
         *expected["test"],
         *expected["sanitize"],
     ]
+    expected["first"] = [
+        "prebuilt",
+        "rates",
+        "smoke",
+        "compile",
+        "bench",
+        "kernels",
+        "calls",
+        "cuda tests",
+        "memcheck",
+        "racecheck",
+    ]
     kinds = [next(kind for kind in expected[verb] if name.startswith(kind)) for name in names]
     assert list(dict.fromkeys(kinds)) == expected[verb]
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
-    assert len(files) <= 8 and not [
+    assert len(files) <= 10 and not [
         path for path in tmp_path.iterdir() if path.is_dir() and path.name != "work"
     ]
-    parts = list(gpu_check.PARTS) if verb == "all" else [verb]
-    assert {f"2026-01-01-{part}.jsonl" for part in parts} <= set(
-        files
-    ) and "2026-01-01.log" in files
-    assert all(dry.writes[f"2026-01-01-{part}.jsonl"] > 0 for part in parts), (
+    first = "first-" if verb == "first" else ""
+    written = [f"2026-01-01-{first}{part}.jsonl" for part in gpu_check.limits(verb)]
+    assert {*written, "2026-01-01.log"} <= set(files)
+    assert all(dry.writes[name] > 0 for name in written), (
         "nothing was on the disk when the work began"
     )
-    for part in parts:
-        assert ovseg(["bench", "show", str(tmp_path / f"2026-01-01-{part}.jsonl")]) == 0
+    for name in written:
+        assert ovseg(["bench", "show", str(tmp_path / name)]) == 0
 
 
 def test_time_left_over_goes_to_the_next_step(tmp_path):
@@ -153,6 +166,91 @@ def test_prebuilt_libraries_are_accepted_as_they_are(tmp_path):
     dry = DryRun(tmp_path, output="prebuilt libraries accepted: source 1234, sm_90a\n")
     assert gpu_check.main("build", dry.place) == 0
     assert [job.name for job in dry.jobs] == ["prebuilt"] and "accepted" in "".join(dry.said)
+
+
+def test_the_first_verb_compiles_no_library_and_goes_on_without(tmp_path):
+    dry = DryRun(tmp_path, status=1, output="_C_cuda.so: not built")
+    assert gpu_check.main("first", dry.place) == 1
+    assert "no time to compile" in (tmp_path / "2026-01-01-first-build.jsonl").read_text()
+    assert len(dry.jobs) > 20 and "setup.py" not in [
+        word for job in dry.jobs for word in job.command
+    ]
+
+
+def test_the_first_verb_sanitizes_what_changed(tmp_path):
+    dry = DryRun(tmp_path)
+    gpu_check.main("first", dry.place, ["center_assignment", "upsample_argmax"])
+    watched = [job.name.split()[:2] for job in dry.jobs if "check " in job.name]
+    assert {tuple(name) for name in watched} == {
+        (tool, op)
+        for tool in ("memcheck", "racecheck")
+        for op in ("center_assignment", "upsample_argmax")
+    }
+    done = subprocess.run(
+        [sys.executable, "scripts/gpu_check.py", "bench", "center_assignment"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and "bench takes no operators" in done.stderr
+
+
+def test_a_run_that_has_a_name_goes_on(tmp_path):
+    """A killed one, with the sanitizer as it was and smoke to the end."""
+    dry = DryRun(tmp_path, output=CLEAN)
+    dry.place.run_id = "a"
+    assert gpu_check.main("sanitize", dry.place) == 0
+    found = len(dry.jobs)
+    assert gpu_check.main("sanitize", dry.place) == 0 and len(dry.jobs) == found
+    dry.place.run_id = "b"
+    assert gpu_check.main("sanitize", dry.place) == 0 and len(dry.jobs) == 2 * found
+    dry.place.run = lambda jobs, **_: [Outcome(job.name, None, 0.0, "not reached") for job in jobs]
+    assert gpu_check.main("smoke", dry.place) == 1
+    dry.place.run = lambda jobs, **_: [Outcome(job.name, 0, 1.0) for job in jobs]
+    assert gpu_check.main("smoke", dry.place) == 0
+
+
+def test_the_first_verb_measures_by_its_own_programs(tmp_path, monkeypatch):
+    """What times, kernels and calls are written by, as its commands say, on a device that stands
+    in.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # it imports for seconds
+    monkeypatch.setattr(gpu, "Gpu", StandIn)
+    monkeypatch.setattr(gpu, "CASES", dict.fromkeys(gpu.CASES, (CASES[0], CASES[2])))
+    measured = ("rates", "bench", "kernels", "calls")
+    monkeypatch.setattr(gpu_check, "FIRST", {name: {name: 60} for name in measured})
+
+    def here(jobs, *, report, tick, **_):
+        outcomes = []
+        for job in jobs:
+            monkeypatch.setattr("sys.argv", job.command[job.command.index("benchmarks.gpu") :])
+            outcomes.append(Outcome(job.name, gpu.main(), 1.0))
+            report(outcomes[-1])
+            tick()
+        return outcomes
+
+    said = []
+    place = gpu_check.Place("fake", "9.0", tmp_path, tmp_path / "work", run=here, say=said.append)
+    assert gpu_check.main("first", place) == 0, "\n".join(said)
+    found = {
+        name: list(lines.finished(lines.read(path)[0]).values())
+        for name in measured
+        for path in tmp_path.glob(f"*-first-{name}.jsonl")
+    }
+    assert [len(found[name]) for name in measured] == [0, 6, 6, 6]
+    assert all(row["ms"] == 4.0 for row in found["bench"])
+    assert all(row["launches"] == 3 and row["kernels_us"] == 31.5 for row in found["kernels"])
+    assert all(row["wall_us"] == 50.0 and row["replay_us"] == 40.0 for row in found["calls"])
+    rows = {path: lines.read(path)[0] for path in tmp_path.glob("*.jsonl")}
+    assert gpu_check.main("first", place) == 0, "the same run, once more"
+    for path, before in rows.items():
+        again = lines.read(path)[0][len(before) :]
+        assert not [row for row in again if "key" in row or row.get("op") == "environment"], path
+    text = "\n".join(said)
+    assert "L2 read 5000 GB/s" in text and "product tf32 100.0 TFLOP/s" in text
+    assert "| product_kernel | 2 | 30.0 |" in text and "| 20.0 | 50.0 | 40.0 |" in text
 
 
 def test_the_build_uses_all_cores_and_writes_what_it_built_from():
@@ -457,6 +555,9 @@ def test_smoke_sees_every_operator_dtype_and_backend():
         seen |= {(op, backend, dtype) for dtype in job.command[job.command.index("--dtypes") + 1 :]}
     for op in ok.OPERATORS:
         for backend in ("cuda", "triton"):
+            assert gpu_jobs.has(op, backend) == has(op, backend)
+            if not gpu_jobs.has(op, backend):
+                continue
             assert {(op, backend, dtype) for dtype in ("float32", "bfloat16", "float16")} <= seen
 
 
@@ -533,17 +634,18 @@ def test_sanitizer_watches_every_kernel_of_ours():
 
 def test_sanitizer_commands():
     jobs = gpu_jobs.sanitize("/usr/bin/compute-sanitizer", no_triton=False)
-    assert len(jobs) == len({job.name for job in jobs}) == 4 * 2 * len(ok.OPERATORS)
-    assert [job.name.split()[0] for job in jobs[: 2 * len(ok.OPERATORS)]] == ["memcheck"] * 2 * len(
-        ok.OPERATORS
+    on_cuda, on_triton = (
+        sum(gpu_jobs.has(op, backend) for op in ok.OPERATORS) for backend in ("cuda", "triton")
     )
+    assert len(jobs) == len({job.name for job in jobs}) == 4 * (on_cuda + on_triton)
+    assert {job.name.split()[0] for job in jobs[: on_cuda + on_triton]} == {"memcheck"}
     for job in jobs:
         tool, op, backend = job.name.split()
         assert job.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and job.limit <= 75
         assert ("kns=ovseg" in job.command) == (backend == "cuda" and tool != "initcheck")
         assert ("--report-api-errors" in job.command) == (tool == "memcheck")
         assert job.command[job.command.index("scripts/gpu_small.py") + 1 :][:2] == [op, backend]
-    assert len(gpu_jobs.sanitize("x", no_triton=True)) == 4 * len(ok.OPERATORS)
+    assert len(gpu_jobs.sanitize("x", no_triton=True)) == 4 * on_cuda
 
 
 CLEAN = "center_assignment cuda float32 hard\n========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
