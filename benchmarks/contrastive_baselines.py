@@ -139,7 +139,7 @@ def siglip_kernel(image, text, logit_scale, logit_bias):
     try:
         from siglip_kernel import fused_siglip_loss
     except ImportError as error:
-        raise CannotRun(f"{error}: pip install siglip-kernel") from error
+        raise CannotRun(f"{error}: pip install 'ovseg-kernels[bench]'") from error
     except RuntimeError as error:
         raise CannotRun(f"siglip-kernel does not import: {error}".splitlines()[0]) from error
     return fused_siglip_loss(image, text, logit_scale.float().log(), logit_bias.float())

@@ -47,7 +47,7 @@ def tables(path: str | Path) -> str:
                 "allow_tf32",
             )
             parts.append(", ".join(f"{name} {row[name]}" for name in names if name in row))
-    rates = [_rate(row) for row in rows if row.get("op") == "roofline"]
+    rates = [rate_in_words(row) for row in rows if row.get("op") == "roofline"]
     if rates:
         parts.append("reached here: " + ", ".join(rates))
     steps = [row for row in rows if "step" in row]
@@ -95,7 +95,7 @@ def _whole(path: str | Path) -> str:
     )
 
 
-def _rate(row: Row) -> str:
+def rate_in_words(row: Row) -> str:
     """Return what the device reaches, in words."""
     if "failed" in row:
         return f"{row['rate']}: {row['failed']}"
@@ -140,13 +140,19 @@ def _sorted(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row["op"], row["case"], row["dtype"]))
 
 
-def _times(rows: Sequence[Row]) -> str:
-    """Return one line a row; the ratio is to the fastest row of ours in the same case and dtype."""
-    ours: dict[tuple, float] = {}
+def fastest_of_ours(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
+    """Return operator, case and dtype to the milliseconds of our fastest row."""
+    found: dict[tuple[str, str, str], float] = {}
     for row in rows:
         at = (row["op"], row["case"], row["dtype"])
         if row["implementation"].startswith("ovseg") and "ms" in row:
-            ours[at] = min(row["ms"], ours.get(at, row["ms"]))
+            found[at] = min(row["ms"], found.get(at, row["ms"]))
+    return found
+
+
+def _times(rows: Sequence[Row]) -> str:
+    """Return one line a row; the ratio is to the fastest row of ours in the same case and dtype."""
+    ours = fastest_of_ours(rows)
 
     def cells(row: Row) -> list[Any]:
         if "ms" not in row:

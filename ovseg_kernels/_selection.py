@@ -23,6 +23,7 @@ class Rule:
     float64: bool = False
 
 
+_NO_KERNEL = Rule((), "no kernel for a GPU was written")
 _PRODUCTS = Rule(
     ("triton", "cuda"),
     "products bound by tensor cores and L2, where Triton's tiles are larger than CUDA's 64 x 64",
@@ -73,11 +74,10 @@ TABLE: dict[str, tuple[Rule, ...]] = {
 
 def rule(name: str, capability: tuple[int, int], float64: bool = False) -> Rule:
     """Return the rule of a pass for a GPU of this capability."""
-    return next(
-        row for row in TABLE[name] if capability >= row.since and (float64 or not row.float64)
-    )
+    rows = (*TABLE.get(name, ()), _NO_KERNEL)
+    return next(row for row in rows if capability >= row.since and (float64 or not row.float64))
 
 
 def backends_of(name: str) -> set[str]:
     """Return the GPU backends that have a kernel of a pass."""
-    return {other for row in TABLE[name] for other in row.order}
+    return {other for row in TABLE.get(name, ()) for other in row.order}

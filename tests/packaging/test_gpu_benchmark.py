@@ -15,6 +15,7 @@ from ovseg_benchmarks.registry import FUSED
 from ovseg_benchmarks.supervise import AGAIN
 from stand_in import CASES, StandIn
 
+import ovseg_kernels as ok
 from ovseg.cli.main import main as ovseg
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,44 @@ def test_a_step_that_no_graph_can_capture(tmp_path):
     found = lines.finished(rows_of(tmp_path / "x")).values()
     assert all("not permitted" in row["replay_failed"] and row["wall_us"] == 50 for row in found)
     assert "not permitted" in show.tables(tmp_path / "x")
+
+
+def test_the_rate_of_l2_is_that_of_bytes_which_are_read():
+    from ovseg_benchmarks.l2_read import BLOCK, read
+
+    x = torch.arange(3.0 * BLOCK)
+    found = read(x, programs=2, steps=4)  # blocks 0, 2, 1, 0 and 1, 0, 2, 1
+    sums = x.view(3, BLOCK).sum(1)
+    torch.testing.assert_close(found, torch.stack([sums.sum() + sums[0], sums.sum() + sums[1]]))
+
+
+def test_a_picture_of_a_run(tmp_path, monkeypatch):
+    """Every row is in it, with its reason where it has no time."""
+    plot = pytest.importorskip("ovseg_benchmarks.plot")
+    figure = pytest.importorskip("matplotlib.figure")
+    right, drawn = registry.implementations, []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+
+    def raising(**_):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), "eager": raising})
+    for name in ("times", "calls"):
+        gpu.run(StandIn(), tmp_path / name, budget=100, cases=PLAIN, measure=name)
+    files = [tmp_path / "times", tmp_path / "calls"]
+    assert plot.draw(files, tmp_path / "x.png").stat().st_size > 10_000
+    steps, calls = drawn[0].axes
+    labels = [tick.get_text() for tick in steps.get_yticklabels()]
+    assert labels.count("ovseg (cpu)") == labels.count("eager") == 3 and len(labels) == 9
+    told = [[text.get_text().strip() for text in ax.texts] for ax in (steps, calls)]
+    assert all(words.count("out of memory") == 3 and len(words) == 6 for words in told)
+    assert "2 + 2 ms" in told[0][0] and "% of product" in told[0][0] and "50 us" in told[1][0]
+    (tmp_path / "none").write_text('{"op": "environment"}\n')
+    with pytest.raises(ValueError, match="no row that was timed"):
+        plot.draw([tmp_path / "none"], tmp_path / "y.png")
 
 
 def test_every_row_has_its_share_of_what_bounds_it():
@@ -307,3 +346,15 @@ def test_every_case_of_the_issue_is_there():
         "dense_contrastive_loss",
     ):
         assert next(case for case in registry.GPU_CASES if case.op == op).dtypes[0] == "bfloat16"
+
+
+def test_what_a_gpu_is_asked_first():
+    first = {(case.op, case.name): case for case in registry.FIRST_CASES}
+    assert len(first) == len(registry.FIRST_CASES) == 11
+    assert {"siglip-kernel", "eager"} <= set(first["contrastive_loss", "sigmoid-32768"].only)
+    assert "Inf-CLIP's form" in first["contrastive_loss", "softmax-4096"].only
+    patches = first["patch_text_similarity", "vector-4096"]
+    assert patches.shape == {"B": 4096, "T": 4096, "N": 196, "D": 512}
+    assert {case.op for case in registry.SMALL_CASES} == set(ok.OPERATORS)
+    for case in (*registry.FIRST_CASES, *registry.SMALL_CASES):
+        assert set(case.only) <= set(registry.implementations(case))
