@@ -364,7 +364,7 @@ __device__ typename K::A centers_total(const FewBlock<K>& block, typename K::A m
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_kernel(FewArgs<K> x) {
+__global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_few_kernel(FewArgs<K> x) {
   using A = typename K::A;
   OVSEG_DYNAMIC_SHARED(memory);
   FewBlock<K> block(x, memory);
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(kThreads) center_assignment_fwd_merge_kernel(F
 
 template <typename K>
 __global__ void __launch_bounds__(kFewThreads, K::Score::tensor ? kFewBackward : 1)
-    center_assignment_bwd_kernel(FewArgs<K> x) {
+    center_assignment_bwd_few_kernel(FewArgs<K> x) {
   using A = typename K::A;
   using T = typename K::T;
   OVSEG_DYNAMIC_SHARED(memory);
@@ -533,7 +533,7 @@ const char* few_forward(const CenterCuda<typename K::A>& x) {
   const FewArgs<K> args = few_arguments<K>(x, false);
   const FewPlan& plan = args.plan;
   const unsigned blocks = static_cast<unsigned>(x.p.B * plan.splits), centers = static_cast<unsigned>(x.p.B * x.p.G);
-  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_fwd_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
+  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_fwd_few_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
   if (plan.splits == 1) return nullptr;
   return OVSEG_LAUNCH(center_assignment_fwd_merge_kernel<K>, centers, kThreads, 0, x.stream, args);
 }
@@ -543,7 +543,7 @@ const char* few_backward(const CenterCuda<typename K::A>& x) {
   const FewArgs<K> args = few_arguments<K>(x, true);
   const FewPlan& plan = args.plan;
   const unsigned blocks = static_cast<unsigned>(x.p.B * plan.splits), centers = static_cast<unsigned>(x.p.B * x.p.G);
-  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
+  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_few_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
   if (plan.splits == 1 || (!x.p.grad_queries && !x.p.grad_bias)) return nullptr;
   return OVSEG_LAUNCH(center_assignment_bwd_merge_kernel<K>, centers, kThreads, 0, x.stream, args);
 }

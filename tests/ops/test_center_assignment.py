@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backends import COMPILED, device_of, dtypes, parameters, running_on
+from backends import BACKENDS, COMPILED, device_of, dtypes, parameters, running_on
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
@@ -17,6 +17,7 @@ from ovseg_kernels import philox
 from ovseg_kernels.testing import assert_close_to_truth
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "groupvit_assign.npz"
+UNCOMPILED = [name for name in BACKENDS if name not in COMPILED]
 on = pytest.mark.parametrize("backend", parameters(of="center_assignment"))
 
 
@@ -103,14 +104,15 @@ def test_sizes(B, G, L, D, E, backend):
                 assert_close_to_truth(name, results[i], eager[i], truth[i], dtype)
 
 
-@on
+@pytest.mark.parametrize("backend", parameters(UNCOMPILED, of="center_assignment"))
+@pytest.mark.parametrize("G", [8, 11])
 @pytest.mark.parametrize("hard", [True, False])
-def test_values_that_are_the_keys(hard, backend):
-    """One tensor for both, read once; its gradient takes what both get. Bias, scale and soft are
-    there, and rows are whole numbers of 16 bytes.
+def test_values_that_are_the_keys(hard, G, backend):
+    """One tensor for both, whose gradient takes what both get: read once where centers are few.
+    Bias, scale and soft are there, and rows are whole numbers of 16 bytes.
     """
     device = device_of(backend)
-    B, G, L, D = 2, 8, 70, 264
+    B, L, D = 2, 70, 264
     shapes = ((B, G, D), (B, L, D), (B, G), (B, L))
     inputs = [torch.randn(*shape).to(device) for shape in shapes]
     mask = (torch.rand(B, L) > 0.2).to(device)
@@ -160,6 +162,23 @@ def test_more_centers_than_shared_memory_holds(hard, backend):
         expected = run(*tensors, grad, **options)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("G", [3, 11])
+def test_what_is_not_finite_spoils_no_other_image(G, backend):
+    """A NaN of a key is in all of its image, an infinite value in its channel."""
+    tensors = [torch.randn(3, n, 8) for n in (G, 40, 40)]
+    tensors[1][0, 5] = torch.nan
+    tensors[2][1, 7, 2] = torch.inf
+    tensors = [x.to(device_of(backend)) for x in tensors]
+    for hard in (True, False):
+        with running_on(backend):
+            pooled = ok.center_assignment(*tensors, hard=hard)[0]
+        with ok.backend("reference"):
+            expected = ok.center_assignment(*tensors, hard=hard)[0]
+        assert bool(pooled[0].isnan().all()) and bool(pooled[2].isfinite().all())
+        torch.testing.assert_close(pooled, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -268,8 +287,9 @@ def test_strides_and_mixed_dtypes(backend):
 
 
 @pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda"), of="center_assignment"))
+@pytest.mark.parametrize("G", [5, 12])
 @pytest.mark.parametrize("hard", [True, False])
-def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
+def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, G, backend):
     """Channels at a whole number of 16 bytes, and one element further; the sums have one order, and
     masked tokens are not read.
     """
@@ -277,7 +297,7 @@ def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
         mask = torch.rand(2, 139) > 0.3
         for dtype in dtypes(backend):
             queries, keys, base = (
-                torch.randn(2, n, d).to(dtype) for n, d in ((5, 8), (139, 8), (139, 41))
+                torch.randn(2, n, d).to(dtype) for n, d in ((G, 8), (139, 8), (139, 41))
             )
             base[~mask] = torch.nan
             narrow = base[..., 1:]
