@@ -471,11 +471,13 @@ def is_wide(shape):
 @pytest.mark.slow
 def test_the_model_counts_these_kernels(triton_rows):
     """benchmarks/gpu_counts.json is made anew, by the gate's option --counts, where code changes."""
-    size = {(row["kernel"], row["case"]): row["size"] for row in triton_rows if row["arch"] == 90}
+    sizes = defaultdict(set)
+    for row in triton_rows:
+        sizes[row["kernel"], row["case"], row["arch"]].add(row["size"])
     for row in json.loads((ROOT / "benchmarks" / "gpu_counts.json").read_text()):
-        found = size.get((row["kernel"], row["case"]), 0)
-        if "gate" in row["from"]:
-            assert abs(found - row["size"]) <= row["size"] // 5, (row, found)
+        if row["arch"] == 90:
+            found = sizes[row["kernel"], row["case"], row["arch"]]
+            assert any(abs(size - row["size"]) <= row["size"] // 5 for size in found), (row, found)
 
 
 @pytest.mark.slow
