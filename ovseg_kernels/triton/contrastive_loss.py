@@ -135,7 +135,7 @@ def _problem(
     stages = shared_memory(image) // (sum(tile) * depth * dtype.itemsize)
     options = {
         "FACTORS": normalize,
-        "POSITIVES": 0 if image_ids is None else 1 if pair_weights is None else 2,
+        "PAIRS": image_ids is not None,
         "SIGMOID": sigmoid,
         "ACC": ACC[logit_scale.dtype],
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -165,13 +165,40 @@ def _pairs(image_ids, text_ids, pair_weights, none, images):
     """
     if image_ids is None:
         return none, none, none, none
-    if pair_weights is not None:
-        starts, texts = image_ids[: images + 1], image_ids[images + 1 :]
-        return starts, starts[1:], texts, pair_weights[0].contiguous()
-    ids, texts = text_ids.sort(stable=True)
-    begins = torch.searchsorted(ids, image_ids)
-    ends = torch.searchsorted(ids, image_ids, right=True)
-    return begins, ends, texts, none
+    if pair_weights is None:
+        ids, texts = text_ids.sort(stable=True)
+        begins = torch.searchsorted(ids, image_ids)
+        ends = torch.searchsorted(ids, image_ids, right=True)
+        return begins, ends, texts, torch.ones_like(texts, dtype=none.dtype)
+    image_ids = image_ids.contiguous()
+    starts, texts = image_ids[: images + 1], image_ids[images + 1 :]
+    weights = torch.empty_like(pair_weights[0])
+    with on_device(starts):
+        kernels.contrastive_loss_list_kernel[(tiles(images, 128),)](
+            starts, texts, pair_weights[0].contiguous(), weights, images, BR=128, num_warps=4
+        )
+    return starts, starts[1:], texts, weights
+
+
+def _count(offset, image_ids, text_ids, pair_weights, rows, columns):
+    """Write the sums of p of rows and columns into their statistics."""
+    B, T = rows.shape[1], columns.shape[1]
+    if image_ids is None:
+        rows[2, max(0, -offset) : max(0, min(B, T - offset))] = 1
+        columns[2, max(0, offset) : max(0, min(T, B + offset))] = 1
+    elif pair_weights is None:
+        for out, own, other in ((rows, image_ids, text_ids), (columns, text_ids, image_ids)):
+            others = other.sort().values
+            ends = torch.searchsorted(others, own, right=True)
+            out[2] = ends - torch.searchsorted(others, own)
+    else:
+        for out, starts, weights in zip(
+            (rows, columns), (image_ids, text_ids), pair_weights, strict=True
+        ):
+            with on_device(out):
+                kernels.contrastive_loss_counts_kernel[(tiles(out.shape[1], 128),)](
+                    starts, weights, out[2], out.shape[1], BR=128, ACC=ACC[out.dtype], num_warps=4
+                )
 
 
 def _with_a_channel(*features: torch.Tensor) -> list[torch.Tensor]:
@@ -190,7 +217,7 @@ def stats(image, text, logit_scale, logit_bias, *given):
         return rows, columns
     image, text = _with_a_channel(image, text)
     problem = _problem(image, text, logit_scale, logit_bias, *given)
-    width = 1 if problem.sigmoid else 4  # statistics of a part
+    width = 1 if problem.sigmoid else 3  # statistics of a part
     text_tiles = tiles(T, problem.tile[1])
     a_tile = 2 * width * max(T, problem.tile[0]) * logit_scale.element_size()
     size = min(ROWS, problem.tile[0] * max(1, PARTS_BYTES // a_tile))
@@ -235,6 +262,10 @@ def stats(image, text, logit_scale, logit_bias, *given):
                     KEEP=last < B,
                     **merging,
                 )
+    if problem.sigmoid:
+        rows[2] = 1
+    else:
+        _count(problem.offset, *given[:3], rows, columns)
     return rows, columns
 
 
@@ -324,6 +355,7 @@ def _products(problem, vectors, need_image, need_text):
         for x, need in ((image, need_image), (text, need_text))
     )
     block = image.new_empty(height, pitch(width))
+    factor = problem.scale if problem.text.factor is None else problem.text.factor
     counts = tiles(B, problem.tile[0]) * tiles(T, problem.tile[1])
     shares = torch.zeros(counts, 2, dtype=torch.float64, device=image.device)
     done = 0
@@ -338,6 +370,7 @@ def _products(problem, vectors, need_image, need_text):
                 ](
                     *problem.inputs(),
                     *vectors,
+                    factor,
                     descriptor(out, list(problem.tile)),
                     shares[done:],
                     first,
