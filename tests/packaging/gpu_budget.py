@@ -19,7 +19,7 @@ SPILLED = 16  # bytes of a thread
 TRITON_SPILLS: dict[str, tuple[int, str]] = {
     "patch_text_similarity_fwd_kernel": (24, "exact float32: products without tensor cores"),
     "patch_text_similarity_bwd_coefficients_kernel": (24, "exact float32, as the forward"),
-    "contrastive_loss_fwd_kernel": (64, "listed pairs in float32, before the one-pass form"),
+    "contrastive_loss_coefficients_kernel": (64, "a list of positives is read beside 128 x 128 sums"),
     "dense_contrastive_loss_select_keys_kernel": (48, "noise drawn beside exact float32 products"),
 }
 FLOAT64_SPILLED = 256
@@ -34,11 +34,9 @@ SMALL_TILES: dict[str, str] = {
     "patch_text_similarity_bwd_coefficients_kernel": "64 x 64",
     "patch_text_similarity_bwd_patches_kernel": "64 x 64",
     "patch_text_similarity_bwd_texts_kernel": "64 x 64",
-    "contrastive_loss_fwd_kernel": "64 x 64, tf32",
-    "contrastive_loss_bwd_logits_kernel": "64 x 64, tf32",
-    "contrastive_loss_bwd_product_kernel": "64 x 64, tf32; operands are turned on their way",
 }
 # Launches at the stated shapes that may have fewer programs than there are multiprocessors.
 FEW_PROGRAMS: dict[str, str] = {
-    "contrastive_loss_bwd_product_kernel": "64 for the image side of a chunk of 512 rows",
+    "contrastive_loss_merge_kernel": "32 rows a program: the merged statistics are a hundredth",
+    "contrastive_loss_bwd_vectors_kernel": "a sum over the rows of a column of tiles",
 }
