@@ -92,7 +92,8 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
     """Return stages, operations and copied bytes of one turn of every loop that holds a product.
 
     The stages are 1 + the turns whose copies are started before the loop; 1 where a product waits
-    for loads of its own turn. Copies under a condition count as those of every turn.
+    for loads of its own turn. Copies under a condition count as those of every turn. ``inner`` is 0
+    for a loop around another one with products, whose own are not counted to it.
     """
     found: list[dict[str, int]] = []
     loops: list[dict[str, int]] = []
@@ -100,7 +101,8 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
     before = 0
     for line in ttgir.splitlines():
         if "scf.for" in line:
-            loops.append({"depth": depth, "before": before, "copies": 0, "bytes": 0, "flops": 0})
+            loop = {"depth": depth, "before": before, "copies": 0, "bytes": 0, "flops": 0}
+            loops.append({**loop, "inner": 1})
             before = 0
         depth += line.count("{") - line.count("}")
         if any(copy in line for copy in COPIES):
@@ -114,7 +116,10 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
             loop = loops.pop()
             if loop["flops"]:
                 ahead = loop["before"] // loop["copies"] if loop["copies"] else 0
-                found.append({"stages": 1 + ahead, "flops": loop["flops"], "bytes": loop["bytes"]})
+                kept = {name: loop[name] for name in ("inner", "flops", "bytes")}
+                found.append({"stages": 1 + ahead, **kept})
+                for outer in loops:
+                    outer["inner"] = 0
             before = 0
     return found
 
