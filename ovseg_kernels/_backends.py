@@ -114,7 +114,7 @@ def start() -> None:
 
 def _may_be_triton(name: str) -> bool:
     """Return whether Triton may be the one to answer on a GPU, whichever it is."""
-    return _no_cuda_library or any(rule.order[0] == "triton" for rule in _selection.TABLE[name])
+    return _no_cuda_library or "triton" in {rule.order[0] for rule in _selection.TABLE[name]}
 
 
 def _let_triton_answer() -> None:
@@ -234,7 +234,8 @@ def lacks(op: str, name: str) -> bool:
 
 
 def _passes_of(op: str) -> list[str]:
-    return [name for name in lib.schemas_of(op) if name in _selection.TABLE]
+    """Return the schemas of an operator that are kernels, and no composites of torch calls."""
+    return [name for name in lib.schemas_of(op) if name not in lib.COMPOSITES]
 
 
 def _no_kernel(op: str, name: str) -> str:
@@ -293,7 +294,8 @@ def _pass(name: str, wanted: str, device: torch.device, float64: bool) -> Pass:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    """Return the compute capability of a GPU; none for a fake one where torch sees no GPU."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 def select(op: str, device: torch.device, float64: bool = False) -> Choice:

@@ -23,6 +23,7 @@ class Rule:
     float64: bool = False
 
 
+_NO_KERNEL = Rule((), "no kernel for a GPU was written")
 _PRODUCTS = Rule(
     ("triton", "cuda"),
     "products bound by tensor cores and L2, where Triton's tiles are larger than CUDA's 64 x 64",
@@ -35,6 +36,10 @@ _EXACT_PRODUCTS = Rule(
 _ONE_READ = Rule(
     ("cuda", "triton"),
     "bound by memory: CUDA reads every element once, in 16 bytes, whatever the sizes",
+)
+_GROUPED = Rule(
+    ("triton",),
+    "bound by memory: one kernel in which the projections never leave the registers",
 )
 _LISTS = Rule(
     ("cuda", "triton"),
@@ -55,6 +60,8 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "similarity_contrastive_loss_backward": (_ONE_READ,),
     "center_assignment": (_ONE_READ,),
     "center_assignment_backward": (_ONE_READ,),
+    "grouped_inverse_std": (_GROUPED,),
+    "grouped_inverse_std_backward": (_GROUPED,),
     "dense_contrastive_select": (_LISTS,),
     "dense_contrastive_gather": (_ONE_READ,),
     "dense_contrastive_gather_backward": (_ONE_READ,),
@@ -67,11 +74,10 @@ TABLE: dict[str, tuple[Rule, ...]] = {
 
 def rule(name: str, capability: tuple[int, int], float64: bool = False) -> Rule:
     """Return the rule of a pass for a GPU of this capability."""
-    return next(
-        row for row in TABLE[name] if capability >= row.since and (float64 or not row.float64)
-    )
+    rows = (*TABLE.get(name, ()), _NO_KERNEL)
+    return next(row for row in rows if capability >= row.since and (float64 or not row.float64))
 
 
 def backends_of(name: str) -> set[str]:
     """Return the GPU backends that have a kernel of a pass."""
-    return {other for row in TABLE[name] for other in row.order}
+    return {other for row in TABLE.get(name, ()) for other in row.order}

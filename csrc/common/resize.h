@@ -16,8 +16,9 @@ struct LabelRule {
   A threshold;
   int64_t background;
   LabelType type;
-  void* out;  // [B, H, W]
-  A* value;   // [B, H, W] or null
+  void* out;      // [B, H, W]
+  A* value;       // [B, H, W] or null
+  int32_t* flag;  // becomes 1 where numbers are found that are refused, or null: nobody asks
 };
 
 template <typename A>
@@ -43,10 +44,10 @@ OVSEG_ANYWHERE Between<A> between(int64_t at, int64_t samples, int64_t outputs) 
   source = source < A(0) ? A(0) : source;
   int64_t low = static_cast<int64_t>(source);
   A part = source - static_cast<A>(low);
-  if (part < A(1e-3) ||
-      part > A(0.999)) {  // rounding must not give a sample a weight that has none: it may be infinite
-    const int64_t twice = (2 * at + 1) * samples - outputs;  // source, times 2 outputs
-    if (twice >= 0 && twice % (2 * outputs) == 0) low = twice / (2 * outputs), part = A(0);
+  if (part < A(1e-3) || part > A(0.999)) {
+    // Rounding must not give a sample a weight that has none: it may be infinite.
+    const int64_t twice = (2 * at + 1) * samples - outputs, sample = twice / (2 * outputs);  // source, times 2 outputs
+    if (twice >= 0 && sample * 2 * outputs == twice) low = sample, part = A(0);
   }
   low = low > samples - 1 ? samples - 1 : low;
   const int64_t high = low + (low < samples - 1 ? 1 : 0);

@@ -17,7 +17,7 @@ struct MaskLossParams {
   A alpha, gamma;
   A *focal, *dice;                  // [B, C]
   bool* present;                    // [B, C]
-  A* sums;                          // [3, B, C]: S_q, S_qy, S_y
+  A* sums;                          // [4, B, C]: S_q, S_qy, S_y, pixels that count
   const A *grad_focal, *grad_dice;  // [B, C]
   A* grad;                          // [B, C, h, w]
 };
@@ -29,7 +29,7 @@ OVSEG_ANYWHERE void finish_mask_loss(const MaskLossParams<A>& p, int64_t plane, 
   p.focal[plane] = static_cast<A>(sum[0] / pixels);
   p.dice[plane] = static_cast<A>(S(1) - (S(2) * sum[2] + S(1)) / (sum[1] + sum[3] + S(1)));
   p.present[plane] = sum[3] > S(0);
-  for (int64_t k = 0; k < 3; ++k) p.sums[k * p.B * p.C + plane] = static_cast<A>(sum[k + 1]);
+  for (int64_t k = 0; k < 4; ++k) p.sums[k * p.B * p.C + plane] = static_cast<A>(sum[k + 1]);
 }
 
 // What (5) multiplies in one map: focal / n, and dice with and without y.
@@ -39,8 +39,9 @@ struct MaskLossWeights {
 };
 
 template <typename A>
-OVSEG_ANYWHERE MaskLossWeights<A> mask_loss_weights(const MaskLossParams<A>& p, int64_t plane, A pixels) {
+OVSEG_ANYWHERE MaskLossWeights<A> mask_loss_weights(const MaskLossParams<A>& p, int64_t plane) {
   const int64_t maps = p.B * p.C;
+  const A pixels = p.sums[3 * maps + plane];
   const A below = p.sums[plane] + p.sums[2 * maps + plane] + A(1), above = A(2) * p.sums[maps + plane] + A(1);
   const A dice = p.grad_dice[plane] / below;
   return {p.grad_focal[plane] / (pixels > A(1) ? pixels : A(1)), dice * above / below, A(2) * dice};

@@ -29,7 +29,7 @@ struct MaskLossInputs {
   MaskLossOutputs outputs() {
     const ScalarType type = logits.scalar_type();
     Tensor focal = new_tensor(logits, {p.B, p.C}, type), dice = new_tensor(logits, {p.B, p.C}, type);
-    Tensor present = new_tensor(logits, {p.B, p.C}, ScalarType::Bool), sums = new_tensor(logits, {3, p.B, p.C}, type);
+    Tensor present = new_tensor(logits, {p.B, p.C}, ScalarType::Bool), sums = new_tensor(logits, {4, p.B, p.C}, type);
     p.focal = data<A>(focal), p.dice = data<A>(dice), p.present = data<bool>(present), p.sums = data<A>(sums);
     return {focal, dice, present, sums};
   }
@@ -47,7 +47,7 @@ struct MaskLossGradient {
     const ScalarType type = in.logits.scalar_type();
     check_shape("grad_focal", grad_focal, {in.p.B, in.p.C}), check_type("grad_focal", grad_focal, type);
     check_shape("grad_dice", grad_dice, {in.p.B, in.p.C}), check_type("grad_dice", grad_dice, type);
-    check_shape("sums", sums, {3, in.p.B, in.p.C}), check_type("sums", sums, type);
+    check_shape("sums", sums, {4, in.p.B, in.p.C}), check_type("sums", sums, type);
     in.p.grad_focal = data<A>(grad_focal), in.p.grad_dice = data<A>(grad_dice);
     in.p.sums = data<A>(sums), in.p.grad = data<A>(grad);
   }

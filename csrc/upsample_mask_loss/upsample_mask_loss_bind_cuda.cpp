@@ -10,8 +10,8 @@ template <typename A>
 MaskLossOutputs forward_as(MaskLossInputs<A> in) {
   const OnDevice device(in.logits);
   MaskLossOutputs found = in.outputs();
-  Tensor parts = new_tensor(in.logits, {mask_loss_splits(in.p), 5, in.p.B * in.p.C}, in.logits.scalar_type());
-  check_launch("upsample_mask_loss", upsample_mask_loss_on_device(in.p, data<A>(parts), device.stream()));
+  Tensor parts = new_tensor(in.logits, {mask_loss_splits(in.p), 5, in.p.B * in.p.C}, ScalarType::Double);
+  check_launch("upsample_mask_loss", upsample_mask_loss_on_device(in.p, data<double>(parts), device.stream()));
   return found;
 }
 
@@ -23,8 +23,7 @@ template <typename A>
 Tensor backward_as(MaskLossInputs<A> in, const Tensor& grad_focal, const Tensor& grad_dice, const Tensor& sums) {
   const OnDevice device(in.logits);
   MaskLossGradient<A> gradient(in, grad_focal, grad_dice, sums);
-  Tensor counts = new_tensor(in.logits, {in.p.B}, in.logits.scalar_type());
-  check_launch("upsample_mask_loss", upsample_mask_loss_backward_on_device(in.p, data<A>(counts), device.stream()));
+  check_launch("upsample_mask_loss", upsample_mask_loss_backward_on_device(in.p, device.stream()));
   return gradient.grad;
 }
 

@@ -113,10 +113,10 @@ void spread(const MaskLossParams<A>& p, int64_t plane, const Between<A>& y, Work
 }
 
 template <bool kSquare, typename A>
-void backward_map(const MaskLossParams<A>& p, int64_t plane, A pixels, Workspace<A>& ws) {
+void backward_map(const MaskLossParams<A>& p, int64_t plane, Workspace<A>& ws) {
   const int64_t c = plane % p.C;
   const int32_t* codes = p.codes + plane / p.C * p.H * p.W;
-  const MaskLossWeights<A> weights = mask_loss_weights(p, plane, pixels);
+  const MaskLossWeights<A> weights = mask_loss_weights(p, plane);
   for (int64_t i = 0; i < p.h * p.w; ++i) p.grad[plane * p.h * p.w + i] = A(0);
   for (int64_t X = 0; X < p.W; ++X) ws.grad_low[X] = ws.grad_high[X] = A(0);
   Between<A> last{};
@@ -153,16 +153,8 @@ template <typename A>
 void backward(const MaskLossParams<A>& p, int64_t begin, int64_t end, A* memory) {
   Workspace<A> ws(p, memory);
   ws.columns(p);
-  int64_t image = -1;
-  A pixels = 0;
   for (int64_t plane = begin; plane < end; ++plane) {
-    if (plane / p.C != image) {
-      image = plane / p.C;
-      int64_t count = 0;
-      for (int64_t i = 0; i < p.H * p.W; ++i) count += p.codes[image * p.H * p.W + i] == kIgnored ? 0 : 1;
-      pixels = static_cast<A>(count);
-    }
-    p.gamma == A(2) ? backward_map<true>(p, plane, pixels, ws) : backward_map<false>(p, plane, pixels, ws);
+    p.gamma == A(2) ? backward_map<true>(p, plane, ws) : backward_map<false>(p, plane, ws);
   }
 }
 

@@ -4,14 +4,15 @@
 
 namespace ovseg {
 
-// How many numbers the softmax keeps for a call; 0 without softmax.
+// For what a tile has room in shared memory: lines of the canvas, and windows at a time.
+struct WindowPlan {
+  int32_t down, across, windows;
+};
+
+// How many numbers the softmax of windows keeps for a call; 0 for all others.
 template <typename A>
 int64_t window_norms(const WindowParams<A>& p) {
-  if (p.activation != Activation::softmax) return 0;
-  const int64_t pixels = p.stage == Stage::window   ? p.n * p.hc * p.wc
-                         : p.stage == Stage::merged ? p.Hc * p.Wc
-                                                    : p.H * p.W;
-  return 2 * pixels;
+  return p.activation == Activation::softmax && p.stage == Stage::window ? 2 * p.n * p.hc * p.wc : 0;
 }
 
 template <typename A>

@@ -130,7 +130,7 @@ def _(logits, codes, alpha, gamma):
         logits.new_empty(shape),
         logits.new_empty(shape),
         logits.new_empty(shape, dtype=torch.bool),
-        logits.new_empty((3, *shape)),
+        logits.new_empty((4, *shape)),
     )
 
 

@@ -28,15 +28,12 @@ def _maps(logits, codes, alpha, gamma):
 
 
 def upsample_mask_loss(logits, codes, alpha, gamma):
-    """Return (focal, dice, present, sums [3, B, C] of p, p y and y), equations (2) to (4)."""
+    """Return (focal, dice, present, sums [4, B, C] of p, p y, y and 1), equations (2) to (4)."""
     _, p, y, focal, counts = _maps(logits, codes, alpha, gamma)
-    pixels = counts.sum((2, 3)).clamp_min(1)
-    sums = torch.stack(
-        [(counts * p).sum((2, 3)), (counts * p * y).sum((2, 3)), (counts * y).sum((2, 3))]
-    )
-    total_p, total_py, total_y = sums
+    sums = torch.stack([(counts * x).sum((2, 3)) for x in (p, p * y, y, torch.ones_like(y))])
+    total_p, total_py, total_y, pixels = sums
     return (
-        (counts * focal).sum((2, 3)) / pixels,
+        (counts * focal).sum((2, 3)) / pixels.clamp_min(1),
         1 - (2 * total_py + 1) / (total_p + total_y + 1),
         total_y > 0,
         sums,
@@ -47,16 +44,15 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     """Return the gradient of the logits, (5): through the transposed upsampling."""
     height, width = codes.shape[1:]
     x, p, y, _, counts = _maps(logits, codes, alpha, gamma)
-    pixels = counts.sum((2, 3)).clamp_min(1)
     sign, weight = 2 * y - 1, alpha * y + (1 - alpha) * (1 - y)
     wrong = (-sign * x).sigmoid()  # 1 - p_t, without cancellation
     slope = -sign * weight * wrong**gamma * (gamma * (1 - wrong) * F.softplus(-sign * x) + wrong)
-    total_p, total_py, total_y = sums
+    total_p, total_py, total_y, pixels = sums
     bottom = (total_p + total_y + 1)[..., None, None]
     top = (2 * total_py + 1)[..., None, None]
     dice = (top / bottom - 2 * y) / bottom * p * (1 - p)
     grad = counts * (
-        (grad_focal / pixels)[..., None, None] * slope + grad_dice[..., None, None] * dice
+        (grad_focal / pixels.clamp_min(1))[..., None, None] * slope + grad_dice[..., None, None] * dice
     )
     return torch.ops.aten.upsample_bilinear2d_backward(
         grad, [height, width], list(logits.shape), False

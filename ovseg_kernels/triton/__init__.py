@@ -22,6 +22,8 @@ KERNELS = {
     "upsample_mask_loss_backward": ("upsample_mask_loss", "backward"),
     "center_assignment": ("center_assignment", "forward"),
     "center_assignment_backward": ("center_assignment", "backward"),
+    "grouped_inverse_std": ("segclip_center_assignment", "forward"),
+    "grouped_inverse_std_backward": ("segclip_center_assignment", "backward"),
 }
 
 

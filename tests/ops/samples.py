@@ -463,7 +463,7 @@ def features_loss(dtype=torch.float64, device="cpu", B=5, D=6) -> list[Sample]:
         if "positives" in kwargs:
             positives = sorted_both_ways(*listed.values(), *plain[:2])
         plain = (*plain, bias, *positives)
-        options = (0, sigmoid, False)
+        options = (0, sigmoid, False, False)
         rows, columns = torch.ops.ovseg.contrastive_stats(*plain, *options)
         saved = (
             rows,

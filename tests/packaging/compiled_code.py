@@ -12,7 +12,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-BITS = {"f64": 64, "f32": 32, "i32": 32, "f16": 16, "bf16": 16, "i8": 8}
 COPIES = ("ttg.async_copy_global_to_local", "ttng.async_tma_copy_global_to_local")
 PRODUCTS = ("tt.dot ", "ttng.warp_group_dot ")
 # Tensor cores, by the first letters of their instructions.
@@ -76,7 +75,7 @@ def bulk_copies(ptx: str) -> int:
 def _size(shape: str) -> int:
     """Return the bytes of a type such as ``128x64xbf16``."""
     *sizes, kind = shape.split("x")
-    count = BITS[kind] // 8
+    count = int(kind.strip("abfi")) // 8
     for size in sizes:
         count *= int(size)
     return count

@@ -108,6 +108,14 @@ def assignment(B, L, D=16, G=8):
     )
 
 
+def grouped(B, L, D=32, S=16):
+    from ovseg_kernels.triton import segclip_center_assignment as op
+
+    inputs = nothing(B, L, D), nothing(D, S)
+    found = op.forward(*inputs, 1e-5)
+    op.backward(found, *inputs, found)
+
+
 def pixels(B, N, T, D=16):
     from ovseg_kernels.triton import dense_contrastive_loss as op
 
@@ -164,6 +172,7 @@ SHAPES = {
     matrix: [(3, MANY), (MANY, 3)],
     features: [(3, MANY), (MANY, 3)],
     assignment: [(70_000, 5), (2, MANY), (1, 5, 2 * MANY)],
+    grouped: [(MANY, 1), (1, MANY)],
     pixels: [(70_000, 100, 2), (2, 5, MANY)],
     labels: [(70_000, 9, 9), (2, 70_000, 9), (1, 9, 4 * MANY)],
     windows: [(20_000, 20_000)],

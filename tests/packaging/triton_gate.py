@@ -3,6 +3,7 @@ prints JSON lines.
 
     python tests/packaging/triton_gate.py 80 90 120             # what the tests ask for
     python tests/packaging/triton_gate.py 90 --only patch_text  # the cases of one operator
+    python tests/packaging/triton_gate.py 90 --counts benchmarks/gpu_counts.json
     python tests/packaging/triton_gate.py --shapes              # programs of every launch
 
 A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they
@@ -101,10 +102,10 @@ def facts(compiled) -> dict:
 class Compiler:
     """Stands in for Triton's launch: compiles for one target, and prints what came of it."""
 
-    def __init__(self, arch: int, only: str, count: bool):
+    def __init__(self, arch: int, only: str):
         self.arch = arch
         self.only = only
-        self.count = count
+        self.counts: list[dict] | None = None  # of the kernels in their hot dtypes, if asked for
         self.case = Case("", True, print, ())
 
     def __call__(self, kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
@@ -122,17 +123,18 @@ class Compiler:
         compiled = triton.compile(src, target=target, options=options)
         row = {"kernel": kernel.__name__, "case": self.case.label, "arch": self.arch}
         row |= facts(compiled)
-        if self.count:
-            row["counts"] = self.counts(compiled)
+        if self.counts is not None and self.case.hot:
+            self.counts.append(self.counted(row, compiled))
         print(json.dumps({**row, "seconds": round(seconds() - began, 2)}), flush=True)
 
-    def counts(self, compiled) -> dict:
-        """Instructions of the machine code, by its loops."""
+    def counted(self, row: dict, compiled) -> dict:
+        """What benchmarks/gpu_model.py reads of a kernel: instructions by the loops of its code."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             (sass,) = compiled_code.machine_code(file.name, CUOBJDUMP).values()
-        return compiled_code.counts(sass)
+        kept = ("kernel", "case", "arch", "warps", "registers", "shared", "size")
+        return {name: row[name] for name in kept} | compiled_code.counts(sass)
 
 
 class Notebook:
@@ -234,20 +236,32 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
+def inverse_std(dtype):
+    from ovseg_kernels.triton import segclip_center_assignment as op
+
+    tokens = torch.randn(2, 196, 768).to(dtype)
+    weight = torch.randn(768, 16 if dtype == torch.float64 else 64).to(dtype)
+    found = op.forward(tokens, weight, 1e-5)
+    op.backward(found, tokens, weight, found)
+
+
 def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
-    B, D, one = 256, 512, torch.ones((), dtype=dtype)
+    B, D = 256, 512
+    acc = torch.float32 if dtype.itemsize == 2 else dtype
+    one = torch.ones((), dtype=acc)
     for tf32 in (False, True) if dtype == torch.float32 else (False,):
-        inputs = (torch.randn(B, D, dtype=dtype), torch.randn(B, D, dtype=dtype), one, one)
-        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=dtype)
+        inputs = (torch.randn(B, D).to(dtype), torch.randn(B, D).to(dtype), one, one)
+        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=acc)
         inputs += {
             "": (None, None, None),
             "ids": (torch.arange(B), torch.arange(B), None),
             "list": listed,
         }[positives]
-        rows, columns = op.stats(*inputs, 0, sigmoid, tf32)
-        op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
+        options = (0, sigmoid, tf32, dtype.itemsize == 2)
+        rows, columns = op.stats(*inputs, *options)
+        op.backward(one, *inputs, rows, columns, rows[0], columns[0], *options, True, True)
 
 
 def features_loss_at(B, D):
@@ -374,6 +388,7 @@ def cases() -> Iterator[Case]:
             if name != "float64" or hard:
                 label = f"{name} assignment, noise {noise}{' masked' if masked else ''}"
                 yield Case(label, hot, assignment, (dtype, hard, noise, masked))
+        yield Case(f"{name} inverse standard deviation", hot, inverse_std, (dtype,))
     for name, dtype, hot in dtypes("float32", "float64"):
         for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
@@ -412,7 +427,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("targets", type=int, nargs="*", default=[80, 90, 120])
     options.add_argument("--only", default="", help="kernels whose name holds this")
-    options.add_argument("--counts", action="store_true", help="count instructions too: slow")
+    options.add_argument("--counts", help="a file for the instructions of hot kernels: slower")
     options.add_argument("--shapes", action="store_true", help="programs at the stated shapes")
     asked = options.parse_args()
     if asked.shapes:
@@ -424,11 +439,15 @@ def main() -> None:
         return
     for arch in asked.targets:
         device_has(SHARED[arch])
-        in_place_of_launches(compiler := Compiler(arch, asked.only, asked.counts))
+        in_place_of_launches(compiler := Compiler(arch, asked.only))
+        compiler.counts = [] if asked.counts else None
         for case in cases():
             if case.hot or arch == FULL:
                 compiler.case = case
                 case.launch(*case.arguments)
+        if compiler.counts is not None:
+            lines = ",\n".join(json.dumps(counted) for counted in compiler.counts)
+            Path(asked.counts).write_text(f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":
