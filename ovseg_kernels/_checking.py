@@ -4,9 +4,9 @@ Shapes, dtypes and devices are checked always: that costs nothing.
 
 On the CPU numbers are looked at in the call. To look at one on a GPU, the host waits for all work
 queued before it, on every call, and no CUDA graph can be captured: there it happens only under
-``OVSEG_CHECK=1`` or inside ``with ovseg_kernels.checking():``. What can be told by a small
-reduction on the GPU (NaN in the logits of the label operators) is written there into a flag,
-without waiting, and raised by a later call of these operators or by ``check_errors``.
+``OVSEG_CHECK=1`` or inside ``with ovseg_kernels.checking():``. What the kernels of the label
+operators see on their way (NaN in the logits) they write into a flag of the device, without
+waiting; it is raised by a later call of these operators or by ``check_errors``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ DEFERRED = (
     "window_argmax: logits, tables or bias holds NaN or an infinity; expected finite numbers for "
     "softmax",
 )
+UPSAMPLE, WINDOW, WINDOW_SOFTMAX = 1, 2, 3  # slots: where their flags lie
 
 
 @contextlib.contextmanager
@@ -73,11 +74,6 @@ def looked_at(x: torch.Tensor) -> list[torch.Tensor]:
     return _parts(x.detach()) if looks_at_values(x) else []
 
 
-def deferred(x: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors whose check is left to the GPU, in the same way."""
-    return _parts(x.detach()) if not looks_at_values(x) and defers(x) else []
-
-
 def _parts(x: torch.Tensor) -> list[torch.Tensor]:
     """Return ``x`` without what the transforms of torch.func have wrapped it in."""
     if torch.compiler.is_compiling() or not functorch.is_functorch_wrapped_tensor(x):
@@ -114,7 +110,7 @@ class _Flags:
 
     def send(self) -> None:
         """Copy the flags to the host, behind what is queued now, if no copy is on its way."""
-        if self.landed is None:
+        if self.landed is None and not capturing():
             self.copy.copy_(self.found, non_blocking=True)
             self.landed = _event(self.found)
 
@@ -142,23 +138,29 @@ def capturing() -> bool:
 _flags: dict[torch.device, _Flags] = {}
 
 
-def defer(good: torch.Tensor, message: str) -> None:
-    """Flag ``message`` where ``good`` is false, and raise what earlier calls flagged.
+def flags_of(x: torch.Tensor) -> _Flags | None:
+    """Return the flags that the kernels of a call with ``x`` are to write, or None.
 
-    ``good`` is a bool without dimensions; the flag lies on its device. A captured graph flags at
-    every replay, into the memory that calls before the capture have made; without one it does not.
+    None where the check is not left to a GPU. Raises what earlier calls flagged. A captured graph
+    flags at every replay, into the memory that calls before the capture have made; without one it
+    does not. After the call its flags are to be sent.
     """
-    flags, captured = _flags.get(good.device), capturing()
+    if looks_at_values(x) or not defers(x) or not x.numel():
+        return None
+    flags, captured = _flags.get(x.device), capturing()
+    if captured:  # inside a capture no event may be asked
+        return flags
     if flags is None:
-        if captured:
-            return
-        flags = _flags.setdefault(good.device, _Flags(good.device))
-    if not captured:  # inside a capture no event may be asked
-        flags.raise_arrived()
-    slot = torch.where(good, 0, 1 + DEFERRED.index(message))
-    flags.found.index_fill_(0, slot.reshape(1), 1)
-    if not captured:
-        flags.send()
+        flags = _flags.setdefault(x.device, _Flags(x.device))
+    flags.raise_arrived()
+    return flags
+
+
+def flag(flags: torch.Tensor, slot: int, bad: torch.Tensor) -> None:
+    """Write a one at ``slot`` of the flags if any of ``bad`` is true, as a kernel does."""
+    for each in _parts(bad):
+        place = torch.where(each.any(), slot, 0)
+        flags.index_fill_(0, place.reshape(1), 1)
 
 
 def check_errors() -> None:

@@ -22,6 +22,7 @@ LIBRARY = torch_library.Library("ovseg", "DEF")
 SCHEMAS: dict[str, str] = {}
 OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
+ON_GPUS: set[str] = set()  # schemas that are called for tensors on a GPU alone
 # A handful of torch calls, the same on every device: no kernel is wanted.
 COMPOSITES: set[str] = set()
 BUILT_ON: dict[str, str] = {}  # public operator to the one whose schemas it calls
@@ -61,9 +62,14 @@ class _Native:
             )
 
 
-def define(op: str, schema: str) -> None:
-    """Define a schema of the public operator ``op``."""
+def define(op: str, schema: str, *, on_gpus: bool = False) -> None:
+    """Define a schema of the public operator ``op``.
+
+    With ``on_gpus`` it is called for tensors on a GPU alone, and no kernel of the CPU is wanted.
+    """
     name = schema.split("(", 1)[0]
+    if on_gpus:
+        ON_GPUS.add(name)
     SCHEMAS[name], OPERATOR_OF[name] = schema, op
     LIBRARY.define(schema)
 

@@ -35,6 +35,14 @@ struct LabelTensors {
   }
 };
 
+// The flag that a kernel raises over numbers that are refused: one of those of the device.
+inline int32_t* flag_at(const Tensor& flags, int64_t slot) {
+  check_type("flags", flags, ScalarType::Int);
+  STD_TORCH_CHECK(flags.dim() == 1 && 0 <= slot && slot < flags.numel(), "flags has ", flags.numel(),
+                  " elements; expected one at ", slot);
+  return data<int32_t>(flags) + slot * flags.stride(0);
+}
+
 // Labels of `shape`, and values of the same shape, or none in its first dimension.
 template <typename A>
 LabelOutputs label_outputs(LabelRule<A>& p, const Tensor& like, std::vector<int64_t> shape, int64_t type,

@@ -1,10 +1,11 @@
-"""Argument checks that the operators with label maps share."""
+"""What the operators with label maps share: argument checks, and the call of their kernels."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import _check, _checking
+from .. import _library as lib
 from ..reference.patch_text_similarity import accumulation_dtype
 from ..reference.upsample_argmax import LABEL_TYPES
 
@@ -21,6 +22,29 @@ def pair(name: str, value: object, meaning: str) -> None:
         raise ValueError(
             f"{name} is {value!r}; expected at most {LONGEST} rows and columns, {meaning}"
         )
+
+
+def answer(
+    op: str,
+    definition: bool,
+    like: torch.Tensor,
+    arguments: tuple,
+    flags: _checking._Flags | None,
+    slot: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels and values of a call, by its ``definition`` or by what the dispatcher has.
+
+    With ``flags`` it also looks for numbers that are refused, and says so at the ``slot``.
+    """
+    name = op
+    if flags is not None:
+        name, arguments = f"{op}_flagging", (*arguments, flags.found, slot)
+    with torch.autocast(lib.autocast_type(like.device), enabled=False):
+        kernel = lib.FALLBACKS[name] if definition else getattr(torch.ops.ovseg, name)
+        found = kernel(*arguments)
+    if flags is not None:
+        flags.send()
+    return found
 
 
 def label_rule(

@@ -52,6 +52,13 @@ lib.define(
     "float? threshold, int background, int label_type, bool want_value) "
     "-> (Tensor labels, Tensor value)",
 )
+lib.define(
+    "upsample_argmax",
+    "upsample_argmax_flagging(Tensor logits, Tensor? bias, Tensor? class_labels, int height, "
+    "int width, float? threshold, int background, int label_type, bool want_value, "
+    "Tensor(a!) flags, int slot) -> (Tensor labels, Tensor value)",
+    on_gpus=True,
+)
 lib.fallback("upsample_argmax", reference.upsample_argmax)
 
 
@@ -133,6 +140,7 @@ def upsample_argmax(
     _check.flag("return_value", return_value)
     _transforms.no_derivative("upsample_argmax", logits, bias)
     _numbers(logits, bias)
+    flags = _checking.flags_of(logits)
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)
     logits = logits.detach().to(dtype)
@@ -144,28 +152,37 @@ def upsample_argmax(
         LABEL_TYPES.index(label_type),
         return_value,
     )
-    with torch.autocast(lib.autocast_type(logits.device), enabled=False):
-        if _backends.use_definition("upsample_argmax", logits.device):
-            labels, value = reference.upsample_argmax(logits, bias, class_labels, *options)
-        else:
-            labels, value = torch.ops.ovseg.upsample_argmax(logits, bias, class_labels, *options)
-    return LabelMaps(labels, value) if return_value else labels
+    arguments = logits, bias, class_labels, *options
+    definition = _backends.use_definition("upsample_argmax", logits.device)
+    found = _labels.answer(
+        "upsample_argmax", definition, logits, arguments, flags, _checking.UPSAMPLE
+    )
+    return LabelMaps(*found) if return_value else found[0]
 
 
-def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Check for NaN, and for infinities of both signs in one class of an image.
+def _refused(logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return, for every class of an image, whether it holds NaN, or infinities of both signs.
 
     One of the infinities may be the bias; together they would make a NaN.
     """
-    if not logits.numel() or not (_checking.looks_at_values(logits) or _checking.defers(logits)):
+    least, most = logits.amin((2, 3)), logits.amax((2, 3))
+    return (least + most if bias is None else (least + bias) + (most + bias)).isnan()
+
+
+def _flagging(*arguments):
+    *given, flags, slot = arguments
+    _checking.flag(flags, slot, _refused(*given[:2]))
+    return reference.upsample_argmax(*given)
+
+
+lib.fallback("upsample_argmax_flagging", _flagging)
+
+
+def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Check that no class of an image is refused, where numbers are looked at in the call."""
+    if not logits.numel() or not _checking.looks_at_values(logits):
         return
-    least, most = (
-        x if bias is None else x + bias.detach()
-        for x in (logits.detach().amin((2, 3)), logits.detach().amax((2, 3)))
-    )
-    bad = (least + most).isnan()  # of every class
-    for each in _checking.deferred(bad):
-        _checking.defer(~each.any(), _checking.DEFERRED[0])
+    bad = _refused(logits.detach(), None if bias is None else bias.detach())
     if any(bool(each.any()) for each in _checking.looked_at(bad)):
         given = (
             x for name in (logits, bias) if name is not None for x in _checking.looked_at(name)
@@ -179,11 +196,15 @@ def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 
 @lib.fake("upsample_argmax")
-def _(logits, bias, class_labels, height, width, threshold, background, label_type, want_value):
+@lib.fake("upsample_argmax_flagging")
+def _(
+    logits, bias, class_labels, height, width, threshold, background, label_type, want_value, *_
+):
     B = logits.shape[0]
     labels = logits.new_empty((B, height, width), dtype=LABEL_TYPES[label_type])
     return labels, logits.new_empty((B if want_value else 0, height, width))
 
 
-_transforms.no_second_derivative("upsample_argmax")
-_transforms.vmap("upsample_argmax", images=(0,))
+for _schema in ("upsample_argmax", "upsample_argmax_flagging"):
+    _transforms.no_second_derivative(_schema)
+    _transforms.vmap(_schema, images=(0,))

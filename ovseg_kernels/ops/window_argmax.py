@@ -65,6 +65,15 @@ lib.define(
     "int height, int width, int activation, int stage, float? threshold, int background, "
     "int label_type, bool want_value) -> (Tensor labels, Tensor value)",
 )
+lib.define(
+    "window_argmax",
+    "window_argmax_flagging(Tensor values, Tensor? index, Tensor origins, Tensor? bias, "
+    "Tensor? class_labels, int crop_height, int crop_width, int canvas_height, int canvas_width, "
+    "int height, int width, int activation, int stage, float? threshold, int background, "
+    "int label_type, bool want_value, Tensor(a!) flags, int slot) "
+    "-> (Tensor labels, Tensor value)",
+    on_gpus=True,
+)
 lib.fallback("window_argmax", reference.window_argmax)
 
 
@@ -183,9 +192,9 @@ def window_argmax(
     for each in _checking.looked_at(origins):
         _covered(each, crop, canvas)
     origins = _beside(origins, logits)
-    _numbers(
-        "tables" if tables is not None else "logits", values, bias, softmax=activation == "softmax"
-    )
+    softmax = activation == "softmax"
+    _numbers("tables" if tables is not None else "logits", values, bias, softmax=softmax)
+    flags = _checking.flags_of(values)
     dtype = accumulation_dtype(values)
     bias = None if bias is None else bias.detach().to(dtype)
     index = None if tables is None else upsample_argmax(logits, crop, label_type=torch.int16)
@@ -209,12 +218,10 @@ def window_argmax(
         *options,
         return_value,
     )
-    with torch.autocast(lib.autocast_type(values.device), enabled=False):
-        if _backends.use_definition("window_argmax", values.device):
-            labels, value = reference.window_argmax(*arguments)
-        else:
-            labels, value = torch.ops.ovseg.window_argmax(*arguments)
-    return LabelMaps(labels, value) if return_value else labels
+    slot = _checking.WINDOW_SOFTMAX if softmax else _checking.WINDOW
+    definition = _backends.use_definition("window_argmax", values.device)
+    found = _labels.answer("window_argmax", definition, values, arguments, flags, slot)
+    return LabelMaps(*found) if return_value else found[0]
 
 
 def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -339,16 +346,24 @@ def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: 
                     f"{what} holds NaN or +infinity; expected numbers, or -infinity where a class "
                     "is switched off"
                 )
-    if not _checking.looks_at_values(x) and _checking.defers(x):
-        most = x.detach().amax()  # NaN, if there is one
-        most = most if bias is None else torch.maximum(most, bias.detach().amax())
-        good = most < torch.inf
-        good = good & (x.detach().amin() > -torch.inf) if softmax else good
-        for each in _checking.deferred(good):
-            _checking.defer(each, _checking.DEFERRED[2 if softmax else 1])
+
+
+def _flagging(*arguments):
+    *given, flags, slot = arguments
+    values, bias, activation = given[0], given[3], given[11]
+    most = values.amax()  # NaN, if there is one
+    most = most if bias is None else torch.maximum(most, bias.amax())
+    good = most < torch.inf
+    good = good & (values.amin() > -torch.inf) if ACTIVATIONS[activation] == "softmax" else good
+    _checking.flag(flags, slot, ~good)
+    return reference.window_argmax(*given)
+
+
+lib.fallback("window_argmax_flagging", _flagging)
 
 
 @lib.fake("window_argmax")
+@lib.fake("window_argmax_flagging")
 def _(
     values,
     index,
@@ -367,11 +382,13 @@ def _(
     background,
     label_type,
     want_value,
+    *_,
 ):
     return values.new_empty((height, width), dtype=LABEL_TYPES[label_type]), values.new_empty(
         (height if want_value else 0, width)
     )
 
 
-_transforms.no_second_derivative("window_argmax")
-_transforms.vmap("window_argmax")
+for _schema in ("window_argmax", "window_argmax_flagging"):
+    _transforms.no_second_derivative(_schema)
+    _transforms.vmap(_schema)

@@ -29,6 +29,7 @@ T* at(uintptr_t address) {
 
 PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("take_steps", &emulation::take_steps, "Basic blocks run, of each kernel since the last call.");
+  m.def("take_launches", &emulation::take_launches, "The kernels launched since the last call, in order.");
   m.def("set_seed", &emulation::set_seed, "Seed of the order in which threads run.");
   m.def(
       "allocate",

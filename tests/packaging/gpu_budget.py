@@ -34,6 +34,19 @@ SMALL_TILES: dict[str, str] = {
     "patch_text_similarity_bwd_patches_kernel": "64 x 64",
     "patch_text_similarity_bwd_texts_kernel": "64 x 64",
 }
+# For the few rows that need it; where there are none they leave at once.
+RARE: dict[str, str] = {
+    "patch_text_similarity_gram_cancelled_kernel": "rows whose |v|^2 has cancelled",
+}
+# Compiled for sm_90 alone; what answers elsewhere.
+HOPPER: dict[str, str] = {
+    "patch_text_similarity_gram_fwd_kernel": "patch_text_similarity_fwd_kernel",
+    "patch_text_similarity_gram_cancelled_kernel": "patch_text_similarity_pooled_norms_kernel",
+}
+CHANNELS = 512 // 64  # turns of an inner loop for one tile, at the stated shapes
 # Launches at the stated shapes that may have fewer programs than there are multiprocessors.
 FEW_PROGRAMS: dict[str, str] = {
+    "contrastive_loss_merge_kernel": "32 rows a program, of 4096 images: the parts are a hundredth of what made them",
+    "contrastive_loss_bwd_vectors_kernel": "256 rows a program: two numbers for each",
+    "patch_text_similarity_gram_bwd_hessian_kernel": "one an image, whose largest number it needs",
 }
