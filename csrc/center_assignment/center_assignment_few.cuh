@@ -386,7 +386,6 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_few_kern
     __syncthreads();
     block.pool(x.plan.same ? keys : block.next(true), block.weights, p.E, sums);
   }
-  wait_copies<0>();
   const A total = centers_total(block, count);
   if (threadIdx.x < p.G) {
     block.weights[threadIdx.x] = total;
@@ -481,7 +480,6 @@ __global__ void __launch_bounds__(kFewThreads, K::Score::tensor ? kFewBackward :
       block.start(block.piece);
     }
   }
-  wait_copies<0>();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.G;
   const A total = centers_total(block, bias);
   if (p.grad_bias && threadIdx.x < p.G) (plan.splits > 1 ? x.counts : p.grad_bias)[first + threadIdx.x] = total;
