@@ -33,9 +33,8 @@ def tiled(
     mufu = 0.0
     if found is not None:
         warps = tiles * found["warps"]
-        instructions = warps * (steps * found["step"]["instructions"])
-        instructions += warps * found["tile"]["instructions"]
-        mufu = warps * LANES * (steps * found["step"]["mufu"] + found["tile"]["mufu"])
+        instructions = warps * done(found, "instructions", steps)
+        mufu = warps * LANES * done(found, "mufu", steps)
     return Work(
         kernel,
         flops=flops,
@@ -47,12 +46,24 @@ def tiled(
     )
 
 
+def done(found: dict, name: str, steps: float) -> float:
+    """Return how many instructions a warp does for a tile; what it does sometimes counts fully."""
+    return steps * (found["step"][name] + found["sometimes"][name]) + found["tile"][name]
+
+
 def by_pixel(kernel: str, form: str, pixels: float, unit: int, *, memory: float) -> Work:
-    """Return the work of a kernel whose main loop takes ``unit`` pixels of a class in one turn."""
+    """Return the work of a kernel whose main loop takes ``unit`` pixels of a class in one turn.
+
+    What it does sometimes is for the pixels at which a thread passes a row of samples: 1 of 16.
+    """
     found = counts().get((kernel, form))
     turns = pixels / unit / LANES
-    instructions = turns * found["step"]["instructions"] if found else 0.0
-    mufu = turns * LANES * found["step"]["mufu"] if found else 0.0
+    instructions = 0.0
+    mufu = 0.0
+    if found is not None:
+        each = {name: found["step"][name] + found["sometimes"][name] / 16 for name in found["step"]}
+        instructions = turns * each["instructions"]
+        mufu = turns * LANES * each["mufu"]
     return Work(kernel, memory=memory, mufu=mufu, instructions=instructions)
 
 
@@ -384,7 +395,7 @@ def label_operators() -> Iterable[Pass]:
                 "upsample_argmax_fwd_kernel",
                 "float",
                 150 * pixels,
-                2,
+                4,  # two classes of two pixels
                 memory=FLOAT * 150 * 32 * 32 + 8 * pixels,
             ),
         ),
