@@ -24,6 +24,7 @@ from ovseg_kernels.reference.segclip_center_assignment import (
 )
 from ovseg_kernels.reference.similarity_contrastive_loss import similarity_contrastive_loss
 
+from .contrastive_baselines import contrastive
 from .label_baselines import FUSED, Functions, mask_loss, upsampling, window_labels
 
 if TYPE_CHECKING:
@@ -261,111 +262,6 @@ def segclip_assignment(case: Case) -> Functions:
     return _training(
         case, ok.segclip_center_assignment, ("eager", eager), ("eager, Conv1d", convolutions)
     )
-
-
-def contrastive(case: Case) -> Functions:
-    """Return ``contrastive_loss`` of unit features and others, as CLIP trains."""
-    if "P" in case.shape:
-        return listed_positives()
-
-    def eager(image, text, logit_scale):
-        z, target = (
-            (logit_scale * image @ text.T).float(),
-            torch.arange(len(image), device=image.device),
-        )
-        return (F.cross_entropy(z, target) + F.cross_entropy(z.T, target)) / 2
-
-    def half(image, text, logit_scale, target):
-        return F.cross_entropy((logit_scale * image @ text.T).float(), target, reduction="sum")
-
-    def in_blocks(image, text, logit_scale, step=512):
-        """Return the loss by blocks of rows of each side, checkpointed.
-
-        The usual way to save the matrix.
-        """
-        target, total = torch.arange(len(image), device=image.device), 0.0
-        for own, other in ((image, text), (text, image)):
-            for rows, places in zip(own.split(step), target.split(step), strict=True):
-                total = total + checkpoint(
-                    half, rows, other, logit_scale, places, use_reentrant=False
-                )
-        return total / (2 * len(image))
-
-    def by_hand(image, text, logit_scale):
-        return _RowBlocks.apply(image, text, logit_scale)
-
-    def open_clip(image, text, logit_scale):
-        from open_clip.loss import ClipLoss
-
-        return ClipLoss()(image, text, logit_scale)
-
-    return {
-        FUSED: lambda image, text, logit_scale: ok.contrastive_loss(
-            image, text, logit_scale, normalize=False
-        ),
-        "eager": eager,
-        "open_clip ClipLoss": open_clip,
-        "eager, blocks of 512 rows": in_blocks,
-        "eager, closed form in row blocks": by_hand,
-        "torch.compile": torch.compile(eager),
-    }
-
-
-def listed_positives() -> Functions:
-    """Return ``contrastive_loss`` of a list of positives, and soft targets of the whole matrix."""
-
-    def eager(image, text, logit_scale, positives):
-        z = (logit_scale * image @ text.T).float()
-        ones = torch.ones_like(positives[:, 0], dtype=z.dtype)
-        p = torch.zeros_like(z).index_put(positives.unbind(1), ones, accumulate=True)
-
-        def half(z, p):
-            total = p.sum(1)
-            rows = (p / total.clamp(min=1)[:, None] * (z.logsumexp(1, keepdim=True) - z)).sum(1)
-            return rows.sum() / (total > 0).sum()
-
-        return (half(z, p) + half(z.T, p.T)) / 2
-
-    return {
-        FUSED: lambda image, text, logit_scale, positives: ok.contrastive_loss(
-            image, text, logit_scale, positives=positives, normalize=False
-        ),
-        "eager": eager,
-        "torch.compile": torch.compile(eager),
-    }
-
-
-class _RowBlocks(torch.autograd.Function):
-    """Our way in plain torch: one pass over blocks of rows for statistics, one for the gradient."""
-
-    STEP = 256
-
-    @staticmethod
-    def forward(ctx, image, text, scale):
-        rows, columns, hits = [], torch.full_like(text[:, 0], -torch.inf), 0.0
-        for first in range(0, len(image), _RowBlocks.STEP):
-            z = scale * image[first : first + _RowBlocks.STEP] @ text.T
-            rows.append(z.logsumexp(1))
-            columns = torch.logaddexp(columns, z.logsumexp(0))
-            hits = hits + z.diagonal(first).sum()
-        rows = torch.cat(rows)
-        ctx.save_for_backward(image, text, scale, rows, columns)
-        return ((rows.sum() + columns.sum()) / 2 - hits) / len(image)
-
-    @staticmethod
-    def backward(ctx, grad):
-        image, text, scale, rows, columns = ctx.saved_tensors
-        d_image, d_text, d_scale = torch.empty_like(image), torch.zeros_like(text), 0.0
-        for first in range(0, len(image), _RowBlocks.STEP):
-            part = slice(first, first + _RowBlocks.STEP)
-            s = image[part] @ text.T
-            z = scale * s
-            dz = (z - rows[part, None]).exp_().add_((z - columns).exp_()).div_(2 * len(image))
-            dz.diagonal(first).sub_(1 / len(image))
-            d_scale = d_scale + (dz * s).sum()
-            d_image[part] = scale * (dz @ text)
-            d_text.addmm_(dz.T, image[part] * scale)
-        return grad * d_image, grad * d_text, grad * d_scale
 
 
 def dense(case: Case) -> Functions:

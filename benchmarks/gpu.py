@@ -3,12 +3,17 @@
 Rows hold the share of the rates of the same run too.
 
     python -m benchmarks.gpu --out benchmarks/results/<device>/<date>-bench.jsonl --budget 300
+    python -m benchmarks.gpu --cases first --measure kernels --out ...
 
 Our own rows are measured first, for every case and dtype, then eager's, then torch.compile's where
 the table needs it, then the rest. One JSON line a row, written at once; ``ovseg bench show`` reads
 the file at any time. An implementation whose values differ from ours is not timed, and the exit
 status is 1: which of the two is wrong, ``scripts/gpu_check.sh smoke`` says, against float64.
 Started again on the same file with the same ``--run``, it goes on where it was.
+
+``--measure rates`` is what the GPU reaches, and no row more; ``kernels`` the time of every kernel
+of a step by torch's profiler, in a process that times nothing else; ``calls`` a step by the clock,
+with the host's share, and replayed in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +32,9 @@ import ovseg_kernels as ok
 from ovseg_kernels._backends import lacks
 
 from . import lines, registry
+from .contrastive_baselines import CannotRun
 from .device import DTYPES, Device, Gpu, lost, tf32
-from .registry import FUSED, GPU_CASES, Case
+from .registry import FIRST_CASES, FUSED, GPU_CASES, SMALL_CASES, Case
 from .supervise import AGAIN
 
 # Relative Frobenius norm of the difference, of values and gradients. In 16 bits eager rounds its
@@ -43,6 +49,8 @@ CHOOSES = (
     "dense_contrastive_loss",
 )
 LABELS_MAY_DIFFER = 1e-3  # share, where two classes tie within rounding
+MOST_KERNELS = 24  # of a step, the longest: eager's blocks have thousands of a few names
+CASES = {"all": GPU_CASES, "first": FIRST_CASES, "small": SMALL_CASES}
 WORKER = "bench"
 
 
@@ -198,9 +206,8 @@ class Bench:
             else {**facts, "failed": f"values differ from {name} by {found:.2g}, {limit:g} allowed"}
         )
 
-    def measure(self, planned: Planned) -> dict[str, Any]:
-        """Return the facts of one row."""
-        case, dtype = planned.case, planned.dtype
+    def times(self, planned: Planned) -> dict[str, Any]:
+        """Return the times of forward and backward, their shares, and the memory of a step."""
         # Entered once: choosing a backend registers kernels, which is no part of a call.
         with ok.backend(planned.backend or "auto"):
             function, out, upstream, gradients = self.once(planned)
@@ -209,52 +216,112 @@ class Bench:
                 return row
             tensors = self.inputs(planned)
             leaves = [x for x in tensors.values() if x.requires_grad]
-            size = (
-                sum(x.numel() * x.element_size() for x in tensors.values()),
-                out.numel() * out.element_size(),
-            )
-            grown = sum(x.numel() * x.element_size() for x in gradients)
+            flops = registry.useful_flops(planned.case)
+            size = moved(tensors.values(), out, gradients)
             del out, gradients
             row["extra_mib"] = round(
-                (self.device.extra_bytes(lambda: self.once(planned)) - grown) / 2**20, 1
+                (self.device.extra_bytes(lambda: self.once(planned)) - (size[1] - size[0])) / 2**20,
+                1,
             )
-            flops, ran = registry.useful_flops(case), 0.0
-            row |= self.part("forward", lambda: function(**tensors), flops[0], sum(size), dtype)
-            ran += row["forward_ms"]
+            row |= self.part(planned, "forward", lambda: function(**tensors), flops[0], size[0])
+            passes, ms = 1, row["forward_ms"]
             if upstream is not None:
                 kept = function(**tensors)
                 row |= self.part(
+                    planned,
                     "backward",
                     lambda: torch.autograd.grad(kept, leaves, upstream, retain_graph=True),
                     flops[1],
-                    sum(size) + grown,
-                    dtype,
+                    size[1],
                 )
-                ran += row["backward_ms"]
-            return row | {"ms": round(ran, 4)}
+                passes, ms = 2, round(ms + row["backward_ms"], 4)
+        shares = self.shares(planned, sum(flops[:passes]), sum(size[:passes]), ms)
+        return row | {"ms": ms} | shares
 
-    def part(self, name: str, function, flops: int, size: int, dtype: str) -> dict[str, Any]:
-        """Return the time of a pass, and its share of two rates.
-
-        They are that of the product (where products bound it) and that of the copy (of what must
-        move).
-        """
+    def part(
+        self, planned: Planned, name: str, function: Callable, flops: int, size: int
+    ) -> dict[str, Any]:
+        """Return the time of a pass, and its share of two rates."""
         took = self.device.milliseconds(function, self.seconds)
-        row: dict[str, Any] = {
-            f"{name}_ms": took["median"],
-            f"{name}_ms_p20": took["p20"],
-            f"{name}_ms_p80": took["p80"],
+        row = {
+            "ms": took["median"],
+            "ms_p20": took["p20"],
+            "ms_p80": took["p80"],
+            **self.shares(planned, flops, size, took["median"]),
         }
+        return {f"{name}_{key}": value for key, value in row.items()}
+
+    def shares(self, planned: Planned, flops: int, size: int, ms: float) -> dict[str, float]:
+        """Return the share of the rate of the product, where products bound it, and of the copy.
+
+        ``size`` are the bytes that must move.
+        """
+        found = {"gb_per_s": round(size / ms / 1e6, 1)}
+        if "copy" in self.rates:
+            found["percent_of_copy"] = round(100 * found["gb_per_s"] / self.rates["copy"], 1)
         if flops:
-            row[f"{name}_tflops"] = round(flops / took["median"] / 1e9, 2)
-            row[f"{name}_percent_of_product"] = round(
-                100 * row[f"{name}_tflops"] / self.rates[dtype], 1
+            found["tflops"] = round(flops / ms / 1e9, 2)
+        if flops and planned.dtype in self.rates:
+            found["percent_of_product"] = round(
+                100 * found["tflops"] / self.rates[planned.dtype], 1
             )
-        row[f"{name}_gb_per_s"] = round(size / took["median"] / 1e6, 1)
-        row[f"{name}_percent_of_copy"] = round(
-            100 * row[f"{name}_gb_per_s"] / self.rates["copy"], 1
-        )
-        return row
+        return found
+
+    def kernels(self, planned: Planned) -> dict[str, Any]:
+        """Return the kernels of one step, the longest first."""
+        with ok.backend(planned.backend or "auto"):
+            self.once(planned)  # compiles, and chooses the library's kernels
+            found = self.device.kernels(lambda: self.once(planned))
+        return {
+            "kernels_us": round(sum(kernel["us"] for kernel in found), 1),
+            "launches": sum(kernel["count"] for kernel in found),
+            "kernels": found[:MOST_KERNELS],
+        }
+
+    def calls(self, planned: Planned) -> dict[str, Any]:
+        """Return a step by the clock, the host included, and replayed in a CUDA graph."""
+        with ok.backend(planned.backend or "auto"):
+            function, out, upstream, gradients = self.once(planned)
+            row = self.compare(planned, sample([out, *gradients]))
+            if "failed" in row:
+                return row
+            tensors = self.inputs(planned)
+            leaves = [x for x in tensors.values() if x.requires_grad]
+            size = moved(tensors.values(), out, gradients)
+
+            def step():
+                found = function(**tensors)
+                if upstream is not None:
+                    torch.autograd.grad(found, leaves, upstream)
+
+            row |= self.device.calls(step, self.seconds)
+            try:
+                row["replay_us"] = self.device.replay_us(step, self.seconds)
+            except Exception as error:  # it waits for the GPU, or allocates outside of torch
+                row["replay_failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self.device.settle()
+        flops, passes = registry.useful_flops(planned.case), 1 if upstream is None else 2
+        ms = row.get("replay_us", row["wall_us"]) / 1000
+        return row | self.shares(planned, sum(flops[:passes]), sum(size[:passes]), ms)
+
+
+def moved(
+    inputs: Iterable[torch.Tensor], out: torch.Tensor, gradients: Sequence[torch.Tensor]
+) -> tuple[int, int]:
+    """Return the bytes that a forward must read and write, and those of a backward."""
+
+    def size(tensors):
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    forward = size([*inputs, out])
+    return forward, forward + size(gradients)
+
+
+MEASURES: dict[str, Callable[[Bench, Planned], dict[str, Any]]] = {
+    "times": Bench.times,
+    "kernels": Bench.kernels,
+    "calls": Bench.calls,
+}
 
 
 def run(
@@ -265,6 +332,7 @@ def run(
     seconds: float = 0.2,
     cases: Sequence[Case] = GPU_CASES,
     again: str = "",
+    measure: str = "times",
 ) -> int:
     """Measure until ``budget`` seconds are spent.
 
@@ -272,33 +340,20 @@ def run(
     """
     functorch_config.donated_buffer = False  # a compiled backward is timed many times on one graph
     file = lines.Lines(out, worker=WORKER)
-    before = lines.read(out)[0]
-    last = max(
-        (
-            i
-            for i, row in enumerate(before)
-            if row.get("op") == "environment" and again and row.get("run") == again
-        ),
-        default=None,
-    )
-    earlier = before[last:] if last is not None else []
+    earlier = _earlier(lines.read(out)[0], again)
     began = earlier[0]["began"] if earlier else device.clock()
     if not earlier:
         file.write({**device.environment(), "run": again, "began": began, "budget": budget})
-    rows = [row for row in earlier if row.get("op") == "roofline"]
-    if not any("gb_per_s" in row for row in rows):
-        rows = [file.write(row) for row in device.rates(seconds)]
-    rates = {
-        row["dtype"] if "tflops" in row else "copy": row.get("tflops") or row["gb_per_s"]
-        for row in rows
-    }
+    rates = {} if measure == "kernels" else _rates(device, file, earlier, seconds)
+    if measure == "rates":
+        return 0 if {"bfloat16", "copy"} <= set(rates) else 1
     planned = list(plan(cases, device.backends()))
     if not earlier:
         file.write({"planned": [p.key for p in planned]})
     bench, have = Bench(device, seconds, rates), lines.finished(earlier)
     for p in planned:
         if p.key in have:
-            if p.backend and "ms" in have[p.key]:
+            if p.backend and "failed" not in have[p.key]:
                 bench.measured[p.at] = p.backend
             continue
         row = {
@@ -317,29 +372,69 @@ def run(
         file.start(p.key, **{name: row[name] for name in ("op", "case", "dtype", "implementation")})
         print(p.key, flush=True)  # a sign of life for whoever watches
         try:
-            row |= bench.measure(p)
+            row |= MEASURES[measure](bench, p)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
             bench.forget()
+        except CannotRun as reason:
+            row["failed"] = str(reason)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             if lost(error):
                 file.write(row)
                 return AGAIN
-        if p.backend and "ms" in row:
+        if p.backend and "failed" not in row:
             bench.measured[p.at] = p.backend
         have[p.key] = file.write(row)
     return int(any(bad(row) for row in have.values()))
 
 
-def warm(op: str, device: Device) -> None:
+def _earlier(rows: list[lines.Row], run: str) -> list[lines.Row]:
+    """Return what an earlier process has written of this run, from its line of beginning on.
+
+    Whoever started the run may have written a line of beginning too, without the time.
+    """
+    places = [
+        i
+        for i, row in enumerate(rows)
+        if row.get("op") == "environment" and "began" in row and run and row.get("run") == run
+    ]
+    return rows[places[-1] :] if places else []
+
+
+def _rates(
+    device: Device, file: lines.Lines, earlier: Iterable[lines.Row], seconds: float
+) -> dict[str, float]:
+    """Return what the device reaches by the name of the rate, measured if it has not been.
+
+    A rate that cannot be measured is written down, and ends no other.
+    """
+    rows = [row for row in earlier if row.get("op") == "roofline"]
+    if not any(row["rate"] == "copy" for row in rows):
+        try:
+            for row in device.rates(seconds):
+                rows.append(file.write(row))
+                print(f"rate {row['rate']}", flush=True)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            file.write({"op": "roofline", "rate": "the next one", "failed": why})
+            if lost(error):
+                raise
+    return {
+        row["rate"]: row.get("tflops") or row["gb_per_s"]
+        for row in rows
+        if "tflops" in row or "gb_per_s" in row
+    }
+
+
+def warm(op: str, device: Device, cases: Sequence[Case] = GPU_CASES) -> None:
     """Compile the Triton kernels of an operator's cases into the cache, on few images.
 
     The kernels depend on the other sizes.
     """
     bench = Bench(device, 0.0, {})
     with ok.backend("triton"):
-        for case in GPU_CASES:
+        for case in cases:
             for dtype in case.dtypes if case.op == op else ():
                 pairs = op in (
                     "contrastive_loss",
@@ -357,13 +452,15 @@ def warm(op: str, device: Device) -> None:
 
 def bad(row: dict[str, Any]) -> bool:
     """Return whether a row of ours failed, or a baseline has other values than ours."""
+    ours = row["implementation"].startswith(FUSED)
     reason = row.get("failed", "")
-    return "values differ" in reason or (
-        bool(reason) and row["implementation"].startswith(FUSED) and "not measured" not in reason
-    )
+    if "not measured" in reason:
+        return False
+    return "values differ" in reason or (ours and bool(reason or "replay_failed" in row))
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Read the arguments, and measure; return the exit status."""
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -379,13 +476,27 @@ if __name__ == "__main__":
     arguments.add_argument(
         "--run", default="", help="a name: started again with the same one, it goes on where it was"
     )
+    arguments.add_argument("--cases", choices=list(CASES), default="all")
+    arguments.add_argument("--measure", choices=[*MEASURES, "rates"], default="times")
     options = arguments.parse_args()
+    cases = CASES[options.cases]
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs an NVIDIA GPU, and torch sees none")
     if options.warm:
-        raise SystemExit(warm(options.warm, Gpu()))
+        warm(options.warm, Gpu(), cases)
+        return 0
     if not options.out:
         arguments.error("--out is missing; expected a file for the rows")
-    raise SystemExit(
-        run(Gpu(), options.out, budget=options.budget, seconds=options.seconds, again=options.run)
+    return run(
+        Gpu(),
+        options.out,
+        budget=options.budget,
+        seconds=options.seconds,
+        cases=cases,
+        again=options.run,
+        measure=options.measure,
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,7 @@ CASES = (
     Case("contrastive_loss", "clip", {"B": 8192, "D": 512}),
     Case("contrastive_loss", "small", {"B": 1024, "D": 512}),
     Case("contrastive_loss", "listed", {"B": 4096, "D": 512, "P": 16384}),
+    Case("contrastive_loss", "siglip", {"B": 4096, "D": 512}, {"kind": "sigmoid"}),
     Case(
         "dense_contrastive_loss",
         "mgca",
@@ -216,13 +217,117 @@ GPU_CASES = (  # the most wanted first
 )
 
 
+def _first_cases() -> Iterator[Case]:
+    """Yield the cases that a GPU is asked first: what bounds the kernels, beside their peers."""
+    peers = {
+        "softmax": ("Inf-CLIP's form", "eager, closed form in row blocks"),
+        "sigmoid": ("siglip-kernel", "eager, closed form in row blocks"),
+    }
+    for B in (32768, 4096):
+        for kind, names in peers.items():
+            yield Case(
+                "contrastive_loss",
+                f"{kind}-{B}",
+                {"B": B, "D": 512},
+                {"kind": kind},
+                only=(FUSED, "eager", *names),
+                dtypes=("bfloat16",),
+            )
+    for B in (1024, 4096):
+        for pool in ("score", "vector"):
+            yield Case(
+                "patch_text_similarity",
+                f"{pool}-{B}",
+                {"B": B, "T": B, "N": 196, "D": 512},
+                {"pool": pool, "temperature": 0.1},
+                only=(FUSED, "eager", "eager, chunks of 32 texts"),
+                dtypes=("bfloat16",),
+            )
+    for L in (784, 196):
+        shape = {"B": 768, "L": L, "G": 8, "D": 768}
+        names = (FUSED, "eager")
+        yield Case(
+            "center_assignment", f"tokens-{L}", shape, _SEGCLIP, only=names, dtypes=("bfloat16",)
+        )
+    yield Case(
+        "segclip_center_assignment",
+        "training",
+        {"B": 768, "L": 196, "G": 8, "D": 768, "groups": 12},
+        _SEGCLIP,
+        only=(FUSED, "eager", "eager, Conv1d"),
+        dtypes=("bfloat16",),
+    )
+
+
+FIRST_CASES = tuple(_first_cases())
+_CALLED = (FUSED, "eager")
+SMALL_CASES = (  # where the cost of the host may be more than that of the kernels
+    Case("upsample_argmax", "structured", {"C": 150, "h": 32, "H": 1024}, only=_CALLED),
+    Case("window_argmax", "zegclip", _ZEGCLIP, {"activation": "sigmoid"}, only=_CALLED),
+    Case("upsample_mask_loss", "zegclip", {"B": 4, "C": 156, "h": 32, "H": 512}, only=_CALLED),
+    Case("similarity_contrastive_loss", "batch", {"B": 1024, "T": 1024}, only=_CALLED),
+    Case("contrastive_loss", "small", {"B": 1024, "D": 512}, only=_CALLED, dtypes=("bfloat16",)),
+    Case(
+        "contrastive_loss",
+        "siglip",
+        {"B": 1024, "D": 512},
+        {"kind": "sigmoid"},
+        only=(*_CALLED, "siglip-kernel"),
+        dtypes=("bfloat16",),
+    ),
+    Case(
+        "patch_text_similarity",
+        "classes",
+        {"B": 8, "T": 20, "N": 196, "D": 512},
+        _PACL_GPU,
+        only=_CALLED,
+        dtypes=("bfloat16",),
+    ),
+    Case(
+        "center_assignment",
+        "window",
+        {"B": 2, "L": 784, "G": 8, "D": 768},
+        _SEGCLIP,
+        only=_CALLED,
+        dtypes=("bfloat16",),
+    ),
+    Case(
+        "segclip_center_assignment",
+        "window",
+        {"B": 2, "L": 784, "G": 8, "D": 768, "groups": 12},
+        _SEGCLIP,
+        only=_CALLED,
+        dtypes=("bfloat16",),
+    ),
+    Case(
+        "folded_center_assignment",
+        "window",
+        {"B": 2, "L": 784, "G": 8, "D": 768},
+        {"scale": 768**-0.5},
+        only=_CALLED,
+        dtypes=("bfloat16",),
+    ),
+    Case(
+        "dense_contrastive_loss",
+        "small",
+        {"B": 32, "N": 196, "D": 512},
+        {"temperature": 0.07, "k_pos": 8, "k_neg": 32},
+        only=_CALLED,
+        dtypes=("bfloat16",),
+    ),
+)
+
+
 def useful_flops(case: Case) -> tuple[int, int]:
     """Return the flops of the products of a forward and a backward in the cheaper form (docs/ops).
 
-    Zeros where memory is what bounds it.
+    Zeros where memory is what bounds it. The gradient of a sigmoid is that of its own logits: it
+    can be taken with the loss, and the logits need not be multiplied again.
     """
     if case.op == "contrastive_loss":
         once = 2 * case.shape["B"] ** 2 * case.shape["D"]
+        if case.options.get("kind") == "sigmoid":
+            return once, 2 * once
         return once, 3 * once
     if case.op == "dense_contrastive_loss":
         return 2 * case.shape["B"] ** 2 * case.shape["N"] * case.shape["D"], 0
@@ -298,7 +403,7 @@ def inputs(
         return leaves({"pixels": randn(s["B"], s["N"], s["D"]), "texts": randn(s["B"], s["D"])})
     if case.op == "contrastive_loss":
         found = {name: F.normalize(randn(s["B"], s["D"]), dim=-1) for name in ("image", "text")}
-        found = leaves({**found, "logit_scale": torch.tensor(14.3, device=device)})
+        found = leaves({**found, **_scalars(case, device)})
         if "P" in s:
             found["positives"] = torch.randint(s["B"], (s["P"], 2), generator=g, device=device)
         return found
@@ -309,6 +414,16 @@ def inputs(
         positives = (chance < 3 / s["T"]).logical_or(torch.eye(s["B"], s["T"], device=device) > 0)
         found["positives"] = positives if case.name == "positives" else positives * (1 + chance)
     return found
+
+
+def _scalars(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """Return what ``contrastive_loss`` learns beside its features, as CLIP and SigLIP begin."""
+    if case.options.get("kind") != "sigmoid":
+        return {"logit_scale": torch.tensor(14.3, device=device)}
+    return {
+        "logit_scale": torch.tensor(10.0, device=device),
+        "logit_bias": torch.tensor(-10.0, device=device),
+    }
 
 
 def maps(

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,7 @@ def tables(path: str | Path) -> str:
                 "allow_tf32",
             )
             parts.append(", ".join(f"{name} {row[name]}" for name in names if name in row))
-    roof = [row for row in rows if row.get("op") == "roofline"]
-    rates = [
-        f"{row['implementation']} {row['dtype']} {row['tflops']} TFLOP/s"
-        for row in roof
-        if "tflops" in row
-    ]
-    rates += [f"copy {row['gb_per_s']} GB/s" for row in roof if "gb_per_s" in row]
+    rates = [rate_in_words(row) for row in rows if row.get("op") == "roofline"]
     if rates:
         parts.append("reached here: " + ", ".join(rates))
     steps = [row for row in rows if "step" in row]
@@ -63,8 +57,9 @@ def tables(path: str | Path) -> str:
         for row in steps
     ]
     results, begun = lines.finished(rows), lines.unfinished(rows)
-    if any("ms" in row for row in results.values()):
-        parts.append(_bench([row for row in results.values() if "implementation" in row]))
+    table = next((t for key, t in TABLES.items() if any(key in r for r in results.values())), None)
+    if table is not None:
+        parts.append(table([row for row in results.values() if "implementation" in row]))
     elif results:
         parts.append(_checks(list(results.values())))
     for key in begun:
@@ -100,13 +95,86 @@ def _whole(path: str | Path) -> str:
     )
 
 
-def _bench(rows: Sequence[Row]) -> str:
-    """Return one line a row; the ratio is to the fastest row of ours in the same case and dtype."""
-    ours: dict[tuple, float] = {}
+def rate_in_words(row: Row) -> str:
+    """Return what the device reaches, in words."""
+    if "failed" in row:
+        return f"{row['rate']}: {row['failed']}"
+    if "tflops" in row:
+        return f"product {row['rate']} {row['tflops']} TFLOP/s"
+    if "gb_per_s" in row:
+        return f"{row['rate']} {row['gb_per_s']} GB/s"
+    return (
+        f"{row['rate']} {row['wall_us']} us, {row['host_us']} of the host, "
+        f"{row['replay_us']} in a graph"
+    )
+
+
+def share(row: Row) -> str:
+    """Return the larger share of the two rates: that of what bounds the row."""
+    found = {
+        rate: row[f"percent_of_{rate}"]
+        for rate in ("product", "copy")
+        if f"percent_of_{rate}" in row
+    }
+    best = max(found, key=found.__getitem__, default="")
+    return f"{found[best]}% of {best}" if best else ""
+
+
+def _markdown(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table; short rows are filled up with empty cells."""
+    text = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [*row, *[""] * (len(names) - len(row))]
+        text.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(text)
+
+
+def _labels(row: Row) -> list[str]:
+    """Return the cells that say what a row is about."""
+    dtype = row["dtype"] + (" (tf32 allowed)" if row.get("allow_tf32") else "")
+    return [row["op"], row["case"], dtype, row["implementation"]]
+
+
+def _sorted(rows: Sequence[Row]) -> list[Row]:
+    """Return rows that are compared with one another side by side."""
+    return sorted(rows, key=lambda row: (row["op"], row["case"], row["dtype"]))
+
+
+def fastest_of_ours(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
+    """Return operator, case and dtype to the milliseconds of our fastest row."""
+    found: dict[tuple[str, str, str], float] = {}
     for row in rows:
         at = (row["op"], row["case"], row["dtype"])
         if row["implementation"].startswith("ovseg") and "ms" in row:
-            ours[at] = min(row["ms"], ours.get(at, row["ms"]))
+            found[at] = min(row["ms"], found.get(at, row["ms"]))
+    return found
+
+
+def _times(rows: Sequence[Row]) -> str:
+    """Return one line a row; the ratio is to the fastest row of ours in the same case and dtype."""
+    ours = fastest_of_ours(rows)
+
+    def cells(row: Row) -> list[Any]:
+        if "ms" not in row:
+            return [*_labels(row), row.get("failed", "")]
+        at = (row["op"], row["case"], row["dtype"])
+        passes = [name for name in ("forward", "backward") if f"{name}_ms" in row]
+        times = [
+            f"{row[f'{name}_ms']:.3f} ({row[f'{name}_ms_p20']:.3f}-{row[f'{name}_ms_p80']:.3f})"
+            for name in passes
+        ]
+        rates = [
+            ", ".join(
+                str(row[f"{name}_percent_of_{rate}"])
+                for name in passes
+                if f"{name}_percent_of_{rate}" in row
+            )
+            for rate in ("product", "copy")
+        ]
+        ratio = f"{row['ms'] / ours[at]:.2f}" if at in ours else ""
+        times += [""] * (2 - len(times))
+        return [*_labels(row), *times, ratio, share(row), *rates, row.get("extra_mib", "")]
+
     names = (
         "op",
         "case",
@@ -115,38 +183,57 @@ def _bench(rows: Sequence[Row]) -> str:
         "forward ms",
         "backward ms",
         "ms / ovseg",
+        "share",
         "% product",
         "% copy",
         "extra MiB",
     )
-    text = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    for row in sorted(rows, key=lambda row: (row["op"], row["case"], row["dtype"])):
-        at = (row["op"], row["case"], row["dtype"])
-        cells = [*at, row["implementation"]]
-        if row.get("allow_tf32"):
-            cells[2] += " (tf32 allowed)"
-        if "ms" in row:
-            passes = [name for name in ("forward", "backward") if f"{name}_ms" in row]
-            cells += [
-                f"{row[f'{name}_ms']:.3f} ({row[f'{name}_ms_p20']:.3f}-{row[f'{name}_ms_p80']:.3f})"
-                if name in passes
-                else ""
-                for name in ("forward", "backward")
-            ]
-            cells.append(f"{row['ms'] / ours[at]:.2f}" if at in ours else "")
-            cells += [
-                ", ".join(
-                    str(row[f"{name}_percent_of_{rate}"])
-                    for name in passes
-                    if f"{name}_percent_of_{rate}" in row
-                )
-                for rate in ("product", "copy")
-            ]
-            cells.append(row.get("extra_mib", ""))
-        else:
-            cells += [row.get("failed", ""), *[""] * 5]
-        text.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(text)
+    return _markdown(names, map(cells, _sorted(rows)))
+
+
+def _calls(rows: Sequence[Row]) -> str:
+    """Return one line a row: a step by the clock, the host's part of it, and in a CUDA graph."""
+
+    def cells(row: Row) -> list[Any]:
+        if "wall_us" not in row:
+            return [*_labels(row), row.get("failed", "")]
+        replay = row.get("replay_us", row.get("replay_failed", ""))
+        return [*_labels(row), row["host_us"], row["wall_us"], replay, share(row)]
+
+    names = (
+        "op",
+        "case",
+        "dtype",
+        "implementation",
+        "host us",
+        "wall us",
+        "replayed us",
+        "share",
+    )
+    return _markdown(names, map(cells, _sorted(rows)))
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """Return one line a kernel of every step, the longest first."""
+
+    def cells(row: Row) -> Iterator[list[Any]]:
+        if "kernels" not in row:
+            yield [*_labels(row), row.get("failed", "")]
+            return
+        yield [*_labels(row), "all", row["launches"], row["kernels_us"]]
+        for kernel in row["kernels"]:
+            yield ["", "", "", "", kernel["name"], kernel["count"], kernel["us"]]
+
+    names = ("op", "case", "dtype", "implementation", "kernel", "launches", "us")
+    return _markdown(names, (line for row in _sorted(rows) for line in cells(row)))
+
+
+# What a file holds is told by a key that its finished rows have.
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "ms": _times,
+    "wall_us": _calls,
+    "kernels": _kernels,
+}
 
 
 def _checks(rows: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ same saved statistics.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
@@ -21,9 +22,10 @@ from dataclasses import dataclass, field
 import torch
 
 from . import _library as lib
+from . import _selection
 from ._build import cuda_archs
 from ._context import BACKEND
-from .triton import IMPLEMENTATIONS, KERNELS
+from .triton import IMPLEMENTATIONS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 _forced = os.environ.get("OVSEG_BACKEND", "auto")  # for the process
@@ -31,18 +33,32 @@ _warned: set[str] = set()
 
 
 @dataclass(frozen=True)
+class Pass:
+    """The ``backend`` that runs one schema of an operator, and why."""
+
+    name: str
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Choice:
-    """The ``backend`` that runs an operator; ``refused`` holds the reason of every other one."""
+    """The ``backend`` that runs an operator; ``refused`` holds the reason of every other one.
+
+    It is that of the first of the ``passes``; the others may run elsewhere.
+    """
 
     op: str
     backend: str
     refused: dict[str, str] = field(default_factory=dict)
+    passes: tuple[Pass, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend}"]
-        return "\n".join(
-            lines + [f"  not {name}: {reason}" for name, reason in self.refused.items()]
-        )
+        if any(x.backend != "cpu" for x in self.passes):  # where they have no choice
+            lines += [f"  {x.name} on {x.backend}: {x.why}" for x in self.passes]
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -81,12 +97,11 @@ def interpreted() -> bool:
 
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_for_cuda = _TRITON_INSTALLED and torch.version.cuda is not None  # Triton may compile for a GPU
 _registering = threading.Lock()
 _asking = contextlib.ExitStack()  # holds what ``_asks`` has registered, to the end of the process
 _asking_at: set[tuple[str, str]] = set()  # (schema, dispatch key)
-_for_cuda = _TRITON_INSTALLED and torch.version.cuda is not None  # Triton may compile for a GPU
 _no_cuda_library = not lib.CUDA.loaded  # or none for this GPU
-_cuda_kernels: set[str] = set()  # the schemas that the CUDA library implements
 
 
 def start() -> None:
@@ -94,26 +109,21 @@ def start() -> None:
 
     Called once, when all schemas are defined.
     """
-    _cuda_kernels.update(
-        name
-        for name in lib.SCHEMAS
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg::{name}", "CUDA")
-    )
     _let_triton_answer()
 
 
-def _triton_alone(name: str) -> bool:
-    """Return whether no CUDA kernel can answer this schema on a GPU, and Triton can."""
-    return _for_cuda and (_no_cuda_library or name not in _cuda_kernels)
+def _may_be_triton(name: str) -> bool:
+    """Return whether Triton may be the one to answer on a GPU, whichever it is."""
+    return _no_cuda_library or "triton" in {rule.order[0] for rule in _selection.TABLE[name]}
 
 
 def _let_triton_answer() -> None:
     """Put what asks in every call whether Triton is to answer it where that may now be so.
 
-    That is wherever Triton is forced, and at CUDA for the schemas that have no CUDA kernel. Done
-    once for each of them: the dispatcher knows of no contexts.
+    That is wherever Triton is forced, and at CUDA for the passes of which the table may say so;
+    nothing stands before the others. Done once for each: the dispatcher knows of no contexts.
     """
-    places = {(name, "CUDA") for name in IMPLEMENTATIONS if _triton_alone(name)}
+    places = {(name, "CUDA") for name in IMPLEMENTATIONS if _for_cuda and _may_be_triton(name)}
     if forced() == "triton" and not _unavailable("triton"):
         keys = ("CPU", "CUDA") if interpreted() else ("CUDA",)
         places |= {(name, key) for name in IMPLEMENTATIONS for key in keys}
@@ -127,22 +137,28 @@ def _let_triton_answer() -> None:
 def _asks(name: str, key: str) -> Callable:
     """Return the kernel that decides between Triton and what answered before.
 
-    It calls Triton's where that is forced, and where no CUDA kernel answers, the reference not
-    being forced.
+    It calls Triton's where that is forced, and on a GPU where the table says so.
     """
     try:
         before = torch.library.get_kernel(f"ovseg::{name}", key)
     except RuntimeError:  # none for this device
         before = None
+    told: dict[tuple[str, int, bool], bool] = {}  # what the table said: it is asked once
+
+    def says_triton(wanted: str, x: torch.Tensor) -> bool:
+        at = (wanted, x.get_device(), x.dtype == torch.float64)
+        if at not in told:
+            told[at] = _pass(name, wanted, x.device, at[2]).backend == "triton"
+        return told[at]
 
     def kernel(keyset, *args):
         wanted = forced()
         if wanted == "triton" or (
-            key == "CUDA" and wanted in ("auto", "cuda") and _triton_alone(name)
+            key == "CUDA" and wanted in ("auto", "cuda") and says_triton(wanted, args[0])
         ):
             return IMPLEMENTATIONS[name](*args)
         if before is None:
-            return (lib.FALLBACKS.get(name) or lib.COMPOSITES[name])(*args)
+            return lib.FALLBACKS[name](*args)
         return before.call_boxed(keyset, *args)
 
     return kernel
@@ -211,15 +227,15 @@ def allow_tf32(x: torch.Tensor) -> bool:
 
 
 def lacks(op: str, name: str) -> bool:
-    """Return whether no kernel of this backend was written for the operator.
+    """Return whether no kernel of this backend was written for the operator."""
+    if name in ("cpu", "reference"):
+        return False
+    return not any(name in _selection.backends_of(schema) for schema in _passes_of(op))
 
-    What a CUDA library that is not loaded holds is not known: it is not held to lack anything.
-    """
-    if name == "triton":
-        return not any(schema in KERNELS for schema in lib.schemas_of(op))
-    if name == "cuda":
-        return lib.CUDA.loaded and _cuda_kernels.isdisjoint(lib.schemas_of(op))
-    return False
+
+def _passes_of(op: str) -> list[str]:
+    """Return the schemas of an operator that are kernels, and no composites of torch calls."""
+    return [name for name in lib.schemas_of(op) if name not in lib.COMPOSITES]
 
 
 def _no_kernel(op: str, name: str) -> str:
@@ -230,49 +246,82 @@ def _no_kernel(op: str, name: str) -> str:
     return f"{op} has no kernel there, only on {', '.join(has)}"
 
 
-def select(op: str, device: torch.device) -> Choice:
+def _cannot(op: str, name: str, device: torch.device) -> str:
+    """Return why a backend cannot run an operator for tensors on ``device``, or nothing."""
+    devices = {
+        "cuda": ("cuda",),
+        "triton": ("cuda", "cpu") if interpreted() else ("cuda",),
+        "cpu": ("cpu",),
+    }[name]
+    if device.type not in devices:
+        return f"the tensors are on {device.type}"
+    return _unavailable(name) or _no_kernel(op, name)
+
+
+def _check_forced(op: str, wanted: str, device: torch.device) -> None:
+    """Raise if what is forced is no backend, cannot run, or has no kernel of the operator."""
+    if wanted not in BACKENDS:
+        raise ValueError(f"OVSEG_BACKEND is {wanted!r}; expected one of {list(BACKENDS)}")
+    if wanted not in ("auto", "reference") and (
+        reason := _no_kernel(op, wanted) or _cannot(op, wanted, device)
+    ):
+        raise lib.BackendError(f"{op}: backend {wanted!r} was asked for and cannot run: {reason}")
+
+
+def _pass(name: str, wanted: str, device: torch.device, float64: bool) -> Pass:
+    """Return what runs a pass where ``wanted`` is forced, or nothing is.
+
+    A pass without a kernel on the backend that is forced has the best of its others.
+    """
+    if wanted == "reference":
+        return Pass(name, "reference", "it is forced")
+    order: list[str] = []
+    why = f"no kernel for tensors on {device.type}"
+    if device.type == "cuda":
+        rule = _selection.rule(name, _capability(device), float64)
+        order, why = list(rule.order), rule.why
+    elif device.type == "cpu":
+        order, why = ["cpu"], "the tensors are on the CPU"
+    if wanted != "auto" and wanted in (*order, *_selection.backends_of(name)):
+        order, why = [wanted, *(x for x in order if x != wanted)], "it is forced"
+    for found in order:
+        reason = _unavailable(found)
+        if not reason:
+            return Pass(name, found, why)
+        why = f"{found} comes first and cannot run: {reason}"
+    return Pass(name, "reference", why)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def select(op: str, device: torch.device, float64: bool = False) -> Choice:
     """Return the choice for tensors on ``device``.
 
     Raises BackendError if a backend was forced and cannot run, or has no kernel of the operator.
     """
+    wanted = forced()
+    _check_forced(op, wanted, device)
+    passes = tuple(_pass(name, wanted, device, float64) for name in _passes_of(op))
+    chosen = passes[0].backend
     refused = {}
     for name in ("cuda", "triton", "cpu"):
-        fits = (
-            device.type
-            in {
-                "cuda": ("cuda",),
-                "triton": ("cuda", "cpu") if interpreted() else ("cuda",),
-                "cpu": ("cpu",),
-            }[name]
-        )
-        refused[name] = (
-            _unavailable(name) or _no_kernel(op, name)
-            if fits
-            else f"the tensors are on {device.type}"
-        )
-    wanted = forced()
-    if wanted == "auto" and device.type == "cpu" and not refused["triton"]:
-        refused["triton"] = "the interpreter runs only when it is asked for"
-    if wanted not in BACKENDS:
-        raise ValueError(f"OVSEG_BACKEND is {wanted!r}; expected one of {list(BACKENDS)}")
-    if wanted == "reference":
-        return Choice(
-            op,
-            "reference",
-            {name: reason or "reference is forced" for name, reason in refused.items()},
-        )
-    if wanted != "auto":
-        if reason := _no_kernel(op, wanted) or refused[wanted]:
-            raise lib.BackendError(
-                f"{op}: backend {wanted!r} was asked for and cannot run: {reason}"
-            )
-        return Choice(
-            op, wanted, {n: r or f"{wanted} is forced" for n, r in refused.items() if n != wanted}
-        )
-    for name, reason in refused.items():
-        if not reason:
-            return Choice(op, name, {n: r for n, r in refused.items() if r})
-    return Choice(op, "reference", refused)
+        if name == chosen:
+            continue
+        if wanted != "auto":
+            why = f"{wanted} is forced"
+        elif device.type == "cpu":
+            why = "the interpreter runs only when it is asked for"
+        else:
+            why = f"{chosen} comes first"
+        refused[name] = _cannot(op, name, device) or why
+    return Choice(op, chosen, refused, passes)
+
+
+# (operator, device, what is forced) -> the choice: an operator asks in every call.
+_choices: dict[tuple[str, torch.device, str], Choice] = {}
 
 
 def use_definition(op: str, device: torch.device) -> bool:
@@ -282,14 +331,18 @@ def use_definition(op: str, device: torch.device) -> bool:
     """
     global _no_cuda_library
     wanted = forced()
-    if wanted == "auto" and torch.compiler.is_compiling():
-        return False  # the first call outside of it says what there is to say
     if device.type == "meta":
         return wanted == "reference"  # the fakes answer
-    choice = select(op, device)
-    if choice.backend == "triton" and not _no_cuda_library and _unavailable("cuda"):
-        _no_cuda_library = True  # a CUDA library may be loaded, and not be for this GPU
-        _let_triton_answer()
+    if torch.compiler.is_compiling():
+        if wanted != "auto":  # else the first call outside of it says what there is to say
+            _check_forced(op, wanted, device)
+        return wanted == "reference"
+    choice = _choices.get((op, device, wanted))
+    if choice is None:
+        choice = _choices[op, device, wanted] = select(op, device)
+        if device.type == "cuda" and not _no_cuda_library and _unavailable("cuda"):
+            _no_cuda_library = True  # a CUDA library may be loaded, and not be for this GPU
+            _let_triton_answer()
     if choice.backend == "reference" and wanted == "auto" and op not in _warned:
         _warned.add(op)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused.items())
@@ -307,11 +360,11 @@ def explain(op: str, *args: object) -> Choice:
 
     Args:
         op: name of a public operator.
-        args: its tensor arguments; the first tensor decides the device. None given: the CPU.
+        args: its tensor arguments; the first tensor decides device and dtype. None given: the CPU.
     """
     from . import OPERATORS
 
     if op not in OPERATORS:
         raise ValueError(f"op is {op!r}; expected one of {list(OPERATORS)}")
-    device = next((a.device for a in args if isinstance(a, torch.Tensor)), torch.device("cpu"))
-    return select(op, device)
+    first = next((a for a in args if isinstance(a, torch.Tensor)), torch.empty(0))
+    return select(op, first.device, first.dtype == torch.float64)

@@ -49,9 +49,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         rank = dist.get_rank(ctx.group)
         first = sum(ctx.sizes[:rank])
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[first : first + ctx.sizes[rank]], None, None
+        # 16-bit gradients are rounded once more, and not once for every rank.
+        dtype = torch.float32 if grad.dtype.itemsize == 2 else grad.dtype
+        total = grad.to(dtype, copy=True).contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[first : first + ctx.sizes[rank]].to(grad.dtype), None, None
 
 
 def sum_over_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

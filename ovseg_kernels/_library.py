@@ -24,7 +24,7 @@ OPERATOR_OF: dict[str, str] = {}  # schema to the public operator it belongs to
 FALLBACKS: dict[str, Callable] = {}  # what answers where no kernel is built
 ON_GPUS: set[str] = set()  # schemas that are called for tensors on a GPU alone
 # A handful of torch calls, the same on every device: no kernel is wanted.
-COMPOSITES: dict[str, Callable] = {}
+COMPOSITES: set[str] = set()
 BUILT_ON: dict[str, str] = {}  # public operator to the one whose schemas it calls
 
 
@@ -92,7 +92,7 @@ def fallback(name: str, function: Callable) -> None:
 
 def composite(name: str, function: Callable) -> None:
     """Register the implementation for all devices."""
-    COMPOSITES[name] = function
+    COMPOSITES.add(name)
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 

@@ -11,9 +11,9 @@ import platform
 
 import torch
 
-from . import OPERATORS, __version__, _build, available_backends, explain
+from . import OPERATORS, __version__, _build, _selection, available_backends
 from . import _library as lib
-from ._backends import forced, unsupported
+from ._backends import forced, select, unsupported
 
 
 def report() -> str:
@@ -66,9 +66,21 @@ def report() -> str:
         if forced() != "auto"
         else "  forced           none (OVSEG_BACKEND)"
     )
-    lines.append("operators")
-    lines += [f"  {explain(op)}".replace("\n", "\n  ") for op in OPERATORS]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines.append(f"operators on {device.type}")
+    lines += [f"  {select(op, device)}".replace("\n", "\n  ") for op in OPERATORS]
+    if device.type == "cpu":
+        lines += _on_a_gpu()
     return "\n".join(lines)
+
+
+def _on_a_gpu(capability: tuple[int, int] = (9, 0)) -> list[str]:
+    """Return what the table of backends says of a GPU that is not here."""
+    lines = [f"the same on a GPU of sm_{capability[0]}{capability[1]}, best first"]
+    for name in _selection.TABLE:
+        rule = _selection.rule(name, capability)
+        lines.append(f"  {name}: {', '.join(rule.order)}: {rule.why}")
+    return lines
 
 
 def problems() -> list[str]:

@@ -25,7 +25,7 @@ from gpu_jobs import ROOT
 from benchmarks import lines, show
 from benchmarks.supervise import Job, Outcome, run
 
-# Seconds of each step, in their order. What a step leaves over goes to the next; GRACE of
+# Part to step to seconds, in their order. What a step leaves over goes to the next; GRACE of
 # supervise.py is part of a limit.
 FACTS = 5
 LIMITS: dict[str, dict[str, int]] = {
@@ -42,14 +42,28 @@ ALL: dict[str, dict[str, int]] = {
     "test": {"cuda tests": 45, "triton tests": 70},
     "sanitize": {"sanitize": 60},
 }
-# seconds any verb may take: the sum of its limits and FACTS is not larger, which a test holds
-LONGEST = 480
+# What a GPU is asked that may never be had again: a row of everything, the most wanted first. There
+# is no time to compile the libraries.
+FIRST: dict[str, dict[str, int]] = {
+    "build": {"prebuilt": 20},
+    "rates": {"rates": 20},
+    "smoke": {"smoke": 35},
+    "bench": {"compile kernels": 30, "bench": 160},
+    "kernels": {"kernels": 40},
+    "calls": {"calls": 55},
+    "test": {"cuda tests": 115},
+    "sanitize": {"sanitize": 60},
+}
+VERBS = ["first", *LIMITS, "all"]
+# Seconds that a verb may take: the sum of its limits and FACTS is not larger, which a test holds.
+LONGEST = {"first": 540} | dict.fromkeys([*LIMITS, "all"], 480)
+SANITIZED_FIRST = ("memcheck", "racecheck")
 LOG_BYTES = 200_000  # of the output of each job
 
 
 def limits(verb: str) -> dict[str, dict[str, int]]:
-    """Part to step to seconds; "all" has every part, shorter."""
-    return ALL if verb == "all" else {verb: LIMITS[verb]}
+    """Part to step to seconds; "first" and "all" have many parts, shorter."""
+    return {"first": FIRST, "all": ALL}.get(verb) or {verb: LIMITS[verb]}
 
 
 def say(text: str) -> None:
@@ -76,15 +90,29 @@ class Place:
 
 
 class Part:
-    """One part of a verb, with its result file: build, smoke, bench, test or sanitize."""
+    """One part of a verb, with its result file: build, smoke, bench, test or sanitize.
 
-    def __init__(self, place: Place, name: str, began: float, steps: dict[str, int]):
-        self.place, self.name, self.steps = place, name, steps
+    ``operators`` are those that the sanitizer watches.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        verb: str,
+        name: str,
+        began: float,
+        steps: dict[str, int],
+        operators: Sequence[str] = gpu_jobs.OPERATORS,
+    ):
+        self.place, self.name, self.steps, self.operators = place, name, steps, operators
+        self.first = verb == "first"
         self.until, end = {}, began
         for step, seconds in steps.items():
             end += seconds
             self.until[step] = end
-        self.file = lines.Lines(place.results / f"{place.date}-{name}.jsonl")
+        self.file = lines.Lines(
+            place.results / f"{place.date}-{'first-' if self.first else ''}{name}.jsonl"
+        )
         self.run_id = f"{name} {time.time():.3f}"
         self.failed = False
         self._seen, self._looked, self._quiet = 0, 0.0, name == "test"
@@ -188,7 +216,9 @@ def build(part: Part) -> None:
     )
     part.failed = False  # not being built yet is no failure
     part.place.say(found.output.strip()[-600:])
-    if found.status != 0:
+    if found.status != 0 and "compile" not in part.steps:
+        part.note("libraries", "FAILED", 0, "`first` has no time to compile: `build` does")
+    elif found.status != 0:
         tools = [name for name in ("cmake", "nvcc", "c++") if part.place.tool(name) is None]
         if tools or part.missing(["setuptools", "numpy"], "the build needs them"):
             part.note(
@@ -230,14 +260,31 @@ def smoke(part: Part) -> None:
         part.place.say(f"{count} Triton kernels compiled, {spent / count:.2f} s each")
 
 
+def rates(part: Part) -> None:
+    measured(part, "rates", "all", rest=5)
+
+
 def bench(part: Part) -> None:
+    cases = "first" if part.first else "all"
     if "compile kernels" in part.steps:
-        jobs = gpu_jobs.warm(part.left("compile kernels"))
+        jobs = gpu_jobs.warm(part.left("compile kernels"), cases)
         part.step("compile kernels", jobs, min(14, part.place.cores))
         part.failed = False  # what does not run here, the bench says row by row
-    part.step(
-        "bench", [gpu_jobs.bench(part.file.path, part.left("bench"), part.run_id)], 1, resume=True
-    )
+    measured(part, "bench", cases, rest=40)
+
+
+def kernels(part: Part) -> None:
+    measured(part, "kernels", "first", rest=12)
+
+
+def calls(part: Part) -> None:
+    measured(part, "calls", "small", rest=12)
+
+
+def measured(part: Part, step: str, cases: str, rest: float) -> None:
+    """Runs the one process of a step; ``rest`` is for imports and a row under way."""
+    job = gpu_jobs.measure(step, cases, part.file.path, part.left(step), rest, part.run_id)
+    part.step(step, [job], 1, resume=True)
 
 
 def test(part: Part) -> None:
@@ -249,6 +296,8 @@ def test(part: Part) -> None:
         ("triton", min(14, part.place.cores)),
     ):
         step = f"{group} tests"
+        if step not in part.steps:
+            continue
         if group == "triton":
             part.place.say(gpu_jobs.estimate(part.place.results, workers))
         part.step(
@@ -274,7 +323,9 @@ def sanitize(part: Part) -> None:
         return part.note(
             "sanitize", "FAILED", 0, "compute-sanitizer is neither on PATH nor beside nvcc"
         )
-    jobs = gpu_jobs.sanitize(sanitizer, part.place.missing("triton"))
+    tools = SANITIZED_FIRST if part.first else gpu_jobs.TOOLS
+    no_triton = part.place.missing("triton")
+    jobs = gpu_jobs.sanitize(sanitizer, no_triton, operators=part.operators, tools=tools)
     part.file.write({"planned": [job.name for job in jobs]})
     log = part._log
 
@@ -288,34 +339,39 @@ def sanitize(part: Part) -> None:
 
 PARTS: dict[str, Callable[[Part], None]] = {
     "build": build,
+    "rates": rates,
     "smoke": smoke,
     "bench": bench,
+    "kernels": kernels,
+    "calls": calls,
     "test": test,
     "sanitize": sanitize,
 }
 
 
-def main(verb: str, place: Place) -> int:
-    """Runs a verb; 0 if nothing failed."""
+def main(verb: str, place: Place, operators: Sequence[str] = gpu_jobs.OPERATORS) -> int:
+    """Runs a verb; 0 if nothing failed. The sanitizer watches ``operators``."""
     began = place.clock() - FACTS
     place.results.mkdir(parents=True, exist_ok=True)
     where = f"{place.device}, sm_{place.capability.replace('.', '')}, {place.cores} cores"
     place.say(f"gpu_check {verb} on {where}; writing to {place.results}")
-    status, start = 0, began + FACTS
+    ended, start = {}, began + FACTS
     for name, steps in limits(verb).items():
-        part = Part(place, name, start, steps)
+        part = Part(place, verb, name, start, steps, operators)
         part.begin()
         PARTS[name](part)
         part.place.say("\n" + show.tables(part.file.path)[-6000:])
         failed = part.failed or any("failed" in row for row in part.results())
-        place.say(f"{name}: {'NOT passed' if failed else 'passed'}")
-        status |= failed
+        ended[name] = "NOT passed" if failed else "passed"
+        place.say(f"{name}: {ended[name]}")
         start += sum(steps.values())
+    passed = set(ended.values()) == {"passed"}
+    each = "; ".join(f"{name} {state}" for name, state in ended.items())
     place.say(
-        f"{'NOT passed' if status else 'all passed'}, {place.clock() - began:.0f} s; see "
+        f"{'all passed' if passed else f'NOT passed: {each}'}, {place.clock() - began:.0f} s; see "
         f"{place.results}"
     )
-    return int(status)
+    return int(not passed)
 
 
 def facts() -> tuple[str, str]:
@@ -333,8 +389,17 @@ def facts() -> tuple[str, str]:
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__)
-    arguments.add_argument("verb", choices=[*LIMITS, "all"])
-    wanted = arguments.parse_args().verb
+    arguments.add_argument("verb", choices=VERBS)
+    arguments.add_argument(
+        "operators",
+        nargs="*",
+        help="what changed, for first and sanitize: the sanitizer watches it",
+    )
+    given = arguments.parse_args()
+    if unknown := set(given.operators) - set(gpu_jobs.OPERATORS):
+        arguments.error(f"{sorted(unknown)} is no operator; expected {list(gpu_jobs.OPERATORS)}")
+    if given.operators and given.verb not in ("first", "sanitize"):
+        arguments.error(f"{given.verb} takes no operators, first and sanitize do")
     signal.signal(
         signal.SIGHUP, signal.SIG_IGN
     )  # the remote shell is gone; the verb ends by itself
@@ -343,4 +408,5 @@ if __name__ == "__main__":
     )  # through the finally of supervise.py, which ends the workers
     device, capability = facts()
     results = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results" / device)
-    raise SystemExit(main(wanted, Place(device, capability, results, ROOT / "build" / "gpu")))
+    place = Place(device, capability, results, ROOT / "build" / "gpu")
+    raise SystemExit(main(given.verb, place, given.operators or gpu_jobs.OPERATORS))

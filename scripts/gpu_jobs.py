@@ -6,12 +6,13 @@ import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import lines  # noqa: E402
+from benchmarks import lines, show  # noqa: E402
 from benchmarks.supervise import Job, Outcome  # noqa: E402
 
 QUIET = (sys.executable, "-W", "ignore")
@@ -42,6 +43,7 @@ SPLIT = (
 # What the Triton tests compile, and the most of one of 14 processes:
 # tests/packaging/triton_count.py. Seconds each: docs/testing.md.
 SPECIALISATIONS, FULLEST, COMPILE_SECONDS = 336, 111, 0.57
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Substrings of the mangled names: CUDA's are in a namespace, Triton's begin with their operator's
 # or a part's of it.
 CUDA_KERNELS = ("ovseg",)
@@ -107,29 +109,36 @@ def smoke(out: Path, limit: float) -> list[Job]:
     return jobs
 
 
-def warm(limit: float) -> list[Job]:
+def warm(limit: float, cases: str = "all") -> list[Job]:
     """Compiles the Triton kernels of the bench side by side, for its one process to find them."""
+    command = [*QUIET, "-m", "benchmarks.gpu", "--cases", cases, "--warm"]
     return [
-        Job(f"compile {op}", [*QUIET, "-m", "benchmarks.gpu", "--warm", op], limit, ONE_THREAD)
+        Job(f"compile {op}", [*command, op], limit, ONE_THREAD)
         for op in OPERATORS
         if has(op, "triton")
     ]
 
 
-def bench(out: Path, seconds: float, run_id: str) -> Job:
-    # Imports and a row under way need the rest. Silent it is for as long as torch.compile takes.
+def measure(step: str, cases: str, out: Path, seconds: float, rest: float, run_id: str) -> Job:
+    """One process of benchmarks/gpu.py, which begins no row in the last ``rest`` seconds."""
     command = [
         *QUIET,
         "-m",
         "benchmarks.gpu",
+        "--measure",
+        "times" if step == "bench" else step,
+        "--cases",
+        cases,
         "--out",
         str(out),
         "--budget",
-        str(max(10, round(seconds - 40))),
+        str(max(5, round(seconds - rest))),
         "--run",
         run_id,
     ]
-    return Job("bench", command, seconds, CACHES, resume=True, stall=75)
+    # Silent it is for as long as torch.compile takes, which only "all" asks for.
+    stall = 75 if cases == "all" else 40
+    return Job(step, command, seconds, CACHES, resume=True, stall=stall)
 
 
 def tests(group: str, workers: int, out: Path, limit: float) -> list[Job]:
@@ -169,7 +178,13 @@ def tests(group: str, workers: int, out: Path, limit: float) -> list[Job]:
     ]
 
 
-def sanitize(sanitizer: str, no_triton: bool, limit: float = 75) -> list[Job]:
+def sanitize(
+    sanitizer: str,
+    no_triton: bool,
+    limit: float = 75,
+    operators: Sequence[str] = OPERATORS,
+    tools: Sequence[str] = TOOLS,
+) -> list[Job]:
     """One operator, backend and tool a process; memcheck for all before the next tool."""
     jobs = []
     pairs = [
@@ -183,7 +198,7 @@ def sanitize(sanitizer: str, no_triton: bool, limit: float = 75) -> list[Job]:
         ("synccheck", "triton"),
     ]
     for tool, backend in pairs:
-        if backend == "triton" and no_triton:
+        if tool not in tools or (backend == "triton" and no_triton):
             continue
         command = [
             sanitizer,
@@ -209,7 +224,7 @@ def sanitize(sanitizer: str, no_triton: bool, limit: float = 75) -> list[Job]:
         dtypes = (
             ["float32", "float16", "bfloat16"] if backend == "cuda" else ["float32", "bfloat16"]
         )
-        for op in (op for op in OPERATORS if has(op, backend)):
+        for op in (op for op in operators if has(op, backend)):
             # Without the allocator's pool every tensor ends where its memory ends, and begins as
             # memory nobody wrote.
             environment = {**ONE_THREAD, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -307,8 +322,18 @@ def estimate(results: Path, workers: int) -> str:
 def short(row: dict[str, Any]) -> str:
     """A row on the screen."""
     state = f"FAILED: {row['failed']}" if "failed" in row else row.get("state", "passed")
-    numbers = (("error", "error"), ("of", "allowed"), ("ms", "ms"), ("ms", "ms_with_host"))
+    numbers = (
+        ("error", "error"),
+        ("of", "allowed"),
+        ("ms", "ms"),
+        ("ms", "ms_with_host"),
+        ("host us", "host_us"),
+        ("wall us", "wall_us"),
+        ("replayed us", "replay_us"),
+        ("kernels us", "kernels_us"),
+    )
     facts = [f"{name} {row[key]:.3g}" for name, key in numbers if key in row]
+    facts += filter(None, [show.share(row)])
     for name in ("forward", "backward"):
         rates = [rate for rate in ("product", "copy") if f"{name}_percent_of_{rate}" in row]
         facts += [f"{name} {row[f'{name}_percent_of_{rate}']}% of {rate}" for rate in rates]

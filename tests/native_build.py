@@ -13,7 +13,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def cmake(build: Path, *options: str, source: Path = ROOT) -> str:
+def cmake(
+    build: Path, *options: str, source: Path = ROOT, target: str = "all", jobs: int = 2
+) -> str:
     """Configure and build; returns what the compilers printed.
 
     Raises RuntimeError with the end of it.
@@ -36,7 +38,7 @@ def cmake(build: Path, *options: str, source: Path = ROOT) -> str:
         )  # several processes run the tests, and each wants this build
         for command in (
             [program, "-S", str(source), "-B", str(build), *generator, *common, *options],
-            [program, "--build", str(build), "--parallel", "2"],
+            [program, "--build", str(build), "--parallel", str(jobs), "--target", target],
         ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

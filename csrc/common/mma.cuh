@@ -6,6 +6,8 @@
 //   tf32    m16n8k8   a[0] = A[g][t], a[1] = A[g+8][t], a[2], a[3] = the same at k + 4; b[0] = B[t][g], b[1] at k + 4
 //   sums              c[0], c[1] = C[g][2t], C[g][2t+1]; c[2], c[3] = the same in row g + 8
 #pragma once
+#include <cstring>
+
 #include "device.cuh"
 
 namespace ovseg {
@@ -73,8 +75,63 @@ OVSEG_UNCOUNTED void mma(float (&c)[4], const FragmentA& a, const FragmentB& b) 
   emulation::warp_barrier(kFullWarp);
 }
 
+template <bool turned>
+OVSEG_UNCOUNTED void load_matrices(uint32_t (&x)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("ldmatrix of a row that is not at a multiple of 16 bytes");
+  const int lane = emulation::lane();
+  std::memcpy(emulation::warp_slot(lane), &row, sizeof(row));
+  emulation::warp_barrier(kFullWarp);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const int at[2] = {lane / 4, lane % 4 * 2 + i};  // row and column
+      const unsigned char* source;
+      std::memcpy(&source, emulation::warp_slot(8 * matrix + at[turned]), sizeof(source));
+      std::memcpy(pair + i, source + 2 * at[!turned], 2);
+    }
+    std::memcpy(x + matrix, pair, 4);
+  }
+  emulation::warp_barrier(kFullWarp);
+}
+
 }  // namespace emulated
 #endif
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory: lane i names the 16 bytes of row i % 8 of matrix i / 8.
+// Word m of lane l becomes elements 2 (l % 4) and the one after of row l / 4 of matrix m, or of its transpose.
+template <bool turned>
+__device__ inline void load_matrices(uint32_t (&x)[4], const void* row) {
+#ifdef OVSEG_EMULATED
+  emulated::load_matrices<turned>(x, row);
+#else
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (turned) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(at)
+                 : "memory");
+  }
+#endif
+}
+
+// One of the two 16-bit elements of a word, and its bits as a tf32 number, which holds it exactly.
+template <typename T>
+__device__ inline float half_of(uint32_t word, int which) {
+  const uint16_t bits = static_cast<uint16_t>(word >> 16 * which);
+  T value;
+  memcpy(&value, &bits, sizeof(value));
+  return to_float(value);
+}
+__device__ inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
 
 // c += a b for one warp: T is half, bfloat16 (m16n8k16) or float (tf32, m16n8k8).
 template <typename T>

@@ -44,8 +44,13 @@ ContrastiveStats stats_as(ContrastiveInputs<A> in) {
   return outputs;
 }
 
+void check_unit_vectors(bool normalize) {
+  STD_TORCH_CHECK(!normalize, "normalize is True; expected unit vectors: the CPU's kernels normalise nothing");
+}
+
 ContrastiveStats stats(Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids, Optional text_ids,
-                       Optional pair_weights, int64_t offset, bool sigmoid, bool) {
+                       Optional pair_weights, int64_t offset, bool sigmoid, bool, bool normalize) {
+  check_unit_vectors(normalize);
   return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
                                  [&](const auto& in) { return stats_as(in); });
 }
@@ -107,8 +112,9 @@ ContrastiveGradients backward_as(ContrastiveInputs<A> in, const Tensor& grad, bo
 
 ContrastiveGradients backward(Tensor grad, Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids,
                               Optional text_ids, Optional pair_weights, Tensor rows, Tensor columns, Tensor row_weight,
-                              Tensor column_weight, int64_t offset, bool sigmoid, bool, bool need_image,
-                              bool need_text) {
+                              Tensor column_weight, int64_t offset, bool sigmoid, bool, bool normalize,
+                              bool need_image, bool need_text) {
+  check_unit_vectors(normalize);
   return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
                                  [&](auto in) {
                                    in.enter_saved(grad, rows, columns, row_weight, column_weight);

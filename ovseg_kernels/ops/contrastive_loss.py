@@ -57,14 +57,10 @@ _INPUTS = (
     "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, "
     "Tensor? image_ids, Tensor? text_ids, Tensor? pair_weights"
 )  # with pair_weights, the ids are a list of pairs: see sorted_both_ways
-_SAVED = (
-    "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, "
-    "int offset, bool sigmoid, bool tf32"
-)
-lib.define(
-    "contrastive_loss",
-    f"contrastive_stats({_INPUTS}, int offset, bool sigmoid, bool tf32) -> (Tensor, Tensor)",
-)
+# ``normalize`` comes with 16-bit features, which stay what they are; others are unit vectors.
+_OPTIONS = "int offset, bool sigmoid, bool tf32, bool normalize"
+_SAVED = "Tensor rows, Tensor columns, Tensor row_weight, Tensor column_weight, " + _OPTIONS
+lib.define("contrastive_loss", f"contrastive_stats({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 lib.define("contrastive_loss", f"contrastive_loss({_INPUTS}, {_SAVED}) -> Tensor")
 lib.define(
     "contrastive_loss",
@@ -157,7 +153,9 @@ def compute(
     _check.group(group)
     low = image.dtype.itemsize == 2 or text.dtype.itemsize == 2
     dtype = accumulation_dtype(torch.empty((), dtype=torch.promote_types(image.dtype, text.dtype)))
-    image, text = image.to(dtype), text.to(dtype)
+    whole = not _stay_16_bit(image, text)
+    if whole:
+        image, text = image.to(dtype), text.to(dtype)
     scale = _check.scalar("logit_scale", logit_scale, image, dtype)
     bias = _check.scalar("logit_bias", logit_bias, image, dtype)
     if kind == "softmax" and (isinstance(logit_bias, torch.Tensor) or logit_bias != 0):
@@ -171,13 +169,13 @@ def compute(
         raise ValueError("positives was given with image_ids and text_ids; expected one of the two")
     given = "positives" if pair_index is not None else "ids" if image_ids is not None else "neither"
     needed = _check.pair_list(pair_index, pair_weights, image.shape[0], "image", image)
-    sizes, rank = _sizes(image, text, given, needed, dtype, group)
+    sizes, rank = _sizes(image, text, given, needed, group)
     with torch.autocast(lib.autocast_type(image.device), enabled=False):
         if group is None and _backends.use_definition("contrastive_loss", image.device):
             return reference.contrastive_loss(
                 image, text, scale, bias, image_ids, text_ids, normalize, kind, *pairs
             )
-        if normalize:
+        if normalize and whole:
             image, text = unit(image), unit(text)
         offset, total = sum(b for b, _ in sizes[:rank]), sum(b for b, _ in sizes)
         if group is not None:
@@ -192,7 +190,8 @@ def compute(
         options = (
             offset,
             kind == "sigmoid",
-            dtype == torch.float32 and (low or _backends.allow_tf32(image)),
+            whole and dtype == torch.float32 and (low or _backends.allow_tf32(image)),
+            normalize and not whole,
         )
         plain = (x.detach() for x in (image, text, scale, bias))
         rows, columns = torch.ops.ovseg.contrastive_stats(*plain, *positives, *options)
@@ -219,7 +218,18 @@ def compute(
         return share + (mine - share).detach()
 
 
-def _sizes(image, text, given, needed, dtype, group):
+def _stay_16_bit(image: torch.Tensor, text: torch.Tensor) -> bool:
+    """Return whether the kernels take these features as they are, with the factors of their rows.
+
+    Triton's do, and the closed form that answers for them on a GPU.
+    """
+    if image.dtype != text.dtype or image.dtype.itemsize > 2:
+        return False
+    forced = _backends.forced()
+    return forced != "reference" and (image.device.type == "cuda" or forced == "triton")
+
+
+def _sizes(image, text, given, needed, group):
     """Return the (B, T) of every rank, and this one's place, where they fit to what is given.
 
     ``given`` are ids, positives or neither; ``needed`` is how many texts the positives speak of.
@@ -228,14 +238,16 @@ def _sizes(image, text, given, needed, dtype, group):
     rank = 0
     most = [needed]
     if group is not None:
+        number = _check.FLOATS.index(torch.promote_types(image.dtype, text.dtype))
         # What must agree goes along, so that all ranks raise, and none waits for one that did.
-        agree = (image.shape[1], ("neither", "ids", "positives").index(given), dtype.itemsize)
+        agree = (image.shape[1], ("neither", "ids", "positives").index(given), number)
         mine = (*sizes[0], *agree, needed)
         found, rank = _distributed.sizes_of_ranks(mine, group, image.device), dist.get_rank(group)
         if len({x[2:5] for x in found}) > 1:
             raise ValueError(
-                f"(B, T, D, ids given: 1 or positives: 2, bytes of a number) of the ranks are "
-                f"{[x[:5] for x in found]}; expected the last three to agree"
+                f"(B, T, D, ids given: 1 or positives: 2, dtype) of the ranks are "
+                f"{[(*x[:4], str(_check.FLOATS[x[4]])[6:]) for x in found]}; expected the last "
+                "three to agree"
             )
         sizes = [x[:2] for x in found]
         most = [x[5] for x in found]
@@ -265,7 +277,7 @@ def sorted_both_ways(positives, weights, image, text):
     """
     if weights is None:
         weights = image.new_ones(positives.shape[0])
-    weights = weights.detach().to(image.dtype)
+    weights = weights.detach().to(accumulation_dtype(image))
     images, texts = positives.unbind(1)
     B, T = image.shape[0], text.shape[0]
     inside = (images >= 0) & (images < B) & (texts >= 0) & (texts < T)
@@ -287,8 +299,11 @@ def rows_only(image, text, logit_scale, offset):
     """
     dtype = accumulation_dtype(image)
     tf32 = dtype == torch.float32 and (image.dtype.itemsize == 2 or _backends.allow_tf32(image))
-    image, text = image.to(dtype), text.to(dtype)
-    weight = torch.full_like(image[:, 0], 1 / max(1, len(image))).detach()
+    if _stay_16_bit(image, text):
+        tf32 = False
+    else:
+        image, text = image.to(dtype), text.to(dtype)
+    weight = image.new_full((len(image),), 1 / max(1, len(image)), dtype=dtype)
     return one_sided(
         image,
         text,
@@ -307,7 +322,7 @@ def one_sided(image, text, scale, image_ids, text_ids, row_weight, offset, tf32)
     The operators built on these kernels share it.
     """
     inputs = (scale, torch.zeros_like(scale), image_ids, text_ids, None)
-    options = (offset, False, tf32)
+    options = (offset, False, tf32, False)
     plain = (x.detach() for x in (image, text, *inputs[:2]))
     rows, columns = torch.ops.ovseg.contrastive_stats(*plain, *inputs[2:], *options)
     weights = row_weight.to(rows.dtype), torch.zeros_like(columns[0])
@@ -315,8 +330,8 @@ def one_sided(image, text, scale, image_ids, text_ids, row_weight, offset, tf32)
 
 
 @lib.fake("contrastive_stats")
-def _(image, text, *_):
-    return image.new_empty(3, image.shape[0]), image.new_empty(3, text.shape[0])
+def _(image, text, logit_scale, *_):
+    return logit_scale.new_empty(3, image.shape[0]), logit_scale.new_empty(3, text.shape[0])
 
 
 def _loss(
@@ -338,31 +353,32 @@ def _loss(
 
 
 lib.composite("contrastive_loss", _loss)
-lib.fake("contrastive_loss")(lambda image, *_: image.new_empty(()))
+lib.fake("contrastive_loss")(lambda image, text, logit_scale, *_: logit_scale.new_empty(()))
 
 
 @lib.fake("contrastive_loss_backward")
-def _(grad, image, text, *rest):
+def _(grad, image, text, logit_scale, *rest):
     sides = zip((image, text), rest[-2:], strict=True)
     return (
         *(x.new_empty((x.shape[0] if need else 0, x.shape[1])) for x, need in sides),
-        image.new_empty(()),
-        image.new_empty(()),
+        logit_scale.new_empty(()),
+        logit_scale.new_empty(()),
     )
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.offset, ctx.sigmoid, ctx.tf32 = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:-4])
+    ctx.options = inputs[-4:]
 
 
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad[:2]
-    options = (ctx.offset, ctx.sigmoid, ctx.tf32)
-    found = torch.ops.ovseg.contrastive_loss_backward(grad, *ctx.saved_tensors, *options, *needs)
+    found = torch.ops.ovseg.contrastive_loss_backward(
+        grad, *ctx.saved_tensors, *ctx.options, *needs
+    )
     return *(x if need else None for x, need in zip(found, (*needs, True, True), strict=True)), *(
         None,
-    ) * 10
+    ) * 11
 
 
 _transforms.autograd("contrastive_loss", _backward, _setup)

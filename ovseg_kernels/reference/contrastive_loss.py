@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from . import similarity_contrastive_loss as on_matrix
-from .unit import unit
+from .unit import EPS, length, unit
 
 _ROWS = 1024  # of a block of logits
 
@@ -101,14 +101,40 @@ def _blocks(image, text, logit_scale, logit_bias, image_ids, text_ids, pair_weig
         yield rows, s, logit_scale * s + logit_bias, p
 
 
+def _features(image, text, like, normalize):
+    """Return both in the dtype of ``like``, as unit vectors where ``normalize`` says so."""
+    image, text = image.to(like.dtype), text.to(like.dtype)
+    return (unit(image), unit(text)) if normalize else (image, text)
+
+
+def _through_unit(x, d_unit):
+    """Return the gradient of ``x`` from that of its unit vector."""
+    wide = x.to(d_unit.dtype)
+    size = length(wide)[:, None]
+    u = unit(wide)
+    along = torch.where(size > EPS, (d_unit * u).sum(1, keepdim=True), 0)
+    return ((d_unit - along * u) / size.clamp_min(EPS)).to(x.dtype)
+
+
 def stats(
-    image, text, logit_scale, logit_bias, image_ids, text_ids, pair_weights, offset, sigmoid, tf32
+    image,
+    text,
+    logit_scale,
+    logit_bias,
+    image_ids,
+    text_ids,
+    pair_weights,
+    offset,
+    sigmoid,
+    tf32,
+    normalize,
 ):
     """Return the statistics of the rows [3, B] and of the columns [3, T].
 
     They are log-sum-exp (sigmoid: loss, and zero), sum of p z, sum of p.
     """
     B, T = image.shape[0], text.shape[0]
+    image, text = _features(image, text, logit_scale, normalize)
     rows, columns = image.new_zeros(3, B), image.new_zeros(3, T)
     columns[0] = 0 if sigmoid else -torch.inf
     if T == 0 and not sigmoid:
@@ -144,10 +170,13 @@ def backward(
     offset,
     sigmoid,
     tf32,
+    normalize,
     need_image,
     need_text,
 ):
     """Return (d image, d text, d logit_scale, d logit_bias) by equations (5) and (6)."""
+    given = image, text
+    image, text = _features(image, text, logit_scale, normalize)
     d_image, d_text = torch.zeros_like(image), torch.zeros_like(text)
     d_scale, d_bias = image.new_zeros(()), image.new_zeros(())
     for part, s, z, p in _blocks(
@@ -163,9 +192,11 @@ def backward(
         d_scale, d_bias = d_scale + (dz * s).sum(), d_bias + dz.sum()
         d_image[part] = logit_scale * dz @ text
         d_text += logit_scale * dz.T @ image[part]
+    if normalize:
+        d_image, d_text = _through_unit(given[0], d_image), _through_unit(given[1], d_text)
     return (
-        d_image if need_image else d_image[:0],
-        d_text if need_text else d_text[:0],
+        d_image.to(given[0].dtype) if need_image else given[0].new_zeros(0, image.shape[1]),
+        d_text.to(given[1].dtype) if need_text else given[1].new_zeros(0, text.shape[1]),
         d_scale,
         d_bias,
     )

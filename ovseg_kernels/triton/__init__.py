@@ -16,12 +16,10 @@ KERNELS = {
     "dense_contrastive_select": ("dense_contrastive_loss", "select"),
     "dense_contrastive_gather": ("dense_contrastive_loss", "gather"),
     "dense_contrastive_gather_backward": ("dense_contrastive_loss", "backward"),
-    "upsample_argmax": ("upsample_argmax", "forward"),
-    "window_argmax": ("window_argmax", "forward"),
-    "upsample_mask_loss": ("upsample_mask_loss", "forward"),
-    "upsample_mask_loss_backward": ("upsample_mask_loss", "backward"),
     "center_assignment": ("center_assignment", "forward"),
     "center_assignment_backward": ("center_assignment", "backward"),
+    "grouped_inverse_std": ("segclip_center_assignment", "forward"),
+    "grouped_inverse_std_backward": ("segclip_center_assignment", "backward"),
 }
 
 

@@ -13,6 +13,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 PITCH = tl.constexpr(16)  # rows between kernels start at multiples of this many elements
@@ -34,6 +35,25 @@ def pitch(count: int) -> int:
     Its copies are then of 16 bytes, whatever the length of a row.
     """
     return tiles(count, PITCH.value) * PITCH.value
+
+
+def descriptor(x: torch.Tensor, tile: list[int]) -> TensorDescriptor:
+    """Return ``x`` as copies of whole tiles read or write it, which end where ``x`` does."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), tile)
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """Return how many programs run at a time on the device of ``x``; few where none is a GPU."""
+    if x.device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Return the bytes that a program may have on the device of ``x``; an H100's on a CPU."""
+    if x.device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
 
 
 def chunk_size(images: int, bytes_per_image: int, limit: int) -> int:

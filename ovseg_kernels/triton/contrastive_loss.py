@@ -1,333 +1,239 @@
-"""contrastive_loss in Triton: logits exist tile by tile, d logits a chunk of images at a time.
+"""contrastive_loss in Triton: the launchers. Kernels: ``_contrastive_kernels``.
 
-Equation numbers: ``ovseg_kernels/ops``. Sums have one owner and a fixed order. float32 products are
-exact, or tf32 where the operator allows it.
+Forward: one pass over the matrix, some images at a time, whose tiles leave the statistics of their
+rows and columns, merged in a fixed order. Backward: blocks of coefficients, the gradients of the
+logits, that stay in the cache, and two products of the library for each. 16-bit features are
+multiplied as they are, by powers of two and with factors that make them unit vectors; float32
+products are exact, or tf32 where the operator allows it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import triton
-import triton.language as tl
 
-from ._launch import ACC, aligned, chunk_size, log1p_of, on_device, pitch, program, tiles, whole
-from .center_assignment import _dot
-from .similarity_contrastive_loss import add_to_lse, lse_of
+from ..reference.unit import EPS
+from . import _contrastive_kernels as kernels
+from ._launch import (
+    ACC,
+    aligned,
+    descriptor,
+    multiprocessors,
+    on_device,
+    pitch,
+    shared_memory,
+    tiles,
+)
+from ._launch import rows as side_by_side
 
-CHUNK_BYTES = 64 << 20
-TILE = {torch.float32: (64, 32), torch.float64: (16, 16)}  # rows and columns, and a step of depth
-WARPS = 4
-# Never a reason to compile again; what copies need to know of D, ALIGNED says.
-SIZES = ["B", "T", "D", "P", "offset", "shift", "first", "last", "rows", "depth"]
+# Images of one launch: 32 tiles, so that with as many texts there are 1024 tiles in a block of
+# coefficients for the 132 of a GPU, and 128 x 128 pieces of either gradient of 512 channels.
+ROWS = 4096
+PARTS_BYTES = 64 << 20  # of statistics that wait to be merged
+BLOCK_BYTES = 32 << 20  # of coefficients
+LARGEST = 2.0**14  # coefficient in float16, whose range ends at 2 ** 16
+SMALL = {
+    torch.float64: (16, 16, 16, 4),
+    torch.float32: (64, 64, 32, 4),
+}  # images, texts, depth, warps
+BIG = {torch.float32: (128, 128, 32, 8), torch.float16: (128, 128, 64, 8)}
+BIG[torch.bfloat16] = BIG[torch.float16]
 
 
-@triton.jit
-def _logits(
-    own, other, i, j, B, T, D, PRECISION: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr
-):
-    """Return own_i . other_j of a tile."""
-    s = tl.zeros((i.shape[0], j.shape[0]), ACC)
-    for d0 in range(0, D, BD):
-        d = d0 + tl.arange(0, BD)
-        a = tl.load(
-            own + i.to(tl.int64)[:, None] * D + d[None, :],
-            mask=(i < B)[:, None] & (d < D)[None, :],
-            other=0.0,
+@dataclass
+class _Side:
+    """Features of one side as the kernels read them; no factors where they are unit vectors."""
+
+    rows: torch.Tensor  # [count, D], starts of rows at 16 bytes
+    factor: torch.Tensor | None = None  # [count]
+    inverse: torch.Tensor | None = None  # [count], of the length of the features that came
+
+
+def _side(x: torch.Tensor, normalize: bool) -> _Side:
+    """Return the rows of ``x``, by a power of two and with their factors where ``normalize`` is."""
+    count, D = x.shape
+    if (
+        not normalize
+        and x.stride(1) == 1
+        and not (x.stride(0) * x.element_size() | x.data_ptr()) % 16
+    ):
+        return _Side(x)
+    out = x.new_empty(count, pitch(D))[:, :D]
+    if not normalize:
+        return _Side(out.copy_(x))
+    x = side_by_side(x)
+    factor, inverse = torch.empty(2, count, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        kernels.contrastive_loss_scale_rows_kernel[(tiles(count, 4),)](
+            x,
+            out,
+            factor,
+            inverse,
+            count,
+            D,
+            x.stride(0),
+            out.stride(0),
+            EPS=EPS,
+            ALIGNED=aligned(x, out),
+            BR=4,
+            BD=256,
+            num_warps=4,
         )
-        b = tl.load(
-            other + j.to(tl.int64)[None, :] * D + d[:, None],
-            mask=(j < T)[None, :] & (d < D)[:, None],
-            other=0.0,
+    return _Side(out, factor, inverse)
+
+
+@dataclass
+class _Problem:
+    """What the kernels of one call have in common."""
+
+    image: _Side
+    text: _Side
+    scale: torch.Tensor
+    bias: torch.Tensor
+    pairs: tuple[torch.Tensor, ...]  # see ``_pairs``
+    offset: int
+    sigmoid: bool
+    tile: tuple[int, int]  # images and texts
+    options: dict
+
+    def inputs(self) -> tuple:
+        """Return the arguments with which a kernel begins that reads tiles of logits."""
+        depth = self.options["BD"]
+        factors = self.image.factor, self.text.factor
+        return (
+            descriptor(self.image.rows, [self.tile[0], depth]),
+            descriptor(self.text.rows, [self.tile[1], depth]),
+            *(self.scale if x is None else x for x in factors),
+            self.scale,
+            self.bias,
+            *self.pairs,
         )
-        s = _dot(a, b, s, PRECISION, ACC)
-    return s
+
+    def programs(self, images: int, texts: int) -> tuple[int]:
+        """Return the grid over as many images and texts: programs walk over their tiles."""
+        count = tiles(images, self.tile[0]) * tiles(texts, self.tile[1])
+        return (min(count, multiprocessors(self.scale)),)
 
 
-@triton.jit
-def _matched(i, j, mine, others, offset, inside, POSITIVES: tl.constexpr, ACC: tl.constexpr):
-    """Return p of a tile: 1 for equal ids, or for the diagonal."""
-    same = mine[:, None] == others[None, :] if POSITIVES == 1 else j[None, :] == i[:, None] + offset
-    return (inside & same).to(ACC)
-
-
-@triton.jit
-def _first_at_least(columns, low, high, least):
-    """Return, for each row, the first of its places from ``low`` to ``high`` that is not below."""
-    open_rows = low < high
-    while tl.max(open_rows.to(tl.int32), 0) > 0:
-        middle = low + (high - low) // 2
-        below = tl.load(columns + middle, mask=open_rows, other=0) < least
-        low = tl.where(open_rows & below, middle + 1, low)
-        high = tl.where(open_rows & (below == 0), middle, high)
-        open_rows = low < high
-    return low
-
-
-@triton.jit
-def _listed(columns, weights, next, end, j, last, ACC: tl.constexpr):
-    """Return (p of a tile that ends before column ``last``, the places that follow it).
-
-    A step takes one pair of every row; a pair listed twice is added in the order of the list.
-    """
-    p = tl.zeros((next.shape[0], j.shape[0]), ACC)
-    column = tl.load(columns + next, mask=next < end, other=last)
-    here = (next < end) & (column < last)
-    while tl.max(here.to(tl.int32), 0) > 0:
-        weight = tl.load(weights + next, mask=here, other=0.0)
-        p += tl.where(here[:, None] & (column[:, None] == j[None, :]), weight[:, None], 0.0)
-        next += here.to(tl.int64)
-        column = tl.load(columns + next, mask=next < end, other=last)
-        here = (next < end) & (column < last)
-    return p, next
-
-
-@triton.jit(do_not_specialize=SIZES)
-def contrastive_loss_fwd_kernel(
-    own,
-    other,
-    scale_at,
-    bias_at,
-    own_ids,
-    other_ids,
-    pair_weights,
-    out,
-    B,
-    T,
-    D,
-    offset,
-    shift,
-    ALIGNED: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BI: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Write log-sum-exp (sigmoid: loss), sum of p z and sum of p of BI rows.
-
-    Called with the sides swapped, of columns; their weights begin at ``shift``.
-    """
-    D = whole(D, ALIGNED)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
-    scale, bias = tl.load(scale_at), tl.load(bias_at)
-    mine = tl.load(own_ids + i, mask=i < B, other=0) if POSITIVES else i
-    end = tl.load(own_ids + i + 1, mask=i < B, other=0) if POSITIVES == 2 else mine
-    top = tl.full((BI,), float("-inf"), ACC)
-    total, hits, count = tl.zeros((BI,), ACC), tl.zeros((BI,), ACC), tl.zeros((BI,), ACC)
-    for j0 in range(0, T, BI):
-        j = j0 + tl.arange(0, BI)
-        inside = (i < B)[:, None] & (j < T)[None, :]
-        if POSITIVES == 2:
-            p, mine = _listed(own_ids + B + 1, pair_weights + shift, mine, end, j, j0 + BI, ACC)
-        else:
-            others = tl.load(other_ids + j, mask=j < T, other=0) if POSITIVES else j
-            p = _matched(i, j, mine, others, offset, inside, POSITIVES, ACC)
-        z = scale * _logits(own, other, i, j, B, T, D, PRECISION, ACC, BD) + bias
-        if SIGMOID:  # (4); softplus(-z) where p is 1, which cancels nothing
-            x = tl.where(p >= 1, -z, z)
-            softplus = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_of(
-                tl.exp(-tl.abs(x))
-            )
-            if POSITIVES == 2:
-                softplus -= tl.where((p >= 1) | (p == 0), 0.0, p * z)
-            total += tl.sum(tl.where(inside, softplus, 0.0), 1)
-        else:
-            x = tl.where(inside, z, float("-inf"))
-            top, total = add_to_lse(top, total, x)
-            hits += tl.sum(tl.where(p != 0, p * z, 0.0), 1)
-            count += tl.sum(p, 1)
-    if SIGMOID:
-        count += 1.0
-    else:
-        total = lse_of(top, total)
-    tl.store(out + i, total, mask=i < B)
-    tl.store(out + B + i, hits, mask=i < B)
-    tl.store(out + 2 * B + i, count, mask=i < B)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def contrastive_loss_bwd_logits_kernel(
+def _problem(
     image,
     text,
-    scale_at,
-    bias_at,
-    grad_at,
+    logit_scale,
+    logit_bias,
     image_ids,
     text_ids,
     pair_weights,
-    rows,
-    columns,
-    row_weight,
-    column_weight,
-    out,
-    partial,
-    first,
-    last,
-    B,
-    T,
-    P,
-    D,
     offset,
-    ALIGNED: tl.constexpr,
-    POSITIVES: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BI: tl.constexpr,
-    BD: tl.constexpr,
+    sigmoid,
+    tf32,
+    normalize,
 ):
-    """Write equation (5) or (6) of a tile, times the scale; and its shares of d scale, d bias."""
-    P, D, image_tiles, text_tiles = (
-        whole(P, True),
-        whole(D, ALIGNED),
-        tl.cdiv(last - first, BI),
-        tl.cdiv(T, BI),
-    )
-    image_tile, text_tile, _ = program(image_tiles, text_tiles)
-    i, j = first + image_tile * BI + tl.arange(0, BI), text_tile * BI + tl.arange(0, BI)
-    inside = (i < last)[:, None] & (j < T)[None, :]
-    scale, bias, grad = tl.load(scale_at), tl.load(bias_at), tl.load(grad_at)
-    mine = tl.load(image_ids + i, mask=i < last, other=0) if POSITIVES else i
-    if POSITIVES == 2:
-        end = tl.load(image_ids + i + 1, mask=i < last, other=0)
-        begin = _first_at_least(image_ids + B + 1, mine, end, text_tile * BI)
-        p, _ = _listed(image_ids + B + 1, pair_weights, begin, end, j, (text_tile + 1) * BI, ACC)
-    else:
-        others = tl.load(text_ids + j, mask=j < T, other=0) if POSITIVES else j
-        p = _matched(i, j, mine, others, offset, inside, POSITIVES, ACC)
-    s = _logits(image, text, i, j, last, T, D, PRECISION, ACC, BD)
-    z = scale * s + bias
-    weight_i = tl.load(row_weight + i, mask=i < last, other=0.0)
-    if SIGMOID:
-        e = tl.exp(-tl.abs(z))
-        dz = weight_i[:, None] * (tl.where(z > 0, 1.0, e) / (1.0 + e) - tl.where(p > 1, 1.0, p))
-    else:
-        lse_i, lse_j = (
-            tl.load(rows + i, mask=i < last, other=0.0),
-            tl.load(columns + j, mask=j < T, other=0.0),
-        )
-        weight_j = tl.load(column_weight + j, mask=j < T, other=0.0)
-        total_i = tl.load(rows + 2 * B + i, mask=i < last, other=1.0)
-        total_j = tl.load(columns + 2 * T + j, mask=j < T, other=1.0)
-        share_i = weight_i / tl.where(total_i > 0, total_i, 1.0)
-        share_j = weight_j / tl.where(total_j > 0, total_j, 1.0)
-        dz = weight_i[:, None] * tl.exp(tl.where(inside, z - lse_i[:, None], 0.0))
-        dz += weight_j[None, :] * tl.exp(tl.where(inside, z - lse_j[None, :], 0.0))
-        dz -= tl.where(p != 0, p * (share_i[:, None] + share_j[None, :]), 0.0)
-    dz = tl.where(inside, dz * grad, 0.0)
-    at = out + (i - first).to(tl.int64)[:, None] * P + j[None, :]
-    tl.store(at, tl.where(inside, scale * dz, 0.0), mask=(i < last)[:, None] & (j < P)[None, :])
-    at = partial + (image_tile.to(tl.int64) * text_tiles + text_tile) * 2
-    tl.store(at, tl.sum(tl.sum(dz.to(tl.float64) * tl.where(inside, s, 0.0).to(tl.float64), 1), 0))
-    tl.store(at + 1, tl.sum(tl.sum(dz.to(tl.float64), 1), 0))
-
-
-@triton.jit(do_not_specialize=SIZES)
-def contrastive_loss_bwd_product_kernel(
-    d_logits,
-    features,
-    out,
-    rows,
-    depth,
-    P,
-    D,
-    ALIGNED: tl.constexpr,
-    TURNED: tl.constexpr,
-    ADD: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BI: tl.constexpr,
-    BD: tl.constexpr,
-):
-    """Write d features of one side, (7).
-
-    out (+)= d_logits features, or of the transposed d_logits.
-    """
-    P, D = whole(P, True), whole(D, ALIGNED)
-    row_tile, channel_tile, _ = program(tl.cdiv(rows, BI), tl.cdiv(D, BI))
-    r, d = row_tile * BI + tl.arange(0, BI), channel_tile * BI + tl.arange(0, BI)
-    sums = tl.zeros((BI, BI), ACC)
-    for k0 in range(0, depth, BD):
-        k = k0 + tl.arange(0, BD)
-        if TURNED:  # d_logits [depth, rows]; zero up to the pitch
-            dz = tl.load(
-                d_logits + k.to(tl.int64)[None, :] * P + r[:, None],
-                mask=(r < P)[:, None] & (k < depth)[None, :],
-                other=0.0,
-            )
-        else:
-            dz = tl.load(
-                d_logits + r.to(tl.int64)[:, None] * P + k[None, :],
-                mask=(r < rows)[:, None] & (k < P)[None, :],
-                other=0.0,
-            )
-        x = tl.load(
-            features + k.to(tl.int64)[:, None] * D + d[None, :],
-            mask=(k < depth)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
-        sums = _dot(dz, x, sums, PRECISION, ACC)
-    inside = (r < rows)[:, None] & (d < D)[None, :]
-    at = out + r.to(tl.int64)[:, None] * D + d[None, :]
-    if ADD:
-        sums += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, sums, mask=inside)
-
-
-def _options(image, text, image_ids, text_ids, pair_weights, tf32):
-    """Return (ids of both sides, weights of pairs, POSITIVES, tile, options of all kernels).
-
-    POSITIVES are 0 for the diagonal, 1 for equal ids, 2 for a list.
-    """
-    tile, step = TILE[image.dtype]
-    ids = (image, image) if image_ids is None else (image_ids.contiguous(), text_ids.contiguous())
-    positives = 2 if pair_weights is not None else int(image_ids is not None)
-    weights = image if pair_weights is None else pair_weights.contiguous()
-    shared = {
-        "ALIGNED": aligned(image, text),
-        "ACC": ACC[image.dtype],
+    dtype = image.dtype
+    on_tensor_cores = tf32 or dtype.itemsize == 2
+    *tile, depth, warps = (BIG if on_tensor_cores else SMALL)[dtype]
+    stages = shared_memory(image) // (sum(tile) * depth * dtype.itemsize)
+    options = {
+        "FACTORS": normalize,
+        "POSITIVES": 0 if image_ids is None else 1 if pair_weights is None else 2,
+        "SIGMOID": sigmoid,
+        "ACC": ACC[logit_scale.dtype],
         "PRECISION": "tf32" if tf32 else "ieee",
-        "BI": tile,
-        "BD": step,
-        "num_warps": WARPS,
+        "BI": tile[0],
+        "BJ": tile[1],
+        "BD": depth,
+        "num_warps": warps,
+        "num_stages": max(2, min(4, stages)),
     }
-    return ids, weights, positives, tile, shared
+    return _Problem(
+        _side(image, normalize),
+        _side(text, normalize),
+        logit_scale,
+        logit_bias,
+        _pairs(image_ids, text_ids, pair_weights, logit_scale, image.shape[0]),
+        offset,
+        sigmoid,
+        tuple(tile),
+        options,
+    )
 
 
-def stats(
-    image, text, logit_scale, logit_bias, image_ids, text_ids, pair_weights, offset, sigmoid, tf32
-):
+def _pairs(image_ids, text_ids, pair_weights, none, images):
+    """Return the places where the pairs of every image begin and end, their texts, their weights.
+
+    Equal ids are as many places in the sorted texts.
+    """
+    if image_ids is None:
+        return none, none, none, none
+    if pair_weights is not None:
+        starts, texts = image_ids[: images + 1], image_ids[images + 1 :]
+        return starts, starts[1:], texts, pair_weights[0].contiguous()
+    ids, texts = text_ids.sort(stable=True)
+    begins = torch.searchsorted(ids, image_ids)
+    ends = torch.searchsorted(ids, image_ids, right=True)
+    return begins, ends, texts, none
+
+
+def _with_a_channel(*features: torch.Tensor) -> list[torch.Tensor]:
+    """Return the features; zeros in place of those without a channel."""
+    return [x if x.shape[1] else x.new_zeros(x.shape[0], 1) for x in features]
+
+
+def stats(image, text, logit_scale, logit_bias, *given):
     """Return (rows [3, B], columns [3, T]) as ``ovseg::contrastive_stats`` does."""
-    image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
-    ids, weights, positives, tile, shared = _options(
-        image, text, image_ids, text_ids, pair_weights, tf32
-    )
-    rows, columns = image.new_empty(3, B), image.new_zeros(3, T)
-    pairs = weights.shape[1] if positives == 2 else 0
-    sides = (
-        (rows, image, text, ids, offset, 0),
-        (columns, text, image, ids[::-1], -offset, pairs),
-    )
+    B, T = image.shape[0], text.shape[0]
+    rows, columns = logit_scale.new_zeros(3, B), logit_scale.new_zeros(3, T)
+    if B == 0 or T == 0:
+        sigmoid = given[4]
+        rows[2] = float(sigmoid)
+        rows[0] = columns[0] = 0.0 if sigmoid else -torch.inf
+        return rows, columns
+    image, text = _with_a_channel(image, text)
+    problem = _problem(image, text, logit_scale, logit_bias, *given)
+    width = 1 if problem.sigmoid else 4  # statistics of a part
+    text_tiles = tiles(T, problem.tile[1])
+    a_tile = 2 * width * max(T, problem.tile[0]) * logit_scale.element_size()
+    size = min(ROWS, problem.tile[0] * max(1, PARTS_BYTES // a_tile))
+    image_tiles = tiles(min(size, B), problem.tile[0])
+    row_parts = logit_scale.new_empty(text_tiles * width * min(size, B))
+    column_parts = logit_scale.new_empty(0 if problem.sigmoid else (1 + image_tiles) * width * T)
+    options = {key: problem.options[key] for key in ("SIGMOID", "ACC")}
+    merging = {**options, "BR": 32, "BP": 32, "num_warps": 4}
     with on_device(image):
-        for out, own, other, its, start, shift in sides[:1] if sigmoid else sides:
-            if own.shape[0]:
-                contrastive_loss_fwd_kernel[(tiles(own.shape[0], tile),)](
-                    own,
-                    other,
-                    logit_scale,
-                    logit_bias,
-                    *its,
-                    weights,
-                    out,
-                    own.shape[0],
-                    other.shape[0],
-                    D,
-                    start,
-                    shift,
-                    POSITIVES=positives,
-                    SIGMOID=sigmoid,
-                    **shared,
+        for first in range(0, B, size):
+            last = min(first + size, B)
+            kernels.contrastive_loss_stats_kernel[problem.programs(last - first, T)](
+                *problem.inputs(),
+                row_parts,
+                column_parts,
+                first,
+                last,
+                B,
+                T,
+                image.shape[1],
+                problem.offset,
+                **problem.options,
+            )
+            kernels.contrastive_loss_merge_kernel[(tiles(last - first, merging["BR"]),)](
+                row_parts,
+                rows[:, first:],
+                0,
+                text_tiles,
+                last - first,
+                B,
+                KEEP=False,
+                **merging,
+            )
+            if not problem.sigmoid:
+                kernels.contrastive_loss_merge_kernel[(tiles(T, merging["BR"]),)](
+                    column_parts,
+                    columns,
+                    int(first == 0),
+                    1 + tiles(last - first, problem.tile[0]),
+                    T,
+                    T,
+                    KEEP=last < B,
+                    **merging,
                 )
     return rows, columns
 
@@ -348,6 +254,7 @@ def backward(
     offset,
     sigmoid,
     tf32,
+    normalize,
     need_image,
     need_text,
 ):
@@ -355,75 +262,133 @@ def backward(
 
     They are d image, d text, d logit_scale, d logit_bias.
     """
-    image, text, (B, D), T = image.contiguous(), text.contiguous(), image.shape, text.shape[0]
-    ids, weights, positives, tile, shared = _options(
-        image, text, image_ids, text_ids, pair_weights, tf32
+    (B, D), T = image.shape, text.shape[0]
+    if B == 0 or T == 0:
+        features = image.new_zeros(B * need_image, D), text.new_zeros(T * need_text, D)
+        return *features, torch.zeros_like(logit_scale), torch.zeros_like(logit_bias)
+    image, text = _with_a_channel(image, text)
+    problem = _problem(
+        image,
+        text,
+        logit_scale,
+        logit_bias,
+        image_ids,
+        text_ids,
+        pair_weights,
+        offset,
+        sigmoid,
+        tf32,
+        normalize,
     )
+    weights = [row_weight, column_weight]
+    if image.dtype == torch.float16:
+        # The largest coefficient is at most both weights; small ones lie 2 ** 38 below.
+        unit = torch.maximum(row_weight.amax(), column_weight.amax()) / LARGEST
+        unit = torch.where(unit == 0, 1.0, unit)
+        weights = [x / unit for x in weights]
+        grad = grad * unit
+    if sigmoid:
+        vectors = [x.contiguous() for x in weights]
+    else:
+        vectors = [_vectors(*side) for side in zip((rows, columns), weights, strict=True)]
+    sums_of_images, sums_of_texts, shares = _products(problem, vectors, need_image, need_text)
+    by = grad * logit_scale
+    d_image = _gradient(problem.image, sums_of_images, by)[:, :D]
+    d_text = _gradient(problem.text, sums_of_texts, by)[:, :D]
+    d_scale, d_bias = (shares.sum(0) * grad).to(logit_scale.dtype)
+    return d_image, d_text, d_scale.clone(), d_bias.clone()
+
+
+def _vectors(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return [2, count] of one side: what softmax coefficients need of its rows."""
+    part, weight = part.contiguous(), weight.contiguous()
+    count = weight.shape[0]
+    out = part.new_empty(2, count)
+    with on_device(part):
+        kernels.contrastive_loss_bwd_vectors_kernel[(tiles(count, 256),)](
+            part, weight, out, count, BR=256, num_warps=4
+        )
+    return out
+
+
+def _products(problem, vectors, need_image, need_text):
+    """Return the sums of (7) without upstream gradient and scale, and d scale, d bias of tiles."""
+    image, text = problem.image.rows, problem.text.rows
+    (B, D), T = image.shape, text.shape[0]
+    height = min(ROWS, B)
+    limit = BLOCK_BYTES // (ROWS * image.element_size())
+    width = min(T, max(1, limit // problem.tile[1]) * problem.tile[1])
+    acc = problem.scale.dtype
     d_image, d_text = (
-        image.new_zeros(B if need_image else 0, D),
-        image.new_zeros(T if need_text else 0, D),
+        torch.zeros(len(x) if need else 0, D, dtype=acc, device=image.device)
+        for x, need in ((image, need_image), (text, need_text))
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=image.device)
-    P = pitch(T)
-    size = chunk_size(B, P * image.element_size(), CHUNK_BYTES)
-    if B and T:
-        d_logits = image.new_empty(size, P)
-        saved = [x.contiguous() for x in (rows, columns, row_weight, column_weight)]
-        with on_device(image):
-            for first in range(0, B, size):
-                last = min(first + size, B)
-                image_tiles, text_tiles = tiles(last - first, tile), tiles(T, tile)
-                partial = torch.empty(
-                    image_tiles, text_tiles, 2, dtype=torch.float64, device=image.device
-                )
-                contrastive_loss_bwd_logits_kernel[(image_tiles * text_tiles,)](
-                    image,
-                    text,
-                    logit_scale,
-                    logit_bias,
-                    grad,
-                    *ids,
-                    weights,
-                    *saved,
-                    d_logits,
-                    partial,
+    block = image.new_empty(height, pitch(width))
+    counts = tiles(B, problem.tile[0]) * tiles(T, problem.tile[1])
+    shares = torch.zeros(counts, 2, dtype=torch.float64, device=image.device)
+    done = 0
+    with on_device(image):
+        for first in range(0, B, height):
+            last = min(first + height, B)
+            for left in range(0, T, width):
+                right = min(left + width, T)
+                out = block[: last - first, : right - left]
+                kernels.contrastive_loss_coefficients_kernel[
+                    problem.programs(last - first, right - left)
+                ](
+                    *problem.inputs(),
+                    *vectors,
+                    descriptor(out, list(problem.tile)),
+                    shares[done:],
                     first,
                     last,
+                    left,
+                    right,
                     B,
                     T,
-                    P,
                     D,
-                    offset,
-                    POSITIVES=positives,
-                    SIGMOID=sigmoid,
-                    **shared,
+                    problem.offset,
+                    **problem.options,
                 )
-                sums += partial.sum((0, 1))
+                done += tiles(last - first, problem.tile[0]) * tiles(right - left, problem.tile[1])
                 if need_image:
-                    contrastive_loss_bwd_product_kernel[(image_tiles * tiles(D, tile),)](
-                        d_logits,
-                        text,
-                        d_image[first:],
-                        last - first,
-                        T,
-                        P,
-                        D,
-                        TURNED=False,
-                        ADD=False,
-                        **shared,
-                    )
+                    _add_product(d_image[first:last], out, text[left:right])
                 if need_text:
-                    contrastive_loss_bwd_product_kernel[(text_tiles * tiles(D, tile),)](
-                        d_logits,
-                        image[first:],
-                        d_text,
-                        T,
-                        last - first,
-                        P,
-                        D,
-                        TURNED=True,
-                        ADD=first > 0,
-                        **shared,
-                    )
-    d_scale, d_bias = sums.to(image.dtype)
-    return d_image, d_text, d_scale.clone(), d_bias.clone()
+                    _add_product(d_text[left:right], out.T, image[first:last])
+    return d_image, d_text, shares
+
+
+def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a b to ``sums``, by the library; 16-bit factors keep the float32 of its sums."""
+    if a.dtype == sums.dtype:
+        torch.addmm(sums, a, b, out=sums)
+    elif sums.device.type == "cuda":
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+    else:  # which has no such product
+        sums += a.to(sums.dtype) @ b.to(sums.dtype)
+
+
+def _gradient(side: _Side, sums: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of the features that came, from their sums of (7) and ``by``."""
+    count, D = sums.shape
+    if side.factor is None or count == 0:
+        return (sums * by).to(side.rows.dtype)
+    out = side.rows.new_empty(count, D)
+    with on_device(sums):
+        kernels.contrastive_loss_bwd_rows_kernel[(tiles(count, 4),)](
+            sums,
+            side.rows,
+            side.factor,
+            side.inverse,
+            by,
+            out,
+            count,
+            D,
+            side.rows.stride(0),
+            EPS=EPS,
+            ALIGNED=aligned(sums, side.rows, out),
+            BR=4,
+            BD=256,
+            num_warps=4,
+        )
+    return out

@@ -64,15 +64,17 @@ def has_kernel(name: str) -> bool:
 def _call(name: str, *args):
     module = load()
     try:
-        plain = [guarded(x) if isinstance(x, torch.Tensor) else x for x in args]
+        # A tensor that comes twice stays one: kernels look at addresses.
+        memory = {id(x): guarded(x) for x in args if isinstance(x, torch.Tensor)}
+        plain = [memory.get(id(x), x) for x in args]
         op = getattr(torch.ops.ovseg_emulated, name).default
         out = op(*plain)
-        for argument, x, copy in zip(op._schema.arguments, args, plain, strict=False):
+        for argument, x in zip(op._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                x.copy_(copy)
+                x.copy_(memory[id(x)])
         return tuple(x.clone() for x in out) if isinstance(out, tuple) else out.clone()
     finally:
-        out = plain = copy = None
+        out = plain = memory = None
         module.release_all()
 
 

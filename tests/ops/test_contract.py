@@ -29,7 +29,7 @@ from torch import library as torch_library
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 import ovseg_kernels as ok
-from ovseg_kernels import _backends, _library
+from ovseg_kernels import _backends, _library, _selection
 from ovseg_kernels.testing import assert_close_to_truth
 
 SAMPLES = all_samples()
@@ -463,14 +463,13 @@ def test_explain_and_forced_backends():
 
 def test_a_backend_that_an_operator_lacks(monkeypatch):
     """Forced, it is an error that names the operator, what was asked and what there is."""
-    monkeypatch.delitem(_backends.KERNELS, "upsample_argmax", raising=False)
-    monkeypatch.setattr(_backends.lib.CUDA, "loaded", True)
-    monkeypatch.setattr(_backends, "_cuda_kernels", set(_library.SCHEMAS) - {"contrastive_stats"})
-    logits, image = torch.randn(1, 2, 3, 3), torch.randn(2, 3)
-    assert has("window_argmax", "triton") and not has("upsample_argmax", "triton")
+    cuda, triton = (_selection.Rule((name,), "for a test") for name in ("cuda", "triton"))
+    monkeypatch.setitem(_selection.TABLE, "upsample_argmax", (cuda,))
+    monkeypatch.setitem(_selection.TABLE, "contrastive_stats", (triton,))
+    monkeypatch.setitem(_selection.TABLE, "contrastive_loss_backward", (triton, cuda))
     assert not _backends.lacks("contrastive_loss", "cuda"), "it has that of the backward"
-    _backends._cuda_kernels.remove("contrastive_loss_backward")
-    _backends._cuda_kernels.remove("contrastive_loss")
+    monkeypatch.setitem(_selection.TABLE, "contrastive_loss_backward", (triton,))
+    logits, image = torch.randn(1, 2, 3, 3), torch.randn(2, 3)
     for name, call in (
         ("triton", lambda: ok.upsample_argmax(logits, (4, 4))),
         ("cuda", lambda: ok.contrastive_loss(image, image, 10.0)),

@@ -59,7 +59,9 @@ def missing(op: str) -> list[str]:
         if name in _library.COMPOSITES:
             continue
         want(f"closed form of {name}", name in _library.FALLBACKS)
-        want(f"CPU kernel of {name}", registered(name, "CPU"))
+        # What is composed may leave a pass to products of torch's own on the CPU.
+        elsewhere = op in COMPOSED or name in _library.ON_GPUS
+        want(f"CPU kernel of {name}", registered(name, "CPU") or elsewhere)
         want(
             f"CUDA kernel of {name}, or one of Triton",
             emulation.has_kernel(name) or name in TRITON,
@@ -106,7 +108,7 @@ def test_benchmarks_for_a_gpu_know_the_operator(op):
 def test_every_schema_belongs_to_a_public_operator():
     assert set(_library.OPERATOR_OF.values()) | COMPOSED == set(ok.OPERATORS)
     for name, owner in _library.OPERATOR_OF.items():
-        assert owner not in COMPOSED or name in _library.COMPOSITES, (
+        assert owner not in COMPOSED or name in _library.COMPOSITES or name in TRITON, (
             f"{name} is no composite of torch calls: it needs kernels"
         )
 

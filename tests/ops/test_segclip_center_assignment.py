@@ -9,6 +9,7 @@ from torch import nn
 
 import ovseg_kernels as ok
 from ovseg_kernels import philox
+from ovseg_kernels.reference.segclip_center_assignment import grouped_linear
 from ovseg_kernels.testing import assert_close_to_truth
 
 on = pytest.mark.parametrize("backend", parameters(of="segclip_center_assignment"))
@@ -50,6 +51,37 @@ def test_sizes(B, G, L, D, size, backend):
             )
         for i, (a, b, c) in enumerate(zip(found[1:], eager[1:], truth[1:], strict=True)):
             assert_close_to_truth(f"tensor {i}", a, b, c, dtype)
+
+
+@on
+@pytest.mark.parametrize("rows,D,size", [(70, 48, 16), (131, 72, 24), (5, 136, 136), (1, 6, 1)])
+def test_inverse_std_keeps_its_digits_where_the_mean_is_large(rows, D, size, backend):
+    """A thousand times the deviation in float32, where E[y^2] - E[y]^2 has lost all digits of the
+    variance. Groups that fill a tile of the kernel, that do not, and wider ones.
+    """
+    device = device_of(backend)
+    noise, tokens = torch.randn(D, size) / size**0.5, 1 + 1e-3 * torch.randn(2, rows, D)
+
+    def eager(x, w):
+        return (grouped_linear(x, w).var(-1, unbiased=False) + 1e-5).rsqrt()
+
+    def found(x, w):
+        return torch.ops.ovseg.grouped_inverse_std(x, w, 1e-5)
+
+    upstream = torch.randn(2, rows, device=device)
+    for dtype in dtypes(backend):
+        mean = 1000 if dtype == torch.float32 else 4
+        inputs = [x.to(device, dtype) for x in (tokens, noise + mean / size)]
+
+        def run(function, to=dtype, inputs=inputs):
+            leaves = [x.to(to).requires_grad_() for x in inputs]
+            with running_on(backend):
+                out = function(*leaves)
+                return out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+        results = run(found), run(eager), run(eager, torch.float64)
+        for name, *three in zip(("r", "d tokens", "d weight"), *results, strict=True):
+            assert_close_to_truth(name, *three, dtype)
 
 
 @on

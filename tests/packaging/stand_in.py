@@ -1,4 +1,7 @@
-"""A device for dry runs: the CPU, with a clock and times that are made up."""
+"""A device for dry runs: the CPU, with a clock and times that are made up.
+
+python tests/packaging/stand_in.py -m benchmarks.gpu OPTIONS      what the options say, there
+"""
 
 from __future__ import annotations
 
@@ -33,21 +36,30 @@ class StandIn:
     def backends(self):
         return self._backends
 
+    def calls(self, function, seconds):
+        self.now += self.took
+        function()
+        return {"host_us": 20.0, "wall_us": 50.0}
+
+    def replay_us(self, function, seconds):
+        function()
+        return 40.0
+
+    def kernels(self, function):
+        self.now += self.took
+        function()
+        return [
+            {"name": "product_kernel", "count": 2, "us": 30.0},
+            {"name": "sum_kernel", "count": 1, "us": 1.5},
+        ]
+
     def rates(self, seconds):
-        product = {
-            "op": "roofline",
-            "case": "product",
-            "implementation": "torch.matmul",
-            "tflops": 100.0,
-        }
-        copy = {
-            "op": "roofline",
-            "case": "copy",
-            "dtype": "float32",
-            "implementation": "Tensor.copy_",
-            "gb_per_s": 1000,
-        }
-        return [*({**product, "dtype": name} for name in DTYPES), copy]
+        product = {"op": "roofline", "case": "product", "implementation": "torch.matmul"}
+        copy = {"op": "roofline", "case": "copy", "implementation": "Tensor.copy_"}
+        yield from ({**product, "rate": name, "tflops": 100.0} for name in (*DTYPES, "tf32"))
+        yield {**copy, "rate": "copy", "gb_per_s": 1000}
+        yield {**copy, "rate": "L2 read", "gb_per_s": 5000}
+        yield {"op": "roofline", "rate": "launch", "host_us": 2.0, "wall_us": 2.1, "replay_us": 1.1}
 
     def environment(self):
         return {"op": "environment", "device": "none"}

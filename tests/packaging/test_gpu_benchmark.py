@@ -63,10 +63,85 @@ def test_rows(tmp_path):
         )
         for part in ("forward", "backward"):
             assert f"{part}_percent_of_product" in row and f"{part}_percent_of_copy" in row
+        assert show.share(row).endswith("% of product")
         assert ("allow_tf32" in row) == (row["dtype"] == "float32") and row["extra_mib"] <= 3
         assert row["implementation"] != "eager" or row["difference"] <= gpu.TOLERANCE[row["dtype"]]
     row = found["patch_text_similarity small float32 ovseg (cpu)"]
     assert row["forward_gb_per_s"] == round(4 * (3 * 7 * 8 + 5 * 8 + 3 * 5) / 2.0 / 1e6, 1)
+
+
+def test_a_file_that_the_driver_has_begun(tmp_path):
+    """Its line of the run's beginning is no row of an earlier process."""
+    out = tmp_path / "x"
+    lines.Lines(out).write({"op": "environment", "run": "a"})
+    assert gpu.run(StandIn(), out, budget=100, cases=CASES[2:], again="a") == 0
+    assert all("ms" in row for row in lines.finished(rows_of(out)).values())
+
+
+def test_a_rate_that_fails_ends_no_row(tmp_path):
+    class NoTriton(StandIn):
+        def rates(self, seconds):
+            yield from list(super().rates(seconds))[:5]
+            raise RuntimeError("no L2 read")
+
+    assert gpu.run(NoTriton(), tmp_path / "x", budget=100, cases=CASES[2:], measure="rates") == 0
+    assert "L2" in show.tables(tmp_path / "x")
+    assert gpu.run(NoTriton(), tmp_path / "y", budget=100, cases=CASES[2:]) == 0
+
+
+def test_a_step_that_no_graph_can_capture(tmp_path):
+    class Waits(StandIn):
+        def replay_us(self, function, seconds):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert gpu.run(Waits(), tmp_path / "x", budget=100, cases=CASES[2:], measure="calls") == 1
+    found = lines.finished(rows_of(tmp_path / "x")).values()
+    assert all("not permitted" in row["replay_failed"] and row["wall_us"] == 50 for row in found)
+    assert "not permitted" in show.tables(tmp_path / "x")
+
+
+def test_the_rate_of_l2_is_that_of_bytes_which_are_read():
+    from ovseg_benchmarks.l2_read import BLOCK, read
+
+    x = torch.arange(3.0 * BLOCK)
+    found = read(x, programs=2, steps=4)  # blocks 0, 2, 1, 0 and 1, 0, 2, 1
+    sums = x.view(3, BLOCK).sum(1)
+    torch.testing.assert_close(found, torch.stack([sums.sum() + sums[0], sums.sum() + sums[1]]))
+
+
+def test_a_picture_of_a_run(tmp_path, monkeypatch):
+    """Every row is in it, with its reason where it has no time."""
+    plot = pytest.importorskip("ovseg_benchmarks.plot")
+    figure = pytest.importorskip("matplotlib.figure")
+    right, drawn = registry.implementations, []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+    )
+
+    def raising(**_):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(registry, "implementations", lambda case: {**right(case), "eager": raising})
+    for name in ("times", "calls"):
+        gpu.run(StandIn(), tmp_path / name, budget=100, cases=PLAIN, measure=name)
+    files = [tmp_path / "times", tmp_path / "calls"]
+    assert plot.draw(files, tmp_path / "x.png").stat().st_size > 10_000
+    steps, calls = drawn[0].axes
+    labels = [tick.get_text() for tick in steps.get_yticklabels()]
+    assert labels.count("ovseg (cpu)") == labels.count("eager") == 3 and len(labels) == 9
+    told = [[text.get_text().strip() for text in ax.texts] for ax in (steps, calls)]
+    assert all(words.count("out of memory") == 3 and len(words) == 6 for words in told)
+    assert "2 + 2 ms" in told[0][0] and "% of product" in told[0][0] and "50 us" in told[1][0]
+    (tmp_path / "none").write_text('{"op": "environment"}\n')
+    with pytest.raises(ValueError, match="no row that was timed"):
+        plot.draw([tmp_path / "none"], tmp_path / "y.png")
+
+
+def test_every_row_has_its_share_of_what_bounds_it():
+    assert show.share({"percent_of_copy": 3.1, "percent_of_product": 41.2}) == "41.2% of product"
+    assert show.share({"percent_of_copy": 71.0}) == "71.0% of copy"
+    assert show.share({"failed": "out of memory"}) == ""
 
 
 def test_a_compiled_row_and_labels(tmp_path):

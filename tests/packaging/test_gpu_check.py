@@ -26,11 +26,12 @@ import gpu_check  # noqa: E402
 import gpu_jobs  # noqa: E402
 import gpu_small  # noqa: E402
 import gpu_smoke  # noqa: E402
+from stand_in import CASES, StandIn  # noqa: E402
 
-from benchmarks import lines, supervise  # noqa: E402
+from benchmarks import gpu, lines, supervise  # noqa: E402
 from benchmarks.supervise import Job, Outcome  # noqa: E402
 
-VERBS = [*gpu_check.LIMITS, "all"]
+VERBS = gpu_check.VERBS
 
 
 class DryRun:
@@ -77,14 +78,15 @@ class DryRun:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_limits_add_up_to_eight_minutes(verb):
+def test_limits_add_up_to_eight_minutes_and_nine_for_the_first(verb):
     parts = gpu_check.limits(verb)
-    assert (
-        gpu_check.FACTS + sum(sum(steps.values()) for steps in parts.values())
-        <= gpu_check.LONGEST
-        == 480
-    )
-    assert list(parts) == (list(gpu_check.PARTS) if verb == "all" else [verb])
+    longest = gpu_check.LONGEST[verb]
+    assert longest == (540 if verb == "first" else 480)
+    assert gpu_check.FACTS + sum(sum(steps.values()) for steps in parts.values()) <= longest
+    assert list(parts) == {
+        "first": list(gpu_check.PARTS),
+        "all": ["build", "smoke", "bench", "test", "sanitize"],
+    }.get(verb, [verb])
     assert all(
         seconds > 2 * supervise.GRACE for steps in parts.values() for seconds in steps.values()
     )
@@ -101,8 +103,7 @@ def test_dry_run(verb, tmp_path, monkeypatch):
     dry = DryRun(tmp_path, status=1)
     began = dry.now
     assert gpu_check.main(verb, dry.place) == 1
-    assert dry.now - began <= gpu_check.LONGEST - gpu_check.FACTS
-    assert all(limit <= gpu_check.LONGEST for limit in dry.limits)
+    assert dry.now - began <= gpu_check.LONGEST[verb] - gpu_check.FACTS
     names = [job.name for job in dry.jobs]
     expected = {
         "build": ["prebuilt", "compile", "info"],
@@ -120,21 +121,32 @@ def test_dry_run(verb, tmp_path, monkeypatch):
         *expected["test"],
         *expected["sanitize"],
     ]
+    expected["first"] = [
+        "prebuilt",
+        "rates",
+        "smoke",
+        "compile",
+        "bench",
+        "kernels",
+        "calls",
+        "cuda tests",
+        "memcheck",
+        "racecheck",
+    ]
     kinds = [next(kind for kind in expected[verb] if name.startswith(kind)) for name in names]
     assert list(dict.fromkeys(kinds)) == expected[verb]
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
-    assert len(files) <= 8 and not [
+    assert len(files) <= 10 and not [
         path for path in tmp_path.iterdir() if path.is_dir() and path.name != "work"
     ]
-    parts = list(gpu_check.PARTS) if verb == "all" else [verb]
-    assert {f"2026-01-01-{part}.jsonl" for part in parts} <= set(
-        files
-    ) and "2026-01-01.log" in files
-    assert all(dry.writes[f"2026-01-01-{part}.jsonl"] > 0 for part in parts), (
+    first = "first-" if verb == "first" else ""
+    written = [f"2026-01-01-{first}{part}.jsonl" for part in gpu_check.limits(verb)]
+    assert {*written, "2026-01-01.log"} <= set(files)
+    assert all(dry.writes[name] > 0 for name in written), (
         "nothing was on the disk when the work began"
     )
-    for part in parts:
-        assert ovseg(["bench", "show", str(tmp_path / f"2026-01-01-{part}.jsonl")]) == 0
+    for name in written:
+        assert ovseg(["bench", "show", str(tmp_path / name)]) == 0
 
 
 def test_time_left_over_goes_to_the_next_step(tmp_path):
@@ -154,6 +166,71 @@ def test_prebuilt_libraries_are_accepted_as_they_are(tmp_path):
     dry = DryRun(tmp_path, output="prebuilt libraries accepted: source 1234, sm_90a\n")
     assert gpu_check.main("build", dry.place) == 0
     assert [job.name for job in dry.jobs] == ["prebuilt"] and "accepted" in "".join(dry.said)
+
+
+def test_the_first_verb_compiles_no_library_and_goes_on_without(tmp_path):
+    dry = DryRun(tmp_path, status=1, output="_C_cuda.so: not built")
+    assert gpu_check.main("first", dry.place) == 1
+    assert "no time to compile" in (tmp_path / "2026-01-01-first-build.jsonl").read_text()
+    assert len(dry.jobs) > 20 and "setup.py" not in [
+        word for job in dry.jobs for word in job.command
+    ]
+
+
+def test_the_first_verb_sanitizes_what_changed(tmp_path):
+    dry = DryRun(tmp_path)
+    gpu_check.main("first", dry.place, ["center_assignment", "upsample_argmax"])
+    watched = [job.name.split()[:2] for job in dry.jobs if "check " in job.name]
+    assert {tuple(name) for name in watched} == {
+        (tool, op)
+        for tool in ("memcheck", "racecheck")
+        for op in ("center_assignment", "upsample_argmax")
+    }
+    done = subprocess.run(
+        [sys.executable, "scripts/gpu_check.py", "bench", "center_assignment"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and "bench takes no operators" in done.stderr
+
+
+def test_the_first_verb_measures_by_its_own_programs(tmp_path, monkeypatch):
+    """What times, kernels and calls are written by, as its commands say, on a device that stands
+    in.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # it imports for seconds
+    monkeypatch.setattr(gpu, "Gpu", StandIn)
+    monkeypatch.setattr(gpu, "CASES", dict.fromkeys(gpu.CASES, (CASES[0], CASES[2])))
+    measured = ("rates", "bench", "kernels", "calls")
+    monkeypatch.setattr(gpu_check, "FIRST", {name: {name: 60} for name in measured})
+
+    def here(jobs, *, report, tick, **_):
+        outcomes = []
+        for job in jobs:
+            monkeypatch.setattr("sys.argv", job.command[job.command.index("benchmarks.gpu") :])
+            outcomes.append(Outcome(job.name, gpu.main(), 1.0))
+            report(outcomes[-1])
+            tick()
+        return outcomes
+
+    said = []
+    place = gpu_check.Place("fake", "9.0", tmp_path, tmp_path / "work", run=here, say=said.append)
+    assert gpu_check.main("first", place) == 0, "\n".join(said)
+    found = {
+        name: list(lines.finished(lines.read(path)[0]).values())
+        for name in measured
+        for path in tmp_path.glob(f"*-first-{name}.jsonl")
+    }
+    assert [len(found[name]) for name in measured] == [0, 6, 6, 6]
+    assert all(row["ms"] == 4.0 for row in found["bench"])
+    assert all(row["launches"] == 3 and row["kernels_us"] == 31.5 for row in found["kernels"])
+    assert all(row["wall_us"] == 50.0 and row["replay_us"] == 40.0 for row in found["calls"])
+    text = "\n".join(said)
+    assert "L2 read 5000 GB/s" in text and "product tf32 100.0 TFLOP/s" in text
+    assert "| product_kernel | 2 | 30.0 |" in text and "| 20.0 | 50.0 | 40.0 |" in text
 
 
 def test_the_build_uses_all_cores_and_writes_what_it_built_from():

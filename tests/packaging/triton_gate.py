@@ -1,34 +1,59 @@
 """Compiles every Triton kernel, as the launchers call it, for real GPUs on a machine without one;
 prints JSON lines.
 
+    python tests/packaging/triton_gate.py 80 90 120             # what the tests ask for
+    python tests/packaging/triton_gate.py 90 --only patch_text  # the cases of one operator
+    python tests/packaging/triton_gate.py 90 --counts benchmarks/gpu_counts.json
+    python tests/packaging/triton_gate.py --shapes              # programs of every launch
+
 A script and not a test: the interpreter, which the tests switch on, replaces the kernels when they
-are defined. The launchers run on CPU tensors; in place of a launch, the kernel is compiled for each
-target as Triton would compile it for these arguments.
+are defined. The launchers run on CPU tensors; in place of a launch, the kernel is compiled for the
+target as Triton would compile it for these arguments. With ``--shapes`` they run on tensors without
+numbers, of the sizes at which the operators are judged, and nothing is compiled.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import math
 import os
-import re
-import subprocess
-import sys
+import pkgutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import compiled_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-TARGETS = [int(x) for x in sys.argv[1:]] or [80, 90]
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+import ovseg_kernels.triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Bytes of shared memory that a program may have: sm_80 code serves 8.6 and 8.9, which have less.
+SHARED = {80: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+SMS = 132  # of an H100 and of an H200
+FULL = 90  # compiles everything
+FORMS = 2  # of a kernel that the other targets compile
 seen: set[str] = set()
-label = ""
+forms: Counter[tuple[int, str]] = Counter()
+
+
+class Case(NamedTuple):
+    """A call of a launcher."""
+
+    label: str
+    hot: bool  # in the dtype that the operator is used in: for every target
+    launch: Callable
+    arguments: tuple
 
 
 def specialised(
@@ -48,99 +73,93 @@ def specialised(
     ), options.__dict__
 
 
-def measure(cubin: bytes) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [BIN / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return {"registers": int(registers), "stack": int(stack)}
-
-
-def memory(ttgir: str, ptx: str) -> dict:
-    """Global loads by the bytes of one, asynchronous copies by theirs, and the stages of every loop
-    that holds a product.
-    """
-    loads, copies = Counter(), Counter()
-    for vector, bits in re.findall(r"ld\.global(?:\.(?!v\d)\w+)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
-        loads[int(vector or 1) * int(bits) // 8] += 1
-    for size in re.findall(
-        r"cp\.async\.c[ag]\.shared\.global[^;]*?\], \[[^;]*?\], (0x[0-9a-f]+|\d+)", ptx
-    ):
-        copies[int(size, 0)] += 1
-    return {"loads": loads, "copies": copies, "stages": stages(ttgir)}
-
-
-def stages(ttgir: str) -> list[int]:
-    """1 + the iterations whose copies are started before the loop; 1 where a product waits for
-    loads of its own iteration.
-    """
-    found, loops, depth, before = [], [], 0, 0
-    for line in ttgir.splitlines():
-        if "scf.for" in line:
-            loops.append({"depth": depth, "before": before, "copies": 0, "products": 0})
-            before = 0
-        depth += line.count("{") - line.count("}")
-        if "ttg.async_copy_global_to_local" in line:
-            before += 1
-            if loops:
-                loops[-1]["copies"] += 1
-        if loops and ("tt.dot " in line or "warp_group_dot " in line):
-            loops[-1]["products"] += 1
-        if loops and depth <= loops[-1]["depth"]:
-            loop = loops.pop()
-            if loop["products"]:
-                found.append(1 + loop["before"] // loop["copies"] if loop["copies"] else 1)
-            before = 0
-    return found
-
-
 def seconds() -> float:
     """Of this process and of those it started: ptxas takes its share of a compilation."""
     return sum(os.times()[:4])
 
 
-def compile_instead(kernel, *args, grid, warmup, **kwargs):
-    for arch in TARGETS:
-        # float16 compiles as bfloat16 does: one operator, for the newer chip. float64 is for
-        # checking: for that one too.
-        if arch != TARGETS[-1] and label.startswith(("float16", "float64")):
-            continue
-        target = GPUTarget("cuda", arch, 32)
+def facts(compiled) -> dict:
+    """What the tests ask of a compiled kernel."""
+    ttgir, ptx, cubin = (compiled.asm[name] for name in ("ttgir", "ptx", "cubin"))
+    loops = compiled_code.product_loops(ttgir)
+    return {
+        "warps": compiled.metadata.num_warps,
+        "shared": compiled.metadata.shared,
+        "tensor_core": compiled_code.tensor_core(ptx),
+        "wgmma": compiled_code.wgmma(ptx),
+        "tma": compiled_code.bulk_copies(ptx),
+        "tf32": "tf32" in ptx,
+        "global_int64": any(name in ptx for name in ("mul.wide", "mul.lo.s64", "mad.lo.s64")),
+        "loads": compiled_code.global_loads(ptx),
+        "copies": compiled_code.asynchronous_copies(ptx),
+        "stages": [loop["stages"] for loop in loops],
+        "loops": loops,
+        "size": compiled_code.code_size(cubin),
+        **compiled_code.resources(cubin, CUOBJDUMP),
+    }
+
+
+class Compiler:
+    """Stands in for Triton's launch: compiles for one target, and prints what came of it."""
+
+    def __init__(self, arch: int, only: str):
+        self.arch = arch
+        self.only = only
+        self.counts: list[dict] | None = None  # of the kernels in their hot dtypes, if asked for
+        self.case = Case("", True, print, ())
+
+    def __call__(self, kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        if self.only not in kernel.__name__:
+            return
+        target = GPUTarget("cuda", self.arch, 32)
         src, options = specialised(kernel, target, args, kwargs)
-        key = f"{arch} {kernel.__name__} {src.signature} {src.constants} {src.attrs} {options}"
-        if key in seen:
-            continue
+        key = f"{self.arch} {kernel.__name__} {src.signature} {src.constants} {src.attrs} {options}"
+        form = self.arch, kernel.__name__
+        if key in seen or (self.arch != FULL and forms[form] == FORMS):
+            return
         seen.add(key)
+        forms[form] += 1
         began = seconds()
         compiled = triton.compile(src, target=target, options=options)
-        ptx = compiled.asm["ptx"]
-        print(
-            json.dumps(
-                {
-                    "kernel": kernel.__name__,
-                    "case": label,
-                    "arch": arch,
-                    "shared": compiled.metadata.shared,
-                    "tensor_core": "wgmma"
-                    if "wgmma" in ptx
-                    else "mma"
-                    if "mma.sync" in ptx
-                    else "",
-                    "tf32": "tf32" in ptx,
-                    "global_int64": "mul.wide" in ptx or "mul.lo.s64" in ptx or "mad.lo.s64" in ptx,
-                    **memory(compiled.asm["ttgir"], ptx),
-                    **measure(compiled.asm["cubin"]),
-                    "seconds": round(seconds() - began, 2),
-                }
-            ),
-            flush=True,
-        )
+        row = {"kernel": kernel.__name__, "case": self.case.label, "arch": self.arch}
+        row |= facts(compiled)
+        if self.counts is not None and self.case.hot:
+            self.counts.append(self.counted(row, compiled))
+        print(json.dumps({**row, "seconds": round(seconds() - began, 2)}), flush=True)
+
+    def counted(self, row: dict, compiled) -> dict:
+        """What benchmarks/gpu_model.py reads of a kernel: instructions by the loops of its code."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            (sass,) = compiled_code.machine_code(file.name, CUOBJDUMP).values()
+        kept = ("kernel", "case", "arch", "warps", "registers", "shared", "size")
+        return {name: row[name] for name in kept} | compiled_code.counts(sass)
+
+
+class Notebook:
+    """Stands in for Triton's launch: prints how many programs it would start."""
+
+    def __init__(self) -> None:
+        self.case = Case("", True, print, ())
+
+    def __call__(self, kernel: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        row = {"kernel": kernel.__name__, "case": self.case.label, "programs": math.prod(grid)}
+        print(json.dumps(row), flush=True)
+
+
+def device_has(shared: int) -> None:
+    """Lets every launcher see a device of ``shared`` bytes and of SMS multiprocessors."""
+    for module in pkgutil.iter_modules(ovseg_kernels.triton.__path__):
+        launcher = importlib.import_module(f"ovseg_kernels.triton.{module.name}")
+        for name, value in (("shared_memory", shared), ("multiprocessors", SMS)):
+            if hasattr(launcher, name):
+                setattr(launcher, name, lambda x, value=value: value)
+
+
+def in_place_of_launches(stand_in: Compiler | Notebook) -> None:
+    """Lets Triton call ``stand_in`` with the kernel, its arguments and its grid."""
+    JITFunction.run = lambda kernel, *args, **kwargs: stand_in(kernel, *args, **kwargs)
 
 
 def patch_text(dtype, pool, weight, masked, N=196):
@@ -153,6 +172,18 @@ def patch_text(dtype, pool, weight, masked, N=196):
     shared = (patches, texts, mask, torch.ones((), dtype=acc), torch.ones((), dtype=acc))
     saved = op.forward(*shared, pool, weight, False)
     op.backward(torch.ones(B, T, dtype=acc), *shared, *saved, pool, weight, False, True, True)
+
+
+def patch_text_at(B, N, D):
+    from ovseg_kernels.triton import patch_text_similarity as op
+
+    patches = torch.empty(B, N, D, dtype=torch.bfloat16, device="meta")
+    texts = torch.empty(B, D, dtype=torch.bfloat16, device="meta")
+    number = torch.empty((), device="meta")
+    shared = (patches, texts, None, number, number)
+    saved = op.forward(*shared, 0, 0, False)
+    grad = torch.empty(B, B, device="meta")
+    op.backward(grad, *shared, *saved, 0, 0, False, True, True)
 
 
 def contrastive(dtype, positives):
@@ -205,20 +236,42 @@ def assignment(dtype, hard, noise, masked):
     op.backward(*inputs, 0.1, 0.9, hard, 1, True, True, False, True)
 
 
+def inverse_std(dtype):
+    from ovseg_kernels.triton import segclip_center_assignment as op
+
+    tokens = torch.randn(2, 196, 768).to(dtype)
+    weight = torch.randn(768, 16 if dtype == torch.float64 else 64).to(dtype)
+    found = op.forward(tokens, weight, 1e-5)
+    op.backward(found, tokens, weight, found)
+
+
 def features_loss(dtype, sigmoid, positives):
     from ovseg_kernels.triton import contrastive_loss as op
 
-    B, D, one = 256, 512, torch.ones((), dtype=dtype)
+    B, D = 256, 512
+    acc = torch.float32 if dtype.itemsize == 2 else dtype
+    one = torch.ones((), dtype=acc)
     for tf32 in (False, True) if dtype == torch.float32 else (False,):
-        inputs = (torch.randn(B, D, dtype=dtype), torch.randn(B, D, dtype=dtype), one, one)
-        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=dtype)
+        inputs = (torch.randn(B, D).to(dtype), torch.randn(B, D).to(dtype), one, one)
+        listed = torch.arange(2 * B + 1), torch.arange(2 * B + 1), torch.ones(2, B, dtype=acc)
         inputs += {
             "": (None, None, None),
             "ids": (torch.arange(B), torch.arange(B), None),
             "list": listed,
         }[positives]
-        rows, columns = op.stats(*inputs, 0, sigmoid, tf32)
-        op.backward(one, *inputs, rows, columns, rows[0], columns[0], 0, sigmoid, tf32, True, True)
+        options = (0, sigmoid, tf32, dtype.itemsize == 2)
+        rows, columns = op.stats(*inputs, *options)
+        op.backward(one, *inputs, rows, columns, rows[0], columns[0], *options, True, True)
+
+
+def features_loss_at(B, D):
+    from ovseg_kernels.triton import contrastive_loss as op
+
+    features, one = torch.empty(B, D, device="meta"), torch.empty((), device="meta")
+    inputs = (features, features, one, one, None, None, None)
+    rows, columns = op.stats(*inputs, 0, False, True)
+    weights = rows[0], columns[0]
+    op.backward(one, *inputs, rows, columns, *weights, 0, False, True, True, True)
 
 
 def dense(dtype, sampling, ids):
@@ -236,64 +289,6 @@ def dense(dtype, sampling, ids):
     op.backward(similarity, unit, pixels, texts, index, index.flatten(), 32, True, True)
 
 
-def upsampling(dtype, whole):
-    from ovseg_kernels.triton import upsample_argmax as op
-
-    logits, table = torch.randn(1, 150, 32, 32, dtype=dtype), torch.arange(150)
-    bias = logits[0, :, 0, 0].contiguous()
-    op.forward(
-        logits,
-        *(
-            (bias, table, 512, 512, 0.5, 255, 2, True)
-            if whole
-            else (None, None, 512, 512, None, 255, 0, False)
-        ),
-    )
-
-
-def window_labels(dtype, activation, stage, tables):
-    from ovseg_kernels.triton import window_argmax as op
-
-    values, origins = (
-        torch.randn(*((2, 8, 171) if tables else (2, 171, 32, 32)), dtype=dtype),
-        torch.zeros(2, 2, dtype=torch.int64),
-    )
-    index, bias = (
-        torch.zeros(2, 512, 512, dtype=torch.int16) if tables else None,
-        torch.zeros(171, dtype=dtype),
-    )
-    some = (bias, torch.arange(171)) if stage == 1 else (None, None)
-    op.forward(
-        values,
-        index,
-        origins,
-        *some,
-        512,
-        512,
-        512,
-        683,
-        480,
-        640,
-        activation,
-        stage,
-        0.5 if stage else None,
-        255,
-        2,
-        stage == 1,
-    )
-
-
-def mask_loss(dtype, gamma):
-    from ovseg_kernels.triton import upsample_mask_loss as op
-
-    logits, codes = (
-        torch.randn(2, 156, 32, 32, dtype=dtype),
-        torch.zeros(2, 512, 512, dtype=torch.int32),
-    )
-    _, dice, _, sums = op.forward(logits, codes, 0.25, gamma)
-    op.backward(dice, dice, logits, codes, sums, 0.25, gamma)
-
-
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -301,11 +296,17 @@ def philox():
     philox_kernel[(2,)](torch.zeros(2, dtype=torch.int64), *out, 256, BLOCK=128)
 
 
-def main() -> None:
-    global label
-    JITFunction.run = compile_instead
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        name = str(dtype).removeprefix("torch.")
+def dtypes(*names: str) -> Iterator[tuple[str, torch.dtype, bool]]:
+    """Names, dtypes, and whether it is the first, which is the one that the operator is used in."""
+    for name in names:
+        yield name, getattr(torch, name), name == names[0]
+
+
+def cases() -> Iterator[Case]:
+    """Every form of every kernel; float16 compiles as bfloat16 does, and float64 is for checking:
+    one form of each proves that they do.
+    """
+    for name, dtype, hot in dtypes("bfloat16", "float16", "float32", "float64"):
         for pool, weight, masked in (
             (0, 0, False),
             (0, 1, True),
@@ -313,56 +314,66 @@ def main() -> None:
             (1, 1, False),
             (2, 0, True),
         ):
-            if dtype in (torch.float16, torch.float64) and (pool, weight) != (0, 0):
-                # one form proves that they compile, and that float16's products are on tensor cores
-                continue
-            label = f"{name} pool {pool} weight {weight}{' masked' if masked else ''}"
-            patch_text(dtype, pool, weight, masked)
+            if name in ("bfloat16", "float32") or (pool, weight) == (0, 0):
+                label = f"{name} pool {pool} weight {weight}{' masked' if masked else ''}"
+                yield Case(label, hot, patch_text, (dtype, pool, weight, masked))
     true = torch.ones(256, 512, dtype=torch.bool)
-    for dtype in (torch.float32, torch.float64):
-        for name, positives in (
+    for name, dtype, hot in dtypes("float32", "float64"):
+        for kind, positives in (
             ("pairs", true),
             ("pairs across", true.T.contiguous().T),
             ("weighted pairs", true.to(dtype)),
         ):
-            label = f"{str(dtype).removeprefix('torch.')} {name}"
-            contrastive(dtype, positives)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for hard, noise, masked in ((True, "rng", False), (False, "given", True))[
-            : 1 if dtype == torch.float64 else 2
-        ]:
-            label = f"{str(dtype).removeprefix('torch.')} assignment, noise {noise}{' masked' if masked else ''}"
-            assignment(dtype, hard, noise, masked)
-    for dtype in (torch.float32, torch.float64):
+            yield Case(f"{name} {kind}", hot, contrastive, (dtype, positives))
+    for name, dtype, hot in dtypes("bfloat16", "float32", "float64"):
+        for hard, noise, masked in ((True, "rng", False), (False, "given", True)):
+            if name != "float64" or hard:
+                label = f"{name} assignment, noise {noise}{' masked' if masked else ''}"
+                yield Case(label, hot, assignment, (dtype, hard, noise, masked))
+        yield Case(f"{name} inverse standard deviation", hot, inverse_std, (dtype,))
+    for name, dtype, hot in dtypes("float32", "float64"):
         for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
-            label = f"{str(dtype).removeprefix('torch.')} contrastive{kind}"
-            features_loss(dtype, sigmoid, positives)
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        for sampling, ids in ((0, False), (1, True), (2, False), (3, False))[
-            : 1 if dtype == torch.float64 else 4
-        ]:
-            label = f"{str(dtype).removeprefix('torch.')} dense, sampling {sampling}{' ids' if ids else ''}"
-            dense(dtype, sampling, ids)
-    for dtype in (torch.float32, torch.float64):
-        for whole in (False, True):
-            label = f"{str(dtype).removeprefix('torch.')} upsampling{' with all options' if whole else ''}"
-            upsampling(dtype, whole)
-    for dtype in (torch.float32, torch.float64):
-        for activation, stage, tables in (
-            (0, 0, True),
-            (1, 0, False),
-            (2, 0, False),
-            (2, 1, True),
-            (2, 2, False),
-        ):
-            label = f"{str(dtype).removeprefix('torch.')} windows, activation {activation} at {stage}{' tables' if tables else ''}"
-            window_labels(dtype, activation, stage, tables)
-        for gamma in (2.0, 1.5):
-            label = f"{str(dtype).removeprefix('torch.')} mask loss, gamma {gamma}"
-            mask_loss(dtype, gamma)
-    label = "philox"
-    philox()
+            yield Case(f"{name} contrastive{kind}", hot, features_loss, (dtype, sigmoid, positives))
+    for name, dtype, hot in dtypes("bfloat16", "float32", "float64"):
+        for sampling, ids in ((0, False), (1, True), (2, False), (3, False)):
+            if name != "float64" or sampling == 0:
+                label = f"{name} dense, sampling {sampling}{' ids' if ids else ''}"
+                yield Case(label, hot, dense, (dtype, sampling, ids))
+    yield Case("philox", True, philox, ())
+
+
+def stated_shapes() -> Iterator[Case]:
+    """The sizes at which the product operators are judged."""
+    yield Case("contrastive_loss 32768 x 512", True, features_loss_at, (32768, 512))
+    yield Case("patch_text_similarity 4096 x 196 x 512", True, patch_text_at, (4096, 196, 512))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("targets", type=int, nargs="*", default=[80, 90, 120])
+    options.add_argument("--only", default="", help="kernels whose name holds this")
+    options.add_argument("--counts", help="a file for the instructions of hot kernels: slower")
+    options.add_argument("--shapes", action="store_true", help="programs at the stated shapes")
+    asked = options.parse_args()
+    if asked.shapes:
+        device_has(SHARED[FULL])
+        in_place_of_launches(notebook := Notebook())
+        for case in stated_shapes():
+            notebook.case = case
+            case.launch(*case.arguments)
+        return
+    for arch in asked.targets:
+        device_has(SHARED[arch])
+        in_place_of_launches(compiler := Compiler(arch, asked.only))
+        compiler.counts = [] if asked.counts else None
+        for case in cases():
+            if case.hot or arch == FULL:
+                compiler.case = case
+                case.launch(*case.arguments)
+        if compiler.counts is not None:
+            lines = ",\n".join(json.dumps(counted) for counted in compiler.counts)
+            Path(asked.counts).write_text(f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""Limits that compiled kernels are held to, and the kernels that are held to less, with the reason.
+
+A kernel that is not named here is held to everything: who writes one need not enter it anywhere. A
+name that no kernel has any more fails the tests.
+"""
+
+from __future__ import annotations
+
+# Operators that products bound: a block of 128 x 128 reads 64 operations for each 16-bit byte from
+# L2, which an H100 needs to reach its product rate; one of 64 x 64 reads 32.
+PRODUCT_OPERATORS = ("patch_text_similarity", "contrastive_loss")
+WGMMA_ROWS = 64
+WGMMA_COLUMNS = 128
+FLOPS_PER_BYTE = 64
+PROGRAMS = 132  # of a launch at the stated shapes: one for each multiprocessor of an H100
+
+SPILLED = 16  # bytes of a thread
+# Kernel -> bytes, why. float64 is for checking and may spill in every kernel.
+TRITON_SPILLS: dict[str, tuple[int, str]] = {
+    "patch_text_similarity_fwd_kernel": (24, "exact float32: products without tensor cores"),
+    "patch_text_similarity_bwd_coefficients_kernel": (24, "exact float32, as the forward"),
+    "contrastive_loss_fwd_kernel": (64, "listed pairs in float32, before the one-pass form"),
+    "dense_contrastive_loss_select_keys_kernel": (48, "noise drawn beside exact float32 products"),
+}
+FLOAT64_SPILLED = 256
+
+# Triton kernels of the product operators that are not held to wgmma's width, copies by descriptor
+# and bytes from L2, and why.
+SMALL_TILES: dict[str, str] = {
+    "patch_text_similarity_fwd_kernel": "64 x 64",
+    "patch_text_similarity_weights_kernel": "64 x 64",
+    "patch_text_similarity_pooled_norms_kernel": "64 x 64",
+    "patch_text_similarity_vectors_kernel": "64 x 64",
+    "patch_text_similarity_bwd_coefficients_kernel": "64 x 64",
+    "patch_text_similarity_bwd_patches_kernel": "64 x 64",
+    "patch_text_similarity_bwd_texts_kernel": "64 x 64",
+    "contrastive_loss_fwd_kernel": "64 x 64, tf32",
+    "contrastive_loss_bwd_logits_kernel": "64 x 64, tf32",
+    "contrastive_loss_bwd_product_kernel": "64 x 64, tf32; operands are turned on their way",
+}
+# Launches at the stated shapes that may have fewer programs than there are multiprocessors.
+FEW_PROGRAMS: dict[str, str] = {
+    "contrastive_loss_bwd_product_kernel": "64 for the image side of a chunk of 512 rows",
+}
