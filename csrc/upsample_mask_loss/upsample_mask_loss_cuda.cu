@@ -11,6 +11,9 @@ namespace ovseg {
 namespace {
 
 constexpr unsigned kPixelThreads = kMaskLossColumns;
+// Blocks that shall fit on a multiprocessor: registers for six of float, four of double, and none spills.
+template <typename A>
+constexpr int kResident = sizeof(A) == 4 ? 6 : 4;
 
 // log(1 + e) for 0 <= e <= 1: the series of 2 atanh(z), z = e / (2 + e), fitted for z <= 1/3 to a relative 4e-9.
 __device__ inline float log1p_of_exp(float e) {
@@ -66,7 +69,7 @@ struct Column {
 
 // Blocks: (map, split). Each sums the tiles split, split + splits, ... of kMaskLossRows x kMaskLossColumns labels.
 template <typename A, bool kSquare>
-__global__ void __launch_bounds__(kPixelThreads)
+__global__ void __launch_bounds__(kPixelThreads, kResident<A>)
     upsample_mask_loss_fwd_kernel(MaskLossParams<A> p, int64_t splits, double* parts) {
   OVSEG_DYNAMIC_SHARED(memory);
   Place<A>* rows = reinterpret_cast<Place<A>*>(memory);                 // [kMaskLossRows]
@@ -150,7 +153,7 @@ struct Gathered {
 
 // Blocks: (map, kMaskLossSamples rows of samples).
 template <typename A, bool kSquare>
-__global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_bwd_kernel(MaskLossParams<A> p) {
+__global__ void __launch_bounds__(kPixelThreads, kResident<A>) upsample_mask_loss_bwd_kernel(MaskLossParams<A> p) {
   OVSEG_DYNAMIC_SHARED(memory);
   Place<A>* rows = reinterpret_cast<Place<A>*>(memory);  // [kMaskLossRows]
   Gathered<A>& gathered = *reinterpret_cast<Gathered<A>*>(rows + kMaskLossRows);
