@@ -51,6 +51,7 @@ CHOOSES = (
 LABELS_MAY_DIFFER = 1e-3  # share, where two classes tie within rounding
 MOST_KERNELS = 24  # of a step, the longest: eager's blocks have thousands of a few names
 CASES = {"all": GPU_CASES, "first": FIRST_CASES, "small": SMALL_CASES}
+OUT_OF_TIME = "not measured: the time was spent"
 WORKER = "bench"
 
 
@@ -341,16 +342,17 @@ def run(
     functorch_config.donated_buffer = False  # a compiled backward is timed many times on one graph
     file = lines.Lines(out, worker=WORKER)
     earlier = _earlier(lines.read(out)[0], again)
-    began = earlier[0]["began"] if earlier else device.clock()
+    began = device.clock()
     if not earlier:
-        file.write({**device.environment(), "run": again, "began": began, "budget": budget})
+        file.write({**device.environment(), "run": again, "budget": budget})
     rates = {} if measure == "kernels" else _rates(device, file, earlier, seconds)
     if measure == "rates":
         return 0 if {"bfloat16", "copy"} <= set(rates) else 1
     planned = list(plan(cases, device.backends()))
     if not earlier:
         file.write({"planned": [p.key for p in planned]})
-    bench, have = Bench(device, seconds, rates), lines.finished(earlier)
+    bench = Bench(device, seconds, rates)
+    have = {key: row for key, row in lines.finished(earlier).items() if not _out_of_time(row)}
     for p in planned:
         if p.key in have:
             if p.backend and "failed" not in have[p.key]:
@@ -367,7 +369,7 @@ def run(
             **tf32(p.dtype),
         }
         if device.clock() - began > budget:
-            have[p.key] = file.write({**row, "failed": "not measured: the time was spent"})
+            have[p.key] = file.write({**row, "failed": OUT_OF_TIME})
             continue
         file.start(p.key, **{name: row[name] for name in ("op", "case", "dtype", "implementation")})
         print(p.key, flush=True)  # a sign of life for whoever watches
@@ -392,12 +394,12 @@ def run(
 def _earlier(rows: list[lines.Row], run: str) -> list[lines.Row]:
     """Return what an earlier process has written of this run, from its line of beginning on.
 
-    Whoever started the run may have written a line of beginning too, without the time.
+    Whoever started the run may have written a line of beginning too, without a budget.
     """
     places = [
         i
         for i, row in enumerate(rows)
-        if row.get("op") == "environment" and "began" in row and run and row.get("run") == run
+        if row.get("op") == "environment" and "budget" in row and run and row.get("run") == run
     ]
     return rows[places[-1] :] if places else []
 
@@ -450,11 +452,16 @@ def warm(op: str, device: Device, cases: Sequence[Case] = GPU_CASES) -> None:
                 print(op, case.name, dtype, flush=True)
 
 
+def _out_of_time(row: dict[str, Any]) -> bool:
+    """Return whether a row was not begun: a later process of the run may."""
+    return row.get("failed") == OUT_OF_TIME
+
+
 def bad(row: dict[str, Any]) -> bool:
     """Return whether a row of ours failed, or a baseline has other values than ours."""
     ours = row["implementation"].startswith(FUSED)
     reason = row.get("failed", "")
-    if "not measured" in reason:
+    if _out_of_time(row):
         return False
     return "values differ" in reason or (ours and bool(reason or "replay_failed" in row))
 
@@ -474,6 +481,9 @@ def main() -> int:
         help="seconds in all; what is left over is written down as not measured",
     )
     arguments.add_argument(
+        "--until", type=float, help="in place of --budget: when it ends, by the monotonic clock"
+    )
+    arguments.add_argument(
         "--run", default="", help="a name: started again with the same one, it goes on where it was"
     )
     arguments.add_argument("--cases", choices=list(CASES), default="all")
@@ -487,10 +497,11 @@ def main() -> int:
         return 0
     if not options.out:
         arguments.error("--out is missing; expected a file for the rows")
+    device = Gpu()
     return run(
-        Gpu(),
+        device,
         options.out,
-        budget=options.budget,
+        budget=options.until - device.clock() if options.until else options.budget,
         seconds=options.seconds,
         cases=cases,
         again=options.run,

@@ -294,7 +294,8 @@ def _pass(name: str, wanted: str, device: torch.device, float64: bool) -> Pass:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    """Return the compute capability of a GPU; none for a fake one where torch sees no GPU."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
 
 
 def select(op: str, device: torch.device, float64: bool = False) -> Choice:

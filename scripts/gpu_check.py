@@ -46,9 +46,9 @@ ALL: dict[str, dict[str, int]] = {
 # is no time to compile the libraries.
 FIRST: dict[str, dict[str, int]] = {
     "build": {"prebuilt": 20},
-    "rates": {"rates": 20},
+    "rates": {"rates": 25},
     "smoke": {"smoke": 35},
-    "bench": {"compile kernels": 30, "bench": 160},
+    "bench": {"compile kernels": 30, "bench": 155},
     "kernels": {"kernels": 40},
     "calls": {"calls": 55},
     "test": {"cuda tests": 115},
@@ -87,6 +87,7 @@ class Place:
     tool: Callable[[str], str | None] = shutil.which
     say: Callable[[str], None] = lambda text: say(text)
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
+    run_id: str = field(default_factory=lambda: f"{time.time():.3f}")
 
 
 class Part:
@@ -113,12 +114,15 @@ class Part:
         self.file = lines.Lines(
             place.results / f"{place.date}-{'first-' if self.first else ''}{name}.jsonl"
         )
-        self.run_id = f"{name} {time.time():.3f}"
+        self.run_id = f"{name} {place.run_id}"
         self.failed = False
         self._seen, self._looked, self._quiet = 0, 0.0, name == "test"
 
     def begin(self) -> None:
-        """The line that begins a run."""
+        """The line that begins a run, or none where a killed one of this name goes on."""
+        rows = lines.read(self.file.path)[0]
+        if any(row.get("op") == "environment" and row.get("run") == self.run_id for row in rows):
+            return
         self.file.write(
             {
                 "op": "environment",
@@ -164,7 +168,9 @@ class Part:
         stopped = sorted({o.reason for o in outcomes if o.reason})
         unclean = [o for o in outcomes if o.status != 0]
         state = "passed" if not unclean else "ended early" if stopped else bad
-        self.note(name, state, round(self.place.clock() - began, 1), "; ".join(stopped)[:300])
+        last = [line for o in unclean if not o.reason for line in o.output.splitlines()[-1:]]
+        why = "; ".join([*stopped, *dict.fromkeys(last[:3])])[:300]
+        self.note(name, state, round(self.place.clock() - began, 1), why)
         return outcomes
 
     def note(self, step: str, state: str, seconds: float, note: str = "") -> None:
@@ -242,17 +248,14 @@ def smoke(part: Part) -> None:
     part.missing(["triton"], "its rows will fail")
     jobs = gpu_jobs.smoke(part.file.path, part.steps["smoke"])
     before = gpu_jobs.compiled(part.place.work)
+    left = {row["key"] for row in part.results() if row["key"].startswith("the rest of ")}
     for outcome in part.step("smoke", jobs, len(jobs), resume=True):
+        op, backend = outcome.name.split()[1:3]
+        row = {"key": f"the rest of {outcome.name}", "op": op, "backend": backend}
         if outcome.reason:  # the rows that it had not begun
-            op, backend = outcome.name.split()[1:3]
-            part.file.write(
-                {
-                    "key": f"the rest of {outcome.name}",
-                    "op": op,
-                    "backend": backend,
-                    "failed": outcome.reason,
-                }
-            )
+            part.file.write({**row, "failed": outcome.reason})
+        elif row["key"] in left:  # of a killed run, which has gone on
+            part.file.write(row)
     rows = [row for row in part.results() if row.get("backend") == "triton" and "first_ms" in row]
     spent = sum(max(0.0, row["first_ms"] - row["ms_with_host"]) for row in rows) / 1000
     if count := gpu_jobs.compiled(part.place.work) - before:
@@ -283,7 +286,8 @@ def calls(part: Part) -> None:
 
 def measured(part: Part, step: str, cases: str, rest: float) -> None:
     """Runs the one process of a step; ``rest`` is for imports and a row under way."""
-    job = gpu_jobs.measure(step, cases, part.file.path, part.left(step), rest, part.run_id)
+    until = part.until[step] - rest
+    job = gpu_jobs.measure(step, cases, part.file.path, part.left(step), until, part.run_id)
     part.step(step, [job], 1, resume=True)
 
 
@@ -326,6 +330,8 @@ def sanitize(part: Part) -> None:
     tools = SANITIZED_FIRST if part.first else gpu_jobs.TOOLS
     no_triton = part.place.missing("triton")
     jobs = gpu_jobs.sanitize(sanitizer, no_triton, operators=part.operators, tools=tools)
+    have = {row["key"] for row in part.results() if row.get("state") != "not reached"}
+    jobs = [job for job in jobs if job.name not in have]
     part.file.write({"planned": [job.name for job in jobs]})
     log = part._log
 
@@ -409,4 +415,5 @@ if __name__ == "__main__":
     device, capability = facts()
     results = Path(os.environ.get("RESULTS") or ROOT / "benchmarks" / "results" / device)
     place = Place(device, capability, results, ROOT / "build" / "gpu")
+    place.run_id = os.environ.get("RUN") or place.run_id
     raise SystemExit(main(given.verb, place, given.operators or gpu_jobs.OPERATORS))

@@ -12,8 +12,9 @@
 #   scripts/gpu_check.sh all         all of them, shorter, in eight minutes
 #
 # Rows are written as they come to ${RESULTS:-benchmarks/results/<device>}: a killed command loses nothing, and
-# `python3 -m benchmarks.show FILES` (or `ovseg bench show FILES`) reads what is there. Downloads nothing; the project need not be
-# installed. PYTHON chooses the interpreter. Exit status 0: all of it passed. What each verb needs: docs/testing.md.
+# `python3 -m benchmarks.show FILES` (or `ovseg bench show FILES`) reads what is there. Started again on these files and the same day
+# with the same RUN=NAME, it goes on behind what is there. Downloads nothing; the project need not be installed. PYTHON chooses the
+# interpreter. Exit status 0: all of it passed. What each verb needs: docs/testing.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}") || { echo "gpu_check.sh: ${PYTHON:-python3} is not there; PYTHON chooses the interpreter" >&2; exit 2; }

@@ -119,8 +119,8 @@ def warm(limit: float, cases: str = "all") -> list[Job]:
     ]
 
 
-def measure(step: str, cases: str, out: Path, seconds: float, rest: float, run_id: str) -> Job:
-    """One process of benchmarks/gpu.py, which begins no row in the last ``rest`` seconds."""
+def measure(step: str, cases: str, out: Path, seconds: float, until: float, run_id: str) -> Job:
+    """One process of benchmarks/gpu.py, which begins no row after ``until`` on the clock."""
     command = [
         *QUIET,
         "-m",
@@ -131,8 +131,8 @@ def measure(step: str, cases: str, out: Path, seconds: float, rest: float, run_i
         cases,
         "--out",
         str(out),
-        "--budget",
-        str(max(5, round(seconds - rest))),
+        "--until",
+        f"{until:.0f}",
         "--run",
         run_id,
     ]

@@ -4,9 +4,11 @@ A tile of the logits lives in registers. Statistics of its rows and columns are 
 merged by a second kernel in a fixed order; its gradients leave as coefficients, which the launcher
 multiplies with the features. Softmax logits are in units of log 2, for an instruction makes 2 ** x.
 
-POSITIVES are 0 for the diagonal, 1 for equal ids and 2 for a list. Ids are read as a list too, so
-that both give the same bits: those of row i are texts[begins[i]:ends[i]], rising. A tile works off
-its pairs one of each row at a time.
+Positives are the diagonal, or PAIRS: those of row i are texts[begins[i]:ends[i]], rising, of equal
+ids and of a list alike, so that both give the same bits. A tile takes a pair of each row at a time.
+
+D is a multiple of 16 and rows lie D apart. COPIED says that tiles are copied whole, by descriptors:
+before sm_90 these are read element by element, and addresses are not.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from .center_assignment import _dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Never a reason to compile again; the rows that are read start at 16 bytes whatever D is.
-SIZES = ["B", "T", "D", "offset", "first", "last", "left", "right", "begin", "end", "count"]
+# Never a reason to compile again.
+SIZES = ["B", "T", "D", "offset", "first", "last", "left", "right"]
+SIZES += ["pitch", "begin", "end", "count"]
 
 
 @triton.jit
@@ -37,48 +40,34 @@ def _first_at_least(columns, low, high, least):
 
 
 @triton.jit
-def _next_pair(texts, weights, next, end, last, POSITIVES: tl.constexpr, ACC: tl.constexpr):
+def _next_pair(texts, weights, next, end, last):
     """Return (column, p, the place that follows) of the next pair of each row before ``last``.
 
-    Where there is none the column is -1. Of a pair listed twice p is the sum, in the order of the
-    list; of equal ids it is 1.
+    Where there is none the column is -1.
     """
     column = tl.load(texts + next, mask=next < end, other=last)
     here = (next < end) & (column < last)
-    if POSITIVES == 1:
-        p = here.to(ACC)
-        next += here.to(tl.int64)
-    else:
-        p = tl.load(weights + next, mask=here, other=0.0)
-        next += here.to(tl.int64)
-        again = here & (tl.load(texts + next, mask=next < end, other=last) == column)
-        while tl.max(again.to(tl.int32), 0) > 0:
-            p += tl.load(weights + next, mask=again, other=0.0)
-            next += again.to(tl.int64)
-            again = again & (tl.load(texts + next, mask=next < end, other=last) == column)
-    return tl.where(here, column, -1).to(tl.int32), p, next
+    p = tl.load(weights + next, mask=here, other=0.0)
+    return tl.where(here, column, -1).to(tl.int32), p, next + here.to(tl.int64)
 
 
 @triton.jit
-def _first_pair(
-    begins, ends, texts, weights, i, j0, last, POSITIVES: tl.constexpr, ACC: tl.constexpr, BJ
-):
+def _first_pair(begins, ends, texts, weights, i, j0, last, BJ: tl.constexpr):
     """Return what ``_next_pair`` does of the first pair of a tile, and where its rows end."""
     begin = tl.load(begins + i, mask=i < last, other=0)
     end = tl.load(ends + i, mask=i < last, other=0)
     begin = _first_at_least(texts, begin, end, j0)
-    column, p, next = _next_pair(texts, weights, begin, end, j0 + BJ, POSITIVES, ACC)
+    column, p, next = _next_pair(texts, weights, begin, end, j0 + BJ)
     return column, p, next, end
 
 
 @triton.jit
 def _hits(z, column, p, j):
-    """Return the sums of p z and of p of rows and columns, of one pair in each row."""
+    """Return the sums of p z of rows and of columns, of one pair in each row."""
     at = tl.where(p != 0, column, -1)[:, None] == j[None, :]
     picked = tl.where(at, z, 0.0)
     row_hits = tl.where(p != 0, p * tl.sum(picked, 1), 0.0)
-    column_hits = tl.sum(tl.where(at, p[:, None] * z, 0.0), 0)
-    return row_hits, column_hits, tl.sum(tl.where(at, p[:, None], 0.0), 0)
+    return row_hits, tl.sum(tl.where(at, p[:, None] * picked, 0.0), 0)
 
 
 @triton.jit
@@ -93,10 +82,31 @@ def _labelled(z, column, p, j):
 
 
 @triton.jit
-def _less(dz, column, p, j, by):
-    """Return ``dz`` without p times ``by``, at one pair in each row."""
+def _less(dz, column, p, by, j):
+    """Return ``dz`` without p times ``by``, of one pair in each row."""
     at = tl.where(p != 0, column, -1)[:, None] == j[None, :]
-    return tl.where(at, dz - p[:, None] * by, dz)
+    return tl.where(at, dz - (p * by)[:, None], dz)
+
+
+@triton.jit
+def _shares(row_vectors, column_vectors, i, column, last, right, B, T):
+    """Return what p is multiplied with in (5), of one pair in each row."""
+    of_row = tl.load(row_vectors + B + i, mask=i < last, other=0.0)
+    inside = (column >= 0) & (column < right)
+    return of_row + tl.load(column_vectors + T + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def _rows(x, first, last, d0, D, COPIED: tl.constexpr, SIZE: tl.constexpr, BD: tl.constexpr):
+    """Load SIZE rows from ``first`` on, and BD channels of them; 0 behind the last row."""
+    if COPIED:
+        tile = x.load([first, d0])
+    else:
+        row = first + tl.arange(0, SIZE)
+        d = d0 + tl.arange(0, BD)
+        inside = (row < last)[:, None] & (d < D)[None, :]
+        tile = tl.load(x + row.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -105,17 +115,23 @@ def _products(
     text,
     i0,
     j0,
+    last,
+    right,
     D,
+    COPIED: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Return the products of BI rows of images and BJ of texts; 0 behind the last row."""
+    """Return the products of BI rows of images and BJ of texts."""
+    D = whole(D, True)
     s = tl.zeros((BI, BJ), ACC)
     for d0 in range(0, D, BD):
-        s = _dot(image.load([i0, d0]), text.load([j0, d0]).T, s, PRECISION, ACC)
+        a = _rows(image, i0, last, d0, D, COPIED, BI, BD)
+        b = _rows(text, j0, right, d0, D, COPIED, BJ, BD)
+        s = _dot(a, b.T, s, PRECISION, ACC)
     return s
 
 
@@ -135,12 +151,10 @@ def _meets(i0, j0, offset, BI: tl.constexpr, BJ: tl.constexpr):
 
 
 @triton.jit
-def _write_part(out, size, x, top, total, hits, count, inside):
-    """Write the four statistics of the rows or columns of one tile, ``size`` apart."""
+def _write_two(out, size, x, top, total, inside):
+    """Write two statistics of the rows or columns of one tile, ``size`` apart."""
     tl.store(out + x, top, mask=inside)
     tl.store(out + size + x, total, mask=inside)
-    tl.store(out + 2 * size + x, hits, mask=inside)
-    tl.store(out + 3 * size + x, count, mask=inside)
 
 
 @triton.jit
@@ -169,8 +183,9 @@ def contrastive_loss_stats_kernel(
     T,
     D,
     offset,
+    COPIED: tl.constexpr,
     FACTORS: tl.constexpr,
-    POSITIVES: tl.constexpr,
+    PAIRS: tl.constexpr,
     SIGMOID: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -180,8 +195,8 @@ def contrastive_loss_stats_kernel(
 ):
     """Write the parts of every tile of the images from ``first`` to ``last``.
 
-    Softmax: maximum, sum of exponentials by it, sum of p z, sum of p, of rows and of columns; those
-    of columns begin behind what earlier images left. Sigmoid: the sum (4) of rows.
+    Softmax: maximum, sum of exponentials by it, sum of p z, of rows and of columns; those of
+    columns begin behind what earlier images left. Sigmoid: the sum (4) of rows.
     """
     scale, bias = tl.load(scale_at), tl.load(bias_at)
     image_tiles, text_tiles = tl.cdiv(last - first, BI), tl.cdiv(T, BJ)
@@ -191,71 +206,56 @@ def contrastive_loss_stats_kernel(
         image_tile, text_tile = tile % image_tiles, tile // image_tiles
         i0 = first + image_tile * BI
         j0 = text_tile * BJ
-        s = _products(image, text, i0, j0, D, ACC, PRECISION, BI, BJ, BD)
+        s = _products(image, text, i0, j0, last, T, D, COPIED, ACC, PRECISION, BI, BJ, BD)
         i, j = i0 + tl.arange(0, BI), j0 + tl.arange(0, BJ)
         s = _by_factors(s, image_factor, text_factor, i, j, last, T, FACTORS)
-        inside = (i < last)[:, None] & (j < T)[None, :]
-        own_parts = row_parts + text_tile.to(tl.int64) * (last - first) * (1 if SIGMOID else 4)
+        own_parts = row_parts + text_tile.to(tl.int64) * (last - first) * (1 if SIGMOID else 3)
         if SIGMOID:
             z = scale * s + bias
             less = tl.zeros((BI,), ACC)
-            if POSITIVES == 0:
+            if not PAIRS:
                 if _meets(i0, j0, offset, BI, BJ):
                     z, _ = _labelled(z, i + offset, tl.full((BI,), 1.0, ACC), j)
             else:
                 column, p, next, end = _first_pair(
-                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
+                    begins, ends, pair_texts, pair_weights, i, j0, last, BJ
                 )
                 while tl.max(column, 0) >= 0:
                     z, part = _labelled(z, column, p, j)
                     less += part
-                    column, p, next = _next_pair(
-                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
-                    )
+                    column, p, next = _next_pair(pair_texts, pair_weights, next, end, j0 + BJ)
             loss = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
             loss += log1p_of(tl.exp(-tl.abs(z)))
+            inside = (i < last)[:, None] & (j < T)[None, :]
             total = tl.sum(tl.where(inside, loss, 0.0), 1) - less
             tl.store(own_parts + i - first, total, mask=i < last)
         else:
             z = scale * LOG2E * s
-            row_hits, row_count = tl.zeros((BI,), ACC), tl.zeros((BI,), ACC)
-            column_hits, column_count = tl.zeros((BJ,), ACC), tl.zeros((BJ,), ACC)
-            if POSITIVES == 0:
-                if _meets(i0, j0, offset, BI, BJ):
-                    row_count = ((i + offset >= j0) & (i + offset < tl.minimum(j0 + BJ, T))).to(ACC)
-                    row_hits, column_hits, column_count = _hits(z, i + offset, row_count, j)
-            else:
-                column, p, next, end = _first_pair(
-                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
-                )
-                while tl.max(column, 0) >= 0:
-                    of_rows, of_columns, count = _hits(z, column, p, j)
-                    row_hits += of_rows
-                    row_count += p
-                    column_hits += of_columns
-                    column_count += count
-                    column, p, next = _next_pair(
-                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
-                    )
-            z = tl.where(inside, z, float("-inf"))
+            z = tl.where((i < last)[:, None] & (j < T)[None, :], z, float("-inf"))
             # A NaN that the maximum passes over stays one in the sum.
             top = tl.max(z, 1)
             total = tl.sum(tl.exp2(z - _finite(top)[:, None]), 1)
-            _write_part(
-                own_parts, last - first, i - first, top, total, row_hits, row_count, i < last
-            )
+            _write_two(own_parts, last - first, i - first, top, total, i < last)
             top = tl.max(z, 0)
             total = tl.sum(tl.exp2(z - _finite(top)[None, :]), 0)
-            _write_part(
-                column_parts + (image_tile + 1).to(tl.int64) * T * 4,
-                T,
-                j,
-                top,
-                total,
-                column_hits,
-                column_count,
-                j < T,
-            )
+            its_parts = column_parts + (image_tile + 1).to(tl.int64) * T * 3
+            _write_two(its_parts, T, j, top, total, j < T)
+            row_hits, column_hits = tl.zeros((BI,), ACC), tl.zeros((BJ,), ACC)
+            if not PAIRS:
+                if _meets(i0, j0, offset, BI, BJ):
+                    one = ((i < last) & (i + offset < T)).to(ACC)
+                    row_hits, column_hits = _hits(z, i + offset, one, j)
+            else:
+                column, p, next, end = _first_pair(
+                    begins, ends, pair_texts, pair_weights, i, j0, last, BJ
+                )
+                while tl.max(column, 0) >= 0:
+                    of_rows, of_columns = _hits(z, column, p, j)
+                    row_hits += of_rows
+                    column_hits += of_columns
+                    column, p, next = _next_pair(pair_texts, pair_weights, next, end, j0 + BJ)
+            tl.store(own_parts + 2 * (last - first) + i - first, row_hits, mask=i < last)
+            tl.store(its_parts + 2 * T + j, column_hits, mask=j < T)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -274,38 +274,36 @@ def contrastive_loss_merge_kernel(
 ):
     """Merge the parts from ``begin`` to ``end`` of BR of the ``count`` rows, or columns.
 
-    The result is their statistics in ``out``, whose three lines lie B apart; with KEEP it is part
+    The result is the first two lines of their statistics in ``out``, B apart; with KEEP it is part
     0, of all tiles so far. The order of every sum is that of the tiles.
     """
     c = tl.program_id(0) * BR + tl.arange(0, BR)
     size = tl.cast(count, tl.int64)
-    total = tl.zeros((BR,), ACC)
+    total, hits = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
     if SIGMOID:
         for k0 in range(begin, end, BP):
             k = k0 + tl.arange(0, BP)
             some = (k < end)[:, None] & (c < count)[None, :]
             at = k.to(tl.int64)[:, None] * size + c[None, :]
             total += tl.sum(tl.load(parts + at, mask=some, other=0.0), 0)
-        hits, positives = tl.zeros((BR,), ACC), tl.full((BR,), 1.0, ACC)
     else:
         top = tl.full((BR,), float("-inf"), ACC)
         for k0 in range(begin, end, BP):
             k = k0 + tl.arange(0, BP)
             some = (k < end)[:, None] & (c < count)[None, :]
-            at = k.to(tl.int64)[:, None] * 4 * size + c[None, :]
+            at = k.to(tl.int64)[:, None] * 3 * size + c[None, :]
             top = tl.maximum(top, tl.max(tl.load(parts + at, mask=some, other=float("-inf")), 0))
-        hits, positives = tl.zeros((BR,), ACC), tl.zeros((BR,), ACC)
         for k0 in range(begin, end, BP):
             k = k0 + tl.arange(0, BP)
             some = (k < end)[:, None] & (c < count)[None, :]
-            at = parts + k.to(tl.int64)[:, None] * 4 * size + c[None, :]
+            at = parts + k.to(tl.int64)[:, None] * 3 * size + c[None, :]
             its_top = tl.load(at, mask=some, other=float("-inf"))
             share = tl.load(at + size, mask=some, other=0.0)
             total += tl.sum(share * tl.exp2(its_top - _finite(top)[None, :]), 0)
             hits += tl.sum(tl.load(at + 2 * size, mask=some, other=0.0), 0)
-            positives += tl.sum(tl.load(at + 3 * size, mask=some, other=0.0), 0)
     if KEEP:
-        _write_part(parts, size, c, top, total, hits, positives, c < count)
+        _write_two(parts, size, c, top, total, c < count)
+        tl.store(parts + 2 * size + c, hits, mask=c < count)
     else:
         if not SIGMOID:
             some = total != 0.0
@@ -314,7 +312,41 @@ def contrastive_loss_merge_kernel(
             hits *= LN2
         tl.store(out + c, total, mask=c < count)
         tl.store(out + B + c, hits, mask=c < count)
-        tl.store(out + 2 * B + c, positives, mask=c < count)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def contrastive_loss_list_kernel(begins, texts, weights, out, count, BR: tl.constexpr):
+    """Write the weights of a list for the other kernels.
+
+    The first of equal pairs has the sum, in the order of the list, and the others have 0.
+    """
+    c = tl.program_id(0) * BR + tl.arange(0, BR)
+    next = tl.load(begins + c, mask=c < count, other=0)
+    end = tl.load(begins + c + 1, mask=c < count, other=0)
+    first, before, total = next, next * 0 - 1, tl.zeros((BR,), weights.dtype.element_ty)
+    while tl.max((next < end).to(tl.int32), 0) > 0:
+        column = tl.load(texts + next, mask=next < end, other=0)
+        weight = tl.load(weights + next, mask=next < end, other=0.0)
+        same = column == before
+        first, total = tl.where(same, first, next), tl.where(same, total + weight, weight)
+        tl.store(out + next, 0.0, mask=next < end)
+        tl.store(out + first, total, mask=next < end)  # of the same thread, so later
+        before, next = column, next + 1
+
+
+@triton.jit(do_not_specialize=SIZES)
+def contrastive_loss_counts_kernel(
+    begins, weights, out, count, BR: tl.constexpr, ACC: tl.constexpr
+):
+    """Write the sum of p of BR rows, or columns, of a list, in its order."""
+    c = tl.program_id(0) * BR + tl.arange(0, BR)
+    next = tl.load(begins + c, mask=c < count, other=0)
+    end = tl.load(begins + c + 1, mask=c < count, other=0)
+    total = tl.zeros((BR,), ACC)
+    while tl.max((next < end).to(tl.int32), 0) > 0:
+        total += tl.load(weights + next, mask=next < end, other=0.0)
+        next += 1
+    tl.store(out + c, total, mask=c < count)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -331,6 +363,7 @@ def contrastive_loss_coefficients_kernel(
     pair_weights,
     row_vectors,
     column_vectors,
+    text_factor_again,
     out,
     sums,
     first,
@@ -340,9 +373,11 @@ def contrastive_loss_coefficients_kernel(
     B,
     T,
     D,
+    pitch,
     offset,
+    COPIED: tl.constexpr,
     FACTORS: tl.constexpr,
-    POSITIVES: tl.constexpr,
+    PAIRS: tl.constexpr,
     SIGMOID: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -364,52 +399,55 @@ def contrastive_loss_coefficients_kernel(
         image_tile, text_tile = tile % image_tiles, tile // image_tiles
         i0 = first + image_tile * BI
         j0 = left + text_tile * BJ
-        s = _products(image, text, i0, j0, D, ACC, PRECISION, BI, BJ, BD)
+        s = _products(image, text, i0, j0, last, right, D, COPIED, ACC, PRECISION, BI, BJ, BD)
         i, j = i0 + tl.arange(0, BI), j0 + tl.arange(0, BJ)
         s = _by_factors(s, image_factor, text_factor, i, j, last, right, FACTORS)
         if SIGMOID:
             z = scale * s + bias
             e = tl.exp(-tl.abs(z))
             dz = tl.where(z > 0, 1.0, e) / (1.0 + e)
-            if POSITIVES == 0:
+            if not PAIRS:
                 if _meets(i0, j0, offset, BI, BJ):
-                    dz = _less(dz, i + offset, tl.full((BI,), 1.0, ACC), j, 1.0)
+                    dz = _less(dz, i + offset, tl.full((BI,), 1.0, ACC), 1.0, j)
             else:
                 column, p, next, end = _first_pair(
-                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
+                    begins, ends, pair_texts, pair_weights, i, j0, last, BJ
                 )
                 while tl.max(column, 0) >= 0:
-                    dz = _less(dz, column, tl.where(p > 1, 1.0, p), j, 1.0)
-                    column, p, next = _next_pair(
-                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
-                    )
+                    dz = _less(dz, column, tl.where(p > 1, 1.0, p), 1.0, j)
+                    column, p, next = _next_pair(pair_texts, pair_weights, next, end, j0 + BJ)
             dz *= tl.load(row_vectors + i, mask=i < last, other=0.0)[:, None]
         else:
             z = scale * LOG2E * s
             dz = tl.exp2(z - tl.load(row_vectors + i, mask=i < last, other=0.0)[:, None])
             dz += tl.exp2(z - tl.load(column_vectors + j, mask=j < right, other=0.0)[None, :])
-            if POSITIVES == 0:
+            if not PAIRS:
                 if _meets(i0, j0, offset, BI, BJ):
-                    share = tl.load(row_vectors + B + i, mask=i < last, other=0.0)[:, None]
-                    share += tl.load(column_vectors + T + j, mask=j < right, other=0.0)[None, :]
-                    dz = _less(dz, i + offset, tl.full((BI,), 1.0, ACC), j, share)
+                    share = _shares(row_vectors, column_vectors, i, i + offset, last, right, B, T)
+                    dz = _less(dz, i + offset, tl.full((BI,), 1.0, ACC), share, j)
             else:
                 column, p, next, end = _first_pair(
-                    begins, ends, pair_texts, pair_weights, i, j0, last, POSITIVES, ACC, BJ
+                    begins, ends, pair_texts, pair_weights, i, j0, last, BJ
                 )
                 while tl.max(column, 0) >= 0:
-                    share = tl.load(row_vectors + B + i, mask=i < last, other=0.0)[:, None]
-                    share += tl.load(column_vectors + T + j, mask=j < right, other=0.0)[None, :]
-                    dz = _less(dz, column, p, j, share)
-                    column, p, next = _next_pair(
-                        pair_texts, pair_weights, next, end, j0 + BJ, POSITIVES, ACC
-                    )
+                    share = _shares(row_vectors, column_vectors, i, column, last, right, B, T)
+                    dz = _less(dz, column, p, share, j)
+                    column, p, next = _next_pair(pair_texts, pair_weights, next, end, j0 + BJ)
         dz = tl.where((i < last)[:, None] & (j < right)[None, :], dz, 0.0)
         tl.store(sums + 2 * tile, tl.sum(tl.sum(dz * s, 1).to(tl.float64), 0))
         if SIGMOID:
             tl.store(sums + 2 * tile + 1, tl.sum(tl.sum(dz, 1).to(tl.float64), 0))
-        dz = _by_factors(dz, image_factor, text_factor, i, j, last, right, FACTORS)
-        out.store([image_tile * BI, text_tile * BJ], dz.to(out.dtype))
+        # Read again, by an address of its own: kept meanwhile, it would take 32 registers.
+        dz = _by_factors(dz, image_factor, text_factor_again, i, j, last, right, FACTORS)
+        if COPIED:
+            out.store([image_tile * BI, text_tile * BJ], dz.to(out.dtype))
+        else:
+            row = image_tile * BI + tl.arange(0, BI)
+            column = text_tile * BJ + tl.arange(0, BJ)
+            P = whole(pitch, True)
+            inside = (i < last)[:, None] & (column < P)[None, :]
+            at = out + row.to(tl.int64)[:, None] * P + column[None, :]
+            tl.store(at, dz.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -423,7 +461,8 @@ def contrastive_loss_bwd_vectors_kernel(part, weight, out, count, BR: tl.constex
     w = tl.load(weight + c, mask=some, other=1.0)
     lse = tl.load(part + c, mask=some, other=0.0)
     total = tl.load(part + 2 * count + c, mask=some, other=1.0)
-    tl.store(out + c, lse * LOG2E - tl.log2(w), mask=some)
+    less = tl.where(w == 0, float("-inf"), tl.log2(tl.where(w == 0, 1.0, w)))
+    tl.store(out + c, lse * LOG2E - less, mask=some)
     tl.store(out + count + c, w / tl.where(total > 0, total, 1.0), mask=some)
 
 
@@ -440,7 +479,7 @@ def _exponent(x):
     return tl.where(x > 0, tl.floor(tl.log2(tl.where(x > 0, x, 1.0))), 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "D"])
+@triton.jit(do_not_specialize=["count", "D", "P"])
 def contrastive_loss_scale_rows_kernel(
     x,
     out,
@@ -448,8 +487,8 @@ def contrastive_loss_scale_rows_kernel(
     inverse,
     count,
     D,
+    P,
     x_r: tl.int64,
-    out_r: tl.int64,
     EPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BR: tl.constexpr,
@@ -457,13 +496,14 @@ def contrastive_loss_scale_rows_kernel(
 ):
     """Write rows times a power of two, so that they are 1 to 2 long.
 
-    ``factor`` makes unit vectors of them; ``inverse`` is one by the length of the row itself, or by EPS
-    if that is more. No bit of a row is lost, but of what is 2 ** -14 of its length in float16.
+    Behind their D channels follow zeros, up to P. ``factor`` makes unit vectors of them;
+    ``inverse`` is one by the length of the row itself, or by EPS if that is more. No bit of a row
+    is lost, but of what is 2 ** -14 of its length in float16.
     """
-    D, x_r, out_r = whole(D, ALIGNED), whole(x_r, ALIGNED), whole(out_r, ALIGNED)
+    D, x_r, P = whole(D, ALIGNED), whole(x_r, ALIGNED), whole(P, True)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     x += row.to(tl.int64)[:, None] * x_r
-    out += row.to(tl.int64)[:, None] * out_r
+    out += row.to(tl.int64)[:, None] * P
     top = tl.zeros((BR,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -479,12 +519,13 @@ def contrastive_loss_scale_rows_kernel(
         squared += tl.sum(v * v, 1)
     length = tl.sqrt(squared)
     more = _exponent(length)
-    for d0 in range(0, D, BD):
+    for d0 in range(0, P, BD):
         d = d0 + tl.arange(0, BD)
         some = (row < count)[:, None] & (d < D)[None, :]
         v = tl.load(x + d[None, :], mask=some, other=0.0).to(tl.float32)
         v = _times_power(v, -e - more)
-        tl.store(out + d[None, :], v.to(out.dtype.element_ty), mask=some)
+        inside = (row < count)[:, None] & (d < P)[None, :]
+        tl.store(out + d[None, :], v.to(out.dtype.element_ty), mask=inside)
     norm = length * tl.exp2(e)
     short = norm < EPS  # it is divided by EPS
     unit = tl.where(length > 0, tl.exp2(more) / tl.where(length > 0, length, 1.0), 1.0)
@@ -493,7 +534,7 @@ def contrastive_loss_scale_rows_kernel(
     tl.store(inverse + row, 1.0 / tl.where(short, EPS, norm), mask=row < count)
 
 
-@triton.jit(do_not_specialize=["count", "D"])
+@triton.jit(do_not_specialize=["count", "D", "P"])
 def contrastive_loss_bwd_rows_kernel(
     sums,
     scaled,
@@ -503,7 +544,7 @@ def contrastive_loss_bwd_rows_kernel(
     out,
     count,
     D,
-    scaled_r: tl.int64,
+    P,
     EPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BR: tl.constexpr,
@@ -514,17 +555,18 @@ def contrastive_loss_bwd_rows_kernel(
     These hold the factor of their row. With u the unit vector and g its gradient, it is
     g - (g . u) u by the length; of rows shorter than EPS, which u divides by EPS, it is g / EPS.
     """
-    D, scaled_r = whole(D, ALIGNED), whole(scaled_r, ALIGNED)
+    D, P = whole(D, ALIGNED), whole(P, True)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
-    at = row.to(tl.int64)[:, None] * D
-    scaled += row.to(tl.int64)[:, None] * scaled_r
+    sums += row.to(tl.int64)[:, None] * P
+    scaled += row.to(tl.int64)[:, None] * P
+    out += row.to(tl.int64)[:, None] * D
     unit = tl.load(factor + row, mask=row < count, other=1.0)
     by_length = tl.load(inverse + row, mask=row < count, other=0.0)
     along = tl.zeros((BR,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         some = (row < count)[:, None] & (d < D)[None, :]
-        g = tl.load(sums + at + d[None, :], mask=some, other=0.0)
+        g = tl.load(sums + d[None, :], mask=some, other=0.0)
         v = tl.load(scaled + d[None, :], mask=some, other=0.0).to(tl.float32)
         along += tl.sum(g * v, 1)
     along = tl.where(by_length < 1.0 / EPS, along * unit * unit, 0.0)
@@ -532,7 +574,7 @@ def contrastive_loss_bwd_rows_kernel(
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         some = (row < count)[:, None] & (d < D)[None, :]
-        g = tl.load(sums + at + d[None, :], mask=some, other=0.0)
+        g = tl.load(sums + d[None, :], mask=some, other=0.0)
         v = tl.load(scaled + d[None, :], mask=some, other=0.0).to(tl.float32)
         g = by_length[:, None] * (g - along[:, None] * v)
-        tl.store(out + at + d[None, :], g.to(out.dtype.element_ty), mask=some)
+        tl.store(out + d[None, :], g.to(out.dtype.element_ty), mask=some)

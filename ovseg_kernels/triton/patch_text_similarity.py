@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..reference.patch_text_similarity import EPS, accumulation_dtype
+from . import _patch_text_gram as gram
 from ._launch import (
     ACC,
     aligned,
@@ -146,11 +147,17 @@ class _Call:
 
 def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
     """Return (similarity, lse, norm) as ``ovseg::patch_text_similarity`` does."""
-    x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
-    similarity = x.new(x.B, x.T)
-    lse, norm = x.new(0 if pool == 2 else x.B, x.T), x.new(x.B if pool == 0 else 0, x.T)
+    B, T, acc = patches.shape[0], texts.shape[0], accumulation_dtype(patches)
+    similarity = patches.new_empty(B, T, dtype=acc)
+    lse = patches.new_empty(0 if pool == 2 else B, T, dtype=acc)
+    norm = patches.new_empty(B if pool == 0 else 0, T, dtype=acc)
     if similarity.numel() == 0:
         return similarity, lse, norm
+    if gram.has_forward(patches):
+        sigmoid = weight == 1 and pool != 2
+        gram.forward(patches, texts, mask, scale, bias, pool, sigmoid, similarity, lse, norm)
+        return similarity, lse, norm
+    x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
     BT, BN, BD, warps = x.back_blocks
     with on_device(patches):
         for first, images in x.chunks(x.T * x.P * 4):
@@ -207,13 +214,22 @@ def backward(
 
     They are d patches, d texts, d scale, d bias.
     """
-    x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
-    d_patches = patches.new_empty(x.B if need_patches else 0, x.N, x.D)
-    d_texts = texts.new_empty(x.T if need_texts else 0, x.D)
+    B, N, D = patches.shape
+    T = texts.shape[0]
+    d_patches = patches.new_empty(B if need_patches else 0, N, D)
+    d_texts = texts.new_empty(T if need_texts else 0, D)
     d_scale, d_bias = grad.new_zeros(()), grad.new_zeros(())
     if grad.numel() == 0:
         return d_patches.zero_(), d_texts.zero_(), d_scale, d_bias
     grad = grad.contiguous()
+    if gram.has_backward(patches, pool):
+        saved = similarity, lse, norm, pool, weight == 1, d_patches, d_texts
+        d_scalars = gram.backward(grad, patches, texts, mask, scale, bias, *saved)
+        d_scale.copy_(d_scalars[0])
+        if weight == 1:
+            d_bias.copy_(d_scalars[1])
+        return d_patches, d_texts, d_scale, d_bias
+    x = _Call(patches, texts, mask, scale, bias, pool, weight, tf32)
     BT, BN, BD, warps = x.back_blocks
     per_image = (
         x.T * (2 * x.P + x.D) * x.new(0, dtype=x.between).element_size()

@@ -92,6 +92,7 @@ struct Machine {
   jmp_buf scheduler;
   std::string kernel, error;
   std::map<std::string, uint64_t> steps;
+  std::vector<std::string> launches;
 };
 Machine machine;
 uint64_t steps = 0;
@@ -260,6 +261,7 @@ void wait_async(int pending) {
 }
 
 std::map<std::string, uint64_t> take_steps() { return std::exchange(machine.steps, {}); }
+std::vector<std::string> take_launches() { return std::exchange(machine.launches, {}); }
 
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   const unsigned count = block.x * block.y * block.z;
@@ -268,6 +270,7 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
     machine.error = "kernel " + machine.kernel + ": a launch that CUDA would refuse";
     return machine.error.c_str();
   }
+  machine.launches.push_back(machine.kernel);
   machine.shared = shared_bytes ? std::make_unique<Guarded>(shared_bytes) : nullptr;
   machine.warps.resize((count + kWarp - 1) / kWarp);
   while (machine.fibers.size() < count) machine.fibers.push_back(std::make_unique<Fiber>());

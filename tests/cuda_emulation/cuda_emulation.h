@@ -61,6 +61,7 @@ unsigned char* dynamic_shared();
 // Runs the kernel; returns null, or the first error as text that lives until the next launch.
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 std::map<std::string, uint64_t> take_steps();  // of each kernel since the last call
+std::vector<std::string> take_launches();      // the kernels launched since the last call, in order
 void set_seed(uint64_t seed);                  // of the order in which threads run
 
 // "Device memory": ends at a page that may not be touched, starts as NaN, and is checked for writes before its start.

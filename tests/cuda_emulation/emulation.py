@@ -61,20 +61,25 @@ def has_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg_emulated::{name}", "CPU")
 
 
+def _place(x: torch.Tensor) -> tuple:
+    """What two arguments share that are one tensor, be it saved for a backward in between."""
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
 def _call(name: str, *args):
     module = load()
     try:
         # A tensor that comes twice stays one: kernels look at addresses.
-        memory = {id(x): guarded(x) for x in args if isinstance(x, torch.Tensor)}
-        plain = [memory.get(id(x), x) for x in args]
+        memory = {_place(x): guarded(x) for x in args if isinstance(x, torch.Tensor)}
+        plain = [memory[_place(x)] if isinstance(x, torch.Tensor) else x for x in args]
         op = getattr(torch.ops.ovseg_emulated, name).default
         out = op(*plain)
-        for argument, x in zip(op._schema.arguments, args, strict=False):
+        for argument, x, copy in zip(op._schema.arguments, args, plain, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                x.copy_(memory[id(x)])
+                x.copy_(copy)
         return tuple(x.clone() for x in out) if isinstance(out, tuple) else out.clone()
     finally:
-        out = plain = memory = None
+        out = plain = copy = memory = None
         module.release_all()
 
 

@@ -15,6 +15,7 @@ from ovseg_benchmarks.registry import FUSED
 from ovseg_benchmarks.supervise import AGAIN
 from stand_in import CASES, StandIn
 
+import ovseg_kernels as ok
 from ovseg.cli.main import main as ovseg
 
 ROOT = Path(__file__).parents[2]
@@ -345,3 +346,15 @@ def test_every_case_of_the_issue_is_there():
         "dense_contrastive_loss",
     ):
         assert next(case for case in registry.GPU_CASES if case.op == op).dtypes[0] == "bfloat16"
+
+
+def test_what_a_gpu_is_asked_first():
+    first = {(case.op, case.name): case for case in registry.FIRST_CASES}
+    assert len(first) == len(registry.FIRST_CASES) == 11
+    assert {"siglip-kernel", "eager"} <= set(first["contrastive_loss", "sigmoid-32768"].only)
+    assert "Inf-CLIP's form" in first["contrastive_loss", "softmax-4096"].only
+    patches = first["patch_text_similarity", "vector-4096"]
+    assert patches.shape == {"B": 4096, "T": 4096, "N": 196, "D": 512}
+    assert {case.op for case in registry.SMALL_CASES} == set(ok.OPERATORS)
+    for case in (*registry.FIRST_CASES, *registry.SMALL_CASES):
+        assert set(case.only) <= set(registry.implementations(case))

@@ -172,6 +172,7 @@ def test_the_first_verb_compiles_no_library_and_goes_on_without(tmp_path):
     dry = DryRun(tmp_path, status=1, output="_C_cuda.so: not built")
     assert gpu_check.main("first", dry.place) == 1
     assert "no time to compile" in (tmp_path / "2026-01-01-first-build.jsonl").read_text()
+    assert "_C_cuda.so: not built" in (tmp_path / "2026-01-01-first-rates.jsonl").read_text()
     assert len(dry.jobs) > 20 and "setup.py" not in [
         word for job in dry.jobs for word in job.command
     ]
@@ -194,6 +195,21 @@ def test_the_first_verb_sanitizes_what_changed(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 2 and "bench takes no operators" in done.stderr
+
+
+def test_a_run_that_has_a_name_goes_on(tmp_path):
+    """A killed one, with the sanitizer as it was and smoke to the end."""
+    dry = DryRun(tmp_path, output=CLEAN)
+    dry.place.run_id = "a"
+    assert gpu_check.main("sanitize", dry.place) == 0
+    found = len(dry.jobs)
+    assert gpu_check.main("sanitize", dry.place) == 0 and len(dry.jobs) == found
+    dry.place.run_id = "b"
+    assert gpu_check.main("sanitize", dry.place) == 0 and len(dry.jobs) == 2 * found
+    dry.place.run = lambda jobs, **_: [Outcome(job.name, None, 0.0, "not reached") for job in jobs]
+    assert gpu_check.main("smoke", dry.place) == 1
+    dry.place.run = lambda jobs, **_: [Outcome(job.name, 0, 1.0) for job in jobs]
+    assert gpu_check.main("smoke", dry.place) == 0
 
 
 def test_the_first_verb_measures_by_its_own_programs(tmp_path, monkeypatch):
@@ -228,6 +244,11 @@ def test_the_first_verb_measures_by_its_own_programs(tmp_path, monkeypatch):
     assert all(row["ms"] == 4.0 for row in found["bench"])
     assert all(row["launches"] == 3 and row["kernels_us"] == 31.5 for row in found["kernels"])
     assert all(row["wall_us"] == 50.0 and row["replay_us"] == 40.0 for row in found["calls"])
+    rows = {path: lines.read(path)[0] for path in tmp_path.glob("*.jsonl")}
+    assert gpu_check.main("first", place) == 0, "the same run, once more"
+    for path, before in rows.items():
+        again = lines.read(path)[0][len(before) :]
+        assert not [row for row in again if "key" in row or row.get("op") == "environment"], path
     text = "\n".join(said)
     assert "L2 read 5000 GB/s" in text and "product tf32 100.0 TFLOP/s" in text
     assert "| product_kernel | 2 | 30.0 |" in text and "| 20.0 | 50.0 | 40.0 |" in text
