@@ -132,44 +132,6 @@ def pixels(B, N, T, D=16):
     )
 
 
-def labels(B, H, W):
-    from ovseg_kernels.triton import upsample_argmax as op
-
-    op.forward(nothing(B, 3, 4, 4), nothing(3), None, H, W, 0.5, 255, 2, True)
-
-
-def windows(H, W):
-    from ovseg_kernels.triton import window_argmax as op
-
-    op.forward(
-        nothing(2, 3, 4, 4),
-        None,
-        nothing(2, 2, dtype=torch.int64),
-        None,
-        None,
-        H,
-        W,
-        H,
-        W,
-        H,
-        W,
-        2,
-        2,
-        0.5,
-        255,
-        2,
-        True,
-    )
-
-
-def maps(B, C, h, w, H, W):
-    from ovseg_kernels.triton import upsample_mask_loss as op
-
-    logits, codes = nothing(B, C, h, w), nothing(B, H, W, dtype=torch.int32)
-    _, dice, _, sums = op.forward(logits, codes, 0.25, 1.5)
-    op.backward(dice, dice, logits, codes, sums, 0.25, 1.5)
-
-
 SHAPES = {
     patch_text: [(70_000, 3, 5), (1, 3, MANY), (1, MANY, 3)],
     matrix: [(3, MANY), (MANY, 3)],
@@ -177,9 +139,6 @@ SHAPES = {
     assignment: [(70_000, 5), (2, MANY), (1, 5, 2 * MANY)],
     grouped: [(MANY, 1), (1, MANY)],
     pixels: [(70_000, 100, 2), (2, 5, MANY)],
-    labels: [(70_000, 9, 9), (2, 70_000, 9), (1, 9, 4 * MANY)],
-    windows: [(20_000, 20_000)],
-    maps: [(70_000, 3, 2, 2, 8, 8), (1, 2, 70_000, 2, 9, 9), (1, 2, 2, 2 * MANY, 2, 2 * MANY)],
 }
 written = {
     name
