@@ -169,7 +169,9 @@ def test_every_kernel_is_compiled_for_every_architecture(usage):
     written = set()
     for path in [*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*.cuh")]:
         written |= set(
-            re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(", path.read_text())
+            re.findall(
+                r"__global__ void (?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(", path.read_text()
+            )
         )
     assert len(written) >= 16
     for arch in ARCHS:
@@ -190,6 +192,10 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
                 128,
                 16 if kind_of(rest) == "double" else 0,
             )  # float64's division is a call
+        if kernel.endswith("_few_kernel"):
+            # 256 threads: 128 registers let two blocks share an SM. The backward is one on sm_80, whose
+            # shared memory holds no second, and where arithmetic is exact.
+            registers_allowed = 255 if "bwd" in kernel or kind_of(rest) == "double" else 128
         if kernel.endswith(
             "fwd_cancelled_kernel"
         ):  # for the few rows that cancel; two blocks on an SM are enough

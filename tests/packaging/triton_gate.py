@@ -152,6 +152,7 @@ class Notebook:
 def device_has(arch: int) -> None:
     """Lets every launcher see a device of this capability."""
     known = {
+        "capability": arch,
         "shared_memory": SHARED[arch],
         "multiprocessors": SMS,
         "processors": SMS,
@@ -397,8 +398,8 @@ def cases() -> Iterator[Case]:
                 label = f"{name} assignment, noise {noise}{' masked' if masked else ''}"
                 yield Case(label, hot, assignment, (dtype, hard, noise, masked))
         yield Case(f"{name} inverse standard deviation", hot, inverse_std, (dtype,))
-    for name, dtype, hot in dtypes("bfloat16", "float32", "float64"):
-        for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
+    for name, dtype, hot in dtypes("bfloat16", "float16", "float32", "float64"):
+        for sigmoid, positives in ((False, ""), (True, ""), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
             yield Case(f"{name} contrastive{kind}", hot, features_loss, (dtype, sigmoid, positives))
     for name, dtype, hot in dtypes("bfloat16", "float32", "float64"):
