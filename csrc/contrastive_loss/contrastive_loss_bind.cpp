@@ -112,8 +112,8 @@ ContrastiveGradients backward_as(ContrastiveInputs<A> in, const Tensor& grad, bo
 
 ContrastiveGradients backward(Tensor grad, Tensor image, Tensor text, Tensor scale, Tensor bias, Optional image_ids,
                               Optional text_ids, Optional pair_weights, Tensor rows, Tensor columns, Tensor row_weight,
-                              Tensor column_weight, int64_t offset, bool sigmoid, bool, bool normalize,
-                              bool need_image, bool need_text) {
+                              Tensor column_weight, int64_t offset, bool sigmoid, bool, bool normalize, bool need_image,
+                              bool need_text) {
   check_unit_vectors(normalize);
   return with_contrastive_inputs(image, text, scale, bias, image_ids, text_ids, pair_weights, offset, sigmoid,
                                  [&](auto in) {

@@ -92,7 +92,6 @@ class _Problem:
     bias: torch.Tensor
     pairs: tuple[torch.Tensor, ...]  # see ``_pairs``
     offset: int
-    sigmoid: bool
     tile: tuple[int, int]  # images and texts
     options: dict
 
@@ -164,8 +163,7 @@ def _problem(
         logit_bias,
         _pairs(image_ids, text_ids, pair_weights, logit_scale, image.shape[0]),
         offset,
-        sigmoid,
-        tuple(tile),
+        (tile[0], tile[1]),
         options,
     )
 
@@ -215,23 +213,46 @@ def _count(problem, image_ids, text_ids, pair_weights, rows, columns):
                 )
 
 
-def stats(image, text, logit_scale, logit_bias, *given):
+def stats(
+    image,
+    text,
+    logit_scale,
+    logit_bias,
+    image_ids,
+    text_ids,
+    pair_weights,
+    offset,
+    sigmoid,
+    tf32,
+    normalize,
+):
     """Return (rows [3, B], columns [3, T]) as ``ovseg::contrastive_stats`` does."""
     B, T = image.shape[0], text.shape[0]
     rows, columns = logit_scale.new_zeros(3, B), logit_scale.new_zeros(3, T)
     if B == 0 or T == 0:
-        sigmoid = given[4]
         rows[2] = float(sigmoid)
         rows[0] = columns[0] = 0.0 if sigmoid else -torch.inf
         return rows, columns
-    problem = _problem(image, text, logit_scale, logit_bias, *given)
-    width = 1 if problem.sigmoid else 3  # statistics of a part
+    problem = _problem(
+        image,
+        text,
+        logit_scale,
+        logit_bias,
+        image_ids,
+        text_ids,
+        pair_weights,
+        offset,
+        sigmoid,
+        tf32,
+        normalize,
+    )
+    width = 1 if sigmoid else 3  # statistics of a part
     text_tiles = tiles(T, problem.tile[1])
     a_tile = 2 * width * max(T, problem.tile[0]) * logit_scale.element_size()
     size = min(ROWS, problem.tile[0] * max(1, PARTS_BYTES // a_tile))
     image_tiles = tiles(min(size, B), problem.tile[0])
     row_parts = logit_scale.new_empty(text_tiles * width * min(size, B))
-    column_parts = logit_scale.new_empty(0 if problem.sigmoid else (1 + image_tiles) * width * T)
+    column_parts = logit_scale.new_empty(0 if sigmoid else (1 + image_tiles) * width * T)
     options = {key: problem.options[key] for key in ("SIGMOID", "ACC")}
     merging = {**options, "BR": 32, "BP": 32, "num_warps": 4}
     with on_device(image):
@@ -260,7 +281,7 @@ def stats(image, text, logit_scale, logit_bias, *given):
                 KEEP=False,
                 **merging,
             )
-            if not problem.sigmoid:
+            if not sigmoid:
                 kernels.contrastive_loss_merge_kernel[(tiles(T, merging["BR"]),)](
                     column_parts,
                     columns,
@@ -271,10 +292,10 @@ def stats(image, text, logit_scale, logit_bias, *given):
                     KEEP=last < B,
                     **merging,
                 )
-    if problem.sigmoid:
+    if sigmoid:
         rows[2] = 1
     else:
-        _count(problem, *given[:3], rows, columns)
+        _count(problem, image_ids, text_ids, pair_weights, rows, columns)
     return rows, columns
 
 
