@@ -20,6 +20,7 @@ from ._patch_text_gram_bwd_kernels import (
     patch_text_similarity_gram_bwd_coefficients_kernel,
     patch_text_similarity_gram_bwd_hessian_kernel,
     patch_text_similarity_gram_bwd_patches_kernel,
+    patch_text_similarity_gram_bwd_similarity_kernel,
     patch_text_similarity_gram_bwd_weights_kernel,
 )
 from ._patch_text_gram_kernels import (
@@ -278,13 +279,15 @@ def backward(
         for first, images in x.chunks():
             u = x.copies(first, images)
             weights = products = outer = u.rows
+            phi = similarity[first : first + images]
             if vector:
                 table = gram(u, x.tiling.tma, half=False)
-                weights, peak = _weights(x, u, first, images, lse, norm, grad)
+                weights, peak, dots = _weights(x, u, first, images, lse, norm, grad)
                 products, outer = gram_products(weights, table, patches.dtype)
+                phi = _similarity(x, weights, products, dots, phi, norm[first : first + images])
             else:
                 peak = grad[first : first + images].abs().amax()
-            saved = similarity, lse, norm, grad, peak
+            saved = phi, lse, grad, peak
             m, along, factors = _coefficients(
                 x, u, first, images, saved, pool, (weights, products, outer), scalars
             )
@@ -299,11 +302,12 @@ def backward(
 
 
 def _weights(x: _Call, u: Copies, first, images, lse, norm, grad):
-    """Return p [images, T, P] and the largest |g p|."""
+    """Return p [images, T, P], the largest |g p|, and sums of p s by the columns of tiles."""
     columns = x.P // x.tiling.width
     weights = u.rows.new_empty(images, x.T, x.P, dtype=torch.float16)
     texts = x.tiling.texts
     peaks = u.lengths.new_empty(images * columns * tiles(x.T, texts))
+    dots = u.lengths.new_empty(columns, images, x.T)
     patch_text_similarity_gram_bwd_weights_kernel[x.grid(images, texts, columns)](
         *x.operands(u, texts),
         lse,
@@ -312,6 +316,7 @@ def _weights(x: _Call, u: Copies, first, images, lse, norm, grad):
         blocks(weights, texts, 64, x.tiling.tma),
         blocks(weights, texts, 16, x.tiling.tma),
         peaks,
+        dots,
         first,
         images,
         x.T,
@@ -322,7 +327,28 @@ def _weights(x: _Call, u: Copies, first, images, lse, norm, grad):
         num_warps=8,
         num_stages=3,
     )
-    return weights, peaks.amax()
+    return weights, peaks.amax(), dots
+
+
+def _similarity(x: _Call, weights, products, dots, similarity, norm):
+    """Return phi [images, T] of the rounded weights."""
+    out = torch.empty_like(similarity)
+    count = out.numel()
+    patch_text_similarity_gram_bwd_similarity_kernel[(tiles(count, 16),)](
+        weights,
+        products,
+        dots,
+        similarity,
+        norm,
+        out,
+        count,
+        len(dots),
+        x.P,
+        BR=16,
+        BN=256,
+        num_warps=4,
+    )
+    return out
 
 
 def _coefficients(x: _Call, u: Copies, first, images, saved, pool, tables, scalars):

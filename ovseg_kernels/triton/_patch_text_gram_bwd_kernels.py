@@ -95,11 +95,13 @@ def _weigh(
     SIGMOID: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Write p of one part; return its largest |g p|."""
+    """Write p of one part; return its largest |g p|, and the rows' sums of p s."""
     n = n0 + tl.arange(0, WIDTH)
-    p = _weights(_cosines(s, v, n, w, absent), scale, bias, known, r, n, rho, SIGMOID)
+    c = _cosines(s, v, n, w, absent)
+    p = _weights(c, scale, bias, known, r, n, rho, SIGMOID).to(tl.float16)
     _write(weights, p, i, t0, n0, T, P, TMA)
-    return _peak(p, g)
+    p = p.to(tl.float32)
+    return _peak(p, g), tl.sum(p * c, 1)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -119,6 +121,7 @@ def patch_text_similarity_gram_bwd_weights_kernel(
     weights,
     weights_tail,
     peaks,
+    dots,
     first,
     images,
     T,
@@ -132,7 +135,7 @@ def patch_text_similarity_gram_bwd_weights_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write p [images, T, P] and the largest |g p| of every tile."""
+    """Write p [images, T, P], the largest |g p| of every tile and its rows' sums of p s."""
     text_tiles = tl.cdiv(T, BT)
     columns = P // (W1 + W2 + W3)
     scale, bias, absent = _scales(scale_at, bias_at)
@@ -152,9 +155,11 @@ def patch_text_similarity_gram_bwd_weights_kernel(
         known = tl.load(lse + at, mask=t < T, other=0.0) * LOG2E
         length = tl.load(norm + at, mask=t < T, other=1.0)
         rho = 1.0 / _larger(length, tl.full((), EPS, tl.float32))
+        peak = 0.0
+        dot = tl.zeros((BT,), tl.float32)
         if W1 == 128:
             left, right = _halves(s1)
-            peak = _weigh(
+            here, sums = _weigh(
                 left,
                 weights,
                 64,
@@ -175,32 +180,33 @@ def patch_text_similarity_gram_bwd_weights_kernel(
                 SIGMOID,
                 TMA,
             )
-            peak = tl.maximum(
-                peak,
-                _weigh(
-                    right,
-                    weights,
-                    64,
-                    i,
-                    n0 + 64,
-                    v,
-                    r,
-                    t0,
-                    w,
-                    known,
-                    rho,
-                    g,
-                    scale,
-                    bias,
-                    absent,
-                    T,
-                    P,
-                    SIGMOID,
-                    TMA,
-                ),
+            peak = tl.maximum(peak, here)
+            dot += sums
+            here, sums = _weigh(
+                right,
+                weights,
+                64,
+                i,
+                n0 + 64,
+                v,
+                r,
+                t0,
+                w,
+                known,
+                rho,
+                g,
+                scale,
+                bias,
+                absent,
+                T,
+                P,
+                SIGMOID,
+                TMA,
             )
+            peak = tl.maximum(peak, here)
+            dot += sums
         else:
-            peak = _weigh(
+            here, sums = _weigh(
                 s1,
                 weights,
                 64,
@@ -221,57 +227,98 @@ def patch_text_similarity_gram_bwd_weights_kernel(
                 SIGMOID,
                 TMA,
             )
+            peak = tl.maximum(peak, here)
+            dot += sums
         if W2 > 0:
-            peak = tl.maximum(
-                peak,
-                _weigh(
-                    s2,
-                    weights,
-                    64,
-                    i,
-                    n0 + W1,
-                    v,
-                    r,
-                    t0,
-                    w,
-                    known,
-                    rho,
-                    g,
-                    scale,
-                    bias,
-                    absent,
-                    T,
-                    P,
-                    SIGMOID,
-                    TMA,
-                ),
+            here, sums = _weigh(
+                s2,
+                weights,
+                64,
+                i,
+                n0 + W1,
+                v,
+                r,
+                t0,
+                w,
+                known,
+                rho,
+                g,
+                scale,
+                bias,
+                absent,
+                T,
+                P,
+                SIGMOID,
+                TMA,
             )
+            peak = tl.maximum(peak, here)
+            dot += sums
         if W3 > 0:
-            peak = tl.maximum(
-                peak,
-                _weigh(
-                    s3,
-                    weights_tail,
-                    16,
-                    i,
-                    n0 + W1 + W2,
-                    v,
-                    r,
-                    t0,
-                    w,
-                    known,
-                    rho,
-                    g,
-                    scale,
-                    bias,
-                    absent,
-                    T,
-                    P,
-                    SIGMOID,
-                    TMA,
-                ),
+            here, sums = _weigh(
+                s3,
+                weights_tail,
+                16,
+                i,
+                n0 + W1 + W2,
+                v,
+                r,
+                t0,
+                w,
+                known,
+                rho,
+                g,
+                scale,
+                bias,
+                absent,
+                T,
+                P,
+                SIGMOID,
+                TMA,
             )
+            peak = tl.maximum(peak, here)
+            dot += sums
+        column = tile // text_tiles % columns
+        to = dots + (column * images + i).to(tl.int64) * T + t
+        tl.store(to, dot, mask=t < T)
         tl.store(peaks + tile, peak)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def patch_text_similarity_gram_bwd_similarity_kernel(
+    weights,
+    products,
+    dots,
+    similarity,
+    norm,
+    out,
+    count,
+    columns,
+    P,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Write phi of the rounded weights, sum p s / sum p (G p), of ``count`` rows.
+
+    The scale multiplies s - phi G p, and the error that all of a row share cancels so. A row whose
+    |v|^2 has cancelled, or is 0, is left to what is known of it.
+    """
+    P = whole(P, True)
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    inside = row < count
+    square = tl.zeros((BR,), tl.float32)
+    for k in range(0, P, BN):
+        n = k + tl.arange(0, BN)
+        at = row[:, None] * P + n[None, :]
+        where = inside[:, None] & (n < P)[None, :]
+        p = tl.load(weights + at, mask=where, other=0.0).to(tl.float32)
+        square += tl.sum(p * tl.load(products + at, mask=where, other=0.0).to(tl.float32), 1)
+    dot = tl.zeros((BR,), tl.float32)
+    for k in range(0, columns):
+        dot += tl.load(dots + tl.cast(k, tl.int64) * count + row, mask=inside, other=0.0)
+    phi = tl.load(similarity + row, mask=inside, other=0.0)
+    known = tl.where(tl.load(norm + row, mask=inside, other=1.0) < EPS, 0.0, phi)
+    near = (tl.abs(square - 1.0) < 0.1) | (phi != phi)
+    tl.store(out + row, tl.where(near, dot / tl.where(near, square, 1.0), known), mask=inside)
 
 
 @triton.jit
@@ -336,7 +383,6 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
     bias_at,
     similarity,
     lse,
-    norm,
     grad,
     peak,
     weights,
@@ -366,7 +412,8 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
 ):
     """Write m [T, images, P], and g phi p, which may take the place of G p; equations (5)-(7).
 
-    ``factors``: what takes the powers of two of m and of g phi p away again.
+    ``similarity`` is that of the chunk; ``factors`` gets what takes the powers of two of m and of
+    g phi p away again.
     """
     text_tiles = tl.cdiv(T, BT)
     columns = P // (W1 + W2 + W3)
@@ -389,11 +436,8 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
         at = (first + i).to(tl.int64) * T + t
         w = tl.load(text_inverse + t, mask=t < T, other=0.0)
         g = tl.load(grad + at, mask=t < T, other=0.0)
-        phi = tl.load(similarity + at, mask=t < T, other=0.0)
+        phi = tl.load(similarity + i.to(tl.int64) * T + t, mask=t < T, other=0.0)
         known = tl.load(lse + at, mask=t < T, other=0.0) * LOG2E
-        if POOL == 0:
-            length = tl.load(norm + at, mask=t < T, other=1.0)
-            phi = tl.where(length < EPS, 0.0, phi)
         sums = along + (i.to(tl.int64) * text_tiles + t0 // BT) * P
         cs = tl.zeros((BT,), tl.float32)
         c = tl.zeros((BT,), tl.float32)

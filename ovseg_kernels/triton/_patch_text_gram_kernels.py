@@ -28,7 +28,7 @@ CANCELLED = tl.constexpr(0.25)
 ABSENT = tl.constexpr(1e30)
 LARGEST_HALF = tl.constexpr(65504.0)
 
-SIZES = ["T", "N", "P", "K", "D", "first", "images", "count", "x_b", "x_n"]
+SIZES = ["T", "N", "P", "K", "D", "first", "images", "count", "columns", "x_b", "x_n"]
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""patch_text_similarity in Triton: the pooled-vector form, forward and recomputing backward.
+"""patch_text_similarity in Triton: forward and recomputing backward.
 
-Same plan as csrc/patch_text_similarity: cosines of raw operands scaled by the norms, a chunk of
-images at a time, one owner for every output element and a fixed order for every sum. Equation
-numbers: ``ovseg_kernels/ops``. The Gram form is CUDA's alone: four sub-tiles of cosines in
-registers compile here too, and whether that pays nobody has measured.
+The Gram form of 16-bit inputs is ``_patch_text_gram.py``'s. All else is here, in the pooled-vector
+form, by the plan of csrc/patch_text_similarity: cosines of raw operands scaled by the norms, a
+chunk of images at a time, one owner for every output element and a fixed order for every sum.
+Equation numbers: ``ovseg_kernels/ops``.
 """
 
 from __future__ import annotations
