@@ -8,6 +8,7 @@ and so is the copy of the flags to the host.
 
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import emulation
 import pytest
@@ -27,22 +28,19 @@ LAUNCHES = {
     ("patch_text_similarity", "triton"): ((5, 3), (7, 30)),
     ("similarity_contrastive_loss", "cuda"): ((2, 32), (2, 2)),
     ("similarity_contrastive_loss", "triton"): ((2, 32), (1, 6)),
-    ("contrastive_loss", "cuda"): ((4, 44), (4, 29)),
-    ("contrastive_loss", "triton"): ((2, 45), (3, 38)),
-    ("dense_contrastive_loss", "cuda"): ((9, 67), (7, 52)),
-    ("dense_contrastive_loss", "triton"): ((6, 138), (5, 66)),
+    ("contrastive_loss", "triton"): ((5, 36), (7, 22)),
+    # Its loss over texts is Triton's, which the emulation does not count.
+    ("dense_contrastive_loss", "cuda"): ((5, 69), (3, 52)),
+    ("dense_contrastive_loss", "triton"): ((7, 152), (5, 77)),
     ("center_assignment", "cuda"): ((2, 1), (5, 2)),
     ("center_assignment", "triton"): ((2, 1), (2, 10)),
     ("folded_center_assignment", "cuda"): ((2, 14), (5, 22)),
     ("folded_center_assignment", "triton"): ((2, 14), (2, 32)),
     ("segclip_center_assignment", "cuda"): ((2, 45), (5, 56)),
     ("segclip_center_assignment", "triton"): ((2, 32), (2, 57)),
-    ("upsample_argmax", "cuda"): ((1, 9),),
-    ("upsample_argmax", "triton"): ((1, 9),),
-    ("window_argmax", "cuda"): ((1, 5),),
-    ("window_argmax", "triton"): ((1, 5),),
-    ("upsample_mask_loss", "cuda"): ((2, 7), (2, 4)),
-    ("upsample_mask_loss", "triton"): ((1, 19), (2, 62)),
+    ("upsample_argmax", "cuda"): ((1, 1),),
+    ("window_argmax", "cuda"): ((1, 1),),
+    ("upsample_mask_loss", "cuda"): ((2, 7), (1, 4)),
 }
 FREE = (
     "empty",
@@ -162,6 +160,9 @@ def test_kernels_of_a_call_on_triton(op, monkeypatch):
 
         monkeypatch.setattr(JITFunction, "run", launch)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    h100 = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with unreadable_device(monkeypatch):
         sample = MAKERS[op](torch.float32, "cuda")[0]
         found = count(sample, counting, lambda out, tensors: backward(out))

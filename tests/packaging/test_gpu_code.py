@@ -536,14 +536,11 @@ def test_triton_rows_are_copied_while_products_run(triton_rows):
         )  # masks are bytes
         rare = row["kernel"] in gpu_budget.RARE
         assert rare or all(count >= 2 for count in row["stages"]), row
-        turned = (
-            row["tensor_core"] == "wgmma" and row["tf32"]
-        )  # such operands are turned on their way, four bytes at a time
-        assert (
-            not row["stages"] or row["copies"].get("16") or (turned and row["copies"].get("4"))
-        ), row
+        # Such operands are turned on their way, four bytes at a time.
+        turned = row["tensor_core"] == "wgmma" and row["tf32"] and row["copies"].get("4")
+        assert not row["stages"] or row["tma"] or row["copies"].get("16") or turned, row
         products |= {row["kernel"]} if row["stages"] else set()
-    parts = "dot|scores|products|pooled|similarities|projected"
+    parts = "dot|scores|cosines|products|pooled|similarities|projected"
     product = rf"\b(?:_(?:{parts})|tl\.dot)\("
     written = {name for name, body in written_kernels().items() if re.search(product, body)}
     assert products == written and len(products) >= 15
