@@ -25,7 +25,7 @@ OVSEG_ANYWHERE constexpr int few_tokens(size_t element_bytes) { return static_ca
 struct FewPlan {
   bool fits;                // else the kernels for many centers answer
   bool same;                // values are the keys: they are read once
-  int64_t splits, tokens;   // blocks of an image, and the tokens of each; what they find is added in order
+  int splits, tokens;       // blocks of an image, and the tokens of each; what they find is added in order
   int pitch, scaled_pitch;  // from row to row in shared memory: tokens and queries, d pooled
   size_t bytes;
 };

@@ -40,7 +40,7 @@ struct FewBlock {
   static constexpr int kParts = K::Score::tensor ? kFewWarps : 1;  // of a product: warps share its depth
 
   const FewArgs<K>& x;
-  int b, begin, end;  // tokens
+  int b, begin, end;  // image and tokens
   T *slots, *queries;
   A *partial, *weights;  // [2, kParts, kPairs] and [2, kPairs]
   A *scaled, *rho;       // [8, scaled_pitch] and [8], backward only

@@ -21,9 +21,9 @@ Shapes   queries [B, G, D]; tokens [B, L, D]; key_weight, value_weight [D, D / g
   [B, G, D], index [B, L] int64, soft [B, G, L] or None.
 Dtypes   those of ``center_assignment``. Compare with float64, not bit by bit with the unfolded
   chain.
-Cost     one grouped product of the tokens forward (2 B L D^2 / groups flops) and three backward,
-  instead of two and four, plus those of ``center_assignment``. Kept: tokens, x' and [B, L]; no
-  keys, no values.
+Cost     one grouped product of the tokens forward (2 B L D^2 / groups flops) and three backward
+  (four in Triton, which never stores W_k x'), instead of two and four, plus those of
+  ``center_assignment``. Kept: tokens, x' and [B, L]; no keys, no values.
 Errors   ValueError for ranks, sizes and devices, a group size that does not divide D, an eps that
   is not positive; TypeError for dtypes; and those of ``center_assignment``.
 Source   Luo et al., SegCLIP, ICML 2023; the folded form is ours.
