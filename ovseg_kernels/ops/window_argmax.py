@@ -226,7 +226,12 @@ def window_argmax(
     return LabelMaps(*found) if return_value else found[0]
 
 
-def _groups(logits, crop, definition, flags) -> torch.Tensor:
+def _groups(
+    logits: torch.Tensor,
+    crop: tuple[int, int],
+    definition: bool,
+    flags: _checking._Flags | None,
+) -> torch.Tensor:
     """Return the group of every pixel of the crops, [n, hc, wc] int16: ``upsample_argmax``."""
     check_numbers(logits, None)
     maps = logits.detach().to(accumulation_dtype(logits))
