@@ -45,8 +45,8 @@ __device__ bool refused(const Cell<A>& cell, int32_t c) {
 template <typename A>
 __global__ void __launch_bounds__(kPruningThreads) upsample_argmax_fwd_kernel(UpsampleParams<A> p) {
   OVSEG_DYNAMIC_SHARED(memory);
-  Place<A>* columns = reinterpret_cast<Place<A>*>(memory);  // [kSide]
-  Place<A>* rows = columns + kSide;                         // [kSide]
+  Place<A>* columns = reinterpret_cast<Place<A>*>(memory);    // [kSide]
+  Place<A>* rows = columns + kSide;                           // [kSide]
   int64_t* edges = reinterpret_cast<int64_t*>(rows + kSide);  // the pixels of the cell: X0, X1, Y0, Y1
   const int64_t x = blockIdx.x, y = blockIdx.y, b = blockIdx.z;
   const int32_t classes = static_cast<int32_t>(p.C);
@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kPruningThreads) upsample_argmax_fwd_kernel(Up
   }
   if (threadIdx.x < 4) {
     const bool across = threadIdx.x < 2;
-    edges[threadIdx.x] =
-        first_output<A>((across ? x : y) + threadIdx.x % 2, across ? p.w : p.h, across ? p.W : p.H);
+    edges[threadIdx.x] = first_output<A>((across ? x : y) + threadIdx.x % 2, across ? p.w : p.h, across ? p.W : p.H);
   }
   __syncthreads();
   const int64_t X0 = edges[0], X1 = edges[1], Y0 = edges[2], Y1 = edges[3];

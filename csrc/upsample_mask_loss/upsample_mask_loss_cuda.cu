@@ -71,7 +71,7 @@ template <typename A, bool kSquare>
 __global__ void __launch_bounds__(kPixelThreads, kResident<A>)
     upsample_mask_loss_fwd_kernel(MaskLossParams<A> p, int64_t splits, double* parts) {
   OVSEG_DYNAMIC_SHARED(memory);
-  Place<A>* rows = reinterpret_cast<Place<A>*>(memory);                 // [kMaskLossRows]
+  Place<A>* rows = reinterpret_cast<Place<A>*>(memory);              // [kMaskLossRows]
   double* shared = reinterpret_cast<double*>(rows + kMaskLossRows);  // [5 a warp]
   const int64_t plane = blockIdx.x, across = ceil_div(p.W, kMaskLossColumns);
   const int32_t c = static_cast<int32_t>(plane % p.C);
@@ -143,9 +143,12 @@ struct Gathered {
     auto add = [&](int64_t sample_row, int32_t column, double value) {
       if (begin <= sample_row && sample_row < end) grad[sample_row * w + column] += static_cast<A>(value);
     };
-    if (walks) add(row, x[first].low, part[0]), add(row_below, x[first].low, part[2]);
+    // Beyond the last sample both sides are that sample, which the cell before has to its right.
+    const bool edge = walks && x[first].high == x[first].low;
+    if (walks) add(row, x[first].low, edge ? part[0] + part[1] : part[0]);
+    if (walks) add(row_below, x[first].low, edge ? part[2] + part[3] : part[2]);
     __syncthreads();  // the cell to the right adds to the same column
-    if (walks) add(row, x[first].high, part[1]), add(row_below, x[first].high, part[3]);
+    if (walks && !edge) add(row, x[first].high, part[1]), add(row_below, x[first].high, part[3]);
     __syncthreads();
   }
 };

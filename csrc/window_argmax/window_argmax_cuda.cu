@@ -11,9 +11,9 @@ namespace ovseg {
 namespace {
 
 constexpr int32_t kTile = kPrunedTile, kThreads = kPruningThreads;
-constexpr int32_t kTogether = 4;  // classes computed at a time
+constexpr int32_t kTogether = 4;                       // classes computed at a time
 constexpr int32_t kPixels = kTile * kTile / kThreads;  // outputs of a thread
-constexpr int32_t kWindows = 16;  // windows whose positions a tile keeps at a time
+constexpr int32_t kWindows = 16;                       // windows whose positions a tile keeps at a time
 
 // Blocks that shall fit on a multiprocessor: registers for three of float, two of double, and none spills.
 template <typename A>
@@ -74,7 +74,8 @@ __device__ const A* table_row(const WindowParams<A>& p, int64_t window, int64_t 
 
 // The softmax of every pixel of every crop.
 template <typename A, bool kGroups>
-__global__ void __launch_bounds__(kThreads, kResident<A>) window_argmax_norm_kernel(WindowParams<A> p, int64_t pixels, A* norms) {
+__global__ void __launch_bounds__(kThreads, kResident<A>)
+    window_argmax_norm_kernel(WindowParams<A> p, int64_t pixels, A* norms) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads, step = elements_of_class<A, kGroups>(p);
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < pixels; at += stride) {
     const int64_t k = at / (p.hc * p.wc);
@@ -144,14 +145,14 @@ __device__ Place<A> place_in_window(int64_t line, int64_t corner, int64_t crop, 
 // What a block keeps in shared memory. `lines` are those of WindowPlan.
 template <typename A>
 struct TileMemory {
-  Place<A> *rows, *columns;                // [kTile]: outputs between lines of the tile
-  Place<A> *window_rows, *window_columns;  // [windows, lines]: lines in windows
-  Cover* covers;                           // [windows]
-  int64_t* edges;                          // [4]: lines of the canvas, down and across
-  A* canvas;                               // [kTogether, lines, lines]: (3)
-  A* counts;                               // [lines, lines]: windows that cover a pixel, where there are many
-  A *tops, *sums;                          // [lines, lines]: softmax of merged windows
-  unsigned char *candidates, *present;     // present: [G], groups that lie in the tile
+  Place<A>*rows, *columns;                // [kTile]: outputs between lines of the tile
+  Place<A>*window_rows, *window_columns;  // [windows, lines]: lines in windows
+  Cover* covers;                          // [windows]
+  int64_t* edges;                         // [4]: lines of the canvas, down and across
+  A* canvas;                              // [kTogether, lines, lines]: (3)
+  A* counts;                              // [lines, lines]: windows that cover a pixel, where there are many
+  A *tops, *sums;                         // [lines, lines]: softmax of merged windows
+  unsigned char *candidates, *present;    // present: [G], groups that lie in the tile
   size_t bytes = 0;
 
   OVSEG_ANYWHERE_MEMBER TileMemory(unsigned char* base, const WindowParams<A>& p, const WindowPlan& plan) {

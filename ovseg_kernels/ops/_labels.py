@@ -34,17 +34,15 @@ def answer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return labels and values of a call, by its ``definition`` or by what the dispatcher has.
 
-    With ``flags`` it also looks for numbers that are refused, and says so at the ``slot``.
+    With ``flags`` it also looks for numbers that are refused, and says so at the ``slot``; they
+    are sent when all kernels of the call are queued.
     """
     name = op
     if flags is not None:
         name, arguments = f"{op}_flagging", (*arguments, flags.found, slot)
     with torch.autocast(lib.autocast_type(like.device), enabled=False):
         kernel = lib.FALLBACKS[name] if definition else getattr(torch.ops.ovseg, name)
-        found = kernel(*arguments)
-    if flags is not None:
-        flags.send()
-    return found
+        return kernel(*arguments)
 
 
 def label_rule(

@@ -139,7 +139,7 @@ def upsample_argmax(
     )
     _check.flag("return_value", return_value)
     _transforms.no_derivative("upsample_argmax", logits, bias)
-    _numbers(logits, bias)
+    check_numbers(logits, bias)
     flags = _checking.flags_of(logits)
     dtype = accumulation_dtype(logits)
     bias = None if bias is None else bias.detach().to(dtype)
@@ -157,6 +157,8 @@ def upsample_argmax(
     found = _labels.answer(
         "upsample_argmax", definition, logits, arguments, flags, _checking.UPSAMPLE
     )
+    if flags is not None:
+        flags.send()
     return LabelMaps(*found) if return_value else found[0]
 
 
@@ -178,7 +180,7 @@ def _flagging(*arguments):
 lib.fallback("upsample_argmax_flagging", _flagging)
 
 
-def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check_numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Check that no class of an image is refused, where numbers are looked at in the call."""
     if not logits.numel() or not _checking.looks_at_values(logits):
         return

@@ -53,7 +53,7 @@ from ..reference.patch_text_similarity import accumulation_dtype
 from ..reference.upsample_argmax import LABEL_TYPES
 from ..results import LabelMaps
 from . import _labels
-from .upsample_argmax import upsample_argmax
+from .upsample_argmax import check_numbers
 
 ACTIVATIONS, STAGES = reference.ACTIVATIONS, reference.STAGES
 Origins: TypeAlias = torch.Tensor | Sequence[tuple[int, int]]
@@ -197,7 +197,8 @@ def window_argmax(
     flags = _checking.flags_of(values)
     dtype = accumulation_dtype(values)
     bias = None if bias is None else bias.detach().to(dtype)
-    index = None if tables is None else upsample_argmax(logits, crop, label_type=torch.int16)
+    definition = _backends.use_definition("window_argmax", values.device)
+    index = None if tables is None else _groups(logits, crop, definition, flags)
     limit = None if threshold is None else float(threshold)
     options = (
         *crop,
@@ -219,9 +220,25 @@ def window_argmax(
         return_value,
     )
     slot = _checking.WINDOW_SOFTMAX if softmax else _checking.WINDOW
-    definition = _backends.use_definition("window_argmax", values.device)
     found = _labels.answer("window_argmax", definition, values, arguments, flags, slot)
+    if flags is not None:
+        flags.send()
     return LabelMaps(*found) if return_value else found[0]
+
+
+def _groups(
+    logits: torch.Tensor,
+    crop: tuple[int, int],
+    definition: bool,
+    flags: _checking._Flags | None,
+) -> torch.Tensor:
+    """Return the group of every pixel of the crops, [n, hc, wc] int16: ``upsample_argmax``."""
+    check_numbers(logits, None)
+    maps = logits.detach().to(accumulation_dtype(logits))
+    arguments = (maps, None, None, *crop, None, -1, LABEL_TYPES.index(torch.int16), False)
+    return _labels.answer(
+        "upsample_argmax", definition, maps, arguments, flags, _checking.UPSAMPLE
+    )[0]
 
 
 def _tables(tables: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

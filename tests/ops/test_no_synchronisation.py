@@ -368,7 +368,7 @@ FOUND = {  # which call raises the flag
     "windows, switched off": (False, on_windows(far(-INF), bias=OFF)),
     "windows, softmax": (True, on_windows(far(-INF), activation="softmax")),
     "windows, bias": (True, on_windows(far(1.0), bias=-OFF)),
-    "windows, table": (True, on_windows(far(1.0), tables=far(INF)[:, :, 0, :3].clone())),
+    "windows, table": (True, on_windows(far(1.0), tables=far(INF)[:, :, 4, 1:].clone())),
     "windows, softmax with a bias": (False, on_windows(far(1.0), bias=OFF, activation="softmax")),
 }
 
