@@ -168,7 +168,9 @@ class Part:
         stopped = sorted({o.reason for o in outcomes if o.reason})
         unclean = [o for o in outcomes if o.status != 0]
         state = "passed" if not unclean else "ended early" if stopped else bad
-        self.note(name, state, round(self.place.clock() - began, 1), "; ".join(stopped)[:300])
+        last = [line for o in unclean if not o.reason for line in o.output.splitlines()[-1:]]
+        why = "; ".join([*stopped, *dict.fromkeys(last[:3])])[:300]
+        self.note(name, state, round(self.place.clock() - began, 1), why)
         return outcomes
 
     def note(self, step: str, state: str, seconds: float, note: str = "") -> None:

@@ -22,16 +22,16 @@ FewPlan few_plan(const CenterParams<A>& p, bool backward) {
   plan.same = p.keys == p.values && p.D == p.E;
   for (int i = 0; i < 3; ++i) plan.same = plan.same && p.key_strides[i] == p.value_strides[i];
   const int64_t most = ceil_div(p.L, 64), wanted = ceil_div(kFewBlocks, p.B > 0 ? p.B : 1);
-  plan.splits = most < wanted ? most : wanted;
-  plan.tokens = round_up(ceil_div(p.L > 0 ? p.L : 1, plan.splits > 0 ? plan.splits : 1), 16);
-  plan.splits = p.L > 0 ? ceil_div(p.L, plan.tokens) : 1;
+  const int64_t splits = most < wanted ? most : wanted;
+  plan.tokens = static_cast<int>(round_up(p.L > 0 ? ceil_div(p.L, splits) : 1, 16));
+  plan.splits = p.L > 0 ? static_cast<int>(ceil_div(p.L, plan.tokens)) : 1;
   // 16 or 32 bytes beyond a multiple of all banks: fragments load without conflicts.
   plan.pitch = static_cast<int>((round_up(width * element, 128) + 16) / element);
   plan.scaled_pitch = static_cast<int>((round_up(width * sizeof(A), 128) + 32) / sizeof(A));
   const int64_t rows = 2 * tokens + kFewCenters, pairs = tokens * kFewCenters;
   plan.bytes = rows * plan.pitch * element + (parts + 1) * 2 * pairs * sizeof(A) +
-               (backward ? kFewCenters * plan.scaled_pitch * sizeof(A) : 0);
-  plan.fits = p.G <= kFewCenters && width <= kFewChannels && plan.bytes <= kBlockBytes;
+               (backward ? kFewCenters * (plan.scaled_pitch + 1) * sizeof(A) : 0);
+  plan.fits = p.G <= kFewCenters && width <= kFewChannels && plan.bytes <= kBlockBytes && p.L < (1 << 30);
   return plan;
 }
 

@@ -14,12 +14,19 @@ namespace {
 constexpr int kFewThreads = 256, kFewWarps = kFewThreads / 32;
 constexpr int kFewSums = 32;  // of each thread: kFewCenters x kFewChannels of a block
 constexpr int kFewSlots = 2;
+// Blocks on an SM for which the backward of 16-bit tokens leaves registers: at 768 channels the shared memory of sm_80
+// holds one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kFewBackward = 1;
+#else
+constexpr int kFewBackward = 2;
+#endif
 
 template <typename K>
 struct FewArgs : CenterArgs<K> {
   using A = typename K::A;
   FewPlan plan;
-  bool whole_keys, whole_values;  // rows of 16 bytes at multiples of 16
+  bool whole_keys, whole_values;  // rows are pieces of 16 bytes at multiples of 16
   bool whole_d_keys, whole_d_values;
 };
 
@@ -33,41 +40,42 @@ struct FewBlock {
   static constexpr int kParts = K::Score::tensor ? kFewWarps : 1;  // of a product: warps share its depth
 
   const FewArgs<K>& x;
-  int64_t b, split, begin, end;  // tokens
+  int b, begin, end;  // tokens
   T *slots, *queries;
-  A *partial, *weights, *scaled;  // [2, kParts, kPairs], [2, kPairs] and [8, scaled_pitch], the last one backward only
-  int64_t piece = 0;              // that arrives next
+  A *partial, *weights;  // [2, kParts, kPairs] and [2, kPairs]
+  A *scaled, *rho;       // [8, scaled_pitch] and [8], backward only
+  int piece = 0;         // that arrives next
 
   __device__ FewBlock(const FewArgs<K>& args, unsigned char* memory) : x(args) {
     const FewPlan& plan = x.plan;
-    b = blockIdx.x / plan.splits, split = blockIdx.x % plan.splits;
-    begin = split * plan.tokens, end = begin + plan.tokens < x.p.L ? begin + plan.tokens : x.p.L;
+    b = blockIdx.x / plan.splits, begin = blockIdx.x % plan.splits * plan.tokens;
+    end = begin + plan.tokens < x.p.L ? begin + plan.tokens : static_cast<int>(x.p.L);
     slots = reinterpret_cast<T*>(memory);
     queries = slots + kFewSlots * kTokens * plan.pitch;
     partial = reinterpret_cast<A*>(queries + kFewCenters * plan.pitch);
     weights = partial + 2 * kParts * kPairs;
-    scaled = weights + 2 * kPairs;
+    scaled = weights + 2 * kPairs, rho = scaled + kFewCenters * plan.scaled_pitch;
   }
 
-  __device__ T* slot(int64_t i) const { return slots + i % kFewSlots * kTokens * x.plan.pitch; }
+  __device__ T* slot(int i) const { return slots + i % kFewSlots * kTokens * x.plan.pitch; }
 
   // Rows l0 .. of an image into shared memory; zero where masked, past the end, and up to a multiple of 16 channels.
-  __device__ void fill(T* to, const T* from, const int64_t (&strides)[3], int64_t l0, int64_t rows, int count,
-                       int64_t width, const bool* keep, bool whole) const {
+  __device__ void fill(T* to, const T* from, const int64_t (&strides)[3], int l0, int rows, int count, int width,
+                       const bool* keep, bool whole) const {
     constexpr int kPart = 16 / sizeof(T);
-    const int padded = static_cast<int>(round_up(width, 16));
+    const int padded = (width + 15) / 16 * 16, lane = threadIdx.x % 32;
     for (int row = threadIdx.x / 32; row < count; row += kFewWarps) {
       const int64_t l = l0 + row;
       const bool any = l < rows && (!keep || keep[l * x.p.mask_strides[1]]);
       T* shared = to + row * x.plan.pitch;
       const T* global = from + (any ? l * strides[1] : 0);
       if (whole) {
-        for (int i = threadIdx.x % 32 * kPart; i < padded; i += 32 * kPart) {
-          const int64_t left = any ? (width - i) * static_cast<int64_t>(sizeof(T)) : 0;
-          copy_async(shared + i, left > 0 ? global + i : from, left > 16 ? 16 : left > 0 ? static_cast<int>(left) : 0);
+        for (int i = lane * kPart; i < padded; i += 32 * kPart) {
+          const bool inside = any && i < width;
+          copy_async(shared + i, inside ? global + i : from, inside ? 16 : 0);
         }
       } else {
-        for (int i = threadIdx.x % 32; i < padded; i += 32) {
+        for (int i = lane; i < padded; i += 32) {
           shared[i] = any && i < width ? global[i * strides[2]] : from_float<T>(0.0f);
         }
       }
@@ -75,8 +83,8 @@ struct FewBlock {
   }
 
   // Starts the copies of a piece: the keys of a tile, and its values where they are another tensor.
-  __device__ void start(int64_t i) const {
-    const int64_t per = x.plan.same ? 1 : 2, l0 = begin + i / per * kTokens;
+  __device__ void start(int i) const {
+    const int per = x.plan.same ? 1 : 2, l0 = begin + i / per * kTokens;
     if (l0 < end) {
       if (i % per == 0) {
         fill(slot(i), x.key(b), x.p.key_strides, l0, end, kTokens, x.p.D, x.keep_of(b), x.whole_keys);
@@ -101,11 +109,12 @@ struct FewBlock {
 
   // partial = products of all tokens of a tile with all centers, rows of X `pitch` apart.
   template <typename X>
-  __device__ void scores(const T* tile, const X* centers, int pitch, int64_t width, A* out) const {
+  __device__ void scores(const T* tile, const X* centers, int pitch, int width, A* out) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (K::Score::tensor) {
-      const int group = lane / 4, pair = lane % 4 * 2, depth = static_cast<int>(round_up(width, 16));
+      const int group = lane / 4, pair = lane % 4 * 2, depth = (width + 15) / 16 * 16;
       float c[4] = {};
+#pragma unroll 2
       for (int k = 16 * warp; k < depth; k += 16 * kFewWarps) {
         FragmentA a;
         load_matrices<false>(a.x, tile + lane % 16 * x.plan.pitch + k + lane / 16 * 8);
@@ -127,7 +136,8 @@ struct FewBlock {
     } else {
       if (warp >= kTokens) return;
       A sums[kFewCenters] = {};
-      const int depth = static_cast<int>(round_up(width, 4));
+      const int depth = (width + 3) / 4 * 4;
+#pragma unroll 1
       for (int k = 4 * lane; k < depth; k += 128) {
         const auto v = *reinterpret_cast<const Pack<A, 4>*>(tile + warp * x.plan.pitch + k);
 #pragma unroll
@@ -152,15 +162,13 @@ struct FewBlock {
     return sum;
   }
 
-  // d pooled / n of all centers into shared memory, a warp a center; returns rho / n of that of this thread.
-  __device__ A scale_upstream(A* rho) const {
+  // d pooled / n and rho / n of all centers into shared memory, a warp a center.
+  __device__ void scale_upstream() const {
     const int g = threadIdx.x / 32, padded = static_cast<int>(round_up(x.p.E, 16));
     A* row = scaled + g * x.plan.scaled_pitch;
     const A mine = g < x.p.G ? x.scale_upstream(b * x.p.G + g, row) : A(0);
     for (int e = threadIdx.x % 32 + (g < x.p.G ? static_cast<int>(x.p.E) : 0); e < padded; e += 32) row[e] = 0;
     if (threadIdx.x % 32 == 0) rho[g] = mine;
-    __syncthreads();
-    return rho[threadIdx.x % kFewCenters];
   }
 
   // The fragments of m16n8k8 that half of a 16 x 16 block is: its k runs over the low elements of four words and then
@@ -176,14 +184,17 @@ struct FewBlock {
   }
 
   // sums[g, channel] += weights[token, g] tile[token, channel]; which sums a thread has: channel_of and center_of.
-  __device__ void pool(const T* tile, const A* weight, int64_t width, A (&sums)[kFewSums]) const {
+  // Weights that are 0, 1 or NaN are `plain`: they are what 16 bits hold.
+  __device__ void pool(const T* tile, const A* weight, bool plain, int width, A (&sums)[kFewSums]) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (K::Score::tensor) {
-      FragmentB factors[2];
+      FragmentB factors[2], whole;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         const A* at = weight + (8 * part + lane % 4 * 2) * kFewCenters + lane / 4;
         factors[part] = rounded(at[0], at[kFewCenters]);
+        const Pack<T, 2> pair = {{from_float<T>(at[0]), from_float<T>(at[kFewCenters])}};
+        whole.x[part] = *reinterpret_cast<const uint32_t*>(&pair);
       }
 #pragma unroll
       for (int i = 0; i < kFewSums / 4; ++i) {
@@ -192,13 +203,17 @@ struct FewBlock {
         FragmentA a;
         load_matrices<true>(a.x, tile + (lane % 8 + lane / 16 * 8) * x.plan.pitch + channel + lane / 8 % 2 * 8);
         float (&c)[4] = *reinterpret_cast<float (*)[4]>(sums + 4 * i);
+        if (plain) {
+          mma<T>(c, a, whole);
+        } else {
 #pragma unroll
-        for (int part = 0; part < 2; ++part) mma<float>(c, widened(a, part), factors[part]);
+          for (int part = 0; part < 2; ++part) mma<float>(c, widened(a, part), factors[part]);
+        }
       }
     } else {
       const int channel = 4 * threadIdx.x;
       if (channel >= width) return;
-#pragma unroll
+#pragma unroll 1
       for (int token = 0; token < kTokens; ++token) {
         const auto v = *reinterpret_cast<const Pack<A, 4>*>(tile + token * x.plan.pitch + channel);
 #pragma unroll
@@ -230,17 +245,21 @@ struct FewBlock {
         a.x[i] = bits_of(round_tf32(weight[(group + i % 2 * 8) * kFewCenters + t + i / 2 * 4]));
       }
       // Column n of product j is channel 8 (n / 2) + 2 j + n % 2: a thread then ends with eight neighbours.
-      const X* at = centers + t * pitch + channel + group / 2 * 8;
-      const auto low = *reinterpret_cast<const Pack<X, 8>*>(at),
-                 high = *reinterpret_cast<const Pack<X, 8>*>(at + 4 * pitch);
+      constexpr int kLoad = 16 / sizeof(X);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float first = group % 2 ? to_float(low.x[2 * j + 1]) : to_float(low.x[2 * j]);
-        float second = group % 2 ? to_float(high.x[2 * j + 1]) : to_float(high.x[2 * j]);
-        float (&c)[4] = *reinterpret_cast<float (*)[4]>(rows + 4 * j);
-        mma<float>(c, a, rounded(first, second));
-        if constexpr (std::is_same_v<X, float>) {  // the digits that tf32 leaves out
-          mma<float>(c, a, rounded(first - round_tf32(first), second - round_tf32(second)));
+      for (int first = 0; first < 8; first += kLoad) {
+        const X* at = centers + t * pitch + channel + group / 2 * 8 + first;
+        const auto low = *reinterpret_cast<const Pack<X, kLoad>*>(at);
+        const auto high = *reinterpret_cast<const Pack<X, kLoad>*>(at + 4 * pitch);
+#pragma unroll
+        for (int i = 0; i < kLoad; i += 2) {
+          const float one = to_float(group % 2 ? low.x[i + 1] : low.x[i]);
+          const float other = to_float(group % 2 ? high.x[i + 1] : high.x[i]);
+          float (&c)[4] = *reinterpret_cast<float (*)[4]>(rows + 2 * (first + i));
+          mma<float>(c, a, rounded(one, other));
+          if constexpr (std::is_same_v<X, float>) {  // the digits that tf32 leaves out
+            mma<float>(c, a, rounded(one - round_tf32(one), other - round_tf32(other)));
+          }
         }
       }
     } else {
@@ -261,16 +280,17 @@ struct FewBlock {
   }
   // Writes to the tokens from l0 on what add(channel, registers) adds up, 16 bytes at a time where rows are `whole`.
   template <typename Add>
-  __device__ void spread(T* out, int64_t l0, int64_t width, bool whole, const Add& add) const {
+  __device__ void spread(T* out, int l0, int width, bool whole, const Add& add) const {
     constexpr int kNear = K::Score::tensor ? 8 : 4, kRows = kFewSums / kNear;  // channels and tokens of a thread
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = K::Score::tensor ? 32 * warp : 4 * static_cast<int>(threadIdx.x);
+#pragma unroll 1
     for (int channel = first; channel < width; channel += kNear * (K::Score::tensor ? 4 * kFewWarps : kFewThreads)) {
       A rows[kFewSums] = {};
       add(channel, rows);
 #pragma unroll
       for (int row = 0; row < (K::Score::tensor ? 2 : kRows); ++row) {
-        const int64_t l = l0 + (K::Score::tensor ? lane / 4 + 8 * row : row);
+        const int l = l0 + (K::Score::tensor ? lane / 4 + 8 * row : row);
         const int at = channel + (K::Score::tensor ? lane % 4 * 8 : 0);
         if (l >= end || at >= width || (!K::Score::tensor && row >= kTokens)) continue;
         Pack<T, kNear> values;
@@ -316,12 +336,11 @@ __device__ inline A centers_softmax(A y, int g, int64_t G, int& best) {
 template <typename K>
 struct FewPair {
   using A = typename K::A;
-  int g, best;
-  int64_t l;
+  int g, best, l;
   bool inside, keep;  // of the tokens and centers that there are
   A z, soft, plain;   // (1), (2) and, where it is wanted, (5)
 
-  __device__ FewPair(const FewBlock<K>& block, int64_t l0, A raw, bool want_plain) {
+  __device__ FewPair(const FewBlock<K>& block, int l0, A raw, bool want_plain) {
     const FewArgs<K>& x = block.x;
     g = threadIdx.x % kFewCenters, l = l0 + threadIdx.x / kFewCenters;
     inside = l < block.end && g < x.p.G;
@@ -351,7 +370,7 @@ __device__ typename K::A centers_total(const FewBlock<K>& block, typename K::A m
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_kernel(FewArgs<K> x) {
+__global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_few_kernel(FewArgs<K> x) {
   using A = typename K::A;
   OVSEG_DYNAMIC_SHARED(memory);
   FewBlock<K> block(x, memory);
@@ -359,7 +378,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_kernel(F
   const int64_t b = block.b;
   A sums[kFewSums] = {}, count = 0;
   block.start_first();
-  for (int64_t l0 = block.begin; l0 < block.end; l0 += block.kTokens) {
+  for (int l0 = block.begin; l0 < block.end; l0 += block.kTokens) {
     const auto* keys = block.next(true);
     block.scores(keys, block.queries, x.plan.pitch, p.D, block.partial);
     __syncthreads();
@@ -371,13 +390,12 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_kernel(F
       count += block.weights[threadIdx.x];
     }
     __syncthreads();
-    block.pool(x.plan.same ? keys : block.next(true), block.weights, p.E, sums);
+    block.pool(x.plan.same ? keys : block.next(true), block.weights, p.hard, p.E, sums);
   }
-  wait_copies<0>();
   const A total = centers_total(block, count);
   if (threadIdx.x < p.G) {
     block.weights[threadIdx.x] = total;
-    const int64_t part = (b * x.plan.splits + block.split) * p.G + threadIdx.x;
+    const int64_t part = static_cast<int64_t>(blockIdx.x) * p.G + threadIdx.x;
     (x.plan.splits > 1 ? x.counts : p.count)[part] = total;
   }
   __syncthreads();
@@ -386,7 +404,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_kernel(F
     const int64_t g = block.center_of(i), e = block.channel_of(i);
     if (g >= p.G || e >= p.E) continue;
     if (x.plan.splits > 1) {
-      x.sums[((b * x.plan.splits + block.split) * p.G + g) * p.E + e] = sums[i];
+      x.sums[(static_cast<int64_t>(blockIdx.x) * p.G + g) * p.E + e] = sums[i];
     } else {
       p.pooled[(b * p.G + g) * p.E + e] = sums[i] / x.divisor(block.weights[g]);  // (5)
     }
@@ -415,7 +433,8 @@ __global__ void __launch_bounds__(kThreads) center_assignment_fwd_merge_kernel(F
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kFewThreads, 2) center_assignment_bwd_kernel(FewArgs<K> x) {
+__global__ void __launch_bounds__(kFewThreads, K::Score::tensor ? kFewBackward : 1)
+    center_assignment_bwd_few_kernel(FewArgs<K> x) {
   using A = typename K::A;
   using T = typename K::T;
   OVSEG_DYNAMIC_SHARED(memory);
@@ -426,8 +445,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_bwd_kernel(F
   A *products = block.partial + block.kParts * block.kPairs, *weights = block.weights, *dz = weights + block.kPairs;
   A sums[kFewSums] = {}, bias = 0;
   block.start_first();
-  const A rho = block.scale_upstream(dz);
-  for (int64_t l0 = block.begin; l0 < block.end; l0 += block.kTokens) {
+  block.scale_upstream();
+  for (int l0 = block.begin; l0 < block.end; l0 += block.kTokens) {
     const T* keys = block.next(true);
     const T* values = plan.same ? keys : block.next(false);  // both stay until their tile is done
     block.scores(keys, block.queries, plan.pitch, p.D, block.partial);
@@ -437,8 +456,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_bwd_kernel(F
       const A raw = block.product_of(block.partial, threadIdx.x);
       const FewPair<K> pair(block, l0, raw, p.grad_soft != nullptr);
       const int64_t l = pair.l, g = pair.g;
-      const A ds = pair.keep ? block.product_of(products, threadIdx.x) - rho : A(0);  // (6)
-      A d = pair.soft * (ds - centers_sum(pair.soft * ds)) / p.tau;                   // (7)
+      const A ds = pair.keep ? block.product_of(products, threadIdx.x) - block.rho[g] : A(0);  // (6)
+      A d = pair.soft * (ds - centers_sum(pair.soft * ds)) / p.tau;                            // (7)
       if (p.grad_soft) {
         const A upstream = pair.keep ? p.grad_soft[(b * p.G + g) * p.L + l] : A(0);
         d += pair.plain * (upstream - centers_sum(pair.plain * upstream));
@@ -451,16 +470,15 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_bwd_kernel(F
       weights[threadIdx.x] = pair.weight(p.hard, pair.keep ? p.index[b * p.L + l] : -1);
     }
     __syncthreads();
-    if (p.grad_queries) block.pool(keys, dz, p.D, sums);
-    if (p.grad_keys) {
-      block.spread(static_cast<T*>(p.grad_keys), l0, p.D, x.whole_d_keys, [&](int channel, A(&rows)[kFewSums]) {
-        block.add_spread(block.queries, plan.pitch, dz, channel, rows);                           // (8)
-        if (p.shared) block.add_spread(block.scaled, plan.scaled_pitch, weights, channel, rows);  // (9)
-      });
-    }
-    if (p.grad_values) {
-      block.spread(static_cast<T*>(p.grad_values), l0, p.E, x.whole_d_values, [&](int channel, A(&rows)[kFewSums]) {
-        block.add_spread(block.scaled, plan.scaled_pitch, weights, channel, rows);
+    if (p.grad_queries) block.pool(keys, dz, false, p.D, sums);
+#pragma unroll 1
+    for (int of_values = 0; of_values < 2; ++of_values) {
+      T* out = static_cast<T*>(of_values ? p.grad_values : p.grad_keys);
+      if (!out) continue;
+      const bool whole = of_values ? x.whole_d_values : x.whole_d_keys;
+      block.spread(out, l0, of_values ? p.E : p.D, whole, [&](int channel, A(&rows)[kFewSums]) {
+        if (!of_values) block.add_spread(block.queries, plan.pitch, dz, channel, rows);                        // (8)
+        if (of_values || p.shared) block.add_spread(block.scaled, plan.scaled_pitch, weights, channel, rows);  // (9)
       });
     }
     if (!plan.same) {
@@ -468,8 +486,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_bwd_kernel(F
       block.start(block.piece);
     }
   }
-  wait_copies<0>();
-  const int64_t first = (b * plan.splits + block.split) * p.G;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * p.G;
   const A total = centers_total(block, bias);
   if (p.grad_bias && threadIdx.x < p.G) (plan.splits > 1 ? x.counts : p.grad_bias)[first + threadIdx.x] = total;
   if (!p.grad_queries) return;
@@ -504,12 +521,12 @@ FewArgs<K> few_arguments(const CenterCuda<typename K::A>& x, bool backward) {
   static_cast<CenterArgs<K>&>(args) = arguments<K>(x, backward);
   args.plan = few_plan(p, backward);
   auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  auto whole = [&](const void* at, const int64_t (&strides)[3]) {
+  auto whole = [&](const void* at, const int64_t (&strides)[3], int64_t width) {
     constexpr int64_t kPart = 16 / sizeof(T);
-    return aligned(at) && strides[2] == 1 && strides[1] % kPart == 0 && strides[0] % kPart == 0;
+    return aligned(at) && width % kPart == 0 && strides[2] == 1 && strides[1] % kPart == 0 && strides[0] % kPart == 0;
   };
   constexpr int64_t kNear = K::Score::tensor ? 8 : 4;  // of FewBlock::spread
-  args.whole_keys = whole(p.keys, p.key_strides), args.whole_values = whole(p.values, p.value_strides);
+  args.whole_keys = whole(p.keys, p.key_strides, p.D), args.whole_values = whole(p.values, p.value_strides, p.E);
   args.whole_d_keys = p.D % kNear == 0 && aligned(p.grad_keys);
   args.whole_d_values = p.E % kNear == 0 && aligned(p.grad_values);
   return args;
@@ -520,7 +537,7 @@ const char* few_forward(const CenterCuda<typename K::A>& x) {
   const FewArgs<K> args = few_arguments<K>(x, false);
   const FewPlan& plan = args.plan;
   const unsigned blocks = static_cast<unsigned>(x.p.B * plan.splits), centers = static_cast<unsigned>(x.p.B * x.p.G);
-  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_fwd_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
+  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_fwd_few_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
   if (plan.splits == 1) return nullptr;
   return OVSEG_LAUNCH(center_assignment_fwd_merge_kernel<K>, centers, kThreads, 0, x.stream, args);
 }
@@ -530,7 +547,7 @@ const char* few_backward(const CenterCuda<typename K::A>& x) {
   const FewArgs<K> args = few_arguments<K>(x, true);
   const FewPlan& plan = args.plan;
   const unsigned blocks = static_cast<unsigned>(x.p.B * plan.splits), centers = static_cast<unsigned>(x.p.B * x.p.G);
-  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
+  OVSEG_TRY(OVSEG_LAUNCH(center_assignment_bwd_few_kernel<K>, blocks, kFewThreads, plan.bytes, x.stream, args));
   if (plan.splits == 1 || (!x.p.grad_queries && !x.p.grad_bias)) return nullptr;
   return OVSEG_LAUNCH(center_assignment_bwd_merge_kernel<K>, centers, kThreads, 0, x.stream, args);
 }

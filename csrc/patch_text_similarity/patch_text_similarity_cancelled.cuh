@@ -34,7 +34,7 @@ __device__ inline int list_cancelled(const uint32_t* bits, int64_t words, int64_
 // Elements of a block's v [64, D], kept from one window of patches to the next.
 __host__ __device__ inline int64_t cancelled_scratch(int64_t D) { return round_up(D, kTile) * kTile; }
 
-// Blocks share the groups of all images. `scratch`: cancelled_scratch of each block, unused where N is one window.
+// Blocks share the groups of all images; where nothing has cancelled they leave at once. `scratch`: cancelled_scratch of each block, unused where N is one window.
 template <typename K>
 __global__ void __launch_bounds__(kThreads)
     patch_text_similarity_fwd_cancelled_kernel(Args<K> p, int64_t images, typename K::A* scratch) {
@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* list = reinterpret_cast<int32_t*>(weights + kTile * kScorePitch<A>);
   // Weights of at most 1 times this: the smaller parts of a float16 product stay normal numbers.
   constexpr A kUnit = 16384;
+  if (*p.cancelled_blocks == 0) return;
   const int64_t groups = ceil_div(p.T, kTile);
   const int lane = threadIdx.x % 32, row = threadIdx.x / 2;  // of v: two threads a row
   scratch += blockIdx.x * cancelled_scratch(p.D) + threadIdx.x;
@@ -108,6 +109,9 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 }
+
+// Two blocks on each multiprocessor of a large GPU: what nearly every call launches in vain stays small.
+constexpr int64_t kCancelledBlocks = 264;
 
 template <typename A>
 constexpr int kCancelledShared =

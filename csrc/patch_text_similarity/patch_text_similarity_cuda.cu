@@ -55,6 +55,7 @@ PatchTextPlan patch_text_plan(const PatchTextCuda& p, bool backward) {
   plan.factors = take(backward && vector ? plan.chunk * p.T * a : 0);
   plan.best = take(backward && p.pool == Pool::max ? plan.chunk * p.T * 4 : 0);
   plan.cancelled = take(plan.chunk * cancelled_size);
+  plan.cancelled_count = take(cancelled_size ? 4 : 0);
   plan.scalars = take(backward ? 16 + plan.chunk * scalar_size : 0);
   plan.slot_texts = take(backward ? plan.slots * p.T * p.D * a : 0);
   plan.bytes = memory.bytes();

@@ -42,7 +42,7 @@ struct PatchTextPlan {
   int64_t pitch_d;           // of rows of D elements
   int64_t cancelled_blocks;  // of cancelled_kernel for whose v there is room where the weights were
   unsigned char *norms, *longest, *text_norms, *gram_matrix, *weights, *vectors, *coefficients, *along, *factors,
-      *hessian, *best, *cancelled, *scalars, *slot_texts;  // null while p.workspace is
+      *hessian, *best, *cancelled, *cancelled_count, *scalars, *slot_texts;  // null while p.workspace is
   size_t bytes;
 };
 

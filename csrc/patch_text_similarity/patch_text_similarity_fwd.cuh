@@ -62,7 +62,8 @@ struct Args {
   typename K::W *gram_back, *weights, *vectors, *coefficients, *hessian;
   A *along, *factors, *slot_texts;
   int32_t* best;
-  uint32_t* cancelled;  // [chunk, tiles of T, 2]: a bit for each text whose |v|^2 has cancelled
+  uint32_t* cancelled;        // [chunk, tiles of T, 2]: a bit for each text whose |v|^2 has cancelled
+  int32_t* cancelled_blocks;  // blocks of the chunk that have found one
   double* scalars;
   int64_t slots;
 
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_ke
   }
   top = block_max<kThreads>(top, reinterpret_cast<A*>(memory));
   if (threadIdx.x == 0) p.longest[i] = top;
+  if (threadIdx.x == 0 && i == 0 && p.cancelled_blocks) *p.cancelled_blocks = 0;  // no block marks before the next launch
 }
 
 template <typename K>
@@ -161,6 +163,7 @@ __device__ void mark_cancelled(const Args<K>& p, bool cancelled) {
   const unsigned bits = __ballot_sync(kFullWarp, cancelled);
   const int64_t tile = blockIdx.z * static_cast<int64_t>(gridDim.x) + blockIdx.x;
   if (threadIdx.x % 32 == 0) p.cancelled[2 * tile + threadIdx.x / 32] = bits;
+  if (threadIdx.x % 32 == 0 && bits) atomicAdd(p.cancelled_blocks, 1);
 }
 
 // Forward of 64 texts with one image: cosines window by window, running maximum and sums, then |v| in Gram form.

@@ -37,6 +37,8 @@ Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
   x.slot_texts = reinterpret_cast<A*>(plan.slot_texts);
   x.best = p.grad && p.pool == Pool::max ? reinterpret_cast<int32_t*>(plan.best) : nullptr;
   x.cancelled = reinterpret_cast<uint32_t*>(plan.cancelled);
+  x.cancelled_blocks =
+      p.pool == Pool::vector && !p.grad ? reinterpret_cast<int32_t*>(plan.cancelled_count) : nullptr;
   x.scalars = reinterpret_cast<double*>(plan.scalars);
   return x;
 }
@@ -82,7 +84,8 @@ const char* forward(const PatchTextCuda& p) {
     }
     // v of more than one window goes through memory: that of the weights, which nobody needs any more.
     const int64_t items = images * static_cast<int64_t>(grid.x);
-    const unsigned blocks = static_cast<unsigned>(plan.gram ? items : std::min(items, plan.cancelled_blocks));
+    const int64_t most = plan.gram ? kCancelledBlocks : std::min(kCancelledBlocks, plan.cancelled_blocks);
+    const unsigned blocks = static_cast<unsigned>(std::min(items, most));
     OVSEG_TRY(OVSEG_LAUNCH(patch_text_similarity_fwd_cancelled_kernel<K>, blocks, kThreads, kCancelledShared<A>,
                            p.stream, x, static_cast<int64_t>(images), reinterpret_cast<A*>(x.weights)));
   }

@@ -52,7 +52,8 @@ def backward(grad_focal, grad_dice, logits, codes, sums, alpha, gamma):
     top = (2 * total_py + 1)[..., None, None]
     dice = (top / bottom - 2 * y) / bottom * p * (1 - p)
     grad = counts * (
-        (grad_focal / pixels.clamp_min(1))[..., None, None] * slope + grad_dice[..., None, None] * dice
+        (grad_focal / pixels.clamp_min(1))[..., None, None] * slope
+        + grad_dice[..., None, None] * dice
     )
     return torch.ops.aten.upsample_bilinear2d_backward(
         grad, [height, width], list(logits.shape), False

@@ -6,6 +6,9 @@ multiplies with the features. Softmax logits are in units of log 2, for an instr
 
 Positives are the diagonal, or PAIRS: those of row i are texts[begins[i]:ends[i]], rising, of equal
 ids and of a list alike, so that both give the same bits. A tile takes a pair of each row at a time.
+
+D is a multiple of 16 and rows lie D apart. COPIED says that tiles are copied whole, by descriptors:
+before sm_90 these are read element by element, and addresses are not.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from .center_assignment import _dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Never a reason to compile again; the rows that are read start at 16 bytes whatever D is.
-SIZES = ["B", "T", "D", "offset", "first", "last", "left", "right", "begin", "end", "count"]
+# Never a reason to compile again.
+SIZES = ["B", "T", "D", "offset", "first", "last", "left", "right"]
+SIZES += ["pitch", "begin", "end", "count"]
 
 
 @triton.jit
@@ -93,22 +97,41 @@ def _shares(row_vectors, column_vectors, i, column, last, right, B, T):
 
 
 @triton.jit
+def _rows(x, first, last, d0, D, COPIED: tl.constexpr, SIZE: tl.constexpr, BD: tl.constexpr):
+    """Load SIZE rows from ``first`` on, and BD channels of them; 0 behind the last row."""
+    if COPIED:
+        tile = x.load([first, d0])
+    else:
+        row = first + tl.arange(0, SIZE)
+        d = d0 + tl.arange(0, BD)
+        inside = (row < last)[:, None] & (d < D)[None, :]
+        tile = tl.load(x + row.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
 def _products(
     image,
     text,
     i0,
     j0,
+    last,
+    right,
     D,
+    COPIED: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BI: tl.constexpr,
     BJ: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Return the products of BI rows of images and BJ of texts; 0 behind the last row."""
+    """Return the products of BI rows of images and BJ of texts."""
+    D = whole(D, True)
     s = tl.zeros((BI, BJ), ACC)
     for d0 in range(0, D, BD):
-        s = _dot(image.load([i0, d0]), text.load([j0, d0]).T, s, PRECISION, ACC)
+        a = _rows(image, i0, last, d0, D, COPIED, BI, BD)
+        b = _rows(text, j0, right, d0, D, COPIED, BJ, BD)
+        s = _dot(a, b.T, s, PRECISION, ACC)
     return s
 
 
@@ -160,6 +183,7 @@ def contrastive_loss_stats_kernel(
     T,
     D,
     offset,
+    COPIED: tl.constexpr,
     FACTORS: tl.constexpr,
     PAIRS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -182,7 +206,7 @@ def contrastive_loss_stats_kernel(
         image_tile, text_tile = tile % image_tiles, tile // image_tiles
         i0 = first + image_tile * BI
         j0 = text_tile * BJ
-        s = _products(image, text, i0, j0, D, ACC, PRECISION, BI, BJ, BD)
+        s = _products(image, text, i0, j0, last, T, D, COPIED, ACC, PRECISION, BI, BJ, BD)
         i, j = i0 + tl.arange(0, BI), j0 + tl.arange(0, BJ)
         s = _by_factors(s, image_factor, text_factor, i, j, last, T, FACTORS)
         own_parts = row_parts + text_tile.to(tl.int64) * (last - first) * (1 if SIGMOID else 3)
@@ -349,7 +373,9 @@ def contrastive_loss_coefficients_kernel(
     B,
     T,
     D,
+    pitch,
     offset,
+    COPIED: tl.constexpr,
     FACTORS: tl.constexpr,
     PAIRS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -373,7 +399,7 @@ def contrastive_loss_coefficients_kernel(
         image_tile, text_tile = tile % image_tiles, tile // image_tiles
         i0 = first + image_tile * BI
         j0 = left + text_tile * BJ
-        s = _products(image, text, i0, j0, D, ACC, PRECISION, BI, BJ, BD)
+        s = _products(image, text, i0, j0, last, right, D, COPIED, ACC, PRECISION, BI, BJ, BD)
         i, j = i0 + tl.arange(0, BI), j0 + tl.arange(0, BJ)
         s = _by_factors(s, image_factor, text_factor, i, j, last, right, FACTORS)
         if SIGMOID:
@@ -413,7 +439,15 @@ def contrastive_loss_coefficients_kernel(
             tl.store(sums + 2 * tile + 1, tl.sum(tl.sum(dz, 1).to(tl.float64), 0))
         # Read again, by an address of its own: kept meanwhile, it would take 32 registers.
         dz = _by_factors(dz, image_factor, text_factor_again, i, j, last, right, FACTORS)
-        out.store([image_tile * BI, text_tile * BJ], dz.to(out.dtype))
+        if COPIED:
+            out.store([image_tile * BI, text_tile * BJ], dz.to(out.dtype))
+        else:
+            row = image_tile * BI + tl.arange(0, BI)
+            column = text_tile * BJ + tl.arange(0, BJ)
+            P = whole(pitch, True)
+            inside = (i < last)[:, None] & (column < P)[None, :]
+            at = out + row.to(tl.int64)[:, None] * P + column[None, :]
+            tl.store(at, dz.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -427,7 +461,8 @@ def contrastive_loss_bwd_vectors_kernel(part, weight, out, count, BR: tl.constex
     w = tl.load(weight + c, mask=some, other=1.0)
     lse = tl.load(part + c, mask=some, other=0.0)
     total = tl.load(part + 2 * count + c, mask=some, other=1.0)
-    tl.store(out + c, lse * LOG2E - tl.log2(w), mask=some)
+    less = tl.where(w == 0, float("-inf"), tl.log2(tl.where(w == 0, 1.0, w)))
+    tl.store(out + c, lse * LOG2E - less, mask=some)
     tl.store(out + count + c, w / tl.where(total > 0, total, 1.0), mask=some)
 
 
@@ -444,7 +479,7 @@ def _exponent(x):
     return tl.where(x > 0, tl.floor(tl.log2(tl.where(x > 0, x, 1.0))), 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "D"])
+@triton.jit(do_not_specialize=["count", "D", "P"])
 def contrastive_loss_scale_rows_kernel(
     x,
     out,
@@ -452,8 +487,8 @@ def contrastive_loss_scale_rows_kernel(
     inverse,
     count,
     D,
+    P,
     x_r: tl.int64,
-    out_r: tl.int64,
     EPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BR: tl.constexpr,
@@ -461,13 +496,14 @@ def contrastive_loss_scale_rows_kernel(
 ):
     """Write rows times a power of two, so that they are 1 to 2 long.
 
-    ``factor`` makes unit vectors of them; ``inverse`` is one by the length of the row itself, or by
-    EPS if that is more. No bit of a row is lost, but of what is 2 ** -14 of its length in float16.
+    Behind their D channels follow zeros, up to P. ``factor`` makes unit vectors of them;
+    ``inverse`` is one by the length of the row itself, or by EPS if that is more. No bit of a row
+    is lost, but of what is 2 ** -14 of its length in float16.
     """
-    D, x_r, out_r = whole(D, ALIGNED), whole(x_r, ALIGNED), whole(out_r, ALIGNED)
+    D, x_r, P = whole(D, ALIGNED), whole(x_r, ALIGNED), whole(P, True)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     x += row.to(tl.int64)[:, None] * x_r
-    out += row.to(tl.int64)[:, None] * out_r
+    out += row.to(tl.int64)[:, None] * P
     top = tl.zeros((BR,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -483,12 +519,13 @@ def contrastive_loss_scale_rows_kernel(
         squared += tl.sum(v * v, 1)
     length = tl.sqrt(squared)
     more = _exponent(length)
-    for d0 in range(0, D, BD):
+    for d0 in range(0, P, BD):
         d = d0 + tl.arange(0, BD)
         some = (row < count)[:, None] & (d < D)[None, :]
         v = tl.load(x + d[None, :], mask=some, other=0.0).to(tl.float32)
         v = _times_power(v, -e - more)
-        tl.store(out + d[None, :], v.to(out.dtype.element_ty), mask=some)
+        inside = (row < count)[:, None] & (d < P)[None, :]
+        tl.store(out + d[None, :], v.to(out.dtype.element_ty), mask=inside)
     norm = length * tl.exp2(e)
     short = norm < EPS  # it is divided by EPS
     unit = tl.where(length > 0, tl.exp2(more) / tl.where(length > 0, length, 1.0), 1.0)
@@ -497,7 +534,7 @@ def contrastive_loss_scale_rows_kernel(
     tl.store(inverse + row, 1.0 / tl.where(short, EPS, norm), mask=row < count)
 
 
-@triton.jit(do_not_specialize=["count", "D"])
+@triton.jit(do_not_specialize=["count", "D", "P"])
 def contrastive_loss_bwd_rows_kernel(
     sums,
     scaled,
@@ -507,7 +544,7 @@ def contrastive_loss_bwd_rows_kernel(
     out,
     count,
     D,
-    scaled_r: tl.int64,
+    P,
     EPS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BR: tl.constexpr,
@@ -518,17 +555,18 @@ def contrastive_loss_bwd_rows_kernel(
     These hold the factor of their row. With u the unit vector and g its gradient, it is
     g - (g . u) u by the length; of rows shorter than EPS, which u divides by EPS, it is g / EPS.
     """
-    D, scaled_r = whole(D, ALIGNED), whole(scaled_r, ALIGNED)
+    D, P = whole(D, ALIGNED), whole(P, True)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
-    at = row.to(tl.int64)[:, None] * D
-    scaled += row.to(tl.int64)[:, None] * scaled_r
+    sums += row.to(tl.int64)[:, None] * P
+    scaled += row.to(tl.int64)[:, None] * P
+    out += row.to(tl.int64)[:, None] * D
     unit = tl.load(factor + row, mask=row < count, other=1.0)
     by_length = tl.load(inverse + row, mask=row < count, other=0.0)
     along = tl.zeros((BR,), tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         some = (row < count)[:, None] & (d < D)[None, :]
-        g = tl.load(sums + at + d[None, :], mask=some, other=0.0)
+        g = tl.load(sums + d[None, :], mask=some, other=0.0)
         v = tl.load(scaled + d[None, :], mask=some, other=0.0).to(tl.float32)
         along += tl.sum(g * v, 1)
     along = tl.where(by_length < 1.0 / EPS, along * unit * unit, 0.0)
@@ -536,7 +574,7 @@ def contrastive_loss_bwd_rows_kernel(
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         some = (row < count)[:, None] & (d < D)[None, :]
-        g = tl.load(sums + at + d[None, :], mask=some, other=0.0)
+        g = tl.load(sums + d[None, :], mask=some, other=0.0)
         v = tl.load(scaled + d[None, :], mask=some, other=0.0).to(tl.float32)
         g = by_length[:, None] * (g - along[:, None] * v)
-        tl.store(out + at + d[None, :], g.to(out.dtype.element_ty), mask=some)
+        tl.store(out + d[None, :], g.to(out.dtype.element_ty), mask=some)

@@ -49,6 +49,14 @@ def multiprocessors(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
+def capability(x: torch.Tensor) -> int:
+    """Return that of the device of ``x``, as 80 or 90; an H100's on a CPU."""
+    if x.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def shared_memory(x: torch.Tensor) -> int:
     """Return the bytes that a program may have on the device of ``x``; an H100's on a CPU."""
     if x.device.type != "cuda":

@@ -9,14 +9,13 @@ the equations). Both work off the images in chunks.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.patch_text_similarity import EPS
-from ._launch import aligned, chunk_size, on_device, rows, tiles
+from ._launch import aligned, capability, chunk_size, multiprocessors, on_device, rows, tiles
 from ._patch_text_gram_bwd_kernels import (
     patch_text_similarity_gram_bwd_coefficients_kernel,
     patch_text_similarity_gram_bwd_hessian_kernel,
@@ -38,26 +37,14 @@ BK = 64  # channels at a time
 REPAIR_TEXTS = 64
 
 
-@functools.cache
-def hopper(device: torch.device) -> bool:
-    """Return whether products read their operands from shared memory: sm_90.
-
-    So does the interpreter, which knows descriptors too.
-    """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Return the blocks that a persistent kernel starts: one for each multiprocessor."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def hopper(x: torch.Tensor) -> bool:
+    """Return whether products read their operands from shared memory: sm_90."""
+    return capability(x) == 90
 
 
 def has_forward(patches: torch.Tensor) -> bool:
     """Return whether :func:`forward` is for these patches."""
-    return patches.element_size() == 2 and patches.shape[1] <= WINDOW and hopper(patches.device)
+    return patches.element_size() == 2 and patches.shape[1] <= WINDOW and hopper(patches)
 
 
 def has_backward(patches: torch.Tensor, pool: int) -> bool:
@@ -94,7 +81,7 @@ class Tiling:
 
 def tiling(patches: torch.Tensor) -> Tiling:
     """Return the tiling for patches [B, N, D], by what the compiler says of registers."""
-    if not hopper(patches.device):
+    if not hopper(patches):
         return Tiling(64, (128, 0, 0), False)
     N = patches.shape[1]
     for parts in ((64, 0, 0), (128, 0, 0), (128, 64, 0), (128, 64, 16)):
@@ -194,7 +181,8 @@ class _Call:
         return blocks(self.texts.rows, texts, BK, tma), *parts, *tables
 
     def grid(self, images: int, texts: int, columns: int = 1) -> tuple[int]:
-        return (min(images * tiles(self.T, texts) * columns, processors(self.patches.device)),)
+        """Return as many programs as run at a time, or as there are tiles."""
+        return (min(images * tiles(self.T, texts) * columns, multiprocessors(self.patches)),)
 
 
 def forward(patches, texts, mask, scale, bias, pool, sigmoid, similarity, lse, norm):
@@ -247,12 +235,17 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
-def product16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the product of batches of 16-bit matrices in their dtype, from sums in float32."""
-    with torch.autocast(a.device.type, enabled=False):
-        if a.device.type != "cuda":
-            return (a.float() @ b.float()).to(a.dtype)
-        return torch.bmm(a, b)
+def gram_products(weights: torch.Tensor, table: torch.Tensor, dtype: torch.dtype):
+    """Return G p [images, T, P], and where g phi p is to go.
+
+    s - phi G p is a small difference: for float16 inputs both are float32. bfloat16 ones have fewer
+    digits, and half the traffic: float16, and one place for both.
+    """
+    if dtype == torch.float16:
+        return product(weights, table), torch.empty_like(weights)
+    with torch.autocast(weights.device.type, enabled=False):
+        products = torch.bmm(weights, table)
+    return products, products
 
 
 def backward(
@@ -275,7 +268,7 @@ def backward(
     need_patches, need_texts = d_patches.shape[0] > 0, d_texts.shape[0] > 0
 
     def bytes_per_image(P, K):
-        tables = 2 * T * P * (3 if vector else 1)
+        tables = 2 * T * P * ((5 if patches.dtype == torch.float16 else 3) if vector else 1)
         return tables + P * K * (2 + 8 * need_patches) + 8 * P * P * vector
 
     with on_device(patches):
@@ -284,22 +277,22 @@ def backward(
         scalars = torch.zeros(2, dtype=torch.float64, device=grad.device)
         for first, images in x.chunks():
             u = x.copies(first, images)
-            weights = products = table = u.rows
+            weights = products = outer = u.rows
             if vector:
                 table = gram(u, x.tiling.tma, half=False)
                 weights, peak = _weights(x, u, first, images, lse, norm, grad)
-                products = product16(weights, table)
+                products, outer = gram_products(weights, table, patches.dtype)
             else:
                 peak = grad[first : first + images].abs().amax()
             saved = similarity, lse, norm, grad, peak
             m, along, factors = _coefficients(
-                x, u, first, images, saved, pool, weights, products, scalars
+                x, u, first, images, saved, pool, (weights, products, outer), scalars
             )
             m = m.view(T, images * x.P)
             if need_texts:
                 sums.addcmul_(product(m, u.rows.view(-1, x.K)), factors[0])
             if need_patches:
-                _patches(x, u, first, images, m, weights, products, along, factors, d_patches)
+                _patches(x, u, first, images, m, weights, outer, along, factors, d_patches)
         if need_texts:
             _texts(x, texts, sums, d_texts)
     return scalars
@@ -332,10 +325,10 @@ def _weights(x: _Call, u: Copies, first, images, lse, norm, grad):
     return weights, peaks.amax()
 
 
-def _coefficients(x: _Call, u: Copies, first, images, saved, pool, weights, products, scalars):
+def _coefficients(x: _Call, u: Copies, first, images, saved, pool, tables, scalars):
     """Return m [1, T, images P], sums along the patches, and what undoes the powers of two.
 
-    ``products`` gets g phi p in the place of G p; ``scalars`` what the chunk adds.
+    ``tables``: p, G p, and what gets g phi p; ``scalars`` gets what the chunk adds.
     """
     columns = x.P // x.tiling.width
     texts, tma = x.tiling.texts, x.tiling.tma
@@ -343,14 +336,14 @@ def _coefficients(x: _Call, u: Copies, first, images, saved, pool, weights, prod
     along = u.lengths.new_empty(images, tiles(x.T, texts), x.P)
     factors = u.lengths.new_empty(2)
     sums = scalars.new_empty(images * columns * tiles(x.T, texts), 2)
-    q, u1, u2, u3, _, *tables = x.operands(u, texts)
-    written = [blocks(y, texts, w, tma) for y in (weights, products, m) for w in (64, 16)]
+    q, u1, u2, u3, _, *known = x.operands(u, texts)
+    written = [blocks(y, texts, w, tma) for y in (*tables, m) for w in (64, 16)]
     patch_text_similarity_gram_bwd_coefficients_kernel[x.grid(images, texts, columns)](
         q,
         u1,
         u2,
         u3,
-        *tables,
+        *known,
         *saved,
         *written,
         along,
@@ -371,13 +364,13 @@ def _coefficients(x: _Call, u: Copies, first, images, saved, pool, weights, prod
     return m, along, factors
 
 
-def _patches(x: _Call, u: Copies, first, images, m, weights, products, along, factors, out):
+def _patches(x: _Call, u: Copies, first, images, m, weights, weighted, along, factors, out):
     """Write dU of a chunk: the last equation of the backward's kernels, by |u_n|."""
     outer = product(m.T, x.texts.rows[0])
     vector = weights is not u.rows
     hessians, hessian_factors = outer, factors
     if vector:
-        hessian = product(products.transpose(1, 2), weights)
+        hessian = product(weighted.transpose(1, 2), weights)
         hessian16 = torch.empty_like(hessian, dtype=u.rows.dtype)
         hessian_factors = factors.new_empty(images)
         patch_text_similarity_gram_bwd_hessian_kernel[(images,)](

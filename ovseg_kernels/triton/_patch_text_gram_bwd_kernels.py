@@ -279,6 +279,7 @@ def _coefficients(
     s,
     weights,
     products,
+    outer,
     coefficients,
     WIDTH: tl.constexpr,
     i,
@@ -308,7 +309,7 @@ def _coefficients(
     if POOL == 0:
         p = _block(weights, i, t0, n0, T, P, s.shape[0], WIDTH, TMA).to(tl.float32)
         other = _block(products, i, t0, n0, T, P, s.shape[0], WIDTH, TMA).to(tl.float32)
-        _write(products, p * (g * phi * up_weights)[:, None], i, t0, n0, T, P, TMA)
+        _write(outer, p * (g * phi * up_weights)[:, None], i, t0, n0, T, P, TMA)
         p *= g[:, None]
         c = p * (s - other * phi[:, None])
     else:
@@ -342,6 +343,8 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
     weights_tail,
     products,
     products_tail,
+    outer,
+    outer_tail,
     coefficients,
     coefficients_tail,
     along,
@@ -361,7 +364,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Write m [T, images, P], and g phi p in the place of G p; equations (5)-(7).
+    """Write m [T, images, P], and g phi p, which may take the place of G p; equations (5)-(7).
 
     ``factors``: what takes the powers of two of m and of g phi p away again.
     """
@@ -400,6 +403,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
                 s3,
                 weights_tail,
                 products_tail,
+                outer_tail,
                 coefficients_tail,
                 16,
                 i,
@@ -430,6 +434,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
                 s2,
                 weights,
                 products,
+                outer,
                 coefficients,
                 64,
                 i,
@@ -461,6 +466,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
                 left,
                 weights,
                 products,
+                outer,
                 coefficients,
                 64,
                 i,
@@ -490,6 +496,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
                 right,
                 weights,
                 products,
+                outer,
                 coefficients,
                 64,
                 i,
@@ -520,6 +527,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
                 s1,
                 weights,
                 products,
+                outer,
                 coefficients,
                 64,
                 i,

@@ -18,6 +18,7 @@ from . import _contrastive_kernels as kernels
 from ._launch import (
     ACC,
     aligned,
+    capability,
     descriptor,
     multiprocessors,
     on_device,
@@ -33,19 +34,20 @@ ROWS = 4096
 PARTS_BYTES = 64 << 20  # of statistics that wait to be merged
 BLOCK_BYTES = 32 << 20  # of coefficients
 LARGEST = 2.0**14  # coefficient in float16, whose range ends at 2 ** 16
-SMALL = {
-    torch.float64: (16, 16, 16, 4),
-    torch.float32: (64, 64, 32, 4),
-}  # images, texts, depth, warps
-BIG = {torch.float32: (128, 128, 32, 8), torch.float16: (128, 128, 64, 8)}
-BIG[torch.bfloat16] = BIG[torch.float16]
+# Images, texts, channels and warps of a tile. Small ones where a product is a loop of additions; on
+# tensor cores big ones, half as wide where products keep their operands in registers.
+SMALL = {torch.float64: (16, 16, 16, 4), torch.float32: (64, 64, 32, 8)}
+BIG = {4: (128, 128, 32, 8), 2: (128, 128, 64, 8)}  # by the bytes of a number
+NARROW = {4: (128, 64, 32, 8), 2: (128, 64, 64, 8)}
+SCRATCH = 2 << 10  # bytes of shared memory for sums over the threads of a tile
 
 
 @dataclass
 class _Side:
     """Features of one side as the kernels read them; no factors where they are unit vectors."""
 
-    rows: torch.Tensor  # [count, D], starts of rows at 16 bytes
+    rows: torch.Tensor  # [count, P], side by side: P is D, or more and a multiple of 16
+    D: int
     factor: torch.Tensor | None = None  # [count]
     inverse: torch.Tensor | None = None  # [count], of the length of the features that came
 
@@ -53,16 +55,13 @@ class _Side:
 def _side(x: torch.Tensor, normalize: bool) -> _Side:
     """Return the rows of ``x``, by a power of two and with their factors where ``normalize`` is."""
     count, D = x.shape
-    if (
-        not normalize
-        and x.stride(1) == 1
-        and not (x.stride(0) * x.element_size() | x.data_ptr()) % 16
-    ):
-        return _Side(x)
-    out = x.new_empty(count, pitch(D))[:, :D]
+    if not normalize and aligned(x) and x.is_contiguous() and D:
+        return _Side(x, D)
+    P = pitch(max(1, D))
     if not normalize:
-        return _Side(out.copy_(x))
+        return _Side(torch.nn.functional.pad(x, (0, P - D)), D)
     x = side_by_side(x)
+    out = x.new_empty(count, P)
     factor, inverse = torch.empty(2, count, dtype=torch.float32, device=x.device)
     with on_device(x):
         kernels.contrastive_loss_scale_rows_kernel[(tiles(count, 4),)](
@@ -72,15 +71,15 @@ def _side(x: torch.Tensor, normalize: bool) -> _Side:
             inverse,
             count,
             D,
+            P,
             x.stride(0),
-            out.stride(0),
             EPS=EPS,
-            ALIGNED=aligned(x, out),
+            ALIGNED=aligned(x),
             BR=4,
             BD=256,
             num_warps=4,
         )
-    return _Side(out, factor, inverse)
+    return _Side(out, D, factor, inverse)
 
 
 @dataclass
@@ -102,13 +101,23 @@ class _Problem:
         depth = self.options["BD"]
         factors = self.image.factor, self.text.factor
         return (
-            descriptor(self.image.rows, [self.tile[0], depth]),
-            descriptor(self.text.rows, [self.tile[1], depth]),
+            self.whole(self.image.rows, self.tile[0], depth),
+            self.whole(self.text.rows, self.tile[1], depth),
             *(self.scale if x is None else x for x in factors),
             self.scale,
             self.bias,
             *self.pairs,
         )
+
+    def whole(self, x: torch.Tensor, *tile: int):
+        """Return ``x`` as the kernels read or write it."""
+        return descriptor(x, list(tile)) if self.options["COPIED"] else x
+
+    def stages(self, besides: int = 0) -> int:
+        """Return how many steps of tiles fit into shared memory, ``besides`` other bytes."""
+        left = shared_memory(self.scale) - besides - SCRATCH
+        step = sum(self.tile) * self.options["BD"] * self.image.rows.element_size()
+        return max(2, min(4, left // step))
 
     def programs(self, images: int, texts: int) -> tuple[int]:
         """Return the grid over as many images and texts: programs walk over their tiles."""
@@ -131,9 +140,13 @@ def _problem(
 ):
     dtype = image.dtype
     on_tensor_cores = tf32 or dtype.itemsize == 2
-    *tile, depth, warps = (BIG if on_tensor_cores else SMALL)[dtype]
-    stages = shared_memory(image) // (sum(tile) * depth * dtype.itemsize)
+    chip = capability(image)
+    if on_tensor_cores:
+        *tile, depth, warps = (BIG if 90 <= chip < 120 else NARROW)[dtype.itemsize]
+    else:
+        *tile, depth, warps = SMALL[dtype]
     options = {
+        "COPIED": chip >= 90,
         "FACTORS": normalize,
         "PAIRS": image_ids is not None,
         "SIGMOID": sigmoid,
@@ -143,7 +156,6 @@ def _problem(
         "BJ": tile[1],
         "BD": depth,
         "num_warps": warps,
-        "num_stages": max(2, min(4, stages)),
     }
     return _Problem(
         _side(image, normalize),
@@ -201,11 +213,6 @@ def _count(offset, image_ids, text_ids, pair_weights, rows, columns):
                 )
 
 
-def _with_a_channel(*features: torch.Tensor) -> list[torch.Tensor]:
-    """Return the features; zeros in place of those without a channel."""
-    return [x if x.shape[1] else x.new_zeros(x.shape[0], 1) for x in features]
-
-
 def stats(image, text, logit_scale, logit_bias, *given):
     """Return (rows [3, B], columns [3, T]) as ``ovseg::contrastive_stats`` does."""
     B, T = image.shape[0], text.shape[0]
@@ -215,7 +222,6 @@ def stats(image, text, logit_scale, logit_bias, *given):
         rows[2] = float(sigmoid)
         rows[0] = columns[0] = 0.0 if sigmoid else -torch.inf
         return rows, columns
-    image, text = _with_a_channel(image, text)
     problem = _problem(image, text, logit_scale, logit_bias, *given)
     width = 1 if problem.sigmoid else 3  # statistics of a part
     text_tiles = tiles(T, problem.tile[1])
@@ -237,8 +243,9 @@ def stats(image, text, logit_scale, logit_bias, *given):
                 last,
                 B,
                 T,
-                image.shape[1],
+                problem.image.rows.shape[1],
                 problem.offset,
+                num_stages=problem.stages(),
                 **problem.options,
             )
             kernels.contrastive_loss_merge_kernel[(tiles(last - first, merging["BR"]),)](
@@ -297,7 +304,6 @@ def backward(
     if B == 0 or T == 0:
         features = image.new_zeros(B * need_image, D), text.new_zeros(T * need_text, D)
         return *features, torch.zeros_like(logit_scale), torch.zeros_like(logit_bias)
-    image, text = _with_a_channel(image, text)
     problem = _problem(
         image,
         text,
@@ -324,8 +330,8 @@ def backward(
         vectors = [_vectors(*side) for side in zip((rows, columns), weights, strict=True)]
     sums_of_images, sums_of_texts, shares = _products(problem, vectors, need_image, need_text)
     by = grad * logit_scale
-    d_image = _gradient(problem.image, sums_of_images, by)[:, :D]
-    d_text = _gradient(problem.text, sums_of_texts, by)[:, :D]
+    d_image = _gradient(problem.image, sums_of_images, by)
+    d_text = _gradient(problem.text, sums_of_texts, by)
     d_scale, d_bias = (shares.sum(0) * grad).to(logit_scale.dtype)
     return d_image, d_text, d_scale.clone(), d_bias.clone()
 
@@ -358,6 +364,7 @@ def _products(problem, vectors, need_image, need_text):
     factor = problem.scale if problem.text.factor is None else problem.text.factor
     counts = tiles(B, problem.tile[0]) * tiles(T, problem.tile[1])
     shares = torch.zeros(counts, 2, dtype=torch.float64, device=image.device)
+    stages = problem.stages(problem.tile[0] * problem.tile[1] * image.element_size())
     done = 0
     with on_device(image):
         for first in range(0, B, height):
@@ -371,7 +378,7 @@ def _products(problem, vectors, need_image, need_text):
                     *problem.inputs(),
                     *vectors,
                     factor,
-                    descriptor(out, list(problem.tile)),
+                    problem.whole(out, *problem.tile),
                     shares[done:],
                     first,
                     last,
@@ -380,7 +387,9 @@ def _products(problem, vectors, need_image, need_text):
                     B,
                     T,
                     D,
+                    block.shape[1],
                     problem.offset,
+                    num_stages=stages,
                     **problem.options,
                 )
                 done += tiles(last - first, problem.tile[0]) * tiles(right - left, problem.tile[1])
@@ -403,10 +412,10 @@ def _add_product(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def _gradient(side: _Side, sums: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the features that came, from their sums of (7) and ``by``."""
-    count, D = sums.shape
+    count, P = sums.shape
     if side.factor is None or count == 0:
-        return (sums * by).to(side.rows.dtype)
-    out = side.rows.new_empty(count, D)
+        return (sums[:, : side.D] * by).to(side.rows.dtype)
+    out = side.rows.new_empty(count, side.D)
     with on_device(sums):
         kernels.contrastive_loss_bwd_rows_kernel[(tiles(count, 4),)](
             sums,
@@ -416,10 +425,10 @@ def _gradient(side: _Side, sums: torch.Tensor, by: torch.Tensor) -> torch.Tensor
             by,
             out,
             count,
-            D,
-            side.rows.stride(0),
+            side.D,
+            P,
             EPS=EPS,
-            ALIGNED=aligned(sums, side.rows, out),
+            ALIGNED=P == side.D,
             BR=4,
             BD=256,
             num_warps=4,

@@ -61,12 +61,17 @@ def has_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"ovseg_emulated::{name}", "CPU")
 
 
+def _place(x: torch.Tensor) -> tuple:
+    """What two arguments share that are one tensor, be it saved for a backward in between."""
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
 def _call(name: str, *args):
     module = load()
     try:
         # A tensor that comes twice stays one: kernels look at addresses.
-        memory = {id(x): guarded(x) for x in args if isinstance(x, torch.Tensor)}
-        plain = [memory.get(id(x), x) for x in args]
+        memory = {_place(x): guarded(x) for x in args if isinstance(x, torch.Tensor)}
+        plain = [memory[_place(x)] if isinstance(x, torch.Tensor) else x for x in args]
         op = getattr(torch.ops.ovseg_emulated, name).default
         out = op(*plain)
         for argument, x, copy in zip(op._schema.arguments, args, plain, strict=False):

@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include "../../csrc/common/philox.h"
-#include "../../csrc/contrastive_loss/contrastive_loss_cuda.h"
 #include "../../csrc/dense_contrastive_loss/dense_contrastive_loss_cuda.h"
 #include "../../csrc/patch_text_similarity/patch_text_similarity_cuda.h"
 #include "cuda_emulation.h"
@@ -76,7 +75,6 @@ PYBIND11_MODULE(ovseg_cuda_emulation, m) {
   m.def("philox_bits", &ovseg::philox_bits);
   m.def("uniform_from_bits", &ovseg::uniform_from_bits);
   m.def("gumbel_from_bits", &ovseg::gumbel_from_bits);
-  m.def("set_contrastive_limit", [](int64_t bytes) { ovseg::contrastive_limit = bytes; });
   m.def("set_dense_limit", [](int64_t bytes) { ovseg::dense_limit = bytes; });
   m.def("set_patch_text_limit", [](int64_t bytes) { ovseg::patch_text_limit = bytes; });
   m.def("patch_text_plan", [](int64_t B, int64_t T, int64_t N, int64_t D, int pool, int type, bool backward) {

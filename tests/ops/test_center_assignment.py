@@ -3,12 +3,13 @@ bad input.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from backends import COMPILED, device_of, dtypes, parameters, running_on
+from backends import BACKENDS, COMPILED, device_of, dtypes, parameters, running_on
 from torch.nn import functional as F
 
 import ovseg_kernels as ok
@@ -16,6 +17,7 @@ from ovseg_kernels import philox
 from ovseg_kernels.testing import assert_close_to_truth
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "groupvit_assign.npz"
+UNCOMPILED = [name for name in BACKENDS if name not in COMPILED]
 on = pytest.mark.parametrize("backend", parameters(of="center_assignment"))
 
 
@@ -62,6 +64,7 @@ def test_golden_tensors_of_the_official_module(case, mode, backend):
         (2, 8, 7, 16, 24),
         (1, 8, 196, 72, 40),
         (2, 3, 257, 24, 5),
+        (1, 5, 37, 300, 290),
         (1, 70, 65, 20, 33),
     ],
 )
@@ -99,6 +102,101 @@ def test_sizes(B, G, L, D, E, backend):
             )
             for name, i in (("pooled", 0), ("d queries", 2), ("d keys", 3), ("d values", 4)):
                 assert_close_to_truth(name, results[i], eager[i], truth[i], dtype)
+
+
+@pytest.mark.parametrize("backend", parameters(UNCOMPILED, of="center_assignment"))
+@pytest.mark.parametrize("G", [8, 11])
+@pytest.mark.parametrize("hard", [True, False])
+def test_values_that_are_the_keys(hard, G, backend):
+    """One tensor for both, whose gradient takes what both get: read once where centers are few.
+    Bias, scale and soft are there, and rows are whole numbers of 16 bytes.
+    """
+    device = device_of(backend)
+    B, L, D = 2, 70, 264
+    shapes = ((B, G, D), (B, L, D), (B, G), (B, L))
+    inputs = [torch.randn(*shape).to(device) for shape in shapes]
+    mask = (torch.rand(B, L) > 0.2).to(device)
+    upstream = torch.randn(B, G, D, device=device), torch.randn(B, G, L, device=device)
+
+    def run(dtype, wide):
+        q, x, bias, scale = (
+            y.to(dtype).to(to).requires_grad_()
+            for y, to in zip(inputs, (wide, wide, torch.float64, torch.float64), strict=True)
+        )
+        options = {"center_bias": bias, "key_scale": scale, "mask": mask, "hard": hard}
+        pooled, index, soft = ok.center_assignment(
+            q, x, x, scale=D**-0.5, normalizer="mean", return_soft=True, **options
+        )
+        grads = (g.to(y.dtype) for g, y in zip(upstream, (pooled, soft), strict=True))
+        return (
+            index,
+            pooled,
+            soft,
+            *torch.autograd.grad((pooled, soft), (q, x, bias, scale), tuple(grads)),
+        )
+
+    for dtype in dtypes(backend):
+        with running_on(backend):
+            found = run(dtype, dtype)
+        with ok.backend("reference"):
+            eager, truth = run(dtype, dtype), run(dtype, torch.float64)
+        assert torch.equal(found[0], truth[0])
+        for i, three in enumerate(zip(found[1:], eager[1:], truth[1:], strict=True)):
+            assert_close_to_truth(f"tensor {i}", *three, dtype)
+
+
+KERNELS = parameters(("cpu", "cuda-emulated", "cuda"), of="center_assignment")
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("hard", [True, False])
+def test_more_centers_than_shared_memory_holds(hard, backend):
+    """In float64 of 64 tokens, and their sums."""
+    device = device_of(backend)
+    tensors = [torch.randn(2, n, d).double().to(device) for n, d in ((420, 3), (66, 3), (66, 5))]
+    grad = torch.randn(2, 420, 5, device=device)
+    options = {"hard": hard, "rng": philox.make_rng(5, device=device)}
+    with running_on(backend):
+        found = run(*tensors, grad, **options)
+    with ok.backend("reference"):
+        expected = run(*tensors, grad, **options)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("G", [3, 11])
+def test_what_is_not_finite_spoils_no_other_image(G, backend):
+    """A NaN of a key is in all of its image, an infinite value in its channel."""
+    tensors = [torch.randn(3, n, 8) for n in (G, 40, 40)]
+    tensors[1][0, 5] = torch.nan
+    tensors[2][1, 7, 2] = torch.inf
+    tensors = [x.to(device_of(backend)) for x in tensors]
+    for hard in (True, False):
+        with running_on(backend):
+            pooled = ok.center_assignment(*tensors, hard=hard)[0]
+        with ok.backend("reference"):
+            expected = ok.center_assignment(*tensors, hard=hard)[0]
+        assert bool(pooled[0].isnan().all()) and bool(pooled[2].isfinite().all())
+        torch.testing.assert_close(pooled, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_tokens_that_several_blocks_share_are_added_in_order(backend):
+    """1e8 - 1e8 + 1, tokens apart: any other order loses the one."""
+    with torch.device(device_of(backend)), running_on(backend):
+        values = torch.zeros(1, 192, 4)
+        values[0, ::64] = torch.tensor([1e8, -1e8, 1.0])[:, None]
+        pooled = ok.center_assignment(
+            torch.ones(1, 1, 4), torch.ones(1, 192, 4), values, normalizer="sum"
+        )[0]
+        assert torch.equal(pooled, torch.ones(1, 1, 4))
+
+
+def test_grids_lie_along_x():
+    """Their y and z end at 65535, and images do not."""
+    for path in (Path(__file__).parents[2] / "csrc" / "center_assignment").iterdir():
+        assert not re.search(r"blockIdx\.[yz]|gridDim|dim3", path.read_text()), path
 
 
 @on
@@ -189,8 +287,9 @@ def test_strides_and_mixed_dtypes(backend):
 
 
 @pytest.mark.parametrize("backend", parameters(("cuda-emulated", "cuda"), of="center_assignment"))
+@pytest.mark.parametrize("G", [5, 12])
 @pytest.mark.parametrize("hard", [True, False])
-def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
+def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, G, backend):
     """Channels at a whole number of 16 bytes, and one element further; the sums have one order, and
     masked tokens are not read.
     """
@@ -198,7 +297,7 @@ def test_loads_of_16_bytes_and_of_one_element_pool_the_same(hard, backend):
         mask = torch.rand(2, 139) > 0.3
         for dtype in dtypes(backend):
             queries, keys, base = (
-                torch.randn(2, n, d).to(dtype) for n, d in ((5, 8), (139, 8), (139, 41))
+                torch.randn(2, n, d).to(dtype) for n, d in ((G, 8), (139, 8), (139, 41))
             )
             base[~mask] = torch.nan
             narrow = base[..., 1:]

@@ -144,23 +144,69 @@ def test_any_ids(B, T, classes, scale, seed):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", ["cuda-emulated", "triton-interpreted"])
-def test_a_few_images_at_a_time_give_the_same(backend, monkeypatch):
-    image, text, scale = torch.randn(150, 12), torch.randn(150, 12), torch.tensor(6.0)
-    results = []
-    for limit in (1, 64 << 20):  # the emulation keeps the last one
-        with running_on(backend), monkeypatch.context() as patch:
-            if backend == "cuda-emulated":
-                import emulation
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_blocks_of_the_matrix_give_the_same(copied, kind, monkeypatch):
+    """Three launches of statistics and nine blocks of coefficients, the last ones with a tail, by
+    descriptors and by addresses; the columns of a block are those of one tile.
+    """
+    pytest.importorskip("triton")
+    from ovseg_kernels.triton import contrastive_loss as launcher
 
-                emulation.load().set_contrastive_limit(limit)
-            else:
-                from ovseg_kernels.triton import contrastive_loss as kernels
-
-                patch.setattr(kernels, "CHUNK_BYTES", max(limit, 150 * 4 * 40))
-            results.append(run(image, text, scale))
-    for a, b in zip(*results, strict=True):
+    image, text, scale = torch.randn(150, 12), torch.randn(170, 12), torch.tensor(6.0)
+    bias = torch.tensor(-2.0) if kind == "sigmoid" else None
+    ids = {"image_ids": torch.arange(150) % 40, "text_ids": torch.arange(170) % 50}
+    with running_on("triton-interpreted"):
+        expected = run(image, text, scale, bias, **ids)
+        monkeypatch.setattr(launcher, "ROWS", 64)
+        monkeypatch.setattr(launcher, "BLOCK_BYTES", 64 * 64 * 4)
+        monkeypatch.setattr(launcher, "capability", lambda x: 90 if copied else 80)
+        found = run(image, text, scale, bias, **ids)
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_16_bit_rows_stay_what_they_are(copied, normalize, monkeypatch):
+    """Rows of any length that float16 has, one of zeros, and gradients far below its range."""
+    pytest.importorskip("triton")
+    from ovseg_kernels.triton import contrastive_loss as launcher
+
+    monkeypatch.setattr(launcher, "capability", lambda x: 90 if copied else 80)
+    image, text = torch.randn(40, 9), torch.randn(30, 9)
+    if normalize:
+        image *= torch.logspace(-4, 4, 40)[:, None]
+        text[3] = 0
+    image, text = image.half(), text.half()
+    number = torch.tensor(5.0), torch.tensor(0.0)
+    nothing = (None, None, None)
+    options = (2, False, False, normalize)
+    wide = [x.double().requires_grad_() for x in (image, text)]
+    unit = [F.normalize(x, dim=1, eps=1e-12) if normalize else x for x in wide]
+    z = 5.0 * unit[0] @ unit[1].T
+    rows = torch.arange(40)[:28]
+    weight = torch.zeros(40, dtype=torch.float64).index_fill(0, rows, 1e-9)
+    loss = (weight[:28] * (z.logsumexp(1)[:28] - z[rows, rows + 2])).sum()
+    expected = torch.autograd.grad(loss, wide)
+    for backend in ("reference", "triton-interpreted"):
+        with running_on(backend):
+            inputs = (image, text, *number, *nothing)
+            found = torch.ops.ovseg.contrastive_stats(*inputs, *options)
+            torch.testing.assert_close(found[0][0].double(), z.logsumexp(1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found[1][0].double(), z.logsumexp(0), rtol=1e-5, atol=1e-5)
+            saved = *found, weight.float(), torch.zeros(30)
+            # Scaled as a loss is in 16 bits, so that the gradients are numbers of float16.
+            grad = torch.tensor(1e9 if normalize else 1e8)
+            found = torch.ops.ovseg.contrastive_loss_backward(
+                grad, *inputs, *saved, *options, True, True
+            )
+        for a, b in zip(found, expected, strict=False):
+            assert a.dtype == torch.float16
+            b = (b * float(grad)).half().double()  # where a row of zeros has infinities
+            some = b.isfinite().all(1) & (b.norm(dim=1) > 1e-2)
+            error = (a.double() - b).norm(dim=1) / b.norm(dim=1)
+            assert float(error[some].max()) < 4e-3 and int(some.sum()) > 10
 
 
 @on

@@ -4,7 +4,7 @@ widths; bad input.
 
 import pytest
 import torch
-from backends import device_of, dtypes, parameters, running_on
+from backends import COMPILED, device_of, dtypes, parameters, running_on
 from torch import nn
 
 import ovseg_kernels as ok
@@ -59,6 +59,8 @@ def test_inverse_std_keeps_its_digits_where_the_mean_is_large(rows, D, size, bac
     """A thousand times the deviation in float32, where E[y^2] - E[y]^2 has lost all digits of the
     variance. Groups that fill a tile of the kernel, that do not, and wider ones.
     """
+    if backend in COMPILED and size != 16:
+        pytest.skip("three kernels for each width and dtype")
     device = device_of(backend)
     noise, tokens = torch.randn(D, size) / size**0.5, 1 + 1e-3 * torch.randn(2, rows, D)
 

@@ -5,6 +5,7 @@ instructions from the machine code.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import struct
 import subprocess
@@ -91,7 +92,8 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
     """Return stages, operations and copied bytes of one turn of every loop that holds a product.
 
     The stages are 1 + the turns whose copies are started before the loop; 1 where a product waits
-    for loads of its own turn. Copies under a condition count as those of every turn.
+    for loads of its own turn. Copies under a condition count as those of every turn. ``inner`` is 0
+    for a loop around another one with products, whose own are not counted to it.
     """
     found: list[dict[str, int]] = []
     loops: list[dict[str, int]] = []
@@ -99,7 +101,8 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
     before = 0
     for line in ttgir.splitlines():
         if "scf.for" in line:
-            loops.append({"depth": depth, "before": before, "copies": 0, "bytes": 0, "flops": 0})
+            loop = {"depth": depth, "before": before, "copies": 0, "bytes": 0, "flops": 0}
+            loops.append({**loop, "inner": 1})
             before = 0
         depth += line.count("{") - line.count("}")
         if any(copy in line for copy in COPIES):
@@ -113,7 +116,10 @@ def product_loops(ttgir: str) -> list[dict[str, int]]:
             loop = loops.pop()
             if loop["flops"]:
                 ahead = loop["before"] // loop["copies"] if loop["copies"] else 0
-                found.append({"stages": 1 + ahead, "flops": loop["flops"], "bytes": loop["bytes"]})
+                kept = {name: loop[name] for name in ("inner", "flops", "bytes")}
+                found.append({"stages": 1 + ahead, **kept})
+                for outer in loops:
+                    outer["inner"] = 0
             before = 0
     return found
 
@@ -145,12 +151,13 @@ def _counted(part: list[tuple[int, str, int | None]]) -> dict[str, int]:
 
 
 def counts(sass: str) -> dict[str, dict[str, int]]:
-    """Return the instructions of one ``step`` of the main loop, of what it does once a ``tile``,
-    and of ``all`` of the kernel.
+    """Return the instructions of one ``step`` of the main loop, of what it does ``sometimes``, of
+    what it does once a ``tile``, and of ``all`` of the kernel.
 
     The main loop is the innermost one with the most products, or where none has any, the longest.
-    What is done once a tile is what a long jump within the loop passes over; where there is no such
-    jump, it is the rest of the loop around it, or of the kernel.
+    What branches within it pass over is done sometimes; a part of it that is a quarter of the loop
+    is the end of a tile, in a loop over the steps of all tiles. Where there is none, a tile is the
+    rest of the loop around it, or of the kernel.
     """
     code = instructions(sass)
     loops = [(target, at) for at, _, target in code if target is not None and target < at]
@@ -164,26 +171,41 @@ def counts(sass: str) -> dict[str, dict[str, int]]:
         if not any(other != loop and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
     ]
     if not innermost:
-        return {"step": _counted([]), "tile": _counted(code), "all": _counted(code)}
+        none = _counted([])
+        return {"step": none, "sometimes": none, "tile": _counted(code), "all": _counted(code)}
     found = {loop: _counted(inside(*loop)) for loop in innermost}
     main = max(innermost, key=lambda loop: (found[loop]["mma"], found[loop]["instructions"]))
-    step = found[main]
-    skipped = [
+    passed = [
         inside(at + 16, target - 16)
         for at, _, target in inside(*main)
         if target is not None and at < target <= main[1] + 16
     ]
-    tile = max(skipped, key=len, default=[])
-    if len(tile) >= step["instructions"] // 4:
-        tile_counts = _counted(tile)
-        step = {name: step[name] - tile_counts[name] for name in step}
-    else:
+    tile = max(passed, key=len, default=[])
+    if len(tile) < found[main]["instructions"] // 4:
+        tile = []
+    sometimes = {line for part in passed for line in part} - set(tile)
+    step = [line for line in inside(*main) if line not in sometimes and line not in tile]
+    if not tile:
         around = [loop for loop in loops if loop[0] <= main[0] and main[1] <= loop[1]]
         around.remove(main)
         outer = inside(*min(around, key=lambda loop: loop[1] - loop[0])) if around else code
-        whole = _counted(outer)
-        tile_counts = {name: whole[name] - step[name] for name in step}
-    return {"step": step, "tile": tile_counts, "all": _counted(code)}
+        tile = [line for line in outer if not main[0] <= line[0] <= main[1]]
+    return {
+        "step": _counted(step),
+        "sometimes": _counted(sorted(sometimes)),
+        "tile": _counted(tile),
+        "all": _counted(code),
+    }
+
+
+def write_counts(path: Path, found: list[dict]) -> None:
+    """Write counts of kernels, in place of what the file had of them, ordered by name."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    names = {row["kernel"] for row in found}
+    rows = [row for row in before if row["kernel"] not in names] + found
+    rows.sort(key=lambda row: (row["kernel"], row["case"]))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n")
 
 
 def machine_code(path: Path | str, tool: Path, arch: str = "") -> dict[str, str]:

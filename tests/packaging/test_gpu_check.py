@@ -172,6 +172,7 @@ def test_the_first_verb_compiles_no_library_and_goes_on_without(tmp_path):
     dry = DryRun(tmp_path, status=1, output="_C_cuda.so: not built")
     assert gpu_check.main("first", dry.place) == 1
     assert "no time to compile" in (tmp_path / "2026-01-01-first-build.jsonl").read_text()
+    assert "_C_cuda.so: not built" in (tmp_path / "2026-01-01-first-rates.jsonl").read_text()
     assert len(dry.jobs) > 20 and "setup.py" not in [
         word for job in dry.jobs for word in job.command
     ]

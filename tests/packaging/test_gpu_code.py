@@ -169,7 +169,9 @@ def test_every_kernel_is_compiled_for_every_architecture(usage):
     written = set()
     for path in [*ROOT.glob("csrc/*/*.cu"), *ROOT.glob("csrc/*/*.cuh")]:
         written |= set(
-            re.findall(r"__global__ void (?:__launch_bounds__\(\w+\)\s*)?(\w+)\(", path.read_text())
+            re.findall(
+                r"__global__ void (?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(", path.read_text()
+            )
         )
     assert len(written) >= 16
     for arch in ARCHS:
@@ -190,6 +192,10 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
                 128,
                 16 if kind_of(rest) == "double" else 0,
             )  # float64's division is a call
+        if kernel.endswith("_few_kernel"):
+            # 256 threads: 128 registers let two blocks share an SM. The backward is one on sm_80, whose
+            # shared memory holds no second, and where arithmetic is exact.
+            registers_allowed = 255 if "bwd" in kernel or kind_of(rest) == "double" else 128
         if kernel.endswith(
             "fwd_cancelled_kernel"
         ):  # for the few rows that cancel; two blocks on an SM are enough
@@ -423,7 +429,8 @@ def written_kernels():
 def test_every_triton_kernel_compiles_in_budget(triton_rows):
     for arch in (80, 90, 120):
         compiled = {row["kernel"] for row in triton_rows if row["arch"] == arch}
-        assert compiled == set(written_kernels()), arch
+        elsewhere = set() if arch == 90 else set(gpu_budget.HOPPER)
+        assert compiled == set(written_kernels()) - elsewhere, arch
     for row in triton_rows:
         shared = 227 if row["arch"] == 90 else 99  # KiB; sm_80 code serves 8.6 and 8.9 too
         assert row["shared"] <= shared * 1024, row
@@ -434,21 +441,21 @@ def test_every_triton_kernel_compiles_in_budget(triton_rows):
 
 
 def test_budgets_name_kernels_that_exist():
-    lists = (gpu_budget.TRITON_SPILLS, gpu_budget.SMALL_TILES, gpu_budget.FEW_PROGRAMS)
-    named = {kernel for these in lists for kernel in these}
+    names = ("TRITON_SPILLS", "SMALL_TILES", "RARE", "HOPPER", "FEW_PROGRAMS")
+    named = {kernel for name in names for kernel in getattr(gpu_budget, name)}
     assert named <= set(written_kernels()), named - set(written_kernels())
 
 
 def of_product_operator(kernel):
     """Whether products bound the operator of a kernel, which is not on the list of exceptions."""
     known = kernel.startswith(gpu_budget.PRODUCT_OPERATORS)
-    return known and kernel not in gpu_budget.SMALL_TILES
+    return known and kernel not in gpu_budget.SMALL_TILES | gpu_budget.RARE
 
 
 @pytest.mark.slow
 def test_products_have_tiles_for_the_hardware(triton_rows):
     """On sm_90, in 16 bits: wgmma of 64 x 128 at least for most of what is multiplied, tiles copied
-    by descriptor, and 64 operations for each byte from L2 in every loop.
+    by descriptor, and 64 operations for each byte from L2.
     """
     for row in triton_rows:
         hot = row["arch"] == 90 and row["case"].startswith(("bfloat16", "float16"))
@@ -458,8 +465,12 @@ def test_products_have_tiles_for_the_hardware(triton_rows):
         wide = sum(n for shape, n in columns.items() if is_wide(shape))
         assert 0 < sum(columns.values()) <= 2 * wide, row
         assert row["tma"] and "4" not in row["copies"], row
-        for loop in row["loops"]:
-            assert loop["flops"] >= gpu_budget.FLOPS_PER_BYTE * loop["bytes"], row
+        turns = [gpu_budget.CHANNELS if loop["inner"] else 1 for loop in row["loops"]]
+        flops, size = (
+            sum(n * loop[name] for n, loop in zip(turns, row["loops"], strict=True))
+            for name in ("flops", "bytes")
+        )
+        assert flops >= gpu_budget.FLOPS_PER_BYTE * size, row
 
 
 def is_wide(shape):
@@ -471,11 +482,13 @@ def is_wide(shape):
 @pytest.mark.slow
 def test_the_model_counts_these_kernels(triton_rows):
     """benchmarks/gpu_counts.json is made anew, by the gate's option --counts, where code changes."""
-    size = {(row["kernel"], row["case"]): row["size"] for row in triton_rows if row["arch"] == 90}
+    sizes = defaultdict(set)
+    for row in triton_rows:
+        sizes[row["kernel"], row["case"], row["arch"]].add(row["size"])
     for row in json.loads((ROOT / "benchmarks" / "gpu_counts.json").read_text()):
-        found = size.get((row["kernel"], row["case"]), 0)
-        if "gate" in row["from"]:
-            assert abs(found - row["size"]) <= row["size"] // 5, (row, found)
+        if row["arch"] == 90:
+            found = sizes[row["kernel"], row["case"], row["arch"]]
+            assert any(abs(size - row["size"]) <= row["size"] // 5 for size in found), (row, found)
 
 
 @pytest.mark.slow
@@ -498,7 +511,7 @@ def test_launches_fill_a_gpu_at_the_stated_shapes():
 def test_triton_products_are_what_they_should_be(triton_rows):
     """16-bit inputs go to tensor cores; exact float32 never rounds to tf32; addresses are 64-bit."""
     for row in triton_rows:
-        if "patch_text" not in row["kernel"]:
+        if "patch_text" not in row["kernel"] or not row["stages"]:
             continue
         if row["case"].startswith(("bfloat16", "float16")):
             assert row["tensor_core"] in ("mma", "wgmma"), row
@@ -521,15 +534,14 @@ def test_triton_rows_are_copied_while_products_run(triton_rows):
         assert "1" not in row["loads"] or re.search("masked|pairs", row["case"]), (
             row
         )  # masks are bytes
-        assert all(count >= 2 for count in row["stages"]), row
-        turned = (
-            row["tensor_core"] == "wgmma" and row["tf32"]
-        )  # such operands are turned on their way, four bytes at a time
-        assert (
-            not row["stages"] or row["copies"].get("16") or (turned and row["copies"].get("4"))
-        ), row
+        rare = row["kernel"] in gpu_budget.RARE
+        assert rare or all(count >= 2 for count in row["stages"]), row
+        # Such operands are turned on their way, four bytes at a time.
+        turned = row["tensor_core"] == "wgmma" and row["tf32"] and row["copies"].get("4")
+        assert not row["stages"] or row["tma"] or row["copies"].get("16") or turned, row
         products |= {row["kernel"]} if row["stages"] else set()
-    product = r"_dot\(|tl\.dot\(|_scores\(|_cosines\(|_pooled\(|_logits\("
+    parts = "dot|scores|cosines|products|pooled|similarities|projected"
+    product = rf"\b(?:_(?:{parts})|tl\.dot)\("
     written = {name for name, body in written_kernels().items() if re.search(product, body)}
     assert products == written and len(products) >= 15
 

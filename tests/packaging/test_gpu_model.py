@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from native_build import ROOT
 
 from benchmarks import gpu_model, gpu_passes
 from benchmarks.gpu_model import Before, Device, Pass, Work
-from ovseg_kernels import _library
+from ovseg_kernels import _library, _selection
 
 # Round numbers, for arithmetic by hand.
 ROUND = Device(
@@ -98,3 +99,15 @@ def test_tables_say_that_they_are_a_model(monkeypatch, capsys, tmp_path):
     gpu_model.main()
     printed = capsys.readouterr().out
     assert "rates of rates.jsonl" in printed and "no GPU has run this" not in printed
+
+
+def test_the_page_shows_what_the_model_says():
+    """docs/gpu.md: the table of times, and what answers each pass, as the library chooses it."""
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    table = gpu_model.table(gpu_passes.passes(), [gpu_model.H100, gpu_model.H200])
+    assert table in page, f"docs/gpu.md has another table than the model:\n{table}"
+    names = {"cuda": "CUDA", "triton": "Triton"}
+    for schema, rules in _selection.TABLE.items():
+        first = next(rule for rule in rules if not rule.float64).order[0]
+        assert f"| `{schema}` | {names[first]} |" in page, schema
+    assert "No GPU has run any of this" in page[:200]

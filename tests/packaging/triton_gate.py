@@ -15,6 +15,7 @@ numbers, of the sizes at which the operators are judged, and nothing is compiled
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -42,7 +43,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED = {80: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 SMS = 132  # of an H100 and of an H200
 FULL = 90  # compiles everything
-FORMS = 2  # of a kernel that the other targets compile
+FORMS = 2  # of a kernel that the other targets compile, the hot ones first
 seen: set[str] = set()
 forms: Counter[tuple[int, str]] = Counter()
 
@@ -51,7 +52,7 @@ class Case(NamedTuple):
     """A call of a launcher."""
 
     label: str
-    hot: bool  # in the dtype that the operator is used in: for every target
+    hot: bool  # in the dtype that the operator is used in
     launch: Callable
     arguments: tuple
 
@@ -92,7 +93,7 @@ def facts(compiled) -> dict:
         "global_int64": any(name in ptx for name in ("mul.wide", "mul.lo.s64", "mad.lo.s64")),
         "loads": compiled_code.global_loads(ptx),
         "copies": compiled_code.asynchronous_copies(ptx),
-        "stages": [loop["stages"] for loop in loops],
+        "stages": [loop["stages"] for loop in loops if loop["inner"]],
         "loops": loops,
         "size": compiled_code.code_size(cubin),
         **compiled_code.resources(cubin, CUOBJDUMP),
@@ -148,13 +149,20 @@ class Notebook:
         print(json.dumps(row), flush=True)
 
 
-def device_has(shared: int) -> None:
-    """Lets every launcher see a device of ``shared`` bytes and of SMS multiprocessors."""
+def device_has(arch: int) -> None:
+    """Lets every launcher see a device of this capability."""
+    known = {
+        "capability": arch,
+        "shared_memory": SHARED[arch],
+        "multiprocessors": SMS,
+        "processors": SMS,
+        "hopper": arch == 90,
+    }
     for module in pkgutil.iter_modules(ovseg_kernels.triton.__path__):
         launcher = importlib.import_module(f"ovseg_kernels.triton.{module.name}")
-        for name, value in (("shared_memory", shared), ("multiprocessors", SMS)):
+        for name, value in known.items():
             if hasattr(launcher, name):
-                setattr(launcher, name, lambda x, value=value: value)
+                setattr(launcher, name, lambda _, value=value: value)
 
 
 def in_place_of_launches(stand_in: Compiler | Notebook) -> None:
@@ -267,11 +275,12 @@ def features_loss(dtype, sigmoid, positives):
 def features_loss_at(B, D):
     from ovseg_kernels.triton import contrastive_loss as op
 
-    features, one = torch.empty(B, D, device="meta"), torch.empty((), device="meta")
+    features = torch.empty(B, D, dtype=torch.bfloat16, device="meta")
+    one = torch.empty((), device="meta")
     inputs = (features, features, one, one, None, None, None)
-    rows, columns = op.stats(*inputs, 0, False, True)
-    weights = rows[0], columns[0]
-    op.backward(one, *inputs, rows, columns, *weights, 0, False, True, True, True)
+    options = (0, False, False, True)
+    rows, columns = op.stats(*inputs, *options)
+    op.backward(one, *inputs, rows, columns, rows[0], columns[0], *options, True, True)
 
 
 def dense(dtype, sampling, ids):
@@ -287,64 +296,6 @@ def dense(dtype, sampling, ids):
     index = torch.zeros(B, 96, dtype=torch.int64)
     similarity, unit = op.gather(pixels, texts, index, 32)
     op.backward(similarity, unit, pixels, texts, index, index.flatten(), 32, True, True)
-
-
-def upsampling(dtype, whole):
-    from ovseg_kernels.triton import upsample_argmax as op
-
-    logits, table = torch.randn(1, 150, 32, 32, dtype=dtype), torch.arange(150)
-    bias = logits[0, :, 0, 0].contiguous()
-    op.forward(
-        logits,
-        *(
-            (bias, table, 512, 512, 0.5, 255, 2, True)
-            if whole
-            else (None, None, 512, 512, None, 255, 0, False)
-        ),
-    )
-
-
-def window_labels(dtype, activation, stage, tables):
-    from ovseg_kernels.triton import window_argmax as op
-
-    values, origins = (
-        torch.randn(*((2, 8, 171) if tables else (2, 171, 32, 32)), dtype=dtype),
-        torch.zeros(2, 2, dtype=torch.int64),
-    )
-    index, bias = (
-        torch.zeros(2, 512, 512, dtype=torch.int16) if tables else None,
-        torch.zeros(171, dtype=dtype),
-    )
-    some = (bias, torch.arange(171)) if stage == 1 else (None, None)
-    op.forward(
-        values,
-        index,
-        origins,
-        *some,
-        512,
-        512,
-        512,
-        683,
-        480,
-        640,
-        activation,
-        stage,
-        0.5 if stage else None,
-        255,
-        2,
-        stage == 1,
-    )
-
-
-def mask_loss(dtype, gamma):
-    from ovseg_kernels.triton import upsample_mask_loss as op
-
-    logits, codes = (
-        torch.randn(2, 156, 32, 32, dtype=dtype),
-        torch.zeros(2, 512, 512, dtype=torch.int32),
-    )
-    _, dice, _, sums = op.forward(logits, codes, 0.25, gamma)
-    op.backward(dice, dice, logits, codes, sums, 0.25, gamma)
 
 
 def philox():
@@ -389,8 +340,8 @@ def cases() -> Iterator[Case]:
                 label = f"{name} assignment, noise {noise}{' masked' if masked else ''}"
                 yield Case(label, hot, assignment, (dtype, hard, noise, masked))
         yield Case(f"{name} inverse standard deviation", hot, inverse_std, (dtype,))
-    for name, dtype, hot in dtypes("float32", "float64"):
-        for sigmoid, positives in ((False, ""), (True, "ids"), (False, "list"), (True, "list")):
+    for name, dtype, hot in dtypes("bfloat16", "float16", "float32", "float64"):
+        for sigmoid, positives in ((False, ""), (True, ""), (False, "list"), (True, "list")):
             kind = f"{' sigmoid' if sigmoid else ''}{positives and ' '}{positives}"
             yield Case(f"{name} contrastive{kind}", hot, features_loss, (dtype, sigmoid, positives))
     for name, dtype, hot in dtypes("bfloat16", "float32", "float64"):
@@ -398,22 +349,6 @@ def cases() -> Iterator[Case]:
             if name != "float64" or sampling == 0:
                 label = f"{name} dense, sampling {sampling}{' ids' if ids else ''}"
                 yield Case(label, hot, dense, (dtype, sampling, ids))
-    for name, dtype, hot in dtypes("float32", "float64"):
-        for whole in (False, True):
-            label = f"{name} upsampling{' with all options' if whole else ''}"
-            yield Case(label, hot, upsampling, (dtype, whole))
-        for activation, stage, tables in (
-            (0, 0, True),
-            (1, 0, False),
-            (2, 0, False),
-            (2, 1, True),
-            (2, 2, False),
-        ):
-            label = f"{name} windows, activation {activation} at {stage}"
-            arguments = (dtype, activation, stage, tables)
-            yield Case(f"{label}{' tables' if tables else ''}", hot, window_labels, arguments)
-        for gamma in (2.0, 1.5):
-            yield Case(f"{name} mask loss, gamma {gamma}", hot, mask_loss, (dtype, gamma))
     yield Case("philox", True, philox, ())
 
 
@@ -431,23 +366,25 @@ def main() -> None:
     options.add_argument("--shapes", action="store_true", help="programs at the stated shapes")
     asked = options.parse_args()
     if asked.shapes:
-        device_has(SHARED[FULL])
+        device_has(FULL)
+        # It knows no device without numbers.
+        torch.autocast = lambda *_, **__: contextlib.nullcontext()
         in_place_of_launches(notebook := Notebook())
         for case in stated_shapes():
             notebook.case = case
             case.launch(*case.arguments)
         return
     for arch in asked.targets:
-        device_has(SHARED[arch])
+        device_has(arch)
         in_place_of_launches(compiler := Compiler(arch, asked.only))
         compiler.counts = [] if asked.counts else None
         for case in cases():
-            if case.hot or arch == FULL:
+            checking = case.label.startswith(("float16", "float64"))
+            if case.hot or not (asked.counts or (checking and arch != FULL)):
                 compiler.case = case
                 case.launch(*case.arguments)
         if compiler.counts is not None:
-            lines = ",\n".join(json.dumps(counted) for counted in compiler.counts)
-            Path(asked.counts).write_text(f"[\n{lines}\n]\n")
+            compiled_code.write_counts(Path(asked.counts), compiler.counts)
 
 
 if __name__ == "__main__":
