@@ -35,7 +35,7 @@ _EXACT_PRODUCTS = Rule(
 )
 _BIG_PRODUCTS = Rule(
     ("triton",),
-    "products bound by tensor cores and L2: Triton's tiles of 128 x 128, and the library's products",
+    "products bound by tensor cores and L2: tiles of 128 x 128 in Triton, and library products",
 )
 _ONE_READ = Rule(
     ("cuda", "triton"),
