@@ -8,6 +8,7 @@ and so is the copy of the flags to the host.
 
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import emulation
 import pytest
@@ -158,6 +159,9 @@ def test_kernels_of_a_call_on_triton(op, monkeypatch):
 
         monkeypatch.setattr(JITFunction, "run", launch)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    h100 = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     with unreadable_device(monkeypatch):
         sample = MAKERS[op](torch.float32, "cuda")[0]
         found = count(sample, counting, lambda out, tensors: backward(out))
