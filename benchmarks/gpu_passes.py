@@ -361,15 +361,15 @@ def dense_contrastive_loss(B: int = 128, N: int = 784, D: int = 512) -> Iterable
         "cuda",
         shape,
         (
-            Work("row_norms", memory=pixels),
-            # The texts are float32: a high and a low half of 16 bits.
+            Work("dense_contrastive_loss_select_norms_kernel", memory=pixels),
+            # The texts are float32: a high and a low half of 16 bits, whose products are added
+            # where they are read.
             library(2 * product, pixels + 2 * similarities),
-            Work("dense_contrastive_loss_select_kernel", memory=similarities, launches=2),
+            Work("dense_contrastive_loss_select_best_kernel", memory=2 * similarities, launches=2),
             Work("dense_contrastive_loss_fwd_gather_kernel", memory=gathered),
         ),
         bytes=pixels,
         before=(Before("cuda", 0.9, 0.9), Before("triton", 1.5, 2.0)),
-        merged=False,
     )
     yield Pass(
         "dense_contrastive_loss",

@@ -29,7 +29,8 @@ Dtypes   pixels float32, float64, float16, bfloat16; texts the same or float32; 
 Noise    pixel x of text j takes Philox number j B N + x (ovseg_kernels/philox.py).
 Cost     one product 2 T B N D forward; nothing dense backward but the zeros of d pixels. Stored: 2
   T (k_pos + k_neg) numbers, and T k_pos D for pixel_to_text; while selecting, T lists for each
-  thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton).
+  thread (CPU), or the similarities of a chunk of pixels (CUDA, Triton); twice the product for
+  16-bit pixels on CUDA, whose texts are two 16-bit halves.
 Errors   ValueError for ranks, sizes, devices, k_pos or k_neg below 1 (more than B N is B N),
   temperatures below 1e-15, one id vector without the other, B != T without ids, a noisy sampling
   without rng or rng without one; TypeError for dtypes and layouts. A NaN similarity is chosen

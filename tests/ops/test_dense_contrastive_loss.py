@@ -182,9 +182,8 @@ def test_full_lists_and_chunks_of_the_emulated_launcher(limit, sampling):
     "backend", parameters(("cpu", "cuda-emulated", "cuda"), of="dense_contrastive_loss")
 )
 def test_16_bit_pixels_meet_texts_of_twice_as_many_bits(dtype, backend):
-    """Wherever similarities differ by more than 1e-5 the better pixel is selected: texts rounded to
-    16 bits, or to tf32, would be off by a hundred times that. In several chunks, and of strided
-    pixels.
+    """Wherever similarities differ by more than 1e-5 the better pixel is selected: those of texts in
+    bfloat16 would be off by a hundred times that. In several chunks, and of strided pixels.
     """
     B, N, D, T, k = 2, 700, 48, 3, 60
     device = device_of(backend)
