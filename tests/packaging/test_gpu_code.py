@@ -157,7 +157,8 @@ def kind_of(rest: str) -> str:
 
 
 # Registers of 128 threads: 168 lets three blocks share an SM, 255 two. Stack is what spilled.
-BUDGET = {"tensor core": (168, 96), "float": (255, 96), "double": (255, 128)}
+SPILLED = gpu_budget.SPILLED
+BUDGET = {"tensor core": (168, SPILLED), "float": (255, SPILLED), "double": (255, 128)}
 SMALL = (
     "norms_kernel",
     "finish_kernel",
@@ -181,7 +182,7 @@ def test_every_kernel_is_compiled_for_every_architecture(usage):
                 r"__global__ void (?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(", path.read_text()
             )
         )
-    assert len(written) >= 16
+    assert len(written) >= 16 and set(gpu_budget.CUDA_SPILLS) <= written
     for arch in ARCHS:
         assert {kernel for (kernel, _), by_arch in usage.items() if arch in by_arch} == written
 
@@ -191,6 +192,7 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
     over = []
     for (kernel, rest), by_arch in usage.items():
         registers_allowed, stack_allowed = BUDGET[kind_of(rest)]
+        stack_allowed = max(stack_allowed, gpu_budget.CUDA_SPILLS.get(kernel, (0, ""))[0])
         if kernel.endswith(SMALL) and "pooled" not in kernel:
             registers_allowed, stack_allowed = 64, 0
         if kernel.endswith(
