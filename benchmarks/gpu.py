@@ -29,7 +29,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 import ovseg_kernels as ok
-from ovseg_kernels._backends import lacks
+from ovseg_kernels._backends import lacks, select
 
 from . import lines, registry
 from .contrastive_baselines import CannotRun
@@ -80,6 +80,23 @@ class Planned:
         return f"{self.at} {self.label}"
 
 
+def answers(op: str, device: str) -> dict[str, str]:
+    """Return every pass of an operator with the backend that answers it there, as things are."""
+    return {x.name: x.backend for x in select(op, torch.device(device)).passes}
+
+
+def mixed(op: str, backends: Sequence[str]) -> bool:
+    """Return whether what answers by itself on a GPU is none of the backends that are forced."""
+    if not set(backends) <= {"cuda", "triton"}:
+        return False
+    forced = []
+    for name in backends:
+        if not lacks(op, name):
+            with ok.backend(name):
+                forced.append(answers(op, "cuda"))
+    return answers(op, "cuda") not in forced
+
+
 def plan(cases: Sequence[Case], backends: Sequence[str]) -> Iterator[Planned]:
     """Yield every row in the order in which it is measured."""
     pairs = [(case, dtype) for case in cases for dtype in case.dtypes]
@@ -89,6 +106,9 @@ def plan(cases: Sequence[Case], backends: Sequence[str]) -> Iterator[Planned]:
             for case, dtype in pairs
             if not lacks(case.op, backend)
         )
+    yield from (
+        Planned(case, dtype, FUSED, "auto") for case, dtype in pairs if mixed(case.op, backends)
+    )
     others = [(case, list(registry.implementations(case))) for case in cases]
     yield from (
         Planned(case, dtype, "eager")
@@ -374,6 +394,9 @@ def run(
         file.start(p.key, **{name: row[name] for name in ("op", "case", "dtype", "implementation")})
         print(p.key, flush=True)  # a sign of life for whoever watches
         try:
+            if p.backend:
+                with ok.backend(p.backend):
+                    row["passes"] = answers(p.case.op, device.torch_name)
             row |= MEASURES[measure](bench, p)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INCHES_A_LINE = 0.19
-COLORS = {"ovseg (cuda)": "#1f5fa8", "ovseg (triton)": "#5aa0dc", "eager": "#9a9a9a"}
+COLORS = {
+    "ovseg (cuda)": "#1f5fa8",
+    "ovseg (triton)": "#5aa0dc",
+    "ovseg (auto)": "#123a66",
+    "eager": "#9a9a9a",
+}
 OTHER = "#d08a3c"  # other packages, and other ways to write it
 MARKS = {"host_us": ("|", "host alone"), "wall_us": ("o", "wall"), "replay_us": ("D", "in a graph")}
 

@@ -33,6 +33,10 @@ _EXACT_PRODUCTS = Rule(
     "float64, for which Triton has no tiles of tensor cores",
     float64=True,
 )
+_BIG_PRODUCTS = Rule(
+    ("triton",),
+    "products bound by tensor cores and L2: tiles of 128 x 128 in Triton, and library products",
+)
 _ONE_READ = Rule(
     ("cuda", "triton"),
     "bound by memory: CUDA reads every element once, in 16 bytes, whatever the sizes",
@@ -46,7 +50,7 @@ _LISTS = Rule(
     "lists in shared memory: CUDA keeps the best of a row without sorting chunks",
 )
 _PIXELS = Rule(
-    ("cuda", "triton"),
+    ("cuda",),
     "bound by instructions: CUDA works out places and weights outside of the loop over classes",
 )
 
@@ -54,8 +58,8 @@ _PIXELS = Rule(
 TABLE: dict[str, tuple[Rule, ...]] = {
     "patch_text_similarity": (_EXACT_PRODUCTS, _PRODUCTS),
     "patch_text_similarity_backward": (_EXACT_PRODUCTS, _PRODUCTS),
-    "contrastive_stats": (_EXACT_PRODUCTS, _PRODUCTS),
-    "contrastive_loss_backward": (_EXACT_PRODUCTS, _PRODUCTS),
+    "contrastive_stats": (_BIG_PRODUCTS,),
+    "contrastive_loss_backward": (_BIG_PRODUCTS,),
     "similarity_contrastive_stats": (_ONE_READ,),
     "similarity_contrastive_loss_backward": (_ONE_READ,),
     "center_assignment": (_ONE_READ,),
@@ -66,7 +70,9 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "dense_contrastive_gather": (_ONE_READ,),
     "dense_contrastive_gather_backward": (_ONE_READ,),
     "upsample_argmax": (_PIXELS,),
+    "upsample_argmax_flagging": (_PIXELS,),
     "window_argmax": (_PIXELS,),
+    "window_argmax_flagging": (_PIXELS,),
     "upsample_mask_loss": (_PIXELS,),
     "upsample_mask_loss_backward": (_PIXELS,),
 }

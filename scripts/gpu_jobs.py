@@ -51,9 +51,6 @@ TRITON_KERNELS = (
     "patch_text_similarity_",
     "contrastive_loss_",
     "center_assignment_",
-    "upsample_argmax_",
-    "upsample_mask_loss_",
-    "window_argmax_",
     "philox_kernel",
     "row_norms_kernel",
 )

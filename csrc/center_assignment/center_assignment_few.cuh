@@ -26,7 +26,7 @@ template <typename K>
 struct FewArgs : CenterArgs<K> {
   using A = typename K::A;
   FewPlan plan;
-  bool whole_keys, whole_values;  // rows of 16 bytes at multiples of 16
+  bool whole_keys, whole_values;  // rows are pieces of 16 bytes at multiples of 16
   bool whole_d_keys, whole_d_values;
 };
 
@@ -60,23 +60,22 @@ struct FewBlock {
   __device__ T* slot(int i) const { return slots + i % kFewSlots * kTokens * x.plan.pitch; }
 
   // Rows l0 .. of an image into shared memory; zero where masked, past the end, and up to a multiple of 16 channels.
-  __device__ void fill(T* to, const T* from, const int64_t (&strides)[3], int l0, int64_t rows, int count,
-                       int64_t width, const bool* keep, bool whole) const {
+  __device__ void fill(T* to, const T* from, const int64_t (&strides)[3], int l0, int rows, int count, int width,
+                       const bool* keep, bool whole) const {
     constexpr int kPart = 16 / sizeof(T);
-    const int padded = static_cast<int>(round_up(width, 16));
+    const int padded = (width + 15) / 16 * 16, lane = threadIdx.x % 32;
     for (int row = threadIdx.x / 32; row < count; row += kFewWarps) {
       const int64_t l = l0 + row;
       const bool any = l < rows && (!keep || keep[l * x.p.mask_strides[1]]);
       T* shared = to + row * x.plan.pitch;
       const T* global = from + (any ? l * strides[1] : 0);
       if (whole) {
-#pragma unroll 1
-        for (int i = threadIdx.x % 32 * kPart; i < padded; i += 32 * kPart) {
-          const int64_t left = any ? (width - i) * static_cast<int64_t>(sizeof(T)) : 0;
-          copy_async(shared + i, left > 0 ? global + i : from, left > 16 ? 16 : left > 0 ? static_cast<int>(left) : 0);
+        for (int i = lane * kPart; i < padded; i += 32 * kPart) {
+          const bool inside = any && i < width;
+          copy_async(shared + i, inside ? global + i : from, inside ? 16 : 0);
         }
       } else {
-        for (int i = threadIdx.x % 32; i < padded; i += 32) {
+        for (int i = lane; i < padded; i += 32) {
           shared[i] = any && i < width ? global[i * strides[2]] : from_float<T>(0.0f);
         }
       }
@@ -110,10 +109,10 @@ struct FewBlock {
 
   // partial = products of all tokens of a tile with all centers, rows of X `pitch` apart.
   template <typename X>
-  __device__ void scores(const T* tile, const X* centers, int pitch, int64_t width, A* out) const {
+  __device__ void scores(const T* tile, const X* centers, int pitch, int width, A* out) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (K::Score::tensor) {
-      const int group = lane / 4, pair = lane % 4 * 2, depth = static_cast<int>(round_up(width, 16));
+      const int group = lane / 4, pair = lane % 4 * 2, depth = (width + 15) / 16 * 16;
       float c[4] = {};
 #pragma unroll 2
       for (int k = 16 * warp; k < depth; k += 16 * kFewWarps) {
@@ -137,7 +136,7 @@ struct FewBlock {
     } else {
       if (warp >= kTokens) return;
       A sums[kFewCenters] = {};
-      const int depth = static_cast<int>(round_up(width, 4));
+      const int depth = (width + 3) / 4 * 4;
 #pragma unroll 1
       for (int k = 4 * lane; k < depth; k += 128) {
         const auto v = *reinterpret_cast<const Pack<A, 4>*>(tile + warp * x.plan.pitch + k);
@@ -185,14 +184,17 @@ struct FewBlock {
   }
 
   // sums[g, channel] += weights[token, g] tile[token, channel]; which sums a thread has: channel_of and center_of.
-  __device__ void pool(const T* tile, const A* weight, int64_t width, A (&sums)[kFewSums]) const {
+  // Weights that are 0, 1 or NaN are `plain`: they are what 16 bits hold.
+  __device__ void pool(const T* tile, const A* weight, bool plain, int width, A (&sums)[kFewSums]) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if constexpr (K::Score::tensor) {
-      FragmentB factors[2];
+      FragmentB factors[2], whole;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         const A* at = weight + (8 * part + lane % 4 * 2) * kFewCenters + lane / 4;
         factors[part] = rounded(at[0], at[kFewCenters]);
+        const Pack<T, 2> pair = {{from_float<T>(at[0]), from_float<T>(at[kFewCenters])}};
+        whole.x[part] = *reinterpret_cast<const uint32_t*>(&pair);
       }
 #pragma unroll
       for (int i = 0; i < kFewSums / 4; ++i) {
@@ -201,8 +203,12 @@ struct FewBlock {
         FragmentA a;
         load_matrices<true>(a.x, tile + (lane % 8 + lane / 16 * 8) * x.plan.pitch + channel + lane / 8 % 2 * 8);
         float (&c)[4] = *reinterpret_cast<float (*)[4]>(sums + 4 * i);
+        if (plain) {
+          mma<T>(c, a, whole);
+        } else {
 #pragma unroll
-        for (int part = 0; part < 2; ++part) mma<float>(c, widened(a, part), factors[part]);
+          for (int part = 0; part < 2; ++part) mma<float>(c, widened(a, part), factors[part]);
+        }
       }
     } else {
       const int channel = 4 * threadIdx.x;
@@ -274,7 +280,7 @@ struct FewBlock {
   }
   // Writes to the tokens from l0 on what add(channel, registers) adds up, 16 bytes at a time where rows are `whole`.
   template <typename Add>
-  __device__ void spread(T* out, int l0, int64_t width, bool whole, const Add& add) const {
+  __device__ void spread(T* out, int l0, int width, bool whole, const Add& add) const {
     constexpr int kNear = K::Score::tensor ? 8 : 4, kRows = kFewSums / kNear;  // channels and tokens of a thread
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = K::Score::tensor ? 32 * warp : 4 * static_cast<int>(threadIdx.x);
@@ -384,9 +390,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) center_assignment_fwd_few_kern
       count += block.weights[threadIdx.x];
     }
     __syncthreads();
-    block.pool(x.plan.same ? keys : block.next(true), block.weights, p.E, sums);
+    block.pool(x.plan.same ? keys : block.next(true), block.weights, p.hard, p.E, sums);
   }
-  wait_copies<0>();
   const A total = centers_total(block, count);
   if (threadIdx.x < p.G) {
     block.weights[threadIdx.x] = total;
@@ -465,7 +470,7 @@ __global__ void __launch_bounds__(kFewThreads, K::Score::tensor ? kFewBackward :
       weights[threadIdx.x] = pair.weight(p.hard, pair.keep ? p.index[b * p.L + l] : -1);
     }
     __syncthreads();
-    if (p.grad_queries) block.pool(keys, dz, p.D, sums);
+    if (p.grad_queries) block.pool(keys, dz, false, p.D, sums);
 #pragma unroll 1
     for (int of_values = 0; of_values < 2; ++of_values) {
       T* out = static_cast<T*>(of_values ? p.grad_values : p.grad_keys);
@@ -481,7 +486,6 @@ __global__ void __launch_bounds__(kFewThreads, K::Score::tensor ? kFewBackward :
       block.start(block.piece);
     }
   }
-  wait_copies<0>();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.G;
   const A total = centers_total(block, bias);
   if (p.grad_bias && threadIdx.x < p.G) (plan.splits > 1 ? x.counts : p.grad_bias)[first + threadIdx.x] = total;
@@ -517,12 +521,12 @@ FewArgs<K> few_arguments(const CenterCuda<typename K::A>& x, bool backward) {
   static_cast<CenterArgs<K>&>(args) = arguments<K>(x, backward);
   args.plan = few_plan(p, backward);
   auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  auto whole = [&](const void* at, const int64_t (&strides)[3]) {
+  auto whole = [&](const void* at, const int64_t (&strides)[3], int64_t width) {
     constexpr int64_t kPart = 16 / sizeof(T);
-    return aligned(at) && strides[2] == 1 && strides[1] % kPart == 0 && strides[0] % kPart == 0;
+    return aligned(at) && width % kPart == 0 && strides[2] == 1 && strides[1] % kPart == 0 && strides[0] % kPart == 0;
   };
   constexpr int64_t kNear = K::Score::tensor ? 8 : 4;  // of FewBlock::spread
-  args.whole_keys = whole(p.keys, p.key_strides), args.whole_values = whole(p.values, p.value_strides);
+  args.whole_keys = whole(p.keys, p.key_strides, p.D), args.whole_values = whole(p.values, p.value_strides, p.E);
   args.whole_d_keys = p.D % kNear == 0 && aligned(p.grad_keys);
   args.whole_d_values = p.E % kNear == 0 && aligned(p.grad_values);
   return args;

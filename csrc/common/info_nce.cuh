@@ -1,4 +1,4 @@
-// The gradient of the symmetric InfoNCE loss by one logit: contrastive_loss (5), similarity_contrastive_loss (4).
+// The gradient of the symmetric InfoNCE loss by one logit: similarity_contrastive_loss (4).
 #pragma once
 #include "device.cuh"
 
@@ -14,13 +14,10 @@ struct InfoNceSide {
   __device__ static InfoNceSide of(const A* weights, const A* statistics, int64_t i, int64_t n) {
     return {weights[i], statistics[i], statistics + 2 * n + i};
   }
-  __device__ A gradient(A z, bool positive) const {
-    if (weight == A(0)) return A(0);  // it has no positive, and may have no finite log-sum-exp
-    const A attracted = weight * exp(z - log_sum_exp);
-    return positive ? attracted - weight / *positives : attracted;
+  // The two terms of the gradient; the second where the weight of the pair is not 0.
+  __device__ A of_softmax(A z) const {
+    return weight == A(0) ? A(0) : weight * exp(z - log_sum_exp);  // no positive, and perhaps no finite log-sum-exp
   }
-  // The two terms of a gradient whose positives have weights; the second where that of the pair is not 0.
-  __device__ A of_softmax(A z) const { return gradient(z, false); }
   __device__ A of_target(A positive) const { return weight * (positive / *positives); }
 };
 

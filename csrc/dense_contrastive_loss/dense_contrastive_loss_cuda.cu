@@ -1,8 +1,11 @@
 // dense_contrastive_loss on CUDA, sm_80 and newer. Selection: similarities of a chunk of pixels with all texts go
 // through memory, a product that fills the GPU whatever the number of texts; then one block a text walks its row of
 // them and keeps what beats the worst of its best, sorted whenever its room is full. The order of candidates is total,
-// so the result depends on neither chunks nor threads. Similarities of 16-bit pixels are tf32 products, others exact.
+// so what is selected of the similarities depends on neither chunks nor threads. Those of 16-bit pixels are a library's
+// product with texts of twice as many bits, in two halves; others are exact.
 // Equation numbers: ovseg_kernels/ops/dense_contrastive_loss.py.
+#include <type_traits>
+
 #include "../common/block.cuh"
 #include "../common/device_workspace.h"
 #include "../common/philox.h"
@@ -12,11 +15,12 @@
 namespace ovseg {
 namespace {
 
-template <typename P_, typename T_>
+template <typename T_>
 struct DenseKind {
-  using P = P_;
   using T = T_;
-  using A = typename P_::Sum;
+  using A = std::conditional_t<std::is_same_v<T_, double>, double, float>;
+  using P = Exact<A>;
+  static constexpr bool kHalves = sizeof(T_) == 2;  // the similarities are a library's product
 };
 
 constexpr unsigned kSelectThreads = 256;
@@ -50,8 +54,12 @@ struct Selection {
   int64_t first, count;  // pixels of this chunk
   bool own_only;         // similarities of texts with their own images suffice
   A* inverse;            // [B N]
-  A* similarity;         // [T, chunk]
+  A* similarity;         // [T, chunk], of the kernel below
   A* lowest;             // [T]
+  // What the selection reads: rows of texts, `pitch` apart; with halves the rows of the lower ones come `lower` behind
+  // those of the higher, and the lengths of the pixels are still to be divided by.
+  const A* read;
+  int64_t pitch, lower;
 
   // Of the positives, or of the negatives.
   struct Side {
@@ -85,6 +93,17 @@ __device__ typename K::A inverse_norm(const DenseParams<typename K::A>& p, int64
   using A = typename K::A;
   const A norm = warp_norm<A>(row_of<K>(p, index), p.strides[2], p.D);
   return A(1) / (norm < A(1e-12) ? A(1e-12) : norm);
+}
+
+// The texts as the sum of two numbers of the pixels' type: the higher halves, and then what they leave.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    dense_contrastive_loss_select_halves_kernel(const float* texts, T* halves, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const T high = from_float<T>(texts[i]);
+  halves[i] = high;
+  halves[count + i] = from_float<T>(texts[i] - to_float(high));
 }
 
 template <typename K>
@@ -128,7 +147,9 @@ __global__ void __launch_bounds__(kThreads)
 template <typename A>
 __device__ A key_of(const Selection<A>& c, bool positives, int64_t j, int64_t x, A lowest) {
   const DenseParams<A>& p = c.x.p;
-  A s = c.similarity[j * c.chunk + (x - c.first)];
+  const int64_t at = j * c.pitch + (x - c.first);
+  A s = c.read[at];
+  if (c.lower) s = (s + c.read[at + c.lower]) * c.inverse[x];
   if (!positives && p.sampling != Sampling::topk) {
     if (p.sampling == Sampling::semi) return s < lowest && s >= lowest - p.margin ? s : minus_infinity<A>();
     const uint32_t bits = philox_bits(p.rng[0], p.rng[1], j * p.B * p.N + x);
@@ -321,7 +342,8 @@ __global__ void __launch_bounds__(kThreads) dense_contrastive_loss_bwd_pixels_ke
 template <typename A>
 Selection<A> layout(const DenseCuda<A>& x, DeviceWorkspace& memory) {
   const DenseParams<A>& p = x.p;
-  const int64_t all = p.B * p.N, row = static_cast<int64_t>(sizeof(A)) * (p.T < 1 ? 1 : p.T);
+  const bool halves = dense_halves(p);
+  const int64_t all = p.B * p.N, row = static_cast<int64_t>(sizeof(A)) * (p.T < 1 ? 1 : p.T) * (halves ? 2 : 1);
   Selection<A> c{};
   c.x = x;
   c.chunk = dense_limit / row / kTile * kTile;
@@ -329,7 +351,7 @@ Selection<A> layout(const DenseCuda<A>& x, DeviceWorkspace& memory) {
   if (c.chunk > 65535 * kTile) c.chunk = 65535 * kTile;
   if (c.chunk > all) c.chunk = all;
   c.inverse = memory.take<A>(all);
-  c.similarity = memory.take<A>(p.T * c.chunk);
+  c.similarity = halves ? nullptr : memory.take<A>(p.T * c.chunk);
   c.lowest = memory.take<A>(p.T);
   for (auto& side : c.side) {
     side.positives = &side == c.side;
@@ -359,10 +381,15 @@ const char* sweep(Selection<typename K::A>& c, bool positives, bool negatives) {
   c.first = 0;
   do {
     c.count = all - c.first < c.chunk ? all - c.first : c.chunk;
+    c.read = c.similarity, c.pitch = c.chunk, c.lower = 0;
     if (c.count > 0) {
-      const dim3 grid(static_cast<unsigned>(ceil_div(p.T, kTile)), static_cast<unsigned>(ceil_div(c.count, kTile)));
-      OVSEG_TRY(
-          OVSEG_LAUNCH(dense_contrastive_loss_select_similarity_kernel<K>, grid, kThreads, kStageBytes, c.x.stream, c));
+      if constexpr (K::kHalves) {
+        c.read = c.x.product->run(c.first, c.count), c.pitch = c.count, c.lower = p.T * c.count;
+      } else {
+        const dim3 grid(static_cast<unsigned>(ceil_div(p.T, kTile)), static_cast<unsigned>(ceil_div(c.count, kTile)));
+        OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_similarity_kernel<K>, grid, kThreads, kStageBytes,
+                               c.x.stream, c));
+      }
     }
     for (const auto& side : c.side) {
       if (!(side.positives ? positives : negatives)) continue;
@@ -388,6 +415,15 @@ const char* select(const DenseCuda<typename K::A>& x) {
   }
   if (p.B * p.N > 0) {
     OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_norms_kernel<K>, warps(p.B * p.N), kThreads, 0, x.stream, c));
+  }
+  if constexpr (K::kHalves) {
+    using T = typename K::T;
+    const int64_t count = p.T * p.D;
+    if (count > 0) {
+      OVSEG_TRY(OVSEG_LAUNCH(dense_contrastive_loss_select_halves_kernel<T>,
+                             static_cast<unsigned>(ceil_div(count, static_cast<int64_t>(kThreads))), kThreads, 0,
+                             x.stream, p.texts, static_cast<T*>(x.product->halves), count));
+    }
   }
   if (p.sampling != Sampling::semi || !c.several()) return sweep<K>(c, true, true);
   // The negatives need the lowest of all positives.
@@ -437,13 +473,13 @@ template size_t dense_backward_workspace(const DenseParams<double>&);
 #define OVSEG_DENSE(name, function)                                                  \
   template <>                                                                        \
   const char* name(const DenseCuda<double>& x) {                                     \
-    return function<DenseKind<Exact<double>, double>>(x);                            \
+    return function<DenseKind<double>>(x);                                           \
   }                                                                                  \
   template <>                                                                        \
   const char* name(const DenseCuda<float>& x) {                                      \
-    if (x.p.type == Type::float16) return function<DenseKind<Tf32, half>>(x);        \
-    return x.p.type == Type::bfloat16 ? function<DenseKind<Tf32, bfloat16>>(x)       \
-                                      : function<DenseKind<Exact<float>, float>>(x); \
+    if (x.p.type == Type::float16) return function<DenseKind<half>>(x);              \
+    return x.p.type == Type::bfloat16 ? function<DenseKind<bfloat16>>(x)             \
+                                      : function<DenseKind<float>>(x);               \
   }
 OVSEG_DENSE(dense_select, select)
 OVSEG_DENSE(dense_gather, gather)

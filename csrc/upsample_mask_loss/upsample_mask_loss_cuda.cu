@@ -11,6 +11,9 @@ namespace ovseg {
 namespace {
 
 constexpr unsigned kPixelThreads = kMaskLossColumns;
+// Blocks that shall fit on a multiprocessor: registers for six of float, four of double, and none spills.
+template <typename A>
+constexpr int kResident = sizeof(A) == 4 ? 6 : 4;
 
 // log(1 + e) for 0 <= e <= 1: the series of 2 atanh(z), z = e / (2 + e), fitted for z <= 1/3 to a relative 4e-9.
 __device__ inline float log1p_of_exp(float e) {
@@ -55,7 +58,6 @@ struct Column {
 
   __device__ Column(const A* map_, int64_t w_, const Place<A>& x_) : map(map_), w(w_), x(x_) {}
   __device__ void move_to(const Place<A>& y) {
-    if (y.low == row) return;
     row = y.low;
     const A *top = map + y.low * w, *bottom = map + y.high * w;
     above = x.to_low * top[x.low] + x.to_high * top[x.high];
@@ -66,7 +68,7 @@ struct Column {
 
 // Blocks: (map, split). Each sums the tiles split, split + splits, ... of kMaskLossRows x kMaskLossColumns labels.
 template <typename A, bool kSquare>
-__global__ void __launch_bounds__(kPixelThreads)
+__global__ void __launch_bounds__(kPixelThreads, kResident<A>)
     upsample_mask_loss_fwd_kernel(MaskLossParams<A> p, int64_t splits, double* parts) {
   OVSEG_DYNAMIC_SHARED(memory);
   Place<A>* rows = reinterpret_cast<Place<A>*>(memory);                 // [kMaskLossRows]
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kPixelThreads)
 #pragma unroll 4
     for (int32_t i = 0; i < count; ++i, code += p.W) {
       const Place<A> row = rows[i];
-      column.move_to(row);
+      if (row.low != column.row) column.move_to(row);
       const bool positive = *code == c, counts = *code != kIgnored;
       const Pixel<A> at(column.at(row), positive);
       const A weight = positive ? p.alpha : negative;
@@ -150,7 +152,7 @@ struct Gathered {
 
 // Blocks: (map, kMaskLossSamples rows of samples).
 template <typename A, bool kSquare>
-__global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_bwd_kernel(MaskLossParams<A> p) {
+__global__ void __launch_bounds__(kPixelThreads, kResident<A>) upsample_mask_loss_bwd_kernel(MaskLossParams<A> p) {
   OVSEG_DYNAMIC_SHARED(memory);
   Place<A>* rows = reinterpret_cast<Place<A>*>(memory);  // [kMaskLossRows]
   Gathered<A>& gathered = *reinterpret_cast<Gathered<A>*>(rows + kMaskLossRows);
@@ -158,6 +160,8 @@ __global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_bwd_kernel(M
   const int32_t c = static_cast<int32_t>(plane % p.C);
   const int32_t* codes = p.codes + plane / p.C * p.H * p.W;
   const MaskLossWeights<A> weights = mask_loss_weights(p, plane);
+  const A focal_y = -p.alpha * weights.focal, focal_rest = (A(1) - p.alpha) * weights.focal;
+  const A dice_y = weights.dice - weights.dice_y;
   A* grad = p.grad + plane * p.h * p.w;
   const int64_t s0 = static_cast<int64_t>(blockIdx.y) * kMaskLossSamples;
   const int64_t s1 = s0 + kMaskLossSamples < p.h ? s0 + kMaskLossSamples : p.h;
@@ -171,11 +175,11 @@ __global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_bwd_kernel(M
     gathered.x[threadIdx.x] = x;
     Column<A> column(p.logits + plane * p.h * p.w, p.w, x);
     const int32_t* code = codes + Y0 * p.W + X;
-    int32_t row = -1, row_below = -1;
+    int32_t row_below = -1;
     A above = 0, below = 0;  // sums of (5) since the row of samples last changed
     auto spread = [&] {
       gathered.above[threadIdx.x] = above, gathered.below[threadIdx.x] = below;
-      gathered.spread(grad, p.w, s0, s1, row, row_below, columns);
+      gathered.spread(grad, p.w, s0, s1, column.row, row_below, columns);
     };
     for (int64_t Y = Y0; Y < Y1; Y += kMaskLossRows) {
       const int32_t count = static_cast<int32_t>(Y1 - Y < kMaskLossRows ? Y1 - Y : kMaskLossRows);
@@ -184,21 +188,19 @@ __global__ void __launch_bounds__(kPixelThreads) upsample_mask_loss_bwd_kernel(M
       __syncthreads();
       for (int32_t i = 0; i < count; ++i, code += p.W) {
         const Place<A> y = rows[i];
-        if (y.low != row) {  // for all threads alike
-          if (row >= 0) spread();
-          row = y.low, row_below = y.high, above = below = A(0);
+        if (y.low != column.row) {  // for all threads alike
+          if (column.row >= 0) spread();
+          column.move_to(y);
+          row_below = y.high, above = below = A(0);
         }
-        column.move_to(y);
         const bool positive = *code == c;
         const Pixel<A> at(column.at(y), positive);
         const A bend = power_of<kSquare>(at.v, p.gamma) * (p.gamma * (A(1) - at.v) * at.softplus + at.v);
-        const A focal = weights.focal * (positive ? -p.alpha : A(1) - p.alpha) * bend;
-        const A dice = (weights.dice - (positive ? weights.dice_y : A(0))) * at.slope;
-        const A slope = *code == kIgnored ? A(0) : focal + dice;
-        above += y.to_low * slope, below += y.to_high * slope;
+        const A slope = (positive ? focal_y : focal_rest) * bend + (positive ? dice_y : weights.dice) * at.slope;
+        if (*code != kIgnored) above += y.to_low * slope, below += y.to_high * slope;
       }
     }
-    if (row >= 0) spread();
+    if (column.row >= 0) spread();
   }
 }
 

@@ -15,6 +15,10 @@ constexpr int32_t kTogether = 4;  // classes computed at a time
 constexpr int32_t kPixels = kTile * kTile / kThreads;  // outputs of a thread
 constexpr int32_t kWindows = 16;  // windows whose positions a tile keeps at a time
 
+// Blocks that shall fit on a multiprocessor: registers for three of float, two of double, and none spills.
+template <typename A>
+constexpr int kResident = sizeof(A) == 4 ? 3 : 2;
+
 template <typename A>
 __device__ A sigmoid(A x) {
   const A e = exp(-fabs(x)), large = reciprocal(A(1) + e);
@@ -70,7 +74,7 @@ __device__ const A* table_row(const WindowParams<A>& p, int64_t window, int64_t 
 
 // The softmax of every pixel of every crop.
 template <typename A, bool kGroups>
-__global__ void __launch_bounds__(kThreads) window_argmax_norm_kernel(WindowParams<A> p, int64_t pixels, A* norms) {
+__global__ void __launch_bounds__(kThreads, kResident<A>) window_argmax_norm_kernel(WindowParams<A> p, int64_t pixels, A* norms) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads, step = elements_of_class<A, kGroups>(p);
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < pixels; at += stride) {
     const int64_t k = at / (p.hc * p.wc);
@@ -406,7 +410,7 @@ __device__ void flag_what_is_refused(const WindowParams<A>& p, int64_t count, bo
 }
 
 template <typename A, bool kGroups, bool kSoftmax>
-__global__ void __launch_bounds__(kThreads, sizeof(A) == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kResident<A>)
     window_argmax_fwd_kernel(const __grid_constant__ WindowParams<A> p, const __grid_constant__ WindowPlan plan,
                              const A* norms, int64_t pixels) {
   OVSEG_DYNAMIC_SHARED(shared);

@@ -19,7 +19,7 @@ from ..data.templates import templates
 from ..errors import ConfigError, InputError
 from ..inference import Decision, Predictor, Queries, View
 from ..inference.flat_options import option_names, route
-from ..inference.rules import rule
+from ..inference.rules import rule_of
 from ..registration import Registry, yaml_files
 from ..systems import OVSegModel
 from ..systems.registry import files_of_systems
@@ -186,7 +186,7 @@ def protocol(
     settings = {**tree.get("settings", {}), **own, "background": wanted.rivals}
     if "seen_bias" in tree and data.unseen:
         settings["bias"] = {c: tree["seen_bias"] for c in data.classes if c not in data.unseen}
-    base = route(settings, View(), Queries(label_set), rule(model.decision)())
+    base = route(settings, View(), Queries(label_set), rule_of(model))
     own_values = {key: getattr(value, key) for value in base for key in option_names(value)}
     changed = [
         f"{key} = {value!r}" for key, value in changes.items() if own_values.get(key) != value

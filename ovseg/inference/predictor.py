@@ -24,7 +24,7 @@ from .flat_options import route
 from .known_words import check_words, tell_stand_in
 from .queries import EncodedQueries, Queries, RememberedTexts
 from .reading import Prepared, pictures_of, pixels_of, prepare, prepare_tensors, read_ahead
-from .rules import Decision, rule
+from .rules import Decision, rule_of
 from .segmentation import Segmentation
 from .sources import Source
 from .view import View, encode
@@ -99,7 +99,7 @@ class Predictor:
                     f"{name} is a {type(value).__name__}; expected one of ovseg.inference"
                 )
         base = labels if isinstance(labels, Queries) else Queries()
-        chosen = rule(model.decision)() if decision is None else decision
+        chosen = rule_of(model) if decision is None else decision
         self.view, self.queries, self.decision = route(
             options, View() if view is None else view, base, chosen
         )

@@ -97,6 +97,7 @@ class OVSegModel(nn.Module):
     Attributes:
         Options: dataclass of the system's options.
         decision: name of its rule of labelling, a file of ``inference/rules``.
+        decision_options: choices of that rule that are the model's own, in place of its defaults.
         objective: name of what trains it, a system.
         published: the layout of published checkpoints, or None.
         published_marks: beginnings of names that only such checkpoints hold, told without a model.
@@ -117,7 +118,8 @@ class OVSegModel(nn.Module):
     """
 
     Options: ClassVar[type[SystemOptions]] = SystemOptions
-    decision: ClassVar[str] = "patches"
+    decision: str = "patches"
+    decision_options: Mapping[str, Any] = MappingProxyType({})
     objective: ClassVar[str] = ""
     published: Published | None = None
     published_marks: ClassVar[tuple[str, ...]] = ()

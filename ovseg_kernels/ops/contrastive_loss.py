@@ -22,17 +22,19 @@ fall without end as z grows.
 
 Shapes   image [B, D]; text [T, D]; logit_scale, logit_bias one element; image_ids [B], text_ids
   [T], positives [P, 2] int64; positive_weights [P]; scalar out.
-Dtypes   float16 and bfloat16 are normalised and computed in float32, on CUDA with tf32 products;
-  the loss is float32, or float64 for float64. Autocast lowers nothing.
+Dtypes   float16 and bfloat16 are computed in float32 on the CPU. On a GPU two of one dtype are
+  multiplied as they are, with float32 sums, and normalised behind that; their gradients have their
+  dtype. Two different ones are made float32, with tf32 products. The loss is float32, or float64
+  for float64. Autocast lowers nothing.
 Ranks    with ``group``, image, text and ids are this rank's, and so is a list of positives: of this
   rank's images with the texts of all ranks. Texts are gathered with their gradient, 3 T numbers
   reduced. Every rank returns the loss of the whole batch; with DDP's mean
   over ranks, parameters get exactly the gradient of one process. Uneven batches are allowed.
 Cost     2 B T D flops forward, 6 B T D backward (the logits again, and two products). Never stored:
   anything of size B T; on the CPU a block of at most 2 M logits and packed copies of the texts, on
-  a GPU a chunk of 64 MiB. Kept: features and 3 (B + T) numbers. A list is sorted by image and by
-  text, P log P, and read beside the logits: O(P) memory, and the bits of equal ids where it lists
-  exactly their pairs, in any order, with weight 1.
+  a GPU partial statistics of 64 MiB and a block of 32 MiB. Kept: features and 3 (B + T) numbers. A
+  list is sorted by image and by text, P log P, and read beside the logits: O(P) memory, and the
+  bits of equal ids where it lists exactly their pairs, in any order, with weight 1.
 Errors   ValueError for ranks, sizes, devices, one id vector without the other, B != T without ids,
   a scale or bias that is not finite (looked at on the CPU only), a bias with softmax, ids beside
   positives, weights without; TypeError for dtypes. Looked at on the CPU only too: listed pairs

@@ -197,9 +197,7 @@ def _numbers(logits: torch.Tensor, bias: torch.Tensor | None) -> None:
 
 @lib.fake("upsample_argmax")
 @lib.fake("upsample_argmax_flagging")
-def _(
-    logits, bias, class_labels, height, width, threshold, background, label_type, want_value, *_
-):
+def _(logits, bias, class_labels, height, width, threshold, background, label_type, want_value, *_):
     B = logits.shape[0]
     labels = logits.new_empty((B, height, width), dtype=LABEL_TYPES[label_type])
     return labels, logits.new_empty((B if want_value else 0, height, width))

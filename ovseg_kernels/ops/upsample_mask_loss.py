@@ -22,8 +22,7 @@ Shapes   logits [B, C, h, w]; labels [B, H, W] of integers; focal and dice [B, C
 Dtypes   float16 and bfloat16 are computed in float32; focal and dice are float32, or float64 for
   float64.
 Cost     B C H W (one exp, one logarithm and about 40 flops) each way. Extra memory: labels as
-  int32, sums, and rows for each thread (CPU) or block (CUDA); Triton's backward keeps [C, h, W] of
-  a few images.
+  int32, sums, and rows for each thread (CPU).
 Errors   ValueError for ranks, sizes, devices, alpha outside 0 .. 1, gamma negative or not finite,
   an ignore_index beyond 64 bits; TypeError for dtypes and layouts. NaN logits give NaN losses of
   their class.

@@ -25,8 +25,8 @@ Dtypes   float16 and bfloat16 are computed in float32; labels int64, int16 or ui
   float32 or float64. No gradient.
 Cost     about 10 C comparisons for each tile of 16 x 16 outputs and window, and 20 flops for each
   candidate and pixel; softmax adds two passes over the classes that are not negligible. Extra
-  memory: a few tiles for each thread; with tables n hc wc int16; on a GPU softmax keeps two numbers
-  for each pixel. Nothing of size C H W.
+  memory: a few tiles for each thread; with tables n hc wc int16; on a GPU softmax of the windows
+  keeps two numbers for each pixel of a crop. Nothing of size C H W.
 Errors   ValueError for ranks, sizes, devices, windows that leave the canvas or do not cover it, NaN
   or +infinity (softmax: any infinity), labels that the label type cannot hold; TypeError for
   dtypes. On a GPU numbers are found there and raised by a later call or by ``check_errors``,

@@ -9,14 +9,13 @@ the equations). Both work off the images in chunks.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference.patch_text_similarity import EPS
-from ._launch import aligned, chunk_size, on_device, rows, tiles
+from ._launch import aligned, capability, chunk_size, multiprocessors, on_device, rows, tiles
 from ._patch_text_gram_bwd_kernels import (
     patch_text_similarity_gram_bwd_coefficients_kernel,
     patch_text_similarity_gram_bwd_hessian_kernel,
@@ -38,26 +37,14 @@ BK = 64  # channels at a time
 REPAIR_TEXTS = 64
 
 
-@functools.cache
-def hopper(device: torch.device) -> bool:
-    """Return whether products read their operands from shared memory: sm_90.
-
-    So does the interpreter, which knows descriptors too.
-    """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Return the blocks that a persistent kernel starts: one for each multiprocessor."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def hopper(x: torch.Tensor) -> bool:
+    """Return whether products read their operands from shared memory: sm_90."""
+    return capability(x) == 90
 
 
 def has_forward(patches: torch.Tensor) -> bool:
     """Return whether :func:`forward` is for these patches."""
-    return patches.element_size() == 2 and patches.shape[1] <= WINDOW and hopper(patches.device)
+    return patches.element_size() == 2 and patches.shape[1] <= WINDOW and hopper(patches)
 
 
 def has_backward(patches: torch.Tensor, pool: int) -> bool:
@@ -94,7 +81,7 @@ class Tiling:
 
 def tiling(patches: torch.Tensor) -> Tiling:
     """Return the tiling for patches [B, N, D], by what the compiler says of registers."""
-    if not hopper(patches.device):
+    if not hopper(patches):
         return Tiling(64, (128, 0, 0), False)
     N = patches.shape[1]
     for parts in ((64, 0, 0), (128, 0, 0), (128, 64, 0), (128, 64, 16)):
@@ -194,7 +181,8 @@ class _Call:
         return blocks(self.texts.rows, texts, BK, tma), *parts, *tables
 
     def grid(self, images: int, texts: int, columns: int = 1) -> tuple[int]:
-        return (min(images * tiles(self.T, texts) * columns, processors(self.patches.device)),)
+        """Return as many programs as run at a time, or as there are tiles."""
+        return (min(images * tiles(self.T, texts) * columns, multiprocessors(self.patches)),)
 
 
 def forward(patches, texts, mask, scale, bias, pool, sigmoid, similarity, lse, norm):

@@ -9,7 +9,6 @@ taken about the mean of each group and merged in the order of the groups (Chan, 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -192,7 +191,7 @@ def forward(tokens, weight, eps):
 def backward(grad, tokens, weight, found):
     """Return d tokens and d weight as ``ovseg::grouped_inverse_std_backward`` does."""
     D, S = weight.shape
-    if S > WIDEST[tokens.element_size()] or not found.numel():
+    if WIDEST[tokens.element_size()] < S or not found.numel():
         return reference.inverse_std_backward(grad, tokens, weight, found)
     x, w, options = _blocks(tokens, weight)
     rows, groups = len(x), D // S

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 import ovseg
 from ovseg.data.scenes import Scenes
+from ovseg.data.set_descriptions import describe
 from ovseg.errors import InputError
+from ovseg.evaluation.protocols import protocol
 from ovseg.evaluation.scenes import UnitCounts, count_units
 from ovseg.inference import Predictor
-from ovseg.inference.rules import rule
+from ovseg.inference.rules import rule, rule_of
+from ovseg.inference.rules.patches import PatchArgmax
 from ovseg.inference.rules.units import SemanticUnits
 from ovseg.nn.units import merge, unit_tokens
 
@@ -155,6 +158,23 @@ def test_any_model_of_patches_can_be_labelled_by_units():
     assert found.labels.shape == (60, 80)
     assert "adaptive, merged at quantile 0.05" in SemanticUnits().describe()["units"]
     assert "8 fixed" in SemanticUnits(unit="fixed").describe()["units"]
+
+
+def test_a_pacl_that_states_units_is_labelled_by_them(tmp_path):
+    plain = ovseg.from_pretrained("pacl_tiny:digits")
+    model = ovseg.from_pretrained("pacl_tiny:digits", units=3)
+    three = SemanticUnits(unit="fixed", units=3)
+    assert (rule_of(plain), rule_of(model)) == (PatchArgmax(), three)
+    assert Predictor(model).decision == three
+    assert Predictor(model, unit_weight=1.0).decision.unit_weight == 1.0
+    found = Predictor(model, LABELS).set_image(picture()).predict()
+    same = Predictor(plain, LABELS, decision=three).set_image(picture()).predict()
+    patches = Predictor(plain, LABELS).set_image(picture()).predict()
+    assert np.array_equal(found.labels, same.labels)
+    assert not np.array_equal(found.labels, patches.labels)
+    again = ovseg.from_pretrained(ovseg.save_pretrained(model, tmp_path / "saved"))
+    assert rule_of(again) == three
+    assert protocol("plain", describe("voc14"), again).decision == three
 
 
 def test_counts_of_units():

@@ -561,6 +561,11 @@ def dense_loss(dtype=torch.float64, device="cpu", B=3, N=7, D=5) -> list[Sample]
     return found
 
 
+def flagging(op: str, arguments: tuple) -> list[tuple[str, tuple]]:
+    flags = torch.zeros(4, dtype=torch.int32, device=arguments[0].device)
+    return [(op, arguments), (f"{op}_flagging", (*arguments, flags, 1))]
+
+
 def upsampling(dtype=torch.float64, device="cpu", B=2, C=4, h=3, w=5) -> list[Sample]:
     torch.manual_seed(9)
     logits, bias = (
@@ -596,16 +601,8 @@ def upsampling(dtype=torch.float64, device="cpu", B=2, C=4, h=3, w=5) -> list[Sa
             2 if "label_type" in kwargs else 0,
             "return_value" in kwargs,
         )
-        found.append(
-            Sample(
-                "upsample_argmax",
-                name,
-                call,
-                (logits,),
-                [("upsample_argmax", (*given, *options))],
-                discrete=True,
-            )
-        )
+        low = flagging("upsample_argmax", (*given, *options))
+        found.append(Sample("upsample_argmax", name, call, (logits,), low, discrete=True))
     return found
 
 
@@ -660,7 +657,7 @@ def windows(dtype=torch.float64, device="cpu", C=4, G=3, h=3, w=4) -> list[Sampl
             2 if "label_type" in kwargs else 0,
             "return_value" in kwargs,
         )
-        low = [("window_argmax", (*given, kwargs.get("class_labels"), *options))]
+        low = flagging("window_argmax", (*given, kwargs.get("class_labels"), *options))
         found.append(Sample("window_argmax", name, call, (maps,), low, discrete=True))
     return found
 

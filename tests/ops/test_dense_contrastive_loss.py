@@ -177,6 +177,40 @@ def test_full_lists_and_chunks_of_the_emulated_launcher(limit, sampling):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "backend", parameters(("cpu", "cuda-emulated", "cuda"), of="dense_contrastive_loss")
+)
+def test_16_bit_pixels_meet_texts_of_twice_as_many_bits(dtype, backend):
+    """Wherever similarities differ by more than 1e-5 the better pixel is selected: texts rounded to
+    16 bits, or to tf32, would be off by a hundred times that. In several chunks, and of strided
+    pixels.
+    """
+    B, N, D, T, k = 2, 700, 48, 3, 60
+    device = device_of(backend)
+    pixels = torch.randn(B, 2 * N, D).to(device, dtype)[:, ::2]
+    texts = torch.randn(T, D, device=device)
+    ids = {"image_ids": torch.tensor([0, 1]), "text_ids": torch.tensor([0, 0, 1])}
+    ids = {name: x.to(device) for name, x in ids.items()}
+    with running_on(backend):
+        if backend == "cuda-emulated":
+            import emulation
+
+            emulation.load().set_dense_limit(1)
+        try:
+            found = ok.select_pixels(pixels, texts, k_pos=k, k_neg=k, **ids)
+        finally:
+            if backend == "cuda-emulated":
+                emulation.load().set_dense_limit(32 << 20)
+    truth = F.normalize(texts.double(), dim=1) @ F.normalize(pixels.double(), dim=2).flatten(0, 1).T
+    own = (ids["text_ids"][:, None] == ids["image_ids"]).repeat_interleave(N, 1)
+    for index, among in zip(found, (own, ~own), strict=True):
+        for j in range(T):
+            best = truth[j][among[j]].sort(descending=True).values[:k]
+            assert bool(among[j][index[j]].all())
+            assert float((truth[j][index[j]] - best).abs().max()) <= 1e-5
+
+
 @pytest.mark.parametrize("k_neg", [16, 256])
 @pytest.mark.parametrize("rising", [False, True])
 def test_steps_of_the_emulated_selection(rising, k_neg):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from backends import GPU, SLOW, device_of, operators_on, parameters, running_on
+from backends import GPU, device_of, operators_on, parameters, running_on
 from samples import MAKERS, all_samples
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -334,6 +334,78 @@ def test_what_the_device_finds_is_raised_later(call, message, deferring):
     ok.check_errors()
 
 
+def far(value, place=-1):
+    """Good numbers but one, of which no output sees much."""
+    x = torch.randn(2, 3, 5, 4)
+    x.view(-1)[place] = value
+    return x
+
+
+def both_signs(apart):
+    x = far(float("inf"), 0)
+    x.view(-1)[apart] = -torch.inf
+    return x
+
+
+INF = float("inf")
+OFF = torch.tensor([-INF, 0.0, 0.0])
+PLACE = torch.tensor([[0, 0], [0, 3]])
+
+
+def on_windows(x, **options):
+    return lambda: ok.window_argmax(x, PLACE, (5, 4), (5, 7), (1, 1), **options)
+
+
+FOUND = {  # which call raises the flag
+    "upsample, NaN at the end": (True, lambda: ok.upsample_argmax(far(float("nan")), (1, 1))),
+    "upsample, bias": (True, lambda: ok.upsample_argmax(far(1.0), (9, 9), bias=OFF * float("nan"))),
+    "upsample, both signs in a class": (True, lambda: ok.upsample_argmax(both_signs(19), (9, 9))),
+    "upsample, in two classes": (False, lambda: ok.upsample_argmax(both_signs(20), (9, 9))),
+    "upsample, sign of the bias": (True, lambda: ok.upsample_argmax(far(INF, 9), (1, 1), bias=OFF)),
+    "upsample, one sign": (False, lambda: ok.upsample_argmax(far(-INF), (9, 9), bias=OFF)),
+    "windows, NaN at the end": (True, on_windows(far(float("nan")))),
+    "windows, +infinity": (True, on_windows(far(INF, 25))),
+    "windows, switched off": (False, on_windows(far(-INF), bias=OFF)),
+    "windows, softmax": (True, on_windows(far(-INF), activation="softmax")),
+    "windows, bias": (True, on_windows(far(1.0), bias=-OFF)),
+    "windows, table": (True, on_windows(far(1.0), tables=far(INF)[:, :, 0, :3].clone())),
+    "windows, softmax with a bias": (False, on_windows(far(1.0), bias=OFF, activation="softmax")),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cuda-emulated"])
+@pytest.mark.parametrize("case", FOUND)
+def test_every_number_that_is_refused_raises_the_flag(case, backend, deferring):
+    """By the kernel itself, wherever the number lies, and by no other."""
+    raises, call = FOUND[case]
+    with running_on(backend):
+        call()
+    with pytest.raises(ValueError) if raises else contextlib.nullcontext():
+        ok.check_errors()
+
+
+class _Calls(TorchDispatchMode):
+    """The names of all operators but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.detach.default:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_labels_and_their_flags_are_one_launch(deferring):
+    upsample(GOOD)  # makes the flags; its copy is on the way
+    bias, origins = torch.zeros(3), torch.zeros(1, 2, dtype=torch.int64)
+    with _Calls() as calls:
+        ok.upsample_argmax(GOOD, (8, 8), bias=bias)
+        ok.window_argmax(GOOD, origins, (8, 8), (8, 8), (8, 8), bias=bias, activation="sigmoid")
+    assert calls.names == ["upsample_argmax_flagging", "window_argmax_flagging"]
+
+
 def test_an_error_behind_a_copy_that_has_left_comes_with_the_next(deferring):
     upsample(GOOD)  # its copy is on the way
     upsample(NAN)
@@ -418,7 +490,7 @@ def test_what_is_not_looked_at_gives_some_class(origins, backend, monkeypatch):
     if backend == "cpu" and origins != WINDOWS["fine"]:
         pytest.skip("the CPU looks at its origins")
     monkeypatch.setattr(_checking, "looks_at_values", lambda x: False)
-    device, size = device_of(backend), (5, 7) if backend in SLOW else (20, 37)
+    device, size = device_of(backend), (20, 37)
     place = torch.tensor(origins, device=device)
     for share in (0.1, 1.0):
         logits, tables = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 6)

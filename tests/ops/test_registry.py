@@ -60,7 +60,8 @@ def missing(op: str) -> list[str]:
             continue
         want(f"closed form of {name}", name in _library.FALLBACKS)
         # What is composed may leave a pass to products of torch's own on the CPU.
-        want(f"CPU kernel of {name}", registered(name, "CPU") or op in COMPOSED)
+        elsewhere = op in COMPOSED or name in _library.ON_GPUS
+        want(f"CPU kernel of {name}", registered(name, "CPU") or elsewhere)
         want(
             f"CUDA kernel of {name}, or one of Triton",
             emulation.has_kernel(name) or name in TRITON,

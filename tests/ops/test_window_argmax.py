@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backends import BACKENDS, SLOW, device_of, exact, parameters, running_on
+from backends import device_of, exact, parameters, running_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -82,8 +82,6 @@ GRIDS = [
     ((20, 30), (9, 8), 7, (5, 4)),
 ]
 
-SMALL = [((4, 7), (4, 5), 2, (7, 9))]
-
 
 @on
 @pytest.mark.parametrize("stage", ["window", "merged", "output"])
@@ -92,11 +90,7 @@ SMALL = [((4, 7), (4, 5), 2, (7, 9))]
 def test_equal_to_whole_maps(grouped, activation, stage, backend):
     torch.manual_seed(3)
     device = device_of(backend)
-    # Interpreted, a dtype takes as long as all of a compiled kernel's cases: float64 for one stage.
-    few = backend in SLOW and stage != "merged"
-    for dtype, (canvas, crop, stride, size) in itertools.product(
-        exact(backend)[: 1 if few else None], SMALL if backend in SLOW else GRIDS
-    ):
+    for dtype, (canvas, crop, stride, size) in itertools.product(exact(backend), GRIDS):
         origins = slide(canvas, crop, stride).to(device)
         logits, tables = (
             2 * torch.randn(len(origins), 5, 3, 4, dtype=dtype),
@@ -167,11 +161,29 @@ def test_any_windows_classes_and_ties(data):
 
 
 @on
-def test_one_window_is_upsample_argmax(backend):
-    logits, size = (
-        torch.randn(1, 6, 4, 5).to(device_of(backend)),
-        (9, 13) if backend in SLOW else (40, 50),
+@pytest.mark.parametrize("activation,stage", [(None, "window"), ("softmax", "merged")])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_more_windows_in_a_tile_than_it_keeps(grouped, activation, stage, backend):
+    """A tile of the CUDA kernel keeps the positions of 16 at a time; here 49 lie over each."""
+    origins = slide((12, 12), (6, 6), 1).to(device_of(backend))
+    logits, tables = torch.randn(49, 5, 2, 2), torch.randn(49, 5, 6)
+    options = {"tables": tables if grouped else None, "activation": activation, "stage": stage}
+    arguments = origins, (6, 6), (12, 12), (13, 12)
+    z = maps_at_full_size(
+        logits, *(x if isinstance(x, tuple) else x.cpu() for x in arguments), **options
     )
+    options["tables"] = tables.to(origins.device) if grouped else None
+    with running_on(backend):
+        found = ok.window_argmax(
+            logits.to(origins.device), *arguments, return_value=True, **options
+        )
+    torch.testing.assert_close(found.value.cpu(), z.amax(0), rtol=1e-5, atol=1e-5)
+    assert_same_outside_ties(found.labels.cpu(), z)
+
+
+@on
+def test_one_window_is_upsample_argmax(backend):
+    logits, size = torch.randn(1, 6, 4, 5).to(device_of(backend)), (40, 50)
     origin = torch.zeros(1, 2, dtype=torch.int64, device=logits.device)
     with running_on(backend):
         assert torch.equal(
@@ -213,7 +225,7 @@ def test_threshold_class_labels_and_types(backend):
         "activation": "softmax",
         "stage": "output",
     }  # as SCLIP does: a pixel is background if its probability is small
-    size = (7, 9) if backend in SLOW else (15, 16)
+    size = (15, 16)
     z = maps_at_full_size(logits, origins, (6, 8), (9, 12), size, **options)
     limit = float(z.amax(0).median())
     expected = torch.where(z.amax(0) < limit, 200, table[z.argmax(0)])
@@ -280,9 +292,7 @@ def golden(key):
     return torch.from_numpy(GOLDEN[key])
 
 
-@pytest.mark.parametrize(
-    "backend", parameters(tuple(name for name in BACKENDS if name not in SLOW), of="window_argmax")
-)  # it would take minutes
+@on
 @pytest.mark.parametrize("words", ["random", "mixed"])
 def test_golden_group_map(words, backend):
     """SegCLIP's official segmentation of one crop: the group of each pixel, and its class by the
@@ -404,7 +414,7 @@ def test_16_bits_and_strides(backend):
         assert torch.equal(
             ok.window_argmax(view, *arguments), ok.window_argmax(view.contiguous(), *arguments)
         )
-        low = view.to(torch.float16 if backend in SLOW else torch.bfloat16)
+        low = view.to(torch.bfloat16)
         assert torch.equal(
             ok.window_argmax(low, *arguments), ok.window_argmax(low.float(), *arguments)
         )

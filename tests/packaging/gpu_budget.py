@@ -19,10 +19,6 @@ SPILLED = 16  # bytes of a thread
 TRITON_SPILLS: dict[str, tuple[int, str]] = {
     "patch_text_similarity_fwd_kernel": (24, "exact float32: products without tensor cores"),
     "patch_text_similarity_bwd_coefficients_kernel": (24, "exact float32, as the forward"),
-    "contrastive_loss_coefficients_kernel": (
-        64,
-        "a list of positives is read beside 128 x 128 sums",
-    ),
     "dense_contrastive_loss_select_keys_kernel": (48, "noise drawn beside exact float32 products"),
 }
 FLOAT64_SPILLED = 256
@@ -58,7 +54,7 @@ HOPPER: dict[str, str] = {
 CHANNELS = 512 // 64  # turns of an inner loop for one tile, at the stated shapes
 # Launches at the stated shapes that may have fewer programs than there are multiprocessors.
 FEW_PROGRAMS: dict[str, str] = {
-    "contrastive_loss_merge_kernel": "32 rows a program: the merged statistics are a hundredth",
-    "contrastive_loss_bwd_vectors_kernel": "a sum over the rows of a column of tiles",
+    "contrastive_loss_merge_kernel": "32 rows a program, of 4096 images: the parts are a hundredth of what made them",
+    "contrastive_loss_bwd_vectors_kernel": "256 rows a program: two numbers for each",
     "patch_text_similarity_gram_bwd_hessian_kernel": "one an image, whose largest number it needs",
 }

@@ -17,6 +17,7 @@ from stand_in import CASES, StandIn
 
 import ovseg_kernels as ok
 from ovseg.cli.main import main as ovseg
+from ovseg_kernels import _backends
 
 ROOT = Path(__file__).parents[2]
 PLAIN = (CASES[0], CASES[2])  # nothing that torch.compile would have to compile
@@ -34,7 +35,11 @@ def rows_of(path):
     return rows
 
 
-def test_ours_first_then_eager_then_compile_then_the_rest():
+def test_ours_first_then_eager_then_compile_then_the_rest(monkeypatch):
+    """What answers by itself is a row of its own where it is none of the others."""
+    there = {"cuda": "cuda cuda", "triton": "triton triton", "auto": "cuda cuda"}
+    forced = _backends.forced
+    monkeypatch.setattr(gpu, "answers", lambda op, device: there[forced()])
     planned = list(gpu.plan(CASES, ("cuda", "triton")))
     keys, labels = [p.key for p in planned], [p.label for p in planned]
     assert list(dict.fromkeys(labels)) == [
@@ -46,6 +51,9 @@ def test_ours_first_then_eager_then_compile_then_the_rest():
     ]
     assert len(keys) == len(set(keys)) == 4 + 4 + 4 + 1 + 1
     assert labels == sorted(labels, key=list(dict.fromkeys(labels)).index)
+    there["auto"] = "triton cuda"
+    assert labels.count("ovseg (auto)") == 0
+    assert [p.label for p in gpu.plan(CASES, ("cuda", "triton"))].count("ovseg (auto)") == 4
 
 
 def test_rows(tmp_path):
@@ -66,6 +74,7 @@ def test_rows(tmp_path):
             assert f"{part}_percent_of_product" in row and f"{part}_percent_of_copy" in row
         assert show.share(row).endswith("% of product")
         assert ("allow_tf32" in row) == (row["dtype"] == "float32") and row["extra_mib"] <= 3
+        assert ("passes" in row) == (row["implementation"] == "ovseg (cpu)")
         assert row["implementation"] != "eager" or row["difference"] <= gpu.TOLERANCE[row["dtype"]]
     row = found["patch_text_similarity small float32 ovseg (cpu)"]
     assert row["forward_gb_per_s"] == round(4 * (3 * 7 * 8 + 5 * 8 + 3 * 5) / 2.0 / 1e6, 1)

@@ -59,20 +59,23 @@ def matrix(B, T):
     op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0)
 
 
-def features(B, T, D=16):
+def features(B, T, listed, D=16):
     from ovseg_kernels.triton import contrastive_loss as op
 
+    dtype, pairs = (torch.bfloat16, 5) if listed else (torch.float32, 0)
+    more = 1 + pairs if listed else 0
     inputs = (
-        nothing(B, D),
-        nothing(T, D),
+        nothing(B, D, dtype=dtype),
+        nothing(T, D, dtype=dtype),
         nothing(),
         nothing(),
-        nothing(B, dtype=torch.int64),
-        nothing(T, dtype=torch.int64),
-        None,
+        nothing(B + more, dtype=torch.int64),
+        nothing(T + more, dtype=torch.int64),
+        nothing(2, pairs) if listed else None,
     )
-    rows, columns = op.stats(*inputs, 0, False, False)
-    op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], 0, False, False, True, True)
+    options = (0, False, False, listed)
+    rows, columns = op.stats(*inputs, *options)
+    op.backward(nothing(), *inputs, rows, columns, rows[0], columns[0], *options, True, True)
 
 
 def assignment(B, L, D=16, G=8):
@@ -129,54 +132,13 @@ def pixels(B, N, T, D=16):
     )
 
 
-def labels(B, H, W):
-    from ovseg_kernels.triton import upsample_argmax as op
-
-    op.forward(nothing(B, 3, 4, 4), nothing(3), None, H, W, 0.5, 255, 2, True)
-
-
-def windows(H, W):
-    from ovseg_kernels.triton import window_argmax as op
-
-    op.forward(
-        nothing(2, 3, 4, 4),
-        None,
-        nothing(2, 2, dtype=torch.int64),
-        None,
-        None,
-        H,
-        W,
-        H,
-        W,
-        H,
-        W,
-        2,
-        2,
-        0.5,
-        255,
-        2,
-        True,
-    )
-
-
-def maps(B, C, h, w, H, W):
-    from ovseg_kernels.triton import upsample_mask_loss as op
-
-    logits, codes = nothing(B, C, h, w), nothing(B, H, W, dtype=torch.int32)
-    _, dice, _, sums = op.forward(logits, codes, 0.25, 1.5)
-    op.backward(dice, dice, logits, codes, sums, 0.25, 1.5)
-
-
 SHAPES = {
     patch_text: [(70_000, 3, 5), (1, 3, MANY), (1, MANY, 3)],
     matrix: [(3, MANY), (MANY, 3)],
-    features: [(3, MANY), (MANY, 3)],
+    features: [(3, MANY, False), (MANY, 3, True)],
     assignment: [(70_000, 5), (2, MANY), (1, 5, 2 * MANY)],
     grouped: [(MANY, 1), (1, MANY)],
     pixels: [(70_000, 100, 2), (2, 5, MANY)],
-    labels: [(70_000, 9, 9), (2, 70_000, 9), (1, 9, 4 * MANY)],
-    windows: [(20_000, 20_000)],
-    maps: [(70_000, 3, 2, 2, 8, 8), (1, 2, 70_000, 2, 9, 9), (1, 2, 2, 2 * MANY, 2, 2 * MANY)],
 }
 written = {
     name

@@ -298,64 +298,6 @@ def dense(dtype, sampling, ids):
     op.backward(similarity, unit, pixels, texts, index, index.flatten(), 32, True, True)
 
 
-def upsampling(dtype, whole):
-    from ovseg_kernels.triton import upsample_argmax as op
-
-    logits, table = torch.randn(1, 150, 32, 32, dtype=dtype), torch.arange(150)
-    bias = logits[0, :, 0, 0].contiguous()
-    op.forward(
-        logits,
-        *(
-            (bias, table, 512, 512, 0.5, 255, 2, True)
-            if whole
-            else (None, None, 512, 512, None, 255, 0, False)
-        ),
-    )
-
-
-def window_labels(dtype, activation, stage, tables):
-    from ovseg_kernels.triton import window_argmax as op
-
-    values, origins = (
-        torch.randn(*((2, 8, 171) if tables else (2, 171, 32, 32)), dtype=dtype),
-        torch.zeros(2, 2, dtype=torch.int64),
-    )
-    index, bias = (
-        torch.zeros(2, 512, 512, dtype=torch.int16) if tables else None,
-        torch.zeros(171, dtype=dtype),
-    )
-    some = (bias, torch.arange(171)) if stage == 1 else (None, None)
-    op.forward(
-        values,
-        index,
-        origins,
-        *some,
-        512,
-        512,
-        512,
-        683,
-        480,
-        640,
-        activation,
-        stage,
-        0.5 if stage else None,
-        255,
-        2,
-        stage == 1,
-    )
-
-
-def mask_loss(dtype, gamma):
-    from ovseg_kernels.triton import upsample_mask_loss as op
-
-    logits, codes = (
-        torch.randn(2, 156, 32, 32, dtype=dtype),
-        torch.zeros(2, 512, 512, dtype=torch.int32),
-    )
-    _, dice, _, sums = op.forward(logits, codes, 0.25, gamma)
-    op.backward(dice, dice, logits, codes, sums, 0.25, gamma)
-
-
 def philox():
     from ovseg_kernels.triton.philox import philox_kernel
 
@@ -407,22 +349,6 @@ def cases() -> Iterator[Case]:
             if name != "float64" or sampling == 0:
                 label = f"{name} dense, sampling {sampling}{' ids' if ids else ''}"
                 yield Case(label, hot, dense, (dtype, sampling, ids))
-    for name, dtype, hot in dtypes("float32", "float64"):
-        for whole in (False, True):
-            label = f"{name} upsampling{' with all options' if whole else ''}"
-            yield Case(label, hot, upsampling, (dtype, whole))
-        for activation, stage, tables in (
-            (0, 0, True),
-            (1, 0, False),
-            (2, 0, False),
-            (2, 1, True),
-            (2, 2, False),
-        ):
-            label = f"{name} windows, activation {activation} at {stage}"
-            arguments = (dtype, activation, stage, tables)
-            yield Case(f"{label}{' tables' if tables else ''}", hot, window_labels, arguments)
-        for gamma in (2.0, 1.5):
-            yield Case(f"{name} mask loss, gamma {gamma}", hot, mask_loss, (dtype, gamma))
     yield Case("philox", True, philox, ())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...errors import InputError
 from ...registration import Registry, modules
+from ...systems import OVSegModel
 from .base import Decision
 
 RULES: Registry[type[Decision]] = Registry(
@@ -28,4 +29,9 @@ def rule(name: str) -> type[Decision]:
     return RULES[name]
 
 
-__all__ = ["Decision", "rule", "rule_names"]
+def rule_of(model: OVSegModel) -> Decision:
+    """Return the rule of a model, with the model's own choices and the rule's defaults."""
+    return rule(model.decision)(**model.decision_options)
+
+
+__all__ = ["Decision", "rule", "rule_names", "rule_of"]

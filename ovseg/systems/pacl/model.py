@@ -43,6 +43,8 @@ class PACLOptions(SystemOptions):
             then close to a mean. The toy models state their own: of the 144 patches of a scene an
             object covers a few, which a mean does not show.
         logit_scale: start of the loss's scale, 1 / temperature of InfoNCE.
+        units: groups of a picture's patches that answer together, found by k-means (the rule of
+            labelling ``units``); None: each patch by itself, as in the paper.
     """
 
     moved: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -57,6 +59,7 @@ class PACLOptions(SystemOptions):
     tap: str = "pre_norm"
     temperature: float = bounded(1.0, low=0, above=True, expected="a positive finite number")
     logit_scale: float = bounded(14.3, low=0, above=True, expected="a positive finite number")
+    units: int | None = bounded(None, low=1)
 
     @classmethod
     @override
@@ -91,6 +94,9 @@ class PACL(NamedWeightsModel):
         self.temperature = options.temperature
         self.log_scale = nn.Parameter(torch.tensor(float(options.logit_scale)).log())
         self.train_parts(options.trained)
+        if options.units is not None:
+            self.decision = "units"
+            self.decision_options = {"unit": "fixed", "units": options.units}
 
     @override
     def train(self, mode: bool = True) -> PACL:
