@@ -363,13 +363,12 @@ def dense_contrastive_loss(B: int = 128, N: int = 784, D: int = 512) -> Iterable
         (
             Work("row_norms", memory=pixels),
             # The texts are float32: a high and a low half of 16 bits.
-            library(2 * product, pixels + 2 * similarities),
+            library(2 * product, 2 * pixels + 3 * similarities, 4),
             Work("dense_contrastive_loss_select_kernel", memory=similarities, launches=2),
             Work("dense_contrastive_loss_fwd_gather_kernel", memory=gathered),
         ),
         bytes=pixels,
         before=(Before("cuda", 0.9, 0.9), Before("triton", 1.5, 2.0)),
-        merged=False,
     )
     yield Pass(
         "dense_contrastive_loss",
