@@ -39,6 +39,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import ovseg_kernels.triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Bytes of shared memory that a program may have: sm_80 code serves 8.6 and 8.9, which have less.
+SHARED = {80: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 SMS = 132  # of an H100 and of an H200
 FULL = 90  # compiles everything
 FORMS = 2  # of a kernel that the other targets compile, the hot ones first
@@ -149,7 +151,7 @@ class Notebook:
 
 def device_has(arch: int) -> None:
     """Lets every launcher see a device of this capability."""
-    known = {"capability": arch, "multiprocessors": SMS}
+    known = {"capability": arch, "shared_memory": SHARED[arch], "multiprocessors": SMS}
     for module in pkgutil.iter_modules(ovseg_kernels.triton.__path__):
         launcher = importlib.import_module(f"ovseg_kernels.triton.{module.name}")
         for name, value in known.items():
