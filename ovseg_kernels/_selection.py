@@ -35,7 +35,7 @@ _EXACT_PRODUCTS = Rule(
 )
 _BIG_PRODUCTS = Rule(
     ("triton",),
-    "products bound by tensor cores and L2: tiles of 128 x 128 in Triton, and library products",
+    "products bound by tensor cores and L2: tiles of 128 x 128, and the library's products",
 )
 _ONE_READ = Rule(
     ("cuda", "triton"),
@@ -50,7 +50,7 @@ _LISTS = Rule(
     "lists in shared memory: CUDA keeps the best of a row without sorting chunks",
 )
 _PIXELS = Rule(
-    ("cuda",),
+    ("cuda", "triton"),
     "bound by instructions: CUDA works out places and weights outside of the loop over classes",
 )
 
@@ -70,9 +70,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "dense_contrastive_gather": (_ONE_READ,),
     "dense_contrastive_gather_backward": (_ONE_READ,),
     "upsample_argmax": (_PIXELS,),
-    "upsample_argmax_flagging": (_PIXELS,),
     "window_argmax": (_PIXELS,),
-    "window_argmax_flagging": (_PIXELS,),
     "upsample_mask_loss": (_PIXELS,),
     "upsample_mask_loss_backward": (_PIXELS,),
 }

@@ -192,17 +192,19 @@ def _pairs(image_ids, text_ids, pair_weights, none, images):
     return starts, starts[1:], texts, weights
 
 
-def _count(offset, image_ids, text_ids, pair_weights, rows, columns):
+def _count(problem, image_ids, text_ids, pair_weights, rows, columns):
     """Write the sums of p of rows and columns into their statistics."""
     B, T = rows.shape[1], columns.shape[1]
     if image_ids is None:
+        offset = problem.offset
         rows[2, max(0, -offset) : max(0, min(B, T - offset))] = 1
         columns[2, max(0, offset) : max(0, min(T, B + offset))] = 1
     elif pair_weights is None:
-        for out, own, other in ((rows, image_ids, text_ids), (columns, text_ids, image_ids)):
-            others = other.sort().values
-            ends = torch.searchsorted(others, own, right=True)
-            out[2] = ends - torch.searchsorted(others, own)
+        begins, ends, *_ = problem.pairs
+        images = image_ids.sort().values
+        rows[2] = ends - begins
+        last = torch.searchsorted(images, text_ids, right=True)
+        columns[2] = last - torch.searchsorted(images, text_ids)
     else:
         for out, starts, weights in zip(
             (rows, columns), (image_ids, text_ids), pair_weights, strict=True
@@ -272,7 +274,7 @@ def stats(image, text, logit_scale, logit_bias, *given):
     if problem.sigmoid:
         rows[2] = 1
     else:
-        _count(problem.offset, *given[:3], rows, columns)
+        _count(problem, *given[:3], rows, columns)
     return rows, columns
 
 

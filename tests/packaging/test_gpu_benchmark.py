@@ -40,6 +40,8 @@ def test_ours_first_then_eager_then_compile_then_the_rest(monkeypatch):
     there = {"cuda": "cuda cuda", "triton": "triton triton", "auto": "cuda cuda"}
     forced = _backends.forced
     monkeypatch.setattr(gpu, "answers", lambda op, device: there[forced()])
+    missing = set()
+    monkeypatch.setattr(gpu, "lacks", lambda op, backend: (op, backend) in missing)
     planned = list(gpu.plan(CASES, ("cuda", "triton")))
     keys, labels = [p.key for p in planned], [p.label for p in planned]
     assert list(dict.fromkeys(labels)) == [
@@ -51,6 +53,11 @@ def test_ours_first_then_eager_then_compile_then_the_rest(monkeypatch):
     ]
     assert len(keys) == len(set(keys)) == 4 + 4 + 4 + 1 + 1
     assert labels == sorted(labels, key=list(dict.fromkeys(labels)).index)
+    missing.add(("upsample_argmax", "triton"))
+    assert {p.case.op for p in gpu.plan(CASES, ("triton",)) if p.backend == "triton"} == {
+        "patch_text_similarity",
+        "contrastive_loss",
+    }
     there["auto"] = "triton cuda"
     assert labels.count("ovseg (auto)") == 0
     assert [p.label for p in gpu.plan(CASES, ("cuda", "triton"))].count("ovseg (auto)") == 4
