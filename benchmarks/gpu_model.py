@@ -118,7 +118,6 @@ class Pass:
     flops: float = 0.0  # that any form must do, where products bound it
     bytes: float = 0.0  # that any form must move, where memory bounds it
     before: tuple[Before, ...] = ()
-    merged: bool = True  # whether the kernels that it describes are in this version
 
     def milliseconds(self, device: Device) -> float:
         """Return the time of all kernels; never less than the host needs to launch them."""
@@ -185,7 +184,7 @@ def table(passes: Iterable[Pass], devices: Iterable[Device]) -> str:
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for one in passes:
         last = devices[-1]
-        cells = [one.operator, one.name, one.shape, one.backend + ("" if one.merged else " *")]
+        cells = [one.operator, one.name, one.shape, one.backend]
         cells.append(", ".join(map(_before, one.before)) or "-")
         for device in devices:
             least = "" if one.counted(device) else "≥ "

@@ -462,11 +462,14 @@ def upsample_mask_loss(B: int = 4, C: int = 156, h: int = 32, H: int = 512) -> I
     pixels = B * H * H
     maps = FLOAT * B * C * h * h
     codes = FLOAT * pixels
-    for name, kernel, unit, written, before in (
-        ("forward", "upsample_mask_loss_fwd_kernel", 4, 0, (Before("cuda", 2.0, 3.0),)),
-        ("backward", "upsample_mask_loss_bwd_kernel", 1, maps, ()),
+    # The backward adds to the gradient where a block of 128 columns passes a row of samples.
+    passed = B * C * h * H // 128
+    for name, kernel, unit, written, blocks, before in (
+        ("forward", "upsample_mask_loss_fwd_kernel", 4, 0, 0, (Before("cuda", 2.0, 3.0),)),
+        ("backward", "upsample_mask_loss_bwd_kernel", 1, maps, passed, ()),
     ):
-        work = by_pixel(kernel, "float", C * pixels, unit, memory=maps + codes + written)
+        moved = maps + codes + written
+        work = by_pixel(kernel, "float", C * pixels, unit, memory=moved, blocks=blocks)
         # Labels come from L2 once for every class.
         work = Work(
             kernel,
@@ -483,7 +486,7 @@ def upsample_mask_loss(B: int = 4, C: int = 156, h: int = 32, H: int = 512) -> I
             "cuda",
             shape,
             kernels,
-            bytes=maps + codes + written,
+            bytes=moved,
             before=before,
         )
 

@@ -150,12 +150,12 @@ def _counted(part: list[tuple[int, str, int | None]]) -> dict[str, int]:
     }
 
 
-def counts(sass: str) -> dict[str, dict[str, int]]:
+def counts(sass: str, by: str = "instructions") -> dict[str, dict[str, int]]:
     """Return the instructions of one ``step`` of the main loop, of what it does ``sometimes``, of
     what it does once a ``tile``, and of ``all`` of the kernel.
 
-    The main loop is the innermost one with the most products, or where none has any, the longest.
-    What branches within it pass over is done sometimes; a part of it that is a quarter of the loop
+    The main loop is the innermost one with the most products, or where none has any, with the most
+    of what ``by`` names; loops without any of that are looked over. What branches within it pass over is done sometimes; a part of it that is a quarter of the loop
     is the end of a tile, in a loop over the steps of all tiles. Where there is none, a tile is the
     rest of the loop around it, or of the kernel.
     """
@@ -165,16 +165,17 @@ def counts(sass: str) -> dict[str, dict[str, int]]:
     def inside(first: int, last: int) -> list[tuple[int, str, int | None]]:
         return [line for line in code if first <= line[0] <= last]
 
+    found = {loop: _counted(inside(*loop)) for loop in loops}
+    known = [loop for loop in loops if found[loop][by]]
     innermost = [
         loop
-        for loop in loops
-        if not any(other != loop and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
+        for loop in known
+        if not any(other != loop and loop[0] <= other[0] <= other[1] <= loop[1] for other in known)
     ]
     if not innermost:
         none = _counted([])
         return {"step": none, "sometimes": none, "tile": _counted(code), "all": _counted(code)}
-    found = {loop: _counted(inside(*loop)) for loop in innermost}
-    main = max(innermost, key=lambda loop: (found[loop]["mma"], found[loop]["instructions"]))
+    main = max(innermost, key=lambda loop: (found[loop]["mma"], found[loop][by]))
     passed = [
         inside(at + 16, target - 16)
         for at, _, target in inside(*main)

@@ -14,11 +14,12 @@ import compiled_code
 import triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# What the model reads: kernel, as the compiler writes its template arguments, and a name for them.
-# Those whose main loop is their longest innermost one.
+# What the model reads: kernel, as the compiler writes its template arguments, a name for them, and
+# what there is most of in its main loop.
 KERNELS = {
-    r"upsample_argmax_fwd_kernelIfE": "float",
-    r"upsample_mask_loss_fwd_kernelIfLb1E": "float",
+    r"upsample_argmax_fwd_kernelIfE": ("float", "instructions"),
+    r"upsample_mask_loss_fwd_kernelIfLb1E": ("float", "instructions"),
+    r"upsample_mask_loss_bwd_kernelIfLb1E": ("float", "mufu"),
 }
 
 
@@ -27,10 +28,10 @@ def counted(files: list[str]) -> list[dict]:
     found = []
     for file in files:
         for name, code in compiled_code.machine_code(file, CUOBJDUMP).items():
-            for pattern, case in KERNELS.items():
+            for pattern, (case, by) in KERNELS.items():
                 if re.search(pattern, name):
-                    row = {"kernel": pattern.split("I")[0], "case": case, "arch": "sm_90a"}
-                    found.append(row | compiled_code.counts(code))
+                    row = {"kernel": pattern.split("If")[0], "case": case, "arch": "sm_90a"}
+                    found.append(row | compiled_code.counts(code, by))
     return found
 
 

@@ -22,6 +22,14 @@ TRITON_SPILLS: dict[str, tuple[int, str]] = {
     "dense_contrastive_loss_select_keys_kernel": (48, "noise drawn beside exact float32 products"),
 }
 FLOAT64_SPILLED = 256
+# The same of CUDA kernels: the compiler spills rather than let fewer blocks share a multiprocessor.
+CUDA_SPILLS: dict[str, tuple[int, str]] = {
+    "patch_text_similarity_fwd_kernel": (72, "exact float32: three blocks of 168 registers"),
+    "patch_text_similarity_bwd_texts_kernel": (
+        56,
+        "sums over images: four blocks of 128 registers",
+    ),
+}
 
 # Triton kernels of the product operators that are not held to wgmma's width, copies by descriptor
 # and bytes from L2, and why.

@@ -67,6 +67,13 @@ def library(site):
     return site / "ovseg_kernels" / "_C_cuda.so"
 
 
+def has_source(path):
+    """Whether an object is one of now, and not left by a file that has gone since."""
+    operator = path.name.rsplit("_", 1)[0]
+    launch = ROOT / "csrc" / operator / f"{operator}_launch.cuh"  # of a kind: CMakeLists.txt
+    return (ROOT / path.with_suffix("")).exists() or launch.exists()
+
+
 @pytest.fixture(scope="module")
 def compiled(library):
     """architecture -> files with its code.
@@ -79,7 +86,8 @@ def compiled(library):
     options |= {"CUDA_ARCHS": "8.0;12.0", "CUDA_KINDS": "BFloat16;Float32"}
     given = [f"-DOVSEG_{name}={value}" for name, value in options.items()]
     cmake(build, *given, target="cuda_kernels", jobs=2 if alone() else 1)
-    objects = list(build.glob("CMakeFiles/cuda_kernels.dir/**/*.o"))
+    folder = build / "CMakeFiles" / "cuda_kernels.dir"
+    objects = [path for path in folder.rglob("*.o") if has_source(path.relative_to(folder))]
     return {arch: [library] if arch == WHOLE else objects for arch in ARCHS}
 
 
@@ -149,7 +157,8 @@ def kind_of(rest: str) -> str:
 
 
 # Registers of 128 threads: 168 lets three blocks share an SM, 255 two. Stack is what spilled.
-BUDGET = {"tensor core": (168, 96), "float": (255, 96), "double": (255, 128)}
+SPILLED = gpu_budget.SPILLED
+BUDGET = {"tensor core": (168, SPILLED), "float": (255, SPILLED), "double": (255, 128)}
 SMALL = (
     "norms_kernel",
     "finish_kernel",
@@ -173,7 +182,7 @@ def test_every_kernel_is_compiled_for_every_architecture(usage):
                 r"__global__ void (?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(", path.read_text()
             )
         )
-    assert len(written) >= 16
+    assert len(written) >= 16 and set(gpu_budget.CUDA_SPILLS) <= written
     for arch in ARCHS:
         assert {kernel for (kernel, _), by_arch in usage.items() if arch in by_arch} == written
 
@@ -183,6 +192,7 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
     over = []
     for (kernel, rest), by_arch in usage.items():
         registers_allowed, stack_allowed = BUDGET[kind_of(rest)]
+        stack_allowed = max(stack_allowed, gpu_budget.CUDA_SPILLS.get(kernel, (0, ""))[0])
         if kernel.endswith(SMALL) and "pooled" not in kernel:
             registers_allowed, stack_allowed = 64, 0
         if kernel.endswith(

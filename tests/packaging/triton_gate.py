@@ -151,13 +151,7 @@ class Notebook:
 
 def device_has(arch: int) -> None:
     """Lets every launcher see a device of this capability."""
-    known = {
-        "capability": arch,
-        "shared_memory": SHARED[arch],
-        "multiprocessors": SMS,
-        "processors": SMS,
-        "hopper": arch == 90,
-    }
+    known = {"capability": arch, "shared_memory": SHARED[arch], "multiprocessors": SMS}
     for module in pkgutil.iter_modules(ovseg_kernels.triton.__path__):
         launcher = importlib.import_module(f"ovseg_kernels.triton.{module.name}")
         for name, value in known.items():
