@@ -470,16 +470,15 @@ template size_t dense_select_workspace(const DenseParams<double>&);
 template size_t dense_backward_workspace(const DenseParams<float>&);
 template size_t dense_backward_workspace(const DenseParams<double>&);
 
-#define OVSEG_DENSE(name, function)                                                  \
-  template <>                                                                        \
-  const char* name(const DenseCuda<double>& x) {                                     \
-    return function<DenseKind<double>>(x);                                           \
-  }                                                                                  \
-  template <>                                                                        \
-  const char* name(const DenseCuda<float>& x) {                                      \
-    if (x.p.type == Type::float16) return function<DenseKind<half>>(x);              \
-    return x.p.type == Type::bfloat16 ? function<DenseKind<bfloat16>>(x)             \
-                                      : function<DenseKind<float>>(x);               \
+#define OVSEG_DENSE(name, function)                                                                       \
+  template <>                                                                                             \
+  const char* name(const DenseCuda<double>& x) {                                                          \
+    return function<DenseKind<double>>(x);                                                                \
+  }                                                                                                       \
+  template <>                                                                                             \
+  const char* name(const DenseCuda<float>& x) {                                                           \
+    if (x.p.type == Type::float16) return function<DenseKind<half>>(x);                                   \
+    return x.p.type == Type::bfloat16 ? function<DenseKind<bfloat16>>(x) : function<DenseKind<float>>(x); \
   }
 OVSEG_DENSE(dense_select, select)
 OVSEG_DENSE(dense_gather, gather)

@@ -23,7 +23,24 @@ from ovseg_kernels.triton import IMPLEMENTATIONS, KERNELS
 
 # Operator and backend -> the kernels of a forward and those of a backward, as (ours, torch's), for
 # the first sample of the operator in float16. Fewer are welcome: write the new number.
-LAUNCHES = {}
+LAUNCHES = {
+    ("patch_text_similarity", "cuda"): ((5, 3), (10, 5)),
+    ("patch_text_similarity", "triton"): ((5, 4), (8, 34)),
+    ("similarity_contrastive_loss", "cuda"): ((2, 32), (2, 2)),
+    ("similarity_contrastive_loss", "triton"): ((2, 32), (1, 6)),
+    ("contrastive_loss", "triton"): ((5, 36), (7, 22)),
+    ("dense_contrastive_loss", "cuda"): ((5, 68), (3, 52)),
+    ("dense_contrastive_loss", "triton"): ((7, 152), (5, 77)),
+    ("center_assignment", "cuda"): ((1, 1), (1, 2)),
+    ("center_assignment", "triton"): ((2, 1), (2, 10)),
+    ("folded_center_assignment", "cuda"): ((1, 14), (1, 22)),
+    ("folded_center_assignment", "triton"): ((2, 14), (2, 32)),
+    ("segclip_center_assignment", "cuda"): ((1, 19), (1, 31)),
+    ("segclip_center_assignment", "triton"): ((3, 19), (4, 45)),
+    ("upsample_argmax", "cuda"): ((1, 1),),
+    ("window_argmax", "cuda"): ((1, 1),),
+    ("upsample_mask_loss", "cuda"): ((2, 7), (1, 4)),
+}
 FREE = (
     "empty",
     "empty_like",
