@@ -403,7 +403,7 @@ def _patches(x: _Call, u: Copies, first, images, m, weights, weighted, along, fa
             hessian, u.inverse, hessian16, hessian_factors, x.P, BLOCK=4096, num_warps=8
         )
         hessians = product(hessian16, u.rows)
-    patch_text_similarity_gram_bwd_patches_kernel[(tiles(images * x.P, 4),)](
+    patch_text_similarity_gram_bwd_patches_kernel[(tiles(images * x.P, 8),)](
         outer,
         hessians,
         u.rows,
@@ -420,10 +420,11 @@ def _patches(x: _Call, u: Copies, first, images, m, weights, weighted, along, fa
         x.P,
         x.K,
         x.D,
+        ALIGNED=x.D % 16 == 0,
         VECTOR=vector,
         BT=x.tiling.texts,
-        BR=4,
-        BD=128,
+        BR=8,
+        BD=BK,
         num_warps=4,
     )
 

@@ -647,13 +647,14 @@ def patch_text_similarity_gram_bwd_patches_kernel(
     P,
     K,
     D,
+    ALIGNED: tl.constexpr,
     VECTOR: tl.constexpr,
     BT: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Write dU from its products, minus the part along each patch; ``count`` rows, P an image."""
-    P, K = whole(P, True), whole(K, True)
+    P, K, D = whole(P, True), whole(K, True), whole(D, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i = row // P
     n = row - i * P
@@ -676,12 +677,11 @@ def patch_text_similarity_gram_bwd_patches_kernel(
     kept = (r >= 0.0) | (r != r)
     for k in range(0, K, BD):
         d = k + tl.arange(0, BD)
-        where = inside[:, None] & (d < D)[None, :]
         at = row[:, None] * K + d[None, :]
-        du = tl.load(products + at, mask=where, other=0.0) * down[:, None]
+        du = tl.load(products + at, mask=inside[:, None], other=0.0) * down[:, None]
         if VECTOR:
-            du -= tl.load(hessians + at, mask=where, other=0.0) * down_hessian[:, None]
-        du -= tl.load(u + at, mask=where, other=0.0).to(tl.float32) * sums[:, None]
+            du -= tl.load(hessians + at, mask=inside[:, None], other=0.0) * down_hessian[:, None]
+        du -= tl.load(u + at, mask=inside[:, None], other=0.0).to(tl.float32) * sums[:, None]
         du = tl.where(kept[:, None], du / _larger(r, eps)[:, None], 0.0)
         to = out + ((first + i) * N + n)[:, None] * D + d[None, :]
-        tl.store(to, du.to(out.dtype.element_ty), mask=where)
+        tl.store(to, du.to(out.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
