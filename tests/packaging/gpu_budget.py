@@ -51,6 +51,10 @@ HOPPER: dict[str, str] = {
     "patch_text_similarity_gram_fwd_kernel": "patch_text_similarity_fwd_kernel",
     "patch_text_similarity_gram_cancelled_kernel": "patch_text_similarity_pooled_norms_kernel",
 }
+# Kernels with loads of two bytes, which ought to be wider.
+NARROW_LOADS: dict[str, str] = {
+    "patch_text_similarity_gram_bwd_patches_kernel": "16-bit rows beside float32 sums",
+}
 CHANNELS = 512 // 64  # turns of an inner loop for one tile, at the stated shapes
 # Launches at the stated shapes that may have fewer programs than there are multiprocessors.
 FEW_PROGRAMS: dict[str, str] = {
