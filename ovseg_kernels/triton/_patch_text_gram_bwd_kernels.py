@@ -50,6 +50,13 @@ def _factor(bound):
 
 
 @triton.jit
+def _log_sum(at, inside):
+    """Return the log-sum of the weights by base 2; 0 for an image of which no patch is kept."""
+    known = tl.load(at, mask=inside, other=0.0) * LOG2E
+    return tl.where(known == float("-inf"), 0.0, known)
+
+
+@triton.jit
 def _weights(c, scale, bias, known, lengths, n, rho, SIGMOID: tl.constexpr):
     """Return p of one part, from the log-sum of the weights and rho = 1 / |v|.
 
@@ -152,7 +159,7 @@ def patch_text_similarity_gram_bwd_weights_kernel(
         at = (first + i).to(tl.int64) * T + t
         w = tl.load(text_inverse + t, mask=t < T, other=0.0)
         g = tl.load(grad + at, mask=t < T, other=0.0)
-        known = tl.load(lse + at, mask=t < T, other=0.0) * LOG2E
+        known = _log_sum(lse + at, t < T)
         length = tl.load(norm + at, mask=t < T, other=1.0)
         rho = 1.0 / _larger(length, tl.full((), EPS, tl.float32))
         peak = 0.0
@@ -437,7 +444,7 @@ def patch_text_similarity_gram_bwd_coefficients_kernel(
         w = tl.load(text_inverse + t, mask=t < T, other=0.0)
         g = tl.load(grad + at, mask=t < T, other=0.0)
         phi = tl.load(similarity + i.to(tl.int64) * T + t, mask=t < T, other=0.0)
-        known = tl.load(lse + at, mask=t < T, other=0.0) * LOG2E
+        known = _log_sum(lse + at, t < T)
         sums = along + (i.to(tl.int64) * text_tiles + t0 // BT) * P
         cs = tl.zeros((BT,), tl.float32)
         c = tl.zeros((BT,), tl.float32)
