@@ -145,7 +145,7 @@ def test_the_sdist_is_small(sdist):
     )
     assert all(sizes[name] < 2e6 for name in scenes) and sum(sizes[name] for name in scenes) < 6.5e6
     assert sum(sizes[name] for name in photos) < 10e6
-    assert sum(sizes.values()) - sum(sizes[name] for name in large) < 3e6
+    assert sum(sizes.values()) - sum(sizes[name] for name in large) < 3.5e6  # text
     assert sdist.stat().st_size < 7e6 + sum(sizes[name] for name in photos)
 
 
