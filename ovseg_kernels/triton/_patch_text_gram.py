@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._library import autocast_type
 from ..reference.patch_text_similarity import EPS
 from ._launch import aligned, capability, chunk_size, multiprocessors, on_device, rows, tiles
 from ._patch_text_gram_bwd_kernels import (
@@ -230,7 +231,7 @@ def forward(patches, texts, mask, scale, bias, pool, sigmoid, similarity, lse, n
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the product of 16-bit matrices, or batches of them, in float32."""
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast(autocast_type(a.device), enabled=False):
         if a.device.type != "cuda":
             return a.float() @ b.float()
         return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
@@ -244,7 +245,7 @@ def gram_products(weights: torch.Tensor, table: torch.Tensor, dtype: torch.dtype
     """
     if dtype == torch.float16:
         return product(weights, table), torch.empty_like(weights)
-    with torch.autocast(weights.device.type, enabled=False):
+    with torch.autocast(autocast_type(weights.device), enabled=False):
         products = torch.bmm(weights, table)
     return products, products
 

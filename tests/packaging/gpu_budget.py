@@ -29,6 +29,8 @@ CUDA_SPILLS: dict[str, tuple[int, str]] = {
         56,
         "sums over images: four blocks of 128 registers",
     ),
+    "center_assignment_bwd_few_kernel": (24, "two blocks of 256 threads on an SM"),
+    "center_assignment_fwd_scores_kernel": (56, "any number of centers: four blocks"),
 }
 
 # Triton kernels of the product operators that are not held to wgmma's width, copies by descriptor

@@ -200,8 +200,8 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
         ):  # blocks of one warp; eight loads of 16 bytes wait in 32 registers
             registers_allowed, stack_allowed = (
                 128,
-                16 if kind_of(rest) == "double" else 0,
-            )  # float64's division is a call
+                16,
+            )  # what lies before the loop over tokens; float64's division is a call
         if kernel.endswith("_few_kernel"):
             # 256 threads: 128 registers let two blocks share an SM. The backward is one on sm_80, whose
             # shared memory holds no second, and where arithmetic is exact.
@@ -213,7 +213,7 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
         if kernel.endswith(
             "patch_norms_kernel"
         ):  # lengths whose squares overflow are scaled on the way; it waits for memory
-            registers_allowed, stack_allowed = 96, 8 if kind_of(rest) == "double" else 0
+            registers_allowed, stack_allowed = 96, 8
         for arch, (registers, stack, shared) in by_arch.items():
             # Shared memory is dynamic (static_assert in the source: 99 KiB); 1 KiB belongs to the
             # system from sm_90 on.
@@ -251,10 +251,9 @@ def test_the_center_pool_has_eight_loads_of_16_bytes_under_way(sass):
             name
         )  # some compilers write the loop several times
         if loads:
-            assert (
-                not {"LDS.128", "STS.128"} & set(moves[loads[0] : loads[7]])
-                and "LDG.E.U16" not in moves
-            ), name
+            between = moves[loads[0] : loads[7]]  # one read of the weights waits for none of them
+            assert "STS.128" not in between and between.count("LDS.128") <= 1, name
+            assert "LDG.E.U16" not in moves, name
             wide += 1
     assert wide == 4 + 2 * (len(ARCHS) - 1)  # kinds
 

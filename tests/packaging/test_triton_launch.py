@@ -29,12 +29,12 @@ def launches(monkeypatch):
     return found
 
 
-def patch_text(B, T, N, D=16):
+def patch_text(B, T, N, dtype=torch.float32, D=16):
     from ovseg_kernels.triton import patch_text_similarity as op
 
     shared = (
-        nothing(B, N, D),
-        nothing(T, D),
+        nothing(B, N, D, dtype=dtype),
+        nothing(T, D, dtype=dtype),
         nothing(B, N, dtype=torch.bool),
         nothing(),
         nothing(),
@@ -133,7 +133,14 @@ def pixels(B, N, T, D=16):
 
 
 SHAPES = {
-    patch_text: [(70_000, 3, 5), (1, 3, MANY), (1, MANY, 3)],
+    patch_text: [
+        (70_000, 3, 5),
+        (1, 3, MANY),
+        (1, MANY, 3),
+        (70_000, 3, 5, torch.float16),
+        (1, 3, MANY, torch.float16),
+        (1, MANY, 3, torch.float16),
+    ],
     matrix: [(3, MANY), (MANY, 3)],
     features: [(3, MANY, False), (MANY, 3, True)],
     assignment: [(70_000, 5), (2, MANY), (1, 5, 2 * MANY)],
