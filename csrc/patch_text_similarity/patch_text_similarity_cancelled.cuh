@@ -34,7 +34,8 @@ __device__ inline int list_cancelled(const uint32_t* bits, int64_t words, int64_
 // Elements of a block's v [64, D], kept from one window of patches to the next.
 __host__ __device__ inline int64_t cancelled_scratch(int64_t D) { return round_up(D, kTile) * kTile; }
 
-// Blocks share the groups of all images; where nothing has cancelled they leave at once. `scratch`: cancelled_scratch of each block, unused where N is one window.
+// Blocks share the groups of all images; where nothing has cancelled they leave at once. `scratch`: cancelled_scratch
+// of each block, unused where N is one window.
 template <typename K>
 __global__ void __launch_bounds__(kThreads)
     patch_text_similarity_fwd_cancelled_kernel(Args<K> p, int64_t images, typename K::A* scratch) {

@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads) patch_text_similarity_patch_norms_ke
   }
   top = block_max<kThreads>(top, reinterpret_cast<A*>(memory));
   if (threadIdx.x == 0) p.longest[i] = top;
-  if (threadIdx.x == 0 && i == 0 && p.cancelled_blocks) *p.cancelled_blocks = 0;  // no block marks before the next launch
+  if (threadIdx.x == 0 && i == 0 && p.cancelled_blocks)
+    *p.cancelled_blocks = 0;  // no block marks before the next launch
 }
 
 template <typename K>

@@ -37,8 +37,7 @@ Args<K> arguments(const PatchTextCuda& p, const PatchTextPlan& plan) {
   x.slot_texts = reinterpret_cast<A*>(plan.slot_texts);
   x.best = p.grad && p.pool == Pool::max ? reinterpret_cast<int32_t*>(plan.best) : nullptr;
   x.cancelled = reinterpret_cast<uint32_t*>(plan.cancelled);
-  x.cancelled_blocks =
-      p.pool == Pool::vector && !p.grad ? reinterpret_cast<int32_t*>(plan.cancelled_count) : nullptr;
+  x.cancelled_blocks = p.pool == Pool::vector && !p.grad ? reinterpret_cast<int32_t*>(plan.cancelled_count) : nullptr;
   x.scalars = reinterpret_cast<double*>(plan.scalars);
   return x;
 }
