@@ -224,7 +224,9 @@ class _SoftmaxRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, scale):
         step = _rows_a_block(image)
-        rows, columns, hits = [], torch.full_like(_upcast(text[:, 0]), -torch.inf), 0.0
+        rows = []
+        columns = torch.full_like(_upcast(text[:, 0]), -torch.inf)
+        hits = 0.0
         for first in range(0, len(image), step):
             _, z = _logits(image[first : first + step], text, scale)
             rows.append(z.logsumexp(1))

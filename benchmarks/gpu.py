@@ -245,7 +245,8 @@ class Bench:
                 1,
             )
             row |= self.part(planned, "forward", lambda: function(**tensors), flops[0], size[0])
-            passes, ms = 1, row["forward_ms"]
+            passes = 1
+            ms = row["forward_ms"]
             if upstream is not None:
                 kept = function(**tensors)
                 row |= self.part(
@@ -255,7 +256,8 @@ class Bench:
                     flops[1],
                     size[1],
                 )
-                passes, ms = 2, round(ms + row["backward_ms"], 4)
+                passes = 2
+                ms = round(ms + row["backward_ms"], 4)
         shares = self.shares(planned, sum(flops[:passes]), sum(size[:passes]), ms)
         return row | {"ms": ms} | shares
 

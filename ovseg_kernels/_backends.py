@@ -279,11 +279,14 @@ def _pass(name: str, wanted: str, device: torch.device, float64: bool) -> Pass:
     why = f"no kernel for tensors on {device.type}"
     if device.type == "cuda":
         rule = _selection.rule(name, _capability(device), float64)
-        order, why = list(rule.order), rule.why
+        order = list(rule.order)
+        why = rule.why
     elif device.type == "cpu":
-        order, why = ["cpu"], "the tensors are on the CPU"
+        order = ["cpu"]
+        why = "the tensors are on the CPU"
     if wanted != "auto" and wanted in (*order, *_selection.backends_of(name)):
-        order, why = [wanted, *(x for x in order if x != wanted)], "it is forced"
+        order = [wanted, *(x for x in order if x != wanted)]
+        why = "it is forced"
     for found in order:
         reason = _unavailable(found)
         if not reason:

@@ -361,7 +361,8 @@ def main(verb: str, place: Place, operators: Sequence[str] = gpu_jobs.OPERATORS)
     place.results.mkdir(parents=True, exist_ok=True)
     where = f"{place.device}, sm_{place.capability.replace('.', '')}, {place.cores} cores"
     place.say(f"gpu_check {verb} on {where}; writing to {place.results}")
-    ended, start = {}, began + FACTS
+    ended = {}
+    start = began + FACTS
     for name, steps in limits(verb).items():
         part = Part(place, verb, name, start, steps, operators)
         part.begin()

@@ -39,7 +39,8 @@ def answer(
     """
     name = op
     if flags is not None:
-        name, arguments = f"{op}_flagging", (*arguments, flags.found, slot)
+        name = f"{op}_flagging"
+        arguments = (*arguments, flags.found, slot)
     with torch.autocast(lib.autocast_type(like.device), enabled=False):
         kernel = lib.FALLBACKS[name] if definition else getattr(torch.ops.ovseg, name)
         return kernel(*arguments)

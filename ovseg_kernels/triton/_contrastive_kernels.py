@@ -323,7 +323,9 @@ def contrastive_loss_list_kernel(begins, texts, weights, out, count, BR: tl.cons
     c = tl.program_id(0) * BR + tl.arange(0, BR)
     next = tl.load(begins + c, mask=c < count, other=0)
     end = tl.load(begins + c + 1, mask=c < count, other=0)
-    first, before, total = next, next * 0 - 1, tl.zeros((BR,), weights.dtype.element_ty)
+    first = next
+    before = next * 0 - 1
+    total = tl.zeros((BR,), weights.dtype.element_ty)
     while tl.max((next < end).to(tl.int32), 0) > 0:
         column = tl.load(texts + next, mask=next < end, other=0)
         weight = tl.load(weights + next, mask=next < end, other=0.0)
@@ -331,7 +333,8 @@ def contrastive_loss_list_kernel(begins, texts, weights, out, count, BR: tl.cons
         first, total = tl.where(same, first, next), tl.where(same, total + weight, weight)
         tl.store(out + next, 0.0, mask=next < end)
         tl.store(out + first, total, mask=next < end)  # of the same thread, so later
-        before, next = column, next + 1
+        before = column
+        next += 1
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -130,7 +130,8 @@ def test_a_picture_of_a_run(tmp_path, monkeypatch):
     """Every row is in it, with its reason where it has no time."""
     plot = pytest.importorskip("ovseg_benchmarks.plot")
     figure = pytest.importorskip("matplotlib.figure")
-    right, drawn = registry.implementations, []
+    right = registry.implementations
+    drawn = []
     save = figure.Figure.savefig
     monkeypatch.setattr(
         figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))

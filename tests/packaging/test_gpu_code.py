@@ -135,7 +135,8 @@ def usage(compiled):
     for path in {path for paths in compiled.values() for path in paths}:
         command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        arch, name = None, ""
+        arch = None
+        name = ""
         for line in text.splitlines():
             if match := re.search(r"arch = (\S+)", line):
                 arch = match.group(1)
@@ -213,7 +214,8 @@ def test_registers_spills_and_shared_memory_stay_in_budget(usage):
         if kernel.endswith(
             "patch_norms_kernel"
         ):  # lengths whose squares overflow are scaled on the way; it waits for memory
-            registers_allowed, stack_allowed = 96, 8
+            registers_allowed = 96
+            stack_allowed = 8
         for arch, (registers, stack, shared) in by_arch.items():
             # Shared memory is dynamic (static_assert in the source: 99 KiB); 1 KiB belongs to the
             # system from sm_90 on.
