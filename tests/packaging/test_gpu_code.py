@@ -249,10 +249,9 @@ def test_the_center_pool_has_eight_loads_of_16_bytes_under_way(sass):
             continue
         moves = re.findall(r"\b(?:LDG|LDS|STS)[.\w]*", part)
         loads = [i for i, move in enumerate(moves) if move == "LDG.E.128"]
-        assert bool(loads) == ("Li1EEE" not in name) and len(loads) % 8 == 0, (
-            name
-        )  # some compilers write the loop several times
-        if loads:
+        assert bool(loads) == ("Li1EEE" not in name), name
+        if loads:  # sm_120 has the loop several times, and rests of it
+            assert len(loads) >= 8, name
             between = moves[loads[0] : loads[7]]  # one read of the weights waits for none of them
             assert "STS.128" not in between and between.count("LDS.128") <= 1, name
             assert "LDG.E.U16" not in moves, name
