@@ -50,7 +50,8 @@ def _softmax() -> Functions:
 
         The usual way to save the matrix.
         """
-        target, total = torch.arange(len(image), device=image.device), 0.0
+        target = torch.arange(len(image), device=image.device)
+        total = 0.0
         for own, other in ((image, text), (text, image)):
             for rows, places in zip(own.split(step), target.split(step), strict=True):
                 total = total + checkpoint(
@@ -240,7 +241,9 @@ class _SoftmaxRows(torch.autograd.Function):
     def backward(ctx, grad):
         image, text, scale, rows, columns = ctx.saved_tensors
         step = _rows_a_block(image)
-        d_image, d_text, d_scale = torch.empty_like(image), torch.zeros_like(text), 0.0
+        d_image = torch.empty_like(image)
+        d_text = torch.zeros_like(text)
+        d_scale = 0.0
         for first in range(0, len(image), step):
             part = slice(first, first + step)
             s, z = _logits(image[part], text, scale)

@@ -323,7 +323,8 @@ class Bench:
             except Exception as error:  # it waits for the GPU, or allocates outside of torch
                 row["replay_failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 self.device.settle()
-        flops, passes = registry.useful_flops(planned.case), 1 if upstream is None else 2
+        flops = registry.useful_flops(planned.case)
+        passes = 1 if upstream is None else 2
         ms = row.get("replay_us", row["wall_us"]) / 1000
         return row | self.shares(planned, sum(flops[:passes]), sum(size[:passes]), ms)
 

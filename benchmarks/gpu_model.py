@@ -68,7 +68,7 @@ H100 = Device("H100", _TFLOPS, copy=2.9, l2=6.2)
 
 @dataclass(frozen=True)
 class Work:
-    """What the launches of one kernel in one pass ask of a GPU."""
+    """Operations, bytes and instructions that the launches of one kernel in a pass need."""
 
     kernel: str
     flops: float = 0.0
@@ -99,7 +99,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Before:
-    """What a backend was estimated to take at commit c002b1a, on an H200: fastest and slowest."""
+    """The estimate of a backend's time at commit c002b1a, on an H200: fastest and slowest."""
 
     backend: str
     least: float  # ms

@@ -147,7 +147,8 @@ def flags_of(x: torch.Tensor) -> _Flags | None:
     """
     if looks_at_values(x) or not defers(x) or not x.numel():
         return None
-    flags, captured = _flags.get(x.device), capturing()
+    flags = _flags.get(x.device)
+    captured = capturing()
     if captured:  # inside a capture no event may be asked
         return flags
     if flags is None:

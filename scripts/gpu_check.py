@@ -105,7 +105,10 @@ class Part:
         steps: dict[str, int],
         operators: Sequence[str] = gpu_jobs.OPERATORS,
     ):
-        self.place, self.name, self.steps, self.operators = place, name, steps, operators
+        self.place = place
+        self.name = name
+        self.steps = steps
+        self.operators = operators
         self.first = verb == "first"
         self.until, end = {}, began
         for step, seconds in steps.items():

@@ -1,4 +1,4 @@
-"""What the operators with label maps share: argument checks, and the call of their kernels."""
+"""Argument checks and kernel calls that the operators with label maps share."""
 
 from __future__ import annotations
 

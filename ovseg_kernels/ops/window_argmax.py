@@ -367,7 +367,9 @@ def _numbers(name: str, x: torch.Tensor, bias: torch.Tensor | None, *, softmax: 
 
 def _flagging(*arguments):
     *given, flags, slot = arguments
-    values, bias, activation = given[0], given[3], given[11]
+    values = given[0]
+    bias = given[3]
+    activation = given[11]
     most = values.amax()  # NaN, if there is one
     most = most if bias is None else torch.maximum(most, bias.amax())
     good = most < torch.inf

@@ -154,10 +154,13 @@ def gram(copies: Copies, tma: bool, half: bool) -> torch.Tensor:
 
 
 class _Call:
-    """What forward and backward of one call share."""
+    """The inputs of a call, their tiling and chunks, for its forward and its backward."""
 
     def __init__(self, patches, texts, mask, scale, bias, sigmoid, limit, bytes_per_image):
-        self.patches, self.scale, self.bias, self.sigmoid = rows(patches), scale, bias, sigmoid
+        self.patches = rows(patches)
+        self.scale = scale
+        self.bias = bias
+        self.sigmoid = sigmoid
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.B, self.N, self.D = patches.shape
         self.T = texts.shape[0]

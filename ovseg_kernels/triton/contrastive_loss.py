@@ -84,7 +84,7 @@ def _side(x: torch.Tensor, normalize: bool) -> _Side:
 
 @dataclass
 class _Problem:
-    """What the kernels of one call have in common."""
+    """The features, positives and tiles of one call, for all its kernels."""
 
     image: _Side
     text: _Side

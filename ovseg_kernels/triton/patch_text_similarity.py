@@ -147,7 +147,8 @@ class _Call:
 
 def forward(patches, texts, mask, scale, bias, pool, weight, tf32):
     """Return (similarity, lse, norm) as ``ovseg::patch_text_similarity`` does."""
-    B, T, acc = patches.shape[0], texts.shape[0], accumulation_dtype(patches)
+    B, T = patches.shape[0], texts.shape[0]
+    acc = accumulation_dtype(patches)
     similarity = patches.new_empty(B, T, dtype=acc)
     lse = patches.new_empty(0 if pool == 2 else B, T, dtype=acc)
     norm = patches.new_empty(B if pool == 0 else 0, T, dtype=acc)

@@ -105,7 +105,8 @@ def segclip_center_assignment_bwd_tokens_kernel(
     mean y is x' times ``average``, the mean of the rows of W_k by their columns.
     """
     D, S = whole(D, ALIGNED), whole(S, ALIGNED)
-    r, c = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BS)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    c = tl.arange(0, BS)
     mean = tl.zeros((BR,), ACC)
     for k in range(0, D // S):
         x = _tile(tokens + k * S, r, c, rows, S, D).to(ACC)
@@ -159,7 +160,8 @@ def segclip_center_assignment_bwd_weight_kernel(
 
 def _blocks(tokens, weight):
     """Return tokens [B L, D] and weight side by side in memory, and what all kernels take."""
-    S, bytes_each = weight.shape[1], tokens.element_size()
+    S = weight.shape[1]
+    bytes_each = tokens.element_size()
     x, w = tokens.reshape(-1, weight.shape[0]).contiguous(), weight.contiguous()
     BS = max(16, triton.next_power_of_2(S))
     options = {

@@ -62,7 +62,7 @@ def has_kernel(name: str) -> bool:
 
 
 def _place(x: torch.Tensor) -> tuple:
-    """What two arguments share that are one tensor, be it saved for a backward in between."""
+    """Return the identity of a tensor's memory, which it keeps when saved for a backward."""
     return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 

@@ -31,7 +31,7 @@ COMPILED = ("triton",)
 
 
 def has(op: str, name: str) -> bool:
-    """Whether the operator, or the one that it is built on, has a kernel there."""
+    """Return whether the operator, or the one that it is built on, has a kernel there."""
     if name.startswith("triton"):
         return any(schema in TRITON_KERNELS for schema in _library.schemas_of(op))
     if name.startswith("cuda"):
@@ -41,7 +41,7 @@ def has(op: str, name: str) -> bool:
 
 
 def parameters(names: tuple[str, ...] = BACKENDS, *, of: tuple[str, ...] | str = ()):
-    """Those of the names on which every operator of ``of`` has a kernel."""
+    """Return the names on which every operator of ``of`` has a kernel, as pytest parameters."""
     ops = (of,) if isinstance(of, str) else of
     return [
         pytest.param(name, marks=pytest.mark.gpu) if name in GPU else name

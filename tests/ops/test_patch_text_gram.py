@@ -102,7 +102,7 @@ def test_a_patch_far_shorter_than_the_longest(gram):
 
 
 def test_the_repair_leaves_at_once(gram, monkeypatch):
-    """Where nothing has cancelled no row has the norm that marks one, and the repair writes none."""
+    """Where nothing has cancelled no row has the norm that marks one; the repair writes none."""
     written = []
     kernel = gram.patch_text_similarity_gram_cancelled_kernel
 

@@ -155,8 +155,8 @@ def counts(sass: str, by: str = "instructions") -> dict[str, dict[str, int]]:
     what it does once a ``tile``, and of ``all`` of the kernel.
 
     The main loop is the innermost one with the most products, or where none has any, with the most
-    of what ``by`` names; loops without any of that are looked over. What branches within it pass over is done sometimes; a part of it that is a quarter of the loop
-    is the end of a tile, in a loop over the steps of all tiles. Where there is none, a tile is the
+    of what ``by`` names; loops without any of that are looked over. What branches within it pass
+    over is done sometimes; a part of it that is a quarter of the loop is the end of a tile, in a loop over the steps of all tiles. Where there is none, a tile is the
     rest of the loop around it, or of the kernel.
     """
     code = instructions(sass)

@@ -60,7 +60,7 @@ NARROW_LOADS: dict[str, str] = {
 CHANNELS = 512 // 64  # turns of an inner loop for one tile, at the stated shapes
 # Launches at the stated shapes that may have fewer programs than there are multiprocessors.
 FEW_PROGRAMS: dict[str, str] = {
-    "contrastive_loss_merge_kernel": "32 rows a program, of 4096 images: a hundredth of what made them",
+    "contrastive_loss_merge_kernel": "32 rows a program: a hundredth of what made them",
     "contrastive_loss_bwd_vectors_kernel": "256 rows a program: two numbers for each",
     "patch_text_similarity_gram_bwd_hessian_kernel": "one an image, whose largest number it needs",
 }

@@ -491,7 +491,7 @@ def is_wide(shape):
 
 @pytest.mark.slow
 def test_the_model_counts_these_kernels(triton_rows):
-    """benchmarks/gpu_counts.json is made anew, by the gate's option --counts, where code changes."""
+    """The gate's option --counts makes benchmarks/gpu_counts.json anew where code changes."""
     sizes = defaultdict(set)
     for row in triton_rows:
         sizes[row["kernel"], row["case"], row["arch"]].add(row["size"])

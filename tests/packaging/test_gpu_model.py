@@ -1,4 +1,4 @@
-"""The model of time on a GPU: its arithmetic, what it covers, and the rates that replace its own."""
+"""The model of time on a GPU: its arithmetic, its cover, and the rates that replace its own."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""A new operator, as CONTRIBUTING.md says that one is added: its files beside those of the others, a
-line in each list, and the contract tests run on it. ``new_operator`` holds the files: those of
+"""A new operator, as CONTRIBUTING.md says that one is added: its files beside those of the others,
+a line in each list, and the contract tests run on it. ``new_operator`` holds the files: those of
 steps 1 to 5, with a kernel for the CPU.
 """
 
